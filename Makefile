@@ -1,0 +1,46 @@
+# Two commands for a newcomer: `make demo` and `make test`. Needs Python 3.11 and make, nothing else.
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# torch first and pinned: otherwise a dependency may pull a build of several gigabytes.
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint bench clean
+.DELETE_ON_ERROR:
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	@echo "Installing PyTorch ..."
+	$(INSTALL) torch
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml $(VENV)/.torch
+	@echo "Installing peelwise[demo] ..."
+	$(INSTALL) -e ".[demo]"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.torch
+	@echo "Installing peelwise[dev] ..."
+	$(INSTALL) -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/peelwise audit smollm2 --budget 7m --out out/demo --force
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/audit_cost.py
+	$(BIN)/python benchmarks/oracle_tightness.py
+
+clean:
+	rm -rf out build .pytest_cache .mypy_cache .ruff_cache

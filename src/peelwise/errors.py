@@ -1,0 +1,55 @@
+"""Every error and warning that peelwise raises on purpose, in one tree.
+
+A message says what went wrong, what was expected, what was found and what to do, in one or two lines.
+"""
+
+
+class PeelwiseError(Exception):
+    """Base of all errors that a user can act on; the command line prints it and exits with code 2."""
+
+
+class ModelError(PeelwiseError):
+    """The model cannot be opened or holds values that cannot be audited (missing, corrupt, NaN)."""
+
+
+class UnsupportedModelError(ModelError):
+    """The model was opened, but its architecture is not one that peelwise can audit."""
+
+
+class ProbeError(PeelwiseError):
+    """The text or tokens given cannot serve as a probe (empty, too short, wrong vocabulary)."""
+
+
+class OutputError(PeelwiseError):
+    """The output folder exists, cannot be written, or could not be completed."""
+
+
+class CertificateError(PeelwiseError):
+    """A certificate folder is missing, incomplete, or of a schema this version does not know."""
+
+
+class DeviceError(PeelwiseError):
+    """The device or number format asked for is not available on this machine."""
+
+
+class MissingExtraError(PeelwiseError):
+    """An optional dependency is needed and not installed; the message carries the install command."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f'{what} needs an optional dependency. Run: pip install "peelwise[{extra}]"')
+
+
+class TooFewSamplesError(PeelwiseError):
+    """A statistic was asked for on fewer samples than it needs."""
+
+
+class PeelwiseWarning(UserWarning):
+    """Base of all warnings; the result stays valid."""
+
+
+class IllConditionedWarning(PeelwiseWarning):
+    """A matrix was rank deficient or badly conditioned, and more damping than asked for was used."""
+
+
+class FewSequencesWarning(PeelwiseWarning):
+    """A split holds so few sequences that intervals will be wide."""

@@ -1,0 +1,1 @@
+"""The arrows of the design, each a function call: audit, certificate."""

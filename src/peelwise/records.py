@@ -1,0 +1,197 @@
+"""Frozen records of plain numbers: what an audit found, as it stands in ``certificate.json``.
+
+The names of the fields are the keys of the file, and others rely on them: add, do not rename.
+All losses are in nats per token over the ``report`` part of the probe unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+
+Colour = Literal["red", "yellow", "green", "grey"]
+
+
+class Record(BaseModel):
+    """Base of all records: frozen; unknown keys of a newer writer are kept."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True, allow_inf_nan=False)
+
+
+class Interval(Record):
+    """A mean of paired differences with its 95 % interval, in nats per token."""
+
+    mean: float
+    low: float
+    high: float
+    standard_error: float
+    sequences: int
+    method: Literal["student-t", "bootstrap-t"]
+
+
+class MatrixRecord(Record):
+    """One linear map of a block; ``share`` is its part of the block's explained gradient energy (0..1)."""
+
+    name: str
+    share: float
+    damping: float | None = None
+    step_weight: float | None = None
+
+
+class SplitRecord(Record):
+    """The three parts of a low-bit layer's local error; they add up to the present error."""
+
+    irreducible: float
+    price_of_precision: float
+    left_on_the_table: float
+
+
+class BlockRecord(Record):
+    """What was found out about one block.
+
+    ``recoverable_nats`` is the block refined alone, ``unique_nats`` what only this block gives once all
+    others are refined. ``None`` means not measured within the budget, never "nothing there".
+    ``energy`` is the gradient energy that the block's inputs explain on the fit tokens and
+    ``held_out_energy`` the part of it that survives on the select tokens (nats per unit step; a ranking).
+    """
+
+    index: int
+    name: str
+    verdict: Colour
+    reason: str
+    recoverable_nats: Interval | None = None
+    unique_nats: Interval | None = None
+    rounds: int = 0
+    energy: float | None = None
+    held_out_energy: float | None = None
+    gradient_norm: float | None = None
+    tokens_needed: int | None = None
+    matrices: tuple[MatrixRecord, ...] = ()
+    split: SplitRecord | None = None
+
+
+class HeadRecord(Record):
+    """The convex output head alone: present, best found and lower bound of the same damped objective.
+
+    ``current``, ``achieved`` and ``relaxed`` are in nats per token on the fit tokens, ``achieved`` and
+    ``relaxed`` including the quadratic penalty; ``recoverable_nats`` is on report.
+    """
+
+    current: float
+    achieved: float
+    relaxed: float
+    penalty: float
+    steps: int
+    recoverable_nats: Interval
+
+
+class LossRecord(Record):
+    """Losses on report. ``current`` is the model as it stands, ``composed`` with the whole witness.
+
+    Controls (``None`` = not run within the budget): ``head_control`` the model with its head re-fitted,
+    ``shuffled`` the same construction from targets permuted across sequences, ``untrained`` the same
+    construction on the same architecture at initialisation.
+    """
+
+    current: float
+    composed: float | None = None
+    head_control: float | None = None
+    shuffled: float | None = None
+    untrained: float | None = None
+    untrained_start: float | None = None
+    composed_gain: Interval | None = None
+    shuffled_gain: Interval | None = None
+
+
+class RoundRecord(Record):
+    """One joint round: which direction and step length were chosen, and the select loss that chose them."""
+
+    direction: str
+    step: float
+    output_change: float
+    select_before: float
+    select_after: float
+
+
+class StageCost(Record):
+    """Wall time and work of one stage of the audit."""
+
+    name: str
+    wall_seconds: float
+    forward_equivalents: float
+
+
+class CostRecord(Record):
+    """The whole cost; one forward equivalent is one forward pass of the model over all probe tokens."""
+
+    forward_equivalents: float
+    wall_seconds: float
+    peak_bytes: int
+    stages: tuple[StageCost, ...] = ()
+
+
+class ModelRecord(Record):
+    """The audited model; ``fingerprint`` is SHA-256 over names, shapes, dtypes and bytes of its tensors."""
+
+    name: str
+    fingerprint: str
+    parameters: int
+    blocks: int
+    architecture: str
+    dtype: str
+    source: str | None = None
+
+
+class ProbeRecord(Record):
+    """The text that was used, split by sequence; ``fingerprint`` is SHA-256 over token ids and splits."""
+
+    fingerprint: str
+    source: str
+    sequence_length: int
+    fit_tokens: int
+    select_tokens: int
+    report_tokens: int
+    fit_sequences: int
+    select_sequences: int
+    report_sequences: int
+    in_distribution: bool
+
+
+class WitnessRecord(Record):
+    """The file of replacement weights that belongs to this record."""
+
+    file: str
+    sha256: str
+    bytes: int
+    dtype: str
+
+
+class AuditRecord(Record):
+    """Everything one audit found. ``complete`` is false if the budget or the user stopped it early."""
+
+    schema_version: int = Field(default=SCHEMA_VERSION, alias="schema")
+    kind: Literal["audit"] = "audit"
+    created: str
+    conclusion: str
+    complete: bool
+    margin_nats: float
+    informative: bool
+    model: ModelRecord
+    probe: ProbeRecord
+    loss: LossRecord
+    blocks: tuple[BlockRecord, ...]
+    head: HeadRecord | None = None
+    rounds: tuple[RoundRecord, ...] = ()
+    cost: CostRecord
+    witness: WitnessRecord | None = None
+    notes: tuple[str, ...] = ()
+    settings: dict[str, bool | int | float | str | None]
+    seed: int
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        """Return the record as indented JSON, with the key ``schema`` that readers look for."""
+        return self.model_dump_json(by_alias=True, indent=2)

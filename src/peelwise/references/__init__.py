@@ -1,0 +1,1 @@
+"""Pure mathematics: one file per kind of reference that a layer is compared with."""

@@ -1,0 +1,1 @@
+"""What people see: terminal and HTML, made from records alone, never from a model."""

@@ -1,0 +1,1 @@
+"""Pure tensors: sums over tokens and damped solves. Nothing here knows what a model is."""
