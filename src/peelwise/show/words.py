@@ -1,0 +1,243 @@
+"""The words, letters, shapes and number formats that every view shares, so that no two views disagree.
+
+A verdict is told apart three times: by letter, by shape and by colour (hue *and* lightness), because about
+one reader in twenty cannot tell red from green, and a printed page often has no colour at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from peelwise.records import AuditRecord, BlockRecord, Colour, Interval
+
+NOT_MEASURED = "not measured"
+NOT_IN_BUDGET = "not measured within the budget"
+INTERACTION = "interaction with neighbours"
+INTERACTION_MEANING = (
+    "significantly negative. Refined together, the block and its neighbours take the same step twice, so "
+    "they cannot be judged one by one; it never means that nothing is there"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class VerdictWords:
+    """How one verdict is written and drawn: ``light`` and ``dark`` are hex colours on those backgrounds."""
+
+    letter: str
+    shape: str
+    short: str
+    words: str
+    meaning: str
+    light: str
+    dark: str
+    style: str
+
+
+VERDICTS: Mapping[Colour, VerdictWords] = MappingProxyType(
+    {
+        "red": VerdictWords(
+            letter="R",
+            shape="■",
+            short="under-optimised",
+            words="certified under-optimised",
+            meaning="Replacement weights exist that lower the loss by more than the margin on text they "
+            "were not fitted on, and the loss has stopped falling.",
+            light="#b3261e",
+            dark="#ff8f7a",
+            style="bold red",
+        ),
+        "yellow": VerdictWords(
+            letter="Y",
+            shape="▲",
+            short="recoverable",
+            words="recoverable",
+            meaning="More than the margin can be recovered, but training is still under way, or adaptation "
+            "to this text cannot be told apart from under-training.",
+            light="#9a5b00",
+            dark="#f2c14e",
+            style="yellow",
+        ),
+        "green": VerdictWords(
+            letter="G",
+            shape="●",
+            short="none found",
+            words="nothing above the margin found",
+            meaning="The search found nothing above the margin. This proves nothing: a better search might.",
+            light="#0a7358",
+            dark="#56cfa6",
+            style="green",
+        ),
+        "grey": VerdictWords(
+            letter="?",
+            shape="◇",
+            short="undecided",
+            words="undecided",
+            meaning="The interval covers the margin, or the block was not measured: more probe tokens or a "
+            "larger budget are needed.",
+            light="#5d6675",
+            dark="#a5afbd",
+            style="dim",
+        ),
+    }
+)
+
+
+def nats(value: float | None, *, signed: bool = False) -> str:
+    """Return ``value`` with four decimals, or the words for a missing one.
+
+    Args:
+        value: Nats per token; ``None`` means not measured, which is never shown as zero.
+        signed: Whether a positive value carries its sign.
+
+    Returns:
+        For example ``2.8741``, ``+0.0312`` or ``not measured``.
+    """
+    if value is None:
+        return NOT_MEASURED
+    return f"{value:+z.4f}" if signed else f"{value:z.4f}"
+
+
+def plus_minus(interval: Interval | None) -> str:
+    """Return an interval as ``+0.0312 ±0.0040``; a lopsided one is given its larger half.
+
+    Args:
+        interval: Nats per token, or ``None``.
+
+    Returns:
+        Mean and half width, or the words for a missing value.
+    """
+    if interval is None:
+        return NOT_MEASURED
+    half = max(interval.high - interval.mean, interval.mean - interval.low)
+    return f"{nats(interval.mean, signed=True)} ±{nats(half)}"
+
+
+def bracket(interval: Interval | None) -> str:
+    """Return the two ends of an interval as ``[+0.0272, +0.0352]``, or the words for a missing one.
+
+    Args:
+        interval: Nats per token, or ``None``.
+
+    Returns:
+        Both ends with their signs.
+    """
+    if interval is None:
+        return NOT_MEASURED
+    return f"[{nats(interval.low, signed=True)}, {nats(interval.high, signed=True)}]"
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """Return a quantity without a fixed scale, such as an energy, with a few significant digits.
+
+    Args:
+        value: The quantity, or ``None``.
+        digits: Significant digits.
+
+    Returns:
+        For example ``0.0612`` or ``134``; the words for a missing value.
+    """
+    return NOT_MEASURED if value is None else f"{value:.{digits}g}"
+
+
+def percent(share: float | None) -> str:
+    """Return a share between 0 and 1 in percent, or the words for a missing one."""
+    return NOT_MEASURED if share is None else f"{100 * share:z.0f} %"
+
+
+def amount(value: float, base: int = 1000, unit: str = "") -> str:
+    """Return a large amount with a prefix, for example ``134.5 M`` or ``512.0 MiB``.
+
+    Args:
+        value: The amount, at least zero.
+        base: 1000 for counts, 1024 for bytes.
+        unit: Written behind the prefix.
+
+    Returns:
+        The amount with one decimal, or as an integer below ``base``.
+    """
+    if value < base:
+        return f"{value:.0f} {unit}".rstrip()
+    prefixes = ("k", "M", "G", "T") if base == 1000 else ("Ki", "Mi", "Gi", "Ti")
+    for prefix in prefixes:
+        value /= base
+        if value < base or prefix == prefixes[-1]:
+            break
+    return f"{value:.1f} {prefix}{unit}"
+
+
+def duration(seconds: float) -> str:
+    """Return wall time for people, for example ``0.4 s``, ``48 s``, ``3 min 12 s`` or ``2 h 05 min``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def clean(text: str) -> str:
+    """Return ``text`` without characters that could steer a terminal or reorder a line.
+
+    A model name may come from anywhere; an escape sequence or a right-to-left override in it must not be able to
+    make one verdict look like another.
+
+    Args:
+        text: Any string of a record.
+
+    Returns:
+        The same text, white space made plain and unprintable characters replaced by U+FFFD.
+    """
+    return "".join(" " if c.isspace() else c if c.isprintable() else "\ufffd" for c in text)
+
+
+def is_interaction(unique: Interval | None) -> bool:
+    """Return whether a unique recoverable loss is significantly negative."""
+    return unique is not None and unique.high < 0
+
+
+def is_measured(block: BlockRecord) -> bool:
+    """Return whether anything was found out about the block's recoverable loss."""
+    return block.recoverable_nats is not None or block.unique_nats is not None
+
+
+def counts(record: AuditRecord) -> dict[Colour, int]:
+    """Return how many blocks carry each verdict, in the order red, yellow, green, grey."""
+    return {colour: sum(block.verdict == colour for block in record.blocks) for colour in VERDICTS}
+
+
+def gain_sentence(record: AuditRecord) -> str:
+    """Return what the whole witness does to the loss, claiming no more than its interval allows.
+
+    Args:
+        record: The audit.
+
+    Returns:
+        One sentence without the numbers themselves.
+    """
+    gain = record.loss.composed_gain
+    if record.loss.composed is None or gain is None:
+        return f"All blocks refined together: {NOT_IN_BUDGET}."
+    if gain.low > 0:
+        return "lower loss with the replacement weights, on text they were neither fitted nor chosen on"
+    if gain.high < 0:
+        return "higher loss with the replacement weights: this witness proves nothing"
+    return "change of the loss with the replacement weights; the interval contains zero, so nothing is proven"
+
+
+def control_sentence(record: AuditRecord) -> str:
+    """Return whether the bound may be believed, as its null controls tell.
+
+    Args:
+        record: The audit.
+
+    Returns:
+        One sentence that begins with *Informative*, *Uninformative* or says that no control was run.
+    """
+    if record.loss.shuffled is None and record.loss.untrained is None:
+        return f"Null controls: {NOT_IN_BUDGET}."
+    if record.informative:
+        return "Informative: the bound beats its null controls."
+    return "Uninformative: the bound does not beat its null controls and should not be believed."
