@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from peelwise.records import (
@@ -110,7 +111,7 @@ def _rounds() -> tuple[RoundRecord, ...]:
             select_before=before,
             select_after=after,
         )
-        for place, (before, after) in enumerate(zip(losses, losses[1:], strict=False))
+        for place, (before, after) in enumerate(itertools.pairwise(losses))
     )
 
 
@@ -238,7 +239,7 @@ def hostile() -> AuditRecord:
             "created": HOSTILE,
             "blocks": blocks,
             "model": record.model.model_copy(
-                update={key: HOSTILE for key in ("name", "fingerprint", "architecture", "dtype", "source")}
+                update=dict.fromkeys(("name", "fingerprint", "architecture", "dtype", "source"), HOSTILE)
             ),
             "probe": record.probe.model_copy(update={"fingerprint": HOSTILE, "source": HOSTILE}),
             "rounds": tuple(one.model_copy(update={"direction": HOSTILE}) for one in record.rounds),

@@ -30,7 +30,6 @@ from peelwise.show.words import (
     is_interaction,
     nats,
     plus_minus,
-    significant,
 )
 
 WIDE = 96
@@ -205,13 +204,10 @@ def _closing(record: AuditRecord, folder: str | None) -> RenderableType:
         lines.append(Text(f"Stopped early: what is missing was {NOT_IN_BUDGET}.", style="bold yellow"))
     lines += [Text(f"Note: {clean(note)}") for note in record.notes]
     cost = record.cost
-    lines.append(
-        Text(
-            f"Cost: {duration(cost.wall_seconds)}, {cost.forward_equivalents:.1f} forward passes over the probe, "
-            f"peak memory {amount(cost.peak_bytes, 1024, 'B')}. Margin {nats(record.margin_nats)} nats per token.",
-            style="dim",
-        )
-    )
+    work = f"{cost.forward_equivalents:.1f} forward passes over the probe"
+    memory = f"peak memory {amount(cost.peak_bytes, 1024, 'B')}"
+    lines.append(Text(f"Cost: {duration(cost.wall_seconds)}, {work}, {memory}.", style="dim"))
+    lines.append(Text(f"Margin: {nats(record.margin_nats)} nats per token.", style="dim"))
     if record.witness is not None:
         size = amount(record.witness.bytes, 1024, "B")
         lines.append(Text(f"Witness: {clean(record.witness.file)} ({size})", style="dim"))

@@ -181,8 +181,8 @@ def duration(seconds: float) -> str:
 def clean(text: str) -> str:
     """Return ``text`` without characters that could steer a terminal or reorder a line.
 
-    A model name may come from anywhere; an escape sequence or a right-to-left override in it must not be able to
-    make one verdict look like another.
+    A model name may come from anywhere; an escape sequence or a right-to-left override in it must not be
+    able to make one verdict look like another.
 
     Args:
         text: Any string of a record.

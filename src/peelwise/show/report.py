@@ -1,0 +1,129 @@
+"""One audit as one HTML file: no script, no network, legible on light, dark and paper, with or without colour."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from peelwise.records import AuditRecord, BlockRecord
+from peelwise.show import sections
+from peelwise.show.markup import chip, esc, paragraph
+from peelwise.show.words import (
+    NOT_IN_BUDGET,
+    VERDICTS,
+    amount,
+    bracket,
+    control_sentence,
+    counts,
+    gain_sentence,
+    nats,
+    plus_minus,
+)
+
+# Nothing may be loaded from anywhere and nothing may run, whatever a record's strings contain.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+
+
+def render_html(record: AuditRecord) -> str:
+    """Return the report of an audit as one self-contained HTML document.
+
+    Args:
+        record: What the audit found; parts that were not measured are named as such.
+
+    Returns:
+        The document, the same for the same record and the same version of matplotlib.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
+    body = "".join(
+        (
+            _header(record),
+            "<main>",
+            _verdicts(record),
+            sections.recoverable(record),
+            sections.losses(record),
+            sections.reading(record),
+            sections.inside(record),
+            sections.head_and_rounds(record),
+            sections.blocks(record),
+            sections.verifying(record),
+            sections.cost(record),
+            sections.origin(record),
+            "</main>",
+        )
+    )
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"/>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
+        '<meta name="color-scheme" content="light dark"/><link rel="icon" href="data:,"/>'
+        f"<title>{esc(record.model.name)} – peelwise audit</title><style>{_style()}</style></head>"
+        f"<body>{body}</body></html>\n"
+    )
+
+
+def _style() -> str:
+    """Return the style sheet, its verdict colours taken from the one place that holds them."""
+    light = "".join(f"--{colour}:{words.light};" for colour, words in VERDICTS.items())
+    dark = "".join(f"--{colour}:{words.dark};" for colour, words in VERDICTS.items())
+    sheet = files("peelwise.show").joinpath("report.css").read_text(encoding="utf-8")
+    return f":root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}\n{sheet}"
+
+
+def _header(record: AuditRecord) -> str:
+    model = record.model
+    facts = (
+        f"{amount(model.parameters)} parameters",
+        f"{model.blocks} blocks",
+        model.architecture,
+        model.dtype,
+        record.created,
+    )
+    return (
+        f'<header><p class="eyebrow">peelwise audit</p><h1>{esc(model.name)}</h1>'
+        f'<p class="facts">{"".join(f"<span>{esc(fact)}</span>" for fact in facts)}</p>'
+        f'<p class="conclusion">{esc(record.conclusion)}</p>{_warnings(record)}</header>'
+    )
+
+
+def _warnings(record: AuditRecord) -> str:
+    lines = []
+    if not record.complete:
+        lines.append(f"Stopped early. What is missing below was {NOT_IN_BUDGET}.")
+    controlled = record.loss.shuffled is not None or record.loss.untrained is not None
+    if controlled and not record.informative:
+        lines.append(control_sentence(record))
+    return "".join(paragraph(line, "warning") for line in lines)
+
+
+def _verdicts(record: AuditRecord) -> str:
+    """The verdict strip and the one number: what a reader in a hurry should see."""
+    gain = record.loss.composed_gain
+    if gain is None or record.loss.composed is None:
+        number = f'<p class="number missing">{NOT_IN_BUDGET}</p><p class="what">the whole witness\'s gain</p>'
+    else:
+        number = (
+            f'<p class="number">{nats(gain.mean, signed=True)} <small>nats per token</small></p>'
+            f'<p class="range">95 % interval {bracket(gain)}</p><p class="what">{esc(gain_sentence(record))}</p>'
+        )
+    tally = "".join(
+        f"<li><strong>{number}</strong>{chip(colour)}</li>" for colour, number in counts(record).items()
+    )
+    cells = "".join(_cell(block) for block in record.blocks)
+    return (
+        '<section id="verdicts" class="card"><div class="hero">'
+        f'<div>{number}</div><ul class="tally">{tally}</ul></div>'
+        f'<ol class="strip" aria-label="Verdict of each block, first to last">{cells}</ol></section>'
+    )
+
+
+def _cell(block: BlockRecord) -> str:
+    words = VERDICTS[block.verdict]
+    label = (
+        f"Block {block.index} ({block.name}): {words.words}. Alone {plus_minus(block.recoverable_nats)}, "
+        f"unique {plus_minus(block.unique_nats)} nats per token. {block.reason}"
+    )
+    return (
+        f'<li title="{esc(label)}" aria-label="{esc(label)}" data-block="{block.index}">'
+        f'<b class="tile {block.verdict}">{words.letter}</b><i>{block.index}</i></li>'
+    )
