@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 860
+WIDTH = 912
 MOST_MATRICES = 20
 MARKERS: dict[Colour, str] = {"red": "s", "yellow": "^", "green": "o", "grey": "D"}
 OTHERS = "(others)"
@@ -55,7 +55,11 @@ def losses(record: AuditRecord) -> str:
         for place, (_, value, colour) in enumerate(rows):
             axes.plot([loss.current, value], [place, place], color=COLOURS[colour], linewidth=3)
             axes.plot([value], [place], "o", color=COLOURS[colour], markersize=9)
-            axes.annotate(nats(value), (value, place), (0, 9), textcoords="offset points", ha="center")
+            # On the side away from the line at "now", so that the two never cross.
+            aside, align = (-10, "right") if value < loss.current else (10, "left")
+            axes.annotate(
+                nats(value), (value, place), (aside, 0), textcoords="offset points", ha=align, va="center"
+            )
         axes.set_yticks(range(len(rows)), [name for name, _, _ in rows], color=COLOURS["ink"])
         axes.set_ylim(-0.6, len(rows) - 0.2)
         axes.margins(x=0.12)
@@ -71,7 +75,7 @@ def losses(record: AuditRecord) -> str:
 
 
 def matrices(record: AuditRecord) -> str:
-    """Draw each linear map's share of its block's explained gradient energy, darker for more."""
+    """Draw each linear map's share of its block's explained gradient energy, stronger for more."""
     blocks = [block for block in record.blocks if block.matrices]
     if not blocks:
         return ""
@@ -87,7 +91,7 @@ def matrices(record: AuditRecord) -> str:
             axes.spines[side].set_visible(False)
         _depth_axis(axes, record.blocks)
 
-    size = (_width(len(record.blocks)), 70 + 24 * len(rows))
+    size = (_width(len(record.blocks)), 90 + 24 * len(rows))
     return draw("matrices", "Share of each linear map within its block", size, paint)
 
 
@@ -99,7 +103,7 @@ def energy(record: AuditRecord) -> str:
     held = [b for b in record.blocks if b.held_out_energy is not None and b.held_out_energy > 0]
 
     def paint(figure: Figure) -> None:
-        from matplotlib.ticker import FuncFormatter, NullFormatter
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
         axes = figure.subplots()
         axes.plot(
@@ -118,6 +122,8 @@ def energy(record: AuditRecord) -> str:
             color=COLOURS["muted"],
         )
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_ylabel("nats per unit step (log)")
@@ -170,7 +176,7 @@ def split(record: AuditRecord) -> str:
 
 def _width(blocks: int) -> int:
     """Few blocks need no wide chart, in which two dots would be lost."""
-    return max(460, min(WIDTH, 160 + 28 * blocks))
+    return max(560, min(WIDTH, 160 + 28 * blocks))
 
 
 def _share(axes: Axes, value: float) -> float:
@@ -294,3 +300,5 @@ def _share_cells(axes: Axes, blocks: Sequence[BlockRecord], rows: Sequence[str])
     for step, cells in sorted(steps.items()):
         path = Path.make_compound_path(*cells)
         axes.add_patch(PathPatch(path, color=COLOURS["accent"], alpha=step / largest, linewidth=0))
+    scale = f"strongest colour: {5 * largest} %"
+    axes.set_title(scale, loc="right", fontsize=11, fontweight="normal", color=COLOURS["muted"])

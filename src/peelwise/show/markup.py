@@ -1,4 +1,4 @@
-"""The few pieces of HTML the report is built from. Arguments named ``html`` are markup, all others are text."""
+"""The few pieces of HTML the report is built from. Arguments named ``html`` are markup, others are text."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def chart(svg: str, caption_html: str, missing: str) -> str:
     """
     if not svg:
         return paragraph(missing, "missing")
-    return f'<figure><div class="scroll" tabindex="0">{svg}</div><figcaption>{caption_html}</figcaption></figure>'
+    body = f'<div class="scroll" tabindex="0">{svg}</div>'
+    return f"<figure>{body}<figcaption>{caption_html}</figcaption></figure>"
 
 
 def table(

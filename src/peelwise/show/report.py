@@ -1,13 +1,15 @@
-"""One audit as one HTML file: no script, no network, legible on light, dark and paper, with or without colour."""
+"""One audit as one HTML file: no script, no network, legible on screen and paper, with or without colour."""
 
 from __future__ import annotations
 
+import math
 from importlib.resources import files
 
 from peelwise.records import AuditRecord, BlockRecord
 from peelwise.show import sections
 from peelwise.show.markup import chip, esc, paragraph
 from peelwise.show.words import (
+    INTERACTION,
     NOT_IN_BUDGET,
     VERDICTS,
     amount,
@@ -15,9 +17,13 @@ from peelwise.show.words import (
     control_sentence,
     counts,
     gain_sentence,
+    is_interaction,
     nats,
     plus_minus,
 )
+
+MOST_IN_A_ROW = 32
+FLAG = '<em class="flag">✕</em>'
 
 # Nothing may be loaded from anywhere and nothing may run, whatever a record's strings contain.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -104,26 +110,36 @@ def _verdicts(record: AuditRecord) -> str:
     else:
         number = (
             f'<p class="number">{nats(gain.mean, signed=True)} <small>nats per token</small></p>'
-            f'<p class="range">95 % interval {bracket(gain)}</p><p class="what">{esc(gain_sentence(record))}</p>'
+            f'<p class="range">95 % interval {bracket(gain)}</p>'
+            f'<p class="what">{esc(gain_sentence(record))}</p>'
         )
     tally = "".join(
         f"<li><strong>{number}</strong>{chip(colour)}</li>" for colour, number in counts(record).items()
     )
+    odd = sum(is_interaction(block.unique_nats) for block in record.blocks)
+    if odd:
+        tally += f'<li><strong>{odd}</strong><span class="chip">{FLAG}<span>{INTERACTION}</span></span></li>'
     cells = "".join(_cell(block) for block in record.blocks)
+    # Rows of equal length, so that no last row of two blocks hangs below thirty.
+    rows = max(1, math.ceil(len(record.blocks) / MOST_IN_A_ROW))
+    columns = max(1, math.ceil(len(record.blocks) / rows))
     return (
         '<section id="verdicts" class="card"><div class="hero">'
         f'<div>{number}</div><ul class="tally">{tally}</ul></div>'
-        f'<ol class="strip" aria-label="Verdict of each block, first to last">{cells}</ol></section>'
+        f'<ol class="strip" style="--columns:{columns}" aria-label="Verdict of each block, first to last">'
+        f"{cells}</ol></section>"
     )
 
 
 def _cell(block: BlockRecord) -> str:
     words = VERDICTS[block.verdict]
+    odd = is_interaction(block.unique_nats)
     label = (
         f"Block {block.index} ({block.name}): {words.words}. Alone {plus_minus(block.recoverable_nats)}, "
         f"unique {plus_minus(block.unique_nats)} nats per token. {block.reason}"
+        f"{f'. {INTERACTION}' if odd else ''}"
     )
     return (
         f'<li title="{esc(label)}" aria-label="{esc(label)}" data-block="{block.index}">'
-        f'<b class="tile {block.verdict}">{words.letter}</b><i>{block.index}</i></li>'
+        f'<b class="tile {block.verdict}">{words.letter}</b><i>{block.index}</i>{FLAG if odd else ""}</li>'
     )

@@ -29,8 +29,8 @@ def recoverable(record: AuditRecord) -> str:
     shapes = " · ".join(f"{words.shape} {words.short}" for words in VERDICTS.values())
     caption = [
         f"{esc(shapes)}. Bars are 95 % intervals; the dashed line is the margin, "
-        f"{nats(record.margin_nats)} nats per token. Neighbours can do part of each other's work, so the two rows "
-        "answer different questions."
+        f"{nats(record.margin_nats)} nats per token. Neighbours can do part of each other's work, so the two "
+        "rows answer different questions."
     ]
     if any(block.recoverable_nats is None or block.unique_nats is None for block in record.blocks):
         caption.append(f"Shaded: {NOT_IN_BUDGET}.")
@@ -83,15 +83,17 @@ def reading(record: AuditRecord) -> str:
         for colour, words in VERDICTS.items()
     )
     text = (
-        "A witness is a set of replacement weights of the same shape. If it lowers the loss on text it was neither "
-        "fitted nor chosen on, the model is proven to be under-optimised on this data by at least that much.",
+        "A witness is a set of replacement weights of the same shape. If it lowers the loss on text it was "
+        "neither fitted nor chosen on, the model is proven to be under-optimised on this data by at least "
+        "that much.",
         "If none is found, nothing is proven: the words are “none found”, never “optimal”.",
-        "Every number is measured on the report part of the probe, whose sequences were used for nothing else. "
-        "Differences are paired by sequence; verdicts are adjusted for asking about many blocks, drawn intervals are not.",
+        "Unless a number says otherwise, it is measured on the report part of the probe, whose sequences "
+        "were used for nothing else. Differences are paired by sequence; verdicts are adjusted for asking about "
+        "many blocks, the intervals drawn are not.",
         "The probe was declared to be training text."
         if record.probe.in_distribution
-        else "The probe is not known to be training text. What can be recovered then mixes under-training with "
-        "adaptation to this text, and the two cannot be told apart without training text.",
+        else "The probe is not known to be training text. What can be recovered then mixes under-training "
+        "with adaptation to this text, and the two cannot be told apart without training text.",
     )
     points = "".join(f"<li>{esc(line)}</li>" for line in text)
     return section(
@@ -103,21 +105,22 @@ def inside(record: AuditRecord) -> str:
     """Show gradient energy over depth and within each block, and the parts of a low-bit layer's error."""
     energy = chart(
         charts.energy(record),
-        "Energy of the gradient that a block's own inputs explain; the short dashes are what survives on tokens it "
-        "was not computed from (values at or below zero are not drawn). A block far above its neighbours deserves a look. "
-        "It ranks blocks; it proves nothing.",
+        "Energy of the gradient that a block's own inputs explain; the short dashes are what survives on "
+        "tokens it was not computed from (values at or below zero are not drawn). A block far above its "
+        "neighbours deserves a look. It ranks blocks; it proves nothing.",
         _MISSING,
     )
     shares = chart(
         charts.matrices(record),
-        "Darker means a larger part of the block's explained energy. It tells where in the block the step acts.",
+        "Stronger colour means a larger part of the block's explained energy. It tells where in "
+        "the block the step acts.",
         _MISSING,
     )
     split = charts.split(record)
     parts = chart(
         split,
-        "Irreducible: no weights of any precision do better. Price of precision: at most this is due to the bits. "
-        "Left on the table: certified, at the same bits.",
+        "Irreducible: no weights of any precision do better. Price of precision: at most this is due to "
+        "the bits. Left on the table: certified, at the same bits.",
         "",
     )
     extra = ("<h3>Local error of the low-bit layers</h3>", parts) if split else ()
@@ -142,15 +145,13 @@ def head_and_rounds(record: AuditRecord) -> str:
             (
                 ("current", nats(head.current)),
                 ("achieved by a witness", nats(head.achieved)),
-                ("relaxed: no head can do better", nats(head.relaxed)),
-                (
-                    "recoverable on report",
-                    f"{nats(head.recoverable_nats.mean, signed=True)} {bracket(head.recoverable_nats)}",
-                ),
+                ("relaxed: no head is below this", nats(head.relaxed)),
+                ("recoverable on report", _gain(head.recoverable_nats)),
             )
         ) + paragraph(
-            f"The head alone is a convex problem, so its optimum is known from both sides. The first three values are on "
-            f"the fit tokens; achieved and relaxed include a penalty of {nats(head.penalty)}. {head.steps} steps.",
+            "The head alone is a convex problem, so its optimum is known from both sides. The first three "
+            "values are on the fit tokens; achieved and relaxed are of the penalised objective "
+            f"(penalty {nats(head.penalty)}). {head.steps} steps.",
             "small",
         )
     rows = [
@@ -180,17 +181,7 @@ def head_and_rounds(record: AuditRecord) -> str:
 
 def blocks(record: AuditRecord) -> str:
     """Show every number of every block."""
-    titles = (
-        "block",
-        "verdict",
-        "alone",
-        "unique",
-        "energy",
-        "held out",
-        "gradient norm",
-        "rounds",
-        "largest share",
-    )
+    titles = ("block", "verdict", "alone", "unique", "energy", "gradient", "rounds", "largest share")
     listing = table(
         titles, [_block_row(block) for block in record.blocks], caption="Every block", style="blocks"
     )
@@ -200,8 +191,8 @@ def blocks(record: AuditRecord) -> str:
 def verifying(record: AuditRecord) -> str:
     """Say how somebody who trusts nobody can check the certificate."""
     steps = paragraph(
-        "With the certificate folder, the model and the probe text, one pass recomputes the losses with the replacement "
-        "weights in place and compares them with this record. No trust in the search is needed."
+        "With the certificate folder, the model and the probe text, one pass recomputes the losses with the "
+        "replacement weights in place and compares them with this record. No trust in the search is needed."
     )
     command = "<pre><code>peelwise verify DIR</code></pre>"
     if record.witness is None:
@@ -233,8 +224,8 @@ def cost(record: AuditRecord) -> str:
         for stage in total.stages
     ]
     sentence = paragraph(
-        f"{duration(total.wall_seconds)}, {total.forward_equivalents:.1f} forward passes over the probe, peak memory "
-        f"{amount(total.peak_bytes, 1024, 'B')}."
+        f"{duration(total.wall_seconds)}, {total.forward_equivalents:.1f} forward passes over the probe, "
+        f"peak memory {amount(total.peak_bytes, 1024, 'B')}."
     )
     titles = ("stage", "wall time", "forward passes", "")
     return section(
@@ -277,18 +268,25 @@ def origin(record: AuditRecord) -> str:
 
 
 def _block_row(block: BlockRecord) -> tuple[str, ...]:
-    needed = f" About {block.tokens_needed:,} report tokens would decide." if block.tokens_needed else ""
+    held_out = "" if block.held_out_energy is None else f"{significant(block.held_out_energy)} held out"
+    measured = block.recoverable_nats is not None or block.unique_nats is not None
     return (
         f"{block.index}<small>{esc(block.name)}</small>",
-        f"{chip(block.verdict)}<small>{esc(block.reason + needed)}</small>",
+        f"{chip(block.verdict, VERDICTS[block.verdict].short)}<small>{esc(_reason(block))}</small>",
         _interval(block.recoverable_nats),
         _interval(block.unique_nats),
-        _value(significant(block.energy)),
-        _value(significant(block.held_out_energy)),
+        f"{_value(significant(block.energy))}<small>{held_out}</small>",
         _value(significant(block.gradient_norm)),
-        str(block.rounds) if block.recoverable_nats or block.unique_nats else _value(NOT_MEASURED),
+        str(block.rounds) if measured else _value(NOT_MEASURED),
         _largest_share(block),
     )
+
+
+def _reason(block: BlockRecord) -> str:
+    """Return the reason, with the tokens a decision would need unless the reason names them already."""
+    if block.tokens_needed is None or f"{block.tokens_needed:,}" in block.reason:
+        return block.reason
+    return f"{block.reason}; about {block.tokens_needed:,} report tokens would decide"
 
 
 def _largest_share(block: BlockRecord) -> str:

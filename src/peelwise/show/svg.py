@@ -1,7 +1,7 @@
 """Turns a matplotlib figure into a small SVG that lives inside a page and takes its colours from it.
 
-The figure is painted with sentinel colours that no chart would use; afterwards each becomes a CSS variable, so
-the same drawing is right on a light page, on a dark one and on paper.
+The figure is painted with sentinel colours that no chart would use; afterwards each becomes a CSS
+variable, so the same drawing is right on a light page, on a dark one and on paper.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ _SETTINGS: dict[Any, Any] = {
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
+    "axes.unicode_minus": False,
     "grid.linewidth": 0.7,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
