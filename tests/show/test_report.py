@@ -52,6 +52,7 @@ def test_well_formed_small_and_without_foreign_references(name: str, pages: dict
     assert all(link == "data:," or link.startswith("#") for link in links)
     assert "url(" not in re.sub(r"url\(#\w+\)", "", page)
     assert "@import" not in page
+    assert "://" not in page
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -163,6 +164,8 @@ def opened(page: Path, profile: Path) -> tuple[str, list[str]]:
     command = [
         str(CHROMIUM),
         *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"),
+        # The browser's own calls home stay on this machine too.
+        "--host-resolver-rules=MAP * ~NOTFOUND",
         *(f"--user-data-dir={profile}", "--enable-logging=stderr", "--v=0", "--dump-dom", page.as_uri()),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)

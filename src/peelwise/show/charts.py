@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from peelwise.records import AuditRecord, BlockRecord, Colour, Interval, MatrixRecord
 from peelwise.show.svg import COLOURS, draw, safe_label
-from peelwise.show.words import NOT_IN_BUDGET, VERDICTS, is_interaction, nats
+from peelwise.show.words import NOT_IN_BUDGET, VERDICTS, is_interaction, is_measured, nats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,7 @@ OTHERS = "(others)"
 def recoverable(record: AuditRecord) -> str:
     """Draw what each block can give, alone and uniquely, with 95 % intervals and the margin."""
     blocks = record.blocks
-    if all(block.recoverable_nats is None and block.unique_nats is None for block in blocks):
+    if not any(is_measured(block) for block in blocks):
         return ""
 
     def paint(figure: Figure) -> None:
@@ -236,7 +236,7 @@ def _intervals(
     axes.annotate(
         "margin",
         (1, margin),
-        (-2, 3),
+        (-2, 5),
         axes.get_yaxis_transform(),
         textcoords="offset points",
         ha="right",
@@ -300,5 +300,5 @@ def _share_cells(axes: Axes, blocks: Sequence[BlockRecord], rows: Sequence[str])
     for step, cells in sorted(steps.items()):
         path = Path.make_compound_path(*cells)
         axes.add_patch(PathPatch(path, color=COLOURS["accent"], alpha=step / largest, linewidth=0))
-    scale = f"strongest colour: {5 * largest} %"
+    scale = f"strongest colour: about {5 * largest} %"
     axes.set_title(scale, loc="right", fontsize=11, fontweight="normal", color=COLOURS["muted"])

@@ -16,6 +16,7 @@ from peelwise.show.words import (
     control_sentence,
     duration,
     is_interaction,
+    is_measured,
     nats,
     percent,
     significant,
@@ -88,8 +89,8 @@ def reading(record: AuditRecord) -> str:
         "that much.",
         "If none is found, nothing is proven: the words are “none found”, never “optimal”.",
         "Unless a number says otherwise, it is measured on the report part of the probe, whose sequences "
-        "were used for nothing else. Differences are paired by sequence; verdicts are adjusted for asking about "
-        "many blocks, the intervals drawn are not.",
+        "were used for nothing else. Differences are paired by sequence; verdicts are adjusted for asking "
+        "about many blocks, the intervals drawn are not.",
         "The probe was declared to be training text."
         if record.probe.in_distribution
         else "The probe is not known to be training text. What can be recovered then mixes under-training "
@@ -154,19 +155,6 @@ def head_and_rounds(record: AuditRecord) -> str:
             f"(penalty {nats(head.penalty)}). {head.steps} steps.",
             "small",
         )
-    rows = [
-        (
-            str(place),
-            esc(one.direction),
-            significant(one.step),
-            significant(one.output_change),
-            nats(one.select_before),
-            nats(one.select_after),
-        )
-        for place, one in enumerate(record.rounds, start=1)
-    ]
-    titles = ("round", "direction", "step", "output change", "select before", "select after")
-    listing = table(titles, rows, caption="What each joint round chose") if rows else ""
     picture = chart(charts.rounds(record), "Rounds are chosen on select and reported elsewhere.", _MISSING)
     return section(
         "head",
@@ -175,13 +163,22 @@ def head_and_rounds(record: AuditRecord) -> str:
         top,
         "<h3>Joint rounds</h3>",
         picture,
-        listing,
+        _rounds_table(record),
     )
 
 
 def blocks(record: AuditRecord) -> str:
     """Show every number of every block."""
-    titles = ("block", "verdict", "alone", "unique", "energy", "gradient", "rounds", "largest share")
+    titles = (
+        "block",
+        "verdict",
+        "alone",
+        "unique",
+        "energy, held out",
+        "gradient",
+        "rounds",
+        "largest share",
+    )
     listing = table(
         titles, [_block_row(block) for block in record.blocks], caption="Every block", style="blocks"
     )
@@ -267,17 +264,32 @@ def origin(record: AuditRecord) -> str:
     )
 
 
+def _rounds_table(record: AuditRecord) -> str:
+    rows = [
+        (
+            str(place),
+            esc(one.direction),
+            significant(one.step),
+            significant(one.output_change),
+            nats(one.select_before),
+            nats(one.select_after),
+        )
+        for place, one in enumerate(record.rounds, start=1)
+    ]
+    titles = ("round", "direction", "step", "output change", "select before", "select after")
+    return table(titles, rows, caption="What each joint round chose") if rows else ""
+
+
 def _block_row(block: BlockRecord) -> tuple[str, ...]:
-    held_out = "" if block.held_out_energy is None else f"{significant(block.held_out_energy)} held out"
-    measured = block.recoverable_nats is not None or block.unique_nats is not None
+    held_out = "" if block.held_out_energy is None else significant(block.held_out_energy)
     return (
-        f"{block.index}<small>{esc(block.name)}</small>",
+        f"{block.index}<small>{esc(block.name).replace('.', '.<wbr/>')}</small>",
         f"{chip(block.verdict, VERDICTS[block.verdict].short)}<small>{esc(_reason(block))}</small>",
         _interval(block.recoverable_nats),
         _interval(block.unique_nats),
         f"{_value(significant(block.energy))}<small>{held_out}</small>",
         _value(significant(block.gradient_norm)),
-        str(block.rounds) if measured else _value(NOT_MEASURED),
+        str(block.rounds) if is_measured(block) else _value(NOT_MEASURED),
         _largest_share(block),
     )
 
@@ -293,7 +305,7 @@ def _largest_share(block: BlockRecord) -> str:
     if not block.matrices:
         return _value(NOT_MEASURED)
     largest = max(block.matrices, key=lambda matrix: matrix.share)
-    return f"{percent(largest.share)}<small>{esc(largest.name)}</small>"
+    return f"{percent(largest.share)}<small>{esc(largest.name).replace('.', '.<wbr/>')}</small>"
 
 
 def _interval(interval: Interval | None) -> str:

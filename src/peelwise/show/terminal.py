@@ -6,6 +6,7 @@ Every verdict carries its letter and its words, so nothing is lost in a pipe or 
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from peelwise.show.words import (
     duration,
     gain_sentence,
     is_interaction,
+    is_measured,
     nats,
     plus_minus,
 )
@@ -125,7 +127,7 @@ def _block_table(record: AuditRecord, wide: bool) -> Table:
             _measured(block.recoverable_nats),
             _unique(block.unique_nats),
             _energy_bar(block.energy, ends),
-            str(block.rounds) if block.recoverable_nats or block.unique_nats else "–",
+            str(block.rounds) if is_measured(block) else "–",
         )
     return table
 
@@ -212,6 +214,7 @@ def _closing(record: AuditRecord, folder: str | None) -> RenderableType:
         size = amount(record.witness.bytes, 1024, "B")
         lines.append(Text(f"Witness: {clean(record.witness.file)} ({size})", style="dim"))
     if folder is not None:
-        lines.append(Text(f"Files are in {clean(folder)}. Check them with: peelwise verify {clean(folder)}"))
+        check = f"peelwise verify {shlex.quote(clean(folder))}"
+        lines.append(Text(f"Files are in {clean(folder)}. Check them with: {check}"))
     lines.append(Text("A witness proves; none found proves nothing.", style="dim italic"))
     return Group(*lines)
