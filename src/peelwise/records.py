@@ -53,7 +53,8 @@ class BlockRecord(Record):
     """What was found out about one block.
 
     ``recoverable_nats`` is the block refined alone, ``unique_nats`` what only this block gives once all
-    others are refined. ``None`` means not measured within the budget, never "nothing there".
+    others are refined; ``interaction`` marks a unique value that is significantly negative over all blocks
+    together: neighbours that compensate for each other. ``None`` means not measured within the budget, never "nothing there".
     ``energy`` is the gradient energy that the block's inputs explain on the fit tokens and
     ``held_out_energy`` the part of it that survives on the select tokens (nats per unit step; a ranking).
     """
@@ -69,6 +70,7 @@ class BlockRecord(Record):
     held_out_energy: float | None = None
     gradient_norm: float | None = None
     tokens_needed: int | None = None
+    interaction: bool = False
     matrices: tuple[MatrixRecord, ...] = ()
     split: SplitRecord | None = None
 
@@ -76,8 +78,8 @@ class BlockRecord(Record):
 class HeadRecord(Record):
     """The convex output head alone: present, best found and lower bound of the same damped objective.
 
-    ``current``, ``achieved`` and ``relaxed`` are in nats per token on the fit tokens, ``achieved`` and
-    ``relaxed`` including the quadratic penalty; ``recoverable_nats`` is on report.
+    ``current``, ``achieved`` and ``relaxed`` are in nats per token on the fit tokens and include the
+    quadratic penalty, which is zero at ``current``; ``recoverable_nats`` is on report.
     """
 
     current: float
@@ -103,7 +105,9 @@ class LossRecord(Record):
     untrained: float | None = None
     untrained_start: float | None = None
     composed_gain: Interval | None = None
+    head_control_gain: Interval | None = None
     shuffled_gain: Interval | None = None
+    untrained_gain: Interval | None = None
 
 
 class RoundRecord(Record):
@@ -170,7 +174,10 @@ class WitnessRecord(Record):
 
 
 class AuditRecord(Record):
-    """Everything one audit found. ``complete`` is false if the budget or the user stopped it early."""
+    """Everything one audit found. ``complete`` is false if the budget or the user stopped it early.
+
+    ``informative`` is ``None`` until the null controls have been run.
+    """
 
     schema_version: int = Field(default=SCHEMA_VERSION, alias="schema")
     kind: Literal["audit"] = "audit"
@@ -178,7 +185,7 @@ class AuditRecord(Record):
     conclusion: str
     complete: bool
     margin_nats: float
-    informative: bool
+    informative: bool | None
     model: ModelRecord
     probe: ProbeRecord
     loss: LossRecord

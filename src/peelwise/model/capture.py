@@ -1,0 +1,64 @@
+"""Record what enters and leaves the linear maps of a block while it runs. No mathematics here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from peelwise.errors import UnsupportedModelError
+from peelwise.model.layers import LinearMap
+
+
+@dataclass
+class Capture:
+    """Inputs and outputs of linear maps during one forward; maps fed by one tensor share a group.
+
+    Attributes:
+        inputs: per map, the input ``[..., d_in]`` detached.
+        outputs: per map, the output ``[..., d_out]``, still in the graph.
+        groups: per map, the name of the first map that was fed the very same tensor.
+    """
+
+    inputs: dict[LinearMap, Tensor] = field(default_factory=dict)
+    outputs: dict[LinearMap, Tensor] = field(default_factory=dict)
+    groups: dict[LinearMap, LinearMap] = field(default_factory=dict)
+
+
+@contextmanager
+def captured(linears: Sequence[LinearMap]) -> Iterator[Capture]:
+    """Record into the yielded `Capture` while the context is open, and leave no hook behind.
+
+    Close it before the backward pass: activation checkpointing runs forward hooks again there.
+    """
+    capture = Capture()
+    first_with: dict[int, LinearMap] = {}
+    handles = []
+
+    def record(linear: LinearMap, x: Tensor, y: Tensor) -> None:
+        if linear in capture.inputs:
+            raise UnsupportedModelError(f"Not yet: {linear.name} runs more than once per forward pass.")
+        first = first_with.setdefault(id(x), linear)
+        # Sharing a sum needs the same augmentation by ones.
+        capture.groups[linear] = first if first.has_bias == linear.has_bias else linear
+        # The tensor itself is kept so that its id stays its own until the context closes.
+        capture.inputs[linear] = x
+        capture.outputs[linear] = y
+
+    def hook(linear: LinearMap) -> Any:
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+            x = args[0] if args else kwargs["input"]
+            record(linear, x, y)
+
+        return after
+
+    try:
+        for linear in linears:
+            handles.append(linear.module.register_forward_hook(hook(linear), with_kwargs=True))
+        yield capture
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,347 @@
+"""Run a decoder-only model from any block on, and block by block backwards, with cached stations.
+
+The model's own code embeds tokens, builds masks and computes logits; only its blocks are called one by
+one, with the arguments they were seen to get. Stations are ``H_0`` (input of the first block) to ``H_L``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peelwise.errors import UnsupportedModelError
+from peelwise.model.capture import Capture, captured
+from peelwise.model.layers import Block, find_head, unwrapped
+from peelwise.probes import Split
+
+MICRO_BATCH_TOKENS = 1024
+
+
+@dataclass
+class Batch:
+    """One micro-batch of a split, with what the blocks were called with and the stations between them."""
+
+    inputs: Tensor  # [b, t] token ids
+    targets: Tensor  # [b, t] token ids
+    weights: Tensor  # [b, t] bool: predicted tokens
+    padded: bool
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)  # per block, without H
+    stations: list[Tensor] = field(default_factory=list)  # L + 1 of [b, t, d]
+    rest: tuple[Any, ...] | None = None  # what the last block returns beside H, if it returns a tuple
+
+
+@dataclass
+class Trace:
+    """A split run once through the model: cached stations and the loss of every sequence."""
+
+    batches: list[Batch]
+    losses: Tensor  # [sequences] float64, nats summed over the sequence's predicted tokens
+    tokens: Tensor  # [sequences] float64
+
+    @property
+    def mean(self) -> float:
+        """Loss in nats per token."""
+        return float(self.losses.sum() / self.tokens.sum())
+
+
+class Work:
+    """Counts token passes in units of one forward pass of the whole model over one token."""
+
+    def __init__(self) -> None:
+        self.token_forwards = 0.0
+
+    def add(self, share: float, tokens: float, times: float = 1.0) -> None:
+        """Add ``times`` passes of ``share`` (0..1) of the model over ``tokens``."""
+        self.token_forwards += share * tokens * times
+
+
+class Runner:
+    """The moving parts of a model, and the ways of running them that an audit needs.
+
+    Args:
+        model: any decoder-only language model whose blocks feed each other.
+        blocks: its blocks, from `find_blocks`.
+        micro_batch_tokens: tokens that go through the model at a time; results do not depend on it.
+    """
+
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[Block], *, micro_batch_tokens: int = MICRO_BATCH_TOKENS
+    ) -> None:
+        self.model = unwrapped(model)
+        self.blocks = tuple(blocks)
+        self.head = find_head(self.model, self.blocks)
+        self.micro_batch_tokens = micro_batch_tokens
+        self.work = Work()
+        sizes = [sum(p.numel() for p in b.module.parameters()) for b in self.blocks]
+        head = sum(p.numel() for p in self.head.parameters()) if self.head is not None else 0
+        total = max(sum(sizes) + head, 1)
+        self.shares = [size / total for size in sizes]
+        self.head_share = head / total
+
+    # -- forward ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def trace(self, split: Split) -> Trace:
+        """Run the whole model over a split, keeping the stations and the arguments of every block."""
+        batches = list(self._batches(split))
+        losses = [self._traced(batch) for batch in batches]
+        self.work.add(1.0, split.tokens)
+        return Trace(batches, torch.cat(losses), _tokens(batches))
+
+    @torch.no_grad()
+    def losses_from(self, trace: Trace, start: int) -> Tensor:
+        """Return the losses ``[sequences]`` of running blocks ``start..`` on the cached station before them."""
+        losses = []
+        for batch in trace.batches:
+            hidden = batch.stations[start]
+            for block in self.blocks[start:]:
+                hidden = self.run_block(block, hidden, batch)
+            losses.append(_sequence_losses(self._tail(batch, hidden), batch))
+        self.work.add(sum(self.shares[start:]) + self.head_share, float(trace.tokens.sum()))
+        return torch.cat(losses)
+
+    @torch.no_grad()
+    def refreshed(self, trace: Trace, start: int = 0) -> Trace:
+        """Return the trace with stations behind block ``start`` and losses computed again."""
+        batches, losses = [], []
+        for old in trace.batches:
+            batch = replace(old, stations=list(old.stations[: start + 1]))
+            for block in self.blocks[start:]:
+                batch.stations.append(self.run_block(block, batch.stations[-1], batch))
+            losses.append(_sequence_losses(self._tail(batch, batch.stations[-1]), batch))
+            batches.append(batch)
+        self.work.add(sum(self.shares[start:]) + self.head_share, float(trace.tokens.sum()))
+        return Trace(batches, torch.cat(losses), trace.tokens)
+
+    def run_block(self, block: Block, hidden: Tensor, batch: Batch) -> Tensor:
+        """Call one block as the model called it, and return its hidden state ``[b, t, d]``."""
+        args, kwargs = batch.calls[block.index]
+        return _hidden(block.module(hidden, *args, **kwargs))
+
+    # -- backward --------------------------------------------------------------------------------------
+
+    def tail_gradients(self, trace: Trace, targets: Callable[[Batch, int], Tensor] | None = None) -> list[Tensor]:
+        """Return per batch the gradient of the summed loss at the last station, ``[b, t, d]``.
+
+        Args:
+            trace: the split to differentiate.
+            targets: optional other targets, as a function of (batch, position of the batch).
+        """
+        gradients = []
+        for position, batch in enumerate(trace.batches):
+            hidden = batch.stations[-1].detach().requires_grad_(True)
+            with torch.enable_grad():
+                logits = self._tail(batch, hidden)
+                wanted = batch.targets if targets is None else targets(batch, position)
+                loss = (_token_losses(logits, wanted) * batch.weights).sum()
+            gradients.append(torch.autograd.grad(loss, hidden)[0])
+        self.work.add(self.head_share, float(trace.tokens.sum()), 3)
+        return gradients
+
+    def block_gradients(
+        self, block: Block, batch: Batch, gradient: Tensor
+    ) -> tuple[Tensor, Capture, dict[Any, Tensor]]:
+        """Pass a gradient back through one block.
+
+        Args:
+            block: the block.
+            batch: the micro-batch, with its stations.
+            gradient: gradient at the block's output, ``[b, t, d]``.
+
+        Returns:
+            The gradient at its input, what its linear maps saw, and the gradient at each map's output.
+        """
+        hidden = batch.stations[block.index].detach().requires_grad_(True)
+        with torch.enable_grad():
+            with captured(block.linears) as capture:
+                out = self.run_block(block, hidden, batch)
+            used = {name: y for name, y in capture.outputs.items() if y.requires_grad}
+            if len(used) < len(capture.outputs):
+                raise UnsupportedModelError(
+                    f"{block.name} hides its inner results from gradients (reentrant activation "
+                    "checkpointing?). Switch checkpointing off, or use use_reentrant=False."
+                )
+            wanted = [hidden, *used.values()]
+            found = torch.autograd.grad(out, wanted, gradient.to(out.dtype), allow_unused=True)
+        grads = {name: g for name, g in zip(used, found[1:], strict=True) if g is not None}
+        self.work.add(self.shares[block.index], float(batch.weights.sum()), 3)
+        return torch.zeros_like(hidden) if found[0] is None else found[0], capture, grads
+
+    # -- the model's own ends --------------------------------------------------------------------------
+
+    def head_inputs(self, trace: Trace) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``(x [n, d], y [n], logits_agree)``: inputs of the output head at the predicted tokens.
+
+        The third is a bool tensor: whether the head's output is the model's logits as they are (no
+        soft-capping or scaling behind it).
+        """
+        assert self.head is not None
+        seen: list[Tensor] = []
+        handle = self.head.register_forward_hook(lambda _m, args, y: seen.append(args[0]) or seen.append(y))  # type: ignore[func-returns-value]
+        inputs, targets, agree = [], [], True
+        try:
+            for batch in trace.batches:
+                seen.clear()
+                with torch.no_grad():
+                    logits = self._tail(batch, batch.stations[-1])
+                agree = agree and len(seen) == 2 and seen[1].shape == logits.shape
+                agree = agree and torch.allclose(seen[1].float(), logits.float(), atol=1e-5)
+                if agree:
+                    inputs.append(seen[0][batch.weights])
+                    targets.append(batch.targets[batch.weights])
+        finally:
+            handle.remove()
+        self.work.add(self.head_share, float(trace.tokens.sum()))
+        if not agree:
+            return torch.empty(0), torch.empty(0), torch.tensor(False)
+        return torch.cat(inputs), torch.cat(targets), torch.tensor(True)
+
+    def _call(self, batch: Batch) -> Tensor:
+        """Run the model's own forward and return its logits ``[b, t, vocabulary]``."""
+        kwargs: dict[str, Any] = {}
+        if hasattr(self.model, "config") and hasattr(self.model.config, "model_type"):
+            kwargs["use_cache"] = False
+            if batch.padded:
+                kwargs["attention_mask"] = _attended(batch).long()
+        out = self.model(batch.inputs, **kwargs)
+        logits = getattr(out, "logits", out)
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        if not isinstance(logits, Tensor) or logits.dim() != 3:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} must return logits [batch, tokens, vocabulary]; got "
+                f"{getattr(logits, 'shape', type(logits).__name__)}."
+            )
+        return logits
+
+    def _traced(self, batch: Batch) -> Tensor:
+        """Run the model once, filling the batch's stations and calls; return its sequence losses."""
+        batch.stations.clear()
+        batch.calls.clear()
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden, args, kwargs = _without_hidden(args, kwargs)
+            batch.stations.append(hidden)
+            batch.calls.append((args, kwargs))
+
+        def after(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            batch.stations.append(_hidden(out))
+            batch.rest = tuple(out[1:]) if isinstance(out, tuple) else None
+
+        with ExitStack() as stack:
+            for block in self.blocks:
+                handle = block.module.register_forward_pre_hook(before, with_kwargs=True)
+                stack.callback(handle.remove)
+            stack.callback(self.blocks[-1].module.register_forward_hook(after).remove)
+            logits = self._call(batch)
+        if len(batch.stations) != len(self.blocks) + 1:
+            raise UnsupportedModelError(
+                f"Expected each of the {len(self.blocks)} blocks to run once, in order; "
+                f"saw {len(batch.stations) - 1} runs. Shared or skipped blocks are not supported yet."
+            )
+        return _sequence_losses(logits, batch)
+
+    def _tail(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """Return the logits that the model's own code makes of the last station ``hidden``."""
+        with _skipping(self.blocks, hidden, batch.rest):
+            return self._call(batch)
+
+    def _batches(self, split: Split) -> Iterator[Batch]:
+        device = next(self.model.parameters()).device
+        per_batch = max(1, self.micro_batch_tokens // max(split.inputs.shape[1], 1))
+        for start in range(0, split.sequences, per_batch):
+            rows = slice(start, start + per_batch)
+            weights = split.weights[rows].to(device)
+            yield Batch(
+                split.inputs[rows].to(device),
+                split.targets[rows].to(device),
+                weights,
+                padded=not bool(split.mask[rows].all()),
+            )
+
+
+def check_replay(runner: Runner, split: Split) -> None:
+    """Check that calling the blocks one by one gives the model's own loss, on one micro-batch.
+
+    Raises:
+        UnsupportedModelError: If it does not: something happens between the blocks.
+    """
+    few = Split(split.ids[:1], split.mask[:1])
+    trace = runner.trace(few)
+    again = runner.losses_from(trace, 0)
+    if not torch.allclose(trace.losses, again, rtol=1e-3, atol=1e-3):
+        raise UnsupportedModelError(
+            f"Calling the blocks of {type(runner.model).__name__} one after another gives loss "
+            f"{float(again.sum()):.4f} instead of {float(trace.losses.sum()):.4f}: the model computes "
+            "something between its blocks, which is not supported yet."
+        )
+
+
+@contextmanager
+def _skipping(blocks: Sequence[Block], hidden: Tensor, rest: tuple[Any, ...] | None) -> Iterator[None]:
+    """Let every block return its input and the last one ``hidden``, so that only the model's ends run."""
+    out = hidden if rest is None else (hidden, *rest)
+    with ExitStack() as stack:
+        for block in blocks:
+            last = block is blocks[-1]
+            forward = (lambda *a, **k: out) if last else _identity(rest)
+            stack.enter_context(_forward_replaced(block.module, forward))
+        yield
+
+
+def _identity(rest: tuple[Any, ...] | None) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden, _, _ = _without_hidden(args, kwargs)
+        return hidden if rest is None else (hidden, *rest)
+
+    return forward
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    own = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own
+
+
+def _without_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return args[0], tuple(args[1:]), dict(kwargs)
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), (), rest
+
+
+def _hidden(out: Any) -> Tensor:
+    hidden = out[0] if isinstance(out, tuple) else out
+    assert isinstance(hidden, Tensor)
+    return hidden
+
+
+def _attended(batch: Batch) -> Tensor:
+    """Real input positions: those that predict something, and padding behind them left out."""
+    return batch.weights
+
+
+def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    flat = logits.float().flatten(0, 1)
+    return F.cross_entropy(flat, targets.flatten(), reduction="none").view(targets.shape)
+
+
+def _sequence_losses(logits: Tensor, batch: Batch) -> Tensor:
+    losses = _token_losses(logits, batch.targets).double() * batch.weights
+    return losses.sum(dim=1)
+
+
+def _tokens(batches: Sequence[Batch]) -> Tensor:
+    return torch.cat([batch.weights.sum(dim=1).double() for batch in batches])

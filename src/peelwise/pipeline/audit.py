@@ -1,0 +1,156 @@
+"""Audit one model at one moment: every arrow of the design is one call here."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peelwise.errors import IllConditionedWarning, ModelError, PeelwiseWarning
+from peelwise.model.checkpoints import check_finite, fingerprint
+from peelwise.model.guard import untouched
+from peelwise.model.layers import device_of, find_blocks, vocabulary_size
+from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner, check_replay
+from peelwise.pipeline import controls, stages
+from peelwise.pipeline.bench import Bench
+from peelwise.pipeline.clock import Clock, Watcher
+from peelwise.pipeline.findings import Findings
+from peelwise.pipeline.summary import Setup, summarise
+from peelwise.probes import Probe, check_vocabulary
+from peelwise.records import AuditRecord
+
+# Parts of the budget after which a stage is cut short, so that the next ones get their turn.
+_JOINT_SHARE, _UNIQUE_SHARE, _CONTROL_SHARE, _HEAD_SHARE = 0.35, 0.65, 0.75, 0.8
+
+
+@dataclass(frozen=True)
+class AuditSettings:
+    """What a user may choose about an audit.
+
+    Attributes:
+        budget_seconds: wall time; what is finished by then is reported.
+        joint_rounds, alone_rounds: most rounds of refinement together and alone.
+        margin_nats: smallest recoverable loss that matters; ``None`` for the default (METHOD section 7).
+        controls: whether to run the null controls.
+        micro_batch_tokens: tokens that go through the model at a time.
+    """
+
+    budget_seconds: float = 300.0
+    joint_rounds: int = 4
+    alone_rounds: int = 4
+    margin_nats: float | None = None
+    controls: bool = True
+    micro_batch_tokens: int = MICRO_BATCH_TOKENS
+
+
+@dataclass(frozen=True)
+class AuditOutcome:
+    """The record of an audit and the tensors that prove it, by name of the witness file."""
+
+    record: AuditRecord
+    witness: dict[str, Tensor]
+    probe: Probe
+
+
+def run_audit(
+    model: nn.Module,
+    probe: Probe,
+    settings: AuditSettings,
+    *,
+    name: str = "model",
+    source: str | None = None,
+    watcher: Watcher | None = None,
+) -> AuditOutcome:
+    """Audit ``model`` on ``probe`` and leave the model exactly as it was.
+
+    Ctrl-C ends the audit early with what was finished, once the model's own losses are known.
+
+    Args:
+        model: a decoder-only language model; see `find_blocks`.
+        probe: the text, split in three.
+        settings: budget and limits.
+        name: the model's name in the record.
+        source: where it was opened from, for ``verify``.
+        watcher: told about progress.
+
+    Raises:
+        UnsupportedModelError: If the architecture cannot be audited.
+        ModelError: If the model holds NaN or Inf, or its loss is not finite.
+        ProbeError: If the probe's tokens do not fit the model's vocabulary.
+    """
+    blocks = find_blocks(model)
+    size = vocabulary_size(model)
+    if size is not None:
+        check_vocabulary(probe, size)
+    check_finite(model)
+    setup = Setup(model, blocks, name, source, fingerprint(model), settings_dict(settings), probe.seed)
+    with untouched(model), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", IllConditionedWarning)
+        runner = Runner(model, blocks, micro_batch_tokens=settings.micro_batch_tokens)
+        clock = Clock(settings.budget_seconds, runner.work, watcher)
+        with clock.stage("losses of the model as it stands"):
+            check_replay(runner, probe.fit)
+            traces = runner.trace(probe.fit), runner.trace(probe.select), runner.trace(probe.report)
+        _check_losses(traces[2].mean, name)
+        bench = Bench(runner, probe, *traces, clock=clock, seed=probe.seed)
+        findings = Findings()
+        try:
+            findings.complete = _stages(bench, findings, settings)
+        except KeyboardInterrupt:
+            findings.notes.append("Stopped by the user; what was finished by then is reported.")
+        record, witness = summarise(bench, findings, setup, settings.margin_nats)
+    record = _with_warnings(record, caught)
+    return AuditOutcome(record, witness, probe)
+
+
+def _stages(bench: Bench, findings: Findings, settings: AuditSettings) -> bool:
+    """Run the stages in the order of what they are worth; return whether all of them ended by themselves."""
+    clock, budget = bench.clock, settings.budget_seconds
+    stages.first_sweep(bench, findings)
+    stages.joint_rounds(bench, findings, rounds=settings.joint_rounds, share=_JOINT_SHARE)
+    complete = True
+    if settings.controls:
+        controls.shuffled_control(bench, findings)
+    complete &= stages.leave_one_out(bench, findings, share=_UNIQUE_SHARE)
+    if settings.controls:
+        if clock.elapsed < _CONTROL_SHARE * budget:
+            controls.untrained_control(bench, findings)
+        else:
+            complete = False
+        controls.head_reference(bench, findings, share=_HEAD_SHARE)
+    complete &= stages.refine_alone(bench, findings, rounds=settings.alone_rounds)
+    if not complete:
+        findings.notes.append("The budget ended before every stage; a larger --budget measures the rest.")
+    return complete
+
+
+def settings_dict(settings: AuditSettings) -> dict[str, bool | int | float | str | None]:
+    """Return the settings as plain values for the record."""
+    return {key: getattr(settings, key) for key in settings.__dataclass_fields__}
+
+
+def _check_losses(loss: float, name: str) -> None:
+    if not torch.isfinite(torch.tensor(loss)):
+        raise ModelError(f"The loss of {name} on the probe is {loss}: its activations overflow. Try --dtype float32.")
+
+
+def _with_warnings(record: AuditRecord, caught: list[warnings.WarningMessage]) -> AuditRecord:
+    """Put peelwise's own warnings into the record's notes once, and hand on all others."""
+    own = [w for w in caught if issubclass(w.category, PeelwiseWarning)]
+    for other in caught:
+        if other not in own:
+            warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+    if not own:
+        return record
+    first = str(own[0].message)
+    note = first if len(own) == 1 else f"{first} ({len(own)} such warnings)"
+    return replace_notes(record, note)
+
+
+def replace_notes(record: AuditRecord, note: str) -> AuditRecord:
+    """Return the record with one more note."""
+    return record.model_copy(update={"notes": (*record.notes, note)})
+
+

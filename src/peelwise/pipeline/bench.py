@@ -1,0 +1,75 @@
+"""What every stage of an audit works on: the model's runner, the probe's traces and the clock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peelwise.intervals import Paired, paired
+from peelwise.model.layers import LinearMap
+from peelwise.model.runner import Runner, Trace
+from peelwise.pipeline.clock import Clock
+from peelwise.pipeline.sweep import BlockProposals, Direction
+from peelwise.probes import Probe
+
+WITNESS_DTYPE = torch.bfloat16
+
+ChangeMap = dict[LinearMap, Tensor]
+
+
+@dataclass
+class Bench:
+    """One model, one probe, the model's own stations and losses on its three parts, and the clock."""
+
+    runner: Runner
+    probe: Probe
+    fit: Trace
+    select: Trace
+    report: Trace
+    clock: Clock
+    seed: int
+
+    def seconds_for(self, token_forwards: float) -> float:
+        """Estimate the seconds that so many token passes take, from all passes so far."""
+        spent = self.clock.work.token_forwards
+        return token_forwards * self.clock.elapsed / spent if spent else 0.0
+
+    def share_from(self, start: int) -> float:
+        """Part of a forward pass that lies in blocks ``start..`` and the head."""
+        return sum(self.runner.shares[start:]) + self.runner.head_share
+
+
+def gain(before: Tensor, after: Tensor, trace: Trace, seed: int) -> Paired:
+    """Return the paired decrease from ``before`` to ``after`` (nats summed per sequence)."""
+    return paired((before - after).cpu().numpy(), trace.tokens.cpu().numpy(), seed=seed)
+
+
+def combined(
+    changes: Mapping[LinearMap, Tensor],
+    proposals: Mapping[int, BlockProposals],
+    direction: Direction,
+    step: float,
+) -> ChangeMap:
+    """Return ``changes + step * proposals``, rounded to the number format that the witness is stored in.
+
+    Rounding before anything is evaluated makes the certified numbers those of the stored file.
+    """
+    out = dict(changes)
+    for block in proposals.values():
+        for linear, proposal in block.changes[direction].items():
+            moved = step * proposal.change
+            out[linear] = _rounded(moved if linear not in out else out[linear] + moved)
+    return out
+
+
+def _rounded(change: Tensor) -> Tensor:
+    return change.to(WITNESS_DTYPE).float()
+
+
+def output_change(proposals: Mapping[int, BlockProposals], direction: Direction, step: float) -> float:
+    """Return ``step * sqrt(sum tr(D S D^T))``: the step length in units of root mean squared output change."""
+    total = sum(p.output_change for block in proposals.values() for p in block.changes[direction].values())
+    return float(step * max(total, 0.0) ** 0.5)

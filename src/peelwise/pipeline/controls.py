@@ -1,0 +1,136 @@
+"""Null controls: what a bound must beat before it may be believed (METHOD: head, shuffled, untrained)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from peelwise.model.fresh import fresh_copy
+from peelwise.model.layers import find_blocks
+from peelwise.model.runner import Batch, Runner, Trace
+from peelwise.model.splice import spliced
+from peelwise.pipeline.bench import Bench, gain
+from peelwise.pipeline.findings import Control, Findings
+from peelwise.pipeline.refine import take_round, unrefined
+from peelwise.pipeline.sweep import Targets, sweep
+from peelwise.records import HeadRecord
+from peelwise.references.head import fit_head, token_cross_entropy
+
+
+def head_reference(bench: Bench, findings: Findings, *, share: float = 1.0) -> None:
+    """Fit the convex output head on the fit tokens; it is a reference and the head control at once."""
+    runner, clock = bench.runner, bench.clock
+    head = runner.head
+    if head is None:
+        findings.notes.append("No output head was found, so there is no head control.")
+        return
+    with clock.stage("output head"):
+        # Some models (soft-capped logits) compute something behind the head; then it is not this problem.
+        fit_x, fit_y, agree = runner.head_inputs(bench.fit)
+        if not bool(agree):
+            findings.notes.append("The model changes its logits behind the head, so there is no head control.")
+            return
+        select_x, select_y, _ = runner.head_inputs(bench.select)
+        report_x, report_y, _ = runner.head_inputs(bench.report)
+        dtype = next(head.parameters()).dtype
+
+        def logits(x: Tensor) -> Tensor:
+            out: Tensor = head(x.to(dtype))
+            return out
+
+        with torch.no_grad():
+            reference = fit_head(
+                (fit_x, fit_y),
+                (select_x, select_y),
+                logits,
+                keep_going=lambda: clock.elapsed < share * clock.budget,
+            )
+            before = token_cross_entropy(report_x, report_y, logits)
+            after = token_cross_entropy(report_x, report_y, logits, reference.change)
+        runner.work.add(runner.head_share, 3.0 * (reference.steps + 1) * len(fit_y))
+    difference = gain(_per_sequence(before, bench.report), _per_sequence(after, bench.report), bench.report, bench.seed)
+    findings.head_control = Control(float(after.mean()), difference)
+    findings.head = HeadRecord(
+        current=reference.current,
+        achieved=reference.achieved,
+        relaxed=reference.relaxed,
+        penalty=reference.penalty,
+        steps=reference.steps,
+        recoverable_nats=difference.interval(),
+    )
+
+
+def shuffled_control(bench: Bench, findings: Findings) -> None:
+    """Run one joint round whose fit targets are permuted across sequences: inputs without their labels."""
+    with bench.clock.stage("control: shuffled targets"):
+        findings.shuffled = _one_round(bench, targets=permuted_targets(bench.fit, bench.seed))
+
+
+def untrained_control(bench: Bench, findings: Findings) -> None:
+    """Run one joint round on the same architecture at initialisation."""
+    with bench.clock.stage("control: untrained"):
+        fresh = fresh_copy(bench.runner.model, bench.seed)
+        if fresh is None:
+            findings.notes.append(
+                "The untrained control was left out: the model cannot be initialised again "
+                "(no configuration and no reset_parameters)."
+            )
+            return
+        runner = Runner(fresh, find_blocks(fresh), micro_batch_tokens=bench.runner.micro_batch_tokens)
+        runner.work = bench.runner.work
+        probe = bench.probe
+        traces = runner.trace(probe.fit), runner.trace(probe.select), runner.trace(probe.report)
+        own = replace(bench, runner=runner, fit=traces[0], select=traces[1], report=traces[2])
+        findings.untrained = _one_round(own)
+
+
+def permuted_targets(trace: Trace, seed: int) -> Targets:
+    """Return targets in which every sequence predicts another one's tokens; the order within is kept."""
+    targets = torch.cat([batch.targets for batch in trace.batches])
+    generator = torch.Generator().manual_seed(seed)
+    shift = int(torch.randint(1, max(len(targets), 2), (1,), generator=generator))
+    # A rotation of a random order leaves no sequence in its place.
+    order = torch.randperm(len(targets), generator=generator)
+    partner = torch.empty_like(order)
+    partner[order] = order.roll(shift)
+    moved = targets[partner.to(targets.device)]
+    starts = [0]
+    for batch in trace.batches:
+        starts.append(starts[-1] + len(batch.targets))
+
+    def look(batch: Batch, position: int) -> Tensor:
+        return moved[starts[position] : starts[position + 1]]
+
+    return look
+
+
+def _one_round(bench: Bench, targets: Targets | None = None) -> Control:
+    """Return what one joint round of the whole construction gains on report."""
+    runner = bench.runner
+    proposals = sweep(
+        runner,
+        bench.fit,
+        bench.select,
+        directions=("input-whitened",),
+        targets=targets,
+        after_block=lambda done: bench.clock.tell(done, len(runner.blocks)),
+    )
+    better = take_round(runner, bench.select, unrefined(bench.select), proposals, first_step={}, evaluations=6)
+    after = bench.report.losses
+    if better is not None:
+        with spliced(better.changes):
+            after = runner.losses_from(bench.report, 0)
+    tokens = float(bench.report.tokens.sum())
+    difference = gain(bench.report.losses, after, bench.report, bench.seed)
+    return Control(float(after.sum()) / tokens, difference, bench.report.mean)
+
+
+def _per_sequence(losses: Tensor, trace: Trace) -> Tensor:
+    """Add up token losses ``[n]`` of a trace per sequence ``[sequences]``."""
+    counts = trace.tokens.long()
+    sequence = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    return torch.zeros(len(counts), dtype=losses.dtype, device=losses.device).index_add_(
+        0, sequence.to(losses.device), losses
+    )

@@ -1,0 +1,46 @@
+"""What an audit has found so far. Every field is replaced whole, so that it is valid whenever work stops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from peelwise.intervals import Paired
+from peelwise.pipeline.refine import Proposals, Refined
+from peelwise.records import HeadRecord
+
+
+@dataclass
+class Control:
+    """A null control: the loss on report it ends at, and its own gain there."""
+
+    loss: float
+    gain: Paired
+    start: float | None = None
+
+
+@dataclass
+class Findings:
+    """Filled stage by stage.
+
+    Attributes:
+        proposals: of the first sweep, linearised at the model as it stands.
+        composed: all blocks refined together, evaluated on report.
+        without: per block, report losses ``[sequences]`` of the composed witness without that block.
+        alone: per block, the block refined by itself, evaluated on report.
+        head, head_gain, shuffled, untrained: the head's reference and the null controls.
+        notes: what a reader should know, in sentences.
+        complete: whether every planned stage ran to its end.
+    """
+
+    proposals: Proposals = field(default_factory=dict)
+    composed: Refined | None = None
+    without: dict[int, Tensor] = field(default_factory=dict)
+    alone: dict[int, Refined] = field(default_factory=dict)
+    head: HeadRecord | None = None
+    head_control: Control | None = None
+    shuffled: Control | None = None
+    untrained: Control | None = None
+    notes: list[str] = field(default_factory=list)
+    complete: bool = False

@@ -1,0 +1,165 @@
+"""The stages of an audit after the model's own losses are known. Each leaves its result in the findings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from peelwise.model.runner import Trace
+from peelwise.model.splice import spliced
+from peelwise.pipeline.bench import Bench
+from peelwise.pipeline.findings import Findings
+from peelwise.pipeline.refine import Proposals, Refined, take_round, unrefined
+from peelwise.pipeline.sweep import Direction, sweep
+
+# How many evaluations of the select loss a search takes as a rule, to estimate its time.
+_USUAL_EVALUATIONS = 5
+
+
+def first_sweep(bench: Bench, findings: Findings) -> None:
+    """Make the proposals of all blocks, linearised at the model as it stands: the free ranking."""
+    with bench.clock.stage("statistics of all blocks"):
+        findings.proposals = _sweep_all(bench)
+
+
+def joint_rounds(bench: Bench, findings: Findings, *, rounds: int, share: float) -> None:
+    """Refine all blocks together, round after round, while select improves and the time share lasts.
+
+    Args:
+        bench: model and traces.
+        findings: ``composed`` is replaced after each round.
+        rounds: most rounds.
+        share: part of the whole budget after which no further round is begun.
+    """
+    state = unrefined(bench.select)
+    steps: dict[Direction, float] = {}
+    proposals = findings.proposals
+    for number in range(rounds):
+        with bench.clock.stage("joint rounds"):
+            fit, select = bench.fit, bench.select
+            if number > 0:
+                if not _affordable_round(bench, share):
+                    return
+                with spliced(state.changes):
+                    fit, select = bench.runner.refreshed(fit), bench.runner.refreshed(select)
+                    proposals = _sweep_all(bench, fit, select)
+            bench.clock.tell(number + 1, rounds)
+            better = take_round(bench.runner, bench.select, state, proposals, first_step=steps)
+            if better is None:
+                break
+            with spliced(better.changes):
+                losses = bench.runner.losses_from(bench.report, 0)
+            state = findings.composed = replace(better, report_losses=losses)
+
+
+def leave_one_out(bench: Bench, findings: Findings, *, share: float) -> bool:
+    """Measure what only each block gives: the composed witness without it, on report, most energy first.
+
+    Returns whether every block was measured before ``share`` of the budget was used.
+    """
+    composed = findings.composed
+    if composed is None:
+        return True
+    runner, clock = bench.runner, bench.clock
+    tokens = float(bench.report.tokens.sum())
+    with clock.stage("leaving one block out"):
+        with spliced(composed.changes):
+            refined = runner.refreshed(bench.report)
+        order = by_energy(findings)
+        for done, index in enumerate(order):
+            clock.tell(done, len(order))
+            needed = bench.seconds_for(bench.share_from(index) * tokens)
+            if clock.elapsed + needed > share * clock.budget:
+                return False
+            own = set(runner.blocks[index].linears)
+            # Blocks below are already in the cached station; only those from here on are run.
+            above = {m for block in runner.blocks[index:] for m in block.linears} - own
+            with spliced({m: change for m, change in composed.changes.items() if m in above}):
+                losses = runner.losses_from(refined, index)
+            findings.without[index] = losses
+    return True
+
+
+def refine_alone(bench: Bench, findings: Findings, *, rounds: int) -> bool:
+    """Refine blocks by themselves, the most promising first, one round each before anybody's next.
+
+    Returns whether every block was refined until select stopped improving or ``rounds`` were taken.
+    """
+    steps: dict[int, dict[Direction, float]] = {}
+    open_blocks = _promising(findings)
+    with bench.clock.stage("refining blocks alone"):
+        for number in range(rounds):
+            still = []
+            for done, index in enumerate(open_blocks):
+                bench.clock.tell(done, len(open_blocks))
+                if not bench.clock.affords(_alone_seconds(bench, index, number)):
+                    return False
+                better = _alone_round(bench, findings, index, steps.setdefault(index, {}))
+                if better is not None:
+                    findings.alone[index] = better
+                    still.append(index)
+                elif number == 0:
+                    # No step helped on select: the witness is the block as it stands, and it gains nothing.
+                    findings.alone[index] = replace(
+                        unrefined(bench.select, index), report_losses=bench.report.losses
+                    )
+            open_blocks = sorted(still, key=lambda i: findings.alone[i].select_loss)
+    return True
+
+
+def by_energy(findings: Findings) -> list[int]:
+    """Return block indices, most held-out explained gradient energy first."""
+    return sorted(findings.proposals, key=lambda i: -findings.proposals[i].held_out_energy)
+
+
+def _promising(findings: Findings) -> list[int]:
+    """Blocks by what the composed witness lost without them, then by energy."""
+    composed = findings.composed
+    order = by_energy(findings)
+    if composed is None or composed.report_losses is None:
+        return order
+    whole = float(composed.report_losses.sum())
+    return sorted(order, key=lambda i: whole - float(findings.without[i].sum()) if i in findings.without else 0.0)
+
+
+def _alone_round(
+    bench: Bench, findings: Findings, index: int, steps: dict[Direction, float]
+) -> Refined | None:
+    before = findings.alone.get(index) or unrefined(bench.select, index)
+    proposals = {index: findings.proposals[index]}
+    if before.rounds:
+        with spliced(before.changes):
+            fit = bench.runner.refreshed(bench.fit, index)
+            select = bench.runner.refreshed(bench.select, index)
+            proposals = sweep(bench.runner, fit, select, only=[index])
+    better = take_round(bench.runner, bench.select, before, proposals, first_step=steps, evaluations=7)
+    if better is None:
+        return None
+    with spliced(better.changes):
+        losses = bench.runner.losses_from(bench.report, index)
+    return replace(better, report_losses=losses)
+
+
+def _alone_seconds(bench: Bench, index: int, number: int) -> float:
+    share = bench.share_from(index)
+    select, report = float(bench.select.tokens.sum()), float(bench.report.tokens.sum())
+    forwards = share * (2 * _USUAL_EVALUATIONS * select + report)
+    if number > 0:
+        forwards += 4 * share * (select + float(bench.fit.tokens.sum()))
+    return bench.seconds_for(forwards)
+
+
+def _affordable_round(bench: Bench, share: float) -> bool:
+    clock = bench.clock
+    seconds, _ = clock.stages.get("statistics of all blocks", (0.0, 0.0))
+    evaluations = bench.seconds_for(2 * _USUAL_EVALUATIONS * float(bench.select.tokens.sum()))
+    return clock.elapsed + 1.5 * seconds + evaluations <= share * clock.budget
+
+
+def _sweep_all(bench: Bench, fit: Trace | None = None, select: Trace | None = None) -> Proposals:
+    runner = bench.runner
+    return sweep(
+        runner,
+        fit or bench.fit,
+        select or bench.select,
+        after_block=lambda done: bench.clock.tell(done, len(runner.blocks)),
+    )

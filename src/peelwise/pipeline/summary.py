@@ -1,0 +1,243 @@
+"""From findings to the frozen record and the witness tensors."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor, nn
+
+from peelwise.intervals import Paired
+from peelwise.model.layers import Block, LinearMap, device_of, parameter_count, unwrapped
+from peelwise.pipeline.bench import WITNESS_DTYPE, Bench, gain
+from peelwise.pipeline.findings import Control, Findings
+from peelwise.pipeline.sweep import BlockProposals
+from peelwise.records import (
+    AuditRecord,
+    BlockRecord,
+    Interval,
+    LossRecord,
+    MatrixRecord,
+    ModelRecord,
+)
+from peelwise.verdict import Evidence, Verdict, default_margin, judge
+
+_VERSIONED = ("peelwise", "torch", "numpy", "transformers", "safetensors")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What was known before the audit began."""
+
+    model: nn.Module
+    blocks: tuple[Block, ...]
+    name: str
+    source: str | None
+    fingerprint: str
+    settings: dict[str, bool | int | float | str | None]
+    seed: int
+
+
+def summarise(
+    bench: Bench, findings: Findings, setup: Setup, margin: float | None
+) -> tuple[AuditRecord, dict[str, Tensor]]:
+    """Return the record of everything found, and the witness tensors by name.
+
+    Args:
+        bench: the model's own losses and the clock.
+        findings: what the stages left.
+        setup: what was audited.
+        margin: nats per token, or ``None`` for the default.
+    """
+    current = bench.report.mean
+    margin = default_margin(current) if margin is None else margin
+    evidence = [_evidence(bench, findings, block.index) for block in setup.blocks]
+    verdicts = judge(evidence, margin, in_distribution=bench.probe.in_distribution)
+    losses = _losses(bench, findings)
+    blocks = tuple(
+        _block_record(bench, findings, block, e, v)
+        for block, e, v in zip(setup.blocks, evidence, verdicts, strict=True)
+    )
+    record = AuditRecord(
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        conclusion=conclusion(blocks, losses.composed_gain, margin),
+        complete=findings.complete,
+        margin_nats=margin,
+        informative=_informative(losses),
+        model=_model_record(setup),
+        probe=bench.probe.record(),
+        loss=losses,
+        blocks=blocks,
+        head=findings.head,
+        rounds=findings.composed.rounds if findings.composed else (),
+        cost=bench.clock.record(_probe_tokens(bench), device_of(setup.model)),
+        notes=tuple(findings.notes),
+        settings=setup.settings,
+        seed=setup.seed,
+        versions=versions(),
+    )
+    return record, _witness(findings)
+
+
+def conclusion(blocks: tuple[BlockRecord, ...], composed: Interval | None, margin: float) -> str:
+    """Return one sentence that says what was found, and no more than that."""
+    red = [b.index for b in blocks if b.verdict == "red"]
+    yellow = [b for b in blocks if b.verdict == "yellow"]
+    together = ""
+    if composed is not None:
+        together = (
+            f" Refined together, the blocks win back {composed.mean:.3f} nats per token "
+            f"(95 % interval {composed.low:.3f} to {composed.high:.3f})."
+        )
+    if red:
+        which = ", ".join(map(str, red[:6])) + (", ..." if len(red) > 6 else "")
+        blocks_word = "block" if len(red) == 1 else "blocks"
+        return f"{len(red)} of {len(blocks)} blocks certified under-optimised ({blocks_word} {which}).{together}"
+    if yellow:
+        return (
+            f"No block is certified under-optimised; {len(yellow)} of {len(blocks)} have recoverable loss on this "
+            f"text.{together}"
+        )
+    measured = sum(b.recoverable_nats is not None for b in blocks)
+    return (
+        f"None found: of {measured} blocks refined alone (of {len(blocks)}), none is shown to have more than "
+        f"{margin:.3f} nats per token to recover.{together}"
+    )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions and the machine that the numbers were made with."""
+    found = {"python": platform.python_version(), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    for package in _VERSIONED:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _evidence(bench: Bench, findings: Findings, index: int) -> Evidence:
+    alone = findings.alone.get(index)
+    measured = None
+    if alone is not None and alone.report_losses is not None:
+        measured = gain(bench.report.losses, alone.report_losses, bench.report, bench.seed)
+    unique = None
+    composed = findings.composed
+    if index in findings.without and composed is not None and composed.report_losses is not None:
+        unique = gain(findings.without[index], composed.report_losses, bench.report, bench.seed)
+    return Evidence(measured, unique)
+
+
+def _block_record(bench: Bench, findings: Findings, block: Block, evidence: Evidence, verdict: Verdict) -> BlockRecord:
+    proposals = findings.proposals.get(block.index)
+    length = max(float(bench.report.tokens.sum()) / len(bench.report.tokens), 1.0)
+    needed = verdict.sequences_needed
+    return BlockRecord(
+        index=block.index,
+        name=block.name,
+        verdict=verdict.colour,
+        reason=verdict.reason,
+        recoverable_nats=_interval(evidence.alone),
+        unique_nats=_interval(evidence.unique),
+        rounds=len(findings.alone[block.index].rounds) if block.index in findings.alone else 0,
+        energy=proposals.energy if proposals else None,
+        held_out_energy=proposals.held_out_energy if proposals else None,
+        gradient_norm=proposals.gradient_norm if proposals else None,
+        tokens_needed=None if needed is None else round(needed * length),
+        interaction=verdict.interaction,
+        matrices=_matrices(block, proposals),
+    )
+
+
+def _matrices(block: Block, proposals: BlockProposals | None) -> tuple[MatrixRecord, ...]:
+    if proposals is None:
+        return ()
+    whitened = proposals.changes["input-whitened"]
+    total = sum(p.energy for p in whitened.values())
+    return tuple(
+        MatrixRecord(
+            name=linear.name.removeprefix(f"{block.name}."),
+            share=whitened[linear].energy / total if total > 0 else 0.0,
+            damping=whitened[linear].damping,
+            step_weight=whitened[linear].weight,
+        )
+        for linear in block.linears
+        if linear in whitened
+    )
+
+
+def _losses(bench: Bench, findings: Findings) -> LossRecord:
+    composed, tokens = findings.composed, float(bench.report.tokens.sum())
+    value, composed_gain = None, None
+    if composed is not None and composed.report_losses is not None:
+        value = float(composed.report_losses.sum()) / tokens
+        composed_gain = gain(bench.report.losses, composed.report_losses, bench.report, bench.seed).interval()
+    head, shuffled, untrained = findings.head_control, findings.shuffled, findings.untrained
+    return LossRecord(
+        current=bench.report.mean,
+        composed=value,
+        head_control=head.loss if head else None,
+        shuffled=shuffled.loss if shuffled else None,
+        untrained=untrained.loss if untrained else None,
+        untrained_start=untrained.start if untrained else None,
+        composed_gain=composed_gain,
+        head_control_gain=_control_interval(head),
+        shuffled_gain=_control_interval(shuffled),
+        untrained_gain=_control_interval(untrained),
+    )
+
+
+def _informative(losses: LossRecord) -> bool | None:
+    """Whether the composed bound beats the null controls; ``None`` if they were not run.
+
+    It must gain more than the shuffled construction could (intervals apart), and end below the untrained one.
+    """
+    gained, shuffled = losses.composed_gain, losses.shuffled_gain
+    if gained is None or losses.composed is None or shuffled is None:
+        return None
+    beats_untrained = losses.untrained is None or losses.composed < losses.untrained
+    return gained.low > max(shuffled.high, 0.0) and beats_untrained
+
+
+def _interval(value: Paired | None) -> Interval | None:
+    return None if value is None else value.interval()
+
+
+def _control_interval(control: Control | None) -> Interval | None:
+    return None if control is None else control.gain.interval()
+
+
+def _model_record(setup: Setup) -> ModelRecord:
+    parameter = next(setup.model.parameters())
+    return ModelRecord(
+        name=setup.name,
+        fingerprint=setup.fingerprint,
+        parameters=parameter_count(setup.model),
+        blocks=len(setup.blocks),
+        architecture=type(unwrapped(setup.model)).__name__,
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        source=setup.source,
+    )
+
+
+def _probe_tokens(bench: Bench) -> int:
+    return bench.probe.fit.tokens + bench.probe.select.tokens + bench.probe.report.tokens
+
+
+def _witness(findings: Findings) -> dict[str, Tensor]:
+    """Return the changes under ``composed/<map>`` and ``alone/<map>``, in the format they were evaluated in."""
+    out: dict[str, Tensor] = {}
+    if findings.composed is not None:
+        out.update(_named("composed", findings.composed.changes))
+    for refined in findings.alone.values():
+        out.update(_named("alone", refined.changes))
+    return out
+
+
+def _named(kind: str, changes: dict[LinearMap, Tensor]) -> dict[str, Tensor]:
+    return {f"{kind}/{m.name}": change.to(WITNESS_DTYPE).cpu().contiguous() for m, change in changes.items()}
+
+

@@ -1,0 +1,177 @@
+"""The convex reference of the output head: softmax regression on fixed inputs, with a lower bound.
+
+For inputs ``x [n, d]``, labels ``y [n]``, present weights ``W0 [v, d]`` and ``D = W - W0``, in the metric
+``M = S + eps tr(S)/d I`` of the inputs (``S = E[x x^T]``):
+
+    phi(D) = mean_i CE((W0 + D) x_i, y_i) + penalty/2 tr(D M D^T)
+
+``phi`` is strongly convex with modulus ``penalty`` in that metric, so at any point
+
+    min phi  >=  phi(D) - |grad phi(D)|^2 / (2 penalty)        (norm dual to M)
+
+which is the Fenchel duality gap at the softmax's own dual point. The left side is `relaxed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peelwise.stats.gram import symmetric_product, widened
+from peelwise.stats.linalg import solve_dtype
+
+_CHUNK = 1024
+_MEMORY = 6
+_METRIC_DAMPING = 1e-3
+
+
+@dataclass(frozen=True)
+class HeadReference:
+    """Outcome of the head's fit; losses in nats per token on the fit tokens, penalty included.
+
+    ``change`` is ``D [v, d]`` in float32, the iterate that the select tokens liked best; ``achieved`` and
+    ``relaxed`` belong to the last iterate and bracket the optimum of ``phi``.
+    """
+
+    change: Tensor
+    current: float
+    achieved: float
+    relaxed: float
+    penalty: float
+    steps: int
+
+
+def fit_head(
+    fit: tuple[Tensor, Tensor],
+    select: tuple[Tensor, Tensor],
+    logits: Callable[[Tensor], Tensor],
+    *,
+    penalty: float = 1e-2,
+    max_steps: int = 30,
+    gap: float = 1e-4,
+    keep_going: Callable[[], bool] = lambda: True,
+) -> HeadReference:
+    """Minimise ``phi`` by L-BFGS and keep the iterate with the lowest loss on select.
+
+    Args:
+        fit: ``(x [n, d], y [n])`` to fit on.
+        select: ``(x [m, d], y [m])`` that choose the iterate (early stopping).
+        logits: maps ``x [k, d]`` to the present head's logits ``[k, v]``.
+        penalty: strength of the quadratic term, nats per unit of mean squared logit change.
+        max_steps: most L-BFGS iterations.
+        gap: stop when the duality gap is below this, in nats per token.
+        keep_going: asked before each iteration; lets a budget end the fit.
+    """
+    problem = _Problem(fit, logits, penalty)
+    v = logits(widened(fit[0][:1])).shape[1]
+    D = torch.zeros(v, fit[0].shape[1], device=fit[0].device)  # whitened coordinates
+    best, best_loss = D, mean_cross_entropy(*select, logits)
+    value, gradient = problem.value_and_gradient(D)
+    current, steps = value, 0
+    history: list[tuple[Tensor, Tensor]] = []
+    while steps < max_steps and float(gradient.square().sum()) / (2 * penalty) > gap and keep_going():
+        moved = _line_search(problem, D, value, gradient, _lbfgs_direction(gradient, history, penalty))
+        if moved is None:
+            break
+        following, value, new_gradient = moved
+        history = [*history, (following - D, new_gradient - gradient)][-_MEMORY:]
+        D, gradient, steps = following, new_gradient, steps + 1
+        select_loss = mean_cross_entropy(*select, logits, problem.unwhiten(D))
+        if select_loss < best_loss:
+            best, best_loss = D, select_loss
+    relaxed = max(value - float(gradient.double().square().sum()) / (2 * penalty), 0.0)
+    return HeadReference(problem.unwhiten(best), current, value, relaxed, penalty, steps)
+
+
+def mean_cross_entropy(
+    x: Tensor, y: Tensor, logits: Callable[[Tensor], Tensor], change: Tensor | None = None
+) -> float:
+    """Return the mean cross-entropy in nats of the head, optionally changed by ``change [v, d]``."""
+    return float(token_cross_entropy(x, y, logits, change).mean())
+
+
+def token_cross_entropy(
+    x: Tensor, y: Tensor, logits: Callable[[Tensor], Tensor], change: Tensor | None = None
+) -> Tensor:
+    """Return the cross-entropy ``[n]`` of every row, in nats, float64."""
+    losses = []
+    for start in range(0, x.shape[0], _CHUNK):
+        rows = widened(x[start : start + _CHUNK])
+        z = logits(rows).float()
+        if change is not None:
+            z = z + rows @ change.T
+        losses.append(F.cross_entropy(z, y[start : start + _CHUNK], reduction="none").double())
+    return torch.cat(losses)
+
+
+class _Problem:
+    """``phi`` in coordinates ``E = D M^(1/2)``, where its penalty is ``penalty/2 |E|^2``."""
+
+    def __init__(
+        self, fit: tuple[Tensor, Tensor], logits: Callable[[Tensor], Tensor], penalty: float
+    ) -> None:
+        self.x, self.y = fit
+        self.logits = logits
+        self.penalty = penalty
+        n, d = self.x.shape
+        M = symmetric_product(self.x).to(solve_dtype(self.x.device)) / n  # [d, d]
+        unit = float(M.diagonal().mean()) or 1.0
+        M = M + _METRIC_DAMPING * unit * torch.eye(d, dtype=M.dtype, device=M.device)
+        values, vectors = torch.linalg.eigh(M)
+        self.root = ((vectors / values.clamp_min(1e-300).sqrt()) @ vectors.T).float()  # M^(-1/2)
+
+    def unwhiten(self, E: Tensor) -> Tensor:
+        return E @ self.root
+
+    def value_and_gradient(self, E: Tensor) -> tuple[float, Tensor]:
+        n, total = self.x.shape[0], 0.0
+        gradient = torch.zeros_like(E)
+        for start in range(0, n, _CHUNK):
+            rows, y = widened(self.x[start : start + _CHUNK]), self.y[start : start + _CHUNK]
+            white = rows @ self.root  # [k, d]
+            log_p = F.log_softmax(self.logits(rows).float() + white @ E.T, dim=1)  # [k, v]
+            total -= float(log_p.gather(1, y[:, None]).double().sum())
+            residual = log_p.exp_()
+            residual[torch.arange(len(y), device=y.device), y] -= 1.0
+            gradient += residual.T @ white
+        value = total / n + self.penalty / 2 * float(E.double().square().sum())
+        return value, gradient / n + self.penalty * E
+
+
+def _lbfgs_direction(gradient: Tensor, history: list[tuple[Tensor, Tensor]], penalty: float) -> Tensor:
+    """Return ``-H^-1 gradient`` by the two-loop recursion."""
+    q = gradient.clone()
+    products = []
+    for s, t in reversed(history):
+        rho = 1.0 / float((s * t).sum())
+        alpha = rho * float((s * q).sum())
+        q -= alpha * t
+        products.append((rho, alpha))
+    if history:
+        s, t = history[-1]
+        q *= float((s * t).sum() / t.square().sum())
+    else:
+        # The Hessian of cross-entropy is at most 1/2 in whitened coordinates: a step that cannot overshoot.
+        q /= 0.5 + penalty
+    for (s, t), (rho, alpha) in zip(history, reversed(products), strict=True):
+        q += (alpha - rho * float((t * q).sum())) * s
+    return -q
+
+
+def _line_search(
+    problem: _Problem, D: Tensor, value: float, gradient: Tensor, direction: Tensor
+) -> tuple[Tensor, float, Tensor] | None:
+    """Backtrack until the decrease is sufficient; ``None`` if rounding leaves nothing to gain."""
+    slope = float((gradient * direction).sum())
+    step = 1.0
+    for _ in range(10):
+        following = D + step * direction
+        new_value, new_gradient = problem.value_and_gradient(following)
+        if new_value <= value + 1e-4 * step * slope and new_value < value:
+            return following, new_value, new_gradient
+        step *= 0.5
+    return None

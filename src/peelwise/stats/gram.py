@@ -1,0 +1,127 @@
+"""Sums over tokens: the second moments that every label-driven reference is made of.
+
+For a linear map ``y = x W^T`` with inputs ``x [n, d_in]`` and gradients ``g = d loss / d y [n, d_out]``:
+
+    S = E[x x^T]  [d_in, d_in]      C = E[g x^T]  [d_out, d_in]      F = E[g g^T]  [d_out, d_out]
+
+Products are taken in float32 or wider and added up in float64; several processes add theirs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peelwise.errors import TooFewSamplesError
+from peelwise.stats.linalg import solve_dtype
+
+_TILE = 512
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Frozen means over ``n`` tokens; ``F`` is ``None`` where nobody asked for it."""
+
+    n: int
+    S: Tensor  # [d_in, d_in]
+    C: Tensor  # [d_out, d_in]
+    F: Tensor | None  # [d_out, d_out]
+
+
+class GramSum:
+    """Streaming ``sum_i x_i x_i^T``: `update` with rows, `merge` with another sum.
+
+    All sums reduce across processes by addition.
+    """
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.total: Tensor | None = None  # [d, d]
+
+    def update(self, x: Tensor) -> None:
+        """Add the rows of ``x [n, d]``."""
+        self.n += x.shape[0]
+        self.total = _added(self.total, symmetric_product(x))
+
+    def merge(self, other: GramSum) -> None:
+        """Add the rows that ``other`` has seen."""
+        if other.total is not None:
+            self.n += other.n
+            self.total = _added(self.total, other.total)
+
+    def mean(self) -> Tensor:
+        """Return ``E[x x^T]``.
+
+        Raises:
+            TooFewSamplesError: If no row was added.
+        """
+        return _mean(self.total, self.n)
+
+
+class CrossSum:
+    """Streaming ``sum_i g_i x_i^T``, as `GramSum`."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.total: Tensor | None = None  # [d_out, d_in]
+
+    def update(self, g: Tensor, x: Tensor) -> None:
+        """Add the rows of ``g [n, d_out]`` and ``x [n, d_in]``, paired."""
+        self.n += x.shape[0]
+        self.total = _added(self.total, widened(g).T @ widened(x))
+
+    def merge(self, other: CrossSum) -> None:
+        """Add the rows that ``other`` has seen."""
+        if other.total is not None:
+            self.n += other.n
+            self.total = _added(self.total, other.total)
+
+    def mean(self) -> Tensor:
+        """Return ``E[g x^T]``.
+
+        Raises:
+            TooFewSamplesError: If no row was added.
+        """
+        return _mean(self.total, self.n)
+
+
+def symmetric_product(x: Tensor) -> Tensor:
+    """Return ``x^T x`` for ``x [n, d]``, computing only one triangle of its tiles.
+
+    A wide ``x`` saves up to half of the products; the result is symmetric to the bit.
+    """
+    x = widened(x)
+    d = x.shape[1]
+    if d <= _TILE:
+        return x.T @ x
+    out = x.new_empty(d, d)
+    for start in range(0, d, _TILE):
+        stop = min(start + _TILE, d)
+        strip = x[:, start:stop].T @ x[:, start:]  # [tile, d - start]
+        out[start:stop, start:] = strip
+        out[start:, start:stop] = strip.T
+    return out
+
+
+def with_ones(x: Tensor) -> Tensor:
+    """Return ``[x, 1]``, so that a bias is one more column of the weight."""
+    return torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return ``x`` in float32 at least: a bf16 product is not positive semi-definite."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _added(total: Tensor | None, term: Tensor) -> Tensor:
+    if total is None:
+        return term.to(solve_dtype(term.device), copy=True)
+    return total.add_(term)
+
+
+def _mean(total: Tensor | None, n: int) -> Tensor:
+    if total is None or n == 0:
+        raise TooFewSamplesError("A mean needs at least 1 token, got none. Give a longer probe.")
+    return total / n

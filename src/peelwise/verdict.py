@@ -1,0 +1,127 @@
+"""From numbers to colours: red, yellow, green or grey, with the reason in words. No torch.
+
+Thirty blocks are thirty questions: a colour is given only where Holm's procedure over all measured blocks
+rejects the opposite, at 2.5 % on each side (95 % together). The plain 95 % interval is what is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from peelwise.intervals import Paired, holm_rejections
+from peelwise.records import Colour
+
+LEVEL = 0.025
+_ROBUST_DEVIATIONS = 3.0
+_FEWEST_FOR_TREND = 5
+
+CERTIFIED = "certified under-optimised"
+STILL_TRAINING = "recoverable, still training"
+FOREIGN = (
+    "recoverable on this text; adaptation and under-training cannot be told apart without training text"
+)
+NOTHING = "nothing above the margin found"
+UNDECIDED = "undecided"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured for one block; ``None`` means not measured."""
+
+    alone: Paired | None = None
+    unique: Paired | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A colour, its reason, and how many report sequences would decide a grey one (if that is what lacks)."""
+
+    colour: Colour
+    reason: str
+    sequences_needed: int | None = None
+    interaction: bool = False
+
+
+def default_margin(loss: float) -> float:
+    """Return the margin in nats per token: the larger of 0.5 % of the loss and 0.003."""
+    return max(0.005 * loss, 0.003)
+
+
+def judge(
+    evidence: Sequence[Evidence], margin: float, *, in_distribution: bool, still_falling: bool = False
+) -> list[Verdict]:
+    """Return one verdict per block.
+
+    Args:
+        evidence: per block in order of depth.
+        margin: smallest recoverable loss that matters, nats per token.
+        in_distribution: whether the probe is training text. If not, red needs a block that stands out.
+        still_falling: whether the training loss is still falling.
+    """
+    alone = [e.alone for e in evidence]
+    above = _holm([a.p_at_most(margin) if a else None for a in alone])
+    below = _holm([a.p_at_least(margin) if a else None for a in alone])
+    unique_above = _holm([e.unique.p_at_most(margin) if e.unique else None for e in evidence])
+    unique_negative = _holm([e.unique.p_at_least(0.0) if e.unique else None for e in evidence])
+    outlying = stands_out([a.mean if a else None for a in alone], margin)
+    verdicts = []
+    for i, measured in enumerate(alone):
+        verdict = _one(measured, margin, above[i], below[i], unique_above[i])
+        if verdict.colour == "red" and still_falling:
+            verdict = Verdict("yellow", STILL_TRAINING)
+        elif verdict.colour == "red" and not in_distribution and not (outlying[i] or unique_above[i]):
+            verdict = Verdict("yellow", FOREIGN)
+        if unique_negative[i]:
+            verdict = Verdict(
+                verdict.colour if verdict.colour != "green" else "grey",
+                f"{verdict.reason}; refining it beside its neighbours hurts (they interact)",
+                verdict.sequences_needed,
+                interaction=True,
+            )
+        verdicts.append(verdict)
+    return verdicts
+
+
+def _one(alone: Paired | None, margin: float, above: bool, below: bool, unique_above: bool) -> Verdict:
+    if alone is None:
+        if unique_above:
+            return Verdict("grey", "only it gives more than the margin once all are refined; not refined alone yet")
+        return Verdict("grey", f"{UNDECIDED}: not refined alone within the budget")
+    if above:
+        return Verdict("red", CERTIFIED)
+    if below:
+        return Verdict("green", NOTHING)
+    return Verdict("grey", f"{UNDECIDED}: more probe tokens needed", alone.sequences_needed(margin))
+
+
+def stands_out(values: Sequence[float | None], margin: float) -> list[bool]:
+    """Return which values lie above the trend over depth by more than three robust deviations.
+
+    The trend is Theil and Sen's line (median of pairwise slopes), the deviation 1.4826 times the median
+    absolute residual. A value must also clear the trend by ``margin``: where all agree to the digit, three
+    deviations are nothing. Fewer than five measured blocks have no trend.
+    """
+    index = np.array([i for i, v in enumerate(values) if v is not None], dtype=float)
+    found = np.array([v for v in values if v is not None], dtype=float)
+    if len(found) < _FEWEST_FOR_TREND:
+        return [False] * len(values)
+    first, second = np.triu_indices(len(found), k=1)
+    slope = np.median((found[second] - found[first]) / (index[second] - index[first]))
+    residual = found - slope * index
+    residual -= np.median(residual)
+    deviation = 1.4826 * np.median(np.abs(residual))
+    out = {int(i) for i, r in zip(index, residual, strict=True) if r > max(_ROBUST_DEVIATIONS * deviation, margin)}
+    return [i in out for i in range(len(values))]
+
+
+def _holm(p_values: Sequence[float | None]) -> list[bool]:
+    """Holm over the measured blocks; unmeasured ones are never rejected."""
+    known = [i for i, p in enumerate(p_values) if p is not None]
+    rejected = holm_rejections([p for p in p_values if p is not None], LEVEL)
+    out = [False] * len(p_values)
+    for i, flag in zip(known, rejected, strict=True):
+        out[i] = flag
+    return out
