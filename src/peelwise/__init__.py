@@ -1,1 +1,24 @@
-"""peelwise: how far each part of a transformer is from what it could achieve, with proof."""
+"""peelwise: how far each part of a transformer is from what it could achieve, with proof.
+
+Names are imported when they are first used, so that ``import peelwise`` does not import torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peelwise.api import AuditReport, apply, audit, verify
+    from peelwise.probes import Probe
+
+__all__ = ["AuditReport", "Probe", "apply", "audit", "verify"]
+
+_HOME = {"Probe": "peelwise.probes"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'peelwise' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME.get(name, "peelwise.api")), name)

@@ -6,6 +6,8 @@ All losses are in nats per token over the ``report`` part of the probe unless a 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -176,7 +178,8 @@ class WitnessRecord(Record):
 class AuditRecord(Record):
     """Everything one audit found. ``complete`` is false if the budget or the user stopped it early.
 
-    ``informative`` is ``None`` until the null controls have been run.
+    ``informative`` is ``None`` until the null controls have been run. ``digest`` is the SHA-256 of the rest,
+    so that a changed number shows; it protects against accidents, not against whoever recomputes it.
     """
 
     schema_version: int = Field(default=SCHEMA_VERSION, alias="schema")
@@ -198,7 +201,17 @@ class AuditRecord(Record):
     settings: dict[str, bool | int | float | str | None]
     seed: int
     versions: dict[str, str]
+    digest: str | None = None
 
     def to_json(self) -> str:
         """Return the record as indented JSON, with the key ``schema`` that readers look for."""
         return self.model_dump_json(by_alias=True, indent=2)
+
+    def computed_digest(self) -> str:
+        """Return the SHA-256 of the record without its digest, over JSON with sorted keys."""
+        plain = self.model_dump(mode="json", by_alias=True, exclude={"digest"})
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+    def sealed(self) -> AuditRecord:
+        """Return the record with its digest."""
+        return self.model_copy(update={"digest": self.computed_digest()})

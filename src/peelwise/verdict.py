@@ -20,9 +20,7 @@ _FEWEST_FOR_TREND = 5
 
 CERTIFIED = "certified under-optimised"
 STILL_TRAINING = "recoverable, still training"
-FOREIGN = (
-    "recoverable on this text; adaptation and under-training cannot be told apart without training text"
-)
+FOREIGN = "recoverable on this text; adaptation and under-training cannot be told apart without training text"
 NOTHING = "nothing above the margin found"
 UNDECIDED = "undecided"
 
@@ -88,7 +86,9 @@ def judge(
 def _one(alone: Paired | None, margin: float, above: bool, below: bool, unique_above: bool) -> Verdict:
     if alone is None:
         if unique_above:
-            return Verdict("grey", "only it gives more than the margin once all are refined; not refined alone yet")
+            return Verdict(
+                "grey", "only it gives more than the margin once all are refined; not refined alone yet"
+            )
         return Verdict("grey", f"{UNDECIDED}: not refined alone within the budget")
     if above:
         return Verdict("red", CERTIFIED)
@@ -113,7 +113,11 @@ def stands_out(values: Sequence[float | None], margin: float) -> list[bool]:
     residual = found - slope * index
     residual -= np.median(residual)
     deviation = 1.4826 * np.median(np.abs(residual))
-    out = {int(i) for i, r in zip(index, residual, strict=True) if r > max(_ROBUST_DEVIATIONS * deviation, margin)}
+    out = {
+        int(i)
+        for i, r in zip(index, residual, strict=True)
+        if r > max(_ROBUST_DEVIATIONS * deviation, margin)
+    }
     return [i in out for i in range(len(values))]
 
 

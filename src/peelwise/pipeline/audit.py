@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peelwise.errors import IllConditionedWarning, ModelError, PeelwiseWarning
 from peelwise.model.checkpoints import check_finite, fingerprint
 from peelwise.model.guard import untouched
-from peelwise.model.layers import device_of, find_blocks, vocabulary_size
+from peelwise.model.layers import find_blocks, vocabulary_size
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner, check_replay
 from peelwise.pipeline import controls, stages
 from peelwise.pipeline.bench import Bench
@@ -133,7 +133,9 @@ def settings_dict(settings: AuditSettings) -> dict[str, bool | int | float | str
 
 def _check_losses(loss: float, name: str) -> None:
     if not torch.isfinite(torch.tensor(loss)):
-        raise ModelError(f"The loss of {name} on the probe is {loss}: its activations overflow. Try --dtype float32.")
+        raise ModelError(
+            f"The loss of {name} on the probe is {loss}: its activations overflow. Try --dtype float32."
+        )
 
 
 def _with_warnings(record: AuditRecord, caught: list[warnings.WarningMessage]) -> AuditRecord:
@@ -152,5 +154,3 @@ def _with_warnings(record: AuditRecord, caught: list[warnings.WarningMessage]) -
 def replace_notes(record: AuditRecord, note: str) -> AuditRecord:
     """Return the record with one more note."""
     return record.model_copy(update={"notes": (*record.notes, note)})
-
-

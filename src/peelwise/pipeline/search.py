@@ -16,7 +16,12 @@ class StepChoice:
 
 
 def search_step(
-    loss_at: Callable[[float], float], base: float, start: float, *, evaluations: int = 10, factor: float = 2.0
+    loss_at: Callable[[float], float],
+    base: float,
+    start: float,
+    *,
+    evaluations: int = 10,
+    factor: float = 2.0,
 ) -> StepChoice:
     """Bracket the best step on a geometric grid, then refine it by one parabola.
 

@@ -118,7 +118,9 @@ def _promising(findings: Findings) -> list[int]:
     if composed is None or composed.report_losses is None:
         return order
     whole = float(composed.report_losses.sum())
-    return sorted(order, key=lambda i: whole - float(findings.without[i].sum()) if i in findings.without else 0.0)
+    return sorted(
+        order, key=lambda i: whole - float(findings.without[i].sum()) if i in findings.without else 0.0
+    )
 
 
 def _alone_round(

@@ -95,7 +95,9 @@ def conclusion(blocks: tuple[BlockRecord, ...], composed: Interval | None, margi
     if red:
         which = ", ".join(map(str, red[:6])) + (", ..." if len(red) > 6 else "")
         blocks_word = "block" if len(red) == 1 else "blocks"
-        return f"{len(red)} of {len(blocks)} blocks certified under-optimised ({blocks_word} {which}).{together}"
+        return (
+            f"{len(red)} of {len(blocks)} blocks certified under-optimised ({blocks_word} {which}).{together}"
+        )
     if yellow:
         return (
             f"No block is certified under-optimised; {len(yellow)} of {len(blocks)} have recoverable loss on this "
@@ -110,7 +112,10 @@ def conclusion(blocks: tuple[BlockRecord, ...], composed: Interval | None, margi
 
 def versions() -> dict[str, str]:
     """Return the versions and the machine that the numbers were made with."""
-    found = {"python": platform.python_version(), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    found = {
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
     for package in _VERSIONED:
         try:
             found[package] = version(package)
@@ -131,7 +136,9 @@ def _evidence(bench: Bench, findings: Findings, index: int) -> Evidence:
     return Evidence(measured, unique)
 
 
-def _block_record(bench: Bench, findings: Findings, block: Block, evidence: Evidence, verdict: Verdict) -> BlockRecord:
+def _block_record(
+    bench: Bench, findings: Findings, block: Block, evidence: Evidence, verdict: Verdict
+) -> BlockRecord:
     proposals = findings.proposals.get(block.index)
     length = max(float(bench.report.tokens.sum()) / len(bench.report.tokens), 1.0)
     needed = verdict.sequences_needed
@@ -239,5 +246,3 @@ def _witness(findings: Findings) -> dict[str, Tensor]:
 
 def _named(kind: str, changes: dict[LinearMap, Tensor]) -> dict[str, Tensor]:
     return {f"{kind}/{m.name}": change.to(WITNESS_DTYPE).cpu().contiguous() for m, change in changes.items()}
-
-

@@ -1,0 +1,310 @@
+"""The command line: ``peelwise audit | verify | apply | report``. Exit codes: 0 fine, 1 finding, 2 bad input."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from peelwise.errors import OutputError, PeelwiseError, PeelwiseWarning
+
+if TYPE_CHECKING:
+    from peelwise.pipeline.clock import Progress as Step
+    from peelwise.pipeline.clock import Watcher
+    from peelwise.probes import Probe
+
+app = typer.Typer(
+    name="peelwise",
+    help="Tells, block by block, how far a transformer is from what it could achieve, and proves it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
+_err = Console(stderr=True, highlight=False)
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hugging Face folder, .gguf file, or `smollm2`.")
+]
+FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a certificate.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace an earlier result.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+
+
+def main() -> None:
+    """Run the command line; errors a user can act on become one or two lines and exit code 2."""
+    try:
+        app()
+    except PeelwiseError as error:
+        _err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _err.print("Stopped before there was anything to report; nothing was written.")
+        sys.exit(130)
+
+
+@app.command(
+    epilog="Example: `peelwise audit smollm2 --text notes.txt --budget 5m --out out/mine`",
+    short_help="Audit a model and write a certificate.",
+)
+def audit(
+    model: ModelArgument,
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", metavar="FILE", help="Text: .txt, .jsonl, .parquet or - ; may be repeated."),
+    ] = None,
+    field: Annotated[str, typer.Option(help="Field of .jsonl and .parquet that holds the text.")] = "text",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of text to use at most.")] = 6_400,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 128,
+    budget: Annotated[str, typer.Option(help="Wall time: 90s, 5m, 1h.")] = "5m",
+    in_distribution: Annotated[
+        bool, typer.Option("--in-distribution", help="The text is what the model was trained on.")
+    ] = False,
+    margin: Annotated[float | None, typer.Option(min=0.0, help="Nats per token that matter.")] = None,
+    controls: Annotated[bool, typer.Option("--controls/--no-controls", help="Run the null controls.")] = True,
+    device: DeviceOption = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Draws and splits the text.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for certificate, witness, report.")
+    ] = None,
+    force: ForceOption = False,
+    fail_on: Annotated[
+        str | None, typer.Option(help="red or yellow: exit 1 if a block is at least that.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the record as JSON instead of the table.")
+    ] = False,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Also open pickled weights.")] = False,
+) -> None:
+    """Audit MODEL: how much lower could its loss be, block by block, with weights that prove it.
+
+    Without --text the Python reference prose of the standard library is used. Ctrl-C ends the audit early and
+    reports what was finished.
+    """
+    from peelwise.api import AuditReport, parse_seconds
+    from peelwise.model.checkpoints import open_model, require_tokenizer
+    from peelwise.pipeline.audit import AuditSettings, run_audit
+    from peelwise.pipeline.folder import check_free
+    from peelwise.recordfile import RECORD_FILE
+
+    if fail_on not in (None, "red", "yellow"):
+        raise PeelwiseError(f"--fail-on takes red or yellow, got {fail_on!r}.")
+    settings = AuditSettings(parse_seconds(budget), margin_nats=margin, controls=controls)
+    if out is not None:
+        check_free(out, force=force, ours=RECORD_FILE)
+    documents, source = _documents(text, field)
+    with _quiet_warnings(), _status(f"Opening {model} ..."):
+        opened = open_model(model, device=device, dtype=dtype, allow_pickle=allow_pickle)
+        probe = _probe(
+            documents, require_tokenizer(opened), tokens, sequence_length, seed, in_distribution, source
+        )
+    with _quiet_warnings(), _progress_bar() as watcher:
+        outcome = run_audit(
+            opened.model, probe, settings, name=opened.name, source=opened.source, watcher=watcher
+        )
+    report = AuditReport(outcome.record, outcome.witness, outcome.probe)
+    if out is not None:
+        report.save(out, force=force)
+    _print(report, out, as_json)
+    worst = {"red": {"red"}, "yellow": {"red", "yellow"}}.get(fail_on or "", set())
+    if any(block.verdict in worst for block in report.record.blocks):
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: `peelwise verify out/demo --full`", short_help="Recheck a certificate.")
+def verify(
+    folder: FolderArgument,
+    model: Annotated[
+        str | None, typer.Option(help="Where the model is; default: where it was audited.")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Recheck every block's numbers too (slower).")] = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Recompute the losses that the certificate in DIR claims: holds, does not hold, or not the same model or data.
+
+    Exit code 0 if it holds, 1 if not.
+    """
+    from peelwise import api
+
+    with _status("Recomputing the certified losses ..."):
+        result = api.verify(folder, model, full=full, device=device)
+    console = Console(highlight=False)
+    for check in result.checks:
+        mark = "ok" if check.holds else "[bold red]differs[/]"
+        console.print(
+            f"  {check.name:<34} certified {check.recorded:+.6f}   found {check.found:+.6f}   {mark}"
+        )
+    style = "bold green" if result.holds else "bold red"
+    console.print(f"[{style}]{result.status}[/]: {escape(result.reason)}", soft_wrap=True)
+    if result.holds:
+        extent = (
+            "every number of every block"
+            if full
+            else "the model's and the composed loss; --full rechecks blocks"
+        )
+        console.print(f"Checked: {extent}. Tolerance {result.tolerance:g} nats per token.")
+    else:
+        raise typer.Exit(1)
+
+
+@app.command(
+    epilog="Example: `peelwise apply out/demo --model smollm2 --out out/better`",
+    short_help="Merge the witness.",
+)
+def apply(
+    folder: FolderArgument,
+    out: Annotated[Path, typer.Option(metavar="NEWDIR", help="New model folder, loadable by transformers.")],
+    model: Annotated[
+        str | None, typer.Option(help="Where the model is; default: where it was audited.")
+    ] = None,
+    force: ForceOption = False,
+) -> None:
+    """Write a model folder with the composed witness of DIR merged, and check that its loss is the certified one."""
+    from peelwise import api
+
+    with _status("Merging the witness and checking the result ..."):
+        loss = api.apply(folder, model, out, force=force)
+    Console(highlight=False).print(f"{out}: loss {loss:.4f} nats per token on report, as certified.")
+
+
+@app.command(epilog="Example: `peelwise report out/demo`", short_help="Render the HTML report again.")
+def report(
+    folder: FolderArgument,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: report.html in DIR.")] = None,
+) -> None:
+    """Render the HTML report again from the certificate in DIR. Needs neither the model nor torch."""
+    from peelwise.recordfile import read_record
+    from peelwise.show.report import render_html
+
+    path = out or folder / "report.html"
+    page = render_html(read_record(folder))
+    try:
+        temporary = path.with_name(f".{path.name}.new")
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
+    Console(highlight=False).print(f"wrote {path}")
+
+
+@app.callback(invoke_without_command=True)
+def version_option(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+    ] = False,
+) -> None:
+    """Print the version if asked."""
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"peelwise {installed('peelwise')}")
+        raise typer.Exit
+
+
+def _documents(paths: list[str] | None, field: str) -> tuple[list[str], str]:
+    from peelwise.texts import read_texts, reference_prose
+
+    if not paths:
+        return reference_prose(), "Python reference prose (pydoc_data.topics)"
+    return read_texts(paths, field=field), ", ".join(
+        "standard input" if p == "-" else Path(p).name for p in paths
+    )
+
+
+def _probe(
+    documents: list[str],
+    tokenizer: Any,
+    tokens: int,
+    length: int,
+    seed: int,
+    in_distribution: bool,
+    source: str,
+) -> Probe:
+    from peelwise.probes import Probe
+
+    return Probe.from_text(
+        documents,
+        tokenizer,
+        tokens=tokens,
+        sequence_length=length,
+        seed=seed,
+        in_distribution=in_distribution,
+        source=source,
+    )
+
+
+def _print(report: Any, out: Path | None, as_json: bool) -> None:
+    from peelwise.show.terminal import print_record
+
+    if as_json:
+        typer.echo(report.to_json())
+        return
+    print_record(report.record, Console(highlight=False), out)
+    if out is not None and not (out / "report.html").exists():
+        _err.print('No report.html: pip install "peelwise\\[plots]", then `peelwise report`.')
+
+
+@contextmanager
+def _quiet_warnings() -> Iterator[None]:
+    """Show peelwise's own warnings as one line; other libraries' do not belong between the progress bars."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        if issubclass(warning.category, PeelwiseWarning):
+            _err.print(f"[yellow]warning:[/] {escape(str(warning.message))}", soft_wrap=True)
+
+
+@contextmanager
+def _status(what: str) -> Iterator[None]:
+    if not _err.is_terminal:
+        _err.print(what)
+        yield
+        return
+    with _err.status(what):
+        yield
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Watcher]:
+    """Yield a watcher that draws a bar on a terminal and a line per stage elsewhere."""
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    if not _err.is_terminal:
+        yield _line_per_stage()
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}")
+    with Progress(*columns, console=_err, transient=True) as bar:
+        task = bar.add_task("starting", total=1.0, left="")
+
+        def watch(step: Step) -> None:
+            total = step.elapsed_seconds + step.left_seconds
+            detail = f" ({step.done} of {step.total})" if step.total else ""
+            left = f"at most {_minutes(step.left_seconds)} left" if step.left_seconds else "finishing"
+            bar.update(
+                task, description=step.stage + detail, completed=step.elapsed_seconds / total, left=left
+            )
+
+        yield watch
+
+
+def _line_per_stage() -> Watcher:
+    seen: set[str] = set()
+
+    def watch(step: Step) -> None:
+        if step.stage not in seen:
+            seen.add(step.stage)
+            _err.print(f"{_minutes(step.elapsed_seconds):>6}  {step.stage}")
+
+    return watch
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

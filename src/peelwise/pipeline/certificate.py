@@ -1,0 +1,301 @@
+"""Certificates: write one, read one, check one against a model, merge its witness into a model."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from peelwise.errors import CertificateError
+from peelwise.intervals import Paired
+from peelwise.model.checkpoints import fingerprint
+from peelwise.model.guard import untouched
+from peelwise.model.layers import Block, LinearMap, find_blocks
+from peelwise.model.runner import Runner, Trace
+from peelwise.model.splice import spliced
+from peelwise.pipeline.bench import ChangeMap, gain
+from peelwise.pipeline.folder import written_whole
+from peelwise.probes import Probe
+from peelwise.recordfile import RECORD_FILE, read_record
+from peelwise.records import AuditRecord, Interval, WitnessRecord
+
+WITNESS_FILE, PROBE_FILE = "witness.safetensors", "probe.safetensors"
+_TOLERANCE = {"float32": 3e-4, "float64": 3e-4}
+_HALF_TOLERANCE = 5e-3
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A certificate read from its folder."""
+
+    record: AuditRecord
+    witness: dict[str, Tensor]
+    probe: Probe
+
+
+@dataclass(frozen=True)
+class Check:
+    """One number of the certificate, as recorded and as found again."""
+
+    name: str
+    recorded: float
+    found: float
+    holds: bool
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The outcome of `verify_certificate`: what is true of the certificate, and the numbers compared."""
+
+    status: Literal["holds", "does not hold", "not the same model or data"]
+    reason: str
+    checks: tuple[Check, ...] = ()
+    tolerance: float = 0.0
+
+    @property
+    def holds(self) -> bool:
+        """Whether every number was found again."""
+        return self.status == "holds"
+
+
+def write_certificate(
+    folder: Path,
+    record: AuditRecord,
+    witness: Mapping[str, Tensor],
+    probe: Probe,
+    pages: Callable[[AuditRecord], Mapping[str, str]] = lambda record: {},
+) -> AuditRecord:
+    """Write the folder whole or not at all, and return the record as written (sealed, with its witness).
+
+    Args:
+        folder: replaced if it exists; check first.
+        record: what was found.
+        witness: tensors by name.
+        probe: token ids of the three parts, so that anybody can check without the text.
+        pages: makes further text files by name, such as the report, from the sealed record.
+    """
+    with written_whole(folder) as temporary:
+        save_file(dict(witness), temporary / WITNESS_FILE)
+        save_file(probe.to_tensors(), temporary / PROBE_FILE)
+        sealed = record.model_copy(
+            update={"witness": _witness_record(temporary / WITNESS_FILE, witness)}
+        ).sealed()
+        (temporary / RECORD_FILE).write_text(sealed.to_json() + "\n", encoding="utf-8")
+        for name, text in pages(sealed).items():
+            (temporary / name).write_text(text, encoding="utf-8")
+    return sealed
+
+
+def read_certificate(folder: Path) -> Certificate:
+    """Read record, witness and probe.
+
+    Raises:
+        CertificateError: If a file is missing or damaged.
+    """
+    record = read_record(folder)
+    probe = Probe.from_tensors(
+        _load(folder / PROBE_FILE),
+        source=record.probe.source,
+        in_distribution=record.probe.in_distribution,
+        seed=record.seed,
+    )
+    return Certificate(record, _load(folder / WITNESS_FILE), probe)
+
+
+def verify_certificate(folder: Path, model: nn.Module, *, full: bool = False) -> Verification:
+    """Recompute the certified losses from the folder's own witness and probe, and compare.
+
+    Args:
+        folder: the certificate.
+        model: the model it is about, in the number format it was audited in; left untouched.
+        full: also recompute every block's recoverable and unique loss (about as long as measuring them).
+    """
+    certificate = read_certificate(folder)
+    record = certificate.record
+    changed = _what_changed(folder, certificate)
+    if changed:
+        return Verification("does not hold", changed)
+    if certificate.probe.fingerprint != record.probe.fingerprint:
+        return Verification(
+            "not the same model or data", f"{PROBE_FILE} is not the probe that was certified."
+        )
+    if fingerprint(model) != record.model.fingerprint:
+        return Verification(
+            "not the same model or data", "The model's tensors are not those that were certified."
+        )
+    tolerance = _TOLERANCE.get(record.model.dtype, _HALF_TOLERANCE)
+    with untouched(model):
+        checks = _Recheck(certificate, model, tolerance).run(full=full)
+    failed = [c for c in checks if not c.holds]
+    if failed:
+        c = failed[0]
+        return Verification(
+            "does not hold",
+            f"{c.name}: {c.recorded:.6f} was certified, {c.found:.6f} was found.",
+            checks,
+            tolerance,
+        )
+    return Verification("holds", f"{len(checks)} numbers found again.", checks, tolerance)
+
+
+def merged_model(certificate: Certificate, model: nn.Module) -> nn.Module:
+    """Return a copy of ``model`` with the composed witness added to its weights.
+
+    Raises:
+        CertificateError: If the model is not the certified one, or there is no composed witness.
+    """
+    if fingerprint(model) != certificate.record.model.fingerprint:
+        raise CertificateError("The model's tensors are not those that were certified: not the same model.")
+    changed = copy.deepcopy(model)
+    changes = changes_of(certificate.witness, "composed", find_blocks(changed))
+    if not changes:
+        raise CertificateError(
+            "The certificate holds no composed witness: the audit found none, so nothing to apply."
+        )
+    with torch.no_grad():
+        for linear, change in changes.items():
+            weight, bias = linear.module.weight, getattr(linear.module, "bias", None)
+            assert isinstance(weight, Tensor)
+            part = change[:, :-1] if linear.has_bias else change
+            weight.copy_(
+                (linear.weight().float() + part.to(weight.device)).T
+                if linear.transposed
+                else linear.weight().float() + part.to(weight.device)
+            )
+            if linear.has_bias and isinstance(bias, Tensor):
+                bias.copy_(bias.float() + change[:, -1].to(bias.device))
+    return changed
+
+
+def report_loss(model: nn.Module, certificate: Certificate) -> float:
+    """Return the model's loss on the certificate's report part, nats per token."""
+    with untouched(model):
+        return Runner(model, find_blocks(model)).trace(certificate.probe.report).mean
+
+
+def tolerance_of(record: AuditRecord) -> float:
+    """Return how far a recomputed loss may be off, in nats per token: other threads, batches, machines."""
+    return _TOLERANCE.get(record.model.dtype, _HALF_TOLERANCE)
+
+
+def changes_of(witness: Mapping[str, Tensor], kind: str, blocks: tuple[Block, ...]) -> ChangeMap:
+    """Return the changes stored under ``kind`` for the maps of ``blocks``, float32, on their device.
+
+    Raises:
+        CertificateError: If a change has another shape than its map.
+    """
+    changes: ChangeMap = {}
+    for linear in (m for block in blocks for m in block.linears):
+        stored = witness.get(f"{kind}/{linear.name}")
+        if stored is None:
+            continue
+        expected = _shape(linear)
+        if tuple(stored.shape) != expected:
+            raise CertificateError(
+                f"The witness for {linear.name} is {tuple(stored.shape)}, expected {expected}."
+            )
+        changes[linear] = stored.float().to(linear.weight().device)
+    return changes
+
+
+class _Recheck:
+    """Recomputes the numbers of one certificate, in the order of the audit."""
+
+    def __init__(self, certificate: Certificate, model: nn.Module, tolerance: float) -> None:
+        self.record = certificate.record
+        self.witness = certificate.witness
+        self.blocks = find_blocks(model)
+        self.runner = Runner(model, self.blocks)
+        self.tolerance = tolerance
+        self.trace: Trace = self.runner.trace(certificate.probe.report)
+        self.checks: list[Check] = []
+
+    def run(self, *, full: bool) -> tuple[Check, ...]:
+        loss = self.record.loss
+        self._compare("loss.current", loss.current, self.trace.mean)
+        if loss.composed is not None:
+            composed = changes_of(self.witness, "composed", self.blocks)
+            with spliced(composed):
+                after = self.runner.refreshed(self.trace) if full else None
+                losses = after.losses if after else self.runner.losses_from(self.trace, 0)
+            self._compare("loss.composed", loss.composed, float(losses.sum() / self.trace.tokens.sum()))
+            self._interval("loss.composed_gain", loss.composed_gain, self._gain(self.trace.losses, losses))
+            if after is not None:
+                self._unique(composed, after)
+        if full:
+            self._alone()
+        return tuple(self.checks)
+
+    def _unique(self, composed: ChangeMap, after: Trace) -> None:
+        for block, recorded in zip(self.blocks, self.record.blocks, strict=True):
+            if recorded.unique_nats is None:
+                continue
+            with spliced({m: c for m, c in composed.items() if m not in set(block.linears)}):
+                losses = self.runner.losses_from(after, block.index)
+            self._interval(f"{block.name} unique", recorded.unique_nats, self._gain(losses, after.losses))
+
+    def _alone(self) -> None:
+        for block, recorded in zip(self.blocks, self.record.blocks, strict=True):
+            if recorded.recoverable_nats is None:
+                continue
+            with spliced(changes_of(self.witness, "alone", (block,))):
+                losses = self.runner.losses_from(self.trace, block.index)
+            found = self._gain(self.trace.losses, losses)
+            self._interval(f"{block.name} recoverable", recorded.recoverable_nats, found)
+
+    def _gain(self, before: Tensor, after: Tensor) -> Paired:
+        return gain(before, after, self.trace, self.record.seed)
+
+    def _interval(self, name: str, recorded: Interval | None, found: Paired) -> None:
+        if recorded is not None:
+            again = found.interval()
+            for part in ("mean", "low", "high"):
+                self._compare(f"{name}.{part}", getattr(recorded, part), getattr(again, part))
+
+    def _compare(self, name: str, recorded: float, found: float) -> None:
+        self.checks.append(Check(name, recorded, found, abs(recorded - found) <= self.tolerance))
+
+
+def _what_changed(folder: Path, certificate: Certificate) -> str | None:
+    """Return what was changed in the folder after it was written, or ``None``."""
+    record = certificate.record
+    if record.digest != record.computed_digest():
+        return f"{RECORD_FILE} was changed after it was written (its digest does not match)."
+    if record.witness is None or _sha256(folder / WITNESS_FILE) != record.witness.sha256:
+        return f"{WITNESS_FILE} was changed after it was written (its SHA-256 does not match)."
+    return None
+
+
+def _witness_record(path: Path, witness: Mapping[str, Tensor]) -> WitnessRecord:
+    dtypes = {str(t.dtype).removeprefix("torch.") for t in witness.values()}
+    return WitnessRecord(
+        file=path.name,
+        sha256=_sha256(path),
+        bytes=path.stat().st_size,
+        dtype=", ".join(sorted(dtypes)) or "none",
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CertificateError(f"{path} is missing or damaged: {error}.") from error
+
+
+def _shape(linear: LinearMap) -> tuple[int, int]:
+    d_out, d_in = linear.weight().shape
+    return d_out, d_in + int(linear.has_bias)
