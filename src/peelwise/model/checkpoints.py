@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -259,8 +260,15 @@ def _load_model(folder: Path, path: Path, dtype: torch.dtype | str, options: dic
         raise DeviceError(
             f"{path} does not fit into memory. Use dtype bfloat16 or a larger device."
         ) from error
+    except UnpicklingError as error:  # its own message advises to let the code run
+        raise ModelError(
+            f"{path} holds pickled objects other than tensors, and code is never run: expected tensors only. "
+            "Save it as safetensors where you trust it."
+        ) from error
     except Exception as error:  # loaders raise anything; the user can act on the file, not on the traceback
-        raise ModelError(f"{path} cannot be opened: {brief(error)}.") from error
+        raise ModelError(
+            f"{path} cannot be opened: {brief(error)}. A newer transformers may open it."
+        ) from error
     for name, found, expected in sorted(info["mismatched_keys"]):
         raise ModelError(
             f"{path}: {name} has shape {tuple(found)}, expected {tuple(expected)} from config.json. "

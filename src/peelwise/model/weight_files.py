@@ -120,7 +120,8 @@ def check_gguf(file: Path) -> None:
 def brief(error: Exception) -> str:
     """Return the first line of an error's message, at most 200 characters, without its final stop."""
     line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return line.strip()[:200].rstrip(".:")
+    prefix = "unknown name " if isinstance(error, KeyError) else ""  # its message is the bare key
+    return prefix + line.strip()[:200].rstrip(".:")
 
 
 def _check_shards(index: Path) -> None:
