@@ -73,9 +73,7 @@ def _linears(block: nn.Module, only: tuple[str, ...]) -> Iterator[nn.Linear]:
 
 
 @torch.no_grad()
-def _changed(
-    model: nn.Module, block: int, change: Callable[[Tensor], Tensor], only: tuple[str, ...] = ()
-) -> nn.Module:
+def _changed(model: nn.Module, block: int, change: Callable[[Tensor], Tensor], only: tuple[str, ...] = ()) -> nn.Module:
     damaged = copy.deepcopy(model)
     for linear in _linears(_layers(damaged)[block], only):
         linear.weight.copy_(change(linear.weight))

@@ -58,9 +58,7 @@ class Settings:
     @property
     def stages(self) -> list[int]:
         """Steps after which a checkpoint is kept."""
-        return sorted(
-            {step for step in (self.early_step, self.middle_step) if step < self.steps} | {self.steps}
-        )
+        return sorted({step for step in (self.early_step, self.middle_step) if step < self.steps} | {self.steps})
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -248,9 +248,7 @@ def _pages(record: AuditRecord) -> dict[str, str]:
 
 
 def _row(block: dict[str, Any]) -> dict[str, Any]:
-    plain = {
-        k: v for k, v in block.items() if not isinstance(v, (dict, tuple, list)) and not k.endswith("_nats")
-    }
+    plain = {k: v for k, v in block.items() if not isinstance(v, (dict, tuple, list)) and not k.endswith("_nats")}
     for key in ("recoverable", "unique"):
         interval = block[f"{key}_nats"] or {}
         plain |= {f"{key}_{part}": interval.get(part) for part in ("mean", "low", "high")}

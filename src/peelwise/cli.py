@@ -29,9 +29,7 @@ app = typer.Typer(
 )
 _err = Console(stderr=True, highlight=False)
 
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Hugging Face folder, .gguf file, or `smollm2`.")
-]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face folder, .gguf file, or `smollm2`.")]
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a certificate.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an earlier result.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
@@ -71,16 +69,10 @@ def audit(
     device: DeviceOption = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     seed: Annotated[int, typer.Option(help="Draws and splits the text.")] = 0,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder for certificate, witness, report.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for certificate, witness, report.")] = None,
     force: ForceOption = False,
-    fail_on: Annotated[
-        str | None, typer.Option(help="red or yellow: exit 1 if a block is at least that.")
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the record as JSON instead of the table.")
-    ] = False,
+    fail_on: Annotated[str | None, typer.Option(help="red or yellow: exit 1 if a block is at least that.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of the table.")] = False,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Also open pickled weights.")] = False,
 ) -> None:
     """Audit MODEL: how much lower could its loss be, block by block, with weights that prove it.
@@ -102,13 +94,9 @@ def audit(
     documents, source = _documents(text, field)
     with _quiet_warnings(), _status(f"Opening {model} ..."):
         opened = open_model(model, device=device, dtype=dtype, allow_pickle=allow_pickle)
-        probe = _probe(
-            documents, require_tokenizer(opened), tokens, sequence_length, seed, in_distribution, source
-        )
+        probe = _probe(documents, require_tokenizer(opened), tokens, sequence_length, seed, in_distribution, source)
     with _quiet_warnings(), _progress_bar() as watcher:
-        outcome = run_audit(
-            opened.model, probe, settings, name=opened.name, source=opened.source, watcher=watcher
-        )
+        outcome = run_audit(opened.model, probe, settings, name=opened.name, source=opened.source, watcher=watcher)
     report = AuditReport(outcome.record, outcome.witness, outcome.probe)
     if out is not None:
         report.save(out, force=force)
@@ -121,9 +109,7 @@ def audit(
 @app.command(epilog="Example: `peelwise verify out/demo --full`", short_help="Recheck a certificate.")
 def verify(
     folder: FolderArgument,
-    model: Annotated[
-        str | None, typer.Option(help="Where the model is; default: where it was audited.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Where the model is; default: where it was audited.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Recheck every block's numbers too (slower).")] = False,
     device: DeviceOption = "auto",
 ) -> None:
@@ -138,17 +124,11 @@ def verify(
     console = Console(highlight=False)
     for check in result.checks:
         mark = "ok" if check.holds else "[bold red]differs[/]"
-        console.print(
-            f"  {check.name:<34} certified {check.recorded:+.6f}   found {check.found:+.6f}   {mark}"
-        )
+        console.print(f"  {check.name:<34} certified {check.recorded:+.6f}   found {check.found:+.6f}   {mark}")
     style = "bold green" if result.holds else "bold red"
     console.print(f"[{style}]{result.status}[/]: {escape(result.reason)}", soft_wrap=True)
     if result.holds:
-        extent = (
-            "every number of every block"
-            if full
-            else "the model's and the composed loss; --full rechecks blocks"
-        )
+        extent = "every number of every block" if full else "the model's and the composed loss; --full rechecks blocks"
         console.print(f"Checked: {extent}. Tolerance {result.tolerance:g} nats per token.")
     else:
         raise typer.Exit(1)
@@ -161,9 +141,7 @@ def verify(
 def apply(
     folder: FolderArgument,
     out: Annotated[Path, typer.Option(metavar="NEWDIR", help="New model folder, loadable by transformers.")],
-    model: Annotated[
-        str | None, typer.Option(help="Where the model is; default: where it was audited.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Where the model is; default: where it was audited.")] = None,
     force: ForceOption = False,
 ) -> None:
     """Write a model folder with the composed witness of DIR merged, and check that its loss is the certified one."""
@@ -196,9 +174,7 @@ def report(
 
 @app.callback(invoke_without_command=True)
 def version_option(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
     """Print the version if asked."""
     if version:
@@ -213,9 +189,7 @@ def _documents(paths: list[str] | None, field: str) -> tuple[list[str], str]:
 
     if not paths:
         return reference_prose(), "Python reference prose (pydoc_data.topics)"
-    return read_texts(paths, field=field), ", ".join(
-        "standard input" if p == "-" else Path(p).name for p in paths
-    )
+    return read_texts(paths, field=field), ", ".join("standard input" if p == "-" else Path(p).name for p in paths)
 
 
 def _probe(
@@ -288,9 +262,7 @@ def _progress_bar() -> Iterator[Watcher]:
             total = step.elapsed_seconds + step.left_seconds
             detail = f" ({step.done} of {step.total})" if step.total else ""
             left = f"at most {_minutes(step.left_seconds)} left" if step.left_seconds else "finishing"
-            bar.update(
-                task, description=step.stage + detail, completed=step.elapsed_seconds / total, left=left
-            )
+            bar.update(task, description=step.stage + detail, completed=step.elapsed_seconds / total, left=left)
 
         yield watch
 

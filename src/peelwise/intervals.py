@@ -97,9 +97,7 @@ def paired(sums: ArrayLike, tokens: ArrayLike, *, seed: int = 0) -> Paired:
     """
     s, t = np.asarray(sums, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
     if len(s) < 2:
-        raise TooFewSamplesError(
-            f"An interval needs at least 2 report sequences, got {len(s)}. Use more text."
-        )
+        raise TooFewSamplesError(f"An interval needs at least 2 report sequences, got {len(s)}. Use more text.")
     mean, error = _ratio(s, t)
     draws = _bootstrap(s, t, mean, seed) if _FEWEST <= len(s) < _FEW and error > 0 else None
     return Paired(float(mean), float(error), len(s), draws)

@@ -131,9 +131,7 @@ class Probe:
             raise ProbeError("The text is empty: expected prose or code to predict. Give more text.")
         opening = opening_ids(tokenizer)
         streams = [encode(tokenizer, document) for document in documents]
-        chunks = chunk_documents(
-            streams, sequence_length + 1 - len(opening), getattr(tokenizer, "eos_token_id", None)
-        )
+        chunks = chunk_documents(streams, sequence_length + 1 - len(opening), getattr(tokenizer, "eos_token_id", None))
         sequences = [opening + chunk for chunk in chunks]
         if not sequences:
             found = sum(map(len, streams))
@@ -141,9 +139,7 @@ class Probe:
                 f"The text is too short: length {sequence_length} needs {sequence_length + 1} "
                 f"tokens, got {found}. Give more text or a shorter sequence length."
             )
-        return cls._assemble(
-            sequences, tokens, shares, source=source, in_distribution=in_distribution, seed=seed
-        )
+        return cls._assemble(sequences, tokens, shares, source=source, in_distribution=in_distribution, seed=seed)
 
     @classmethod
     def from_tokens(
@@ -238,15 +234,11 @@ class Probe:
         for part in PARTS:
             missing = [key for key in (f"{part}.ids", f"{part}.lengths") if key not in tensors]
             if missing:
-                raise ProbeError(
-                    f"The stored probe lacks {missing[0]!r}: expected ids and lengths of {PARTS}."
-                )
+                raise ProbeError(f"The stored probe lacks {missing[0]!r}: expected ids and lengths of {PARTS}.")
             ids, lengths = tensors[f"{part}.ids"].long(), tensors[f"{part}.lengths"].long()
             fits = ids.ndim == 2 and ids.shape[1] > 1 and lengths.shape == ids.shape[:1] and ids.numel() > 0
             if not fits or int(lengths.min()) < 2 or int(lengths.max()) > ids.shape[1] or int(ids.min()) < 0:
-                raise ProbeError(
-                    f"The stored probe is damaged: ids and lengths of {part!r} do not belong together."
-                )
+                raise ProbeError(f"The stored probe is damaged: ids and lengths of {part!r} do not belong together.")
             splits[part] = Split(ids, torch.arange(ids.shape[1]) < lengths[:, None])
         return cls(**splits, source=source, in_distribution=in_distribution, seed=seed)
 
@@ -319,9 +311,7 @@ class Probe:
 
     def to(self, device: torch.device | str) -> Probe:
         """Return the same probe on ``device``."""
-        return replace(
-            self, fit=self.fit.to(device), select=self.select.to(device), report=self.report.to(device)
-        )
+        return replace(self, fit=self.fit.to(device), select=self.select.to(device), report=self.report.to(device))
 
     def _splits(self) -> Iterator[tuple[str, Split]]:
         yield from ((part, getattr(self, part)) for part in PARTS)
@@ -351,9 +341,7 @@ def _check_sizes(tokens: int | None, sequence_length: int) -> None:
     if sequence_length < 1:
         raise ProbeError(f"The sequence length must be at least 1 token, got {sequence_length}.")
     if tokens is not None and tokens < 1:
-        raise ProbeError(
-            f"The number of tokens must be positive, got {tokens}. Leave it out for the default."
-        )
+        raise ProbeError(f"The number of tokens must be positive, got {tokens}. Leave it out for the default.")
 
 
 def _pad(rows: list[list[int]], positions: int) -> Split:

@@ -66,21 +66,15 @@ def _as_stream(values: Any, label: str) -> Tensor:
     try:
         ids = torch.as_tensor(values).cpu()  # [n]
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ProbeError(
-            f"{label}: expected a list of integer token ids, got {type(values).__name__}."
-        ) from error
+        raise ProbeError(f"{label}: expected a list of integer token ids, got {type(values).__name__}.") from error
     if ids.numel() == 0:
         return torch.zeros(0, dtype=torch.int64)
     if ids.ndim != 1:
-        raise ProbeError(
-            f"{label}: expected one or two dimensions of token ids, got shape {tuple(ids.shape)}."
-        )
+        raise ProbeError(f"{label}: expected one or two dimensions of token ids, got shape {tuple(ids.shape)}.")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ProbeError(f"{label}: expected integer token ids, got {ids.dtype}.")
     if int(ids.min()) < 0:
-        raise ProbeError(
-            f"{label}: token ids cannot be negative, got {int(ids.min())}. Remove padding markers."
-        )
+        raise ProbeError(f"{label}: token ids cannot be negative, got {int(ids.min())}. Remove padding markers.")
     return ids.long()
 
 

@@ -81,9 +81,7 @@ def text_of(row: Mapping[str, Any] | str, field: str, where: str) -> str:
     if not isinstance(row, Mapping):
         raise ProbeError(f"{where}: expected an object with the field {field!r}, got {type(row).__name__}.")
     if field not in row:
-        raise ProbeError(
-            f"{where} has no field {field!r}; found {_listed(row)}. Name the one that holds text."
-        )
+        raise ProbeError(f"{where} has no field {field!r}; found {_listed(row)}. Name the one that holds text.")
     value = row[field]
     if value is None:
         return ""
@@ -100,9 +98,7 @@ def _read_one(path: str | Path, field: str) -> Iterator[str]:
     if path.is_dir():
         raise ProbeError(f"{path} is a folder: expected a file of text. Name the files inside it.")
     if not path.exists():
-        raise ProbeError(
-            f"{path} not found: expected a .txt, .jsonl or .parquet file, or - for standard input."
-        )
+        raise ProbeError(f"{path} not found: expected a .txt, .jsonl or .parquet file, or - for standard input.")
     if path.suffix.lower() == ".parquet":
         yield from _read_parquet(path, field)
         return
@@ -162,8 +158,7 @@ def _decode(raw: bytes, label: str) -> str:
     except UnicodeDecodeError as error:
         at = error.start + mark
         raise ProbeError(
-            f"{label} is not UTF-8: byte {raw[at]:#04x} at position {at}. "
-            "Convert it, for example with iconv -t UTF-8."
+            f"{label} is not UTF-8: byte {raw[at]:#04x} at position {at}. Convert it, for example with iconv -t UTF-8."
         ) from error
     return text.replace("\r\n", "\n")
 
@@ -174,9 +169,7 @@ def _label(path: str | Path) -> str:
 
 def _listed(names: Mapping[str, Any] | Sequence[str]) -> str:
     shown = [repr(name) for name in names]
-    return (
-        ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "") if shown else "none"
-    )
+    return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "") if shown else "none"
 
 
 def _first_line(error: Exception) -> str:

@@ -86,9 +86,7 @@ def judge(
 def _one(alone: Paired | None, margin: float, above: bool, below: bool, unique_above: bool) -> Verdict:
     if alone is None:
         if unique_above:
-            return Verdict(
-                "grey", "only it gives more than the margin once all are refined; not refined alone yet"
-            )
+            return Verdict("grey", "only it gives more than the margin once all are refined; not refined alone yet")
         return Verdict("grey", f"{UNDECIDED}: not refined alone within the budget")
     if above:
         return Verdict("red", CERTIFIED)
@@ -113,11 +111,7 @@ def stands_out(values: Sequence[float | None], margin: float) -> list[bool]:
     residual = found - slope * index
     residual -= np.median(residual)
     deviation = 1.4826 * np.median(np.abs(residual))
-    out = {
-        int(i)
-        for i, r in zip(index, residual, strict=True)
-        if r > max(_ROBUST_DEVIATIONS * deviation, margin)
-    }
+    out = {int(i) for i, r in zip(index, residual, strict=True) if r > max(_ROBUST_DEVIATIONS * deviation, margin)}
     return [i in out for i in range(len(values))]
 
 

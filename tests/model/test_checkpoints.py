@@ -21,9 +21,7 @@ SIZES = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_atte
 
 def tiny_llama(tied=False):
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        **SIZES, intermediate_size=32, num_key_value_heads=1, tie_word_embeddings=tied
-    )
+    config = transformers.LlamaConfig(**SIZES, intermediate_size=32, num_key_value_heads=1, tie_word_embeddings=tied)
     return transformers.LlamaForCausalLM(config)
 
 

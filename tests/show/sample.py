@@ -83,9 +83,7 @@ def block(index: int, *, low_bit: bool = False) -> BlockRecord:
         gradient_norm=0.4 + 0.3 * math.cos(index / 4),
         tokens_needed=96_000 if colour == "grey" else None,
         matrices=matrices,
-        split=SplitRecord(
-            irreducible=0.02, price_of_precision=0.013, left_on_the_table=0.004 + 0.0002 * index
-        )
+        split=SplitRecord(irreducible=0.02, price_of_precision=0.013, left_on_the_table=0.004 + 0.0002 * index)
         if low_bit
         else None,
     )
@@ -169,12 +167,8 @@ def whole(blocks: int = 30, *, low_bit: bool = False) -> AuditRecord:
             recoverable_nats=interval(0.0238, 0.0031),
         ),
         rounds=_rounds(),
-        cost=CostRecord(
-            forward_equivalents=60.4, wall_seconds=355.5, peak_bytes=1_932_735_283, stages=_stages()
-        ),
-        witness=WitnessRecord(
-            file="witness.safetensors", sha256="9c" * 32, bytes=212_336_640, dtype="bfloat16"
-        ),
+        cost=CostRecord(forward_equivalents=60.4, wall_seconds=355.5, peak_bytes=1_932_735_283, stages=_stages()),
+        witness=WitnessRecord(file="witness.safetensors", sha256="9c" * 32, bytes=212_336_640, dtype="bfloat16"),
         notes=("Block 0 was damped ten times more than the others, because its inputs are the embeddings.",),
         settings={
             "budget_seconds": 600,
@@ -195,9 +189,7 @@ def partial() -> AuditRecord:
     blocks = tuple(
         one.model_copy(update={"unique_nats": None})
         if one.index < 2
-        else BlockRecord(
-            index=one.index, name=one.name, verdict="grey", reason="not measured within the budget"
-        )
+        else BlockRecord(index=one.index, name=one.name, verdict="grey", reason="not measured within the budget")
         for one in record.blocks
     )
     return record.model_copy(
@@ -230,8 +222,7 @@ def hostile() -> AuditRecord:
     record = whole(3)
     matrices = (MatrixRecord(name=HOSTILE, share=0.7), MatrixRecord(name="名前.$\\frac", share=0.3))
     blocks = tuple(
-        one.model_copy(update={"name": HOSTILE, "reason": HOSTILE, "matrices": matrices})
-        for one in record.blocks
+        one.model_copy(update={"name": HOSTILE, "reason": HOSTILE, "matrices": matrices}) for one in record.blocks
     )
     return record.model_copy(
         update={

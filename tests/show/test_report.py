@@ -151,9 +151,7 @@ def test_a_browser_opens_it_without_complaint(name: str, pages: dict[str, str], 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 def test_the_browser_check_notices_a_broken_page(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
-    broken = render_html(whole(2)).replace(
-        "<main>", '<main><script>1</script><img src="http://127.0.0.1:9/x.png"/>'
-    )
+    broken = render_html(whole(2)).replace("<main>", '<main><script>1</script><img src="http://127.0.0.1:9/x.png"/>')
     page.write_text(broken, encoding="utf-8")
     _, complaints = opened(page, tmp_path / "profile")
     assert any("Content Security Policy" in line for line in complaints)

@@ -83,9 +83,7 @@ def open_model(
     try:
         model.to(target)
     except torch.OutOfMemoryError as error:
-        raise DeviceError(
-            f"{source} does not fit on {target}. Use another device or dtype bfloat16."
-        ) from error
+        raise DeviceError(f"{source} does not fit on {target}. Use another device or dtype bfloat16.") from error
     held = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return OpenedModel(model.eval(), tokenizer, name, str(source), str(held).removeprefix("torch."))
 
@@ -198,9 +196,7 @@ def _device(name: str) -> torch.device:
     if device.type not in count:
         raise DeviceError(f"Device {name!r} cannot be used: expected auto, cpu, cuda, cuda:N or mps.")
     if (device.index or 0) >= count[device.type]:
-        raise DeviceError(
-            f"Device {name!r} is not available here ({count[device.type]} of its kind). Use cpu or auto."
-        )
+        raise DeviceError(f"Device {name!r} is not available here ({count[device.type]} of its kind). Use cpu or auto.")
     return device
 
 
@@ -257,18 +253,14 @@ def _load_model(folder: Path, path: Path, dtype: torch.dtype | str, options: dic
                 **options,
             )
     except torch.OutOfMemoryError as error:
-        raise DeviceError(
-            f"{path} does not fit into memory. Use dtype bfloat16 or a larger device."
-        ) from error
+        raise DeviceError(f"{path} does not fit into memory. Use dtype bfloat16 or a larger device.") from error
     except UnpicklingError as error:  # its own message advises to let the code run
         raise ModelError(
             f"{path} holds pickled objects other than tensors, and code is never run: expected tensors only. "
             "Save it as safetensors where you trust it."
         ) from error
     except Exception as error:  # loaders raise anything; the user can act on the file, not on the traceback
-        raise ModelError(
-            f"{path} cannot be opened: {brief(error)}. A newer transformers may open it."
-        ) from error
+        raise ModelError(f"{path} cannot be opened: {brief(error)}. A newer transformers may open it.") from error
     for name, found, expected in sorted(info["mismatched_keys"]):
         raise ModelError(
             f"{path}: {name} has shape {tuple(found)}, expected {tuple(expected)} from config.json. "
@@ -296,8 +288,7 @@ def _load_tokenizer(folder: Path, gguf_file: str | None) -> Any | None:
             )
     except Exception as error:  # as above
         raise ModelError(
-            f"The tokenizer in {folder} cannot be opened: {brief(error)}. "
-            "Mend it, or open the model without it."
+            f"The tokenizer in {folder} cannot be opened: {brief(error)}. Mend it, or open the model without it."
         ) from error
 
 

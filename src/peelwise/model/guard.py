@@ -62,14 +62,15 @@ _States = tuple[object, dict[str, object], torch.Tensor, list[torch.Tensor]]
 
 
 def _random_states() -> _States:
+    # NumPy's global generator belongs to the user's data loading, so it is saved, never used.
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state(), cuda  # type: ignore[return-value]
+    return random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state(), cuda  # noqa: NPY002
 
 
 def _restore_random_states(states: _States) -> None:
     python, numpy, cpu, cuda = states
-    random.setstate(python)  # type: ignore[arg-type]
-    np.random.set_state(numpy)  # type: ignore[arg-type]
+    random.setstate(python)
+    np.random.set_state(numpy)  # noqa: NPY002
     torch.set_rng_state(cpu)
     if cuda:
         torch.cuda.set_rng_state_all(cuda)

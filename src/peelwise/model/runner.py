@@ -126,9 +126,7 @@ class Runner:
 
     # -- backward --------------------------------------------------------------------------------------
 
-    def tail_gradients(
-        self, trace: Trace, targets: Callable[[Batch, int], Tensor] | None = None
-    ) -> list[Tensor]:
+    def tail_gradients(self, trace: Trace, targets: Callable[[Batch, int], Tensor] | None = None) -> list[Tensor]:
         """Return per batch the gradient of the summed loss at the last station, ``[b, t, d]``.
 
         Args:
@@ -317,9 +315,7 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
             module.__dict__["forward"] = own
 
 
-def _without_hidden(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+def _without_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
     if args:
         return args[0], tuple(args[1:]), dict(kwargs)
     rest = dict(kwargs)

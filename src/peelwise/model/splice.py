@@ -25,9 +25,7 @@ def spliced(changes: Changes, scale: float = 1.0) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for linear, change in changes.items():
-            stack.enter_context(
-                _merged(linear, change, scale) if _plain(linear) else _hooked(linear, change, scale)
-            )
+            stack.enter_context(_merged(linear, change, scale) if _plain(linear) else _hooked(linear, change, scale))
         yield
 
 

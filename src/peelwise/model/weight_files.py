@@ -67,9 +67,7 @@ def check_weights(folder: Path, *, allow_pickle: bool) -> bool:
             f"{_SINGLE}. Save it with save_pretrained, or allow pickle if you trust the source."
         )
     if not any((folder / name).is_file() for name in _PICKLES):
-        raise ModelError(
-            f"{folder / pickles[0]}: pickled weights must be called {_PICKLES[0]}. Rename the file."
-        )
+        raise ModelError(f"{folder / pickles[0]}: pickled weights must be called {_PICKLES[0]}. Rename the file.")
     return False
 
 
@@ -112,9 +110,7 @@ def check_gguf(file: Path) -> None:
         raise ModelError(f"{file} is damaged or cut short at {size} bytes. Copy it again.") from error
     end = max((tensor.data_offset + tensor.n_bytes for tensor in tensors), default=0)
     if not tensors or end > size:
-        raise ModelError(
-            f"{file} is damaged: {len(tensors)} tensors need {end} bytes, got {size}. Copy it again."
-        )
+        raise ModelError(f"{file} is damaged: {len(tensors)} tensors need {end} bytes, got {size}. Copy it again.")
 
 
 def brief(error: Exception) -> str:
@@ -132,9 +128,7 @@ def _check_shards(index: Path) -> None:
         found = check_safetensors(index.parent / shard)
         missing = sorted(name for name, where in shard_of.items() if where == shard and name not in found)
         if missing:
-            raise ModelError(
-                f"{index.parent / shard} lacks {missing[0]!r}, which {index.name} says it holds."
-            )
+            raise ModelError(f"{index.parent / shard} lacks {missing[0]!r}, which {index.name} says it holds.")
 
 
 def _check_present(file: Path) -> None:

@@ -133,9 +133,7 @@ def settings_dict(settings: AuditSettings) -> dict[str, bool | int | float | str
 
 def _check_losses(loss: float, name: str) -> None:
     if not torch.isfinite(torch.tensor(loss)):
-        raise ModelError(
-            f"The loss of {name} on the probe is {loss}: its activations overflow. Try --dtype float32."
-        )
+        raise ModelError(f"The loss of {name} on the probe is {loss}: its activations overflow. Try --dtype float32.")
 
 
 def _with_warnings(record: AuditRecord, caught: list[warnings.WarningMessage]) -> AuditRecord:

@@ -85,9 +85,7 @@ def write_certificate(
     with written_whole(folder) as temporary:
         save_file(dict(witness), temporary / WITNESS_FILE)
         save_file(probe.to_tensors(), temporary / PROBE_FILE)
-        sealed = record.model_copy(
-            update={"witness": _witness_record(temporary / WITNESS_FILE, witness)}
-        ).sealed()
+        sealed = record.model_copy(update={"witness": _witness_record(temporary / WITNESS_FILE, witness)}).sealed()
         (temporary / RECORD_FILE).write_text(sealed.to_json() + "\n", encoding="utf-8")
         for name, text in pages(sealed).items():
             (temporary / name).write_text(text, encoding="utf-8")
@@ -124,13 +122,9 @@ def verify_certificate(folder: Path, model: nn.Module, *, full: bool = False) ->
     if changed:
         return Verification("does not hold", changed)
     if certificate.probe.fingerprint != record.probe.fingerprint:
-        return Verification(
-            "not the same model or data", f"{PROBE_FILE} is not the probe that was certified."
-        )
+        return Verification("not the same model or data", f"{PROBE_FILE} is not the probe that was certified.")
     if fingerprint(model) != record.model.fingerprint:
-        return Verification(
-            "not the same model or data", "The model's tensors are not those that were certified."
-        )
+        return Verification("not the same model or data", "The model's tensors are not those that were certified.")
     tolerance = _TOLERANCE.get(record.model.dtype, _HALF_TOLERANCE)
     with untouched(model):
         checks = _Recheck(certificate, model, tolerance).run(full=full)
@@ -157,9 +151,7 @@ def merged_model(certificate: Certificate, model: nn.Module) -> nn.Module:
     changed = copy.deepcopy(model)
     changes = changes_of(certificate.witness, "composed", find_blocks(changed))
     if not changes:
-        raise CertificateError(
-            "The certificate holds no composed witness: the audit found none, so nothing to apply."
-        )
+        raise CertificateError("The certificate holds no composed witness: the audit found none, so nothing to apply.")
     with torch.no_grad():
         for linear, change in changes.items():
             weight, bias = linear.module.weight, getattr(linear.module, "bias", None)
@@ -199,9 +191,7 @@ def changes_of(witness: Mapping[str, Tensor], kind: str, blocks: tuple[Block, ..
             continue
         expected = _shape(linear)
         if tuple(stored.shape) != expected:
-            raise CertificateError(
-                f"The witness for {linear.name} is {tuple(stored.shape)}, expected {expected}."
-            )
+            raise CertificateError(f"The witness for {linear.name} is {tuple(stored.shape)}, expected {expected}.")
         changes[linear] = stored.float().to(linear.weight().device)
     return changes
 

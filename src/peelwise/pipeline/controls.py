@@ -30,9 +30,7 @@ def head_reference(bench: Bench, findings: Findings, *, share: float = 1.0) -> N
         # Some models (soft-capped logits) compute something behind the head; then it is not this problem.
         fit_x, fit_y, agree = runner.head_inputs(bench.fit)
         if not bool(agree):
-            findings.notes.append(
-                "The model changes its logits behind the head, so there is no head control."
-            )
+            findings.notes.append("The model changes its logits behind the head, so there is no head control.")
             return
         select_x, select_y, _ = runner.head_inputs(bench.select)
         report_x, report_y, _ = runner.head_inputs(bench.report)
@@ -52,9 +50,7 @@ def head_reference(bench: Bench, findings: Findings, *, share: float = 1.0) -> N
             before = token_cross_entropy(report_x, report_y, logits)
             after = token_cross_entropy(report_x, report_y, logits, reference.change)
         runner.work.add(runner.head_share, 3.0 * (reference.steps + 1) * len(fit_y))
-    difference = gain(
-        _per_sequence(before, bench.report), _per_sequence(after, bench.report), bench.report, bench.seed
-    )
+    difference = gain(_per_sequence(before, bench.report), _per_sequence(after, bench.report), bench.report, bench.seed)
     findings.head_control = Control(float(after.mean()), difference)
     findings.head = HeadRecord(
         current=reference.current,
@@ -121,9 +117,7 @@ def _one_round(bench: Bench, targets: Targets | None = None) -> Control:
         targets=targets,
         after_block=lambda done: bench.clock.tell(done, len(runner.blocks)),
     )
-    better = take_round(
-        runner, bench.select, unrefined(bench.select), proposals, first_step={}, evaluations=6
-    )
+    better = take_round(runner, bench.select, unrefined(bench.select), proposals, first_step={}, evaluations=6)
     after = bench.report.losses
     if better is not None:
         with spliced(better.changes):

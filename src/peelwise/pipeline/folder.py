@@ -26,9 +26,7 @@ def check_free(folder: Path, *, force: bool, ours: str) -> None:
         raise OutputError(f"{folder} is a file: expected a folder to write to. Choose another --out.")
     if folder.is_dir() and any(folder.iterdir()):
         if not force:
-            raise OutputError(
-                f"{folder} exists and is not empty. Use --force to replace it, or another --out."
-            )
+            raise OutputError(f"{folder} exists and is not empty. Use --force to replace it, or another --out.")
         if not (folder / ours).is_file():
             raise OutputError(
                 f"{folder} holds no {ours}, so it is not replaced even with --force. Choose another --out."

@@ -99,9 +99,7 @@ def refine_alone(bench: Bench, findings: Findings, *, rounds: int) -> bool:
                     still.append(index)
                 elif number == 0:
                     # No step helped on select: the witness is the block as it stands, and it gains nothing.
-                    findings.alone[index] = replace(
-                        unrefined(bench.select, index), report_losses=bench.report.losses
-                    )
+                    findings.alone[index] = replace(unrefined(bench.select, index), report_losses=bench.report.losses)
             open_blocks = sorted(still, key=lambda i: findings.alone[i].select_loss)
     return True
 
@@ -118,14 +116,10 @@ def _promising(findings: Findings) -> list[int]:
     if composed is None or composed.report_losses is None:
         return order
     whole = float(composed.report_losses.sum())
-    return sorted(
-        order, key=lambda i: whole - float(findings.without[i].sum()) if i in findings.without else 0.0
-    )
+    return sorted(order, key=lambda i: whole - float(findings.without[i].sum()) if i in findings.without else 0.0)
 
 
-def _alone_round(
-    bench: Bench, findings: Findings, index: int, steps: dict[Direction, float]
-) -> Refined | None:
+def _alone_round(bench: Bench, findings: Findings, index: int, steps: dict[Direction, float]) -> Refined | None:
     before = findings.alone.get(index) or unrefined(bench.select, index)
     proposals = {index: findings.proposals[index]}
     if before.rounds:

@@ -95,9 +95,7 @@ def conclusion(blocks: tuple[BlockRecord, ...], composed: Interval | None, margi
     if red:
         which = ", ".join(map(str, red[:6])) + (", ..." if len(red) > 6 else "")
         blocks_word = "block" if len(red) == 1 else "blocks"
-        return (
-            f"{len(red)} of {len(blocks)} blocks certified under-optimised ({blocks_word} {which}).{together}"
-        )
+        return f"{len(red)} of {len(blocks)} blocks certified under-optimised ({blocks_word} {which}).{together}"
     if yellow:
         return (
             f"No block is certified under-optimised; {len(yellow)} of {len(blocks)} have recoverable loss on this "
@@ -136,9 +134,7 @@ def _evidence(bench: Bench, findings: Findings, index: int) -> Evidence:
     return Evidence(measured, unique)
 
 
-def _block_record(
-    bench: Bench, findings: Findings, block: Block, evidence: Evidence, verdict: Verdict
-) -> BlockRecord:
+def _block_record(bench: Bench, findings: Findings, block: Block, evidence: Evidence, verdict: Verdict) -> BlockRecord:
     proposals = findings.proposals.get(block.index)
     length = max(float(bench.report.tokens.sum()) / len(bench.report.tokens), 1.0)
     needed = verdict.sequences_needed

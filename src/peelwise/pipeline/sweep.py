@@ -71,9 +71,7 @@ def sweep(
             break
         keep = block.index in wanted
         fit_moments, down = _block_moments(runner, block, fit, above[0], keep=keep, with_F=with_F)
-        select_moments, down_select = _block_moments(
-            runner, block, select, above[1], keep=keep, with_F=with_F
-        )
+        select_moments, down_select = _block_moments(runner, block, select, above[1], keep=keep, with_F=with_F)
         above = down, down_select
         if keep:
             found[block.index] = _proposals(block, fit_moments, select_moments, directions)
@@ -106,9 +104,7 @@ def _block_moments(
                 F.setdefault(linear, GramSum()).update(g)
     means = {first: total.mean() for first, total in S.items()}
     moments = {
-        linear: Moments(
-            C[linear].n, means[groups[linear]], C[linear].mean(), F[linear].mean() if with_F else None
-        )
+        linear: Moments(C[linear].n, means[groups[linear]], C[linear].mean(), F[linear].mean() if with_F else None)
         for linear in C
     }
     return moments, below

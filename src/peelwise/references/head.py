@@ -87,9 +87,7 @@ def fit_head(
     return HeadReference(problem.unwhiten(best), current, value, relaxed, penalty, steps)
 
 
-def mean_cross_entropy(
-    x: Tensor, y: Tensor, logits: Callable[[Tensor], Tensor], change: Tensor | None = None
-) -> float:
+def mean_cross_entropy(x: Tensor, y: Tensor, logits: Callable[[Tensor], Tensor], change: Tensor | None = None) -> float:
     """Return the mean cross-entropy in nats of the head, optionally changed by ``change [v, d]``."""
     return float(token_cross_entropy(x, y, logits, change).mean())
 
@@ -111,9 +109,7 @@ def token_cross_entropy(
 class _Problem:
     """``phi`` in coordinates ``E = D M^(1/2)``, where its penalty is ``penalty/2 |E|^2``."""
 
-    def __init__(
-        self, fit: tuple[Tensor, Tensor], logits: Callable[[Tensor], Tensor], penalty: float
-    ) -> None:
+    def __init__(self, fit: tuple[Tensor, Tensor], logits: Callable[[Tensor], Tensor], penalty: float) -> None:
         self.x, self.y = fit
         self.logits = logits
         self.penalty = penalty
@@ -125,7 +121,8 @@ class _Problem:
         self.root = ((vectors / values.clamp_min(1e-300).sqrt()) @ vectors.T).float()  # M^(-1/2)
 
     def unwhiten(self, E: Tensor) -> Tensor:
-        return E @ self.root
+        out: Tensor = E @ self.root
+        return out
 
     def value_and_gradient(self, E: Tensor) -> tuple[float, Tensor]:
         n, total = self.x.shape[0], 0.0

@@ -57,9 +57,7 @@ def losses(record: AuditRecord) -> str:
             axes.plot([value], [place], "o", color=COLOURS[colour], markersize=9)
             # On the side away from the line at "now", so that the two never cross.
             aside, align = (-10, "right") if value < loss.current else (10, "left")
-            axes.annotate(
-                nats(value), (value, place), (aside, 0), textcoords="offset points", ha=align, va="center"
-            )
+            axes.annotate(nats(value), (value, place), (aside, 0), textcoords="offset points", ha=align, va="center")
         axes.set_yticks(range(len(rows)), [name for name, _, _ in rows], color=COLOURS["ink"])
         axes.set_ylim(-0.6, len(rows) - 0.2)
         axes.margins(x=0.12)
@@ -69,9 +67,7 @@ def losses(record: AuditRecord) -> str:
         axes.set_title(f"now {nats(loss.current)}", loc="center", x=_share(axes, loss.current))
         axes.set_xlabel("loss on report, nats per token (further left is lower)")
 
-    return draw(
-        "losses", "Loss now, with the witness and of the controls", (WIDTH, 110 + 45 * len(rows)), paint
-    )
+    return draw("losses", "Loss now, with the witness and of the controls", (WIDTH, 110 + 45 * len(rows)), paint)
 
 
 def matrices(record: AuditRecord) -> str:
@@ -106,9 +102,7 @@ def energy(record: AuditRecord) -> str:
         from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
         axes = figure.subplots()
-        axes.plot(
-            [b.index for b in blocks], [b.energy or 0.0 for b in blocks], color=COLOURS["line"], linewidth=2
-        )
+        axes.plot([b.index for b in blocks], [b.energy or 0.0 for b in blocks], color=COLOURS["line"], linewidth=2)
         for colour in VERDICTS:
             some = [b for b in blocks if b.verdict == colour]
             axes.plot([b.index for b in some], [b.energy or 0.0 for b in some], **_marker(colour))
@@ -210,16 +204,12 @@ def _marker(colour: Colour) -> dict[str, Any]:
     }
 
 
-def _intervals(
-    axes: Axes, blocks: Sequence[BlockRecord], values: Sequence[Interval | None], margin: float
-) -> None:
+def _intervals(axes: Axes, blocks: Sequence[BlockRecord], values: Sequence[Interval | None], margin: float) -> None:
     axes.axhline(0, color=COLOURS["muted"], linewidth=1)
     found = [(b, value) for b, value in zip(blocks, values, strict=True) if value is not None]
     for block, value in zip(blocks, values, strict=True):
         if value is None:
-            axes.axvspan(
-                block.index - 0.5, block.index + 0.5, color=COLOURS["muted"], alpha=0.12, linewidth=0
-            )
+            axes.axvspan(block.index - 0.5, block.index + 0.5, color=COLOURS["muted"], alpha=0.12, linewidth=0)
     if not found:
         axes.text(
             0.5,
@@ -251,15 +241,11 @@ def _intervals(
     axes.margins(y=0.12)
 
 
-def _dots(
-    axes: Axes, found: Sequence[tuple[BlockRecord, Interval]], colour: str, marker: dict[str, Any]
-) -> None:
+def _dots(axes: Axes, found: Sequence[tuple[BlockRecord, Interval]], colour: str, marker: dict[str, Any]) -> None:
     if not found:
         return
     places = [block.index for block, _ in found]
-    axes.vlines(
-        places, [v.low for _, v in found], [v.high for _, v in found], color=colour, linewidth=2, alpha=0.65
-    )
+    axes.vlines(places, [v.low for _, v in found], [v.high for _, v in found], color=colour, linewidth=2, alpha=0.65)
     axes.plot(places, [v.mean for _, v in found], **marker)
 
 

@@ -41,9 +41,7 @@ def chart(svg: str, caption_html: str, missing: str) -> str:
     return f"<figure>{body}<figcaption>{caption_html}</figcaption></figure>"
 
 
-def table(
-    headers: Sequence[str], rows_html: Iterable[Sequence[str]], *, caption: str, style: str = ""
-) -> str:
+def table(headers: Sequence[str], rows_html: Iterable[Sequence[str]], *, caption: str, style: str = "") -> str:
     """Return a table whose first column names the row.
 
     Args:
@@ -57,8 +55,7 @@ def table(
     """
     head = "".join(f'<th scope="col">{esc(title)}</th>' for title in headers)
     body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>'
-        for row in rows_html
+        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows_html
     )
     return (
         f'<div class="scroll" tabindex="0"><table class="{style}"><caption>{esc(caption)}</caption>'

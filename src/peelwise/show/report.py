@@ -113,9 +113,7 @@ def _verdicts(record: AuditRecord) -> str:
             f'<p class="range">95 % interval {bracket(gain)}</p>'
             f'<p class="what">{esc(gain_sentence(record))}</p>'
         )
-    tally = "".join(
-        f"<li><strong>{number}</strong>{chip(colour)}</li>" for colour, number in counts(record).items()
-    )
+    tally = "".join(f"<li><strong>{number}</strong>{chip(colour)}</li>" for colour, number in counts(record).items())
     odd = sum(is_interaction(block.unique_nats) for block in record.blocks)
     if odd:
         tally += f'<li><strong>{odd}</strong><span class="chip">{FLAG}<span>{INTERACTION}</span></span></li>'

@@ -39,9 +39,7 @@ def recoverable(record: AuditRecord) -> str:
     if odd:
         caption.append(f"✕ {INTERACTION} (block {', '.join(odd)}): {INTERACTION_MEANING}.")
     svg = charts.recoverable(record)
-    return section(
-        "recoverable", "Recoverable loss, block by block", chart(svg, "<br/>".join(caption), _MISSING)
-    )
+    return section("recoverable", "Recoverable loss, block by block", chart(svg, "<br/>".join(caption), _MISSING))
 
 
 def losses(record: AuditRecord) -> str:
@@ -65,23 +63,18 @@ def losses(record: AuditRecord) -> str:
         (esc(name), _value(nats(value)), _value(gain) if value is not None else "", esc(meaning))
         for name, value, gain, meaning in rows
     ]
-    listing = table(
-        ("", "loss", "gain", "what it is"), cells, caption="Losses on report, nats per token", style="wide"
-    )
+    listing = table(("", "loss", "gain", "what it is"), cells, caption="Losses on report, nats per token", style="wide")
     style = "good" if record.informative else "warning"
     picture = chart(
         charts.losses(record), "Each line starts at the loss now.", f"Witness and controls: {NOT_IN_BUDGET}."
     )
-    return section(
-        "losses", "Loss and controls", paragraph(control_sentence(record), style), picture, listing
-    )
+    return section("losses", "Loss and controls", paragraph(control_sentence(record), style), picture, listing)
 
 
 def reading(record: AuditRecord) -> str:
     """Say what the colours mean, what is proven and what is not."""
     meanings = "".join(
-        f"<div><dt>{chip(colour)}</dt><dd>{esc(words.meaning)}</dd></div>"
-        for colour, words in VERDICTS.items()
+        f"<div><dt>{chip(colour)}</dt><dd>{esc(words.meaning)}</dd></div>" for colour, words in VERDICTS.items()
     )
     text = (
         "A witness is a set of replacement weights of the same shape. If it lowers the loss on text it was "
@@ -97,9 +90,7 @@ def reading(record: AuditRecord) -> str:
         "with adaptation to this text, and the two cannot be told apart without training text.",
     )
     points = "".join(f"<li>{esc(line)}</li>" for line in text)
-    return section(
-        "reading", "How to read this", f'<dl class="meanings">{meanings}</dl>', f"<ul>{points}</ul>"
-    )
+    return section("reading", "How to read this", f'<dl class="meanings">{meanings}</dl>', f"<ul>{points}</ul>")
 
 
 def inside(record: AuditRecord) -> str:
@@ -179,9 +170,7 @@ def blocks(record: AuditRecord) -> str:
         "rounds",
         "largest share",
     )
-    listing = table(
-        titles, [_block_row(block) for block in record.blocks], caption="Every block", style="blocks"
-    )
+    listing = table(titles, [_block_row(block) for block in record.blocks], caption="Every block", style="blocks")
     return section("blocks", "Every block in numbers", listing)
 
 
@@ -193,9 +182,7 @@ def verifying(record: AuditRecord) -> str:
     )
     command = "<pre><code>peelwise verify DIR</code></pre>"
     if record.witness is None:
-        return section(
-            "verify", "How to verify", steps, command, paragraph(f"Replacement weights: {NOT_IN_BUDGET}.")
-        )
+        return section("verify", "How to verify", steps, command, paragraph(f"Replacement weights: {NOT_IN_BUDGET}."))
     witness = record.witness
     files = pairs(
         (
@@ -248,9 +235,7 @@ def origin(record: AuditRecord) -> str:
         ("sequence length", f"{probe.sequence_length:,}"),
         ("seed", record.seed),
     )
-    settings = [
-        (name, "not set" if value is None else value) for name, value in sorted(record.settings.items())
-    ]
+    settings = [(name, "not set" if value is None else value) for name, value in sorted(record.settings.items())]
     notes = "".join(f"<li>{esc(note)}</li>" for note in record.notes)
     return section(
         "origin",

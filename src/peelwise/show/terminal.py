@@ -41,9 +41,7 @@ MOST_REASONS = 5
 BAR_CELLS = 8
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 # One character each, so that columns stay aligned where the terminal cannot show the original.
-_ASCII = str.maketrans(
-    {"±": "~", "·": "-", "–": "-", "—": "-", "→": ">", "…": "."} | dict.fromkeys("▏▎▍▌", " ")
-)
+_ASCII = str.maketrans({"±": "~", "·": "-", "–": "-", "—": "-", "→": ">", "…": "."} | dict.fromkeys("▏▎▍▌", " "))
 _ASCII |= str.maketrans(dict.fromkeys("▋▊▉█", "#") | {"■": "#", "▲": "^", "●": "o", "◇": "?"})
 
 
@@ -105,8 +103,7 @@ def _model_line(record: AuditRecord) -> str:
 
 def _counts_line(record: AuditRecord) -> str:
     return " · ".join(
-        f"{VERDICTS[colour].letter} {number} {VERDICTS[colour].short}"
-        for colour, number in counts(record).items()
+        f"{VERDICTS[colour].letter} {number} {VERDICTS[colour].short}" for colour, number in counts(record).items()
     )
 
 
@@ -199,9 +196,7 @@ def _closing(record: AuditRecord, folder: str | None) -> RenderableType:
     lines: list[RenderableType] = [Text("")]
     gain = record.loss.composed_gain
     if gain is not None and record.loss.composed is not None:
-        lines.append(
-            Text.assemble((nats(gain.mean, signed=True), "bold"), f" {bracket(gain)} {gain_sentence(record)}")
-        )
+        lines.append(Text.assemble((nats(gain.mean, signed=True), "bold"), f" {bracket(gain)} {gain_sentence(record)}"))
     if not record.complete:
         lines.append(Text(f"Stopped early: what is missing was {NOT_IN_BUDGET}.", style="bold yellow"))
     lines += [Text(f"Note: {clean(note)}") for note in record.notes]
