@@ -56,7 +56,8 @@ class BlockRecord(Record):
 
     ``recoverable_nats`` is the block refined alone, ``unique_nats`` what only this block gives once all
     others are refined; ``interaction`` marks a unique value that is significantly negative over all blocks
-    together: neighbours that compensate for each other. ``None`` means not measured within the budget, never "nothing there".
+    together: neighbours that compensate for each other.
+    ``None`` means not measured within the budget, never "nothing there".
     ``energy`` is the gradient energy that the block's inputs explain on the fit tokens and
     ``held_out_energy`` the part of it that survives on the select tokens (nats per unit step; a ranking).
     """

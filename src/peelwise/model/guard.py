@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ def _set_backend_flags(flags: _Flags) -> None:
     torch.backends.cudnn.deterministic = deterministic
 
 
-_States = tuple[object, dict[str, object], torch.Tensor, list[torch.Tensor]]
+_States = tuple[Any, Any, torch.Tensor, list[torch.Tensor]]
 
 
 def _random_states() -> _States:
