@@ -21,8 +21,8 @@ from peelwise.pipeline.summary import Setup, summarise
 from peelwise.probes import Probe, check_vocabulary
 from peelwise.records import AuditRecord
 
-# Parts of the budget after which a stage is cut short, so that the next ones get their turn.
-_JOINT_SHARE, _UNIQUE_SHARE, _CONTROL_SHARE, _HEAD_SHARE = 0.35, 0.65, 0.75, 0.8
+# Parts of the budget after which a stage is cut short, so that the next ones get their turn; the head's is its own.
+_JOINT_SHARE, _UNIQUE_SHARE, _CONTROL_SHARE, _HEAD_SHARE = 0.35, 0.65, 0.75, 0.08
 
 
 @dataclass(frozen=True)

@@ -62,16 +62,34 @@ class DampedFactor:
         return self.solve(left.T).T
 
 
+class Spectrum:
+    """Eigen-decomposition ``S = U diag(values) U^T`` of a positive semi-definite matrix, for solves at any damping.
+
+    Rounding makes some eigenvalues of a rank-deficient matrix slightly negative; they are taken as zero.
+
+    Args:
+        matrix: ``S [d, d]``, any float dtype.
+
+    Attributes:
+        values: ``[d]``, ascending, at least zero.
+        vectors: ``U [d, d]``.
+        unit: mean diagonal, which damping is measured in; 1 for an all-zero matrix.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        values, self.vectors = torch.linalg.eigh(matrix.to(solve_dtype(matrix.device)))
+        self.values = values.clamp_min(0.0)
+        self.unit = float(self.values.mean()) or 1.0
+
+    def damped(self, damping: float) -> Tensor:
+        """Return the eigenvalues ``[d]`` of ``S + damping * unit * I``."""
+        return self.values + damping * self.unit
+
+    def rank(self) -> int:
+        """Return how many eigenvalues float32 sums can tell from zero."""
+        return int((self.values > len(self.values) * torch.finfo(torch.float32).eps * self.values[-1]).sum())
+
+
 def solve_dtype(device: torch.device) -> torch.dtype:
     """Return float64, or float32 on the one device kind that has no float64 (Apple's)."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def numerical_rank(matrix: Tensor) -> int:
-    """Return how many eigenvalues of a symmetric ``matrix [d, d]`` exceed ``d * eps * largest``."""
-    eigenvalues = torch.linalg.eigvalsh(matrix.to(solve_dtype(matrix.device)))
-    if eigenvalues.numel() == 0 or float(eigenvalues[-1]) <= 0:
-        return 0
-    # The sums come from float32 products, so float32's resolution is what they can carry.
-    threshold = matrix.shape[0] * torch.finfo(torch.float32).eps * eigenvalues[-1]
-    return int((eigenvalues > threshold).sum())
