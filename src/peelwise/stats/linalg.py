@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -77,13 +79,15 @@ class Spectrum:
     """
 
     def __init__(self, matrix: Tensor) -> None:
-        values, self.vectors = torch.linalg.eigh(matrix.to(solve_dtype(matrix.device)))
+        with _one_thread():
+            values, self.vectors = torch.linalg.eigh(matrix.to(solve_dtype(matrix.device)))
         self.values = values.clamp_min(0.0)
         self.unit = float(self.values.mean()) or 1.0
 
     def damped(self, damping: float) -> Tensor:
         """Return the eigenvalues ``[d]`` of ``S + damping * unit * I``."""
-        return self.values + damping * self.unit
+        shifted: Tensor = self.values + damping * self.unit
+        return shifted
 
     def rank(self) -> int:
         """Return how many eigenvalues float32 sums can tell from zero."""
@@ -93,3 +97,17 @@ class Spectrum:
 def solve_dtype(device: torch.device) -> torch.dtype:
     """Return float64, or float32 on the one device kind that has no float64 (Apple's)."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Run on one CPU thread: LAPACK's eigensolver meets at thousands of barriers.
+
+    Two threads gain it a third on an idle machine and cost it a factor of ten or more on a busy one (NOTES.md).
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
