@@ -71,8 +71,8 @@ def sweep(
         if block.index < min(wanted):
             break
         keep = block.index in wanted
-        fit_moments, down = _block_moments(runner, block, fit, above[0], keep=keep, with_F=with_F)
-        select_moments, down_select = _block_moments(runner, block, select, above[1], keep=keep, with_F=with_F)
+        fit_moments, down = block_moments(runner, block, fit, above[0], keep=keep, with_F=with_F)
+        select_moments, down_select = block_moments(runner, block, select, above[1], keep=keep, with_F=with_F)
         above = down, down_select
         if keep:
             found[block.index] = _proposals(block, fit_moments, select_moments, directions)
@@ -80,7 +80,7 @@ def sweep(
     return found
 
 
-def _block_moments(
+def block_moments(
     runner: Runner, block: Block, trace: Trace, above: list[Tensor], *, keep: bool, with_F: bool
 ) -> tuple[dict[LinearMap, Moments], list[Tensor]]:
     """Pass gradients through one block, adding up the moments of its maps over all micro-batches."""
