@@ -94,7 +94,7 @@ def test_everything_is_restored(error):
     before.assert_unchanged(model)
 
 
-@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: float(torch.rand(1))])  # noqa: NPY002
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: float(torch.rand(1))])
 def test_random_numbers_go_on_as_if_nothing_had_been_drawn(draw):
     with untouched(nn.Linear(1, 1)):
         inside = draw()

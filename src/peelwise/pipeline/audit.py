@@ -93,7 +93,8 @@ def run_audit(
         with clock.stage("losses of the model as it stands"):
             check_replay(runner, probe.fit)
             traces = runner.trace(probe.fit), runner.trace(probe.select), runner.trace(probe.report)
-        _check_losses(traces[2].mean, name)
+        for trace in traces:
+            _check_losses(trace.mean, name)
         bench = Bench(runner, probe, *traces, clock=clock, seed=probe.seed)
         findings = Findings()
         try:
@@ -109,8 +110,7 @@ def _stages(bench: Bench, findings: Findings, settings: AuditSettings) -> bool:
     """Run the stages in the order of what they are worth; return whether all of them ended by themselves."""
     clock, budget = bench.clock, settings.budget_seconds
     stages.first_sweep(bench, findings)
-    stages.joint_rounds(bench, findings, rounds=settings.joint_rounds, share=_JOINT_SHARE)
-    complete = True
+    complete = stages.joint_rounds(bench, findings, rounds=settings.joint_rounds, share=_JOINT_SHARE)
     if settings.controls:
         controls.shuffled_control(bench, findings)
     complete &= stages.leave_one_out(bench, findings, share=_UNIQUE_SHARE)
@@ -144,8 +144,9 @@ def _with_warnings(record: AuditRecord, caught: list[warnings.WarningMessage]) -
             warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
     if not own:
         return record
-    first = str(own[0].message)
-    note = first if len(own) == 1 else f"{first} ({len(own)} such warnings)"
+    # Each round may find the same again.
+    messages = list(dict.fromkeys(str(w.message) for w in own))
+    note = messages[0] if len(messages) == 1 else f"{messages[0]} ({len(messages)} such warnings)"
     return replace_notes(record, note)
 
 

@@ -5,6 +5,7 @@ Only one block's sums and one micro-batch of its activations are alive at a time
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from peelwise.errors import UnsupportedModelError
+from peelwise.errors import IllConditionedWarning, ModelError, UnsupportedModelError
 from peelwise.model.layers import Block, LinearMap
 from peelwise.model.runner import Batch, Runner, Trace
 from peelwise.references.whitened import Proposal, explained_energy, input_whitened, two_sided
@@ -102,6 +103,10 @@ def _block_moments(
             C.setdefault(linear, CrossSum()).update(g, rows[groups[linear]])
             if with_F:
                 F.setdefault(linear, GramSum()).update(g)
+    for linear, total in C.items():
+        if not bool(total.mean().isfinite().all()):
+            dtype = str(linear.weight().dtype).removeprefix("torch.")
+            raise ModelError(f"The gradients of {linear.name} overflow in {dtype}. Try --dtype float32.")
     means = {first: total.mean() for first, total in S.items()}
     moments = {
         linear: Moments(C[linear].n, means[groups[linear]], C[linear].mean(), F[linear].mean() if with_F else None)
@@ -129,6 +134,15 @@ def _proposals(
     select: dict[LinearMap, Moments],
     directions: Sequence[Direction],
 ) -> BlockProposals:
+    for m, moments in fit.items():
+        d = moments.S.shape[0]
+        if moments.n < d:
+            warnings.warn(
+                f"{m.name}: {moments.n} fit tokens for {d} inputs make its [{d}, {d}] sum rank deficient; damping "
+                "fills the rest. The result is valid; more fit tokens would sharpen it.",
+                IllConditionedWarning,
+                stacklevel=2,
+            )
     whitened = {m: input_whitened(fit[m], select[m], name=m.name) for m in fit}
     changes: dict[Direction, dict[LinearMap, Proposal]] = {"input-whitened": whitened}
     if "two-sided" in directions:
