@@ -23,7 +23,7 @@ from peelwise.stats.gram import Moments
 from zoo import sample_ids
 
 # Enough report sequences for an interval without a warning, and more fit tokens than any zoo map has inputs.
-SEQUENCES, LENGTH = 24, 16
+SEQUENCES, LENGTH = 28, 16
 ONE_ROUND = AuditSettings(budget_seconds=600.0, joint_rounds=1, alone_rounds=1)
 RAGGED = (16, 5, 11, 2, 16, 9)
 
