@@ -1,0 +1,67 @@
+"""Models and text that the tests share."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages import stage_folder
+
+# No test may reach for the network; read by huggingface_hub when it is imported, so it is set first.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Threads that spin while they wait double the time of these small products on a busy machine; read by
+# OpenMP when torch is imported, so it is set first too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Tests write `from small_gpt.text import ...`.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+SmallGPT = Callable[..., tuple[Any, Any]]
+
+
+@pytest.fixture(scope="session")
+def stored_stage() -> Callable[[str], tuple[Any, Any]]:
+    """Open a stage once per session; use ``small_gpt``, which hands out copies."""
+    opened: dict[str, tuple[Any, Any]] = {}
+
+    def load(stage: str) -> tuple[Any, Any]:
+        if stage not in opened:
+            import torch
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+
+            folder = stage_folder(stage)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            opened[stage] = model.eval(), AutoTokenizer.from_pretrained(folder)
+        return opened[stage]
+
+    return load
+
+
+@pytest.fixture
+def small_gpt(stored_stage: Callable[[str], tuple[Any, Any]]) -> SmallGPT:
+    """Return ``stage -> (model, tokenizer)``: float32, eval mode, the test's own copy."""
+    return lambda stage="final": copy.deepcopy(stored_stage(stage))
+
+
+@pytest.fixture(scope="session")
+def held_out_windows(stored_stage: Callable[[str], tuple[Any, Any]]) -> Any:
+    """Token ids ``[w, 129]`` of the text that the small GPT never saw."""
+    from small_gpt.evaluate import token_stream, windows
+    from small_gpt.text import held_out_documents
+
+    return windows(token_stream(stored_stage("final")[1], held_out_documents()))
+
+
+@pytest.fixture(scope="session")
+def zoo() -> dict[str, Callable[[], Any]]:
+    """Name -> factory of the models that must be handled; parametrised tests import ``zoo.ZOO``."""
+    from zoo import ZOO
+
+    return ZOO
