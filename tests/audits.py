@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,12 @@ RAGGED = (16, 5, 11, 2, 16, 9)
 def tiny_probe(sequences: int = SEQUENCES, length: int = LENGTH, **options: Any) -> Probe:
     """Return a probe of random tokens that every zoo model accepts."""
     return Probe.from_tokens(sample_ids(sequences, length + 1), **options)
+
+
+def part_of(probe: Probe, **counts: int) -> Probe:
+    """Return a probe with only the first so many sequences of each part, such as ``fit=20``."""
+    splits = {part: getattr(probe, part) for part in counts}
+    return replace(probe, **{p: Split(s.ids[: counts[p]], s.mask[: counts[p]]) for p, s in splits.items()})
 
 
 def split_of(rows: list[list[int]]) -> Split:

@@ -92,6 +92,12 @@ def vocabulary_size(model: nn.Module) -> int | None:
     return int(size) if size is not None else None
 
 
+def context_length(model: nn.Module) -> int | None:
+    """Return how many positions a model of transformers is made for, or ``None`` if it does not say."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the module inside ``torch.compile``'s wrapper, or the model itself."""
     inner = getattr(model, "_orig_mod", None)

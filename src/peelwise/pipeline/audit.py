@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from peelwise.errors import IllConditionedWarning, ModelError, PeelwiseWarning
 from peelwise.model.checkpoints import check_finite, fingerprint
 from peelwise.model.guard import untouched
-from peelwise.model.layers import find_blocks, vocabulary_size
+from peelwise.model.layers import context_length, find_blocks, vocabulary_size
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner, check_replay
 from peelwise.pipeline import controls, stages
 from peelwise.pipeline.bench import Bench
 from peelwise.pipeline.clock import Clock, Watcher
 from peelwise.pipeline.findings import Findings
 from peelwise.pipeline.summary import Setup, summarise
-from peelwise.probes import Probe, check_vocabulary
+from peelwise.probes import Probe, check_context, check_vocabulary
 from peelwise.records import AuditRecord
 
 # Parts of the budget after which a stage is cut short, so that the next ones get their turn.
@@ -78,12 +78,15 @@ def run_audit(
     Raises:
         UnsupportedModelError: If the architecture cannot be audited.
         ModelError: If the model holds NaN or Inf, or its loss is not finite.
-        ProbeError: If the probe's tokens do not fit the model's vocabulary.
+        ProbeError: If the probe's tokens do not fit the model's vocabulary, or its sequences the context.
     """
     blocks = find_blocks(model)
     size = vocabulary_size(model)
     if size is not None:
         check_vocabulary(probe, size)
+    limit = context_length(model)
+    if limit is not None:
+        check_context(probe, limit)
     check_finite(model)
     setup = Setup(model, blocks, name, source, fingerprint(model), settings_dict(settings), probe.seed)
     with untouched(model), warnings.catch_warnings(record=True) as caught:
