@@ -65,3 +65,25 @@ def zoo() -> dict[str, Callable[[], Any]]:
     from zoo import ZOO
 
     return ZOO
+
+
+@pytest.fixture(scope="session")
+def training_probe(stored_stage: Callable[[str], tuple[Any, Any]]) -> Any:
+    """Some 9,600 tokens of the text that the small GPT was trained on."""
+    from peelwise import Probe
+    from small_gpt.text import training_documents
+
+    return Probe.from_text(
+        training_documents()[::40], stored_stage("final")[1], tokens=9_600, in_distribution=True, source="training text"
+    )
+
+
+@pytest.fixture(scope="session")
+def audited(training_probe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """Return the report of a whole audit of the middle stage on a little text, and where it is saved."""
+    import peelwise
+    from audits import part_of
+
+    probe = part_of(training_probe, fit=20, select=6, report=12)
+    report = peelwise.audit(stage_folder("middle"), probe, joint_rounds=2, alone_rounds=2)
+    return report, report.save(tmp_path_factory.mktemp("audited") / "certificate")

@@ -337,6 +337,17 @@ def check_vocabulary(probe: Probe, vocab_size: int) -> None:
             )
 
 
+def check_context(probe: Probe, limit: int) -> None:
+    """Raise if a sequence of the probe is longer than the model's context of ``limit`` tokens.
+
+    Raises:
+        ProbeError: If it is.
+    """
+    longest = max(getattr(probe, part).inputs.shape[1] for part in PARTS)
+    if longest > limit:
+        raise ProbeError(f"The sequences have {longest} tokens, the model's context is {limit}. Use shorter sequences.")
+
+
 def _check_sizes(tokens: int | None, sequence_length: int) -> None:
     if sequence_length < 1:
         raise ProbeError(f"The sequence length must be at least 1 token, got {sequence_length}.")

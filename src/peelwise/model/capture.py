@@ -50,7 +50,7 @@ def captured(linears: Sequence[LinearMap]) -> Iterator[Capture]:
 
     def hook(linear: LinearMap) -> Any:
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
-            x = args[0] if args else kwargs["input"]
+            x = args[0] if args else next(iter(kwargs.values()))
             record(linear, x, y)
 
         return after

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peelwise.errors import DeviceError, MissingExtraError, ModelError, OutputError, UnsupportedModelError
+from peelwise.model.layers import plain_name
 from peelwise.model.weight_files import brief, check_gguf, check_weights, read_config
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -336,7 +337,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             continue
         if tensor.is_meta:
             raise ModelError(f"{name} has no values (meta device): load or gather the weights first.")
-        yield name, tensor.detach()
+        yield plain_name(name), tensor.detach()
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         model.eval()
         for parameter, _ in gradients:
             parameter.requires_grad_(False)
-        _set_backend_flags((False, False, False, True, "highest"))
+        _set_backend_flags(_exact(flags))
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
@@ -40,23 +41,62 @@ def untouched(model: nn.Module) -> Iterator[None]:
         _restore_random_states(states)
 
 
-_Flags = tuple[bool, bool, bool, bool, str]
+@dataclass(frozen=True)
+class _Flags:
+    """How exact PyTorch's products are; the first two are ``None`` where PyTorch refuses to say.
+
+    It has an older and a newer way of asking for TF32 and raises when the older is read after the newer was
+    used, so both are kept: ``precisions`` is the newer, one value per backend and kind of operation.
+    """
+
+    matmul: str | None
+    cudnn_tf32: bool | None
+    cudnn_benchmark: bool
+    cudnn_deterministic: bool
+    precisions: tuple[str, ...]
 
 
 def _backend_flags() -> _Flags:
-    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    # Reading the precision first: PyTorch mixes the two ways of asking for TF32.
-    precision = torch.get_float32_matmul_precision()
-    return cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic, precision
+    cudnn = torch.backends.cudnn
+    precisions = tuple(owner.fp32_precision for owner in _precision_owners())
+    matmul, cudnn_tf32 = None, None
+    with suppress(RuntimeError):
+        matmul = torch.get_float32_matmul_precision()
+    with suppress(RuntimeError):
+        cudnn_tf32 = cudnn.allow_tf32
+    return _Flags(matmul, cudnn_tf32, cudnn.benchmark, cudnn.deterministic, precisions)
+
+
+def _exact(flags: _Flags) -> _Flags:
+    """Return flags without TF32, spoken in the same way as ``flags``."""
+    return _Flags(
+        None if flags.matmul is None else "highest",
+        None if flags.cudnn_tf32 is None else False,
+        False,
+        True,
+        ("ieee",) * len(flags.precisions),
+    )
 
 
 def _set_backend_flags(flags: _Flags) -> None:
-    cuda_tf32, cudnn_tf32, benchmark, deterministic, precision = flags
-    torch.set_float32_matmul_precision(precision)
-    torch.backends.cuda.matmul.allow_tf32 = cuda_tf32
-    torch.backends.cudnn.allow_tf32 = cudnn_tf32
-    torch.backends.cudnn.benchmark = benchmark
-    torch.backends.cudnn.deterministic = deterministic
+    cudnn = torch.backends.cudnn
+    if flags.matmul is not None:
+        torch.set_float32_matmul_precision(flags.matmul)
+    if flags.cudnn_tf32 is not None:
+        cudnn.allow_tf32 = flags.cudnn_tf32
+    cudnn.benchmark = flags.cudnn_benchmark
+    cudnn.deterministic = flags.cudnn_deterministic
+    # Last, because the older way sets these too, and not always to what they were.
+    for owner, precision in zip(_precision_owners(), flags.precisions, strict=True):
+        owner.fp32_precision = precision
+
+
+def _precision_owners() -> list[Any]:
+    """Return PyTorch's places of the newer setting; none before it existed (2.9)."""
+    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    names = ((cuda, "matmul"), (cudnn, "conv"), (cudnn, "rnn"), (mkldnn, "matmul"), (mkldnn, "conv"), (mkldnn, "rnn"))
+    found = [getattr(backend, name, None) for backend, name in names]
+    return [owner for owner in found if hasattr(owner, "fp32_precision")]
 
 
 _States = tuple[Any, Any, torch.Tensor, list[torch.Tensor]]

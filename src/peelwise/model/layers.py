@@ -61,8 +61,9 @@ def find_blocks(model: nn.Module) -> tuple[Block, ...]:
         raise UnsupportedModelError(_what_was_found(model))
     name, modules = max(candidates, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     _refuse_encoder_decoder(model, candidates)
+    name = plain_name(name)
     blocks = tuple(
-        Block(index, f"{name}.{index}", module, tuple(_linear_maps(module, f"{name}.{index}")))
+        Block(index, f"{name}.{index}", module, tuple(_linear_maps(unwrapped(module), f"{name}.{index}")))
         for index, module in enumerate(modules)
     )
     for block in blocks:
@@ -91,10 +92,21 @@ def vocabulary_size(model: nn.Module) -> int | None:
     return int(size) if size is not None else None
 
 
+def context_length(model: nn.Module) -> int | None:
+    """Return how many positions a model of transformers is made for, or ``None`` if it does not say."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the module inside ``torch.compile``'s wrapper, or the model itself."""
     inner = getattr(model, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else model
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a module or tensor without the part that ``torch.compile``'s wrapper adds."""
+    return name.replace("_orig_mod.", "")
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -110,7 +122,7 @@ def _is_transposed(module: nn.Module) -> bool:
 def _linear_maps(module: nn.Module, prefix: str) -> Iterator[LinearMap]:
     for name, child in module.named_modules():
         if is_linear(child):
-            yield LinearMap(f"{prefix}.{name}", child, _is_transposed(child))
+            yield LinearMap(f"{prefix}.{plain_name(name)}", child, _is_transposed(child))
 
 
 def _candidate_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
@@ -119,7 +131,7 @@ def _candidate_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") for outer in taken):
             continue
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1:
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(unwrapped(m)) for m in module}) == 1:
             taken.append(name)
             if any(is_linear(m) for m in module.modules()):
                 yield name, module
@@ -136,13 +148,13 @@ def _refuse_encoder_decoder(model: nn.Module, candidates: list[tuple[str, nn.Mod
 
 
 def _refuse_unknown_parts(block: Block) -> None:
-    for name, module in block.module.named_modules():
+    for name, module in unwrapped(block.module).named_modules():
         kind, where = type(module).__name__, f"{block.name}.{name}".rstrip(".")
+        if isinstance(module, _CONVOLUTIONS):  # first: their weights have three dimensions too
+            raise UnsupportedModelError(f"Not yet: convolutional blocks, found {kind} at {where}.")
         experts = "expert" in kind.lower() or "moe" in kind.lower() or "router" in kind.lower()
         if experts or any(p.dim() == 3 for p in module.parameters(recurse=False)):
             raise UnsupportedModelError(f"Not yet: mixture of experts, found {kind} at {where}.")
-        if isinstance(module, _CONVOLUTIONS):
-            raise UnsupportedModelError(f"Not yet: convolutional blocks, found {kind} at {where}.")
         if isinstance(module, _RECURRENT):
             raise UnsupportedModelError(f"Not yet: recurrent blocks, found {kind} at {where}.")
     if not block.linears:

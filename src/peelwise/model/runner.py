@@ -140,6 +140,8 @@ class Runner:
                 logits = self._tail(batch, hidden)
                 wanted = batch.targets if targets is None else targets(batch, position)
                 loss = (_token_losses(logits, wanted) * batch.weights).sum()
+            if not loss.requires_grad:
+                raise _hidden_from_gradients(type(self.model).__name__)
             gradients.append(torch.autograd.grad(loss, hidden)[0])
         self.work.add(self.head_share, float(trace.tokens.sum()), 3)
         return gradients
@@ -163,10 +165,7 @@ class Runner:
                 out = self.run_block(block, hidden, batch)
             used = {name: y for name, y in capture.outputs.items() if y.requires_grad}
             if len(used) < len(capture.outputs):
-                raise UnsupportedModelError(
-                    f"{block.name} hides its inner results from gradients (reentrant activation "
-                    "checkpointing?). Switch checkpointing off, or use use_reentrant=False."
-                )
+                raise _hidden_from_gradients(block.name)
             wanted = [hidden, *used.values()]
             found = torch.autograd.grad(out, wanted, gradient.to(out.dtype), allow_unused=True)
         grads = {name: g for name, g in zip(used, found[1:], strict=True) if g is not None}
@@ -239,10 +238,10 @@ class Runner:
                 stack.callback(handle.remove)
             stack.callback(self.blocks[-1].module.register_forward_hook(after).remove)
             logits = self._call(batch)
-        if len(batch.stations) != len(self.blocks) + 1:
+        if len(batch.calls) != len(self.blocks):
             raise UnsupportedModelError(
                 f"Expected each of the {len(self.blocks)} blocks to run once, in order; "
-                f"saw {len(batch.stations) - 1} runs. Shared or skipped blocks are not supported yet."
+                f"saw {len(batch.calls)} runs. Shared or skipped blocks are not supported yet."
             )
         return _sequence_losses(logits, batch)
 
@@ -274,7 +273,7 @@ def check_replay(runner: Runner, split: Split) -> None:
     few = Split(split.ids[:1], split.mask[:1])
     trace = runner.trace(few)
     again = runner.losses_from(trace, 0)
-    if not torch.allclose(trace.losses, again, rtol=1e-3, atol=1e-3):
+    if not torch.allclose(trace.losses, again, rtol=1e-3, atol=1e-3, equal_nan=True):
         raise UnsupportedModelError(
             f"Calling the blocks of {type(runner.model).__name__} one after another gives loss "
             f"{float(again.sum()):.4f} instead of {float(trace.losses.sum()):.4f}: the model computes "
@@ -313,6 +312,13 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = own
+
+
+def _hidden_from_gradients(what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{what} hides its inner results from gradients (reentrant activation checkpointing?). "
+        "Switch checkpointing off, or use use_reentrant=False."
+    )
 
 
 def _without_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:

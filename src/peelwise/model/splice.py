@@ -55,7 +55,11 @@ def _merged(linear: LinearMap, change: Tensor, scale: float) -> Iterator[None]:
     weight = own + weight_change.to(own)  # [d_out, d_in]
     own_bias = linear.bias()
     bias = own_bias + bias_change.to(own_bias) if own_bias is not None and bias_change is not None else None
-    linear.module.__dict__["forward"] = lambda x: F.linear(x, weight, bias)
+
+    def forward(*args: Tensor, **named: Tensor) -> Tensor:
+        return F.linear(_input(args, named), weight, bias)
+
+    linear.module.__dict__["forward"] = forward
     try:
         yield
     finally:
@@ -65,17 +69,23 @@ def _merged(linear: LinearMap, change: Tensor, scale: float) -> Iterator[None]:
 @contextmanager
 def _hooked(linear: LinearMap, change: Tensor, scale: float) -> Iterator[None]:
     weight_change, bias_change = _parts(linear, change, scale)
-    handle = linear.module.register_forward_hook(_adder(weight_change.float(), bias_change))
+    handle = linear.module.register_forward_hook(_adder(weight_change.float(), bias_change), with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
 
 
-def _adder(weight: Tensor, bias: Tensor | None) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    def add(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
-        x = args[0].float()
+def _adder(weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
+    def add(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], y: Tensor) -> Tensor:
+        x = _input(args, named).float()
         extra = F.linear(x, weight.to(x.device), None if bias is None else bias.to(x))
         return (y.float() + extra).to(y.dtype)
 
     return add
+
+
+def _input(args: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+    """Return the one input of a map, however it was given."""
+    x: Tensor = args[0] if args else next(iter(named.values()))
+    return x

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from peelwise.errors import IllConditionedWarning, ModelError, PeelwiseWarning
 from peelwise.model.checkpoints import check_finite, fingerprint
 from peelwise.model.guard import untouched
-from peelwise.model.layers import find_blocks, vocabulary_size
+from peelwise.model.layers import context_length, find_blocks, vocabulary_size
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner, check_replay
 from peelwise.pipeline import controls, stages
 from peelwise.pipeline.bench import Bench
 from peelwise.pipeline.clock import Clock, Watcher
 from peelwise.pipeline.findings import Findings
 from peelwise.pipeline.summary import Setup, summarise
-from peelwise.probes import Probe, check_vocabulary
+from peelwise.probes import Probe, check_context, check_vocabulary
 from peelwise.records import AuditRecord
 
 # Parts of the budget after which a stage is cut short, so that the next ones get their turn; the head's is its own.
@@ -78,12 +78,15 @@ def run_audit(
     Raises:
         UnsupportedModelError: If the architecture cannot be audited.
         ModelError: If the model holds NaN or Inf, or its loss is not finite.
-        ProbeError: If the probe's tokens do not fit the model's vocabulary.
+        ProbeError: If the probe's tokens do not fit the model's vocabulary, or its sequences the context.
     """
     blocks = find_blocks(model)
     size = vocabulary_size(model)
     if size is not None:
         check_vocabulary(probe, size)
+    limit = context_length(model)
+    if limit is not None:
+        check_context(probe, limit)
     check_finite(model)
     setup = Setup(model, blocks, name, source, fingerprint(model), settings_dict(settings), probe.seed)
     with untouched(model), warnings.catch_warnings(record=True) as caught:
@@ -93,7 +96,8 @@ def run_audit(
         with clock.stage("losses of the model as it stands"):
             check_replay(runner, probe.fit)
             traces = runner.trace(probe.fit), runner.trace(probe.select), runner.trace(probe.report)
-        _check_losses(traces[2].mean, name)
+        for trace in traces:
+            _check_losses(trace.mean, name)
         bench = Bench(runner, probe, *traces, clock=clock, seed=probe.seed)
         findings = Findings()
         try:
@@ -108,8 +112,8 @@ def run_audit(
 def _stages(bench: Bench, findings: Findings, settings: AuditSettings) -> bool:
     """Run the stages in the order of what they are worth; return whether all of them ended by themselves."""
     stages.first_sweep(bench, findings)
-    stages.joint_rounds(bench, findings, rounds=settings.joint_rounds, share=_JOINT_SHARE)
-    complete = stages.leave_one_out(bench, findings, share=_UNIQUE_SHARE)
+    complete = stages.joint_rounds(bench, findings, rounds=settings.joint_rounds, share=_JOINT_SHARE)
+    complete &= stages.leave_one_out(bench, findings, share=_UNIQUE_SHARE)
     if settings.controls:
         complete &= _controls(bench, findings)
     complete &= stages.refine_alone(bench, findings, rounds=settings.alone_rounds)
@@ -148,8 +152,9 @@ def _with_warnings(record: AuditRecord, caught: list[warnings.WarningMessage]) -
             warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
     if not own:
         return record
-    first = str(own[0].message)
-    note = first if len(own) == 1 else f"{first} (And {len(own) - 1} more like it.)"
+    # Each round may find the same again.
+    messages = list(dict.fromkeys(str(w.message) for w in own))
+    note = messages[0] if len(messages) == 1 else f"{messages[0]} (And {len(messages) - 1} more like it.)"
     return replace_notes(record, note)
 
 

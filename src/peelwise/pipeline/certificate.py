@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +26,7 @@ from peelwise.pipeline.folder import written_whole
 from peelwise.probes import Probe
 from peelwise.recordfile import RECORD_FILE, read_record
 from peelwise.records import AuditRecord, Interval, WitnessRecord
+from peelwise.verdict import Evidence, judge
 
 WITNESS_FILE, PROBE_FILE = "witness.safetensors", "probe.safetensors"
 _TOLERANCE = {"float32": 3e-4, "float64": 3e-4}
@@ -129,7 +130,8 @@ def verify_certificate(folder: Path, model: nn.Module, *, full: bool = False) ->
         return Verification("not the same model or data", "The model's tensors are not those that were certified.")
     tolerance = _TOLERANCE.get(record.model.dtype, _HALF_TOLERANCE)
     with untouched(model):
-        checks = _Recheck(certificate, model, tolerance).run(full=full)
+        recheck = _Recheck(certificate, model, tolerance)
+        checks = recheck.run(full=full)
     failed = [c for c in checks if not c.holds]
     if failed:
         c = failed[0]
@@ -139,6 +141,9 @@ def verify_certificate(folder: Path, model: nn.Module, *, full: bool = False) ->
             checks,
             tolerance,
         )
+    wrong = recheck.wrong_verdict() if full else None
+    if wrong:
+        return Verification("does not hold", wrong, checks, tolerance)
     return Verification("holds", f"{len(checks)} numbers found again.", checks, tolerance)
 
 
@@ -209,6 +214,7 @@ class _Recheck:
         self.tolerance = tolerance
         self.trace: Trace = self.runner.trace(certificate.probe.report)
         self.checks: list[Check] = []
+        self.evidence = [Evidence() for _ in self.blocks]
 
     def run(self, *, full: bool) -> tuple[Check, ...]:
         loss = self.record.loss
@@ -232,7 +238,9 @@ class _Recheck:
                 continue
             with spliced({m: c for m, c in composed.items() if m not in set(block.linears)}):
                 losses = self.runner.losses_from(after, block.index)
-            self._interval(f"{block.name} unique", recorded.unique_nats, self._gain(losses, after.losses))
+            found = self._gain(losses, after.losses)
+            self._interval(f"{block.name} unique", recorded.unique_nats, found)
+            self.evidence[block.index] = replace(self.evidence[block.index], unique=found)
 
     def _alone(self) -> None:
         for block, recorded in zip(self.blocks, self.record.blocks, strict=True):
@@ -242,6 +250,19 @@ class _Recheck:
                 losses = self.runner.losses_from(self.trace, block.index)
             found = self._gain(self.trace.losses, losses)
             self._interval(f"{block.name} recoverable", recorded.recoverable_nats, found)
+            self.evidence[block.index] = replace(self.evidence[block.index], alone=found)
+
+    def wrong_verdict(self) -> str | None:
+        """Return which block's colour does not follow from the numbers found, or ``None``; after a full run."""
+        record = self.record
+        # A number within the tolerance of the margin may fall on either side of it elsewhere.
+        margins = [record.margin_nats + shift for shift in (0.0, -self.tolerance, self.tolerance)]
+        judged = [judge(self.evidence, m, in_distribution=record.probe.in_distribution) for m in margins]
+        for index, block in enumerate(record.blocks):
+            if block.verdict not in {verdicts[index].colour for verdicts in judged}:
+                follows = judged[0][index].colour
+                return f"{block.name}: {block.verdict} was certified, {follows} follows from its numbers."
+        return None
 
     def _gain(self, before: Tensor, after: Tensor) -> Paired:
         return gain(before, after, self.trace, self.record.seed)

@@ -21,7 +21,7 @@ def first_sweep(bench: Bench, findings: Findings) -> None:
         findings.proposals = _sweep_all(bench)
 
 
-def joint_rounds(bench: Bench, findings: Findings, *, rounds: int, share: float) -> None:
+def joint_rounds(bench: Bench, findings: Findings, *, rounds: int, share: float) -> bool:
     """Refine all blocks together, round after round, while select improves and the time share lasts.
 
     Args:
@@ -29,6 +29,8 @@ def joint_rounds(bench: Bench, findings: Findings, *, rounds: int, share: float)
         findings: ``composed`` is replaced after each round.
         rounds: most rounds.
         share: part of the whole budget after which no further round is begun.
+
+    Returns whether the rounds ended by themselves.
     """
     state = unrefined(bench.select)
     steps: dict[Direction, float] = {}
@@ -38,7 +40,7 @@ def joint_rounds(bench: Bench, findings: Findings, *, rounds: int, share: float)
             fit, select = bench.fit, bench.select
             if number > 0:
                 if not _affordable_round(bench, share):
-                    return
+                    return False
                 with spliced(state.changes):
                     fit, select = bench.runner.refreshed(fit), bench.runner.refreshed(select)
                     proposals = _sweep_all(bench, fit, select)
@@ -49,6 +51,7 @@ def joint_rounds(bench: Bench, findings: Findings, *, rounds: int, share: float)
             with spliced(better.changes):
                 losses = bench.runner.losses_from(bench.report, 0)
             state = findings.composed = replace(better, report_losses=losses)
+    return True
 
 
 def leave_one_out(bench: Bench, findings: Findings, *, share: float) -> bool:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from peelwise.errors import IllConditionedWarning, UnsupportedModelError
+from peelwise.errors import IllConditionedWarning, ModelError, UnsupportedModelError
 from peelwise.model.layers import Block, LinearMap
 from peelwise.model.runner import Batch, Runner, Trace
 from peelwise.references.whitened import InputWhitened, Proposal, two_sided
@@ -103,6 +103,10 @@ def block_moments(
             C.setdefault(linear, CrossSum()).update(g, rows[groups[linear]])
             if with_F:
                 F.setdefault(linear, GramSum()).update(g)
+    for linear, total in C.items():
+        if not bool(total.mean().isfinite().all()):
+            dtype = str(linear.weight().dtype).removeprefix("torch.")
+            raise ModelError(f"The gradients of {linear.name} overflow in {dtype}. Try --dtype float32.")
     means = {first: total.mean() for first, total in S.items()}
     moments = {
         linear: Moments(C[linear].n, means[groups[linear]], C[linear].mean(), F[linear].mean() if with_F else None)

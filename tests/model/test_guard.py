@@ -1,0 +1,109 @@
+"""After a measurement nothing of the model or the process has changed."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from audits import Snapshot
+from peelwise.model.guard import untouched
+from zoo import ZOO, sample_ids
+
+
+def flags():
+    """Every precision flag as it reads, or the kind of error that reading it gives."""
+    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    readers = (
+        torch.get_float32_matmul_precision,
+        lambda: cuda.matmul.allow_tf32,
+        lambda: cudnn.allow_tf32,
+        lambda: cudnn.benchmark,
+        lambda: cudnn.deterministic,
+        *(
+            lambda owner=owner: owner.fp32_precision
+            for owner in (cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
+        ),
+    )
+
+    def read(reader):
+        try:
+            return reader()
+        except RuntimeError:
+            return "mixed"
+
+    return [read(reader) for reader in readers]
+
+
+# The older and the newer way of asking for reduced precision, which must not be mixed.
+ASKED = {
+    "nothing": "pass",
+    "high": "torch.set_float32_matmul_precision('high')",
+    "medium": "torch.set_float32_matmul_precision('medium')",
+    "allow_tf32": "torch.backends.cuda.matmul.allow_tf32 = True",
+    "no cudnn tf32": "torch.backends.cudnn.allow_tf32 = False",
+    "cudnn": "torch.backends.cudnn.benchmark = True; torch.backends.cudnn.deterministic = False",
+    "newer matmul": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "newer conv": "torch.backends.cudnn.conv.fp32_precision = 'ieee'",
+    "newer mkldnn": "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+}
+
+
+@pytest.fixture
+def flags_put_back():
+    with untouched(nn.Linear(1, 1)):
+        yield
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_precision_flags(asked, flags_put_back):
+    exec(ASKED[asked])
+    before = flags()
+    with untouched(nn.Linear(1, 1)):
+        assert flags()[:5] == ["highest", False, False, False, True]
+        assert set(flags()[5:]) == {"ieee"}
+    assert flags() == before
+
+
+def mixed_model():
+    """Return a model with some modules training, some parameters frozen and some with gradients."""
+    model = ZOO["gpt2"]().train()
+    model.transformer.h[1].eval()
+    model.transformer.wpe.weight.requires_grad_(False)
+    model.transformer.h[0].attn.c_attn.weight.grad = torch.ones_like(model.transformer.h[0].attn.c_attn.weight)
+    return model
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_everything_is_restored(error):
+    model = mixed_model()
+    before = Snapshot.of(model)
+    try:
+        with untouched(model):
+            assert not any(module.training for module in model.modules())
+            assert not any(parameter.requires_grad for parameter in model.parameters())
+            random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
+            with pytest.raises(AssertionError):
+                before.assert_unchanged(model)  # the control
+            if error:
+                raise error
+    except (ValueError, KeyboardInterrupt):
+        pass
+    before.assert_unchanged(model)
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: float(torch.rand(1))])
+def test_random_numbers_go_on_as_if_nothing_had_been_drawn(draw):
+    with untouched(nn.Linear(1, 1)):
+        inside = draw()
+    assert draw() == inside
+
+
+def test_dropout_is_off_inside_and_on_again_outside():
+    model, ids = ZOO["gpt2"]().train(), sample_ids()
+    expected = copy.deepcopy(model).eval()(ids).logits
+    with untouched(model):
+        torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=0)
+    assert (model(ids).logits - expected).abs().max() > 0.01

@@ -1,0 +1,140 @@
+"""Which modules are audited, and what is said about models that cannot be."""
+
+import pytest
+import torch
+from torch import nn
+
+from peelwise.errors import UnsupportedModelError
+from peelwise.model.layers import find_blocks, find_head, is_linear, parameter_count, unwrapped, vocabulary_size
+from plain_gpt import PlainGPT
+from zoo import BLOCKS, UNSUPPORTED, VOCABULARY, ZOO, sample_ids
+
+
+class Stack(nn.Module):
+    """A model whose blocks are whatever the test puts in."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(VOCABULARY, 8)
+        self.blocks = nn.ModuleList(blocks)
+
+
+class Experts(nn.Module):
+    """Experts under a name that gives nothing away: one parameter with three dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(8, 4)
+        self.weights = nn.Parameter(torch.zeros(4, 8, 8))
+
+
+class Quiet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+
+
+REFUSED = {
+    **{name: (factory, words) for (name, factory), words in zip(
+        UNSUPPORTED.items(),
+        [
+            ("mixture of experts", "MixtralSparseMoeBlock", "model.layers.0.mlp"),
+            ("Not yet", "Conv1d"),
+            ("Not yet", "LSTM"),
+            ("encoder-decoder", "decoder.block", "T5ForConditionalGeneration"),
+        ],
+        strict=True,
+    )},
+    "bare MLP": (
+        lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)),
+        ("looked for an nn.ModuleList", "Linear, ReLU"),
+    ),
+    "nothing": (lambda: nn.Module(), ("looked for an nn.ModuleList",)),
+    "experts by shape": (lambda: Stack(Experts(), Experts()), ("mixture of experts", "Experts", "blocks.0")),
+    "convolution beside linear": (
+        lambda: Stack(*(nn.Sequential(nn.Linear(8, 8), nn.Conv1d(8, 8, 3)) for _ in range(2))),
+        ("convolutional", "Conv1d", "blocks.0.1"),
+    ),
+    "recurrence beside linear": (
+        lambda: Stack(*(nn.Sequential(nn.Linear(8, 8), nn.GRU(8, 8)) for _ in range(2))),
+        ("recurrent", "GRU", "blocks.0.1"),
+    ),
+    "one class but two kinds": (
+        lambda: Stack(nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.LayerNorm(8))),
+        ("blocks.1", "holds no nn.Linear"),
+    ),
+    "no linear map": (lambda: Stack(Quiet(), Quiet()), ("looked for", "LayerNorm")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_name_what_was_found(name):
+    factory, words = REFUSED[name]
+    with pytest.raises(UnsupportedModelError) as error:
+        find_blocks(factory())
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_blocks_hold_every_linear_map_once_in_order(name):
+    model = ZOO[name]()
+    blocks = find_blocks(model)
+    modules = dict(model.named_modules())
+    assert [block.index for block in blocks] == list(range(BLOCKS))
+    for block in blocks:
+        assert modules[block.name] is block.module
+        expected = [n for n, m in modules.items() if n.startswith(f"{block.name}.") and is_linear(m)]
+        assert [linear.name for linear in block.linears] == expected
+        assert len(expected) >= 4
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2", "plain"])
+def test_weight_and_bias_are_those_of_the_product(name):
+    for block in find_blocks(ZOO[name]()):
+        for linear in block.linears:
+            x = torch.randn(5, linear.weight().shape[1], generator=torch.Generator().manual_seed(0))
+            y = x @ linear.weight().T
+            if linear.has_bias:
+                y = y + linear.bias()
+            torch.testing.assert_close(linear.module(x), y)
+
+
+def test_only_conv1d_is_transposed():
+    assert all(m.transposed and m.has_bias for b in find_blocks(ZOO["gpt2"]()) for m in b.linears)
+    assert not any(m.transposed or m.has_bias for b in find_blocks(ZOO["llama"]()) for m in b.linears)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_head_and_vocabulary(name):
+    model = ZOO[name]()
+    head = find_head(model, find_blocks(model))
+    assert head is (model.head if name == "plain" else model.get_output_embeddings())
+    assert vocabulary_size(model) == VOCABULARY
+
+
+def test_model_without_a_head_has_none():
+    model = PlainGPT()
+    model.head = nn.Identity()
+    assert find_head(model, find_blocks(model)) is None
+
+
+def test_the_largest_list_is_taken():
+    model = PlainGPT()
+    model.adapters = nn.ModuleList(nn.Linear(4, 4) for _ in range(9))
+    assert [block.name for block in find_blocks(model)] == [f"blocks.{i}" for i in range(BLOCKS)]
+
+
+def test_tied_parameters_count_once():
+    model = ZOO["llama-tied"]()
+    assert parameter_count(model) == parameter_count(ZOO["llama"]()) - model.lm_head.weight.numel()
+
+
+def test_names_do_not_tell_that_a_model_is_compiled():
+    model = ZOO["llama"]()
+    names = [linear.name for block in find_blocks(model) for linear in block.linears]
+    whole = torch.compile(model, backend="eager")
+    assert unwrapped(whole) is model
+    assert [linear.name for block in find_blocks(whole) for linear in block.linears] == names
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    assert [linear.name for block in find_blocks(model) for linear in block.linears] == names
+    assert model(sample_ids()).logits.isfinite().all()
