@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
@@ -15,8 +16,8 @@ _MAX_ESCALATIONS = 12
 class DampedFactor:
     """Cholesky factor of ``S + damping * tr(S)/d * I``, reused for several right-hand sides.
 
-    If the factorisation fails, the damping is multiplied by ten until it succeeds, and an
-    `IllConditionedWarning` names the matrix and the damping that was used in the end.
+    If the factorisation fails or means nothing (rank deficient), the damping is multiplied by ten until it
+    succeeds, and an `IllConditionedWarning` names the matrix and the damping that was used in the end.
 
     Args:
         matrix: ``S [d, d]``, symmetric positive semi-definite up to rounding; any float dtype.
@@ -32,18 +33,19 @@ class DampedFactor:
         d = S.shape[0]
         mean_diagonal = float(S.diagonal().mean()) if d else 0.0
         # An all-zero matrix (inputs that never fire) still gets a finite, harmless factor.
-        unit = mean_diagonal if mean_diagonal > 0 else 1.0
+        unit = mean_diagonal if 0 < mean_diagonal < math.inf else 1.0
         identity = torch.eye(d, dtype=S.dtype, device=S.device)
         tiny = d * torch.finfo(S.dtype).eps
         for attempt in range(_MAX_ESCALATIONS):
             used = damping if attempt == 0 else max(damping, tiny) * 10.0**attempt
             factor, info = torch.linalg.cholesky_ex(S + used * unit * identity)
-            if int(info) == 0 and bool(torch.isfinite(factor).all()):
+            # Undamped, rounding may leave a singular matrix tiny positive pivots: a factor, but of nothing.
+            if int(info) == 0 and bool(torch.isfinite(factor).all()) and (used > tiny or _is_regular(S)):
                 break
         else:
             # Not positive semi-definite at all: fall back to its scale, which is always valid.
             used, factor = 1.0, identity * unit**0.5
-        if used != damping:
+        if attempt:
             warnings.warn(
                 f"{name}: [{d}, {d}] is rank deficient or badly conditioned at damping {damping:g}; "
                 f"used {used:g} instead. The result is valid; more fit tokens would sharpen it.",
@@ -60,6 +62,13 @@ class DampedFactor:
     def solve_right(self, left: Tensor) -> Tensor:
         """Return ``left (S + ..)^-1`` for ``left [m, d]``, in the factor's dtype."""
         return self.solve(left.T).T
+
+
+def _is_regular(matrix: Tensor) -> bool:
+    """Say whether the smallest eigenvalue of ``matrix [d, d]`` stands clear of rounding in its own dtype."""
+    eigenvalues = torch.linalg.eigvalsh(matrix)
+    resolution = matrix.shape[0] * torch.finfo(matrix.dtype).eps
+    return eigenvalues.numel() == 0 or bool(eigenvalues[0] > resolution * eigenvalues[-1])
 
 
 def solve_dtype(device: torch.device) -> torch.dtype:
