@@ -113,7 +113,8 @@ def _calibrated(
             slope = -float((select.C * D).sum())
             squared = _squared_norm(D, select.S, metric)
             weight = slope / squared if squared > 0 and slope > 0 else 0.0
-            tried[damping] = (weight * slope, weight, D)
+            # Signed, so that the climb leads out of where the direction goes uphill on select.
+            tried[damping] = (slope * abs(slope) / squared if squared > 0 else 0.0, weight, D)
         return tried[damping][0]
 
     best = start
@@ -123,7 +124,7 @@ def _calibrated(
     energy, weight, D = tried[best]
     weight = min(weight, 1.0) if metric is None else weight
     change = (weight * D).to(torch.float32)
-    return Proposal(change, best, weight, energy, _squared_norm(change.to(fit.S.dtype), fit.S, None))
+    return Proposal(change, best, weight, max(0.0, energy), _squared_norm(change.to(fit.S.dtype), fit.S, None))
 
 
 def _squared_norm(D: Tensor, S: Tensor, metric: Tensor | None) -> float:
