@@ -117,11 +117,11 @@ def two_sided(fit: Moments, select: Moments, base: Proposal, *, name: str) -> Pr
     if base.weight == 0.0:
         return base
     mu = min(max(base.damping, _LEAST_OUTPUT_DAMPING), 1.0)
-    D = DampedFactor(fit.F, mu, name=name).solve(base.change / base.weight).float()  # [d_out, d_in]
+    D = DampedFactor(fit.F, mu, name=name).solve(base.change / base.weight)  # [d_out, d_in]
     slope = -float((select.C * D).sum())
-    squared = _squared_norm(D, select.S.float(), select.F.float())
+    squared = _squared_norm(D, select.S, select.F)
     weight = slope / squared if squared > 0 and slope > 0 else 0.0
-    change = weight * D
+    change = (weight * D).float()
     return Proposal(change, mu, weight, weight * slope, _squared_norm(change, fit.S.float(), None))
 
 
@@ -141,7 +141,8 @@ def climb(look: Callable[[float], tuple[float, float]], start: float) -> tuple[f
         if damping not in tried:
             slope, squared = look(damping)
             weight = slope / squared if squared > 0 and slope > 0 else 0.0
-            tried[damping] = weight * slope, weight
+            # Signed, so that the climb leads out of where the direction goes uphill on select.
+            tried[damping] = slope * abs(slope) / squared if squared > 0 else 0.0, weight
         return tried[damping][0]
 
     best = start
@@ -149,7 +150,7 @@ def climb(look: Callable[[float], tuple[float, float]], start: float) -> tuple[f
         while _LOWEST < best * factor < _HIGHEST and energy(best * factor) > energy(best):
             best *= factor
     energy(best)
-    return best, tried[best][1], tried[best][0]
+    return best, tried[best][1], max(tried[best][0], 0.0)
 
 
 def _squared_norm(D: Tensor, S: Tensor, metric: Tensor | None) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +18,8 @@ _MAX_ESCALATIONS = 12
 class DampedFactor:
     """Cholesky factor of ``S + damping * tr(S)/d * I``, reused for several right-hand sides.
 
-    If the factorisation fails, the damping is multiplied by ten until it succeeds, and an
-    `IllConditionedWarning` names the matrix and the damping that was used in the end.
+    If the factorisation fails or means nothing (rank deficient), the damping is multiplied by ten until it
+    succeeds, and an `IllConditionedWarning` names the matrix and the damping that was used in the end.
 
     Args:
         matrix: ``S [d, d]``, symmetric positive semi-definite up to rounding; any float dtype.
@@ -34,18 +35,19 @@ class DampedFactor:
         d = S.shape[0]
         mean_diagonal = float(S.diagonal().mean()) if d else 0.0
         # An all-zero matrix (inputs that never fire) still gets a finite, harmless factor.
-        unit = mean_diagonal if mean_diagonal > 0 else 1.0
+        unit = mean_diagonal if 0 < mean_diagonal < math.inf else 1.0
         identity = torch.eye(d, dtype=S.dtype, device=S.device)
         tiny = d * torch.finfo(S.dtype).eps
         for attempt in range(_MAX_ESCALATIONS):
             used = damping if attempt == 0 else max(damping, tiny) * 10.0**attempt
             factor, info = torch.linalg.cholesky_ex(S + used * unit * identity)
-            if int(info) == 0 and bool(torch.isfinite(factor).all()):
+            # Undamped, rounding may leave a singular matrix tiny positive pivots: a factor, but of nothing.
+            if int(info) == 0 and bool(torch.isfinite(factor).all()) and (used > tiny or _is_regular(S)):
                 break
         else:
             # Not positive semi-definite at all: fall back to its scale, which is always valid.
             used, factor = 1.0, identity * unit**0.5
-        if used != damping:
+        if attempt:
             warnings.warn(
                 f"{name}: [{d}, {d}] is rank deficient or badly conditioned at damping {damping:g}; "
                 f"used {used:g} instead. The result is valid; more fit tokens would sharpen it.",
@@ -92,6 +94,13 @@ class Spectrum:
     def rank(self) -> int:
         """Return how many eigenvalues float32 sums can tell from zero."""
         return int((self.values > len(self.values) * torch.finfo(torch.float32).eps * self.values[-1]).sum())
+
+
+def _is_regular(matrix: Tensor) -> bool:
+    """Say whether the smallest eigenvalue of ``matrix [d, d]`` stands clear of rounding in its own dtype."""
+    eigenvalues = torch.linalg.eigvalsh(matrix)
+    resolution = matrix.shape[0] * torch.finfo(matrix.dtype).eps
+    return eigenvalues.numel() == 0 or bool(eigenvalues[0] > resolution * eigenvalues[-1])
 
 
 def solve_dtype(device: torch.device) -> torch.dtype:
