@@ -104,7 +104,6 @@ RANKS = {
     "below float32": (torch.diag(torch.tensor([1.0, 1e-3, 1e-9])), 2),
     "zero": (torch.zeros(3, 3), 0),
     "negative": (-torch.eye(3), 0),
-    "empty": (torch.zeros(0, 0), 0),
 }
 
 
