@@ -21,8 +21,9 @@ from peelwise.pipeline.summary import Setup, summarise
 from peelwise.probes import Probe, check_context, check_vocabulary
 from peelwise.records import AuditRecord
 
-# Parts of the budget after which a stage is cut short, so that the next ones get their turn; the head's is its own.
-_JOINT_SHARE, _UNIQUE_SHARE, _CONTROL_SHARE, _HEAD_SHARE = 0.35, 0.6, 0.8, 0.05
+# Stages are cut short so that the next ones get their turn: no further joint round and no further control is begun
+# after these parts of the budget; leaving one out gets a part of what is left, the head one of the whole.
+_JOINT_SHARE, _CONTROL_SHARE, _UNIQUE_SHARE, _HEAD_SHARE = 0.35, 0.8, 0.6, 0.05
 
 
 @dataclass(frozen=True)
