@@ -1,4 +1,4 @@
-"""The published YES bounds as one would first write them down: slow, obvious, one pseudo-inverse per layer and map."""
+"""The published YES bounds as first written down: slow, obvious, one pseudo-inverse per layer and map."""
 
 from __future__ import annotations
 

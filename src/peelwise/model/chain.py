@@ -1,24 +1,25 @@
 """Reads a network that is one chain of affine maps and elementwise activations; no mathematics.
 
 The network is traced, so a plain ``nn.Sequential``, nested ones, and a class whose ``forward`` calls
-``F.relu`` are all read the same way. Nothing of the network is changed, and no module is called with its hooks.
+``functional.relu`` are all read the same way. Nothing of the network is changed, and no hook of it runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from peelwise.errors import UnsupportedModelError
 
 Activation = Callable[[Tensor], Tensor]
 _DROPOUT = (nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout)
-_PASSIVE_FUNCTIONS = (F.dropout, F.alpha_dropout, torch.dropout)
+_PASSIVE_FUNCTIONS = (functional.dropout, functional.alpha_dropout, torch.dropout)
 _MIXING = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.GLU, nn.MultiheadAttention)
 
 
@@ -34,14 +35,14 @@ class AffineLayer:
     @property
     def has_bias(self) -> bool:
         """Whether the layer adds a bias."""
-        return self.module.bias is not None
+        return isinstance(self.module.bias, Tensor)
 
-    def weight(self) -> Tensor:
-        """Return ``[W, b]  [d_out, d_in + 1]``, or ``W`` without a bias, in float64 and detached."""
-        weight = self.module.weight.detach().double()
-        if self.module.bias is None:
-            return weight
-        return torch.cat([weight, self.module.bias.detach().double()[:, None]], dim=1)
+    def affine(self, x: Tensor) -> Tensor:
+        """Return ``x W^T + b`` in float64, outside the graph of gradients."""
+        bias = self.module.bias
+        return functional.linear(
+            x, self.module.weight.detach().double(), bias.detach().double() if self.has_bias else None
+        )
 
     def activated(self, z: Tensor) -> Tensor:
         """Return the activation of ``z``."""
@@ -80,8 +81,7 @@ class Chain:
         """
         found = []
         for layer in self.layers:
-            bias = None if layer.module.bias is None else layer.module.bias.detach().double()
-            z = F.linear(x, layer.module.weight.detach().double(), bias)
+            z = layer.affine(x)
             x = layer.activated(z)
             found.append((z, x))
         return found
@@ -111,10 +111,11 @@ def read_chain(net: nn.Module) -> Chain:
             layers[-1] = AffineLayer(layers[-1].name, layers[-1].module, step, name)
     if len(layers) < 2:
         raise _unsupported(f"a chain needs at least 2 affine layers (nn.Linear), found {len(layers)}")
-    for one, two in zip(layers, layers[1:], strict=False):
+    for one, two in pairwise(layers):
         if one.module.out_features != two.module.in_features:
             raise _unsupported(
-                f"{one.name} gives {one.module.out_features} features, {two.name} takes {two.module.in_features}"
+                f"{one.name} gives {one.module.out_features} features, "
+                f"{two.name} takes {two.module.in_features}"
             )
     return Chain(tuple(layers))
 
@@ -155,7 +156,9 @@ def _callable_of(node: fx.Node, net: nn.Module) -> Any:
     if node.op == "call_module":
         module = net.get_submodule(str(node.target))
         # forward, not the module itself: the user's hooks must not see the bound's inputs.
-        return module if isinstance(module, (nn.Linear, nn.Flatten, nn.Identity, *_DROPOUT)) else module.forward
+        return (
+            module if isinstance(module, (nn.Linear, nn.Flatten, nn.Identity, *_DROPOUT)) else module.forward
+        )
     if node.op == "call_function":
         function, rest, keywords = node.target, node.args[1:], dict(node.kwargs)
         keywords.pop("inplace", None)
@@ -195,7 +198,7 @@ def _check_elementwise(name: str, step: Activation, device: torch.device) -> Non
         or not torch.allclose(found.flatten().double(), again.flatten().flip(0).double())
     ):
         raise _unsupported(
-            f"{name} is not a deterministic elementwise activation, so the activation of the layer cannot be found"
+            f"{name} is not a deterministic elementwise function: the layer's activation cannot be found"
         )
 
 
@@ -204,5 +207,3 @@ def _unsupported(what: str) -> UnsupportedModelError:
         f"net: {what}. Expected a chain of nn.Linear and elementwise activations, such as "
         "nn.Sequential(nn.Linear(20, 100), nn.ReLU(), nn.Linear(100, 100))."
     )
-
-

@@ -13,7 +13,7 @@ from peelwise.stats.solve import Projector
 class PublishedStacks:
     """Losses of all stacks of ``plan`` on the samples that they are fitted to (arXiv:2410.10984).
 
-    ``A_0 = X``; layer ``l`` is ``A_l = relu(P A_{l-1} -> H_sigma(l))``, the last one without the ReLU. A design is
+    ``A_0 = X``; ``A_l`` is the ReLU of the fit of ``[A_{l-1}, 1]`` to ``H_sigma(l)``, the last without. A design is
     factorised once for all targets that may follow it, and stacks with a common prefix share it.
     Memory is ``O(L^2)`` times one ``[n, d]`` matrix.
 
@@ -25,11 +25,10 @@ class PublishedStacks:
 
     def __init__(self, chain: Chain, x: Tensor, y: Tensor) -> None:
         self._chain, self._x, self._y = chain, x, y
-        self._energy = y.square().sum(dim=1).mean()
         self._root: Projector | None = None
         self._yes_0: float | None = None
 
-    def losses(self, plan: MapPlan, targets: Tensor | None = None) -> dict[StationMap, float]:
+    def losses(self, plan: MapPlan) -> dict[StationMap, float]:
         """Return map -> mean over samples of the squared error summed over outputs, at this moment.
 
         What does not depend on the weights (the inputs' factor and YES-0) is kept for the next moment.
@@ -51,9 +50,13 @@ class PublishedStacks:
             return
         columns = [joined[:, (t - 1) * width : t * width] for t in targets]
         consecutive = targets == tuple(range(targets[0], targets[-1] + 1))
-        wanted = joined[:, (targets[0] - 1) * width : targets[-1] * width] if consecutive else torch.cat(columns, 1)
+        wanted = (
+            joined[:, (targets[0] - 1) * width : targets[-1] * width]
+            if consecutive
+            else torch.cat(columns, 1)
+        )
         fitted = self._projector(prefix, a, layer).fit(wanted)  # [n, len(targets) * d]
-        for target, z in zip(targets, fitted.split(width, dim=1), strict=True):
+        for target, z in zip(targets, torch.split(fitted, width, dim=1), strict=True):
             path = (*prefix, target)
             # With nothing to clip, later layers with this target have what they want already: depth is idle.
             while len(path) < last and plan.targets(path) == (target,) and self._is_idle(len(path), z):
@@ -66,7 +69,7 @@ class PublishedStacks:
                 self._visit(path, z.clamp(min=0), joined, plan, found)
 
     def _is_idle(self, layer: int, z: Tensor) -> bool:
-        """Whether layer ``layer + 1`` maps ``relu(z)`` to ``z`` itself, ``z`` being a fit with its own target."""
+        """Whether layer ``layer + 1`` maps ``relu(z)`` to ``z`` itself, ``z`` being a fit to its target."""
         here, after = self._chain.layers[layer - 1], self._chain.layers[layer]
         return (here.has_bias or not after.has_bias) and bool(z.min() >= 0)
 

@@ -8,14 +8,14 @@ stations ``1..L-1`` is the map that sends each layer to the next station of ``S 
     S = {3}      (3, 3, 3, 4)
     S = {1,2,3}  (1, 2, 3, 4)   the direct map
 
-These ``2^(L-1)`` maps are exactly the ones with ``sigma(sigma(l)) = sigma(l)``. Other non-decreasing maps, such
-as ``(2, 3, 3)``, leave a station before it is reached; they are legal witnesses and may be asked for by name.
+These ``2^(L-1)`` maps are exactly the ones with ``sigma(sigma(l)) = sigma(l)``. Other non-decreasing maps,
+such as ``(2, 3, 3)``, leave a station before it is reached; they are legal and may be asked for by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 
 from peelwise.errors import PeelwiseError
 
@@ -35,7 +35,8 @@ def map_of_subset(subset: Iterable[int], layers: int) -> StationMap:
     stations = sorted({*subset, layers})
     if stations[0] < 1 or stations[-1] > layers:
         raise MapError(
-            f"maps: hidden stations of {layers} layers are 1..{layers - 1}, got {stations}. Leave the others out."
+            f"maps: hidden stations of {layers} layers are 1..{layers - 1}, got {stations}. "
+            "Leave the others out."
         )
     return tuple(next(s for s in stations if s >= layer) for layer in range(1, layers + 1))
 
@@ -66,8 +67,10 @@ def checked_map(stations: Sequence[int], layers: int) -> StationMap:
     for layer, station in enumerate(found, start=1):
         if not layer <= station <= layers:
             where = "backwards" if station < layer else "beyond the targets"
-            raise MapError(f"maps: {list(found)} points {where} at layer {layer} (station {station}). {remedy}")
-    if any(a > b for a, b in zip(found, found[1:], strict=False)):
+            raise MapError(
+                f"maps: {list(found)} points {where} at layer {layer} (station {station}). {remedy}"
+            )
+    if any(a > b for a, b in pairwise(found)):
         raise MapError(f"maps: {list(found)} decreases; stations must be visited in order. {remedy}")
     return found
 
@@ -118,7 +121,9 @@ def best_by_size(values: Mapping[StationMap, float], layers: int) -> list[tuple[
         here = [(v, m) for m, v in values.items() if len(subset_of_map(m)) == size]
         candidates = sorted([*here, *best[-1:]])
         if not candidates:
-            raise MapError(f"maps: YES-0, {[layers] * layers}, is missing, and every bound includes it. Add it.")
+            raise MapError(
+                f"maps: YES-0, {[layers] * layers}, is missing, and every bound includes it. Add it."
+            )
         best.append(candidates[0])
     return best
 

@@ -15,11 +15,10 @@ _CORRECTED = 1e12
 class Projector:
     """``P = A A^+`` for a design ``A [n, d]``: fits any number of targets from one factorisation.
 
-    The cheap way is the normal equations with columns scaled to norm 1, which costs a third of a QR and a tenth
-    of a singular value decomposition. It is taken only where its error is known to be small; otherwise the
-    singular value decomposition decides, with the rank that ``torch.linalg.pinv(A)`` would see (singular
-    values below ``max(n, d) * eps * largest`` count as zero). Columns of zeros, such as dead ReLU units,
-    have no part in a projection and are left out.
+    The cheap way is the normal equations with columns scaled to norm 1. It is taken only where its error is
+    known to be small; otherwise a singular value decomposition decides, with the rank that
+    ``torch.linalg.pinv(A)`` would see: values below ``max(n, d) * eps * largest`` count as zero.
+    Columns of zeros, such as dead ReLU units, have no part in a projection and are left out.
 
     Args:
         design: ``A [n, d]``, float64.
@@ -89,4 +88,5 @@ def symmetric_product(x: Tensor) -> Tensor:
 def _range_basis(design: Tensor, size: int) -> Tensor:
     """Return orthonormal columns ``[n, r]`` that span the numerical range of ``design [n, d]``."""
     left, values, _ = torch.linalg.svd(design, full_matrices=False)
-    return left[:, values > size * torch.finfo(design.dtype).eps * values.max()]
+    kept: Tensor = left[:, values > size * torch.finfo(design.dtype).eps * values.max()]
+    return kept
