@@ -13,8 +13,8 @@ from peelwise.stats.solve import Projector
 class PublishedStacks:
     """Losses of all stacks of ``plan`` on the samples that they are fitted to (arXiv:2410.10984).
 
-    ``A_0 = X``; ``A_l`` is the ReLU of the fit of ``[A_{l-1}, 1]`` to ``H_sigma(l)``, the last without. A design is
-    factorised once for all targets that may follow it, and stacks with a common prefix share it.
+    ``A_0 = X``; ``A_l`` is the ReLU of the fit of ``[A_{l-1}, 1]`` to ``H_sigma(l)``, the last without. A
+    design is factorised once for all targets that may follow it, and stacks with a common prefix share it.
     Memory is ``O(L^2)`` times one ``[n, d]`` matrix.
 
     Args:

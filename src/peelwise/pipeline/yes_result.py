@@ -57,8 +57,8 @@ class YesBounds:
     """YES-0 and YES-k of a network at one moment.
 
     Values are on report in default mode, and on the samples fitted to in published mode. ``fit`` holds the
-    same numbers on the fit part. ``gap[k]`` is the paired difference bound minus network on report: significantly
-    negative means that explicit weights of the same shape do better than the network.
+    same numbers on the fit part. ``gap[k]`` is the paired difference bound minus network on report:
+    significantly negative means that explicit weights of the same shape do better than the network.
     """
 
     mode: Mode

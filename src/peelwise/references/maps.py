@@ -129,22 +129,24 @@ def best_by_size(values: Mapping[StationMap, float], layers: int) -> list[tuple[
 
 
 def beam(scores: Mapping[StationMap, float], width: int, layers: int) -> list[StationMap]:
-    """Return the prefixes to go on with: the ``width`` best, and the best one of every size.
+    """Return the prefixes to go on with: the ``width`` best, and the best one of every kind.
 
-    The best of every size keeps each YES-k reachable; YES-0 and the direct map are never dropped,
-    because each is the only prefix of its size.
+    The kind of a prefix is the number of hidden stations that it has reached, and whether it aims at the
+    targets. So every YES-k stays reachable, and YES-0 and the direct map are never dropped: each is the only
+    one of its kind.
 
     Args:
-        scores: prefix -> value, smaller is better.
-        width: how many to keep regardless of size.
+        scores: prefix -> value, smaller is better; all of the same length.
+        width: how many to keep regardless of kind.
         layers: ``L``, the number of the station of the targets.
     """
     ranked = sorted(scores, key=lambda prefix: (scores[prefix], prefix))
-    kept = dict.fromkeys(ranked[:width])
-    seen: set[int] = set()
+    kept = set(ranked[:width])
+    seen: set[tuple[int, bool]] = set()
     for prefix in ranked:
-        size = len({*prefix} - {layers})
-        if size not in seen:
-            seen.add(size)
-            kept[prefix] = None
+        reached = len({s for s in prefix if s <= len(prefix) and s < layers})
+        kind = (reached, prefix[-1:] == (layers,))
+        if kind not in seen:
+            seen.add(kind)
+            kept.add(prefix)
     return sorted(kept)
