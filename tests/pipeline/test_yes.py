@@ -21,9 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from yes_reference import yes_reference
 
 
-def _net(
-    widths: list[int], activation: Callable[[], nn.Module] = nn.ReLU, bias: bool = True
-) -> nn.Sequential:
+def _net(widths: list[int], activation: Callable[[], nn.Module] = nn.ReLU, bias: bool = True) -> nn.Sequential:
     layers: list[nn.Module] = []
     for a, b in pairwise(widths):
         layers += [nn.Linear(a, b, bias=bias), activation()]
@@ -69,9 +67,7 @@ def test_published_mode_is_the_plain_algorithm_to_the_digit(task, layers: int, b
     for step in range(201):
         if step in (0, 20, 200):
             yes_0, yes_k, loss = yes_reference(net, x, y)
-            smallest = (
-                yes_k if smallest is None else [min(a, b) for a, b in zip(smallest, yes_k, strict=True)]
-            )
+            smallest = yes_k if smallest is None else [min(a, b) for a, b in zip(smallest, yes_k, strict=True)]
             row = monitor.step(step)
             found = [row.yes_0, *row.present.values(), *row.running.values(), row.loss]
             assert found == pytest.approx([yes_0, *yes_k, *smallest, loss], rel=1e-8, abs=0)
@@ -100,9 +96,7 @@ def test_default_mode_without_its_amendments_is_the_published_one() -> None:
     x, y = _phase(8, 12, 600)
     net = _net([8, 12, 12, 12])
     found = _undamped(x, y, net, split=(0.98, 0.01, 0.01))
-    samples = checked_samples(
-        read_chain(net), x, y, loss="squared", split=(0.98, 0.01, 0.01), seed=0, batch_size=1000
-    )
+    samples = checked_samples(read_chain(net), x, y, loss="squared", split=(0.98, 0.01, 0.01), seed=0, batch_size=1000)
     _, _, part = next(iter(samples.batches()))
     expected = yes_bounds(net, x[part == 0], y[part == 0], mode="published", controls=False)
     assert found.fit.bounds[0] == pytest.approx(expected.yes_0, rel=1e-7)
@@ -186,9 +180,7 @@ def test_softmax_head_finds_the_convex_optimum(layers: int) -> None:
     assert min(found.controls.shuffled) > min(found.bounds) + 0.3
     # The head control of a frozen chain is logistic regression: compare with plain gradient descent.
     chain = read_chain(net)
-    samples = checked_samples(
-        chain, x, y, loss="cross_entropy", split=(0.5, 0.25, 0.25), seed=0, batch_size=900
-    )
+    samples = checked_samples(chain, x, y, loss="cross_entropy", split=(0.5, 0.25, 0.25), seed=0, batch_size=900)
     _, _, part = next(iter(samples.batches()))
     a = chain.stations(x)[-2][1].detach()
     head = nn.Linear(6, 3)
@@ -207,9 +199,7 @@ def test_softmax_head_finds_the_convex_optimum(layers: int) -> None:
 
 def test_the_monitor_changes_nothing_and_keeps_the_minimum_apart() -> None:
     x, y = _phase(5, 6, 300)
-    net = nn.Sequential(
-        nn.Linear(5, 6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)
-    )
+    net = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
     net.float().train()
     seen: list[int] = []
     net[1].register_forward_hook(lambda *_: seen.append(1))

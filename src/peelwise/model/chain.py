@@ -114,8 +114,7 @@ def read_chain(net: nn.Module) -> Chain:
     for one, two in pairwise(layers):
         if one.module.out_features != two.module.in_features:
             raise _unsupported(
-                f"{one.name} gives {one.module.out_features} features, "
-                f"{two.name} takes {two.module.in_features}"
+                f"{one.name} gives {one.module.out_features} features, {two.name} takes {two.module.in_features}"
             )
     return Chain(tuple(layers))
 
@@ -156,9 +155,7 @@ def _callable_of(node: fx.Node, net: nn.Module) -> Any:
     if node.op == "call_module":
         module = net.get_submodule(str(node.target))
         # forward, not the module itself: the user's hooks must not see the bound's inputs.
-        return (
-            module if isinstance(module, (nn.Linear, nn.Flatten, nn.Identity, *_DROPOUT)) else module.forward
-        )
+        return module if isinstance(module, (nn.Linear, nn.Flatten, nn.Identity, *_DROPOUT)) else module.forward
     if node.op == "call_function":
         function, rest, keywords = node.target, node.args[1:], dict(node.kwargs)
         keywords.pop("inplace", None)

@@ -123,9 +123,7 @@ class YesMonitor:
         untrained: YES-0..YES-(L-1) of the network as it was when the monitor was made, or ``None``.
     """
 
-    def __init__(
-        self, net: nn.Module, x: Tensor, y: Tensor, *, controls: bool = True, **options: object
-    ) -> None:
+    def __init__(self, net: nn.Module, x: Tensor, y: Tensor, *, controls: bool = True, **options: object) -> None:
         self._net, self._x, self._y, self._options = net, x, y, options
         self.rows: list[YesRow] = []
         self.untrained: tuple[float, ...] | None = self._bounds().bounds if controls else None
@@ -136,10 +134,7 @@ class YesMonitor:
         present = dict(enumerate(found.bounds))
         before = {0: self.rows[-1].yes_0, **self.rows[-1].running} if self.rows else present
         running = {k: min(v, before[k]) for k, v in present.items()}
-        if found.mode == "published":
-            cloud = cloud_of(found.loss, running[0], running[max(running)])
-        else:
-            cloud = found.cloud
+        cloud = cloud_of(found.loss, running[0], running[max(running)]) if found.mode == "published" else found.cloud
         floor = min(self.untrained) if self.untrained else None
         row = YesRow(
             step=step,
@@ -169,9 +164,7 @@ class _Run:
     head: tuple[float, ...] = ()
 
 
-def _default(
-    chain: Chain, samples: Samples, plan: MapPlan, options: StreamOptions, start: Chain | None
-) -> YesBounds:
+def _default(chain: Chain, samples: Samples, plan: MapPlan, options: StreamOptions, start: Chain | None) -> YesBounds:
     run = _run(chain, samples, plan, options, with_head=start is not None)
     found = None
     if start is not None:
@@ -199,9 +192,7 @@ def _default(
     )
 
 
-def _run(
-    chain: Chain, samples: Samples, plan: MapPlan, options: StreamOptions, *, with_head: bool = False
-) -> _Run:
+def _run(chain: Chain, samples: Samples, plan: MapPlan, options: StreamOptions, *, with_head: bool = False) -> _Run:
     stacks = StreamedStacks(chain, samples, plan, options)
     best = stacks.fit()
     candidates = [stacks.output(m) for _, m in best]
@@ -223,9 +214,7 @@ def _published(chain: Chain, samples: Samples, plan: MapPlan, start: Chain | Non
         bounds = tuple(value for value, _ in best)
         found = None
         if start is not None:
-            other = y[
-                torch.randperm(len(y), generator=torch.Generator().manual_seed(samples.seed)).to(y.device)
-            ]
+            other = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(samples.seed)).to(y.device)]
             found = YesControls(
                 _published_values(start, x, y, plan),
                 _published_values(chain, x, other, plan),
@@ -269,9 +258,7 @@ def _plan(chain: Chain, maps: Maps) -> MapPlan:
 
 
 def _dampings(damping: float | Sequence[float] | None) -> tuple[float, ...]:
-    values = (
-        DAMPINGS if damping is None else (damping,) if isinstance(damping, (int, float)) else tuple(damping)
-    )
+    values = DAMPINGS if damping is None else (damping,) if isinstance(damping, (int, float)) else tuple(damping)
     if not values or not all(0 <= v < float("inf") for v in values):
         raise OptionError(f"damping: expected one or more finite values >= 0, got {damping!r}.")
     return tuple(float(v) for v in values)

@@ -50,11 +50,7 @@ class PublishedStacks:
             return
         columns = [joined[:, (t - 1) * width : t * width] for t in targets]
         consecutive = targets == tuple(range(targets[0], targets[-1] + 1))
-        wanted = (
-            joined[:, (targets[0] - 1) * width : targets[-1] * width]
-            if consecutive
-            else torch.cat(columns, 1)
-        )
+        wanted = joined[:, (targets[0] - 1) * width : targets[-1] * width] if consecutive else torch.cat(columns, 1)
         fitted = self._projector(prefix, a, layer).fit(wanted)  # [n, len(targets) * d]
         for target, z in zip(targets, torch.split(fitted, width, dim=1), strict=True):
             path = (*prefix, target)

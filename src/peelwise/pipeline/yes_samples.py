@@ -114,9 +114,7 @@ def checked_samples(
         raise OptionError(f"batch_size: expected at least 1 sample, got {batch_size}.")
     parts = (1.0, 0.0, 0.0) if split is None else tuple(float(s) for s in split)
     if len(parts) != 3 or min(parts) < 0 or not isclose(sum(parts), 1.0, abs_tol=1e-6):
-        raise OptionError(
-            f"split: expected three shares (fit, select, report) that add up to 1, got {split}."
-        )
+        raise OptionError(f"split: expected three shares (fit, select, report) that add up to 1, got {split}.")
     _check_inputs(chain, x)
     classes = chain.widths[-1]
     if loss == "cross_entropy":
@@ -174,9 +172,7 @@ def _check_finite(name: str, values: Tensor) -> None:
         good = torch.isfinite(values[start : start + 65536])
         if not bool(good.all()):
             row = start + int((~good).flatten(1).any(1).nonzero()[0])
-            raise ProbeError(
-                f"{name}: NaN or infinite values, first in row {row}. Remove or repair these samples."
-            )
+            raise ProbeError(f"{name}: NaN or infinite values, first in row {row}. Remove or repair these samples.")
 
 
 def _seen(value: object) -> str:

@@ -130,9 +130,7 @@ class StreamedStacks:
         score = float("inf")
         for target, pick in columns.items():
             part = fit.columns(pick.start, pick.stop)
-            error, weight, _ = choose(
-                ridge, part, select.columns(pick.start, pick.stop), self._options.dampings
-            )
+            error, weight, _ = choose(ridge, part, select.columns(pick.start, pick.stop), self._options.dampings)
             if target == last:
                 score = error
             if layer < last and target in self._plan.targets(prefix):

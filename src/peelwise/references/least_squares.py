@@ -28,9 +28,7 @@ class Ridge:
 
     def __init__(self, sums: RegressionSums, *, bias: bool) -> None:
         if sums.n < 1:
-            raise TooFewSamplesError(
-                "x: least squares needs at least 1 fit sample, got 0. Give more samples."
-            )
+            raise TooFewSamplesError("x: least squares needs at least 1 fit sample, got 0. Give more samples.")
         self._n, self._bias = sums.n, bias
         self._mean = sums.x / sums.n if bias else torch.zeros_like(sums.x)  # [d]
         centred = sums.xx / sums.n - self._mean[:, None] * self._mean  # [d, d]

@@ -35,8 +35,7 @@ def map_of_subset(subset: Iterable[int], layers: int) -> StationMap:
     stations = sorted({*subset, layers})
     if stations[0] < 1 or stations[-1] > layers:
         raise MapError(
-            f"maps: hidden stations of {layers} layers are 1..{layers - 1}, got {stations}. "
-            "Leave the others out."
+            f"maps: hidden stations of {layers} layers are 1..{layers - 1}, got {stations}. Leave the others out."
         )
     return tuple(next(s for s in stations if s >= layer) for layer in range(1, layers + 1))
 
@@ -67,9 +66,7 @@ def checked_map(stations: Sequence[int], layers: int) -> StationMap:
     for layer, station in enumerate(found, start=1):
         if not layer <= station <= layers:
             where = "backwards" if station < layer else "beyond the targets"
-            raise MapError(
-                f"maps: {list(found)} points {where} at layer {layer} (station {station}). {remedy}"
-            )
+            raise MapError(f"maps: {list(found)} points {where} at layer {layer} (station {station}). {remedy}")
     if any(a > b for a, b in pairwise(found)):
         raise MapError(f"maps: {list(found)} decreases; stations must be visited in order. {remedy}")
     return found
@@ -121,9 +118,7 @@ def best_by_size(values: Mapping[StationMap, float], layers: int) -> list[tuple[
         here = [(v, m) for m, v in values.items() if len(subset_of_map(m)) == size]
         candidates = sorted([*here, *best[-1:]])
         if not candidates:
-            raise MapError(
-                f"maps: YES-0, {[layers] * layers}, is missing, and every bound includes it. Add it."
-            )
+            raise MapError(f"maps: YES-0, {[layers] * layers}, is missing, and every bound includes it. Add it.")
         best.append(candidates[0])
     return best
 

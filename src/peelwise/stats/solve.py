@@ -56,9 +56,7 @@ class Projector:
         if int(info) != 0:
             return False
         r = gram.shape[0]
-        inverse = torch.linalg.solve_triangular(
-            factor, torch.eye(r, dtype=gram.dtype, device=gram.device), upper=False
-        )
+        inverse = torch.linalg.solve_triangular(factor, torch.eye(r, dtype=gram.dtype, device=gram.device), upper=False)
         # |L^-1|_F^2 bounds 1 / smallest eigenvalue from above, and the largest is at most r.
         smallest = 1.0 / float(inverse.square().sum())
         condition = r / smallest
