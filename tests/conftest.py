@@ -73,17 +73,29 @@ def training_probe(stored_stage: Callable[[str], tuple[Any, Any]]) -> Any:
     from peelwise import Probe
     from small_gpt.text import training_documents
 
-    return Probe.from_text(
-        training_documents()[::40], stored_stage("final")[1], tokens=9_600, in_distribution=True, source="training text"
-    )
+    openings = [document[:1_500] for document in training_documents()[::12]]  # few sequences from each
+    tokenizer = stored_stage("final")[1]
+    return Probe.from_text(openings, tokenizer, tokens=9_600, in_distribution=True, source="training text")
 
 
 @pytest.fixture(scope="session")
-def audited(training_probe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """Return the report of a whole audit of the middle stage on a little text, and where it is saved."""
+def broken_folder(stored_stage: Callable[[str], tuple[Any, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a small GPT whose block 3 subtracts what it should add."""
+    from damage import sign_flip
+
+    model, tokenizer = stored_stage("final")
+    folder = tmp_path_factory.mktemp("models") / "broken"
+    sign_flip(model, 3).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def audited(broken_folder: Path, training_probe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """Return the report of a whole audit of the broken model on a little text, and where it is saved."""
     import peelwise
     from audits import part_of
 
-    probe = part_of(training_probe, fit=20, select=6, report=12)
-    report = peelwise.audit(stage_folder("middle"), probe, joint_rounds=2, alone_rounds=2)
+    probe = part_of(training_probe, fit=16, select=5, report=10)
+    report = peelwise.audit(broken_folder, probe, joint_rounds=2, alone_rounds=1)
     return report, report.save(tmp_path_factory.mktemp("audited") / "certificate")

@@ -202,6 +202,8 @@ def apply(folder: str | Path, model: str | Path | None, out: str | Path, *, forc
     check_free(out, force=force, ours="config.json")
     certificate = certificates.read_certificate(Path(folder))
     opened = _open_for(certificate.record, model, "auto", with_tokenizer=True)
+    if Path(opened.source).resolve() == out.resolve():
+        raise OutputError(f"{out} is the model itself, which is never replaced. Choose another --out.")
     changed = certificates.merged_model(certificate, opened.model)
     with written_whole(out) as temporary:
         save_model(changed, opened.tokenizer, temporary)

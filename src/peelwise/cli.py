@@ -28,6 +28,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
 )
+_INTERRUPTED = 130
 _err = Console(stderr=True, highlight=False)
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face folder, .gguf file, or `smollm2`.")]
@@ -45,9 +46,10 @@ def main() -> None:
     except PeelwiseError as error:
         _err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        _err.print("Stopped before there was anything to report; nothing was written.")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:  # what typer makes of Ctrl-C
+            _err.print("Stopped before there was anything to report; nothing was written.")
+        raise
 
 
 @app.command(
@@ -152,7 +154,7 @@ def apply(
 
     with _status("Merging the witness and checking the result ..."):
         loss = api.apply(folder, model, out, force=force)
-    Console(highlight=False).print(f"{out}: loss {loss:.4f} nats per token on report, as certified.")
+    typer.echo(f"{out}: loss {loss:.4f} nats per token on report, as certified.")
 
 
 @app.command(epilog="Example: `peelwise report out/demo`", short_help="Render the HTML report again.")
@@ -172,7 +174,7 @@ def report(
         temporary.replace(path)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
-    Console(highlight=False).print(f"wrote {path}")
+    typer.echo(f"wrote {path}")
 
 
 @app.callback(invoke_without_command=True)
