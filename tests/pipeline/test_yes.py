@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -193,7 +195,7 @@ def test_softmax_head_finds_the_convex_optimum(layers: int) -> None:
         return loss
 
     optimiser.step(closure)
-    plain = float(nn.functional.cross_entropy(head(a[part == 2]), y[part == 2]))
+    plain = nn.functional.cross_entropy(head(a[part == 2]), y[part == 2]).item()
     assert found.controls.head_control == pytest.approx(plain, rel=0.05)
 
 
@@ -312,3 +314,13 @@ def test_a_network_that_is_no_chain_is_named(net: nn.Module, words: str) -> None
 def test_published_mode_needs_relu() -> None:
     with pytest.raises(UnsupportedModelError, match=r'needs ReLU.*mode="default"'):
         yes_bounds(_net([5, 6, 6], nn.Tanh), _X, _Y, mode="published")
+
+
+def test_the_example_runs_and_draws(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, str(root / "examples" / "yes_bounds.py"), "--quick", "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(root / "src")}
+    text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert "step 30" in text
+    assert {p.name for p in tmp_path.iterdir()} == {"yes-published.svg", "yes-default.svg", "yes-depth.svg"}

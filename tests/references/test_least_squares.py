@@ -92,7 +92,7 @@ def _designs() -> dict[str, torch.Tensor]:
     dead[:, ::3] = 0
     stretched = plain * torch.logspace(0, -10, 20, dtype=torch.float64)
     nearly = plain.clone()
-    nearly[:, 3] = nearly[:, 4] + 1e-5 * nearly[:, 5] + 1e-5 * torch.randn(300, dtype=torch.float64)
+    nearly[:, 3] = nearly[:, 4] + 1e-5 * torch.randn(300, dtype=torch.float64)
     return {
         "normal": plain,
         "svd": low,

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Upper bounds of the squared condition number (columns scaled to norm 1; the bound is loose by about d) up to
-# which normal equations keep ten digits:
-# as they are, and with one correction step from the residual.
-_PLAIN = 1e8
-_CORRECTED = 1e12
+# Up to these bounds of the squared condition number (columns of norm 1) normal equations keep ten digits: as
+# they are, and with one correction step from the residual. The bound is loose by a factor of d or more.
+_PLAIN = 1e10
+_CORRECTED = 1e13
 
 
 class Projector:
@@ -78,8 +77,9 @@ def symmetric_product(x: Tensor) -> Tensor:
     out = x.new_empty(d, d)
     for start in range(0, d, tile):
         stop = min(start + tile, d)
-        out[start:stop, start:] = x[:, start:stop].T @ x[:, start:]
-        out[start:, start:stop] = out[start:stop, start:].T
+        strip = x[:, start:stop].T @ x[:, start:]  # [tile, d - start]
+        out[start:stop, start:] = strip
+        out[start:, start:stop] = strip.T
     return out
 
 
