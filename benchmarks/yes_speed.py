@@ -43,9 +43,7 @@ def network(inputs: int, width: int, layers: int) -> nn.Sequential:
     return nn.Sequential(*modules[:-1]).double()
 
 
-def phase_task(
-    inputs: int, outputs: int, samples: int, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor]:
+def phase_task(inputs: int, outputs: int, samples: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     x = torch.randn(samples, inputs, dtype=dtype)
     return x, (x @ torch.randn(outputs, inputs, dtype=dtype).T).abs()

@@ -76,9 +76,7 @@ def draw_cloud(rows: list[YesRow], untrained: tuple[float, ...], path: Path) -> 
     axes.plot(steps, [r.present[last] for r in rows], "C0", label=f"YES-{last}, present")
     axes.plot(steps, [r.running[last] for r in rows], "C0--", label=f"YES-{last}, running minimum")
     axes.axhline(min(untrained), color="C7", linestyle=":", label="best untrained bound")
-    axes.set(
-        xscale="log", yscale="log", xlabel="Adam steps", ylabel="squared error per sample", title="Published"
-    )
+    axes.set(xscale="log", yscale="log", xlabel="Adam steps", ylabel="squared error per sample", title="Published")
     save(figure, axes, path)
 
 
@@ -95,9 +93,7 @@ def draw_default(stages: list[int], found: list[YesBounds], path: Path) -> None:
     axes.plot(steps, [c.head_control for c in controls if c], "C2", label="last layer fitted anew")
     axes.plot(steps, [min(c.untrained) for c in controls if c], "C7:", label="untrained")
     axes.plot(steps, [min(c.shuffled) for c in controls if c], "C1:", label="shuffled")
-    axes.set(
-        xscale="log", yscale="log", xlabel="Adam steps", ylabel="squared error per sample", title="Default"
-    )
+    axes.set(xscale="log", yscale="log", xlabel="Adam steps", ylabel="squared error per sample", title="Default")
     save(figure, axes, path)
 
 
@@ -107,9 +103,7 @@ def draw_depth(depths: list[int], path: Path) -> None:
         x, y = task()
         values = []
         for depth in depths:
-            bounds = yes_bounds(
-                network(depth), x, y, mode="published", maps=[[depth] * depth], controls=False
-            )
+            bounds = yes_bounds(network(depth), x, y, mode="published", maps=[[depth] * depth], controls=False)
             values.append(bounds.yes_0)
         energy = float((y - y.mean(0)).square().sum(1).mean())
         shares = [v / energy for v in values]
