@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from peelwise.model.layers import Block, LinearMap, find_blocks
 from peelwise.model.runner import Runner, Trace
 from peelwise.pipeline.audit import AuditSettings
-from peelwise.pipeline.sweep import _block_moments
+from peelwise.pipeline.sweep import block_moments
 from peelwise.probes import Probe, Split
 from peelwise.records import AuditRecord
 from peelwise.stats.gram import Moments
@@ -100,7 +100,7 @@ def swept_moments(runner: Runner, trace: Trace) -> dict[str, Moments]:
     """Return the sums of every map as the sweep adds them up, from the top block down."""
     above, found = runner.tail_gradients(trace), {}
     for block in reversed(runner.blocks):
-        moments, above = _block_moments(runner, block, trace, above, keep=True, with_F=True)
+        moments, above = block_moments(runner, block, trace, above, keep=True, with_F=True)
         found.update({linear.name: value for linear, value in moments.items()})
     return found
 

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peelwise.api import AuditReport, apply, audit, verify
+    from peelwise.pipeline.yes import YesBounds, YesMonitor, yes_bounds
     from peelwise.probes import Probe
 
-__all__ = ["AuditReport", "Probe", "apply", "audit", "verify"]
+__all__ = ["AuditReport", "Probe", "YesBounds", "YesMonitor", "apply", "audit", "verify", "yes_bounds"]
 
-_HOME = {"Probe": "peelwise.probes"}
+_YES = "peelwise.pipeline.yes"
+_HOME = {"Probe": "peelwise.probes", "YesBounds": _YES, "YesMonitor": _YES, "yes_bounds": _YES}
 
 
 def __getattr__(name: str) -> Any:

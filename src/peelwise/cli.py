@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -38,6 +39,8 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 
 def main() -> None:
     """Run the command line; errors a user can act on become one or two lines and exit code 2."""
+    # OpenMP threads that spin while they wait are slow on a machine that does other work too. Read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except PeelwiseError as error:

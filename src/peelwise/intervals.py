@@ -19,6 +19,7 @@ from peelwise.records import Interval
 
 _FEW, _FEWEST = 30, 8
 _RESAMPLES = 9_999
+_LEAST_SPREAD = 0.01
 _Array = NDArray[np.float64]
 
 
@@ -99,7 +100,7 @@ def paired(sums: ArrayLike, tokens: ArrayLike, *, seed: int = 0) -> Paired:
     if len(s) < 2:
         raise TooFewSamplesError(f"An interval needs at least 2 report sequences, got {len(s)}. Use more text.")
     mean, error = _ratio(s, t)
-    draws = _bootstrap(s, t, mean, seed) if _FEWEST <= len(s) < _FEW and error > 0 else None
+    draws = _bootstrap(s, t, mean, error, seed) if _FEWEST <= len(s) < _FEW and error > 0 else None
     return Paired(float(mean), float(error), len(s), draws)
 
 
@@ -123,7 +124,8 @@ def _ratio(s: _Array, t: _Array) -> tuple[_Array, _Array]:
     return mean, error
 
 
-def _bootstrap(s: _Array, t: _Array, mean: _Array, seed: int) -> _Array:
+def _bootstrap(s: _Array, t: _Array, mean: _Array, error: _Array, seed: int) -> _Array:
     rows = np.random.default_rng(seed).integers(0, len(s), size=(_RESAMPLES, len(s)))
     means, errors = _ratio(s[rows], t[rows])
-    return np.sort((means - mean) / np.maximum(errors, 1e-300))
+    # A resample of equal differences has no spread of its own; without a floor it would end in intervals of 1e298.
+    return np.sort((means - mean) / np.maximum(errors, _LEAST_SPREAD * error))

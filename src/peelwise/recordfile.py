@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from peelwise.errors import CertificateError
 from peelwise.records import SCHEMA_VERSION, AuditRecord
@@ -23,14 +23,27 @@ def read_record(folder: Path) -> AuditRecord:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CertificateError(f"No certificate at {path}: {getattr(error, 'strerror', error)}.") from error
+    schema = _schema(text)
+    # Asked first: a newer certificate may well lack what this version expects, and then that is the reason.
+    if schema > SCHEMA_VERSION:
+        raise CertificateError(
+            f"{path} has schema {schema}; this version reads up to {SCHEMA_VERSION}. Update peelwise."
+        )
     try:
-        record = AuditRecord.model_validate_json(text)
+        return AuditRecord.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole file"
         raise CertificateError(f"{path} is not a valid certificate: {where}: {first['msg']}.") from error
-    if record.schema_version > SCHEMA_VERSION:
-        raise CertificateError(
-            f"{path} has schema {record.schema_version}; this version reads up to {SCHEMA_VERSION}. Update peelwise."
-        )
-    return record
+
+
+def _schema(text: str) -> int:
+    """Return the schema that the text claims, 0 where it claims none; whatever else is wrong, validation finds."""
+    try:
+        return _Claim.model_validate_json(text).claimed
+    except ValidationError:
+        return 0
+
+
+class _Claim(BaseModel):
+    claimed: int = Field(default=0, alias="schema")

@@ -88,6 +88,8 @@ def write_certificate(
         save_file(probe.to_tensors(), temporary / PROBE_FILE)
         sealed = record.model_copy(update={"witness": _witness_record(temporary / WITNESS_FILE, witness)}).sealed()
         (temporary / RECORD_FILE).write_text(sealed.to_json() + "\n", encoding="utf-8")
+        for file in (WITNESS_FILE, PROBE_FILE):
+            (temporary / file).chmod(0o644)  # the library writes them for their owner alone
         for name, text in pages(sealed).items():
             (temporary / name).write_text(text, encoding="utf-8")
     return sealed

@@ -15,12 +15,16 @@ from peelwise.pipeline.bench import Bench, gain
 from peelwise.pipeline.findings import Control, Findings
 from peelwise.pipeline.refine import take_round, unrefined
 from peelwise.pipeline.sweep import Targets, sweep
+from peelwise.probes import Split
 from peelwise.records import HeadRecord
 from peelwise.references.head import fit_head, token_cross_entropy
 
 
 def head_reference(bench: Bench, findings: Findings, *, share: float = 1.0) -> None:
-    """Fit the convex output head on the fit tokens; it is a reference and the head control at once."""
+    """Fit the convex output head on the fit tokens; it is a reference and the head control at once.
+
+    It takes at most ``share`` of the whole budget; stopped early, its lower bound is only looser.
+    """
     runner, clock = bench.runner, bench.clock
     head = runner.head
     if head is None:
@@ -36,6 +40,8 @@ def head_reference(bench: Bench, findings: Findings, *, share: float = 1.0) -> N
         report_x, report_y, _ = runner.head_inputs(bench.report)
         dtype = next(head.parameters()).dtype
 
+        stop = clock.elapsed + share * clock.budget
+
         def logits(x: Tensor) -> Tensor:
             out: Tensor = head(x.to(dtype))
             return out
@@ -45,7 +51,7 @@ def head_reference(bench: Bench, findings: Findings, *, share: float = 1.0) -> N
                 (fit_x, fit_y),
                 (select_x, select_y),
                 logits,
-                keep_going=lambda: clock.elapsed < share * clock.budget,
+                keep_going=lambda: clock.elapsed < stop,
             )
             before = token_cross_entropy(report_x, report_y, logits)
             after = token_cross_entropy(report_x, report_y, logits, reference.change)
@@ -69,7 +75,10 @@ def shuffled_control(bench: Bench, findings: Findings) -> None:
 
 
 def untrained_control(bench: Bench, findings: Findings) -> None:
-    """Run one joint round on the same architecture at initialisation."""
+    """Run one joint round on the same architecture at initialisation, on a third of the fit tokens.
+
+    An untrained model is a long way above any trained one, so fewer tokens lose nothing of the comparison.
+    """
     with bench.clock.stage("control: untrained"):
         fresh = fresh_copy(bench.runner.model, bench.seed)
         if fresh is None:
@@ -81,7 +90,8 @@ def untrained_control(bench: Bench, findings: Findings) -> None:
         runner = Runner(fresh, find_blocks(fresh), micro_batch_tokens=bench.runner.micro_batch_tokens)
         runner.work = bench.runner.work
         probe = bench.probe
-        traces = runner.trace(probe.fit), runner.trace(probe.select), runner.trace(probe.report)
+        third = Split(*(t[: max(probe.fit.sequences // 3, 1)] for t in (probe.fit.ids, probe.fit.mask)))
+        traces = runner.trace(third), runner.trace(probe.select), runner.trace(probe.report)
         own = replace(bench, runner=runner, fit=traces[0], select=traces[1], report=traces[2])
         findings.untrained = _one_round(own)
 

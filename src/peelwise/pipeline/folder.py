@@ -69,11 +69,13 @@ def _replace(new: Path, folder: Path) -> None:
         new.rename(folder)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-    folder.rename(old / "old")
     try:
+        folder.rename(old / "old")
         new.rename(folder)
-    except OSError:
-        (old / "old").rename(folder)
+    except BaseException:
+        # An interrupt counts too. Where another writer was faster, its result stands.
+        if (old / "old").exists() and not folder.exists():
+            (old / "old").rename(folder)
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -38,7 +39,9 @@ def search_step(
 
     def look(step: float) -> float:
         if step not in tried:
-            tried[step] = loss_at(step)
+            loss = loss_at(step)
+            # A loss that overflows, either way, is no improvement.
+            tried[step] = loss if math.isfinite(loss) else math.inf
         return tried[step]
 
     best = start
@@ -59,7 +62,7 @@ def _parabola_minimum(a: tuple[float, float], b: tuple[float, float], c: tuple[f
     """Return the abscissa of the lowest point of the parabola through three bracketing points."""
     left, right = (b[0] - a[0]) * (b[1] - c[1]), (b[0] - c[0]) * (b[1] - a[1])
     curvature = 2 * (left - right)
-    if curvature == 0:
+    if curvature == 0 or not math.isfinite(curvature):
         return b[0]
     shift = ((b[0] - a[0]) * left - (b[0] - c[0]) * right) / curvature
     return min(max(b[0] - shift, a[0]), c[0])

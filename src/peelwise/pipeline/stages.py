@@ -57,13 +57,14 @@ def joint_rounds(bench: Bench, findings: Findings, *, rounds: int, share: float)
 def leave_one_out(bench: Bench, findings: Findings, *, share: float) -> bool:
     """Measure what only each block gives: the composed witness without it, on report, most energy first.
 
-    Returns whether every block was measured before ``share`` of the budget was used.
+    Returns whether every block was measured before ``share`` of the time left was used.
     """
     composed = findings.composed
     if composed is None:
         return True
     runner, clock = bench.runner, bench.clock
     tokens = float(bench.report.tokens.sum())
+    stop = clock.elapsed + share * max(clock.left, 0.0)
     with clock.stage("leaving one block out"):
         with spliced(composed.changes):
             refined = runner.refreshed(bench.report)
@@ -71,7 +72,7 @@ def leave_one_out(bench: Bench, findings: Findings, *, share: float) -> bool:
         for done, index in enumerate(order):
             clock.tell(done, len(order))
             needed = bench.seconds_for(bench.share_from(index) * tokens)
-            if clock.elapsed + needed > share * clock.budget:
+            if clock.elapsed + needed > stop:
                 return False
             own = set(runner.blocks[index].linears)
             # Blocks below are already in the cached station; only those from here on are run.

@@ -10,14 +10,14 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from peelwise.errors import IllConditionedWarning, ModelError, UnsupportedModelError
 from peelwise.model.layers import Block, LinearMap
 from peelwise.model.runner import Batch, Runner, Trace
-from peelwise.references.whitened import Proposal, explained_energy, input_whitened, two_sided
+from peelwise.references.whitened import InputWhitened, Proposal, two_sided
 from peelwise.stats.gram import CrossSum, GramSum, Moments, widened, with_ones
+from peelwise.stats.linalg import Spectrum
 
 Direction = Literal["input-whitened", "two-sided"]
 DIRECTIONS: tuple[Direction, ...] = ("input-whitened", "two-sided")
@@ -71,8 +71,8 @@ def sweep(
         if block.index < min(wanted):
             break
         keep = block.index in wanted
-        fit_moments, down = _block_moments(runner, block, fit, above[0], keep=keep, with_F=with_F)
-        select_moments, down_select = _block_moments(runner, block, select, above[1], keep=keep, with_F=with_F)
+        fit_moments, down = block_moments(runner, block, fit, above[0], keep=keep, with_F=with_F)
+        select_moments, down_select = block_moments(runner, block, select, above[1], keep=keep, with_F=with_F)
         above = down, down_select
         if keep:
             found[block.index] = _proposals(block, fit_moments, select_moments, directions)
@@ -80,7 +80,7 @@ def sweep(
     return found
 
 
-def _block_moments(
+def block_moments(
     runner: Runner, block: Block, trace: Trace, above: list[Tensor], *, keep: bool, with_F: bool
 ) -> tuple[dict[LinearMap, Moments], list[Tensor]]:
     """Pass gradients through one block, adding up the moments of its maps over all micro-batches."""
@@ -134,23 +134,33 @@ def _proposals(
     select: dict[LinearMap, Moments],
     directions: Sequence[Direction],
 ) -> BlockProposals:
-    for m, moments in fit.items():
-        d = moments.S.shape[0]
-        if moments.n < d:
-            warnings.warn(
-                f"{m.name}: {moments.n} fit tokens for {d} inputs make its [{d}, {d}] sum rank deficient; damping "
-                "fills the rest. The result is valid; more fit tokens would sharpen it.",
-                IllConditionedWarning,
-                stacklevel=2,
-            )
-    whitened = {m: input_whitened(fit[m], select[m], name=m.name) for m in fit}
+    energy, whitened, spectra = 0.0, {}, {}
+    for linear, moments in fit.items():
+        # Maps that share an input share the very tensor S, hence its decomposition.
+        if id(moments.S) not in spectra:
+            spectra[id(moments.S)] = InputWhitened(moments.S, select[linear].S)
+            _warn_of_rank(linear, moments, spectra[id(moments.S)].spectrum)
+        reference = spectra[id(moments.S)]
+        energy += reference.energy(moments.C)
+        whitened[linear] = reference.propose(moments.C, select[linear].C)
     changes: dict[Direction, dict[LinearMap, Proposal]] = {"input-whitened": whitened}
     if "two-sided" in directions:
         changes["two-sided"] = {m: two_sided(fit[m], select[m], whitened[m], name=m.name) for m in fit}
     return BlockProposals(
         block.index,
         changes,
-        energy=sum(explained_energy(fit[m], name=m.name) for m in fit),
+        energy=energy,
         held_out_energy=sum(p.energy for p in whitened.values()),
-        gradient_norm=float(torch.stack([fit[m].C.square().sum() for m in fit]).sum().sqrt()) if fit else 0.0,
+        gradient_norm=sum(float(m.C.square().sum()) for m in fit.values()) ** 0.5,
     )
+
+
+def _warn_of_rank(linear: LinearMap, moments: Moments, spectrum: Spectrum) -> None:
+    rank, d = spectrum.rank(), moments.S.shape[0]
+    if rank < d:
+        warnings.warn(
+            f"{linear.name}: its inputs over {moments.n} fit tokens span {rank} of {d} directions. Damping keeps the "
+            "result valid; more --tokens would sharpen it.",
+            IllConditionedWarning,
+            stacklevel=2,
+        )

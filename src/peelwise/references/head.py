@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peelwise.stats.gram import symmetric_product, widened
-from peelwise.stats.linalg import solve_dtype
+from peelwise.stats.linalg import Spectrum, solve_dtype
 
 _CHUNK = 1024
 _MEMORY = 6
@@ -113,12 +113,12 @@ class _Problem:
         self.x, self.y = fit
         self.logits = logits
         self.penalty = penalty
-        n, d = self.x.shape
+        n = self.x.shape[0]
         M = symmetric_product(self.x).to(solve_dtype(self.x.device)) / n  # [d, d]
-        unit = float(M.diagonal().mean()) or 1.0
-        M = M + _METRIC_DAMPING * unit * torch.eye(d, dtype=M.dtype, device=M.device)
-        values, vectors = torch.linalg.eigh(M)
-        self.root = ((vectors / values.clamp_min(1e-300).sqrt()) @ vectors.T).float()  # M^(-1/2)
+        spectrum = Spectrum(M)
+        self.root = (
+            (spectrum.vectors / spectrum.damped(_METRIC_DAMPING).sqrt()) @ spectrum.vectors.T
+        ).float()  # M^(-1/2)
 
     def unwhiten(self, E: Tensor) -> Tensor:
         out: Tensor = E @ self.root

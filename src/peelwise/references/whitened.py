@@ -3,7 +3,7 @@
 With ``S = E[x x^T]``, ``C = E[g x^T]`` and ``F = E[g g^T]`` (g: gradient of a token's loss at the output):
 
     input-whitened:   D = -C (S + lam tr(S)/d I)^-1
-    two-sided:        D = -(F + mu tr(F)/d I)^-1 C (S + lam tr(S)/d I)^-1
+    two-sided:        D = -(F + lam tr(F)/d I)^-1 C (S + lam tr(S)/d I)^-1
 
 The damping is chosen by how well ``D``, made from the fit tokens, predicts the gradient of the select
 tokens. Along ``D`` that gradient is ``<C_s, D>``, and in the metric ``M`` of the direction (identity for
@@ -24,11 +24,13 @@ import torch
 from torch import Tensor
 
 from peelwise.stats.gram import Moments
-from peelwise.stats.linalg import DampedFactor
+from peelwise.stats.linalg import DampedFactor, Spectrum
 
 START_DAMPING = 0.1
 _FACTOR = 10**0.5
 _LOWEST, _HIGHEST = 1e-6, 1e4
+# Gradients are of low rank where few outputs matter; less damping than this would amplify their noise.
+_LEAST_OUTPUT_DAMPING = 0.03
 
 
 @dataclass(frozen=True)
@@ -51,82 +53,107 @@ class Proposal:
     output_change: float
 
 
-def explained_energy(moments: Moments, damping: float = START_DAMPING, *, name: str = "matrix") -> float:
-    """Return ``tr(C (S + damping tr(S)/d I)^-1 C^T)``: gradient energy that the inputs explain, in sample.
-
-    It ranks layers before anything is evaluated. Units: squared nats per unit of output change.
-    """
-    factor = DampedFactor(moments.S, damping, name=name)
-    return float((factor.solve_right(moments.C) * moments.C).sum())
-
-
-def input_whitened(fit: Moments, select: Moments, *, start: float = START_DAMPING, name: str) -> Proposal:
-    """Return the input-whitened proposal with the damping that ``select`` likes best.
+class InputWhitened:
+    """Input-whitened proposals for all maps that share one input; one eigen-decomposition serves every damping.
 
     Args:
-        fit: moments of the tokens that make the direction.
-        select: moments of the tokens that choose its damping and calibrate it.
-        start: damping to try first, in units of the mean diagonal of ``S``.
-        name: the matrix, for warnings.
+        S: ``E[x x^T] [d_in, d_in]`` on the fit tokens.
+        S_select: the same on the select tokens.
     """
 
-    def direction(damping: float) -> Tensor:
-        return -DampedFactor(fit.S, damping, name=name).solve_right(fit.C)
+    def __init__(self, S: Tensor, S_select: Tensor) -> None:
+        self.spectrum = Spectrum(S)
+        U = self.spectrum.vectors.float()
+        self._select = U.T @ S_select.float() @ U  # [d_in, d_in], in the eigenbasis of S
 
-    return _calibrated(direction, fit, select, metric=None, start=start)
+    def energy(self, C: Tensor, damping: float = START_DAMPING) -> float:
+        """Return ``tr(C (S + damping tr(S)/d I)^-1 C^T)``: the gradient energy that the inputs explain, in sample.
+
+        It ranks layers before anything is evaluated.
+        """
+        return float(((C @ self.spectrum.vectors).square().sum(0) / self.spectrum.damped(damping)).sum())
+
+    def propose(self, C: Tensor, C_select: Tensor) -> Proposal:
+        """Return the proposal for one map, with the damping that the select tokens like best.
+
+        Args:
+            C: ``E[g x^T] [d_out, d_in]`` on the fit tokens.
+            C_select: the same on the select tokens.
+        """
+        U = self.spectrum.vectors
+        rotated = C.to(U.dtype) @ U  # [d_out, d_in]
+        overlap = (rotated * (C_select.to(U.dtype) @ U)).sum(0)  # [d_in]
+        # tr(D S_s D^T) = sum_jk (C^T C)_jk (S_s)_jk / (l_j l_k), everything in the eigenbasis
+        weighted = (rotated.float().T @ rotated.float()).mul_(self._select).to(U.dtype)  # [d_in, d_in]
+
+        def look(damping: float) -> tuple[float, float]:
+            inverse = 1.0 / self.spectrum.damped(damping)
+            return float((overlap * inverse).sum()), float(inverse @ weighted @ inverse)
+
+        damping, weight, energy = climb(look, START_DAMPING)
+        weight = min(weight, 1.0)
+        scaled = rotated / self.spectrum.damped(damping)
+        change = -weight * (scaled @ U.T)
+        moved = weight**2 * float((scaled.square().sum(0) * self.spectrum.values).sum())
+        return Proposal(change.to(torch.float32), damping, weight, energy, moved)
+
+
+def input_whitened(fit: Moments, select: Moments) -> Proposal:
+    """Return the input-whitened proposal of one map from its moments; see `InputWhitened`."""
+    return InputWhitened(fit.S, select.S).propose(fit.C, select.C)
 
 
 def two_sided(fit: Moments, select: Moments, base: Proposal, *, name: str) -> Proposal:
-    """Return the two-sided proposal; the input side keeps the damping of ``base``, ``mu`` is chosen.
+    """Return the two-sided proposal: ``base`` whitened by its outputs too, with the same relative damping.
 
     Args:
         fit: moments that make the direction, with ``F``.
-        select: moments that choose the damping, with ``F``.
+        select: moments that calibrate it, with ``F``.
         base: the input-whitened proposal of the same matrix.
         name: the matrix, for warnings.
     """
     if fit.F is None or select.F is None:
         raise ValueError("The two-sided direction needs moments with F. Ask the capture for it.")
-    whitened = DampedFactor(fit.S, base.damping, name=name).solve_right(fit.C)
-    F = fit.F
+    if base.weight == 0.0:
+        return base
+    mu = min(max(base.damping, _LEAST_OUTPUT_DAMPING), 1.0)
+    D = DampedFactor(fit.F, mu, name=name).solve(base.change / base.weight)  # [d_out, d_in]
+    slope = -float((select.C * D).sum())
+    squared = _squared_norm(D, select.S, select.F)
+    weight = slope / squared if squared > 0 and slope > 0 else 0.0
+    change = (weight * D).float()
+    return Proposal(change, mu, weight, weight * slope, _squared_norm(change, fit.S.float(), None))
 
-    def direction(damping: float) -> Tensor:
-        return -DampedFactor(F, damping, name=name).solve(whitened)
 
-    return _calibrated(direction, fit, select, metric=select.F, start=1.0)
+def climb(look: Callable[[float], tuple[float, float]], start: float) -> tuple[float, float, float]:
+    """Climb the damping grid from ``start`` until both neighbours are worse.
 
+    Args:
+        look: maps a damping to (held-out slope ``-<C_s, D>``, held-out squared norm).
+        start: damping to try first.
 
-def _calibrated(
-    direction: Callable[[float], Tensor],
-    fit: Moments,
-    select: Moments,
-    *,
-    metric: Tensor | None,
-    start: float,
-) -> Proposal:
-    """Climb the damping grid from ``start`` until both neighbours are worse; return the best, calibrated."""
-    tried: dict[float, tuple[float, float, Tensor]] = {}
+    Returns:
+        ``(damping, weight, energy)``; weight and energy are zero where no damping predicts the select tokens.
+    """
+    tried: dict[float, tuple[float, float]] = {}
 
-    def look(damping: float) -> float:
+    def energy(damping: float) -> float:
         if damping not in tried:
-            D = direction(damping)
-            slope = -float((select.C * D).sum())
-            squared = _squared_norm(D, select.S, metric)
+            slope, squared = look(damping)
             weight = slope / squared if squared > 0 and slope > 0 else 0.0
-            tried[damping] = (weight * slope, weight, D)
+            # Signed, so that the climb leads out of where the direction goes uphill on select.
+            tried[damping] = slope * abs(slope) / squared if squared > 0 else 0.0, weight
         return tried[damping][0]
 
     best = start
     for factor in (_FACTOR, 1 / _FACTOR):
-        while _LOWEST < best * factor < _HIGHEST and look(best * factor) > look(best):
+        while _LOWEST < best * factor < _HIGHEST and energy(best * factor) > energy(best):
             best *= factor
-    energy, weight, D = tried[best]
-    weight = min(weight, 1.0) if metric is None else weight
-    change = (weight * D).to(torch.float32)
-    return Proposal(change, best, weight, energy, _squared_norm(change.to(fit.S.dtype), fit.S, None))
+    energy(best)
+    return best, tried[best][1], max(tried[best][0], 0.0)
 
 
 def _squared_norm(D: Tensor, S: Tensor, metric: Tensor | None) -> float:
     """Return ``tr(M D S D^T)``, with the identity for ``metric=None``."""
-    left = D if metric is None else metric.to(D.dtype) @ D
-    return float(((D @ S.to(D.dtype)) * left).sum())
+    left = D if metric is None else metric @ D
+    return float(((D @ S) * left).sum())

@@ -94,15 +94,13 @@ def symmetric_product(x: Tensor) -> Tensor:
     """
     x = widened(x)
     d = x.shape[1]
-    if d <= _TILE:
-        return x.T @ x
     out = x.new_empty(d, d)
     for start in range(0, d, _TILE):
         stop = min(start + _TILE, d)
-        strip = x[:, start:stop].T @ x[:, start:]  # [tile, d - start]
-        out[start:stop, start:] = strip
-        out[start:, start:stop] = strip.T
-    return out
+        out[start:stop, start:] = x[:, start:stop].T @ x[:, start:]  # [tile, d - start]
+    # One triangle is mirrored: a product of x with itself may differ from its transpose in the last bit.
+    upper = out.triu_()
+    return upper + upper.triu(1).T
 
 
 def with_ones(x: Tensor) -> Tensor:

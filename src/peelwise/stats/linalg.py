@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -15,8 +18,8 @@ _MAX_ESCALATIONS = 12
 class DampedFactor:
     """Cholesky factor of ``S + damping * tr(S)/d * I``, reused for several right-hand sides.
 
-    If the factorisation fails, the damping is multiplied by ten until it succeeds, and an
-    `IllConditionedWarning` names the matrix and the damping that was used in the end.
+    If the factorisation fails or means nothing (rank deficient), the damping is multiplied by ten until it
+    succeeds, and an `IllConditionedWarning` names the matrix and the damping that was used in the end.
 
     Args:
         matrix: ``S [d, d]``, symmetric positive semi-definite up to rounding; any float dtype.
@@ -32,18 +35,19 @@ class DampedFactor:
         d = S.shape[0]
         mean_diagonal = float(S.diagonal().mean()) if d else 0.0
         # An all-zero matrix (inputs that never fire) still gets a finite, harmless factor.
-        unit = mean_diagonal if mean_diagonal > 0 else 1.0
+        unit = mean_diagonal if 0 < mean_diagonal < math.inf else 1.0
         identity = torch.eye(d, dtype=S.dtype, device=S.device)
         tiny = d * torch.finfo(S.dtype).eps
         for attempt in range(_MAX_ESCALATIONS):
             used = damping if attempt == 0 else max(damping, tiny) * 10.0**attempt
             factor, info = torch.linalg.cholesky_ex(S + used * unit * identity)
-            if int(info) == 0 and bool(torch.isfinite(factor).all()):
+            # Undamped, rounding may leave a singular matrix tiny positive pivots: a factor, but of nothing.
+            if int(info) == 0 and bool(torch.isfinite(factor).all()) and (used > tiny or _is_regular(S)):
                 break
         else:
             # Not positive semi-definite at all: fall back to its scale, which is always valid.
             used, factor = 1.0, identity * unit**0.5
-        if used != damping:
+        if attempt:
             warnings.warn(
                 f"{name}: [{d}, {d}] is rank deficient or badly conditioned at damping {damping:g}; "
                 f"used {used:g} instead. The result is valid; more fit tokens would sharpen it.",
@@ -62,16 +66,57 @@ class DampedFactor:
         return self.solve(left.T).T
 
 
+class Spectrum:
+    """Eigen-decomposition ``S = U diag(values) U^T`` of a positive semi-definite matrix, for solves at any damping.
+
+    Rounding makes some eigenvalues of a rank-deficient matrix slightly negative; they are taken as zero.
+
+    Args:
+        matrix: ``S [d, d]``, any float dtype.
+
+    Attributes:
+        values: ``[d]``, ascending, at least zero.
+        vectors: ``U [d, d]``.
+        unit: mean diagonal, which damping is measured in; 1 for an all-zero matrix.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        with _one_thread():
+            values, self.vectors = torch.linalg.eigh(matrix.to(solve_dtype(matrix.device)))
+        self.values = values.clamp_min(0.0)
+        self.unit = float(self.values.mean()) or 1.0
+
+    def damped(self, damping: float) -> Tensor:
+        """Return the eigenvalues ``[d]`` of ``S + damping * unit * I``."""
+        shifted: Tensor = self.values + damping * self.unit
+        return shifted
+
+    def rank(self) -> int:
+        """Return how many eigenvalues float32 sums can tell from zero."""
+        return int((self.values > len(self.values) * torch.finfo(torch.float32).eps * self.values[-1]).sum())
+
+
+def _is_regular(matrix: Tensor) -> bool:
+    """Say whether the smallest eigenvalue of ``matrix [d, d]`` stands clear of rounding in its own dtype."""
+    eigenvalues = torch.linalg.eigvalsh(matrix)
+    resolution = matrix.shape[0] * torch.finfo(matrix.dtype).eps
+    return eigenvalues.numel() == 0 or bool(eigenvalues[0] > resolution * eigenvalues[-1])
+
+
 def solve_dtype(device: torch.device) -> torch.dtype:
     """Return float64, or float32 on the one device kind that has no float64 (Apple's)."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def numerical_rank(matrix: Tensor) -> int:
-    """Return how many eigenvalues of a symmetric ``matrix [d, d]`` exceed ``d * eps * largest``."""
-    eigenvalues = torch.linalg.eigvalsh(matrix.to(solve_dtype(matrix.device)))
-    if eigenvalues.numel() == 0 or float(eigenvalues[-1]) <= 0:
-        return 0
-    # The sums come from float32 products, so float32's resolution is what they can carry.
-    threshold = matrix.shape[0] * torch.finfo(torch.float32).eps * eigenvalues[-1]
-    return int((eigenvalues > threshold).sum())
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Run on one CPU thread: LAPACK's eigensolver meets at thousands of barriers.
+
+    Two threads gain it a third on an idle machine and cost it a factor of ten or more on a busy one (NOTES.md).
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

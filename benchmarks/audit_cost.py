@@ -1,0 +1,134 @@
+"""What an audit costs, as ratios within one run: statistics pass, block round, anytime curve, peak memory.
+
+Example: python benchmarks/audit_cost.py --tokens 2048 --repetitions 3
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import peelwise
+from common import interleaved, median_ratio, write
+from peelwise.model.checkpoints import open_model
+from peelwise.model.guard import untouched
+from peelwise.model.layers import find_blocks
+from peelwise.model.runner import Runner
+from peelwise.pipeline.sweep import block_moments
+from peelwise.probes import Probe, Split
+from peelwise.texts import reference_prose
+
+SMALL = sorted((Path(__file__).parents[1] / "examples/small_gpt/checkpoints").glob("step-*"))[-1]
+GOAL = 1.7
+
+
+def bare(model: torch.nn.Module, split: Split, per_batch: int) -> None:
+    """Forward and backward as in training, weight gradients included."""
+    for rows in range(0, split.sequences, per_batch):
+        logits = model(split.inputs[rows : rows + per_batch], use_cache=False).logits
+        F.cross_entropy(logits.flatten(0, 1), split.targets[rows : rows + per_batch].flatten()).backward()
+    model.zero_grad(set_to_none=True)
+
+
+def statistics_pass(model: torch.nn.Module, split: Split, *, with_F: bool) -> None:
+    """All sums of all blocks: one forward, one backward by blocks, S, C and, if asked, F."""
+    with untouched(model):
+        runner = Runner(model, find_blocks(model))
+        trace = runner.trace(split)
+        above = runner.tail_gradients(trace)
+        for block in reversed(runner.blocks):
+            _, above = block_moments(runner, block, trace, above, keep=True, with_F=with_F)
+
+
+def pass_ratios(source: str, tokens: int, repetitions: int) -> dict[str, object]:
+    """Ratios of the statistics pass to a bare forward and backward on the same tokens."""
+    opened = open_model(source, dtype="float32", device="cpu")
+    probe = Probe.from_text(reference_prose(), opened.tokenizer, tokens=2 * tokens)
+    model, split = opened.model, probe.fit
+    per_batch = Runner(model, find_blocks(model)).micro_batch_tokens // split.inputs.shape[1]
+    times = interleaved(
+        {
+            "bare": partial(bare, model.train(), split, per_batch),
+            "with S, C": partial(statistics_pass, model, split, with_F=False),
+            "with S, C, F": partial(statistics_pass, model, split, with_F=True),
+        },
+        repetitions,
+    )
+    return {
+        "model": opened.name,
+        "tokens": split.tokens,
+        "goal_at_most": GOAL,
+        "ratio_S_C": median_ratio(times, "with S, C", "bare"),
+        "ratio_S_C_F": median_ratio(times, "with S, C, F", "bare"),
+        "median_seconds": {name: statistics.median(t) for name, t in times.items()},
+    }
+
+
+def anytime_curve(budgets: list[float]) -> list[dict[str, object]]:
+    """What an audit of the small GPT has found within several budgets."""
+    opened = open_model(SMALL)
+    probe = Probe.from_text(reference_prose(), opened.tokenizer, tokens=24_000, in_distribution=True)
+    rows = []
+    for budget in budgets:
+        record = peelwise.audit(opened.model, probe, budget=budget).record
+        found = [b.recoverable_nats.mean for b in record.blocks if b.recoverable_nats]
+        rows.append(
+            {
+                "budget_seconds": budget,
+                "wall_seconds": record.cost.wall_seconds,
+                "forward_equivalents": record.cost.forward_equivalents,
+                "composed_gain_nats": record.loss.composed_gain and record.loss.composed_gain.mean,
+                "blocks_unique": sum(b.unique_nats is not None for b in record.blocks),
+                "blocks_alone": len(found),
+                "mean_alone_nats": statistics.mean(found) if found else None,
+                "complete": record.complete,
+            }
+        )
+    return rows
+
+
+def peak_memory(tokens: int) -> dict[str, float]:
+    """Peak resident memory of a process that runs the model, and of one that audits it."""
+    forward = "import torch; torch.no_grad().__enter__(); o.model(p.report.inputs[:8], use_cache=False)"
+    audit = "peelwise.audit(o.model, p, budget=60, controls=False, joint_rounds=1, alone_rounds=1)"
+    peaks = {name: _peak(code, tokens) for name, code in {"model": forward, "audit": audit}.items()}
+    return {**peaks, "ratio": peaks["audit"] / peaks["model"]}
+
+
+def _peak(code: str, tokens: int) -> float:
+    program = (
+        "import peelwise, resource\nfrom peelwise.model.checkpoints import open_model\n"
+        "from peelwise.texts import reference_prose\no = open_model('smollm2')\n"
+        f"p = peelwise.Probe.from_text(reference_prose(), o.tokenizer, tokens={tokens})\n{code}\n"
+        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True)
+    return float(out.stdout.split("peak")[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--budgets", type=float, nargs="*", default=[5, 15, 45, 120])
+    arguments = parser.parse_args()
+    write(
+        "audit_cost",
+        {
+            "statistics_pass": [
+                pass_ratios("smollm2", arguments.tokens, arguments.repetitions),
+                pass_ratios(str(SMALL), 8 * arguments.tokens, arguments.repetitions),
+            ],
+            "anytime_small_gpt": anytime_curve(arguments.budgets),
+            "peak_bytes_smollm2": peak_memory(3200),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

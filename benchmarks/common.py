@@ -1,0 +1,57 @@
+"""What every benchmark shares: the machine's description, medians of repetitions, and the result file."""
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peelwise.pipeline.summary import versions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Return the wall time of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def interleaved(works: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, list[float]]:
+    """Time several things in turn, so that a busy minute of the machine hits all of them; one warm-up each."""
+    for work in works.values():
+        work()
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repetitions):
+        for name, work in works.items():
+            times[name].append(seconds(work))
+    return times
+
+
+def median_ratio(times: dict[str, list[float]], name: str, base: str) -> float:
+    """Return the median over repetitions of time(name) / time(base)."""
+    return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
+
+
+def write(name: str, result: dict[str, Any]) -> None:
+    """Write the result with machine, versions and the command, and print it."""
+    RESULTS.mkdir(exist_ok=True)
+    full = {
+        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "machine": {
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "cuda": torch.cuda.is_available(),
+        },
+        "versions": versions(),
+        **result,
+    }
+    text = json.dumps(full, indent=2)
+    (RESULTS / f"{name}.json").write_text(text + "\n")
+    print(text)
