@@ -117,11 +117,22 @@ def test_other_targets_give_other_directions(swept):
 def test_too_few_tokens_are_named_and_give_finite_proposals():
     runner = runner_of(ZOO["llama"]())
     trace = runner.trace(split_of(ragged_rows()[:2]))  # 21 tokens for 48 and 80 inputs
-    with pytest.warns(IllConditionedWarning, match=r"layers\.\d\.\S+: 21 fit tokens for (48|80) inputs") as caught:
+    with pytest.warns(
+        IllConditionedWarning, match=r"over 21 fit tokens span \d+ of (48|80) .* more --tokens"
+    ) as caught:
         found = sweep(runner, trace, trace)
-    assert len(caught) == sum(len(block.linears) for block in runner.blocks)
+    assert len(caught) == 4 * BLOCKS  # maps that share an input share the warning
     for block in found.values():
         assert all(p.change.isfinite().all() for changes in block.changes.values() for p in changes.values())
+
+
+def test_inputs_that_move_together_are_named_whatever_the_tokens():
+    """A norm at initialisation makes inputs that add up to nothing; more text is not the remedy."""
+    runner, probe = runner_of(ZOO["plain"]()), tiny_probe()
+    trace = runner.trace(probe.fit)
+    with pytest.warns(IllConditionedWarning, match=r"span \d+ of (49|193) .* need not change it") as caught:
+        sweep(runner, trace, trace, only=[2])
+    assert any("blocks.2.attention.qkv: its inputs over 224 fit tokens span 48 of 49" in str(w.message) for w in caught)
 
 
 class Pooled(Block):

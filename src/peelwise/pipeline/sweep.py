@@ -158,9 +158,11 @@ def _proposals(
 def _warn_of_rank(linear: LinearMap, moments: Moments, spectrum: Spectrum) -> None:
     rank, d = spectrum.rank(), moments.S.shape[0]
     if rank < d:
+        # Where there are tokens enough, the architecture ties inputs together: a fresh norm's add up to nothing.
+        remedy = "more --tokens would sharpen it" if moments.n < d else "more tokens need not change it"
         warnings.warn(
             f"{linear.name}: its inputs over {moments.n} fit tokens span {rank} of {d} directions. Damping keeps the "
-            "result valid; more --tokens would sharpen it.",
+            f"result valid; {remedy}.",
             IllConditionedWarning,
             stacklevel=2,
         )
