@@ -213,10 +213,9 @@ def test_a_budget_that_is_too_small_is_said_and_reported():
 
 def test_fewer_tokens_than_inputs_leave_a_note_and_a_valid_result():
     record = run_audit(ZOO["llama"](), tiny_probe(length=2), ONE_ROUND).record
-    (note,) = record.notes
-    assert "q_proj: its inputs over 28 fit tokens span 27 of 48 directions" in note
-    assert "more --tokens would sharpen it" in note
-    assert "And 11 more like it" in note  # one for each input, whatever the number of rounds
+    (note,) = [note for note in record.notes if "rank deficient" in note]
+    assert "28 fit tokens for 48 inputs" in note
+    assert "(And 11 more like it.)" in note  # one for each of 3 x 4 inputs, whatever the number of rounds
     assert all(math.isfinite(value) for _, value in flat(record.model_dump()) if isinstance(value, float))
 
 

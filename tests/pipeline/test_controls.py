@@ -74,7 +74,6 @@ def test_model_that_cannot_be_initialised_again_leaves_a_note():
     assert "untrained control was left out" in findings.notes[0]
 
 
-@pytest.mark.filterwarnings("ignore::peelwise.errors.IllConditionedWarning")  # see test_sweep.py
 def test_controls_start_where_they_should():
     bench, findings = bench_of(ZOO["plain"]()), Findings()
     with untouched(bench.runner.model):

@@ -102,6 +102,8 @@ def conclusion(blocks: tuple[BlockRecord, ...], composed: Interval | None, margi
             f"text.{together}"
         )
     measured = sum(b.recoverable_nats is not None for b in blocks)
+    if not measured:
+        return f"No verdict yet: no block was refined alone within the budget.{together}"
     return (
         f"None found: of {measured} blocks refined alone (of {len(blocks)}), none is shown to have more than "
         f"{margin:.3f} nats per token to recover.{together}"

@@ -156,13 +156,12 @@ def _proposals(
 
 
 def _warn_of_rank(linear: LinearMap, moments: Moments, spectrum: Spectrum) -> None:
-    rank, d = spectrum.rank(), moments.S.shape[0]
-    if rank < d:
-        # Where there are tokens enough, the architecture ties inputs together: a fresh norm's add up to nothing.
-        remedy = "more --tokens would sharpen it" if moments.n < d else "more tokens need not change it"
+    """Warn where tokens are too few; inputs that lack directions by nature (behind a norm) are no reason to."""
+    d = moments.S.shape[0]
+    if moments.n < d:
         warnings.warn(
-            f"{linear.name}: its inputs over {moments.n} fit tokens span {rank} of {d} directions. Damping keeps the "
-            f"result valid; {remedy}.",
+            f"{linear.name}: {moments.n} fit tokens for {d} inputs make its [{d}, {d}] sum rank deficient (rank "
+            f"{spectrum.rank()}). Damping keeps the result valid; more fit tokens would sharpen it.",
             IllConditionedWarning,
             stacklevel=2,
         )
