@@ -124,6 +124,15 @@ def test_too_few_tokens_are_named_and_give_finite_proposals():
         assert all(p.change.isfinite().all() for changes in block.changes.values() for p in changes.values())
 
 
+def test_inputs_that_lack_a_direction_by_nature_are_no_reason_to_warn():
+    """A norm at initialisation makes inputs that add up to nothing, whatever the text; warnings are errors here."""
+    runner = runner_of(ZOO["plain"]())
+    trace = runner.trace(tiny_probe().fit)
+    values = torch.linalg.eigvalsh(swept_moments(runner, trace)["blocks.2.attention.qkv"].S)
+    assert values[0] < 1e-6 * values[-1]
+    sweep(runner, trace, trace)
+
+
 class Pooled(Block):
     """Gives its feed-forward part one row for two tokens."""
 
