@@ -10,6 +10,7 @@ Products are taken in float32 or wider and added up in float64; several processe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -30,61 +31,50 @@ class Moments:
     F: Tensor | None  # [d_out, d_out]
 
 
-class GramSum:
-    """Streaming ``sum_i x_i x_i^T``: `update` with rows, `merge` with another sum.
-
-    All sums reduce across processes by addition.
-    """
+class _Sum:
+    """A streaming sum of products of rows; sums reduce across processes by addition."""
 
     def __init__(self) -> None:
         self.n = 0
-        self.total: Tensor | None = None  # [d, d]
+        self.total: Tensor | None = None  # [d, d] or [d_out, d_in]
+
+    def merge(self, other: Self) -> None:
+        """Add the rows that ``other`` has seen."""
+        if other.total is not None:
+            self._add(other.n, other.total)
+
+    def mean(self) -> Tensor:
+        """Return the mean product over the rows seen.
+
+        Raises:
+            TooFewSamplesError: If no row was added.
+        """
+        if self.total is None or self.n == 0:
+            raise TooFewSamplesError("A mean needs at least 1 token, got none. Give a longer probe.")
+        return self.total / self.n
+
+    def _add(self, n: int, product: Tensor) -> None:
+        self.n += n
+        if self.total is None:
+            self.total = product.to(solve_dtype(product.device), copy=True)
+        else:
+            self.total.add_(product)
+
+
+class GramSum(_Sum):
+    """Streaming ``sum_i x_i x_i^T``: `update` with rows, `merge` with another sum, `mean` for ``E[x x^T]``."""
 
     def update(self, x: Tensor) -> None:
         """Add the rows of ``x [n, d]``."""
-        self.n += x.shape[0]
-        self.total = _added(self.total, symmetric_product(x))
-
-    def merge(self, other: GramSum) -> None:
-        """Add the rows that ``other`` has seen."""
-        if other.total is not None:
-            self.n += other.n
-            self.total = _added(self.total, other.total)
-
-    def mean(self) -> Tensor:
-        """Return ``E[x x^T]``.
-
-        Raises:
-            TooFewSamplesError: If no row was added.
-        """
-        return _mean(self.total, self.n)
+        self._add(x.shape[0], symmetric_product(x))
 
 
-class CrossSum:
-    """Streaming ``sum_i g_i x_i^T``, as `GramSum`."""
-
-    def __init__(self) -> None:
-        self.n = 0
-        self.total: Tensor | None = None  # [d_out, d_in]
+class CrossSum(_Sum):
+    """Streaming ``sum_i g_i x_i^T``, as `GramSum`, with `mean` for ``E[g x^T]``."""
 
     def update(self, g: Tensor, x: Tensor) -> None:
         """Add the rows of ``g [n, d_out]`` and ``x [n, d_in]``, paired."""
-        self.n += x.shape[0]
-        self.total = _added(self.total, widened(g).T @ widened(x))
-
-    def merge(self, other: CrossSum) -> None:
-        """Add the rows that ``other`` has seen."""
-        if other.total is not None:
-            self.n += other.n
-            self.total = _added(self.total, other.total)
-
-    def mean(self) -> Tensor:
-        """Return ``E[g x^T]``.
-
-        Raises:
-            TooFewSamplesError: If no row was added.
-        """
-        return _mean(self.total, self.n)
+        self._add(x.shape[0], widened(g).T @ widened(x))
 
 
 def symmetric_product(x: Tensor) -> Tensor:
@@ -111,15 +101,3 @@ def with_ones(x: Tensor) -> Tensor:
 def widened(x: Tensor) -> Tensor:
     """Return ``x`` in float32 at least: a bf16 product is not positive semi-definite."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def _added(total: Tensor | None, term: Tensor) -> Tensor:
-    if total is None:
-        return term.to(solve_dtype(term.device), copy=True)
-    return total.add_(term)
-
-
-def _mean(total: Tensor | None, n: int) -> Tensor:
-    if total is None or n == 0:
-        raise TooFewSamplesError("A mean needs at least 1 token, got none. Give a longer probe.")
-    return total / n
