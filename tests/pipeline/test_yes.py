@@ -141,7 +141,7 @@ def test_split_is_disjoint_repeatable_and_close_to_its_shares() -> None:
     assert not torch.isclose(permuted[first != 2], y[first != 2]).any()
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.GELU])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.GELU, nn.PReLU])
 def test_any_widths_and_activations_beat_the_mean_and_their_controls_say_so(activation) -> None:
     x, y = _phase(6, 8, 1500)
     net = _net([6, 24, 5, 12, 8], activation)
@@ -225,6 +225,15 @@ def test_the_monitor_changes_nothing_and_keeps_the_minimum_apart() -> None:
     rows.append(monitor.step(1))
     assert rows[1].present[2] > rows[1].running[2] == rows[0].running[2]
     assert monitor.rows == rows
+
+
+def test_single_precision_networks_are_bounded_in_double() -> None:
+    x, y = _phase(5, 6, 300)
+    for activation in (nn.PReLU, nn.SiLU):
+        net = _net([5, 7, 6], activation)
+        single = copy.deepcopy(net).float()
+        ours = yes_bounds(single, x.float(), y.float(), controls=False)
+        assert ours.bounds == pytest.approx(yes_bounds(net, x, y, controls=False).bounds, rel=1e-5)
 
 
 class _Functional(nn.Module):

@@ -38,11 +38,9 @@ class AffineLayer:
         return isinstance(self.module.bias, Tensor)
 
     def affine(self, x: Tensor) -> Tensor:
-        """Return ``x W^T + b`` in float64, outside the graph of gradients."""
-        bias = self.module.bias
-        return functional.linear(
-            x, self.module.weight.detach().double(), bias.detach().double() if self.has_bias else None
-        )
+        """Return ``x W^T + b`` in the dtype of ``x``, on its device, outside the graph of gradients."""
+        bias = self.module.bias.detach().to(x) if self.has_bias else None
+        return functional.linear(x, self.module.weight.detach().to(x), bias)
 
     def activated(self, z: Tensor) -> Tensor:
         """Return the activation of ``z``."""
@@ -154,6 +152,9 @@ class _Tracer(fx.Tracer):
 def _callable_of(node: fx.Node, net: nn.Module) -> Any:
     if node.op == "call_module":
         module = net.get_submodule(str(node.target))
+        if isinstance(module, nn.PReLU):
+            slope = module.weight.detach()
+            return lambda z: functional.prelu(z, slope.to(z))  # its own forward refuses another dtype
         # forward, not the module itself: the user's hooks must not see the bound's inputs.
         return module if isinstance(module, (nn.Linear, nn.Flatten, nn.Identity, *_DROPOUT)) else module.forward
     if node.op == "call_function":
