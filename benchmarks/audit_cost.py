@@ -40,7 +40,7 @@ def statistics_pass(model: torch.nn.Module, split: Split, *, with_F: bool) -> No
     with untouched(model):
         runner = Runner(model, find_blocks(model))
         trace = runner.trace(split)
-        above = runner.tail_gradients(trace)
+        above = [runner.tail_gradients(trace)]
         for block in reversed(runner.blocks):
             _, above = block_moments(runner, block, trace, above, keep=True, with_F=with_F)
 

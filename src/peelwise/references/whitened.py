@@ -43,6 +43,7 @@ class Proposal:
         damping: the damping chosen, in units of the mean diagonal.
         weight: ``w``, between 0 and 1 (input-whitened) or 0 and more (two-sided).
         energy: held-out energy ``e`` that ``D`` explains.
+        slope: decrease of the select loss per unit of step along ``change``, ``-<C_s, change>``.
         output_change: ``tr(D S D^T)`` of ``change`` on the fit tokens: mean squared output change.
     """
 
@@ -50,6 +51,7 @@ class Proposal:
     damping: float
     weight: float
     energy: float
+    slope: float
     output_change: float
 
 
@@ -66,25 +68,34 @@ class InputWhitened:
         U = self.spectrum.vectors.float()
         self._select = U.T @ S_select.float() @ U  # [d_in, d_in], in the eigenbasis of S
 
-    def energy(self, C: Tensor, damping: float = START_DAMPING) -> float:
+    def rotate(self, C: Tensor) -> Tensor:
+        """Return ``C [d_out, d_in]`` in the eigenbasis of ``S``, which `energy` and `propose` work in."""
+        U = self.spectrum.vectors
+        rotated: Tensor = C.to(U.dtype) @ U
+        return rotated
+
+    def energy(self, rotated: Tensor, damping: float = START_DAMPING) -> float:
         """Return ``tr(C (S + damping tr(S)/d I)^-1 C^T)``: the gradient energy that the inputs explain, in sample.
 
         It ranks layers before anything is evaluated.
-        """
-        return float(((C @ self.spectrum.vectors).square().sum(0) / self.spectrum.damped(damping)).sum())
 
-    def propose(self, C: Tensor, C_select: Tensor) -> Proposal:
+        Args:
+            rotated: ``C`` on the fit tokens, rotated.
+            damping: in units of the mean diagonal.
+        """
+        return float((rotated.square().sum(0) / self.spectrum.damped(damping)).sum())
+
+    def propose(self, rotated: Tensor, rotated_select: Tensor) -> Proposal:
         """Return the proposal for one map, with the damping that the select tokens like best.
 
         Args:
-            C: ``E[g x^T] [d_out, d_in]`` on the fit tokens.
-            C_select: the same on the select tokens.
+            rotated: ``E[g x^T] [d_out, d_in]`` on the fit tokens, rotated.
+            rotated_select: the same on the select tokens.
         """
-        U = self.spectrum.vectors
-        rotated = C.to(U.dtype) @ U  # [d_out, d_in]
-        overlap = (rotated * (C_select.to(U.dtype) @ U)).sum(0)  # [d_in]
+        overlap = (rotated * rotated_select).sum(0)  # [d_in]
         # tr(D S_s D^T) = sum_jk (C^T C)_jk (S_s)_jk / (l_j l_k), everything in the eigenbasis
-        weighted = (rotated.float().T @ rotated.float()).mul_(self._select).to(U.dtype)  # [d_in, d_in]
+        narrow = rotated.float()
+        weighted = (narrow.T @ narrow).mul_(self._select).to(rotated.dtype)  # [d_in, d_in]
 
         def look(damping: float) -> tuple[float, float]:
             inverse = 1.0 / self.spectrum.damped(damping)
@@ -93,14 +104,16 @@ class InputWhitened:
         damping, weight, energy = climb(look, START_DAMPING)
         weight = min(weight, 1.0)
         scaled = rotated / self.spectrum.damped(damping)
-        change = -weight * (scaled @ U.T)
+        slope = weight * float((overlap / self.spectrum.damped(damping)).sum())
+        change = -weight * (scaled @ self.spectrum.vectors.T)
         moved = weight**2 * float((scaled.square().sum(0) * self.spectrum.values).sum())
-        return Proposal(change.to(torch.float32), damping, weight, energy, moved)
+        return Proposal(change.to(torch.float32), damping, weight, energy, slope, moved)
 
 
 def input_whitened(fit: Moments, select: Moments) -> Proposal:
     """Return the input-whitened proposal of one map from its moments; see `InputWhitened`."""
-    return InputWhitened(fit.S, select.S).propose(fit.C, select.C)
+    reference = InputWhitened(fit.S, select.S)
+    return reference.propose(reference.rotate(fit.C), reference.rotate(select.C))
 
 
 def two_sided(fit: Moments, select: Moments, base: Proposal, *, name: str) -> Proposal:
@@ -122,7 +135,7 @@ def two_sided(fit: Moments, select: Moments, base: Proposal, *, name: str) -> Pr
     squared = _squared_norm(D, select.S, select.F)
     weight = slope / squared if squared > 0 and slope > 0 else 0.0
     change = (weight * D).float()
-    return Proposal(change, mu, weight, weight * slope, _squared_norm(change, fit.S.float(), None))
+    return Proposal(change, mu, weight, weight * slope, weight * slope, _squared_norm(change, fit.S.float(), None))
 
 
 def climb(look: Callable[[float], tuple[float, float]], start: float) -> tuple[float, float, float]:
