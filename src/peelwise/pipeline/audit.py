@@ -23,7 +23,7 @@ from peelwise.records import AuditRecord
 
 # Stages are cut short so that the next ones get their turn: no further joint round and no untrained control is begun
 # after these parts of the budget; leaving one out gets a part of what is left, the head one of the whole.
-_JOINT_SHARE, _CONTROL_SHARE, _UNIQUE_SHARE, _HEAD_SHARE = 0.4, 0.8, 0.6, 0.03
+_JOINT_SHARE, _CONTROL_SHARE, _UNIQUE_SHARE, _HEAD_SHARE = 0.4, 0.8, 0.6, 0.02
 
 
 @dataclass(frozen=True)

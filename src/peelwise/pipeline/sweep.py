@@ -170,7 +170,7 @@ def _proposals(
     references: dict[int, InputWhitened] = {}
     for linear, moments in fits[0].items():
         if id(moments.S) not in references:
-            references[id(moments.S)] = InputWhitened(moments.S, select[linear].S)
+            references[id(moments.S)] = InputWhitened(moments.S, select[linear].S, name=linear.name)
             _warn_of_rank(linear, moments, references[id(moments.S)].spectrum)
     rotated_select = {m: references[id(moments.S)].rotate(select[m].C) for m, moments in fits[0].items()}
     made = []
@@ -180,7 +180,9 @@ def _proposals(
             reference = references[id(moments.S)]
             rotated = reference.rotate(moments.C)
             energy += reference.energy(rotated)
-            whitened[linear] = reference.propose(rotated, rotated_select[linear])
+            whitened[linear] = reference.propose(
+                moments.C, select[linear].C, rotated=rotated, rotated_select=rotated_select[linear]
+            )
         changes: dict[Direction, dict[LinearMap, Proposal]] = {}
         # The one that is better as a rule comes first: a search of the other is cut short when it cannot win.
         if "two-sided" in directions:

@@ -58,20 +58,25 @@ class Proposal:
 class InputWhitened:
     """Input-whitened proposals for all maps that share one input; one eigen-decomposition serves every damping.
 
+    The decomposition is in float32 and only chooses the damping; what is proposed is solved in float64 and
+    calibrated as it is.
+
     Args:
         S: ``E[x x^T] [d_in, d_in]`` on the fit tokens.
         S_select: the same on the select tokens.
+        name: a map with this input, for warnings.
     """
 
-    def __init__(self, S: Tensor, S_select: Tensor) -> None:
-        self.spectrum = Spectrum(S)
-        U = self.spectrum.vectors.float()
-        self._select = U.T @ S_select.float() @ U  # [d_in, d_in], in the eigenbasis of S
+    def __init__(self, S: Tensor, S_select: Tensor, *, name: str = "matrix") -> None:
+        self.spectrum = Spectrum(S, torch.float32)
+        self._S, self._S_select, self._name = S, S_select.float(), name
+        U = self.spectrum.vectors
+        self._rotated_select = U.T @ self._S_select @ U  # [d_in, d_in], in the eigenbasis of S
+        self._factors: dict[float, DampedFactor] = {}
 
     def rotate(self, C: Tensor) -> Tensor:
-        """Return ``C [d_out, d_in]`` in the eigenbasis of ``S``, which `energy` and `propose` work in."""
-        U = self.spectrum.vectors
-        rotated: Tensor = C.to(U.dtype) @ U
+        """Return ``C [d_out, d_in]`` in the eigenbasis of ``S``, float32."""
+        rotated: Tensor = C.float() @ self.spectrum.vectors
         return rotated
 
     def energy(self, rotated: Tensor, damping: float = START_DAMPING) -> float:
@@ -83,37 +88,42 @@ class InputWhitened:
             rotated: ``C`` on the fit tokens, rotated.
             damping: in units of the mean diagonal.
         """
-        return float((rotated.square().sum(0) / self.spectrum.damped(damping)).sum())
+        return float((rotated.square().sum(0).double() / self.spectrum.damped(damping)).sum())
 
-    def propose(self, rotated: Tensor, rotated_select: Tensor) -> Proposal:
+    def propose(self, C: Tensor, C_select: Tensor, *, rotated: Tensor, rotated_select: Tensor) -> Proposal:
         """Return the proposal for one map, with the damping that the select tokens like best.
 
         Args:
-            rotated: ``E[g x^T] [d_out, d_in]`` on the fit tokens, rotated.
-            rotated_select: the same on the select tokens.
+            C: ``E[g x^T] [d_out, d_in]`` on the fit tokens.
+            C_select: the same on the select tokens.
+            rotated, rotated_select: both in the eigenbasis, from `rotate`.
         """
-        overlap = (rotated * rotated_select).sum(0)  # [d_in]
+        overlap = (rotated * rotated_select).sum(0).double()  # [d_in]
         # tr(D S_s D^T) = sum_jk (C^T C)_jk (S_s)_jk / (l_j l_k), everything in the eigenbasis
-        narrow = rotated.float()
-        weighted = (narrow.T @ narrow).mul_(self._select).to(rotated.dtype)  # [d_in, d_in]
+        weighted = (rotated.T @ rotated).mul_(self._rotated_select)  # [d_in, d_in]
 
         def look(damping: float) -> tuple[float, float]:
             inverse = 1.0 / self.spectrum.damped(damping)
             return float((overlap * inverse).sum()), float(inverse @ weighted @ inverse)
 
-        damping, weight, energy = climb(look, START_DAMPING)
-        weight = min(weight, 1.0)
-        scaled = rotated / self.spectrum.damped(damping)
-        slope = weight * float((overlap / self.spectrum.damped(damping)).sum())
-        change = -weight * (scaled @ self.spectrum.vectors.T)
-        moved = weight**2 * float((scaled.square().sum(0) * self.spectrum.values).sum())
-        return Proposal(change.to(torch.float32), damping, weight, energy, slope, moved)
+        damping, _, _ = climb(look, START_DAMPING)
+        if damping not in self._factors:
+            self._factors[damping] = DampedFactor(self._S, damping, name=self._name)
+        D = -self._factors[damping].solve_right(C)  # [d_out, d_in]
+        slope = -float((C_select * D).sum())
+        squared = _squared_norm(D.float(), self._S_select, None)
+        weight = min(slope / squared, 1.0) if squared > 0 and slope > 0 else 0.0
+        energy = slope**2 / squared if weight > 0 else 0.0
+        change = (weight * D).float()
+        return Proposal(change, damping, weight, energy, weight * slope, _squared_norm(change, self._S.float(), None))
 
 
 def input_whitened(fit: Moments, select: Moments) -> Proposal:
     """Return the input-whitened proposal of one map from its moments; see `InputWhitened`."""
     reference = InputWhitened(fit.S, select.S)
-    return reference.propose(reference.rotate(fit.C), reference.rotate(select.C))
+    return reference.propose(
+        fit.C, select.C, rotated=reference.rotate(fit.C), rotated_select=reference.rotate(select.C)
+    )
 
 
 def two_sided(fit: Moments, select: Moments, base: Proposal, *, name: str) -> Proposal:
@@ -132,7 +142,7 @@ def two_sided(fit: Moments, select: Moments, base: Proposal, *, name: str) -> Pr
     mu = min(max(base.damping, _LEAST_OUTPUT_DAMPING), 1.0)
     D = DampedFactor(fit.F, mu, name=name).solve(base.change / base.weight)  # [d_out, d_in]
     slope = -float((select.C * D).sum())
-    squared = _squared_norm(D, select.S, select.F)
+    squared = _squared_norm(D.float(), select.S.float(), select.F.float())
     weight = slope / squared if squared > 0 and slope > 0 else 0.0
     change = (weight * D).float()
     return Proposal(change, mu, weight, weight * slope, weight * slope, _squared_norm(change, fit.S.float(), None))
