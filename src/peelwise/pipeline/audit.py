@@ -113,8 +113,8 @@ def run_audit(
 def _stages(bench: Bench, findings: Findings, settings: AuditSettings) -> bool:
     """Run the stages in the order of what they are worth; return whether all of them ended by themselves."""
     null = controls.permuted_targets(bench.fit, bench.seed) if settings.controls else None
-    stages.first_sweep(bench, findings, null=null)
-    complete = stages.joint_rounds(bench, findings, rounds=settings.joint_rounds, share=_JOINT_SHARE)
+    complete = stages.first_sweep(bench, findings, null=null)
+    complete &= stages.joint_rounds(bench, findings, rounds=settings.joint_rounds, share=_JOINT_SHARE)
     controls.shuffled_control(bench, findings)
     complete &= stages.leave_one_out(bench, findings, share=_UNIQUE_SHARE)
     if settings.controls:

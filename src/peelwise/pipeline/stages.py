@@ -14,13 +14,17 @@ from peelwise.pipeline.sweep import Direction, Targets, sweep
 _USUAL_EVALUATIONS = 5
 
 
-def first_sweep(bench: Bench, findings: Findings, *, null: Targets | None = None) -> None:
+def first_sweep(bench: Bench, findings: Findings, *, null: Targets | None = None) -> bool:
     """Make the proposals of all blocks, linearised at the model as it stands: the free ranking.
+
+    It goes down from the last block, and ends early only when the whole budget is spent.
 
     Args:
         bench: model and traces.
         findings: gets the proposals.
         null: targets of the shuffled control, whose proposals are made in the same pass, from the same sums of inputs.
+
+    Returns whether every block was reached.
     """
     with bench.clock.stage("statistics of all blocks"):
         findings.proposals, *others = sweep(
@@ -29,8 +33,10 @@ def first_sweep(bench: Bench, findings: Findings, *, null: Targets | None = None
             bench.select,
             targets=[None] if null is None else [None, null],
             after_block=lambda done: bench.clock.tell(done, len(bench.runner.blocks)),
+            keep_going=lambda: bench.clock.left > 0,
         )
         findings.shuffled_proposals = others[0] if others else None
+    return len(findings.proposals) == len(bench.runner.blocks)
 
 
 def joint_rounds(bench: Bench, findings: Findings, *, rounds: int, share: float) -> bool:

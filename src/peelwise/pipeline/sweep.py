@@ -54,6 +54,7 @@ def sweep(
     only: Collection[int] | None = None,
     targets: Sequence[Targets | None] = (None,),
     after_block: Callable[[int], None] = lambda done: None,
+    keep_going: Callable[[], bool] = lambda: True,
 ) -> list[dict[int, BlockProposals]]:
     """Differentiate the loss down to the lowest block asked for, and make its proposals on the way.
 
@@ -66,6 +67,7 @@ def sweep(
         targets: what the fit tokens are to predict, one set of proposals for each: ``None`` for the next token,
             or other targets for a null control. All of them share the inputs' sums and decompositions.
         after_block: called with the number of blocks done.
+        keep_going: asked before each block; the blocks below the one where it says no get no proposals.
 
     Returns:
         For each of ``targets``, block index -> proposals.
@@ -76,7 +78,7 @@ def sweep(
     above_select = [runner.tail_gradients(select)]
     found: list[dict[int, BlockProposals]] = [{} for _ in targets]
     for done, block in enumerate(reversed(runner.blocks), start=1):
-        if block.index < min(wanted):
+        if block.index < min(wanted) or not keep_going():
             break
         keep = block.index in wanted
         moments, above = block_moments(runner, block, fit, above, keep=keep, with_F=with_F)
