@@ -102,7 +102,7 @@ class Runner:
             hidden = batch.stations[start]
             for block in self.blocks[start:]:
                 hidden = self.run_block(block, hidden, batch)
-            losses.append(_sequence_losses(self._tail(batch, hidden), batch))
+            losses.append(_sequence_losses(self.logits(batch, hidden), batch))
         self.work.add(sum(self.shares[start:]) + self.head_share, float(trace.tokens.sum()))
         return torch.cat(losses)
 
@@ -114,7 +114,7 @@ class Runner:
             batch = replace(old, stations=list(old.stations[: start + 1]))
             for block in self.blocks[start:]:
                 batch.stations.append(self.run_block(block, batch.stations[-1], batch))
-            losses.append(_sequence_losses(self._tail(batch, batch.stations[-1]), batch))
+            losses.append(_sequence_losses(self.logits(batch, batch.stations[-1]), batch))
             batches.append(batch)
         self.work.add(sum(self.shares[start:]) + self.head_share, float(trace.tokens.sum()))
         return Trace(batches, torch.cat(losses), trace.tokens)
@@ -137,7 +137,7 @@ class Runner:
         for position, batch in enumerate(trace.batches):
             hidden = batch.stations[-1].detach().requires_grad_(True)
             with torch.enable_grad():
-                logits = self._tail(batch, hidden)
+                logits = self.logits(batch, hidden)
                 wanted = batch.targets if targets is None else targets(batch, position)
                 loss = (_token_losses(logits, wanted) * batch.weights).sum()
             if not loss.requires_grad:
@@ -192,7 +192,7 @@ class Runner:
             for batch in trace.batches:
                 seen.clear()
                 with torch.no_grad():
-                    logits = self._tail(batch, batch.stations[-1])
+                    logits = self.logits(batch, batch.stations[-1])
                 agree = agree and len(seen) == 2 and seen[1].shape == logits.shape
                 agree = agree and torch.allclose(seen[1].float(), logits.float(), atol=1e-5)
                 if agree:
@@ -249,7 +249,7 @@ class Runner:
             )
         return _sequence_losses(logits, batch)
 
-    def _tail(self, batch: Batch, hidden: Tensor) -> Tensor:
+    def logits(self, batch: Batch, hidden: Tensor) -> Tensor:
         """Return the logits that the model's own code makes of the last station ``hidden``."""
         with _skipping(self.blocks, hidden, batch.rest):
             return self._call(batch)
