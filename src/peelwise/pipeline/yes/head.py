@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn import functional
 
-from peelwise.pipeline.yes_samples import FIT, SELECT, Samples
+from peelwise.pipeline.yes.samples import FIT, SELECT, Samples
 from peelwise.stats.moments import RegressionSums
 
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from peelwise.model.chain import Chain
-from peelwise.pipeline.yes_head import applied, fit_softmax_head
-from peelwise.pipeline.yes_samples import FIT, REPORT, SELECT, Samples
+from peelwise.pipeline.yes.head import applied, fit_softmax_head
+from peelwise.pipeline.yes.samples import FIT, REPORT, SELECT, Samples
 from peelwise.references.least_squares import Ridge, choose, shaped
 from peelwise.references.maps import MapPlan, StationMap, beam, best_by_size, subset_of_map
 from peelwise.stats.moments import RegressionAccumulator, RegressionSums

@@ -11,12 +11,12 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor, nn
 
-from peelwise.errors import TooFewSamplesError, UnsupportedModelError
+from peelwise.errors import OptionError, TooFewSamplesError, UnsupportedModelError
 from peelwise.model.chain import Chain, read_chain
-from peelwise.pipeline.yes_published import PublishedStacks
-from peelwise.pipeline.yes_result import Mode, YesBounds, YesControls, YesPart, YesRow, cloud_of
-from peelwise.pipeline.yes_samples import OptionError, Samples, checked_samples
-from peelwise.pipeline.yes_streamed import (
+from peelwise.pipeline.yes.published import PublishedStacks
+from peelwise.pipeline.yes.result import Mode, YesBounds, YesControls, YesPart, YesRow, cloud_of
+from peelwise.pipeline.yes.samples import Samples, checked_samples
+from peelwise.pipeline.yes.streamed import (
     PairedMeans,
     StreamedStacks,
     StreamOptions,
