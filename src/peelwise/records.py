@@ -24,7 +24,11 @@ class Record(BaseModel):
 
 
 class Interval(Record):
-    """A mean of paired differences with its 95 % interval, in nats per token."""
+    """A mean of paired differences with its 95 % interval, in the units of the differences.
+
+    An audit pairs by sequence (nats per token), a YES bound by sample (its loss); ``sequences`` is how many of
+    these units there are.
+    """
 
     mean: float
     low: float

@@ -26,7 +26,7 @@ from peelwise.pipeline.yes.streamed import (
 from peelwise.records import Interval
 from peelwise.references.least_squares import DAMPINGS
 from peelwise.references.maps import MapPlan, StationMap, best_by_size
-from peelwise.stats.solve import Projector
+from peelwise.stats.projection import Projector
 
 EXHAUSTIVE_MAPS = 2**10
 _PUBLISHED_LAYERS = 16
