@@ -265,7 +265,7 @@ class _Recheck:
         return None
 
     def _gain(self, before: Tensor, after: Tensor) -> Paired:
-        return gain(before, after, self.trace, self.record.seed)
+        return gain(before, after, self.trace)
 
     def _interval(self, name: str, recorded: Interval | None, found: Paired) -> None:
         if recorded is not None:

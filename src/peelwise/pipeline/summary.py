@@ -128,11 +128,11 @@ def _evidence(bench: Bench, findings: Findings, index: int) -> Evidence:
     alone = findings.alone.get(index)
     measured = None
     if alone is not None and alone.report_losses is not None:
-        measured = gain(bench.report.losses, alone.report_losses, bench.report, bench.seed)
+        measured = gain(bench.report.losses, alone.report_losses, bench.report)
     unique = None
     composed = findings.composed
     if index in findings.without and composed is not None and composed.report_losses is not None:
-        unique = gain(findings.without[index], composed.report_losses, bench.report, bench.seed)
+        unique = gain(findings.without[index], composed.report_losses, bench.report)
     return Evidence(measured, unique)
 
 
@@ -179,7 +179,7 @@ def _losses(bench: Bench, findings: Findings) -> LossRecord:
     value, composed_gain = None, None
     if composed is not None and composed.report_losses is not None:
         value = float(composed.report_losses.sum()) / tokens
-        composed_gain = gain(bench.report.losses, composed.report_losses, bench.report, bench.seed).interval()
+        composed_gain = gain(bench.report.losses, composed.report_losses, bench.report).interval()
     head, shuffled, untrained = findings.head_control, findings.shuffled, findings.untrained
     return LossRecord(
         current=bench.report.mean,
