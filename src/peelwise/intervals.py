@@ -95,7 +95,7 @@ class Paired:
         g = self.skewness / self.sequences**0.5
         if abs(g) < _NO_SKEWNESS or not np.isfinite(t):
             return t
-        return t + g * t**2 / 3 + g**2 * t**3 / 27 + g / 6
+        return float(t + g * t**2 / 3 + g**2 * t**3 / 27 + g / 6)
 
     def _with_skewness(self, t: float) -> float:
         """Return the studentised mean whose ``T'`` is ``t``."""
