@@ -9,14 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peelwise.api import AuditReport, apply, audit, verify
-    from peelwise.pipeline.yes import YesMonitor, yes_bounds
-    from peelwise.pipeline.yes_result import YesBounds
+    from peelwise.pipeline.yes.bounds import YesMonitor, yes_bounds
+    from peelwise.pipeline.yes.result import YesBounds
     from peelwise.probes import Probe
 
 __all__ = ["AuditReport", "Probe", "YesBounds", "YesMonitor", "apply", "audit", "verify", "yes_bounds"]
 
 _YES = "peelwise.pipeline.yes"
-_HOME = {"Probe": "peelwise.probes", "YesBounds": f"{_YES}_result", "YesMonitor": _YES, "yes_bounds": _YES}
+_HOME = {
+    "Probe": "peelwise.probes",
+    "YesBounds": f"{_YES}.result",
+    "YesMonitor": f"{_YES}.bounds",
+    "yes_bounds": f"{_YES}.bounds",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import ValidationError
 
 from peelwise.errors import CertificateError
 from peelwise.records import SCHEMA_VERSION, AuditRecord
@@ -16,19 +17,14 @@ def read_record(folder: Path) -> AuditRecord:
     """Read ``certificate.json``.
 
     Raises:
-        CertificateError: If it is missing, no JSON, of a newer schema, or lacks something.
+        CertificateError: If it is missing, no JSON, of a of no or a newer schema, or lacks something.
     """
     path = folder / RECORD_FILE
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CertificateError(f"No certificate at {path}: {getattr(error, 'strerror', error)}.") from error
-    schema = _schema(text)
-    # Asked first: a newer certificate may well lack what this version expects, and then that is the reason.
-    if schema > SCHEMA_VERSION:
-        raise CertificateError(
-            f"{path} has schema {schema}; this version reads up to {SCHEMA_VERSION}. Update peelwise."
-        )
+    _check_schema(path, text)
     try:
         return AuditRecord.model_validate_json(text)
     except ValidationError as error:
@@ -37,13 +33,23 @@ def read_record(folder: Path) -> AuditRecord:
         raise CertificateError(f"{path} is not a valid certificate: {where}: {first['msg']}.") from error
 
 
-def _schema(text: str) -> int:
-    """Return the schema that the text claims, 0 where it claims none; whatever else is wrong, validation finds."""
+def _check_schema(path: Path, text: str) -> None:
+    """Refuse a record of no schema or of one that is not known; what else is wrong, validation finds.
+
+    Asked first: a newer certificate may well lack what this version expects, and then that is the reason.
+    """
     try:
-        return _Claim.model_validate_json(text).claimed
-    except ValidationError:
-        return 0
-
-
-class _Claim(BaseModel):
-    claimed: int = Field(default=0, alias="schema")
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    if not isinstance(content, dict):
+        return
+    if "schema" not in content:
+        raise CertificateError(
+            f"{path} does not say which schema it follows, so its numbers cannot be read safely. "
+            f'Expected "schema": {SCHEMA_VERSION}. Use the file as it was written.'
+        )
+    schema = content["schema"]
+    if type(schema) is int and not 1 <= schema <= SCHEMA_VERSION:
+        remedy = "Update peelwise." if schema > SCHEMA_VERSION else "Use the file as it was written."
+        raise CertificateError(f"{path} has schema {schema}; this version reads up to {SCHEMA_VERSION}. {remedy}")

@@ -71,7 +71,8 @@ def test_micro_batches_do_not_matter(stored_stage, training_probe):
     )
     assert small.keys() == whole.keys()
     for path, value in small.items():
-        close = pytest.approx(whole[path], rel=1e-3, abs=1e-5) if isinstance(value, float) else whole[path]
+        rounding = 1e-2 if path.endswith("skewness") else 1e-5  # a pure number of order 1, and nats
+        close = pytest.approx(whole[path], rel=1e-3, abs=rounding) if isinstance(value, float) else whole[path]
         assert value == close, path
 
 

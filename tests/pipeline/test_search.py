@@ -106,6 +106,16 @@ def test_no_improvement_is_step_zero(loss):
     assert min(steps) < 0.2
 
 
+@pytest.mark.parametrize("exponent", range(-20, 1))
+def test_what_is_given_up_is_less_than_a_thousandth_of_what_the_slope_promised(exponent):
+    best = 2.0**exponent / 1.5  # a parabola of slope -1 at the start, which is searched from step 1
+    choice, steps = search(lambda step: step**2 / (2 * best) - step, 1.0)
+
+    assert choice.step == pytest.approx(best) or (choice.step == 0 and best / 2 < 1 / 1024)
+    assert (choice.step == 0) == (2 * best <= 1 / 256)  # the control: where a step within reach helps, it is found
+    assert min(steps) >= 1 / 256 or choice.step > 0
+
+
 @pytest.mark.parametrize("bad", NOT_A_LOSS)
 def test_no_finite_loss_is_no_improvement(bad):
     choice, steps = search(lambda step: 1.0 if step == 0 else bad, 1.0, 1.0)

@@ -46,9 +46,9 @@ class Bench:
         return sum(self.runner.shares[start:]) + self.runner.head_share
 
 
-def gain(before: Tensor, after: Tensor, trace: Trace, seed: int) -> Paired:
+def gain(before: Tensor, after: Tensor, trace: Trace) -> Paired:
     """Return the paired decrease from ``before`` to ``after`` (nats summed per sequence)."""
-    return paired((before - after).cpu().numpy(), trace.tokens.cpu().numpy(), seed=seed)
+    return paired((before - after).cpu().numpy(), trace.tokens.cpu().numpy())
 
 
 def combined(

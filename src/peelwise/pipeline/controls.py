@@ -58,7 +58,7 @@ def head_reference(bench: Bench, findings: Findings, *, share: float = 1.0) -> N
             before = token_cross_entropy(report_x, report_y, logits)
             after = token_cross_entropy(report_x, report_y, logits, reference.change)
         runner.work.add(runner.head_share, 3.0 * (reference.steps + 1) * len(fit_y))
-    difference = gain(_per_sequence(before, bench.report), _per_sequence(after, bench.report), bench.report, bench.seed)
+    difference = gain(_per_sequence(before, bench.report), _per_sequence(after, bench.report), bench.report)
     findings.head_control = Control(float(after.mean()), difference)
     findings.head = HeadRecord(
         current=reference.current,
@@ -142,7 +142,7 @@ def _joint_step(bench: Bench, proposals: Proposals) -> Control:
         with spliced(better.changes):
             after = runner.losses_from(bench.report, 0)
     tokens = float(bench.report.tokens.sum())
-    difference = gain(bench.report.losses, after, bench.report, bench.seed)
+    difference = gain(bench.report.losses, after, bench.report)
     return Control(float(after.sum()) / tokens, difference, bench.report.mean)
 
 
