@@ -33,13 +33,11 @@ def search_step(
 
     The slope at step 0 is known from the gradient, so one evaluation gives a first parabola and the second lies
     near its minimum; from then on the parabola goes through the best step and its neighbours. A choice is never
-    on the edge of what was tried unless a parabola puts the minimum there or ``evaluations`` runs out. Half of
-    them are spent before a direction that never helped is given up.
+    on the edge of what was tried unless a parabola puts the minimum there or ``evaluations`` runs out.
 
-    Half of the evaluations may look for any improvement, each at a ``factor^2`` shorter step; then the search gives
-    up, with ten evaluations at ``start / 256``. Nothing worth having is lost: if the loss is a parabola of slope
-    ``-s`` that has risen above the start there, its minimum lies below half of that step and gains less than
-    ``s * start / 1024``, a thousandth of what the slope promised for ``start`` (0.05 nats by default).
+    Half of the evaluations may look for any improvement, each at most 16 times nearer; then the search gives up, with
+    eight evaluations at ``start / 4096``. Nothing worth having is lost: if the loss is a parabola of slope ``-s`` that
+    has risen above the start there, its minimum lies below half of that step and gains less than ``s * start / 16384``.
 
     Args:
         loss_at: the loss at a step length; evaluated on select tokens.
