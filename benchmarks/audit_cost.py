@@ -7,6 +7,7 @@ import argparse
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import peelwise
-from common import interleaved, median_ratio, write
+from common import earlier, interleaved, median_ratio, write
 from peelwise.model.checkpoints import open_model
 from peelwise.model.guard import untouched
 from peelwise.model.layers import find_blocks
@@ -134,17 +135,21 @@ def anytime_curve(budgets: list[float]) -> list[dict[str, object]]:
 def peak_memory(tokens: int) -> dict[str, float]:
     """Peak resident memory of a process that runs the model, and of one that audits it."""
     forward = "import torch; torch.no_grad().__enter__(); o.model(p.report.inputs[:8], use_cache=False)"
-    audit = "peelwise.audit(o.model, p, budget=60, controls=False, joint_rounds=1, alone_rounds=1)"
+    audit = "peelwise.audit(o.model, p, budget=900, joint_rounds=1, alone_rounds=0)"
     peaks = {name: _peak(code, tokens) for name, code in {"model": forward, "audit": audit}.items()}
     return {**peaks, "ratio": peaks["audit"] / peaks["model"]}
 
 
 def _peak(code: str, tokens: int) -> float:
+    # Opening a GGUF file takes more memory than running the model; the high-water mark is set back after it.
     program = (
-        "import peelwise, resource\nfrom peelwise.model.checkpoints import open_model\n"
+        "import peelwise, re\nfrom pathlib import Path\nfrom peelwise.model.checkpoints import open_model\n"
         "from peelwise.texts import reference_prose\no = open_model('smollm2')\n"
-        f"p = peelwise.Probe.from_text(reference_prose(), o.tokenizer, tokens={tokens})\n{code}\n"
-        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        f"p = peelwise.Probe.from_text(reference_prose(), o.tokenizer, tokens={tokens})\n"
+        "Path('/proc/self/clear_refs').write_text('5')\n"
+        f"{code}\n"
+        "kib = re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text()).group(1)\n"
+        "print('peak', 1024 * int(kib))"
     )
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True)
     return float(out.stdout.split("peak")[-1])
@@ -155,22 +160,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--budgets", type=float, nargs="*", default=[5, 15, 45, 120])
+    parser.add_argument("--only", nargs="*", help="measure these parts again and keep the others of the result file")
     arguments = parser.parse_args()
-    write(
-        "audit_cost",
-        {
-            "statistics_pass": [
-                pass_ratios("smollm2", arguments.tokens, arguments.repetitions),
-                pass_ratios(str(SMALL), 8 * arguments.tokens, arguments.repetitions),
-            ],
-            "block_round": [
-                *round_ratios("smollm2", arguments.tokens, arguments.repetitions),
-                *round_ratios(str(SMALL), 8 * arguments.tokens, arguments.repetitions),
-            ],
-            "anytime_small_gpt": anytime_curve(arguments.budgets),
-            "peak_bytes_smollm2": peak_memory(3200),
-        },
-    )
+    tokens, repetitions = arguments.tokens, arguments.repetitions
+    models = (("smollm2", tokens), (str(SMALL), 8 * tokens))
+    parts: dict[str, Callable[[], object]] = {
+        "statistics_pass": lambda: [pass_ratios(source, n, repetitions) for source, n in models],
+        "block_round": lambda: [row for source, n in models for row in round_ratios(source, n, repetitions)],
+        "anytime_small_gpt": lambda: anytime_curve(arguments.budgets),
+        "peak_bytes_smollm2": lambda: peak_memory(3200),
+    }
+    wanted = arguments.only or list(parts)
+    kept = earlier("audit_cost") if arguments.only else {}
+    result = {name: parts[name]() if name in wanted else kept[name] for name in parts}
+    write("audit_cost", result, before=kept.get("command"))
 
 
 if __name__ == "__main__":

@@ -39,11 +39,18 @@ def median_ratio(times: dict[str, list[float]], name: str, base: str) -> float:
     return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
 
 
-def write(name: str, result: dict[str, Any]) -> None:
-    """Write the result with machine, versions and the command, and print it."""
+def earlier(name: str) -> dict[str, Any]:
+    """Return the result file as it stands."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def write(name: str, result: dict[str, Any], *, before: str | None = None) -> None:
+    """Write the result with machine, versions and the command (after the one that made the other parts), and print it."""
     RESULTS.mkdir(exist_ok=True)
+    command = " ".join([Path(sys.executable).name, *sys.argv])
     full = {
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "command": f"{before}; {command}" if before else command,
         "machine": {
             "processor": platform.machine(),
             "threads": torch.get_num_threads(),
