@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -25,12 +25,14 @@ from peelwise.pipeline.bench import ChangeMap, gain
 from peelwise.pipeline.folder import written_whole
 from peelwise.probes import Probe
 from peelwise.recordfile import RECORD_FILE, read_record
-from peelwise.records import AuditRecord, Interval, WitnessRecord
+from peelwise.records import AuditRecord, Interval, SealedRecord, WitnessRecord
 from peelwise.verdict import Evidence, judge
 
 WITNESS_FILE, PROBE_FILE = "witness.safetensors", "probe.safetensors"
 _TOLERANCE = {"float32": 3e-4, "float64": 3e-4}
 _HALF_TOLERANCE = 5e-3
+
+SomeRecord = TypeVar("SomeRecord", bound=SealedRecord)
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,11 @@ class Verification:
 
 def write_certificate(
     folder: Path,
-    record: AuditRecord,
+    record: SomeRecord,
     witness: Mapping[str, Tensor],
     probe: Probe,
-    pages: Callable[[AuditRecord], Mapping[str, str]] = lambda record: {},
-) -> AuditRecord:
+    pages: Callable[[SomeRecord], Mapping[str, str]] = lambda record: {},
+) -> SomeRecord:
     """Write the folder whole or not at all, and return the record as written (sealed, with its witness).
 
     Args:
@@ -103,12 +105,12 @@ def read_certificate(folder: Path) -> Certificate:
     """
     record = read_record(folder)
     probe = Probe.from_tensors(
-        _load(folder / PROBE_FILE),
+        load_tensors(folder / PROBE_FILE),
         source=record.probe.source,
         in_distribution=record.probe.in_distribution,
         seed=record.seed,
     )
-    return Certificate(record, _load(folder / WITNESS_FILE), probe)
+    return Certificate(record, load_tensors(folder / WITNESS_FILE), probe)
 
 
 def verify_certificate(folder: Path, model: nn.Module, *, full: bool = False) -> Verification:
@@ -121,7 +123,7 @@ def verify_certificate(folder: Path, model: nn.Module, *, full: bool = False) ->
     """
     certificate = read_certificate(folder)
     record = certificate.record
-    changed = _what_changed(folder, certificate)
+    changed = what_changed(folder, record)
     if changed:
         return Verification("does not hold", changed)
     if certificate.probe.fingerprint != record.probe.fingerprint:
@@ -180,7 +182,7 @@ def report_loss(model: nn.Module, certificate: Certificate) -> float:
         return Runner(model, find_blocks(model)).trace(certificate.probe.report).mean
 
 
-def tolerance_of(record: AuditRecord) -> float:
+def tolerance_of(record: SealedRecord) -> float:
     """Return how far a recomputed loss may be off, in nats per token: other threads, batches, machines."""
     return _TOLERANCE.get(record.model.dtype, _HALF_TOLERANCE)
 
@@ -277,9 +279,8 @@ class _Recheck:
         self.checks.append(Check(name, recorded, found, abs(recorded - found) <= self.tolerance))
 
 
-def _what_changed(folder: Path, certificate: Certificate) -> str | None:
+def what_changed(folder: Path, record: SealedRecord) -> str | None:
     """Return what was changed in the folder after it was written, or ``None``."""
-    record = certificate.record
     if record.digest != record.computed_digest():
         return f"{RECORD_FILE} was changed after it was written (its digest does not match)."
     if record.witness is None or _sha256(folder / WITNESS_FILE) != record.witness.sha256:
@@ -302,7 +303,12 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file of the folder.
+
+    Raises:
+        CertificateError: If it is missing or damaged.
+    """
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
