@@ -80,6 +80,15 @@ class PeelLossRecord(Record):
     over_shuffled: Interval | None = None
     over_untrained: Interval | None = None
 
+    @property
+    def certified(self) -> Interval | None:
+        """What a claim stands on: the gain over the model or over its head control, whichever is less.
+
+        A head fitted on few tokens can leave the model worse than it was; beating that proves nothing.
+        """
+        gains = [gain for gain in (self.bound_gain, self.over_head_control) if gain is not None]
+        return min(gains, key=lambda gain: gain.low, default=None)
+
 
 class PeelRecord(SealedRecord):
     """Everything one peel found; it is informative if the bound beats both null controls."""

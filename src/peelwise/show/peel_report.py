@@ -59,16 +59,15 @@ def _header(record: PeelRecord) -> str:
 
 def _hero(record: PeelRecord) -> str:
     """The one number and the best map: what a reader in a hurry should see."""
-    loss, rival = record.loss, "the model with its head fitted again"
-    over = loss.over_head_control
-    if over is None:
-        over, rival = loss.bound_gain, "the model as it stands"
+    loss = record.loss
+    over = loss.certified
+    rival = "the model as it stands" if over == loss.bound_gain else "the model with its head fitted again"
     if over is None or record.best_map is None:
         return f'<section class="card"><p class="number missing">{esc(NOT_IN_BUDGET)}</p></section>'
     said = (
-        f"lower than {rival}, on text that nothing was fitted or chosen on"
+        f"lower than {rival} (the better of the two), on text that nothing was fitted or chosen on"
         if beats_head(record)
-        else f"below {rival}; not shown to be an improvement, which proves nothing"
+        else f"below {rival}; no improvement is shown, which proves nothing"
     )
     number = (
         f'<p class="number">{nats(over.mean, signed=True)} <small>nats per token</small></p>'

@@ -35,8 +35,8 @@ def shown_loss(one: MapRecord) -> PartLosses:
 
 
 def beats_head(record: PeelRecord) -> bool:
-    """Whether the best map is shown to beat the model with its head fitted again, and the null controls."""
-    over = record.loss.over_head_control
+    """Whether the best map is shown to beat the model, also with its head fitted again, and the null controls."""
+    over = record.loss.certified
     return over is not None and over.low > 0 and record.informative is not False
 
 

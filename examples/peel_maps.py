@@ -1,0 +1,155 @@
+"""Peel maps over the training of the small GPT: training loss against what stacks of references reach.
+
+    python examples/peel_maps.py [--out docs/figures] [--tokens 9600] [--quick]
+
+Makes two figures and prints every number that docs/peel-maps.md quotes. About six minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import peelwise
+from peelwise.model.fresh import fresh_copy
+from peelwise.peel_records import PeelRecord
+from peelwise.references.map_search import direct_map, named_maps, neighbours
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+matplotlib.rcParams["svg.hashsalt"] = "peelwise"  # the same file at every run
+HERE = Path(__file__).resolve().parent
+CHECKPOINTS = HERE / "small_gpt" / "checkpoints"
+sys.path.insert(0, str(HERE))  # run from anywhere
+
+from small_gpt.text import training_documents  # noqa: E402
+
+DAMAGED = 3
+
+
+def stages(quick: bool) -> dict[int, nn.Module]:
+    """Training step -> model; step 0 is the same architecture at initialisation."""
+    found = {}
+    for folder in sorted(CHECKPOINTS.glob("step-*")):
+        found[int(folder.name.split("-")[1])] = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    untrained = fresh_copy(found[max(found)], 0)
+    assert untrained is not None
+    return {0: untrained, **({} if quick else found)}
+
+
+def training_probe(tokens: int) -> peelwise.Probe:
+    """Openings of every twelfth training document: the optimisation claim uses training text."""
+    tokenizer = AutoTokenizer.from_pretrained(sorted(CHECKPOINTS.glob("step-*"))[-1])
+    openings = [document[:1_500] for document in training_documents()[::12]]
+    return peelwise.Probe.from_text(openings, tokenizer, tokens=tokens, in_distribution=True, source="training text")
+
+
+def sign_flipped(model: nn.Module) -> nn.Module:
+    """Let one block subtract what it should add: no singular value of any matrix changes."""
+    with torch.no_grad():
+        block = model.model.layers[DAMAGED]
+        block.self_attn.o_proj.weight.neg_()
+        block.mlp.down_proj.weight.neg_()
+    return model
+
+
+def draw_curves(records: dict[int, PeelRecord], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(6.8, 4.2))
+    places = range(len(records))  # stages lie decades apart, so they are evenly spaced
+    found = list(records.values())
+    by_map = {m.stations: [] for m in found[0].maps}
+    for record in found:
+        for one in record.maps:
+            by_map[one.stations].append((one.loss or one.own_head).report)
+    for number, values in enumerate(by_map.values()):
+        axes.plot(places, values, color="0.8", linewidth=0.8, label="every map, light head" if not number else None)
+    axes.plot(places, [r.loss.shuffled for r in found], "C1:", label="control: shuffled targets")
+    axes.plot(places, [r.loss.untrained for r in found], "C7:", label="control: untrained")
+    axes.plot(places, [r.loss.current for r in found], "k-o", label="model")
+    axes.plot(places, [r.loss.head_control for r in found], "C2--s", markersize=4, label="model, head fitted again")
+    bound = [r.loss.bound for r in found]
+    over = [r.loss.over_head_control for r in found]
+    low = [r.loss.head_control - o.high for r, o in zip(found, over, strict=True)]
+    high = [r.loss.head_control - o.low for r, o in zip(found, over, strict=True)]
+    axes.fill_between(places, low, high, color="C0", alpha=0.25, linewidth=0)
+    axes.plot(places, bound, "C0-^", markersize=5, label="best map, 95 % paired")
+    axes.set_xticks(places, [str(step) for step in records])
+    axes.set(xlabel="training step", ylabel="loss on report, nats per token", title="Peel maps over training")
+    save(figure, axes, path)
+
+
+def draw_damage(record: PeelRecord, path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(6.8, 3.2))
+    blocks = [block for block in record.blocks if block.lost_nats is not None]
+    means = [b.lost_nats.mean for b in blocks]
+    errors = [
+        [b.lost_nats.mean - b.lost_nats.low for b in blocks],
+        [b.lost_nats.high - b.lost_nats.mean for b in blocks],
+    ]
+    axes.axhline(0, color="0.4", linewidth=0.8)
+    axes.errorbar([b.index for b in blocks], means, errors, fmt="o", capsize=3, label="95 % paired")
+    axes.axvspan(DAMAGED - 0.4, DAMAGED + 0.4, color="#f2c9c4", linewidth=0, label="damaged block")
+    axes.set(xlabel="block whose station is left out as a target", ylabel="lost, nats per token")
+    axes.set_title(f"Output projections of block {DAMAGED} negated")
+    save(figure, axes, path)
+
+
+def save(figure: plt.Figure, axes: plt.Axes, path: Path) -> None:
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def tell(title: str, record: PeelRecord) -> None:
+    """Print what the page quotes."""
+    loss = record.loss
+    print(f"\n{title}: {record.conclusion}")
+    print(f"  model {loss.current:.4f}, head control {loss.head_control:.4f}, bound {loss.bound:.4f} {record.best_map}")
+    over = loss.over_head_control
+    print(
+        f"  over head control {over.mean:+.4f} [{over.low:+.4f}, {over.high:+.4f}], informative: {record.informative}"
+    )
+    print(f"  shuffled {loss.shuffled:.4f}, untrained {loss.untrained:.4f}, {record.cost.wall_seconds:.0f} s")
+    for one in record.maps:
+        gain = one.gain_over_head
+        print(
+            f"  {one.stations} {one.name:16} {one.loss.report:.4f} {gain.mean:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
+        )
+    for block in record.blocks:
+        lost = block.lost_nats
+        if lost is not None:
+            print(f"  block {block.index}: {lost.mean:+.4f} [{lost.low:+.4f}, {lost.high:+.4f}] {block.verdict}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "figures")
+    parser.add_argument("--tokens", type=int, default=9_600)
+    parser.add_argument("--quick", action="store_true", help="only the untrained model, two maps")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    probe = training_probe(options.tokens)
+    direct = direct_map(6)
+    maps = [direct, (6,) * 6] if options.quick else list(dict.fromkeys([*named_maps(6), *neighbours(direct)]))
+    records = {}
+    for step, model in stages(options.quick).items():
+        records[step] = peelwise.peel(model, probe, maps=maps, budget="1h", name=f"step {step}").record
+        tell(f"step {step}", records[step])
+    draw_curves(records, options.out / "peel-training.svg")
+    broken = sign_flipped(stages(False)[2400])
+    chosen = maps if options.quick else [*maps, (1, 2, 5, 5, 5, 6), (1, 4, 4, 4, 5, 6), (1, 2, 6, 6, 6, 6)]
+    record = peelwise.peel(broken, probe, maps=chosen, budget="1h", name="damaged").record
+    tell(f"step 2400, block {DAMAGED} negated", record)
+    draw_damage(record, options.out / "peel-damage.svg")
+
+
+if __name__ == "__main__":
+    main()
