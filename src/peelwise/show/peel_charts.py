@@ -127,7 +127,10 @@ def _map_row(axes: Axes, record: PeelRecord, one: MapRecord, place: int) -> None
     mark: dict[str, Any] = {"markersize": 8, "color": COLOURS[colour], "markeredgewidth": 1.5}
     axes.plot([value], [place], "o", markerfacecolor=COLOURS[colour if one.loss else "page"], **mark)
     end = max(base - interval.low, value)
-    axes.annotate(nats(value), (end, place), (8, 0), textcoords="offset points", va="center", fontsize=11)
+    # On a patch of the page's own colour, so that the lines of model and head control do not run through it.
+    patch = {"facecolor": COLOURS["page"], "edgecolor": "none", "pad": 1.5}
+    where = {"textcoords": "offset points", "va": "center", "fontsize": 11}
+    axes.annotate(nats(value), (end, place), (8, 0), bbox=patch, **where)
 
 
 def _reference_labels(axes: Axes, current: float, control: float | None) -> None:

@@ -13,7 +13,6 @@ from rich.text import Text
 from peelwise.peel_records import PeelRecord
 from peelwise.records import Interval
 from peelwise.show.peel_words import (
-    CAVEAT,
     STATION_WORDS,
     beats_head,
     control_rows,
@@ -62,7 +61,7 @@ def _map_table(record: PeelRecord, wide: bool) -> Table:
     table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
     table.add_column("map")
     if wide:
-        table.add_column("name", no_wrap=True)
+        table.add_column("name", max_width=24)
         table.add_column("fit", justify="right", no_wrap=True)
         table.add_column("select", justify="right", no_wrap=True)
     table.add_column("report", justify="right", no_wrap=True)
@@ -71,7 +70,7 @@ def _map_table(record: PeelRecord, wide: bool) -> Table:
     table.add_column("time", justify="right", no_wrap=True)
     for one in record.maps[:MOST_MAPS]:
         loss = shown_loss(one)
-        more = [one.name, nats(loss.fit), nats(loss.select)] if wide else []
+        more = [Text(clean(one.name)), nats(loss.fit), nats(loss.select)] if wide else []
         table.add_row(
             stations(one.stations),
             *more,
@@ -136,5 +135,4 @@ def _closing(record: PeelRecord) -> list[RenderableType]:
     if not record.complete:
         lines.append(Text(f"Stopped early: what is missing was {NOT_IN_BUDGET}.", style="bold yellow"))
     lines += [Text(f"Note: {clean(note)}") for note in record.notes]
-    lines.append(Text(CAVEAT, style="dim italic"))
     return lines

@@ -50,6 +50,7 @@ def light_head(
     traces: Mapping[str, Trace],
     *,
     targets: Targets | None = None,
+    max_steps: int = MAX_STEPS,
     keep_going: Callable[[], bool] = lambda: True,
 ) -> FittedHead | None:
     """Fit the output head on the fit tokens, stopped early on select, behind the model's own final norm.
@@ -61,6 +62,7 @@ def light_head(
         runner: of the model.
         traces: what the head is put on: their last stations are read.
         targets: other labels for the fit tokens (null control).
+        max_steps: most steps; every head of one comparison gets the same.
         keep_going: asked before each step.
 
     Returns:
@@ -87,7 +89,7 @@ def light_head(
         return out
 
     with torch.no_grad():
-        found = fit_head((fit_x, fit_y), parts["select"], logits, max_steps=MAX_STEPS, keep_going=keep_going)
+        found = fit_head((fit_x, fit_y), parts["select"], logits, max_steps=max_steps, keep_going=keep_going)
         change = found.change.to(WITNESS_DTYPE)
         tokens = {part: token_cross_entropy(x, y, logits, change.float()) for part, (x, y) in parts.items()}
     runner.work.add(runner.head_share, 3.0 * (found.steps + 1) * len(fit_y))

@@ -27,7 +27,9 @@ from peelwise.references.map_search import BEAM_WIDTH, MapSearch
 
 Start = Literal["warm", "cold"]
 
-# Parts of the budget after which no further map, head, or control is begun.
+# The part of the budget that the head control may take, and those after which no further map, head, or control
+# is begun.
+_HEAD_SHARE = 0.06
 _MAPS_SHARE, _HEADS_SHARE, _CONTROL_SHARE = 0.55, 0.75, 0.95
 _ROUNDS: dict[str, int] = {"warm": 3, "cold": 10}
 
@@ -141,7 +143,7 @@ def _stages(bench: Bench, findings: PeelFindings, search: MapSearch, settings: P
     """Run the stages in the order of what they are worth; return whether all of them ended by themselves."""
     options, weighted = settings.fit, settings.weighted
     share = 1.0 if settings.controls else _CONTROL_SHARE / _HEADS_SHARE
-    visits.fit_head_control(bench, findings)
+    visits.fit_head_control(bench, findings, share=_HEAD_SHARE)
     climber = Climber(
         bench.runner,
         {"fit": bench.fit, "select": bench.select, "report": bench.report},

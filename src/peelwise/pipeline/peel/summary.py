@@ -74,7 +74,7 @@ def conclusion(
     """Return what was found in words, and no more than that."""
     if losses.bound is None or not maps:
         return "No verdict yet: no map was visited within the budget."
-    rival = "the model, also with its head fitted again," if losses.over_head_control else "the model"
+    rival = "the model and the model with its head fitted again" if losses.over_head_control else "the model"
     over = losses.certified
     best = maps[0]
     if over is None or over.low <= 0:

@@ -14,7 +14,7 @@ from peelwise.model.runner import Runner, Trace
 from peelwise.pipeline.bench import Bench
 from peelwise.pipeline.peel.climb import BudgetEndedError, Climber, Reference, shuffled_labels, shuffled_stations
 from peelwise.pipeline.peel.fit import FitOptions
-from peelwise.pipeline.peel.heads import FittedHead, Losses, Targets, light_head, own_head_losses
+from peelwise.pipeline.peel.heads import MAX_STEPS, FittedHead, Losses, Targets, light_head, own_head_losses
 from peelwise.references.map_search import MapSearch
 from peelwise.references.maps import StationMap
 
@@ -61,6 +61,7 @@ class PeelFindings:
     head_control: FittedHead | None = None
     shuffled: Losses | None = None
     untrained: Losses | None = None
+    head_steps: int = MAX_STEPS
     notes: list[str] = field(default_factory=list)
     maps_total: int = 0
     complete: bool = False
@@ -75,12 +76,20 @@ class PeelFindings:
         return with_head or list(self.visits.values())
 
 
-def fit_head_control(bench: Bench, findings: PeelFindings) -> None:
-    """Fit the head on the model itself: what every map has to beat."""
-    with bench.clock.stage("head control"):
-        findings.head_control = light_head(bench.runner, _traces(bench))
+def fit_head_control(bench: Bench, findings: PeelFindings, *, share: float) -> None:
+    """Fit the head on the model itself, within ``share`` of the budget: what every map has to beat.
+
+    Where the time ends it early, the maps' heads get as many steps as it took and no more.
+    """
+    clock = bench.clock
+    stop = clock.elapsed + share * clock.budget
+    with clock.stage("head control"):
+        findings.head_control = light_head(bench.runner, _traces(bench), keep_going=lambda: clock.elapsed < stop)
     if findings.head_control is None:
         findings.notes.append(NO_HEAD)
+    elif clock.elapsed >= stop:
+        findings.head_steps = max(findings.head_control.steps, 1)
+        findings.notes.append(f"Every head was given {findings.head_steps} steps, what the budget allows.")
 
 
 def visit_maps(bench: Bench, findings: PeelFindings, search: MapSearch, climber: Climber, *, share: float) -> bool:
@@ -107,7 +116,7 @@ def visit_maps(bench: Bench, findings: PeelFindings, search: MapSearch, climber:
             if visit.is_model:
                 visit.head = findings.head_control
             elif every_head:
-                visit.head = light_head(bench.runner, climber.stack.traces)
+                visit.head = light_head(bench.runner, climber.stack.traces, max_steps=findings.head_steps)
             findings.visits[stations] = visit
             search.tell(stations, visit.losses.select)
     findings.maps_total = search.total
@@ -126,7 +135,7 @@ def fit_heads(bench: Bench, findings: PeelFindings, climber: Climber, *, share: 
             if clock.elapsed + spent > share * clock.budget:
                 return False
             climber.climb(visit.stations)
-            visit.head = light_head(bench.runner, climber.stack.traces)
+            visit.head = light_head(bench.runner, climber.stack.traces, max_steps=findings.head_steps)
     findings.notes.append(
         f"The vocabulary is large, so heads were fitted for the {len(ranked)} best maps only; the others are shown "
         "with the model's own head."
@@ -136,8 +145,7 @@ def fit_heads(bench: Bench, findings: PeelFindings, climber: Climber, *, share: 
 
 def shuffled_control(bench: Bench, findings: PeelFindings, options: FitOptions, *, weighted: bool) -> None:
     """Build the best map again from stations and labels of the fit tokens permuted across sequences."""
-    best = findings.best()
-    if best is None:
+    if findings.best() is None:
         return
     with bench.clock.stage("control: shuffled targets"):
         climber = Climber(
@@ -147,13 +155,12 @@ def shuffled_control(bench: Bench, findings: PeelFindings, options: FitOptions, 
             weighted=weighted,
             shuffle=shuffled_stations(bench.fit, bench.seed),
         )
-        findings.shuffled = _built(bench, climber, best, shuffled_labels(bench.fit, bench.seed))
+        findings.shuffled = _built(bench, findings, climber, shuffled_labels(bench.fit, bench.seed))
 
 
 def untrained_control(bench: Bench, findings: PeelFindings, options: FitOptions, *, weighted: bool) -> None:
     """Build the best map on the same architecture at initialisation, with its own stations."""
-    best = findings.best()
-    if best is None:
+    if findings.best() is None:
         return
     with bench.clock.stage("control: untrained"):
         fresh = fresh_copy(bench.runner.model, bench.seed)
@@ -164,7 +171,7 @@ def untrained_control(bench: Bench, findings: PeelFindings, options: FitOptions,
         runner.work = bench.runner.work
         probe = bench.probe
         traces = {part: runner.trace(getattr(probe, part)) for part in ("fit", "select", "report")}
-        findings.untrained = _built(bench, Climber(runner, traces, options, weighted=weighted), best, None)
+        findings.untrained = _built(bench, findings, Climber(runner, traces, options, weighted=weighted), None)
 
 
 def initialised_blocks(model: nn.Module, seed: int) -> tuple[Block, ...] | None:
@@ -204,12 +211,14 @@ def _visit(bench: Bench, climber: Climber, stations: StationMap, keep_going: Cal
     return Visit(stations, references, own, None, to_fit, seconds, worked)
 
 
-def _built(bench: Bench, climber: Climber, best: Visit, targets: Targets | None) -> Losses:
+def _built(bench: Bench, findings: PeelFindings, climber: Climber, targets: Targets | None) -> Losses:
     """Return what a control's construction of the best map reaches, with the same kind of head."""
+    best = findings.best()
+    assert best is not None
     total = len(best.stations)
     climber.climb(best.stations, after_block=lambda done: bench.clock.tell(done, total))
     runner, traces = climber.runner, climber.stack.traces
-    head = light_head(runner, traces, targets=targets) if best.head else None
+    head = light_head(runner, traces, targets=targets, max_steps=findings.head_steps) if best.head else None
     return head.losses if head else own_head_losses(runner, traces)
 
 
