@@ -128,8 +128,8 @@ def _map_row(axes: Axes, record: PeelRecord, one: MapRecord, place: int) -> None
     axes.plot([value], [place], "o", markerfacecolor=COLOURS[colour if one.loss else "page"], **mark)
     end = max(base - interval.low, value)
     # On a patch of the page's own colour, so that the lines of model and head control do not run through it.
-    patch = {"facecolor": COLOURS["page"], "edgecolor": "none", "pad": 1.5}
-    where = {"textcoords": "offset points", "va": "center", "fontsize": 11}
+    patch: dict[str, Any] = {"facecolor": COLOURS["page"], "edgecolor": "none", "pad": 1.5}
+    where: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 11}
     axes.annotate(nats(value), (end, place), (8, 0), bbox=patch, **where)
 
 

@@ -70,7 +70,7 @@ def _map_table(record: PeelRecord, wide: bool) -> Table:
     table.add_column("time", justify="right", no_wrap=True)
     for one in record.maps[:MOST_MAPS]:
         loss = shown_loss(one)
-        more = [Text(clean(one.name)), nats(loss.fit), nats(loss.select)] if wide else []
+        more: list[RenderableType] = [Text(clean(one.name)), nats(loss.fit), nats(loss.select)] if wide else []
         table.add_row(
             stations(one.stations),
             *more,
