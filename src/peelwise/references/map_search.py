@@ -58,8 +58,9 @@ class MapSearch:
     """Says which map to visit next.
 
     Given maps are visited as they are, sorted so that neighbours share their beginnings. Otherwise all
-    ``2^(L-1)`` maps up to six layers, the named ones first; beyond that the named families, and then, among the
-    neighbours of the ``beam_width`` best maps so far, the one that parts latest from the best.
+    ``2^(L-1)`` maps up to six layers, the named ones first; beyond that the direct map and its cheapest
+    neighbour, the other named families, and then, among the neighbours of the ``beam_width`` best maps so far,
+    the one that parts latest from the best.
 
     Args:
         layers: number of blocks ``L``.
@@ -83,8 +84,11 @@ class MapSearch:
             self.pending = sorted({checked_map(m, layers) for m in maps})
         else:
             named = named_maps(layers)
-            rest = [] if self._beam else sorted(set(all_maps(layers)) - set(named))
-            self.pending = named + rest
+            if self._beam:
+                # The cheapest of all maps comes second: it tells what a fit takes before one asks for thirty.
+                self.pending = [named[0], neighbours(named[0])[0], *named[1:]]
+            else:
+                self.pending = named + sorted(set(all_maps(layers)) - set(named))
 
     @property
     def total(self) -> int:
@@ -130,12 +134,15 @@ def redundancy_pairs(scores: dict[StationMap, float], layers: int) -> dict[int, 
         scores: select loss per visited map, all measured in the same way.
         layers: number of blocks.
     """
+
+    def rank(stations: StationMap) -> tuple[float, int, StationMap]:
+        # Ties go to the map with the most targets: of equals, the one that is closest to the model.
+        return scores[stations], -len(set(stations)), stations
+
     found = {}
     for station in range(1, layers):
         having = [m for m in scores if station in m]
         lacking = [m for m in scores if station not in m]
         if having and lacking:
-            # Ties go to the map with the most targets: the direct map comes first, as the one to compare with.
-            key = lambda m: (scores[m], -len(set(m)), m)  # noqa: E731
-            found[station] = min(having, key=key), min(lacking, key=key)
+            found[station] = min(having, key=rank), min(lacking, key=rank)
     return found
