@@ -27,10 +27,10 @@ from peelwise.references.map_search import BEAM_WIDTH, MapSearch
 
 Start = Literal["warm", "cold"]
 
-# The part of the budget that the head control may take, and those after which no further map, head, or control
-# is begun.
-_HEAD_SHARE = 0.06
-_MAPS_SHARE, _HEADS_SHARE, _CONTROL_SHARE = 0.55, 0.75, 0.95
+# The part of the budget that the head control may take; the part that maps leave to heads and controls at most;
+# those after which no further head or control is begun.
+_HEAD_SHARE, _MOST_RESERVED = 0.06, 0.45
+_HEADS_SHARE, _CONTROL_SHARE = 0.8, 0.95
 _ROUNDS: dict[str, int] = {"warm": 3, "cold": 10}
 
 
@@ -142,7 +142,7 @@ def run_peel(
 def _stages(bench: Bench, findings: PeelFindings, search: MapSearch, settings: PeelSettings) -> bool:
     """Run the stages in the order of what they are worth; return whether all of them ended by themselves."""
     options, weighted = settings.fit, settings.weighted
-    share = 1.0 if settings.controls else _CONTROL_SHARE / _HEADS_SHARE
+    heads_share = _HEADS_SHARE if settings.controls else _CONTROL_SHARE
     visits.fit_head_control(bench, findings, share=_HEAD_SHARE)
     climber = Climber(
         bench.runner,
@@ -151,8 +151,10 @@ def _stages(bench: Bench, findings: PeelFindings, search: MapSearch, settings: P
         weighted=weighted,
         fresh=_fresh(bench, settings),
     )
-    complete = visits.visit_maps(bench, findings, search, climber, share=share * _MAPS_SHARE)
-    complete &= visits.fit_heads(bench, findings, climber, share=share * _HEADS_SHARE)
+    complete = visits.visit_maps(
+        bench, findings, search, climber, controls=settings.controls, most_reserved=_MOST_RESERVED
+    )
+    complete &= visits.fit_heads(bench, findings, climber, share=heads_share)
     if settings.controls and findings.visits:
         complete &= _controls(bench, findings, options, weighted=weighted)
     if not complete:

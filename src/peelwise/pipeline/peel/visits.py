@@ -92,24 +92,36 @@ def fit_head_control(bench: Bench, findings: PeelFindings, *, share: float) -> N
         findings.notes.append(f"Every head was given {findings.head_steps} steps, what the budget allows.")
 
 
-def visit_maps(bench: Bench, findings: PeelFindings, search: MapSearch, climber: Climber, *, share: float) -> bool:
-    """Visit map after map until none is left or ``share`` of the budget is used.
+def visit_maps(
+    bench: Bench, findings: PeelFindings, search: MapSearch, climber: Climber, *, controls: bool, most_reserved: float
+) -> bool:
+    """Visit map after map until none is left or the rest of the budget is needed for heads and controls.
+
+    Args:
+        bench: model and traces.
+        findings: ``visits`` is filled.
+        search: says which map is next.
+        climber: builds the stacks.
+        controls: whether time for them is kept.
+        most_reserved: part of the budget that is kept at most, so that maps always get their turn.
 
     Returns whether the search ended by itself: no map that it wanted to visit was out of reach.
     """
     clock, pace = bench.clock, Pace()
     every_head = fits_every_head(bench.runner) and findings.head_control is not None
-    stop = share * clock.budget
+
+    def stop() -> float:
+        return clock.budget - min(_reserve(bench, pace, controls=controls), most_reserved * clock.budget)
 
     def affordable(stations: StationMap) -> bool:
-        return clock.elapsed + pace.seconds(climber.to_fit(stations)) < stop
+        return clock.elapsed + pace.seconds(climber.to_fit(stations)) < stop()
 
     with clock.stage("peel maps"):
         while (stations := search.following(affordable)) is not None:
             clock.tell(len(findings.visits), search.total)
             findings.maps_total = search.total
             try:
-                visit = _visit(bench, climber, stations, lambda: clock.elapsed < stop, pace)
+                visit = _visit(bench, climber, stations, lambda: clock.elapsed < stop(), pace)
             except BudgetEndedError:
                 findings.notes.append(f"The budget ended inside map {list(stations)}; a larger one finishes it.")
                 return False
@@ -183,6 +195,14 @@ def initialised_blocks(model: nn.Module, seed: int) -> tuple[Block, ...] | None:
 def fits_every_head(runner: Runner) -> bool:
     """Whether the head is small enough to be fitted on every map's stack."""
     return runner.head_share < _LARGE_HEAD
+
+
+def _reserve(bench: Bench, pace: Pace, *, controls: bool) -> float:
+    """Estimate the seconds that heads and controls will take; a control fits every block of a map anew."""
+    head, _ = bench.clock.stages["head control"]
+    opening, _ = bench.clock.stages["losses of the model as it stands"]
+    heads = 0.0 if fits_every_head(bench.runner) else HEADS_OF_LARGE * head
+    return heads + (2 * (pace.seconds(len(bench.runner.blocks)) + head) + opening if controls else 0.0)
 
 
 class Pace:
