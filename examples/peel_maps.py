@@ -84,7 +84,7 @@ def draw_curves(records: dict[int, PeelRecord], path: Path) -> None:
     bottom.axhline(0, color="C2", linestyle="--", linewidth=1.2, label="model, head fitted again")
     bottom.set_xticks(places, [str(step) for step in records])
     bottom.set_yscale("symlog", linthresh=0.1)
-    bottom.set(xlabel="training step", ylabel="gain over it, nats per token, 95 % paired")
+    bottom.set(xlabel="training step", ylabel="gain over the head control, 95 % paired")
     bottom.legend(fontsize=8, loc="lower left")
     save(figure, top, path)
 
