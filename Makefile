@@ -27,7 +27,7 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.torch
 	@touch $@
 
 demo: $(VENV)/.demo
-	$(BIN)/peelwise audit smollm2 --budget 8m --out out/demo --force
+	$(BIN)/peelwise audit smollm2 --tokens 5120 --budget 510s --out out/demo --force
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

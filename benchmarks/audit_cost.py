@@ -18,8 +18,9 @@ from common import interleaved, median_ratio, write
 from peelwise.model.checkpoints import open_model
 from peelwise.model.guard import untouched
 from peelwise.model.layers import find_blocks
-from peelwise.model.runner import Runner
-from peelwise.pipeline.sweep import block_moments
+from peelwise.model.runner import Runner, Trace
+from peelwise.pipeline.refine import take_round, unrefined
+from peelwise.pipeline.sweep import block_moments, sweep
 from peelwise.probes import Probe, Split
 from peelwise.texts import reference_prose
 
@@ -40,7 +41,7 @@ def statistics_pass(model: torch.nn.Module, split: Split, *, with_F: bool) -> No
     with untouched(model):
         runner = Runner(model, find_blocks(model))
         trace = runner.trace(split)
-        above = runner.tail_gradients(trace)
+        above = [runner.tail_gradients(trace)]
         for block in reversed(runner.blocks):
             _, above = block_moments(runner, block, trace, above, keep=True, with_F=with_F)
 
@@ -67,6 +68,44 @@ def pass_ratios(source: str, tokens: int, repetitions: int) -> dict[str, object]
         "ratio_S_C_F": median_ratio(times, "with S, C, F", "bare"),
         "median_seconds": {name: statistics.median(t) for name, t in times.items()},
     }
+
+
+def bare_from(runner: Runner, index: int, trace: Trace) -> None:
+    """Forward and backward from the cached input of one block, as training that block alone would."""
+    weights = [m.module.weight for m in runner.blocks[index].linears]
+    for batch in trace.batches:
+        hidden = batch.stations[index]
+        for block in runner.blocks[index:]:
+            hidden = runner.run_block(block, hidden, batch)
+        logits = runner.logits(batch, hidden)
+        loss = F.cross_entropy(logits[batch.weights], batch.targets[batch.weights], reduction="sum")
+        torch.autograd.grad(loss, weights)
+
+
+def block_round(runner: Runner, index: int, fit: Trace, select: Trace) -> None:
+    """One round of one block: sums from the top down to it, both directions, and the search for the step."""
+    (proposals,) = sweep(runner, fit, select, only=[index])
+    take_round(runner, select, unrefined(select, index), proposals, output_changes={})
+
+
+def round_ratios(source: str, tokens: int, repetitions: int) -> list[dict[str, object]]:
+    """Ratios of one round of a block to a bare forward and backward from that block on the same fit tokens."""
+    opened = open_model(source, dtype="float32", device="cpu")
+    probe = Probe.from_text(reference_prose(), opened.tokenizer, tokens=2 * tokens)
+    opened.model.requires_grad_(False)
+    blocks, rows = find_blocks(opened.model), []
+    for index in (0, len(blocks) // 2, len(blocks) - 1):
+        weights = [m.module.weight.requires_grad_(True) for m in blocks[index].linears]
+        runner = Runner(opened.model, blocks)
+        fit, select = runner.trace(probe.fit), runner.trace(probe.select)
+        times = interleaved(
+            {"bare": partial(bare_from, runner, index, fit), "round": partial(block_round, runner, index, fit, select)},
+            repetitions,
+        )
+        for weight in weights:
+            weight.requires_grad_(False)
+        rows.append({"model": opened.name, "block": index, "ratio": median_ratio(times, "round", "bare")})
+    return rows
 
 
 def anytime_curve(budgets: list[float]) -> list[dict[str, object]]:
@@ -123,6 +162,10 @@ def main() -> None:
             "statistics_pass": [
                 pass_ratios("smollm2", arguments.tokens, arguments.repetitions),
                 pass_ratios(str(SMALL), 8 * arguments.tokens, arguments.repetitions),
+            ],
+            "block_round": [
+                *round_ratios("smollm2", arguments.tokens, arguments.repetitions),
+                *round_ratios(str(SMALL), 8 * arguments.tokens, arguments.repetitions),
             ],
             "anytime_small_gpt": anytime_curve(arguments.budgets),
             "peak_bytes_smollm2": peak_memory(3200),

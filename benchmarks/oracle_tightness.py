@@ -23,6 +23,9 @@ from peelwise.texts import reference_prose
 STAGES = sorted((Path(__file__).parents[1] / "examples/small_gpt/checkpoints").glob("step-*"))
 
 
+RATES = (3e-4, 1e-3)
+
+
 def loss_on(model: torch.nn.Module, split: Split) -> float:
     """Return the loss in nats per token."""
     with torch.no_grad():
@@ -30,8 +33,11 @@ def loss_on(model: torch.nn.Module, split: Split) -> float:
     return float(F.cross_entropy(logits.flatten(0, 1), split.targets.flatten()))
 
 
-def oracle(model: torch.nn.Module, index: int, probe: Probe, *, rate: float, patience: int) -> tuple[float, int]:
-    """Train one block alone until select has not improved for ``patience`` epochs; return (gain on report, epochs)."""
+def oracle(model: torch.nn.Module, index: int, probe: Probe, *, rate: float, patience: int) -> tuple[float, float, int]:
+    """Train one block alone until select has not improved for ``patience`` epochs.
+
+    Returns (loss on select, gain on report, epochs); the rate is then chosen by the first, like everything else.
+    """
     trained = copy.deepcopy(model).requires_grad_(False)
     block = find_blocks(trained)[index]
     weights = [m.module.weight.requires_grad_(True) for m in block.linears]
@@ -52,7 +58,7 @@ def oracle(model: torch.nn.Module, index: int, probe: Probe, *, rate: float, pat
     with torch.no_grad():
         for weight, kept in zip(weights, best_weights, strict=True):
             weight.copy_(kept)
-    return loss_on(model, probe.report) - loss_on(trained, probe.report), epochs
+    return best, loss_on(model, probe.report) - loss_on(trained, probe.report), epochs
 
 
 def compare(stage: Path, tokens: int) -> dict[str, object]:
@@ -61,16 +67,17 @@ def compare(stage: Path, tokens: int) -> dict[str, object]:
     probe = Probe.from_text(reference_prose(), opened.tokenizer, tokens=tokens, in_distribution=True)
     report = peelwise.audit(opened.model, probe, budget=600, controls=False, joint_rounds=1)
     found = [b.recoverable_nats.mean if b.recoverable_nats else 0.0 for b in report.record.blocks]
-    oracles = [
-        max(oracle(opened.model, i, probe, rate=rate, patience=3) for rate in (3e-4, 1e-3)) for i in range(len(found))
-    ]
-    gains = [gain for gain, _ in oracles]
+    oracles = [min(oracle(opened.model, i, probe, rate=rate, patience=3) for rate in RATES) for i in range(len(found))]
+    gains = [gain for _, gain, _ in oracles]
     return {
         "stage": stage.name,
         "fit_tokens": probe.fit.tokens,
+        "reference_complete": report.record.complete,
+        "reference_rounds": [b.rounds for b in report.record.blocks],
+        "reference_forward_equivalents": report.record.cost.forward_equivalents,
         "reference_nats": found,
         "oracle_nats": gains,
-        "oracle_epochs": [epochs for _, epochs in oracles],
+        "oracle_epochs": [epochs for _, _, epochs in oracles],
         "share_of_oracle": statistics.median(f / g for f, g in zip(found, gains, strict=True) if g > 0),
         "rank_correlation": float(spearmanr(found, gains).statistic),
     }

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from peelwise.model.chain import Chain, read_chain
-from peelwise.pipeline.yes import yes_bounds
-from peelwise.pipeline.yes_samples import checked_samples
-from peelwise.pipeline.yes_streamed import StreamedStacks, StreamOptions
+from peelwise.pipeline.yes.bounds import yes_bounds
+from peelwise.pipeline.yes.samples import checked_samples
+from peelwise.pipeline.yes.streamed import StreamedStacks, StreamOptions
 from peelwise.references.least_squares import DAMPINGS
 from peelwise.references.maps import MapPlan
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "pipeline"))
+sys.path.insert(0, str(ROOT / "tests"))
 from yes_reference import yes_reference  # noqa: E402
 
 Row = dict[str, Any]

@@ -98,9 +98,9 @@ def slow_moments(model: nn.Module, rows: list[list[int]]) -> dict[str, Moments]:
 
 def swept_moments(runner: Runner, trace: Trace) -> dict[str, Moments]:
     """Return the sums of every map as the sweep adds them up, from the top block down."""
-    above, found = runner.tail_gradients(trace), {}
+    above, found = [runner.tail_gradients(trace)], {}
     for block in reversed(runner.blocks):
-        moments, above = block_moments(runner, block, trace, above, keep=True, with_F=True)
+        (moments,), above = block_moments(runner, block, trace, above, keep=True, with_F=True)
         found.update({linear.name: value for linear, value in moments.items()})
     return found
 

@@ -182,6 +182,8 @@ BROKEN = {
     "no loss": (json.dumps(without("loss")), "loss: Field required"),
     "a word for a number": (RECORDS["whole"].to_json().replace("2.8741", '"low"'), r"loss\.current"),
     "not a number": (RECORDS["whole"].to_json().replace("2.8741", "NaN"), r"loss\.current"),
+    "no schema": (json.dumps(without("schema")), "does not say which schema"),
+    "schema zero": (json.dumps(with_schema(0)), "has schema 0; this version reads up to 1"),
     "schema in words": (json.dumps(with_schema("one")), "schema"),
     "newer": (json.dumps(with_schema(SCHEMA_VERSION + 1)), "reads up to 1. Update peelwise"),
     "newer and different": (

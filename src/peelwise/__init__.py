@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peelwise.api import AuditReport, apply, audit, verify
     from peelwise.api_peel import PeelReport, peel
-    from peelwise.pipeline.yes import YesMonitor, yes_bounds
-    from peelwise.pipeline.yes_result import YesBounds
+    from peelwise.pipeline.yes.bounds import YesMonitor, yes_bounds
+    from peelwise.pipeline.yes.result import YesBounds
     from peelwise.probes import Probe
 
 __all__ = [
@@ -28,7 +28,12 @@ __all__ = [
 ]
 
 _YES = "peelwise.pipeline.yes"
-_HOME = {"Probe": "peelwise.probes", "YesBounds": f"{_YES}_result", "YesMonitor": _YES, "yes_bounds": _YES}
+_HOME = {
+    "Probe": "peelwise.probes",
+    "YesBounds": f"{_YES}.result",
+    "YesMonitor": f"{_YES}.bounds",
+    "yes_bounds": f"{_YES}.bounds",
+}
 _HOME |= dict.fromkeys(("PeelReport", "peel"), "peelwise.api_peel")
 
 

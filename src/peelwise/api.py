@@ -223,7 +223,7 @@ def apply(folder: str | Path, model: str | Path | None, out: str | Path, *, forc
         again = open_model(temporary, dtype=certificate.record.model.dtype, with_tokenizer=False)
         loss = certificates.report_loss(again.model, certificate)
         certified = certificate.record.loss.composed
-        tolerance = certificates.tolerance_of(certificate.record)
+        tolerance = certificates.tolerance_of(again.model)
         if certified is None or abs(loss - certified) > tolerance:
             raise CertificateError(
                 f"The merged model has loss {loss:.5f} on report, certified is {certified}: not written. "

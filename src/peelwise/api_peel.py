@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from peelwise.api import Report, frame, parse_seconds
+from peelwise.errors import MapError
 from peelwise.model.checkpoints import open_model
 from peelwise.peel_records import PeelRecord
 from peelwise.pipeline.clock import Watcher
 from peelwise.pipeline.peel.run import PeelSettings, Start, run_peel
 from peelwise.probes import Probe
-from peelwise.references.maps import MapError, StationMap
+from peelwise.references.maps import StationMap
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -195,7 +195,7 @@ def verify(
 ) -> None:
     """Recompute the losses that the certificate in DIR claims: holds, does not hold, or not the same model or data.
 
-    Exit code 0 if it holds, 1 if not.
+    Prints what was rechecked and what was not. Exit code 0 if it holds, 1 if not.
     """
     from peelwise import api
 
@@ -207,12 +207,11 @@ def verify(
         console.print(f"  {check.name:<34} certified {check.recorded:+.6f}   found {check.found:+.6f}   {mark}")
     style = "bold green" if result.holds else "bold red"
     console.print(f"[{style}]{result.status}[/]: {escape(result.reason)}", soft_wrap=True)
-    if result.holds:
-        extent = "every number of every block" if full else "the model's and the composed loss; --full rechecks blocks"
-        if any(check.name == "loss.bound" for check in result.checks):
-            extent = "the losses of the model, of its head control and of the best map"
-        console.print(f"Checked: {extent}. Tolerance {result.tolerance:g} nats per token.")
-    else:
+    if result.rechecked:
+        for words, what in (("Rechecked", result.rechecked), ("Not rechecked", result.not_rechecked)):
+            console.print(f"{words}: {'; '.join(what)}.", soft_wrap=True)
+        console.print(f"Tolerance: {result.tolerance:g} nats per token.")
+    if not result.holds:
         raise typer.Exit(1)
 
 

@@ -43,6 +43,14 @@ class TooFewSamplesError(PeelwiseError):
     """A statistic was asked for on fewer samples than it needs."""
 
 
+class OptionError(PeelwiseError, ValueError):
+    """An option has a value that is not allowed, or that does not go with the others."""
+
+
+class MapError(PeelwiseError, ValueError):
+    """A station map has the wrong length, decreases, or points backwards."""
+
+
 class PeelwiseWarning(UserWarning):
     """Base of all warnings; the result stays valid."""
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import ValidationError
 
 from peelwise.errors import CertificateError
 from peelwise.peel_records import PeelRecord
 from peelwise.records import SCHEMA_VERSION, AuditRecord
 
 RECORD_FILE = "certificate.json"
-
-
 _KINDS: dict[str, type[AuditRecord] | type[PeelRecord]] = {"audit": AuditRecord, "peel": PeelRecord}
 
 
@@ -32,21 +31,14 @@ def read_any_record(folder: Path) -> AuditRecord | PeelRecord:
     """Read ``certificate.json``, whatever was measured.
 
     Raises:
-        CertificateError: If it is missing, no JSON, of a newer schema or an unknown kind, or lacks something.
+        CertificateError: If it is missing, no JSON, of no or a newer schema, of an unknown kind, or lacks something.
     """
     path = folder / RECORD_FILE
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CertificateError(f"No certificate at {path}: {getattr(error, 'strerror', error)}.") from error
-    schema, kind = _claim(text)
-    # Asked first: a newer certificate may well lack what this version expects, and then that is the reason.
-    if schema > SCHEMA_VERSION:
-        raise CertificateError(
-            f"{path} has schema {schema}; this version reads up to {SCHEMA_VERSION}. Update peelwise."
-        )
-    if kind not in _KINDS:
-        raise CertificateError(f"{path} is of kind {kind!r}; this version reads {', '.join(_KINDS)}. Update peelwise.")
+    kind = _checked_kind(path, text)
     try:
         return _KINDS[kind].model_validate_json(text)
     except ValidationError as error:
@@ -55,15 +47,27 @@ def read_any_record(folder: Path) -> AuditRecord | PeelRecord:
         raise CertificateError(f"{path} is not a valid certificate: {where}: {first['msg']}.") from error
 
 
-def _claim(text: str) -> tuple[int, str]:
-    """Return schema and kind that the text claims, 0 and audit where it claims none; validation finds the rest."""
+def _checked_kind(path: Path, text: str) -> str:
+    """Return the kind of a record, refusing one of no schema or of one that is not known.
+
+    Asked first: a newer certificate may well lack what this version expects, and then that is the reason. What
+    else is wrong, validation as an audit finds.
+    """
     try:
-        claim = _Claim.model_validate_json(text)
-    except ValidationError:
-        return 0, "audit"
-    return claim.claimed, claim.kind
-
-
-class _Claim(BaseModel):
-    claimed: int = Field(default=0, alias="schema")
-    kind: str = "audit"
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return "audit"
+    if not isinstance(content, dict):
+        return "audit"
+    if "schema" not in content:
+        raise CertificateError(
+            f"{path} does not say which schema it follows, so its numbers cannot be read safely. "
+            f'Expected "schema": {SCHEMA_VERSION}. Use the file as it was written.'
+        )
+    schema, kind = content["schema"], content.get("kind", "audit")
+    if type(schema) is int and not 1 <= schema <= SCHEMA_VERSION:
+        remedy = "Update peelwise." if schema > SCHEMA_VERSION else "Use the file as it was written."
+        raise CertificateError(f"{path} has schema {schema}; this version reads up to {SCHEMA_VERSION}. {remedy}")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise CertificateError(f"{path} is of kind {kind!r}; this version reads {', '.join(_KINDS)}. Update peelwise.")
+    return kind

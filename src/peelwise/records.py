@@ -24,14 +24,19 @@ class Record(BaseModel):
 
 
 class Interval(Record):
-    """A mean of paired differences with its 95 % interval, in nats per token."""
+    """A mean of paired differences with its 95 % interval, in the units of the differences.
+
+    An audit pairs by sequence (nats per token), a YES bound by sample (its loss); ``sequences`` is how many of
+    these units there are. ``skewness`` is that of their residuals as far as the interval allows for it.
+    """
 
     mean: float
     low: float
     high: float
     standard_error: float
     sequences: int
-    method: Literal["student-t", "bootstrap-t"]
+    skewness: float = 0.0
+    method: Literal["student-t", "skewness-corrected-t"]
 
 
 class MatrixRecord(Record):

@@ -65,7 +65,9 @@ def test_gradient_at_the_embedding_equals_autograd(name):
     trace = runner.trace(split)
     above = runner.tail_gradients(trace)
     for block in reversed(runner.blocks):
-        above = [runner.block_gradients(block, batch, g)[0] for batch, g in zip(trace.batches, above, strict=True)]
+        above = [
+            runner.block_gradients(block, batch, [g])[1][0][0] for batch, g in zip(trace.batches, above, strict=True)
+        ]
     embedding: list[torch.Tensor] = []
 
     def keep(module, args):

@@ -22,9 +22,11 @@ from peelwise.pipeline.certificate import (
     merged_model,
     read_certificate,
     report_loss,
+    tolerance_of,
     verify_certificate,
     write_certificate,
 )
+from peelwise.pipeline.derived import conclusion
 from peelwise.recordfile import RECORD_FILE
 from peelwise.records import AuditRecord
 from zoo import ZOO
@@ -121,17 +123,96 @@ def test_a_changed_number_breaks_the_seal(path, folder, model):
     assert "changed after it was written" in result.reason
 
 
-@pytest.mark.parametrize("path", NUMBERS)
-def test_a_changed_number_under_a_new_seal_is_found_by_recomputing(path, folder, model):
-    colours = {block.verdict for block in read_certificate(folder).record.blocks}
-    assert "green" not in colours  # or the forged colour would be no forgery
-    edited(folder, path, NUMBERS[path], reseal=True)
-    result = verify_certificate(folder, model, full=True)
+WORDS = {  # beside the numbers: what is derived from them, and what stands beside them
+    "conclusion": "all is well",
+    "informative": False,
+    "loss.shuffled": 0.001,
+    "loss.untrained": 0.001,
+    "loss.untrained_start": -0.001,
+    "loss.head_control": 0.001,
+    "loss.shuffled_gain.high": -0.001,
+    "loss.composed_gain.standard_error": 0.001,
+    "loss.composed_gain.skewness": 0.1,
+    "loss.composed_gain.sequences": 100,
+    "head.recoverable_nats.mean": 0.001,
+    "head.relaxed": 1.0,
+    "rounds.0.select_after": 0.001,
+    "rounds.1.select_after": 1.0,
+    "blocks.2.reason": "nothing above the margin found",
+    "blocks.2.interaction": None,  # the other way round
+    "blocks.2.index": 3,
+    "blocks.2.tokens_needed": 1_000_000,
+    "probe.report_tokens": 10_000,
+    "probe.in_distribution": False,
+    "model.parameters": 1,
+    "model.dtype": "bfloat16",
+}
+
+
+@pytest.mark.parametrize("path", [*NUMBERS, *WORDS])
+def test_a_record_that_contradicts_itself_is_found_without_a_pass(path, folder, model):
+    record = read_certificate(folder).record
+    assert "green" not in {block.verdict for block in record.blocks}  # or the forged colour would be no forgery
+    forged = {**NUMBERS, **WORDS}[path]
+    edited(folder, path, not record.blocks[2].interaction if forged is None else forged, reseal=True)
+    result = verify_certificate(folder, model)
     assert result.status == "does not hold"
-    named = {"blocks.2.verdict": "green was certified", "margin_nats": "was certified"}
-    words = path.replace("blocks.", "model.layers.").replace("_nats", "").replace(".recov", " recov")
-    assert named.get(path, words.replace(".unique", " unique")) in result.reason
-    assert verify_certificate(folder, model).holds == (not path.startswith("loss"))  # what the quick check covers
+    assert not result.checks
+    assert "changed after it was written" not in result.reason
+
+
+def moved(interval, by):
+    return interval.model_copy(update={part: getattr(interval, part) + by for part in ("mean", "low", "high")})
+
+
+def with_composed(record, by):
+    loss = record.loss
+    update = {"composed": loss.composed - by, "composed_gain": moved(loss.composed_gain, by)}
+    return record.model_copy(update={"loss": loss.model_copy(update=update)})
+
+
+def with_block(record, by, part):
+    block = record.blocks[3]
+    block = block.model_copy(update={part: moved(getattr(block, part), by)})
+    return record.model_copy(update={"blocks": (*record.blocks[:3], block, *record.blocks[4:])})
+
+
+def with_shuffled(record, by):
+    loss = record.loss
+    update = {"shuffled": loss.shuffled - by, "shuffled_gain": moved(loss.shuffled_gain, by)}
+    return record.model_copy(update={"loss": loss.model_copy(update=update)})
+
+
+@pytest.mark.parametrize(
+    ("forge", "quick", "full"),
+    [
+        (with_composed, "loss.composed:", "loss.composed:"),
+        (lambda r, by: with_block(r, by, "recoverable_nats"), "holds", "layers.3 recoverable.mean:"),
+        (lambda r, by: with_block(r, by, "unique_nats"), "holds", "layers.3 unique.mean:"),
+        (with_shuffled, "holds", "holds"),
+    ],
+    ids=["composed", "alone", "unique", "a control, which is not rechecked"],
+)
+def test_a_record_forged_without_contradiction_is_found_by_recomputing(forge, quick, full, folder, model):
+    record = forge(read_certificate(folder).record, 0.001)
+    blocks = record.blocks
+    record = record.model_copy(
+        update={"conclusion": conclusion(blocks, record.loss.composed_gain, record.margin_nats)}
+    ).sealed()
+    (folder / RECORD_FILE).write_text(record.to_json())
+    for whole, found in ((False, quick), (True, full)):
+        result = verify_certificate(folder, model, full=whole)
+        assert result.holds == (found == "holds")
+        assert result.holds or found in result.reason
+        assert any("controls" in words for words in result.not_rechecked)
+        assert any("every block's" in words for words in (result.rechecked if whole else result.not_rechecked))
+
+
+def test_the_tolerance_follows_from_the_model_and_not_from_the_record(folder, model):
+    assert tolerance_of(model) == verify_certificate(folder, model).tolerance == 3e-4
+    assert tolerance_of(copy.deepcopy(model).bfloat16()) == 5e-3
+    edited(folder, "model.dtype", "bfloat16", reseal=True)
+    assert "model.dtype: bfloat16 was certified, float32 was found" in verify_certificate(folder, model).reason
 
 
 def test_sealing_an_unchanged_record_again_still_holds(folder, model):
@@ -204,7 +285,9 @@ def test_missing_and_cut_files_are_named(name, harm, folder):
         read_certificate(folder)
 
 
-@pytest.mark.parametrize(("path", "value", "words"), [("schema", 2, "schema 2"), ("loss", None, "loss")])
+@pytest.mark.parametrize(
+    ("path", "value", "words"), [("schema", 2, "schema 2"), ("schema", 0, "schema 0"), ("loss", None, "loss")]
+)
 def test_records_this_version_cannot_read(path, value, words, folder):
     edited(folder, path, value, reseal=False)
     with pytest.raises(CertificateError, match=words):

@@ -13,6 +13,7 @@ from peelwise.pipeline.bench import Bench
 from peelwise.pipeline.clock import Clock
 from peelwise.pipeline.controls import head_reference, permuted_targets, shuffled_control, untrained_control
 from peelwise.pipeline.findings import Findings
+from peelwise.pipeline.stages import first_sweep
 from peelwise.probes import Probe
 from plain_gpt import PlainGPT
 from zoo import VOCABULARY, ZOO, sample_ids
@@ -77,6 +78,7 @@ def test_model_that_cannot_be_initialised_again_leaves_a_note():
 def test_controls_start_where_they_should():
     bench, findings = bench_of(ZOO["plain"]()), Findings()
     with untouched(bench.runner.model):
+        first_sweep(bench, findings, null=permuted_targets(bench.fit, bench.seed))
         shuffled_control(bench, findings)
         untrained_control(bench, findings)
     assert findings.shuffled.start == bench.report.mean

@@ -58,7 +58,7 @@ def test_streamed_equals_whole(name):
 def swept():
     runner, probe = runner_of(ZOO["llama"]()), tiny_probe()
     fit, select = runner.trace(probe.fit), runner.trace(probe.select)
-    return runner, fit, select, sweep(runner, fit, select)
+    return runner, fit, select, sweep(runner, fit, select)[0]
 
 
 def test_every_map_gets_both_directions(swept):
@@ -89,7 +89,7 @@ def test_free_statistics_are_those_of_their_definition(swept):
 def test_only_some_blocks(swept):
     runner, fit, select, whole = swept
     seen: list[int] = []
-    found = sweep(runner, fit, select, only=[1], directions=["input-whitened"], after_block=seen.append)
+    (found,) = sweep(runner, fit, select, only=[1], directions=["input-whitened"], after_block=seen.append)
     assert list(found) == [1]
     assert seen == [1, 2]  # the lowest block is not reached
     assert found[1].energy == whole[1].energy
@@ -110,15 +110,18 @@ def test_a_small_step_along_the_proposal_lowers_the_fit_loss_by_its_slope(swept)
 
 def test_other_targets_give_other_directions(swept):
     runner, fit, select, whole = swept
-    found = sweep(runner, fit, select, targets=lambda batch, position: batch.targets.flip(0))
-    assert found[0].energy != pytest.approx(whole[0].energy, rel=1e-3)
+    same, other = sweep(runner, fit, select, targets=[None, lambda batch, position: batch.targets.flip(0)])
+    assert other[0].energy != pytest.approx(whole[0].energy, rel=1e-3)
+    assert same[0].energy == whole[0].energy
+    (alone,) = sweep(runner, fit, select, targets=[lambda batch, position: batch.targets.flip(0)])
+    assert alone[0].energy == other[0].energy
 
 
 def test_too_few_tokens_are_named_and_give_finite_proposals():
     runner = runner_of(ZOO["llama"]())
     trace = runner.trace(split_of(ragged_rows()[:2]))  # 21 tokens for 48 and 80 inputs
     with pytest.warns(IllConditionedWarning, match=r"layers\.\d\.\S+: 21 fit tokens for (48|80) inputs") as caught:
-        found = sweep(runner, trace, trace)
+        (found,) = sweep(runner, trace, trace)
     assert len(caught) == 4 * len(runner.blocks)  # once for each input that maps share
     for block in found.values():
         assert all(p.change.isfinite().all() for changes in block.changes.values() for p in changes.values())

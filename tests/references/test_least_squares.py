@@ -5,14 +5,13 @@ import torch
 
 from peelwise.errors import TooFewSamplesError
 from peelwise.references.least_squares import Ridge, choose, shaped, squared_error
-from peelwise.stats.moments import RegressionAccumulator, RegressionSums
-from peelwise.stats.solve import Projector, symmetric_product
+from peelwise.stats.gram import RegressionSum, RegressionSums
 
 
 def _sums(x: torch.Tensor, y: torch.Tensor, pieces: int = 1) -> RegressionSums:
-    total = RegressionAccumulator(x.shape[1], y.shape[1])
+    total = RegressionSum()
     for a, b in zip(x.chunk(pieces), y.chunk(pieces), strict=True):
-        part = RegressionAccumulator(x.shape[1], y.shape[1])
+        part = RegressionSum()
         part.update(a, b)
         total.merge(part)
     return total.sums()
@@ -82,37 +81,3 @@ def test_shaped_layers_have_the_width_and_keep_the_best_readout(width: int) -> N
     values = torch.linalg.svdvals(fitted)
     # Eckart and Young: no layer of this width leaves less of the fitted values.
     torch.testing.assert_close(rest.norm(), values[width:].norm(), rtol=1e-7, atol=1e-7)
-
-
-def _designs() -> dict[str, torch.Tensor]:
-    torch.manual_seed(2)
-    plain = torch.rand(300, 20, dtype=torch.float64)
-    low = plain[:, :5] @ torch.randn(5, 20, dtype=torch.float64)
-    dead = plain.clone()
-    dead[:, ::3] = 0
-    stretched = plain * torch.logspace(0, -10, 20, dtype=torch.float64)
-    nearly = plain.clone()
-    nearly[:, 3] = nearly[:, 4] + 1e-5 * torch.randn(300, dtype=torch.float64)
-    return {
-        "normal": plain,
-        "svd": low,
-        "dead": dead,
-        "stretched": stretched,
-        "normal+correction": nearly,
-        "zero": torch.zeros(300, 4, dtype=torch.float64),
-    }
-
-
-@pytest.mark.parametrize("name", list(_designs()))
-def test_projector_has_the_semantics_of_a_pseudo_inverse(name: str) -> None:
-    design, targets = _designs()[name], torch.rand(300, 6, dtype=torch.float64)
-    projector = Projector(design)
-    expected = design @ (torch.linalg.pinv(design) @ targets)
-    torch.testing.assert_close(projector.fit(targets), expected, rtol=1e-9, atol=1e-9)
-    if name in ("normal", "svd", "normal+correction"):
-        assert projector.method == name
-
-
-def test_symmetric_product_is_the_plain_one() -> None:
-    x = torch.randn(50, 300, dtype=torch.float64)
-    torch.testing.assert_close(symmetric_product(x), x.T @ x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from peelwise.errors import MapError
 from peelwise.references.map_search import (
     ALL_MAPS_UP_TO,
     MapSearch,
@@ -14,7 +15,7 @@ from peelwise.references.map_search import (
     redundancy_pairs,
     shared_prefix,
 )
-from peelwise.references.maps import MapError, all_maps, checked_map, subset_of_map
+from peelwise.references.maps import all_maps, checked_map, subset_of_map
 
 
 def everything(search, score=lambda m: 0.0, affordable=lambda m: True, most=10_000):

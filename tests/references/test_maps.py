@@ -4,8 +4,8 @@ from itertools import pairwise, product
 
 import pytest
 
+from peelwise.errors import MapError
 from peelwise.references.maps import (
-    MapError,
     MapPlan,
     all_maps,
     beam,

@@ -37,7 +37,8 @@ def calibration(D, select, metric):
 
 
 def explained_energy(part, damping):
-    return InputWhitened(part.S, part.S).energy(part.C, damping)
+    reference = InputWhitened(part.S, part.S)
+    return reference.energy(reference.rotate(part.C), damping)
 
 
 def one_sided(fit, damping):

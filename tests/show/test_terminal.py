@@ -101,7 +101,7 @@ def test_nats(value: float | None, text: str) -> None:
 
 
 def test_plus_minus_gives_the_larger_half_of_a_lopsided_interval() -> None:
-    lopsided = Interval(mean=0.03, low=0.02, high=0.07, standard_error=0.01, sequences=9, method="bootstrap-t")
+    lopsided = Interval(mean=0.03, low=0.02, high=0.07, standard_error=0.01, sequences=9, method="skewness-corrected-t")
     assert words.plus_minus(lopsided) == "+0.0300 ±0.0400"
     assert words.bracket(lopsided) == "[+0.0200, +0.0700]"
 

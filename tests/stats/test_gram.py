@@ -3,7 +3,7 @@ import torch
 from torch.testing import assert_close
 
 from peelwise.errors import TooFewSamplesError
-from peelwise.stats.gram import CrossSum, GramSum, symmetric_product, with_ones
+from peelwise.stats.gram import CrossSum, GramSum, RegressionSum, symmetric_product, with_ones
 from planted import normal
 
 CUTS = {"whole": [40], "two batches": [25, 15], "one row each": [1] * 40, "with an empty batch": [0, 40, 0]}
@@ -83,7 +83,7 @@ def test_half_precision_inputs_are_multiplied_in_float32(dtype):
     assert float(torch.linalg.eigvalsh(in_half)[0]) < -100 * rounding
 
 
-@pytest.mark.parametrize("width", [1, 5, 511, 512, 513, 1025])
+@pytest.mark.parametrize("width", [1, 5, 127, 128, 129, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_symmetric_product_is_the_whole_product_and_symmetric_to_the_bit(width, dtype):
     x = normal(300, width, dtype=dtype)
@@ -103,6 +103,44 @@ def test_a_column_of_ones_carries_sums_and_count():
     assert_close(gram.mean()[4, :4], x.mean(0))
     assert float(gram.mean()[4, 4]) == 1
     assert with_ones(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("sizes", CUTS.values(), ids=CUTS)
+def test_streamed_and_merged_regression_sums_are_the_whole(sizes):
+    x, y = normal(40, 7) + 1, normal(40, 5, seed=1) - 2
+    streamed, merged = RegressionSum(), RegressionSum()
+    for rows, targets in zip(x.split(sizes), y.split(sizes), strict=True):
+        part = RegressionSum()
+        part.update(rows, targets)
+        streamed.update(rows, targets)
+        merged.merge(part)
+
+    for found in (streamed.sums(), merged.sums()):
+        assert found.n == 40
+        assert_close(found.xx, x.T @ x)
+        assert_close(found.xy, x.T @ y)
+        for total, expected in ((found.x, x), (found.y, y), (found.yy, y.square())):
+            assert_close(total, expected.sum(0))
+        assert_close(found.columns(1, 3).xy, (x.T @ y)[:, 1:3])
+        assert_close(found.columns(1, 3).yy, y.square().sum(0)[1:3])
+
+
+def test_regression_sums_are_frozen():
+    total = RegressionSum()
+    total.update(normal(4, 2), normal(4, 1))
+    before = total.sums()
+    kept = before.xx.clone()
+    total.update(normal(4, 2, seed=1), normal(4, 1, seed=1))
+    assert torch.equal(before.xx, kept)
+    assert not torch.equal(total.sums().xx, kept)
+
+
+def test_regression_sums_of_no_batch_are_refused_and_of_empty_ones_are_zero():
+    with pytest.raises(TooFewSamplesError, match="at least one batch"):
+        RegressionSum().sums()
+    total = RegressionSum()
+    total.update(torch.zeros(0, 3), torch.zeros(0, 2))
+    assert (total.sums().n, tuple(total.sums().xy.shape), float(total.sums().xx.sum())) == (0, (3, 2), 0.0)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peelwise.errors import UnsupportedModelError
 from peelwise.model.capture import Capture, captured
-from peelwise.model.layers import Block, find_head, unwrapped
+from peelwise.model.layers import Block, LinearMap, find_head, unwrapped
 from peelwise.probes import Split
 
 MICRO_BATCH_TOKENS = 1024
@@ -102,7 +102,7 @@ class Runner:
             hidden = batch.stations[start]
             for block in self.blocks[start:]:
                 hidden = self.run_block(block, hidden, batch)
-            losses.append(_sequence_losses(self._tail(batch, hidden), batch))
+            losses.append(_sequence_losses(self.logits(batch, hidden), batch))
         self.work.add(sum(self.shares[start:]) + self.head_share, float(trace.tokens.sum()))
         return torch.cat(losses)
 
@@ -114,7 +114,7 @@ class Runner:
             batch = replace(old, stations=list(old.stations[: start + 1]))
             for block in self.blocks[start:]:
                 batch.stations.append(self.run_block(block, batch.stations[-1], batch))
-            losses.append(_sequence_losses(self._tail(batch, batch.stations[-1]), batch))
+            losses.append(_sequence_losses(self.logits(batch, batch.stations[-1]), batch))
             batches.append(batch)
         self.work.add(sum(self.shares[start:]) + self.head_share, float(trace.tokens.sum()))
         return Trace(batches, torch.cat(losses), trace.tokens)
@@ -137,7 +137,7 @@ class Runner:
         for position, batch in enumerate(trace.batches):
             hidden = batch.stations[-1].detach().requires_grad_(True)
             with torch.enable_grad():
-                logits = self._tail(batch, hidden)
+                logits = self.logits(batch, hidden)
                 wanted = batch.targets if targets is None else targets(batch, position)
                 loss = (_token_losses(logits, wanted) * batch.weights).sum()
             if not loss.requires_grad:
@@ -147,17 +147,17 @@ class Runner:
         return gradients
 
     def block_gradients(
-        self, block: Block, batch: Batch, gradient: Tensor
-    ) -> tuple[Tensor, Capture, dict[Any, Tensor]]:
-        """Pass a gradient back through one block.
+        self, block: Block, batch: Batch, gradients: Sequence[Tensor]
+    ) -> tuple[Capture, list[tuple[Tensor, dict[LinearMap, Tensor]]]]:
+        """Pass gradients back through one block; several share its forward pass.
 
         Args:
             block: the block.
             batch: the micro-batch, with its stations.
-            gradient: gradient at the block's output, ``[b, t, d]``.
+            gradients: gradients at the block's output, each ``[b, t, d]``.
 
         Returns:
-            The gradient at its input, what its linear maps saw, and the gradient at each map's output.
+            What its linear maps saw, and for each gradient the one at its input and those at each map's output.
         """
         hidden = batch.stations[block.index].detach().requires_grad_(True)
         with torch.enable_grad():
@@ -166,11 +166,15 @@ class Runner:
             used = {name: y for name, y in capture.outputs.items() if y.requires_grad}
             if len(used) < len(capture.outputs):
                 raise _hidden_from_gradients(block.name)
-            wanted = [hidden, *used.values()]
-            found = torch.autograd.grad(out, wanted, gradient.to(out.dtype), allow_unused=True)
-        grads = {name: g for name, g in zip(used, found[1:], strict=True) if g is not None}
-        self.work.add(self.shares[block.index], float(batch.weights.sum()), 3)
-        return torch.zeros_like(hidden) if found[0] is None else found[0], capture, grads
+            results = []
+            for left, gradient in zip(range(len(gradients), 0, -1), gradients, strict=True):
+                found = torch.autograd.grad(
+                    out, [hidden, *used.values()], gradient.to(out.dtype), retain_graph=left > 1, allow_unused=True
+                )
+                grads = {name: g for name, g in zip(used, found[1:], strict=True) if g is not None}
+                results.append((torch.zeros_like(hidden) if found[0] is None else found[0], grads))
+        self.work.add(self.shares[block.index], float(batch.weights.sum()), 1 + 2 * len(gradients))
+        return capture, results
 
     # -- the model's own ends --------------------------------------------------------------------------
 
@@ -188,7 +192,7 @@ class Runner:
             for batch in trace.batches:
                 seen.clear()
                 with torch.no_grad():
-                    logits = self._tail(batch, batch.stations[-1])
+                    logits = self.logits(batch, batch.stations[-1])
                 agree = agree and len(seen) == 2 and seen[1].shape == logits.shape
                 agree = agree and torch.allclose(seen[1].float(), logits.float(), atol=1e-5)
                 if agree:
@@ -245,7 +249,7 @@ class Runner:
             )
         return _sequence_losses(logits, batch)
 
-    def _tail(self, batch: Batch, hidden: Tensor) -> Tensor:
+    def logits(self, batch: Batch, hidden: Tensor) -> Tensor:
         """Return the logits that the model's own code makes of the last station ``hidden``."""
         with _skipping(self.blocks, hidden, batch.rest):
             return self._call(batch)

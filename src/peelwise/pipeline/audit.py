@@ -12,7 +12,7 @@ from peelwise.model.checkpoints import fingerprint
 from peelwise.model.guard import untouched
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner, check_replay
 from peelwise.pipeline import controls, stages
-from peelwise.pipeline.bench import Bench
+from peelwise.pipeline.bench import LOSSES, Bench
 from peelwise.pipeline.clock import Clock, Watcher
 from peelwise.pipeline.findings import Findings
 from peelwise.pipeline.opening import check_loss, checked_blocks
@@ -20,9 +20,9 @@ from peelwise.pipeline.summary import Setup, summarise
 from peelwise.probes import Probe
 from peelwise.records import AuditRecord
 
-# Stages are cut short so that the next ones get their turn: no further joint round and no further control is begun
+# Stages are cut short so that the next ones get their turn: no further joint round and no untrained control is begun
 # after these parts of the budget; leaving one out gets a part of what is left, the head one of the whole.
-_JOINT_SHARE, _CONTROL_SHARE, _UNIQUE_SHARE, _HEAD_SHARE = 0.35, 0.8, 0.6, 0.05
+_JOINT_SHARE, _CONTROL_SHARE, _UNIQUE_SHARE, _HEAD_SHARE = 0.4, 0.8, 0.6, 0.02
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def run_audit(
         warnings.simplefilter("always", IllConditionedWarning)
         runner = Runner(model, blocks, micro_batch_tokens=settings.micro_batch_tokens)
         clock = Clock(settings.budget_seconds, runner.work, watcher)
-        with clock.stage("losses of the model as it stands"):
+        with clock.stage(LOSSES):
             check_replay(runner, probe.fit)
             traces = runner.trace(probe.fit), runner.trace(probe.select), runner.trace(probe.report)
         for trace in traces:
@@ -104,27 +104,22 @@ def run_audit(
 
 def _stages(bench: Bench, findings: Findings, settings: AuditSettings) -> bool:
     """Run the stages in the order of what they are worth; return whether all of them ended by themselves."""
-    stages.first_sweep(bench, findings)
-    complete = stages.joint_rounds(bench, findings, rounds=settings.joint_rounds, share=_JOINT_SHARE)
+    null = controls.permuted_targets(bench.fit, bench.seed) if settings.controls else None
+    complete = stages.first_sweep(bench, findings, null=null)
+    complete &= stages.joint_rounds(bench, findings, rounds=settings.joint_rounds, share=_JOINT_SHARE)
+    controls.shuffled_control(bench, findings)
     complete &= stages.leave_one_out(bench, findings, share=_UNIQUE_SHARE)
     if settings.controls:
-        complete &= _controls(bench, findings)
+        clock = bench.clock
+        affordable = clock.elapsed < _CONTROL_SHARE * clock.budget
+        if affordable:
+            controls.untrained_control(bench, findings)
+        controls.head_reference(bench, findings, share=_HEAD_SHARE)
+        complete &= affordable
     complete &= stages.refine_alone(bench, findings, rounds=settings.alone_rounds)
     if not complete:
         findings.notes.append("The budget ended before every stage; a larger --budget measures the rest.")
     return complete
-
-
-def _controls(bench: Bench, findings: Findings) -> bool:
-    """Run the null controls that the budget still allows, the most telling first; return whether all were run."""
-    clock, all_run = bench.clock, True
-    for control in (controls.shuffled_control, controls.untrained_control):
-        if clock.elapsed < _CONTROL_SHARE * clock.budget:
-            control(bench, findings)
-        else:
-            all_run = False
-    controls.head_reference(bench, findings, share=_HEAD_SHARE)
-    return all_run
 
 
 def settings_dict(settings: AuditSettings) -> dict[str, bool | int | float | str | None]:

@@ -17,6 +17,9 @@ from peelwise.probes import Probe
 
 WITNESS_DTYPE = torch.bfloat16
 
+# Stages that only run the model forwards, in the order they come in; they tell what a pass takes.
+FORWARD_STAGES = LOSSES, WITHOUT = "losses of the model as it stands", "leaving one block out"
+
 ChangeMap = dict[LinearMap, Tensor]
 
 
@@ -33,18 +36,19 @@ class Bench:
     seed: int
 
     def seconds_for(self, token_forwards: float) -> float:
-        """Estimate the seconds that so many token passes take, from all passes so far."""
-        spent = self.clock.work.token_forwards
-        return token_forwards * self.clock.elapsed / spent if spent else 0.0
+        """Estimate the seconds that so many token passes take, from the latest stage that was nothing else."""
+        rates = [self.clock.stages[name] for name in FORWARD_STAGES if name in self.clock.stages]
+        seconds, forwards = rates[-1] if rates else (0.0, 0.0)
+        return token_forwards * seconds / forwards if forwards else 0.0
 
     def share_from(self, start: int) -> float:
         """Part of a forward pass that lies in blocks ``start..`` and the head."""
         return sum(self.runner.shares[start:]) + self.runner.head_share
 
 
-def gain(before: Tensor, after: Tensor, trace: Trace, seed: int) -> Paired:
+def gain(before: Tensor, after: Tensor, trace: Trace) -> Paired:
     """Return the paired decrease from ``before`` to ``after`` (nats summed per sequence)."""
-    return paired((before - after).cpu().numpy(), trace.tokens.cpu().numpy(), seed=seed)
+    return paired((before - after).cpu().numpy(), trace.tokens.cpu().numpy())
 
 
 def combined(
@@ -60,7 +64,7 @@ def combined(
     out = dict(changes)
     for block in proposals.values():
         for linear, proposal in block.changes[direction].items():
-            moved = step * proposal.change
+            moved = step * proposal.change.float()
             out[linear] = _rounded(moved if linear not in out else out[linear] + moved)
     return out
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -18,10 +18,11 @@ from peelwise.errors import CertificateError
 from peelwise.intervals import Paired
 from peelwise.model.checkpoints import fingerprint
 from peelwise.model.guard import untouched
-from peelwise.model.layers import Block, LinearMap, find_blocks
+from peelwise.model.layers import Block, LinearMap, find_blocks, parameter_count
 from peelwise.model.runner import Runner, Trace
 from peelwise.model.splice import spliced
 from peelwise.pipeline.bench import ChangeMap, gain
+from peelwise.pipeline.derived import contradictions
 from peelwise.pipeline.folder import written_whole
 from peelwise.probes import Probe
 from peelwise.recordfile import RECORD_FILE, read_record
@@ -29,8 +30,14 @@ from peelwise.records import AuditRecord, Interval, SealedRecord, WitnessRecord
 from peelwise.verdict import Evidence, judge
 
 WITNESS_FILE, PROBE_FILE = "witness.safetensors", "probe.safetensors"
-_TOLERANCE = {"float32": 3e-4, "float64": 3e-4}
-_HALF_TOLERANCE = 5e-3
+# Nats per token that a recomputed loss may be off: other threads, batches, machines. Half precision is the most.
+_TOLERANCE, _HALF_TOLERANCE = 3e-4, 5e-3
+_SELF = "that the record agrees with itself (intervals, gains and the losses beside them, margin, verdicts, conclusion)"
+_BLOCKS = "every block's recoverable and unique loss"
+_UNCHECKED = (
+    "the losses of the controls and of the head, energies and shares, rounds, cost, "
+    "and whether the text is training text"
+)
 
 SomeRecord = TypeVar("SomeRecord", bound=SealedRecord)
 
@@ -56,12 +63,18 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome of `verify_certificate`: what is true of the certificate, and the numbers compared."""
+    """The outcome of `verify_certificate`: what is true of the certificate, and the numbers compared.
+
+    ``rechecked`` and ``not_rechecked`` say in words what was established here and what still rests on the word of
+    whoever made the certificate; both are empty where the check ended before any loss was computed.
+    """
 
     status: Literal["holds", "does not hold", "not the same model or data"]
     reason: str
     checks: tuple[Check, ...] = ()
     tolerance: float = 0.0
+    rechecked: tuple[str, ...] = ()
+    not_rechecked: tuple[str, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -116,6 +129,9 @@ def read_certificate(folder: Path) -> Certificate:
 def verify_certificate(folder: Path, model: nn.Module, *, full: bool = False) -> Verification:
     """Recompute the certified losses from the folder's own witness and probe, and compare.
 
+    Before that the files must be those that were written, the model and the probe those that were certified, and
+    the record must not contradict its own numbers. The tolerance follows from the model, not from the record.
+
     Args:
         folder: the certificate.
         model: the model it is about, in the number format it was audited in; left untouched.
@@ -130,23 +146,23 @@ def verify_certificate(folder: Path, model: nn.Module, *, full: bool = False) ->
         return Verification("not the same model or data", f"{PROBE_FILE} is not the probe that was certified.")
     if fingerprint(model) != record.model.fingerprint:
         return Verification("not the same model or data", "The model's tensors are not those that were certified.")
-    tolerance = _TOLERANCE.get(record.model.dtype, _HALF_TOLERANCE)
+    tolerance = tolerance_of(model)
+    wrong = next(_disagreements(certificate, model, tolerance), None)
+    if wrong:
+        return Verification("does not hold", wrong, tolerance=tolerance)
     with untouched(model):
         recheck = _Recheck(certificate, model, tolerance)
         checks = recheck.run(full=full)
-    failed = [c for c in checks if not c.holds]
-    if failed:
-        c = failed[0]
-        return Verification(
-            "does not hold",
-            f"{c.name}: {c.recorded:.6f} was certified, {c.found:.6f} was found.",
-            checks,
-            tolerance,
-        )
-    wrong = recheck.wrong_verdict() if full else None
-    if wrong:
-        return Verification("does not hold", wrong, checks, tolerance)
-    return Verification("holds", f"{len(checks)} numbers found again.", checks, tolerance)
+        wrong = recheck.wrong_number() or (recheck.wrong_verdict() if full else None)
+    losses = "the model's loss and, where there is one, the composed loss and its gain"
+    return Verification(
+        "does not hold" if wrong else "holds",
+        wrong or f"{len(checks)} numbers found again.",
+        checks,
+        tolerance,
+        rechecked=(losses, *([_BLOCKS, "the verdicts that follow from them"] if full else []), _SELF),
+        not_rechecked=(*([] if full else [f"{_BLOCKS} (--full does)"]), _UNCHECKED),
+    )
 
 
 def merged_model(certificate: Certificate, model: nn.Module) -> nn.Module:
@@ -182,9 +198,10 @@ def report_loss(model: nn.Module, certificate: Certificate) -> float:
         return Runner(model, find_blocks(model)).trace(certificate.probe.report).mean
 
 
-def tolerance_of(record: SealedRecord) -> float:
-    """Return how far a recomputed loss may be off, in nats per token: other threads, batches, machines."""
-    return _TOLERANCE.get(record.model.dtype, _HALF_TOLERANCE)
+def tolerance_of(model: nn.Module) -> float:
+    """Return how far a recomputed loss may be off, in nats per token, in the number format that ``model`` runs in."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return _TOLERANCE if dtypes <= {torch.float32, torch.float64} else _HALF_TOLERANCE
 
 
 def changes_of(witness: Mapping[str, Tensor], kind: str, blocks: tuple[Block, ...]) -> ChangeMap:
@@ -254,6 +271,15 @@ class _Recheck:
             self._interval(f"{block.name} recoverable", recorded.recoverable_nats, found)
             self.evidence[block.index] = replace(self.evidence[block.index], alone=found)
 
+    def wrong_number(self) -> str | None:
+        """Return which number was not found again, or ``None``."""
+        failed = next((c for c in self.checks if not c.holds), None)
+        return (
+            None
+            if failed is None
+            else f"{failed.name}: {failed.recorded:.6f} was certified, {failed.found:.6f} was found."
+        )
+
     def wrong_verdict(self) -> str | None:
         """Return which block's colour does not follow from the numbers found, or ``None``; after a full run."""
         record = self.record
@@ -267,7 +293,7 @@ class _Recheck:
         return None
 
     def _gain(self, before: Tensor, after: Tensor) -> Paired:
-        return gain(before, after, self.trace, self.record.seed)
+        return gain(before, after, self.trace)
 
     def _interval(self, name: str, recorded: Interval | None, found: Paired) -> None:
         if recorded is not None:
@@ -286,6 +312,22 @@ def what_changed(folder: Path, record: SealedRecord) -> str | None:
     if record.witness is None or _sha256(folder / WITNESS_FILE) != record.witness.sha256:
         return f"{WITNESS_FILE} was changed after it was written (its SHA-256 does not match)."
     return None
+
+
+def _disagreements(certificate: Certificate, model: nn.Module, tolerance: float) -> Iterator[str]:
+    """Yield, in words, what the record says of its probe, its model or itself that is not so."""
+    record, probe = certificate.record, certificate.probe.record()
+    facts: list[tuple[str, object, object]] = [
+        (f"probe.{key}", getattr(record.probe, key), getattr(probe, key)) for key in type(probe).model_fields
+    ]
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    facts.append(("model.dtype", record.model.dtype, dtype))
+    facts.append(("model.parameters", record.model.parameters, parameter_count(model)))
+    facts.append(("model.blocks", record.model.blocks, len(find_blocks(model))))
+    for name, recorded, found in facts:
+        if recorded != found:
+            yield f"{name}: {recorded} was certified, {found} was found."
+    yield from contradictions(record, tolerance)
 
 
 def _witness_record(path: Path, witness: Mapping[str, Tensor]) -> WitnessRecord:

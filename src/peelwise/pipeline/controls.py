@@ -15,7 +15,7 @@ from peelwise.model.runner import Batch, Runner, Trace
 from peelwise.model.splice import spliced
 from peelwise.pipeline.bench import Bench, gain
 from peelwise.pipeline.findings import Control, Findings
-from peelwise.pipeline.refine import take_round, unrefined
+from peelwise.pipeline.refine import Proposals, take_round, unrefined
 from peelwise.pipeline.sweep import Targets, sweep
 from peelwise.probes import Split
 from peelwise.records import HeadRecord
@@ -58,7 +58,7 @@ def head_reference(bench: Bench, findings: Findings, *, share: float = 1.0) -> N
             before = token_cross_entropy(report_x, report_y, logits)
             after = token_cross_entropy(report_x, report_y, logits, reference.change)
         runner.work.add(runner.head_share, 3.0 * (reference.steps + 1) * len(fit_y))
-    difference = gain(per_sequence(before, bench.report), per_sequence(after, bench.report), bench.report, bench.seed)
+    difference = gain(per_sequence(before, bench.report), per_sequence(after, bench.report), bench.report)
     findings.head_control = Control(float(after.mean()), difference)
     findings.head = HeadRecord(
         current=reference.current,
@@ -71,13 +71,15 @@ def head_reference(bench: Bench, findings: Findings, *, share: float = 1.0) -> N
 
 
 def shuffled_control(bench: Bench, findings: Findings) -> None:
-    """Run one joint round whose fit targets are permuted across sequences: inputs without their labels."""
-    with bench.clock.stage("control: shuffled targets"):
-        findings.shuffled = _one_round(bench, targets=permuted_targets(bench.fit, bench.seed))
+    """Take one joint step along the proposals for targets permuted across sequences: inputs without their labels."""
+    proposals, findings.shuffled_proposals = findings.shuffled_proposals, None
+    if proposals is not None:
+        with bench.clock.stage("control: shuffled targets"):
+            findings.shuffled = _joint_step(bench, proposals)
 
 
 def untrained_control(bench: Bench, findings: Findings) -> None:
-    """Run one joint round on the same architecture at initialisation, on a third of the fit tokens.
+    """Run one joint round on the same architecture at initialisation, on a third of the fit and select tokens.
 
     An untrained model is a long way above any trained one, so fewer tokens lose nothing of the comparison.
     """
@@ -91,11 +93,24 @@ def untrained_control(bench: Bench, findings: Findings) -> None:
             return
         runner = Runner(fresh, find_blocks(fresh), micro_batch_tokens=bench.runner.micro_batch_tokens)
         runner.work = bench.runner.work
-        probe = bench.probe
-        third = Split(*(t[: max(probe.fit.sequences // 3, 1)] for t in (probe.fit.ids, probe.fit.mask)))
-        traces = runner.trace(third), runner.trace(probe.select), runner.trace(probe.report)
-        own = replace(bench, runner=runner, fit=traces[0], select=traces[1], report=traces[2])
-        findings.untrained = _one_round(own)
+        fit, select = runner.trace(_third(bench.probe.fit)), runner.trace(_third(bench.probe.select))
+        own = replace(bench, runner=runner, fit=fit, select=select, report=runner.trace(bench.probe.report))
+        with warnings.catch_warnings():
+            # Rank deficiency in a control is no finding about the model.
+            warnings.simplefilter("ignore", IllConditionedWarning)
+            (proposals,) = sweep(
+                runner,
+                fit,
+                select,
+                directions=("input-whitened",),
+                after_block=lambda done: bench.clock.tell(done, len(runner.blocks)),
+            )
+        findings.untrained = _joint_step(own, proposals)
+
+
+def _third(split: Split) -> Split:
+    few = max(split.sequences // 3, 1)
+    return Split(split.ids[:few], split.mask[:few])
 
 
 def permuted_targets(trace: Trace, seed: int) -> Targets:
@@ -118,27 +133,16 @@ def permuted_targets(trace: Trace, seed: int) -> Targets:
     return look
 
 
-def _one_round(bench: Bench, targets: Targets | None = None) -> Control:
-    """Return what one joint round of the whole construction gains on report."""
+def _joint_step(bench: Bench, proposals: Proposals) -> Control:
+    """Return what one joint step along ``proposals`` gains on report."""
     runner = bench.runner
-    with warnings.catch_warnings():
-        # Rank deficiency in a control is no finding about the model.
-        warnings.simplefilter("ignore", IllConditionedWarning)
-        proposals = sweep(
-            runner,
-            bench.fit,
-            bench.select,
-            directions=("input-whitened",),
-            targets=targets,
-            after_block=lambda done: bench.clock.tell(done, len(runner.blocks)),
-        )
-    better = take_round(runner, bench.select, unrefined(bench.select), proposals, first_step={}, evaluations=6)
+    better = take_round(runner, bench.select, unrefined(bench.select), proposals, output_changes={}, evaluations=6)
     after = bench.report.losses
     if better is not None:
         with spliced(better.changes):
             after = runner.losses_from(bench.report, 0)
     tokens = float(bench.report.tokens.sum())
-    difference = gain(bench.report.losses, after, bench.report, bench.seed)
+    difference = gain(bench.report.losses, after, bench.report)
     return Control(float(after.sum()) / tokens, difference, bench.report.mean)
 
 

@@ -26,6 +26,7 @@ class Findings:
 
     Attributes:
         proposals: of the first sweep, linearised at the model as it stands.
+        shuffled_proposals: of the same sweep, made for permuted targets; ``None`` where the control is not run or done.
         composed: all blocks refined together, evaluated on report.
         without: per block, report losses ``[sequences]`` of the composed witness without that block.
         alone: per block, the block refined by itself, evaluated on report.
@@ -35,6 +36,7 @@ class Findings:
     """
 
     proposals: Proposals = field(default_factory=dict)
+    shuffled_proposals: Proposals | None = None
     composed: Refined | None = None
     without: dict[int, Tensor] = field(default_factory=dict)
     alone: dict[int, Refined] = field(default_factory=dict)

@@ -5,6 +5,7 @@ The same round serves one block alone, all blocks together, and the null control
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ from peelwise.pipeline.sweep import BlockProposals, Direction
 from peelwise.records import RoundRecord
 
 Proposals = dict[int, BlockProposals]
+
+# Where nothing is known of the right step length, the first is the one that would win so much were the loss linear.
+FIRST_GAIN_NATS = 0.05
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ def take_round(
     before: Refined,
     proposals: Proposals,
     *,
-    first_step: dict[Direction, float],
-    evaluations: int = 10,
+    output_changes: dict[Direction, float],
+    evaluations: int = 8,
     after_look: Callable[[], None] = lambda: None,
 ) -> Refined | None:
     """Try the directions of ``proposals`` on top of ``before``; return the better, or ``None`` if none helps.
@@ -61,14 +65,17 @@ def take_round(
         select: a trace whose stations are right up to ``before.start``.
         before: the changes so far.
         proposals: what the sweep proposed, linearised at ``before``.
-        first_step: per direction the step to try first; updated with the step that was chosen.
+        output_changes: per direction the step length to try first, in units of output change; updated with the
+            one that was chosen, as a first guess for the next round or block.
         evaluations: most evaluations of the select loss per direction.
         after_look: called after each evaluation.
     """
     tokens = float(select.tokens.sum())
     best: Refined | None = None
     for direction in _directions(proposals):
-        if output_change(proposals, direction, 1.0) == 0:
+        unit = output_change(proposals, direction, 1.0)
+        slope = sum(p.slope for block in proposals.values() for p in block.changes[direction].values())
+        if unit == 0 or slope <= 0:
             continue
 
         def loss_at(step: float, direction: Direction = direction) -> float:
@@ -77,11 +84,18 @@ def take_round(
             after_look()
             return loss
 
-        start = first_step.get(direction) or default_step(proposals, direction)
-        choice = search_step(loss_at, before.select_loss, start, evaluations=evaluations)
+        start = output_changes[direction] / unit if direction in output_changes else FIRST_GAIN_NATS / slope
+        choice = search_step(
+            loss_at,
+            before.select_loss,
+            start,
+            slope=slope,
+            evaluations=evaluations,
+            beat=best.select_loss if best else math.inf,
+        )
         if choice.step == 0:
             continue
-        first_step[direction] = choice.step
+        output_changes[direction] = choice.step * unit
         if best is None or choice.loss < best.select_loss:
             best = Refined(
                 combined(before.changes, proposals, direction, choice.step),
@@ -100,16 +114,6 @@ def take_round(
                 before.start,
             )
     return best
-
-
-def default_step(proposals: Proposals, direction: Direction) -> float:
-    """Return a first step: where the calibrated slope would win 0.05 nats if the loss were linear.
-
-    The slope of the held-out loss along the direction is the held-out energy, so the guess adapts to the
-    scale of the gradients; the search corrects it by factors of two and four.
-    """
-    slope = sum(p.energy for block in proposals.values() for p in block.changes[direction].values())
-    return 0.05 / slope if slope > 0 else 1.0
 
 
 def _directions(proposals: Proposals) -> Sequence[Direction]:

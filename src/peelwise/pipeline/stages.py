@@ -4,21 +4,39 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from peelwise.model.runner import Trace
 from peelwise.model.splice import spliced
-from peelwise.pipeline.bench import Bench
+from peelwise.pipeline.bench import WITHOUT, Bench
 from peelwise.pipeline.findings import Findings
-from peelwise.pipeline.refine import Proposals, Refined, take_round, unrefined
-from peelwise.pipeline.sweep import Direction, sweep
+from peelwise.pipeline.refine import Refined, take_round, unrefined
+from peelwise.pipeline.sweep import Direction, Targets, sweep
 
-# How many evaluations of the select loss a search takes as a rule, to estimate its time.
+# How many evaluations of the select loss a round takes as a rule, both directions together, to estimate its time.
 _USUAL_EVALUATIONS = 5
 
 
-def first_sweep(bench: Bench, findings: Findings) -> None:
-    """Make the proposals of all blocks, linearised at the model as it stands: the free ranking."""
+def first_sweep(bench: Bench, findings: Findings, *, null: Targets | None = None) -> bool:
+    """Make the proposals of all blocks, linearised at the model as it stands: the free ranking.
+
+    It goes down from the last block, and ends early only when the whole budget is spent.
+
+    Args:
+        bench: model and traces.
+        findings: gets the proposals.
+        null: targets of the shuffled control, whose proposals are made in the same pass, from the same sums of inputs.
+
+    Returns whether every block was reached.
+    """
     with bench.clock.stage("statistics of all blocks"):
-        findings.proposals = _sweep_all(bench)
+        findings.proposals, *others = sweep(
+            bench.runner,
+            bench.fit,
+            bench.select,
+            targets=[None] if null is None else [None, null],
+            after_block=lambda done: bench.clock.tell(done, len(bench.runner.blocks)),
+            keep_going=lambda: bench.clock.left > 0,
+        )
+        findings.shuffled_proposals = others[0] if others else None
+    return len(findings.proposals) == len(bench.runner.blocks)
 
 
 def joint_rounds(bench: Bench, findings: Findings, *, rounds: int, share: float) -> bool:
@@ -33,7 +51,7 @@ def joint_rounds(bench: Bench, findings: Findings, *, rounds: int, share: float)
     Returns whether the rounds ended by themselves.
     """
     state = unrefined(bench.select)
-    steps: dict[Direction, float] = {}
+    output_changes: dict[Direction, float] = {}
     proposals = findings.proposals
     for number in range(rounds):
         with bench.clock.stage("joint rounds"):
@@ -43,9 +61,14 @@ def joint_rounds(bench: Bench, findings: Findings, *, rounds: int, share: float)
                     return False
                 with spliced(state.changes):
                     fit, select = bench.runner.refreshed(fit), bench.runner.refreshed(select)
-                    proposals = _sweep_all(bench, fit, select)
+                    (proposals,) = sweep(
+                        bench.runner,
+                        fit,
+                        select,
+                        after_block=lambda done: bench.clock.tell(done, len(bench.runner.blocks)),
+                    )
             bench.clock.tell(number + 1, rounds)
-            better = take_round(bench.runner, bench.select, state, proposals, first_step=steps)
+            better = take_round(bench.runner, bench.select, state, proposals, output_changes=output_changes)
             if better is None:
                 break
             with spliced(better.changes):
@@ -65,7 +88,7 @@ def leave_one_out(bench: Bench, findings: Findings, *, share: float) -> bool:
     runner, clock = bench.runner, bench.clock
     tokens = float(bench.report.tokens.sum())
     stop = clock.elapsed + share * max(clock.left, 0.0)
-    with clock.stage("leaving one block out"):
+    with clock.stage(WITHOUT):
         with spliced(composed.changes):
             refined = runner.refreshed(bench.report)
         order = by_energy(findings)
@@ -88,7 +111,7 @@ def refine_alone(bench: Bench, findings: Findings, *, rounds: int) -> bool:
 
     Returns whether every block was refined until select stopped improving or ``rounds`` were taken.
     """
-    steps: dict[int, dict[Direction, float]] = {}
+    output_changes: dict[Direction, float] = {}
     open_blocks = _promising(findings)
     with bench.clock.stage("refining blocks alone"):
         for number in range(rounds):
@@ -97,7 +120,7 @@ def refine_alone(bench: Bench, findings: Findings, *, rounds: int) -> bool:
                 bench.clock.tell(done, len(open_blocks))
                 if not bench.clock.affords(_alone_seconds(bench, index, number)):
                     return False
-                better = _alone_round(bench, findings, index, steps.setdefault(index, {}))
+                better = _alone_round(bench, findings, index, output_changes)
                 if better is not None:
                     findings.alone[index] = better
                     still.append(index)
@@ -123,15 +146,17 @@ def _promising(findings: Findings) -> list[int]:
     return sorted(order, key=lambda i: whole - float(findings.without[i].sum()) if i in findings.without else 0.0)
 
 
-def _alone_round(bench: Bench, findings: Findings, index: int, steps: dict[Direction, float]) -> Refined | None:
+def _alone_round(
+    bench: Bench, findings: Findings, index: int, output_changes: dict[Direction, float]
+) -> Refined | None:
     before = findings.alone.get(index) or unrefined(bench.select, index)
     proposals = {index: findings.proposals[index]}
     if before.rounds:
         with spliced(before.changes):
             fit = bench.runner.refreshed(bench.fit, index)
             select = bench.runner.refreshed(bench.select, index)
-            proposals = sweep(bench.runner, fit, select, only=[index])
-    better = take_round(bench.runner, bench.select, before, proposals, first_step=steps, evaluations=7)
+            (proposals,) = sweep(bench.runner, fit, select, only=[index])
+    better = take_round(bench.runner, bench.select, before, proposals, output_changes=output_changes, evaluations=6)
     if better is None:
         return None
     with spliced(better.changes):
@@ -142,24 +167,16 @@ def _alone_round(bench: Bench, findings: Findings, index: int, steps: dict[Direc
 def _alone_seconds(bench: Bench, index: int, number: int) -> float:
     share = bench.share_from(index)
     select, report = float(bench.select.tokens.sum()), float(bench.report.tokens.sum())
-    forwards = share * (2 * _USUAL_EVALUATIONS * select + report)
-    if number > 0:
-        forwards += 4 * share * (select + float(bench.fit.tokens.sum()))
-    return bench.seconds_for(forwards)
+    seconds = bench.seconds_for(share * (_USUAL_EVALUATIONS * select + report))
+    if number == 0:
+        return seconds
+    sums, _ = bench.clock.stages["statistics of all blocks"]
+    again = bench.seconds_for(4 * share * (select + float(bench.fit.tokens.sum())))
+    return seconds + again + sums / len(bench.runner.blocks)
 
 
 def _affordable_round(bench: Bench, share: float) -> bool:
     clock = bench.clock
-    seconds, _ = clock.stages.get("statistics of all blocks", (0.0, 0.0))
-    evaluations = bench.seconds_for(2 * _USUAL_EVALUATIONS * float(bench.select.tokens.sum()))
-    return clock.elapsed + 1.5 * seconds + evaluations <= share * clock.budget
-
-
-def _sweep_all(bench: Bench, fit: Trace | None = None, select: Trace | None = None) -> Proposals:
-    runner = bench.runner
-    return sweep(
-        runner,
-        fit or bench.fit,
-        select or bench.select,
-        after_block=lambda done: bench.clock.tell(done, len(runner.blocks)),
-    )
+    seconds, _ = clock.stages["statistics of all blocks"]
+    evaluations = bench.seconds_for(_USUAL_EVALUATIONS * float(bench.select.tokens.sum()))
+    return clock.elapsed + seconds + evaluations <= share * clock.budget

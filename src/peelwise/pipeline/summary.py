@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peelwise.intervals import Paired
 from peelwise.model.layers import Block, LinearMap, device_of, parameter_count, unwrapped
 from peelwise.pipeline.bench import WITNESS_DTYPE, Bench, gain
+from peelwise.pipeline.derived import conclusion, informative, tokens_needed
 from peelwise.pipeline.findings import Control, Findings
 from peelwise.pipeline.sweep import BlockProposals
 from peelwise.records import (
@@ -66,7 +67,7 @@ def summarise(
         conclusion=conclusion(blocks, losses.composed_gain, margin),
         complete=findings.complete,
         margin_nats=margin,
-        informative=_informative(losses),
+        informative=informative(losses),
         model=model_record(setup),
         probe=bench.probe.record(),
         loss=losses,
@@ -80,34 +81,6 @@ def summarise(
         versions=versions(),
     )
     return record, _witness(findings)
-
-
-def conclusion(blocks: tuple[BlockRecord, ...], composed: Interval | None, margin: float) -> str:
-    """Return one sentence that says what was found, and no more than that."""
-    red = [b.index for b in blocks if b.verdict == "red"]
-    yellow = [b for b in blocks if b.verdict == "yellow"]
-    together = ""
-    if composed is not None:
-        together = (
-            f" Refined together, the blocks win back {composed.mean:.3f} nats per token "
-            f"(95 % interval {composed.low:.3f} to {composed.high:.3f})."
-        )
-    if red:
-        which = ", ".join(map(str, red[:6])) + (", ..." if len(red) > 6 else "")
-        blocks_word = "block" if len(red) == 1 else "blocks"
-        return f"{len(red)} of {len(blocks)} blocks certified under-optimised ({blocks_word} {which}).{together}"
-    if yellow:
-        return (
-            f"No block is certified under-optimised; {len(yellow)} of {len(blocks)} have recoverable loss on this "
-            f"text.{together}"
-        )
-    measured = sum(b.recoverable_nats is not None for b in blocks)
-    if not measured:
-        return f"No verdict yet: no block was refined alone within the budget.{together}"
-    return (
-        f"None found: of {measured} blocks refined alone (of {len(blocks)}), none is shown to have more than "
-        f"{margin:.3f} nats per token to recover.{together}"
-    )
 
 
 def versions() -> dict[str, str]:
@@ -128,18 +101,16 @@ def _evidence(bench: Bench, findings: Findings, index: int) -> Evidence:
     alone = findings.alone.get(index)
     measured = None
     if alone is not None and alone.report_losses is not None:
-        measured = gain(bench.report.losses, alone.report_losses, bench.report, bench.seed)
+        measured = gain(bench.report.losses, alone.report_losses, bench.report)
     unique = None
     composed = findings.composed
     if index in findings.without and composed is not None and composed.report_losses is not None:
-        unique = gain(findings.without[index], composed.report_losses, bench.report, bench.seed)
+        unique = gain(findings.without[index], composed.report_losses, bench.report)
     return Evidence(measured, unique)
 
 
 def _block_record(bench: Bench, findings: Findings, block: Block, evidence: Evidence, verdict: Verdict) -> BlockRecord:
     proposals = findings.proposals.get(block.index)
-    length = max(float(bench.report.tokens.sum()) / len(bench.report.tokens), 1.0)
-    needed = verdict.sequences_needed
     return BlockRecord(
         index=block.index,
         name=block.name,
@@ -151,7 +122,7 @@ def _block_record(bench: Bench, findings: Findings, block: Block, evidence: Evid
         energy=proposals.energy if proposals else None,
         held_out_energy=proposals.held_out_energy if proposals else None,
         gradient_norm=proposals.gradient_norm if proposals else None,
-        tokens_needed=None if needed is None else round(needed * length),
+        tokens_needed=tokens_needed(verdict, bench.probe.report.tokens, bench.probe.report.sequences),
         interaction=verdict.interaction,
         matrices=_matrices(block, proposals),
     )
@@ -179,7 +150,7 @@ def _losses(bench: Bench, findings: Findings) -> LossRecord:
     value, composed_gain = None, None
     if composed is not None and composed.report_losses is not None:
         value = float(composed.report_losses.sum()) / tokens
-        composed_gain = gain(bench.report.losses, composed.report_losses, bench.report, bench.seed).interval()
+        composed_gain = gain(bench.report.losses, composed.report_losses, bench.report).interval()
     head, shuffled, untrained = findings.head_control, findings.shuffled, findings.untrained
     return LossRecord(
         current=bench.report.mean,
@@ -193,18 +164,6 @@ def _losses(bench: Bench, findings: Findings) -> LossRecord:
         shuffled_gain=_control_interval(shuffled),
         untrained_gain=_control_interval(untrained),
     )
-
-
-def _informative(losses: LossRecord) -> bool | None:
-    """Whether the composed bound beats the null controls; ``None`` if they were not run.
-
-    It must gain more than the shuffled construction could (intervals apart), and end below the untrained one.
-    """
-    gained, shuffled = losses.composed_gain, losses.shuffled_gain
-    if gained is None or losses.composed is None or shuffled is None:
-        return None
-    beats_untrained = losses.untrained is None or losses.composed < losses.untrained
-    return gained.low > max(shuffled.high, 0.0) and beats_untrained
 
 
 def _interval(value: Paired | None) -> Interval | None:

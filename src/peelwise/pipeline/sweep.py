@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from peelwise.errors import IllConditionedWarning, ModelError, UnsupportedModelError
@@ -18,6 +19,8 @@ from peelwise.model.runner import Batch, Runner, Trace
 from peelwise.references.whitened import InputWhitened, Proposal, two_sided
 from peelwise.stats.gram import CrossSum, GramSum, Moments, widened, with_ones
 from peelwise.stats.linalg import Spectrum
+
+PROPOSAL_DTYPE = torch.bfloat16
 
 Direction = Literal["input-whitened", "two-sided"]
 DIRECTIONS: tuple[Direction, ...] = ("input-whitened", "two-sided")
@@ -49,9 +52,10 @@ def sweep(
     *,
     directions: Sequence[Direction] = DIRECTIONS,
     only: Collection[int] | None = None,
-    targets: Targets | None = None,
+    targets: Sequence[Targets | None] = (None,),
     after_block: Callable[[int], None] = lambda done: None,
-) -> dict[int, BlockProposals]:
+    keep_going: Callable[[], bool] = lambda: True,
+) -> list[dict[int, BlockProposals]]:
     """Differentiate the loss down to the lowest block asked for, and make its proposals on the way.
 
     Args:
@@ -60,62 +64,92 @@ def sweep(
         select: tokens that calibrate them, likewise.
         directions: which of the two directions to make.
         only: indices of the blocks wanted; ``None`` for all.
-        targets: other targets for the fit tokens (null control).
+        targets: what the fit tokens are to predict, one set of proposals for each: ``None`` for the next token,
+            or other targets for a null control. All of them share the inputs' sums and decompositions.
         after_block: called with the number of blocks done.
+        keep_going: asked before each block; the blocks below the one where it says no get no proposals.
+
+    Returns:
+        For each of ``targets``, block index -> proposals.
     """
     wanted = set(range(len(runner.blocks))) if only is None else set(only)
     with_F = "two-sided" in directions
-    above = runner.tail_gradients(fit, targets), runner.tail_gradients(select)
-    found = {}
+    above = [runner.tail_gradients(fit, each) for each in targets]
+    above_select = [runner.tail_gradients(select)]
+    found: list[dict[int, BlockProposals]] = [{} for _ in targets]
     for done, block in enumerate(reversed(runner.blocks), start=1):
-        if block.index < min(wanted):
+        if block.index < min(wanted) or not keep_going():
             break
         keep = block.index in wanted
-        fit_moments, down = block_moments(runner, block, fit, above[0], keep=keep, with_F=with_F)
-        select_moments, down_select = block_moments(runner, block, select, above[1], keep=keep, with_F=with_F)
-        above = down, down_select
+        moments, above = block_moments(runner, block, fit, above, keep=keep, with_F=with_F)
+        select_moments, above_select = block_moments(runner, block, select, above_select, keep=keep, with_F=with_F)
         if keep:
-            found[block.index] = _proposals(block, fit_moments, select_moments, directions)
+            made = proposals_of(block, moments, select_moments[0], directions)
+            for proposals, into in zip(made, found, strict=True):
+                into[block.index] = proposals
         after_block(done)
     return found
 
 
 def block_moments(
-    runner: Runner, block: Block, trace: Trace, above: list[Tensor], *, keep: bool, with_F: bool
-) -> tuple[dict[LinearMap, Moments], list[Tensor]]:
-    """Pass gradients through one block, adding up the moments of its maps over all micro-batches."""
+    runner: Runner, block: Block, trace: Trace, above: Sequence[list[Tensor]], *, keep: bool, with_F: bool
+) -> tuple[list[dict[LinearMap, Moments]], list[list[Tensor]]]:
+    """Pass gradients through one block, adding up the moments of its maps over all micro-batches.
+
+    Args:
+        runner: the model.
+        block: the block.
+        trace: tokens and stations.
+        above: for each set of targets, the gradients at the block's output, per micro-batch.
+        keep: whether the moments are wanted, or only the gradients below.
+        with_F: whether to add up ``F``.
+
+    Returns:
+        For each set of targets the moments of every map, which share ``S``, and the gradients at the block's input.
+    """
     S: dict[LinearMap, GramSum] = {}
-    C: dict[LinearMap, CrossSum] = {}
-    F: dict[LinearMap, GramSum] = {}
+    C: list[dict[LinearMap, CrossSum]] = [{} for _ in above]
+    F: list[dict[LinearMap, GramSum]] = [{} for _ in above]
     groups: dict[LinearMap, LinearMap] = {}
-    below = []
-    for batch, gradient in zip(trace.batches, above, strict=True):
-        down, capture, grads = runner.block_gradients(block, batch, gradient)
-        below.append(down)
+    below: list[list[Tensor]] = [[] for _ in above]
+    for batch, *gradients in zip(trace.batches, *above, strict=True):
+        capture, results = runner.block_gradients(block, batch, gradients)
+        for (down, _), into in zip(results, below, strict=True):
+            into.append(down)
         if not keep:
             continue
-        groups.update({linear: capture.groups[linear] for linear in grads})
-        rows = {first: _rows(capture.inputs[first], batch, first) for first in set(groups.values())}
+        groups.update({linear: capture.groups[linear] for linear in results[0][1]})
+        rows = {first: token_rows(capture.inputs[first], batch, first) for first in set(groups.values())}
         for first, x in rows.items():
             S.setdefault(first, GramSum()).update(x)
-        for linear, g in grads.items():
-            g = _rows(g, batch, linear, ones=False)
-            C.setdefault(linear, CrossSum()).update(g, rows[groups[linear]])
-            if with_F:
-                F.setdefault(linear, GramSum()).update(g)
-    for linear, total in C.items():
-        if not bool(total.mean().isfinite().all()):
-            dtype = str(linear.weight().dtype).removeprefix("torch.")
-            raise ModelError(f"The gradients of {linear.name} overflow in {dtype}. Try --dtype float32.")
+        for (_, grads), C_sums, F_sums in zip(results, C, F, strict=True):
+            for linear, g in grads.items():
+                g = token_rows(g, batch, linear, ones=False)
+                C_sums.setdefault(linear, CrossSum()).update(g, rows[groups[linear]])
+                if with_F:
+                    F_sums.setdefault(linear, GramSum()).update(g)
     means = {first: total.mean() for first, total in S.items()}
-    moments = {
-        linear: Moments(C[linear].n, means[groups[linear]], C[linear].mean(), F[linear].mean() if with_F else None)
-        for linear in C
-    }
+    moments = [
+        {
+            linear: Moments(
+                total.n, means[groups[linear]], _finite_mean(total, linear), F_sums[linear].mean() if with_F else None
+            )
+            for linear, total in C_sums.items()
+        }
+        for C_sums, F_sums in zip(C, F, strict=True)
+    ]
     return moments, below
 
 
-def _rows(x: Tensor, batch: Batch, linear: LinearMap, *, ones: bool = True) -> Tensor:
+def _finite_mean(total: CrossSum, linear: LinearMap) -> Tensor:
+    mean = total.mean()
+    if not bool(mean.isfinite().all()):
+        dtype = str(linear.weight().dtype).removeprefix("torch.")
+        raise ModelError(f"The gradients of {linear.name} overflow in {dtype}. Try --dtype float32.")
+    return mean
+
+
+def token_rows(x: Tensor, batch: Batch, linear: LinearMap, *, ones: bool = True) -> Tensor:
     """Return the rows of predicted tokens ``[n, d]``, with a column of ones if the map has a bias."""
     if x.shape[:-1] != batch.weights.shape:
         x_rows = x.reshape(-1, x.shape[-1])
@@ -128,31 +162,58 @@ def _rows(x: Tensor, batch: Batch, linear: LinearMap, *, ones: bool = True) -> T
     return with_ones(rows) if ones and linear.has_bias else rows
 
 
-def _proposals(
+def proposals_of(
     block: Block,
-    fit: dict[LinearMap, Moments],
+    fits: Sequence[dict[LinearMap, Moments]],
     select: dict[LinearMap, Moments],
     directions: Sequence[Direction],
-) -> BlockProposals:
-    energy, whitened, spectra = 0.0, {}, {}
-    for linear, moments in fit.items():
-        # Maps that share an input share the very tensor S, hence its decomposition.
-        if id(moments.S) not in spectra:
-            spectra[id(moments.S)] = InputWhitened(moments.S, select[linear].S)
-            _warn_of_rank(linear, moments, spectra[id(moments.S)].spectrum)
-        reference = spectra[id(moments.S)]
-        energy += reference.energy(moments.C)
-        whitened[linear] = reference.propose(moments.C, select[linear].C)
-    changes: dict[Direction, dict[LinearMap, Proposal]] = {"input-whitened": whitened}
-    if "two-sided" in directions:
-        changes["two-sided"] = {m: two_sided(fit[m], select[m], whitened[m], name=m.name) for m in fit}
-    return BlockProposals(
-        block.index,
-        changes,
-        energy=energy,
-        held_out_energy=sum(p.energy for p in whitened.values()),
-        gradient_norm=sum(float(m.C.square().sum()) for m in fit.values()) ** 0.5,
-    )
+) -> list[BlockProposals]:
+    """Return for each set of targets what the moments of one block's maps propose.
+
+    Args:
+        block: the block.
+        fits: per set of targets, the moments of the fit tokens, which share ``S``.
+        select: moments of the select tokens.
+        directions: which directions to make.
+    """
+    # Maps that share an input share the very tensor S, hence its decomposition.
+    references: dict[int, InputWhitened] = {}
+    for linear, moments in fits[0].items():
+        if id(moments.S) not in references:
+            references[id(moments.S)] = InputWhitened(moments.S, select[linear].S, name=linear.name)
+            _warn_of_rank(linear, moments, references[id(moments.S)].spectrum)
+    rotated_select = {m: references[id(moments.S)].rotate(select[m].C) for m, moments in fits[0].items()}
+    made = []
+    for fit in fits:
+        energy, whitened = 0.0, {}
+        for linear, moments in fit.items():
+            reference = references[id(moments.S)]
+            rotated = reference.rotate(moments.C)
+            energy += reference.energy(rotated)
+            whitened[linear] = reference.propose(
+                moments.C, select[linear].C, rotated=rotated, rotated_select=rotated_select[linear]
+            )
+        changes: dict[Direction, dict[LinearMap, Proposal]] = {}
+        # The one that is better as a rule comes first: a search of the other is cut short when it cannot win.
+        if "two-sided" in directions:
+            changes["two-sided"] = {m: two_sided(fit[m], select[m], whitened[m], name=m.name) for m in fit}
+        if "input-whitened" in directions:
+            changes["input-whitened"] = whitened
+        made.append(
+            BlockProposals(
+                block.index,
+                {direction: _compact(proposals) for direction, proposals in changes.items()},
+                energy=energy,
+                held_out_energy=sum(p.energy for p in whitened.values()),
+                gradient_norm=sum(float(m.C.square().sum()) for m in fit.values()) ** 0.5,
+            )
+        )
+    return made
+
+
+def _compact(proposals: dict[LinearMap, Proposal]) -> dict[LinearMap, Proposal]:
+    """Return the proposals in half precision: those of all blocks are alive together."""
+    return {linear: replace(p, change=p.change.to(PROPOSAL_DTYPE)) for linear, p in proposals.items()}
 
 
 def _warn_of_rank(linear: LinearMap, moments: Moments, spectrum: Spectrum) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peelwise.errors import TooFewSamplesError
-from peelwise.stats.moments import RegressionSums
+from peelwise.stats.gram import RegressionSums
 
 # Relative to the mean variance of a feature. 1e-8 is as good as none, 10 nearly predicts the mean.
 DAMPINGS = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 
-from peelwise.references.maps import MapError, StationMap, all_maps, checked_map, map_of_subset, subset_of_map
+from peelwise.errors import MapError
+from peelwise.references.maps import StationMap, all_maps, checked_map, map_of_subset, subset_of_map
 
 ALL_MAPS_UP_TO = 6
 BEAM_WIDTH = 4

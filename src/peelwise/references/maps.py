@@ -17,13 +17,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations, pairwise
 
-from peelwise.errors import PeelwiseError
+from peelwise.errors import MapError
 
 StationMap = tuple[int, ...]
-
-
-class MapError(PeelwiseError, ValueError):
-    """A station map has the wrong length, decreases, or points backwards."""
 
 
 def map_of_subset(subset: Iterable[int], layers: int) -> StationMap:

@@ -38,11 +38,13 @@ class StationChange:
         change: ``D [d_out, d_in]``, float64.
         damping: the damping chosen, in units of the mean diagonal of ``S``.
         decrease: of the weighted squared error per token on select, ``sum_j w_j (2 D_j R_j - D_j S D_j^T)``.
+        slope: of that error at step 0 along the change, ``sum_j 2 w_j D_j R_j``.
     """
 
     change: Tensor
     damping: float
     decrease: float
+    slope: float
 
 
 def ridge_change(sums: StationSums, damping: float, *, name: str = "S") -> Tensor:
@@ -72,7 +74,8 @@ def best_change(fit: StationSums, select: StationSums, weights: Tensor, *, name:
     def look(damping: float) -> float:
         if damping not in tried:
             D = ridge_change(fit, damping, name=name)
-            tried[damping] = StationChange(D, damping, decrease(D, select, weights))
+            slope = 2 * float((weights.to(D) * (D * select.R).sum(1)).sum())
+            tried[damping] = StationChange(D, damping, decrease(D, select, weights), slope)
         return tried[damping].decrease
 
     best = START_DAMPING

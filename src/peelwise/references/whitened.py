@@ -43,6 +43,7 @@ class Proposal:
         damping: the damping chosen, in units of the mean diagonal.
         weight: ``w``, between 0 and 1 (input-whitened) or 0 and more (two-sided).
         energy: held-out energy ``e`` that ``D`` explains.
+        slope: decrease of the select loss per unit of step along ``change``, ``-<C_s, change>``.
         output_change: ``tr(D S D^T)`` of ``change`` on the fit tokens: mean squared output change.
     """
 
@@ -50,57 +51,79 @@ class Proposal:
     damping: float
     weight: float
     energy: float
+    slope: float
     output_change: float
 
 
 class InputWhitened:
     """Input-whitened proposals for all maps that share one input; one eigen-decomposition serves every damping.
 
+    The decomposition is in float32 and only chooses the damping; what is proposed is solved in float64 and
+    calibrated as it is.
+
     Args:
         S: ``E[x x^T] [d_in, d_in]`` on the fit tokens.
         S_select: the same on the select tokens.
+        name: a map with this input, for warnings.
     """
 
-    def __init__(self, S: Tensor, S_select: Tensor) -> None:
-        self.spectrum = Spectrum(S)
-        U = self.spectrum.vectors.float()
-        self._select = U.T @ S_select.float() @ U  # [d_in, d_in], in the eigenbasis of S
+    def __init__(self, S: Tensor, S_select: Tensor, *, name: str = "matrix") -> None:
+        self.spectrum = Spectrum(S, torch.float32)
+        self._S, self._S_select, self._name = S, S_select.float(), name
+        U = self.spectrum.vectors
+        self._rotated_select = U.T @ self._S_select @ U  # [d_in, d_in], in the eigenbasis of S
+        self._factors: dict[float, DampedFactor] = {}
 
-    def energy(self, C: Tensor, damping: float = START_DAMPING) -> float:
+    def rotate(self, C: Tensor) -> Tensor:
+        """Return ``C [d_out, d_in]`` in the eigenbasis of ``S``, float32."""
+        rotated: Tensor = C.float() @ self.spectrum.vectors
+        return rotated
+
+    def energy(self, rotated: Tensor, damping: float = START_DAMPING) -> float:
         """Return ``tr(C (S + damping tr(S)/d I)^-1 C^T)``: the gradient energy that the inputs explain, in sample.
 
         It ranks layers before anything is evaluated.
-        """
-        return float(((C @ self.spectrum.vectors).square().sum(0) / self.spectrum.damped(damping)).sum())
 
-    def propose(self, C: Tensor, C_select: Tensor) -> Proposal:
+        Args:
+            rotated: ``C`` on the fit tokens, rotated.
+            damping: in units of the mean diagonal.
+        """
+        return float((rotated.square().sum(0).double() / self.spectrum.damped(damping)).sum())
+
+    def propose(self, C: Tensor, C_select: Tensor, *, rotated: Tensor, rotated_select: Tensor) -> Proposal:
         """Return the proposal for one map, with the damping that the select tokens like best.
 
         Args:
             C: ``E[g x^T] [d_out, d_in]`` on the fit tokens.
             C_select: the same on the select tokens.
+            rotated, rotated_select: both in the eigenbasis, from `rotate`.
         """
-        U = self.spectrum.vectors
-        rotated = C.to(U.dtype) @ U  # [d_out, d_in]
-        overlap = (rotated * (C_select.to(U.dtype) @ U)).sum(0)  # [d_in]
+        overlap = (rotated * rotated_select).sum(0).double()  # [d_in]
         # tr(D S_s D^T) = sum_jk (C^T C)_jk (S_s)_jk / (l_j l_k), everything in the eigenbasis
-        weighted = (rotated.float().T @ rotated.float()).mul_(self._select).to(U.dtype)  # [d_in, d_in]
+        weighted = (rotated.T @ rotated).mul_(self._rotated_select)  # [d_in, d_in]
 
         def look(damping: float) -> tuple[float, float]:
             inverse = 1.0 / self.spectrum.damped(damping)
             return float((overlap * inverse).sum()), float(inverse @ weighted @ inverse)
 
-        damping, weight, energy = climb(look, START_DAMPING)
-        weight = min(weight, 1.0)
-        scaled = rotated / self.spectrum.damped(damping)
-        change = -weight * (scaled @ U.T)
-        moved = weight**2 * float((scaled.square().sum(0) * self.spectrum.values).sum())
-        return Proposal(change.to(torch.float32), damping, weight, energy, moved)
+        damping, _, _ = climb(look, START_DAMPING)
+        if damping not in self._factors:
+            self._factors[damping] = DampedFactor(self._S, damping, name=self._name)
+        D = -self._factors[damping].solve_right(C)  # [d_out, d_in]
+        slope = -float((C_select * D).sum())
+        squared = _squared_norm(D.float(), self._S_select, None)
+        weight = min(slope / squared, 1.0) if squared > 0 and slope > 0 else 0.0
+        energy = slope**2 / squared if weight > 0 else 0.0
+        change = (weight * D).float()
+        return Proposal(change, damping, weight, energy, weight * slope, _squared_norm(change, self._S.float(), None))
 
 
 def input_whitened(fit: Moments, select: Moments) -> Proposal:
     """Return the input-whitened proposal of one map from its moments; see `InputWhitened`."""
-    return InputWhitened(fit.S, select.S).propose(fit.C, select.C)
+    reference = InputWhitened(fit.S, select.S)
+    return reference.propose(
+        fit.C, select.C, rotated=reference.rotate(fit.C), rotated_select=reference.rotate(select.C)
+    )
 
 
 def two_sided(fit: Moments, select: Moments, base: Proposal, *, name: str) -> Proposal:
@@ -119,10 +142,10 @@ def two_sided(fit: Moments, select: Moments, base: Proposal, *, name: str) -> Pr
     mu = min(max(base.damping, _LEAST_OUTPUT_DAMPING), 1.0)
     D = DampedFactor(fit.F, mu, name=name).solve(base.change / base.weight)  # [d_out, d_in]
     slope = -float((select.C * D).sum())
-    squared = _squared_norm(D, select.S, select.F)
+    squared = _squared_norm(D.float(), select.S.float(), select.F.float())
     weight = slope / squared if squared > 0 and slope > 0 else 0.0
     change = (weight * D).float()
-    return Proposal(change, mu, weight, weight * slope, _squared_norm(change, fit.S.float(), None))
+    return Proposal(change, mu, weight, weight * slope, weight * slope, _squared_norm(change, fit.S.float(), None))
 
 
 def climb(look: Callable[[float], tuple[float, float]], start: float) -> tuple[float, float, float]:

@@ -234,18 +234,19 @@ def _intervals(axes: Axes, blocks: Sequence[BlockRecord], values: Sequence[Inter
     )
     for colour in VERDICTS:
         some = [(b, value) for b, value in found if b.verdict == colour and not is_interaction(value)]
-        _dots(axes, some, COLOURS[colour], _marker(colour))
+        _bars(axes, some, COLOURS[colour], _marker(colour))
     odd = [(b, value) for b, value in found if is_interaction(value)]
     cross: dict[str, Any] = {"linestyle": "none", "marker": "X", "markersize": 9, "color": COLOURS["mark"]}
-    _dots(axes, odd, COLOURS["mark"], cross)
+    _bars(axes, odd, COLOURS["mark"], cross)
     axes.margins(y=0.12)
 
 
-def _dots(axes: Axes, found: Sequence[tuple[BlockRecord, Interval]], colour: str, marker: dict[str, Any]) -> None:
+def _bars(axes: Axes, found: Sequence[tuple[BlockRecord, Interval]], colour: str, marker: dict[str, Any]) -> None:
     if not found:
         return
     places = [block.index for block, _ in found]
-    axes.vlines(places, [v.low for _, v in found], [v.high for _, v in found], color=colour, linewidth=2, alpha=0.65)
+    axes.bar(places, [v.mean for _, v in found], 0.72, color=colour, alpha=0.25, linewidth=0)
+    axes.vlines(places, [v.low for _, v in found], [v.high for _, v in found], color=colour, linewidth=2)
     axes.plot(places, [v.mean for _, v in found], **marker)
 
 

@@ -29,7 +29,7 @@ def recoverable(record: AuditRecord) -> str:
     """Show what each block can give, alone and uniquely."""
     shapes = " · ".join(f"{words.shape} {words.short}" for words in VERDICTS.values())
     caption = [
-        f"{esc(shapes)}. Bars are 95 % intervals; the dashed line is the margin, "
+        f"{esc(shapes)}. Lines are 95 % intervals; the dashed line is the margin, "
         f"{nats(record.margin_nats)} nats per token. Neighbours can do part of each other's work, so the two "
         "rows answer different questions."
     ]

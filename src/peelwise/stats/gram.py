@@ -1,10 +1,11 @@
-"""Sums over tokens: the second moments that every label-driven reference is made of.
+"""Streaming sums over rows: the second moments that every reference is made of.
 
 For a linear map ``y = x W^T`` with inputs ``x [n, d_in]`` and gradients ``g = d loss / d y [n, d_out]``:
 
     S = E[x x^T]  [d_in, d_in]      C = E[g x^T]  [d_out, d_in]      F = E[g g^T]  [d_out, d_out]
 
-Products are taken in float32 or wider and added up in float64; several processes add theirs.
+Least squares of targets ``y`` needs the sums of ``x``, ``y`` and ``y^2`` too. Products are taken in float32 or
+wider and added up in float64, so memory does not depend on ``n``; several processes add theirs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import Tensor
 from peelwise.errors import TooFewSamplesError
 from peelwise.stats.linalg import solve_dtype
 
-_TILE = 512
+# Wide enough for full speed, narrow enough to skip most of the other triangle.
+_TILE = 128
 
 
 @dataclass(frozen=True)
@@ -31,17 +33,46 @@ class Moments:
     F: Tensor | None  # [d_out, d_out]
 
 
+@dataclass(frozen=True, eq=False)
+class RegressionSums:
+    """Frozen sums over ``n`` samples of a design ``x [n, d]`` and targets ``y [n, m]``."""
+
+    n: int
+    x: Tensor  # [d]
+    y: Tensor  # [m]
+    xx: Tensor  # [d, d]
+    xy: Tensor  # [d, m]
+    yy: Tensor  # [m], sums of squares
+
+    def columns(self, start: int, stop: int) -> RegressionSums:
+        """Return the sums of the targets ``start..stop-1`` only."""
+        pick = slice(start, stop)
+        return RegressionSums(self.n, self.x, self.y[pick], self.xx, self.xy[:, pick], self.yy[pick])
+
+
 class _Sum:
-    """A streaming sum of products of rows; sums reduce across processes by addition."""
+    """Streaming sums over rows: subclasses `update` with rows; sums reduce across processes by addition."""
 
     def __init__(self) -> None:
         self.n = 0
-        self.total: Tensor | None = None  # [d, d] or [d_out, d_in]
+        self.totals: tuple[Tensor, ...] = ()  # empty until the first rows tell the shapes
 
     def merge(self, other: Self) -> None:
         """Add the rows that ``other`` has seen."""
-        if other.total is not None:
-            self._add(other.n, other.total)
+        if other.totals:
+            self._add(other.n, *other.totals)
+
+    def _add(self, n: int, *terms: Tensor) -> None:
+        self.n += n
+        if not self.totals:
+            self.totals = tuple(term.to(solve_dtype(term.device), copy=True) for term in terms)
+            return
+        for total, term in zip(self.totals, terms, strict=True):
+            total.add_(term)
+
+
+class _ProductSum(_Sum):
+    """The sum of one product of rows."""
 
     def mean(self) -> Tensor:
         """Return the mean product over the rows seen.
@@ -49,19 +80,13 @@ class _Sum:
         Raises:
             TooFewSamplesError: If no row was added.
         """
-        if self.total is None or self.n == 0:
+        if self.n == 0:
             raise TooFewSamplesError("A mean needs at least 1 token, got none. Give a longer probe.")
-        return self.total / self.n
-
-    def _add(self, n: int, product: Tensor) -> None:
-        self.n += n
-        if self.total is None:
-            self.total = product.to(solve_dtype(product.device), copy=True)
-        else:
-            self.total.add_(product)
+        (total,) = self.totals
+        return total / self.n
 
 
-class GramSum(_Sum):
+class GramSum(_ProductSum):
     """Streaming ``sum_i x_i x_i^T``: `update` with rows, `merge` with another sum, `mean` for ``E[x x^T]``."""
 
     def update(self, x: Tensor) -> None:
@@ -69,12 +94,31 @@ class GramSum(_Sum):
         self._add(x.shape[0], symmetric_product(x))
 
 
-class CrossSum(_Sum):
+class CrossSum(_ProductSum):
     """Streaming ``sum_i g_i x_i^T``, as `GramSum`, with `mean` for ``E[g x^T]``."""
 
     def update(self, g: Tensor, x: Tensor) -> None:
         """Add the rows of ``g [n, d_out]`` and ``x [n, d_in]``, paired."""
         self._add(x.shape[0], widened(g).T @ widened(x))
+
+
+class RegressionSum(_Sum):
+    """Streaming `RegressionSums`, everything in float64: least squares subtracts large sums from each other."""
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Add the rows of ``x [n, d]`` and ``y [n, m]``, paired."""
+        x, y = x.double(), y.double()
+        self._add(x.shape[0], x.sum(0), y.sum(0), symmetric_product(x), x.T @ y, y.square().sum(0))
+
+    def sums(self) -> RegressionSums:
+        """Return the sums so far, frozen; zeros where every batch was empty.
+
+        Raises:
+            TooFewSamplesError: If there was no batch at all.
+        """
+        if not self.totals:
+            raise TooFewSamplesError("Sums need at least one batch of samples, got none. Give more samples.")
+        return RegressionSums(self.n, *(total.clone() for total in self.totals))
 
 
 def symmetric_product(x: Tensor) -> Tensor:

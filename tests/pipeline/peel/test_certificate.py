@@ -83,14 +83,55 @@ def test_one_byte_anywhere(file, status, fraction, folder, model):
     assert peelwise.verify(folder, model).status == status
 
 
-@pytest.mark.parametrize("key", ["current", "head_control", "bound"])
-def test_a_changed_number_under_a_new_seal_is_found_by_recomputing(key, folder, model):
+def resealed(folder, change):
+    """Change the record and seal it again, as somebody would who knows about the digest."""
     content = json.loads((folder / RECORD_FILE).read_text())
-    content["loss"][key] -= 0.001
+    change(content)
     (folder / RECORD_FILE).write_text(PeelRecord.model_validate(content).sealed().to_json())
+
+
+@pytest.mark.parametrize("key", ["current", "head_control", "bound"])
+def test_a_changed_number_under_a_new_seal_contradicts_the_others(key, folder, model):
+    resealed(folder, lambda content: content["loss"].update({key: content["loss"][key] - 0.001}))
     result = peelwise.verify(folder, model)
     assert result.status == "does not hold"
-    assert f"loss.{key}" in result.reason
+    assert "loss." in result.reason
+
+
+def test_a_change_that_agrees_with_itself_is_found_by_recomputing(folder, model):
+    """Every loss is lowered alike, so that no gain changes."""
+
+    def lower(content):
+        for key in ("current", "head_control", "bound"):
+            content["loss"][key] -= 0.001
+        for part in ("loss", "own_head"):
+            content["maps"][0][part]["report"] -= 0.001
+        content["margin_nats"] = max(0.005 * content["loss"]["current"], 0.003)
+
+    resealed(folder, lower)
+    result = peelwise.verify(folder, model)
+    assert result.status == "does not hold"
+    assert "loss.current" in result.reason
+    assert result.checks
+
+
+CLAIMS = {
+    "conclusion": lambda c: c.update(conclusion="All is well."),
+    "informative": lambda c: c.update(informative=True),
+    "margin_nats": lambda c: c.update(margin_nats=1.0),
+    "verdict": lambda c: c["blocks"][2].update(verdict="undecided"),
+    "best_map": lambda c: c.update(best_map=[1, 2, 3, 4, 5, 6]),
+    "low": lambda c: c["maps"][1]["gain_over_model"].update(low=-9.0),
+    "over_head_control": lambda c: c["loss"].update(over_head_control=None),
+}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_claim_that_does_not_follow_is_found(name, folder, model):
+    resealed(folder, CLAIMS[name])
+    result = peelwise.verify(folder, model)
+    assert result.status == "does not hold"
+    assert name in result.reason
 
 
 def test_one_weight_of_the_model(peeled, broken_folder):

@@ -14,11 +14,10 @@ import torch
 import damage
 import peelwise
 from audits import Snapshot, flat, part_of, tiny_probe
-from peelwise.errors import PeelwiseError, UnsupportedModelError
+from peelwise.errors import MapError, PeelwiseError, UnsupportedModelError
 from peelwise.pipeline.peel import visits
 from peelwise.pipeline.peel.run import PeelSettings, run_peel
 from peelwise.probes import Probe
-from peelwise.references.maps import MapError
 from zoo import BLOCKS, UNSUPPORTED, VOCABULARY, ZOO, sample_ids
 
 DIRECT, ALL_TO_LAST = (1, 2, 3), (3, 3, 3)

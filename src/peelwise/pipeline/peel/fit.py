@@ -12,26 +12,26 @@ what it does to the error on select, and rounds go on until select stops improvi
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from peelwise.errors import IllConditionedWarning, UnsupportedModelError
+from peelwise.errors import IllConditionedWarning
 from peelwise.model.capture import captured
 from peelwise.model.layers import Block, LinearMap
 from peelwise.model.runner import Batch, Runner, Trace
 from peelwise.pipeline.peel.block import ReferenceBlock
 from peelwise.pipeline.search import StepChoice, search_step
-from peelwise.pipeline.sweep import block_moments
+from peelwise.pipeline.sweep import block_moments, proposals_of, token_rows
 from peelwise.references.station import StationSums, best_change
-from peelwise.references.whitened import InputWhitened, Proposal, two_sided
-from peelwise.stats.gram import CrossSum, GramSum, Moments, widened, with_ones
+from peelwise.stats.gram import CrossSum, GramSum, Moments
 
 # An output projection adds its output to the block's, so a nudge there comes out again nearly as it went in.
 _WRITES = 0.3
 _NUDGE = 1e-2
+_FIRST_GAIN = 0.2  # the first step tried is the one that would win this part of the error, were the error linear
 _ENOUGH = 1e-9  # unexplained share below which a block already is its target
 _FLOOR = 1e-4  # least variance of a coordinate, in units of the mean: dead coordinates are not worth infinitely much
 
@@ -186,12 +186,26 @@ class _Bench:
         with torch.no_grad():
             for batch, out, wanted in self._outputs(trace, stations):
                 gradients.append((out - wanted) * w.to(out) * batch.weights[..., None])
-        block = self.reference.block
-        part = Block(block.index, block.name, block.module, linears)
-        return block_moments(self.runner, part, trace, gradients, keep=True, with_F=True)[0]
+        part = self.part(linears)
+        return block_moments(self.runner, part, trace, [gradients], keep=True, with_F=True)[0][0]
 
-    def search(self, steps: dict[LinearMap, Tensor], error: float, start: float, evaluations: int) -> float:
-        """Move the block by the best multiple of ``steps`` on select, or leave it; return its error."""
+    def part(self, linears: tuple[LinearMap, ...]) -> Block:
+        """Return the reference block as if it had only these maps."""
+        block = self.reference.block
+        return Block(block.index, block.name, block.module, linears)
+
+    def search(
+        self, steps: Mapping[LinearMap, Tensor], error: float, start: float, *, slope: float, evaluations: int
+    ) -> float:
+        """Move the block by the best multiple of ``steps`` on select, or leave it; return its error.
+
+        Args:
+            steps: change per map.
+            error: on select, at step 0.
+            start: the step to try first.
+            slope: decrease of the error per unit of step at step 0.
+            evaluations: most evaluations of the error.
+        """
         reference, before = self.reference, dict(self.reference.changes)
 
         def error_at(step: float) -> float:
@@ -199,7 +213,7 @@ class _Bench:
             reference.set(reference.moved(steps, step))
             return self.select_error()
 
-        choice: StepChoice = search_step(error_at, error, start, evaluations=evaluations)
+        choice: StepChoice = search_step(error_at, error, start, slope=slope, evaluations=evaluations)
         reference.set(before)
         if choice.step:
             reference.set(reference.moved(steps, choice.step))
@@ -215,14 +229,6 @@ class _Bench:
         return self.runner.run_block(block, batch.stations[block.index], batch)
 
 
-def token_rows(x: Tensor, batch: Batch, linear: LinearMap) -> Tensor:
-    """Return the inputs ``[n, d_in (+1)]`` of a map at the predicted tokens, in float32 or wider."""
-    if x.shape[:-1].numel() != batch.weights.numel():
-        raise UnsupportedModelError(f"Not yet: {linear.name} sees {tuple(x.shape)} instead of one row per token.")
-    rows = widened(x.detach().reshape(*batch.weights.shape, x.shape[-1])[batch.weights])
-    return with_ones(rows) if linear.has_bias else rows
-
-
 def _solve(bench: _Bench, linear: LinearMap, error: float) -> float:
     """Solve one output projection in closed form; the step is 1 unless the rest of the block objects."""
     with quiet_rank():
@@ -234,7 +240,8 @@ def _solve(bench: _Bench, linear: LinearMap, error: float) -> float:
         )
     if found.decrease <= 0:
         return error
-    return bench.search({linear: found.change}, error, 1.0, 4)
+    slope = found.slope / len(bench.target.weights)
+    return bench.search({linear: found.change}, error, 1.0, slope=slope, evaluations=4)
 
 
 def _step(bench: _Bench, linears: tuple[LinearMap, ...], error: float) -> float:
@@ -242,24 +249,12 @@ def _step(bench: _Bench, linears: tuple[LinearMap, ...], error: float) -> float:
     with quiet_rank():
         fit = bench.moments(bench.fit, bench.target.fit, linears)
         select = bench.moments(bench.select, bench.target.select, linears)
-        proposals = _proposals(fit, select)
-    slope = sum(p.energy for p in proposals.values())
+        proposals = proposals_of(bench.part(linears), [fit], select, ("two-sided",))[0].changes["two-sided"]
+    slope = sum(p.slope for p in proposals.values())
     if slope <= 0:
         return error
     steps = {linear: p.change for linear, p in proposals.items()}
-    return bench.search(steps, error, 0.2 * error / slope, 7)
-
-
-def _proposals(fit: dict[LinearMap, Moments], select: dict[LinearMap, Moments]) -> dict[LinearMap, Proposal]:
-    """Return the two-sided direction of every map; maps that share an input share its decomposition."""
-    shared: dict[int, InputWhitened] = {}
-    found = {}
-    for linear, moments in fit.items():
-        key = id(moments.S)
-        shared[key] = shared.get(key) or InputWhitened(moments.S, select[linear].S)
-        base = shared[key].propose(moments.C, select[linear].C)
-        found[linear] = two_sided(moments, select[linear], base, name=linear.name)
-    return found
+    return bench.search(steps, error, _FIRST_GAIN * error / slope, slope=slope, evaluations=7)
 
 
 def quiet_rank() -> warnings.catch_warnings[None]:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from peelwise.errors import PeelwiseError, UnsupportedModelError
+from peelwise.errors import OptionError, UnsupportedModelError
 from peelwise.model.checkpoints import fingerprint
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block
@@ -64,11 +64,11 @@ class PeelSettings:
 
     def __post_init__(self) -> None:
         if self.start not in _ROUNDS:
-            raise PeelwiseError(f'start: expected "warm" or "cold", got {self.start!r}.')
+            raise OptionError(f'start: expected "warm" or "cold", got {self.start!r}.')
         for name in ("rounds", "beam_width"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise PeelwiseError(f"{name}: expected at least 1, got {value}. Leave it out for the default.")
+                raise OptionError(f"{name}: expected at least 1, got {value}. Leave it out for the default.")
 
     @property
     def fit(self) -> FitOptions:

@@ -11,6 +11,7 @@ from peelwise.intervals import Paired
 from peelwise.model.layers import Block, device_of
 from peelwise.peel_records import MapRecord, PartLosses, PeelLossRecord, PeelRecord, StationRecord
 from peelwise.pipeline.bench import Bench, gain
+from peelwise.pipeline.peel.derived import conclusion, informative, station_verdict
 from peelwise.pipeline.peel.heads import Losses
 from peelwise.pipeline.peel.visits import PeelFindings, Visit
 from peelwise.pipeline.summary import Setup, model_record, versions
@@ -19,7 +20,6 @@ from peelwise.references.map_search import map_name, redundancy_pairs
 from peelwise.verdict import default_margin
 
 STACK, BOUND_HEAD, CONTROL_HEAD = "stack", "head/bound", "head/control"
-_MOST_NAMED = 6
 
 
 def summarise(
@@ -39,14 +39,14 @@ def summarise(
     losses = _losses(bench, findings, best)
     maps = tuple(_map_record(bench, findings, v) for v in _ranked(findings))
     blocks = tuple(_station_record(bench, findings, block, margin) for block in setup.blocks[:-1])
-    informative = _informative(losses)
+    believed = informative(losses)
     probe = bench.probe
     record = PeelRecord(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        conclusion=conclusion(losses, maps, blocks, informative=informative),
+        conclusion=conclusion(losses, maps, blocks, informative=believed),
         complete=findings.complete,
         margin_nats=margin,
-        informative=informative,
+        informative=believed,
         start=start,
         model=model_record(setup),
         probe=probe.record(),
@@ -62,41 +62,6 @@ def summarise(
         versions=versions(),
     )
     return record, _witness(findings, best)
-
-
-def conclusion(
-    losses: PeelLossRecord,
-    maps: tuple[MapRecord, ...],
-    blocks: tuple[StationRecord, ...],
-    *,
-    informative: bool | None,
-) -> str:
-    """Return what was found in words, and no more than that."""
-    if losses.bound is None or not maps:
-        return "No verdict yet: no map was visited within the budget."
-    rival = "the model and the model with its head fitted again" if losses.over_head_control else "the model"
-    over = losses.certified
-    best = maps[0]
-    if over is None or over.low <= 0:
-        first = f"None found: of {len(maps)} maps visited, none is shown to beat {rival}, which proves nothing."
-    elif informative is False:
-        first = f"The best map ({best.name}) beats {rival}, but not its null controls: uninformative."
-    else:
-        first = (
-            f"The stack of blocks is certified under-optimised: map {' '.join(map(str, best.stations))} ({best.name}) "
-            f"beats {rival} by {over.mean:.3f} nats per token (95 % interval {over.low:.3f} to {over.high:.3f})."
-        )
-    return first + _redundancy_words(blocks)
-
-
-def _redundancy_words(blocks: tuple[StationRecord, ...]) -> str:
-    said = ""
-    for verdict, words in (("redundant", "redundant as a target"), ("misleading", "better left out")):
-        found = [str(block.index) for block in blocks if block.verdict == verdict]
-        if found:
-            which = ", ".join(found[:_MOST_NAMED]) + (", ..." if len(found) > _MOST_NAMED else "")
-            said += f" {'Block' if len(found) == 1 else 'Blocks'} {which}: {words}."
-    return said
 
 
 def _ranked(findings: PeelFindings) -> list[Visit]:
@@ -140,16 +105,8 @@ def _station_record(bench: Bench, findings: PeelFindings, block: Block, margin: 
         lost_nats=lost,
         with_map=having,
         without_map=lacking,
-        verdict=_verdict(lost, margin),
+        verdict=station_verdict(lost, margin),
     )
-
-
-def _verdict(lost: Interval, margin: float) -> Literal["needed", "redundant", "misleading", "undecided"]:
-    if lost.high < 0:
-        return "misleading"
-    if lost.high < margin:
-        return "redundant"
-    return "needed" if lost.low > 0 else "undecided"
 
 
 def _losses(bench: Bench, findings: PeelFindings, best: Visit | None) -> PeelLossRecord:
@@ -171,23 +128,12 @@ def _losses(bench: Bench, findings: PeelFindings, best: Visit | None) -> PeelLos
     )
 
 
-def _informative(losses: PeelLossRecord) -> bool | None:
-    """Whether the bound beats both null controls, each by an interval above zero; ``None`` if not run.
-
-    Where a model cannot be initialised again, the shuffled control decides alone.
-    """
-    if losses.over_shuffled is None:
-        return None
-    over = [losses.over_shuffled] + ([losses.over_untrained] if losses.over_untrained else [])
-    return all(interval.low > 0 for interval in over)
-
-
 def _difference(bench: Bench, before: Tensor | None, after: Tensor | None) -> Interval | None:
     return None if before is None or after is None else _gain(bench, before, after).interval()
 
 
 def _gain(bench: Bench, before: Tensor, after: Tensor) -> Paired:
-    return gain(before, after, bench.report, bench.seed)
+    return gain(before, after, bench.report)
 
 
 def _part_losses(losses: Losses) -> PartLosses:

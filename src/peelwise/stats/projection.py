@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peelwise.stats.gram import symmetric_product
+
 # Up to these bounds of the squared condition number (columns of norm 1) normal equations keep ten digits: as
 # they are, and with one correction step from the residual. The bound is loose by a factor of d or more.
 _PLAIN = 1e10
@@ -66,21 +68,6 @@ class Projector:
         self._corrections = 0 if condition <= _PLAIN else 1
         self._inverse = (inverse.T @ inverse) / (norms[:, None] * norms)
         return True
-
-
-def symmetric_product(x: Tensor) -> Tensor:
-    """Return ``x^T x`` for ``x [n, d]``, computing the products above the diagonal of its tiles only once."""
-    d = x.shape[1]
-    tile = 128
-    if d <= tile:
-        return x.T @ x
-    out = x.new_empty(d, d)
-    for start in range(0, d, tile):
-        stop = min(start + tile, d)
-        strip = x[:, start:stop].T @ x[:, start:]  # [tile, d - start]
-        out[start:stop, start:] = strip
-        out[start:, start:stop] = strip.T
-    return out
 
 
 def _range_basis(design: Tensor, size: int) -> Tensor:

@@ -11,12 +11,12 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor, nn
 
-from peelwise.errors import TooFewSamplesError, UnsupportedModelError
+from peelwise.errors import OptionError, TooFewSamplesError, UnsupportedModelError
 from peelwise.model.chain import Chain, read_chain
-from peelwise.pipeline.yes_published import PublishedStacks
-from peelwise.pipeline.yes_result import Mode, YesBounds, YesControls, YesPart, YesRow, cloud_of
-from peelwise.pipeline.yes_samples import OptionError, Samples, checked_samples
-from peelwise.pipeline.yes_streamed import (
+from peelwise.pipeline.yes.published import PublishedStacks
+from peelwise.pipeline.yes.result import Mode, YesBounds, YesControls, YesPart, YesRow, cloud_of
+from peelwise.pipeline.yes.samples import Samples, checked_samples
+from peelwise.pipeline.yes.streamed import (
     PairedMeans,
     StreamedStacks,
     StreamOptions,
@@ -26,7 +26,7 @@ from peelwise.pipeline.yes_streamed import (
 from peelwise.records import Interval
 from peelwise.references.least_squares import DAMPINGS
 from peelwise.references.maps import MapPlan, StationMap, best_by_size
-from peelwise.stats.solve import Projector
+from peelwise.stats.projection import Projector
 
 EXHAUSTIVE_MAPS = 2**10
 _PUBLISHED_LAYERS = 16

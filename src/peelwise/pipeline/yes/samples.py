@@ -11,15 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from peelwise.errors import PeelwiseError, ProbeError, TooFewSamplesError
+from peelwise.errors import OptionError, ProbeError, TooFewSamplesError
 from peelwise.model.chain import Chain
 
 LossName = Literal["squared", "cross_entropy"]
 FIT, SELECT, REPORT = 0, 1, 2
-
-
-class OptionError(PeelwiseError, ValueError):
-    """An option has a value that is not allowed, or that does not go with the others."""
 
 
 @dataclass(frozen=True, eq=False)

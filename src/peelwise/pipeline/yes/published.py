@@ -7,7 +7,7 @@ from torch import Tensor
 
 from peelwise.model.chain import Chain
 from peelwise.references.maps import MapPlan, StationMap
-from peelwise.stats.solve import Projector
+from peelwise.stats.projection import Projector
 
 
 class PublishedStacks:

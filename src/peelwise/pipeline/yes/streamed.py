@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from peelwise.model.chain import Chain
-from peelwise.pipeline.yes_head import applied, fit_softmax_head
-from peelwise.pipeline.yes_samples import FIT, REPORT, SELECT, Samples
+from peelwise.pipeline.yes.head import applied, fit_softmax_head
+from peelwise.pipeline.yes.samples import FIT, REPORT, SELECT, Samples
 from peelwise.references.least_squares import Ridge, choose, shaped
 from peelwise.references.maps import MapPlan, StationMap, beam, best_by_size, subset_of_map
-from peelwise.stats.moments import RegressionAccumulator, RegressionSums
+from peelwise.stats.gram import RegressionSum, RegressionSums
 
 # Sums of the designs of one level may take this much; more designs are served in several passes.
 _SUMS_BYTES = 512 * 2**20
@@ -145,7 +145,7 @@ class StreamedStacks:
     ) -> dict[StationMap, tuple[RegressionSums, RegressionSums, dict[int, slice]]]:
         """Pass over the samples once and return each design's fit sums, select sums and target columns."""
         plans = {p: self._columns(p) for p in designs}
-        sums: dict[StationMap, tuple[RegressionAccumulator, RegressionAccumulator]] = {}
+        sums: dict[StationMap, tuple[RegressionSum, RegressionSum]] = {}
         for x, y, part in self._samples.batches():
             values = self._target_values(x, y)
             cache: dict[StationMap, Tensor] = {(): x}
@@ -154,8 +154,7 @@ class StreamedStacks:
                 a = self._features(prefix, cache)
                 joined = torch.cat([values[t - 1] for t in columns], dim=1)
                 if prefix not in sums:
-                    sizes = (a.shape[1], joined.shape[1], a.device)
-                    sums[prefix] = (RegressionAccumulator(*sizes), RegressionAccumulator(*sizes))
+                    sums[prefix] = (RegressionSum(), RegressionSum())
                 for which in (FIT, SELECT):
                     sums[prefix][which].update(a[rows[which]], joined[rows[which]])
         return {p: (sums[p][FIT].sums(), sums[p][SELECT].sums(), plans[p]) for p in designs}
@@ -221,8 +220,7 @@ def head_control(chain: Chain, samples: Samples, dampings: Sequence[float]) -> C
 
     bias = chain.layers[-1].has_bias
     with torch.no_grad():
-        sizes = (chain.widths[-2], chain.widths[-1], samples.device)
-        sums = {which: RegressionAccumulator(*sizes) for which in (FIT, SELECT)}
+        sums = {which: RegressionSum() for which in (FIT, SELECT)}
         for x, y, part in samples.batches():
             a, target = features(x), samples.regression_targets(y)
             for which, total in sums.items():

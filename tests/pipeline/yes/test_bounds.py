@@ -12,14 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peelwise.errors import PeelwiseError, ProbeError, TooFewSamplesError, UnsupportedModelError
+from peelwise.errors import MapError, OptionError, PeelwiseError, ProbeError, TooFewSamplesError, UnsupportedModelError
 from peelwise.model.chain import read_chain
-from peelwise.pipeline.yes import YesMonitor, yes_bounds
-from peelwise.pipeline.yes_result import cloud_of
-from peelwise.pipeline.yes_samples import OptionError, checked_samples
-from peelwise.references.maps import MapError
-
-sys.path.insert(0, str(Path(__file__).parent))
+from peelwise.pipeline.yes.bounds import YesMonitor, yes_bounds
+from peelwise.pipeline.yes.result import cloud_of
+from peelwise.pipeline.yes.samples import checked_samples
 from yes_reference import yes_reference
 
 
@@ -327,7 +324,7 @@ def test_published_mode_needs_relu() -> None:
 
 def test_the_example_runs_and_draws(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     command = [sys.executable, str(root / "examples" / "yes_bounds.py"), "--quick", "--out", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(root / "src")}
     text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout

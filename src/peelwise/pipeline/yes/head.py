@@ -10,8 +10,8 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn import functional
 
-from peelwise.pipeline.yes_samples import FIT, SELECT, Samples
-from peelwise.stats.moments import RegressionSums
+from peelwise.pipeline.yes.samples import FIT, SELECT, Samples
+from peelwise.stats.gram import RegressionSums
 
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4)
 _ITERATIONS = 50

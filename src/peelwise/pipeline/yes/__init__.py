@@ -1,0 +1,1 @@
+"""YES bounds of feed-forward networks (arXiv:2410.10984), from samples to rows."""
