@@ -15,6 +15,7 @@ import damage
 import peelwise
 from audits import Snapshot, flat, part_of, tiny_probe
 from peelwise.errors import MapError, PeelwiseError, UnsupportedModelError
+from peelwise.peel_records import PeelRecord
 from peelwise.pipeline.peel import visits
 from peelwise.pipeline.peel.run import PeelSettings, run_peel
 from peelwise.probes import Probe
@@ -125,6 +126,15 @@ def test_shuffled_targets_and_labels_gain_nothing_on_the_healthy_model(stored_st
     assert record.loss.shuffled > record.loss.current
     assert record.loss.over_untrained.low > 0
     assert record.informative is False  # started warm and led nowhere, the control stays near the model
+
+
+def test_the_report_prints_and_becomes_a_frame():
+    report = peelwise.peel(ZOO["llama"](), tiny_probe(), maps=[DIRECT, ALL_TO_LAST], rounds=1, controls=False)
+    assert "maps visited" in str(report)
+    frame = report.to_frame()
+    assert list(frame.index) == [" ".join(map(str, m.stations)) for m in report.record.maps]
+    assert {"report", "over_head_mean", "over_model_low", "seconds"} <= set(frame.columns)
+    assert PeelRecord.model_validate_json(report.to_json()) == report.record
 
 
 # -- the same numbers ------------------------------------------------------------------------------------------
