@@ -16,7 +16,7 @@ from peelwise.texts import reference_prose
 from stages import stage_folder
 
 QUICK = ("--tokens", "1200", "--sequence-length", "32", "--budget", "2s", "--no-controls")
-COMMANDS = ("audit", "verify", "apply", "report")
+COMMANDS = ("audit", "peel", "verify", "apply", "report")
 
 
 @pytest.fixture
@@ -303,3 +303,59 @@ def test_errors_of_a_real_process():
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: No certificate at nowhere")
+
+
+# -- peel --------------------------------------------------------------------------------------------------------
+
+MAPS = ("--maps", "1,2,3,4,5,6 1,2,3,4,6,6", "--rounds", "1")
+
+
+def test_peel_writes_a_certificate_that_holds(run, text, tmp_path):
+    out = tmp_path / "out"
+    options = ("--text", text, "--tokens", "1200", "--sequence-length", "32", "--no-controls", *MAPS)
+    code, table, progress = run("peel", stage_folder("middle"), "--out", out, *options)
+    assert code == 0
+    assert "2 of 2 maps visited" in table
+    assert "peel maps" in progress
+    record = json.loads((out / "certificate.json").read_text())
+    assert (record["kind"], record["schema"]) == ("peel", 1)
+    page = (out / "report.html").read_text()
+    code, printed, _ = run("verify", out)
+    assert code == 0
+    assert "holds" in printed
+    assert "best map" in printed
+    (out / "report.html").unlink()
+    code, _, _ = run("report", out)
+    assert code == 0
+    assert (out / "report.html").read_text() == page
+    code, _, error = run("peel", stage_folder("middle"), "--out", out, *options)
+    assert code == 2
+    assert "--force" in error
+    code, _, error = run("apply", out, "--out", tmp_path / "new")
+    assert code == 2
+    assert "certificate of a peel" in error
+
+
+def test_peel_prints_json_and_fails_if_asked(run, broken_folder, text):
+    code, out, _ = run("peel", broken_folder, "--text", text, "--json", "--no-controls", "--fail-on-bound", *MAPS)
+    record = json.loads(out)
+    assert [m["name"] for m in record["maps"]][-1] in ("direct", "without 5")
+    beaten = min(record["loss"][key]["low"] for key in ("bound_gain", "over_head_control")) > 0
+    assert code == (1 if beaten else 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--maps", "1,2"), "expected 6 integers"),
+        (("--maps", "6,5,6,6,6,6"), "decreases"),
+        (("--maps", "1,1,3,4,5,6"), "backwards"),
+        (("--maps", "a,b"), "--maps"),
+        (("--start", "hot"), "start"),
+        (("--budget", "soon"), "budget"),
+    ],
+)
+def test_peel_refuses_bad_options(options, words, run, text):
+    code, out, error = run("peel", stage_folder("early"), "--text", text, *options)
+    assert (code, out) == (2, "")
+    assert words in error

@@ -9,11 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peelwise.api import AuditReport, apply, audit, verify
+    from peelwise.api_peel import PeelReport, peel
     from peelwise.pipeline.yes.bounds import YesMonitor, yes_bounds
     from peelwise.pipeline.yes.result import YesBounds
     from peelwise.probes import Probe
 
-__all__ = ["AuditReport", "Probe", "YesBounds", "YesMonitor", "apply", "audit", "verify", "yes_bounds"]
+__all__ = [
+    "AuditReport",
+    "PeelReport",
+    "Probe",
+    "YesBounds",
+    "YesMonitor",
+    "apply",
+    "audit",
+    "peel",
+    "verify",
+    "yes_bounds",
+]
 
 _YES = "peelwise.pipeline.yes"
 _HOME = {
@@ -22,6 +34,7 @@ _HOME = {
     "YesMonitor": f"{_YES}.bounds",
     "yes_bounds": f"{_YES}.bounds",
 }
+_HOME |= dict.fromkeys(("PeelReport", "peel"), "peelwise.api_peel")
 
 
 def __getattr__(name: str) -> Any:

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from peelwise.errors import CertificateError, MissingExtraError, OutputError, PeelwiseError
 from peelwise.model.checkpoints import OpenedModel, open_model, save_model
+from peelwise.peel_records import PeelRecord
 from peelwise.pipeline import certificate as certificates
 from peelwise.pipeline.audit import AuditSettings, run_audit
 from peelwise.pipeline.certificate import Verification
 from peelwise.pipeline.clock import Watcher
 from peelwise.pipeline.folder import check_free, written_whole
+from peelwise.pipeline.peel.certificate import verify_peel
 from peelwise.probes import Probe
-from peelwise.recordfile import RECORD_FILE, read_record
-from peelwise.records import AuditRecord
+from peelwise.recordfile import RECORD_FILE, read_any_record
+from peelwise.records import AuditRecord, SealedRecord
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,16 +30,16 @@ _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 @dataclass(frozen=True, eq=False)
-class AuditReport:
-    """What an audit found: the record, and the tensors that prove it.
+class Report:
+    """A record, the tensors that prove it and the probe; the parent of what `audit` and `peel` return.
 
     Attributes:
         record: every number, as in ``certificate.json``.
-        witness: replacement changes by name, ``composed/<map>`` and ``alone/<map>``, ``[d_out, d_in (+1)]``.
+        witness: replacement tensors by name.
         probe: the token sequences that were used.
     """
 
-    record: AuditRecord
+    record: AuditRecord | PeelRecord
     witness: dict[str, Tensor] = field(repr=False)
     probe: Probe = field(repr=False)
 
@@ -50,7 +52,7 @@ class AuditReport:
         return capture.get().rstrip()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from peelwise.show.terminal import render
+        from peelwise.show.views import render
 
         yield render(self.record)
 
@@ -64,21 +66,9 @@ class AuditReport:
         Raises:
             MissingExtraError: Without matplotlib.
         """
-        from peelwise.show.report import render_html
+        from peelwise.show.views import render_html
 
         return render_html(self.record)
-
-    def to_frame(self) -> pd.DataFrame:
-        """Return one row per block, intervals as columns ``recoverable_mean``, ``recoverable_low`` and so on.
-
-        Raises:
-            MissingExtraError: Without pandas.
-        """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise MissingExtraError("A data frame", "frame") from error
-        return pd.DataFrame([_row(block.model_dump()) for block in self.record.blocks]).set_index("index")
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
         """Write certificate, witness, probe and (with matplotlib) the HTML report; whole or not at all.
@@ -94,6 +84,27 @@ class AuditReport:
         check_free(path, force=force, ours=RECORD_FILE)
         certificates.write_certificate(path, self.record, self.witness, self.probe, _pages)
         return path
+
+
+@dataclass(frozen=True, eq=False)
+class AuditReport(Report):
+    """What an audit found: the record, and the tensors that prove it.
+
+    Attributes:
+        record: every number, as in ``certificate.json``.
+        witness: replacement changes by name, ``composed/<map>`` and ``alone/<map>``, ``[d_out, d_in (+1)]``.
+        probe: the token sequences that were used.
+    """
+
+    record: AuditRecord
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per block, intervals as columns ``recoverable_mean``, ``recoverable_low`` and so on.
+
+        Raises:
+            MissingExtraError: Without pandas.
+        """
+        return frame([_row(block.model_dump()) for block in self.record.blocks], "index")
 
 
 def audit(
@@ -166,7 +177,7 @@ def verify(
     Args:
         folder: the certificate.
         model: the model, or where to open it; default: where it was opened from for the audit.
-        full: also recompute the numbers of every block.
+        full: also recompute the numbers of every block of an audit; a peel has nothing more to recompute.
         device: where to open the model.
 
     Raises:
@@ -175,11 +186,13 @@ def verify(
     """
     import torch
 
-    record = read_record(Path(folder))
-    if isinstance(model, torch.nn.Module):
-        return certificates.verify_certificate(Path(folder), model, full=full)
-    opened = _open_for(record, model, device, with_tokenizer=False)
-    return certificates.verify_certificate(Path(folder), opened.model, full=full)
+    path = Path(folder)
+    record = read_any_record(path)
+    if not isinstance(model, torch.nn.Module):
+        model = _open_for(record, model, device, with_tokenizer=False).model
+    if isinstance(record, PeelRecord):
+        return verify_peel(path, record, model)
+    return certificates.verify_certificate(path, model, full=full)
 
 
 def apply(folder: str | Path, model: str | Path | None, out: str | Path, *, force: bool = False) -> float:
@@ -232,16 +245,29 @@ def parse_seconds(budget: float | str) -> float:
     return seconds
 
 
-def _open_for(record: AuditRecord, model: Any, device: str, *, with_tokenizer: bool) -> OpenedModel:
+def _open_for(record: SealedRecord, model: Any, device: str, *, with_tokenizer: bool) -> OpenedModel:
     source = model if model is not None else record.model.source
     if source is None:
         raise OutputError("The certificate does not say where its model is. Name it with --model.")
     return open_model(source, device=device, dtype=record.model.dtype, with_tokenizer=with_tokenizer)
 
 
-def _pages(record: AuditRecord) -> dict[str, str]:
+def frame(rows: list[dict[str, Any]], index: str) -> pd.DataFrame:
+    """Return rows as a pandas data frame.
+
+    Raises:
+        MissingExtraError: Without pandas.
+    """
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise MissingExtraError("A data frame", "frame") from error
+    return pd.DataFrame(rows).set_index(index)
+
+
+def _pages(record: AuditRecord | PeelRecord) -> dict[str, str]:
     """Return the files that show the record; none without matplotlib."""
-    from peelwise.show.report import render_html
+    from peelwise.show.views import render_html
 
     try:
         return {REPORT_FILE: render_html(record)}

@@ -1,4 +1,4 @@
-"""The command line: ``peelwise audit | verify | apply | report``. Exit codes: 0 fine, 1 finding, 2 bad input."""
+"""The command line: ``peelwise audit | peel | verify | apply | report``. Exit codes: 0 fine, 1 finding, 2 bad input."""
 
 from __future__ import annotations
 
@@ -32,6 +32,11 @@ _INTERRUPTED = 130
 _err = Console(stderr=True, highlight=False)
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face folder, .gguf file, or `smollm2`.")]
+TextOption = Annotated[
+    list[str] | None,
+    typer.Option("--text", metavar="FILE", help="Text: .txt, .jsonl, .parquet or - ; may be repeated."),
+]
+FieldOption = Annotated[str, typer.Option(help="Field of .jsonl and .parquet that holds the text.")]
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a certificate.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an earlier result.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
@@ -58,11 +63,8 @@ def main() -> None:
 )
 def audit(
     model: ModelArgument,
-    text: Annotated[
-        list[str] | None,
-        typer.Option("--text", metavar="FILE", help="Text: .txt, .jsonl, .parquet or - ; may be repeated."),
-    ] = None,
-    field: Annotated[str, typer.Option(help="Field of .jsonl and .parquet that holds the text.")] = "text",
+    text: TextOption = None,
+    field: FieldOption = "text",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of text to use at most.")] = 6_400,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 128,
     budget: Annotated[str, typer.Option(help="Wall time: 90s, 5m, 1h.")] = "5m",
@@ -108,6 +110,79 @@ def audit(
     _print(report, out, as_json)
     worst = {"red": {"red"}, "yellow": {"red", "yellow"}}.get(fail_on or "", set())
     if any(block.verdict in worst for block in report.record.blocks):
+        raise typer.Exit(1)
+
+
+@app.command(
+    epilog='Example: `peelwise peel smollm2 --maps "auto" --tokens 3000 --budget 10m --out out/peel`',
+    short_help="Bound a model's loss by stacks of layer-wise references.",
+)
+def peel(
+    model: ModelArgument,
+    text: TextOption = None,
+    field: FieldOption = "text",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of text to use at most.")] = 6_400,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 128,
+    budget: Annotated[str, typer.Option(help="Wall time: 90s, 5m, 1h.")] = "10m",
+    maps: Annotated[str, typer.Option(help='auto, or maps like "3,3,3,4 4,4,4,4": a station 1..L per block.')] = "auto",
+    start: Annotated[str, typer.Option(help="warm: from the block's own weights; cold: from initialisation.")] = "warm",
+    weighted: Annotated[
+        bool, typer.Option("--weighted/--unweighted", help="Weight coordinates by their inverse variance.")
+    ] = True,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Most rounds of fitting a block.")] = None,
+    in_distribution: Annotated[
+        bool, typer.Option("--in-distribution", help="The text is what the model was trained on.")
+    ] = False,
+    margin: Annotated[float | None, typer.Option(min=0.0, help="Nats per token that matter.")] = None,
+    controls: Annotated[bool, typer.Option("--controls/--no-controls", help="Run the null controls.")] = True,
+    device: DeviceOption = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Draws and splits the text.")] = 0,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for certificate, witness, report.")] = None,
+    force: ForceOption = False,
+    fail_on_bound: Annotated[
+        bool, typer.Option("--fail-on-bound", help="Exit 1 if a map is shown to beat the model and its head control.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of the table.")] = False,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Also open pickled weights.")] = False,
+) -> None:
+    """Peel MODEL (arXiv:2605.02853): what do reference blocks, fitted one after another to its stations, reach?
+
+    Every map says which station each block regresses to; a light head goes on top, and the model gets the same.
+    Ctrl-C ends the peel early and reports what was finished.
+    """
+    from typing import cast
+
+    from peelwise.api import parse_seconds
+    from peelwise.api_peel import PeelReport, checked_maps, parse_maps
+    from peelwise.model.checkpoints import open_model, require_tokenizer
+    from peelwise.pipeline.folder import check_free
+    from peelwise.pipeline.peel.run import PeelSettings, Start, run_peel
+    from peelwise.recordfile import RECORD_FILE
+    from peelwise.show.peel_words import beats_head
+
+    settings = PeelSettings(
+        parse_seconds(budget),
+        checked_maps(parse_maps(maps)),
+        cast(Start, start),
+        weighted,
+        rounds,
+        controls=controls,
+        margin_nats=margin,
+    )
+    if out is not None:
+        check_free(out, force=force, ours=RECORD_FILE)
+    documents, source = _documents(text, field)
+    with _quiet_warnings(), _status(f"Opening {model} ..."):
+        opened = open_model(model, device=device, dtype=dtype, allow_pickle=allow_pickle)
+        probe = _probe(documents, require_tokenizer(opened), tokens, sequence_length, seed, in_distribution, source)
+    with _quiet_warnings(), _progress_bar() as watcher:
+        outcome = run_peel(opened.model, probe, settings, name=opened.name, source=opened.source, watcher=watcher)
+    report = PeelReport(outcome.record, outcome.witness, outcome.probe)
+    if out is not None:
+        report.save(out, force=force)
+    _print(report, out, as_json)
+    if fail_on_bound and beats_head(report.record):
         raise typer.Exit(1)
 
 
@@ -164,11 +239,11 @@ def report(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: report.html in DIR.")] = None,
 ) -> None:
     """Render the HTML report again from the certificate in DIR. Needs neither the model nor torch."""
-    from peelwise.recordfile import read_record
-    from peelwise.show.report import render_html
+    from peelwise.recordfile import read_any_record
+    from peelwise.show.views import render_html
 
     path = out or folder / "report.html"
-    page = render_html(read_record(folder))
+    page = render_html(read_any_record(folder))
     try:
         temporary = path.with_name(f".{path.name}.new")
         temporary.write_text(page, encoding="utf-8")
@@ -221,7 +296,7 @@ def _probe(
 
 
 def _print(report: Any, out: Path | None, as_json: bool) -> None:
-    from peelwise.show.terminal import print_record
+    from peelwise.show.views import print_record
 
     if as_json:
         typer.echo(report.to_json())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -181,15 +181,16 @@ class WitnessRecord(Record):
     dtype: str
 
 
-class AuditRecord(Record):
-    """Everything one audit found. ``complete`` is false if the budget or the user stopped it early.
+class SealedRecord(Record):
+    """What every certificate says, whatever was measured: about what, how, at which cost, and its seal.
 
-    ``informative`` is ``None`` until the null controls have been run. ``digest`` is the SHA-256 of the rest,
-    so that a changed number shows; it protects against accidents, not against whoever recomputes it.
+    ``complete`` is false if the budget or the user stopped the work early. ``informative`` is ``None`` until the
+    null controls have been run. ``digest`` is the SHA-256 of the rest, so that a changed number shows; it
+    protects against accidents, not against whoever recomputes it.
     """
 
     schema_version: int = Field(default=SCHEMA_VERSION, alias="schema")
-    kind: Literal["audit"] = "audit"
+    kind: str
     created: str
     conclusion: str
     complete: bool
@@ -197,10 +198,6 @@ class AuditRecord(Record):
     informative: bool | None
     model: ModelRecord
     probe: ProbeRecord
-    loss: LossRecord
-    blocks: tuple[BlockRecord, ...]
-    head: HeadRecord | None = None
-    rounds: tuple[RoundRecord, ...] = ()
     cost: CostRecord
     witness: WitnessRecord | None = None
     notes: tuple[str, ...] = ()
@@ -218,6 +215,16 @@ class AuditRecord(Record):
         plain = self.model_dump(mode="json", by_alias=True, exclude={"digest"})
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
-    def sealed(self) -> AuditRecord:
+    def sealed(self) -> Self:
         """Return the record with its digest."""
         return self.model_copy(update={"digest": self.computed_digest()})
+
+
+class AuditRecord(SealedRecord):
+    """Everything one audit found."""
+
+    kind: Literal["audit"] = "audit"
+    loss: LossRecord
+    blocks: tuple[BlockRecord, ...]
+    head: HeadRecord | None = None
+    rounds: tuple[RoundRecord, ...] = ()

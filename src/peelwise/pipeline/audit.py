@@ -5,20 +5,19 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from peelwise.errors import IllConditionedWarning, ModelError, PeelwiseWarning
-from peelwise.model.checkpoints import check_finite, fingerprint
+from peelwise.errors import IllConditionedWarning, PeelwiseWarning
+from peelwise.model.checkpoints import fingerprint
 from peelwise.model.guard import untouched
-from peelwise.model.layers import context_length, find_blocks, vocabulary_size
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner, check_replay
 from peelwise.pipeline import controls, stages
 from peelwise.pipeline.bench import LOSSES, Bench
 from peelwise.pipeline.clock import Clock, Watcher
 from peelwise.pipeline.findings import Findings
+from peelwise.pipeline.opening import check_loss, checked_blocks
 from peelwise.pipeline.summary import Setup, summarise
-from peelwise.probes import Probe, check_context, check_vocabulary
+from peelwise.probes import Probe
 from peelwise.records import AuditRecord
 
 # Stages are cut short so that the next ones get their turn: no further joint round and no untrained control is begun
@@ -81,14 +80,7 @@ def run_audit(
         ModelError: If the model holds NaN or Inf, or its loss is not finite.
         ProbeError: If the probe's tokens do not fit the model's vocabulary, or its sequences the context.
     """
-    blocks = find_blocks(model)
-    size = vocabulary_size(model)
-    if size is not None:
-        check_vocabulary(probe, size)
-    limit = context_length(model)
-    if limit is not None:
-        check_context(probe, limit)
-    check_finite(model)
+    blocks = checked_blocks(model, probe)
     setup = Setup(model, blocks, name, source, fingerprint(model), settings_dict(settings), probe.seed)
     with untouched(model), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", IllConditionedWarning)
@@ -98,7 +90,7 @@ def run_audit(
             check_replay(runner, probe.fit)
             traces = runner.trace(probe.fit), runner.trace(probe.select), runner.trace(probe.report)
         for trace in traces:
-            _check_losses(trace.mean, name)
+            check_loss(trace.mean, name)
         bench = Bench(runner, probe, *traces, clock=clock, seed=probe.seed)
         findings = Findings()
         try:
@@ -133,11 +125,6 @@ def _stages(bench: Bench, findings: Findings, settings: AuditSettings) -> bool:
 def settings_dict(settings: AuditSettings) -> dict[str, bool | int | float | str | None]:
     """Return the settings as plain values for the record."""
     return {key: getattr(settings, key) for key in settings.__dataclass_fields__}
-
-
-def _check_losses(loss: float, name: str) -> None:
-    if not torch.isfinite(torch.tensor(loss)):
-        raise ModelError(f"The loss of {name} on the probe is {loss}: its activations overflow. Try --dtype float32.")
 
 
 def _with_warnings(record: AuditRecord, caught: list[warnings.WarningMessage]) -> AuditRecord:

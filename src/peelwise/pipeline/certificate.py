@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -26,7 +26,7 @@ from peelwise.pipeline.derived import contradictions
 from peelwise.pipeline.folder import written_whole
 from peelwise.probes import Probe
 from peelwise.recordfile import RECORD_FILE, read_record
-from peelwise.records import AuditRecord, Interval, WitnessRecord
+from peelwise.records import AuditRecord, Interval, SealedRecord, WitnessRecord
 from peelwise.verdict import Evidence, judge
 
 WITNESS_FILE, PROBE_FILE = "witness.safetensors", "probe.safetensors"
@@ -38,6 +38,8 @@ _UNCHECKED = (
     "the losses of the controls and of the head, energies and shares, rounds, cost, "
     "and whether the text is training text"
 )
+
+SomeRecord = TypeVar("SomeRecord", bound=SealedRecord)
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,11 @@ class Verification:
 
 def write_certificate(
     folder: Path,
-    record: AuditRecord,
+    record: SomeRecord,
     witness: Mapping[str, Tensor],
     probe: Probe,
-    pages: Callable[[AuditRecord], Mapping[str, str]] = lambda record: {},
-) -> AuditRecord:
+    pages: Callable[[SomeRecord], Mapping[str, str]] = lambda record: {},
+) -> SomeRecord:
     """Write the folder whole or not at all, and return the record as written (sealed, with its witness).
 
     Args:
@@ -116,12 +118,12 @@ def read_certificate(folder: Path) -> Certificate:
     """
     record = read_record(folder)
     probe = Probe.from_tensors(
-        _load(folder / PROBE_FILE),
+        load_tensors(folder / PROBE_FILE),
         source=record.probe.source,
         in_distribution=record.probe.in_distribution,
         seed=record.seed,
     )
-    return Certificate(record, _load(folder / WITNESS_FILE), probe)
+    return Certificate(record, load_tensors(folder / WITNESS_FILE), probe)
 
 
 def verify_certificate(folder: Path, model: nn.Module, *, full: bool = False) -> Verification:
@@ -137,7 +139,7 @@ def verify_certificate(folder: Path, model: nn.Module, *, full: bool = False) ->
     """
     certificate = read_certificate(folder)
     record = certificate.record
-    changed = _what_changed(folder, certificate)
+    changed = what_changed(folder, record)
     if changed:
         return Verification("does not hold", changed)
     if certificate.probe.fingerprint != record.probe.fingerprint:
@@ -303,9 +305,8 @@ class _Recheck:
         self.checks.append(Check(name, recorded, found, abs(recorded - found) <= self.tolerance))
 
 
-def _what_changed(folder: Path, certificate: Certificate) -> str | None:
+def what_changed(folder: Path, record: SealedRecord) -> str | None:
     """Return what was changed in the folder after it was written, or ``None``."""
-    record = certificate.record
     if record.digest != record.computed_digest():
         return f"{RECORD_FILE} was changed after it was written (its digest does not match)."
     if record.witness is None or _sha256(folder / WITNESS_FILE) != record.witness.sha256:
@@ -344,7 +345,12 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file of the folder.
+
+    Raises:
+        CertificateError: If it is missing or damaged.
+    """
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

@@ -58,7 +58,7 @@ def head_reference(bench: Bench, findings: Findings, *, share: float = 1.0) -> N
             before = token_cross_entropy(report_x, report_y, logits)
             after = token_cross_entropy(report_x, report_y, logits, reference.change)
         runner.work.add(runner.head_share, 3.0 * (reference.steps + 1) * len(fit_y))
-    difference = gain(_per_sequence(before, bench.report), _per_sequence(after, bench.report), bench.report)
+    difference = gain(per_sequence(before, bench.report), per_sequence(after, bench.report), bench.report)
     findings.head_control = Control(float(after.mean()), difference)
     findings.head = HeadRecord(
         current=reference.current,
@@ -146,7 +146,7 @@ def _joint_step(bench: Bench, proposals: Proposals) -> Control:
     return Control(float(after.sum()) / tokens, difference, bench.report.mean)
 
 
-def _per_sequence(losses: Tensor, trace: Trace) -> Tensor:
+def per_sequence(losses: Tensor, trace: Trace) -> Tensor:
     """Add up token losses ``[n]`` of a trace per sequence ``[sequences]``."""
     counts = trace.tokens.long()
     sequence = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)

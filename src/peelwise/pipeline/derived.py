@@ -6,7 +6,7 @@ computed here once, so whoever checks a certificate can compute them again witho
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 from peelwise.intervals import Paired
@@ -70,23 +70,24 @@ def contradictions(record: AuditRecord, tolerance: float) -> Iterator[str]:
         record: of an audit.
         tolerance: nats per token by which losses of two implementations may differ (the head's and the model's).
     """
-    yield from _intervals(record)
+    yield from wrong_intervals(_named_intervals(record), record.probe.report_sequences)
     yield from _losses(record.loss, tolerance)
     yield from _head(record.head, record.loss)
     yield from _rounds(record)
     yield from _verdicts(record)
     if record.informative != informative(record.loss):
-        yield _instead("informative", record.informative, informative(record.loss))
+        yield instead("informative", record.informative, informative(record.loss))
     follows = conclusion(record.blocks, record.loss.composed_gain, record.margin_nats)
     if record.conclusion != follows:
-        yield _instead("conclusion", record.conclusion, follows)
+        yield instead("conclusion", record.conclusion, follows)
 
 
-def _intervals(record: AuditRecord) -> Iterator[str]:
-    for name, interval in _named_intervals(record):
+def wrong_intervals(named: Iterable[tuple[str, Interval]], sequences: int) -> Iterator[str]:
+    """Yield what is wrong with intervals over ``sequences`` report sequences: ends, method, standard error."""
+    for name, interval in named:
         n = interval.sequences
-        if n != record.probe.report_sequences:
-            yield _instead(f"{name}.sequences", n, record.probe.report_sequences)
+        if n != sequences:
+            yield instead(f"{name}.sequences", n, sequences)
         elif n < 2 or interval.standard_error < 0 or abs(interval.skewness) > n**0.5 + _ROUNDING:
             yield f"{name}: no {n} sequences have this standard error and skewness."
         else:
@@ -95,9 +96,9 @@ def _intervals(record: AuditRecord) -> Iterator[str]:
             for end in ("low", "high"):
                 recorded, derived = getattr(interval, end), getattr(follows, end)
                 if abs(recorded - derived) > slack:
-                    yield _instead(f"{name}.{end}", recorded, derived)
+                    yield instead(f"{name}.{end}", recorded, derived)
             if interval.method != follows.method:
-                yield _instead(f"{name}.method", interval.method, follows.method)
+                yield instead(f"{name}.method", interval.method, follows.method)
 
 
 def _named_intervals(record: AuditRecord) -> Iterator[tuple[str, Interval]]:
@@ -128,7 +129,7 @@ def _losses(loss: LossRecord, tolerance: float) -> Iterator[str]:
             yield f"loss.{name}: a loss and its gain stand together or not at all."
         elif before is not None and after is not None and gain is not None and abs(before - after - gain.mean) > slack:
             start = "untrained_start" if name == "untrained" else "current"
-            yield _instead(f"loss.{name}_gain.mean", gain.mean, before - after, f"loss.{start} - loss.{name}")
+            yield instead(f"loss.{name}_gain.mean", gain.mean, before - after, f"loss.{start} - loss.{name}")
 
 
 def _head(head: HeadRecord | None, loss: LossRecord) -> Iterator[str]:
@@ -154,7 +155,7 @@ def _verdicts(record: AuditRecord) -> Iterator[str]:
     probe, asked = record.probe, record.settings.get("margin_nats")
     margin = default_margin(record.loss.current) if asked is None else float(asked)
     if abs(record.margin_nats - margin) > 1e-9:
-        yield _instead("margin_nats", record.margin_nats, margin)
+        yield instead("margin_nats", record.margin_nats, margin)
     if [b.index for b in record.blocks] != list(range(record.model.blocks)):
         yield f"blocks: expected one record for each of {record.model.blocks} blocks, in order."
     evidence = [
@@ -171,9 +172,10 @@ def _verdicts(record: AuditRecord) -> Iterator[str]:
         }
         for name, value in follows.items():
             if getattr(block, name) != value:
-                yield _instead(f"{block.name} {name}", getattr(block, name), value)
+                yield instead(f"{block.name} {name}", getattr(block, name), value)
 
 
-def _instead(name: str, recorded: object, follows: object, of: str = "its other numbers") -> str:
+def instead(name: str, recorded: object, follows: object, of: str = "its other numbers") -> str:
+    """Say that a value is not the one that follows."""
     shown = [f"{v:.6f}" if isinstance(v, float) else str(v) for v in (recorded, follows)]
     return f"{name}: {shown[0]} was certified, {shown[1]} follows from {of}."

@@ -68,7 +68,7 @@ def summarise(
         complete=findings.complete,
         margin_nats=margin,
         informative=informative(losses),
-        model=_model_record(setup),
+        model=model_record(setup),
         probe=bench.probe.record(),
         loss=losses,
         blocks=blocks,
@@ -174,7 +174,8 @@ def _control_interval(control: Control | None) -> Interval | None:
     return None if control is None else control.gain.interval()
 
 
-def _model_record(setup: Setup) -> ModelRecord:
+def model_record(setup: Setup) -> ModelRecord:
+    """Return what was measured: name, fingerprint, size and number format."""
     parameter = next(setup.model.parameters())
     return ModelRecord(
         name=setup.name,

@@ -84,7 +84,7 @@ def sweep(
         moments, above = block_moments(runner, block, fit, above, keep=keep, with_F=with_F)
         select_moments, above_select = block_moments(runner, block, select, above_select, keep=keep, with_F=with_F)
         if keep:
-            made = _proposals(block, moments, select_moments[0], directions)
+            made = proposals_of(block, moments, select_moments[0], directions)
             for proposals, into in zip(made, found, strict=True):
                 into[block.index] = proposals
         after_block(done)
@@ -119,12 +119,12 @@ def block_moments(
         if not keep:
             continue
         groups.update({linear: capture.groups[linear] for linear in results[0][1]})
-        rows = {first: _rows(capture.inputs[first], batch, first) for first in set(groups.values())}
+        rows = {first: token_rows(capture.inputs[first], batch, first) for first in set(groups.values())}
         for first, x in rows.items():
             S.setdefault(first, GramSum()).update(x)
         for (_, grads), C_sums, F_sums in zip(results, C, F, strict=True):
             for linear, g in grads.items():
-                g = _rows(g, batch, linear, ones=False)
+                g = token_rows(g, batch, linear, ones=False)
                 C_sums.setdefault(linear, CrossSum()).update(g, rows[groups[linear]])
                 if with_F:
                     F_sums.setdefault(linear, GramSum()).update(g)
@@ -149,7 +149,7 @@ def _finite_mean(total: CrossSum, linear: LinearMap) -> Tensor:
     return mean
 
 
-def _rows(x: Tensor, batch: Batch, linear: LinearMap, *, ones: bool = True) -> Tensor:
+def token_rows(x: Tensor, batch: Batch, linear: LinearMap, *, ones: bool = True) -> Tensor:
     """Return the rows of predicted tokens ``[n, d]``, with a column of ones if the map has a bias."""
     if x.shape[:-1] != batch.weights.shape:
         x_rows = x.reshape(-1, x.shape[-1])
@@ -162,12 +162,20 @@ def _rows(x: Tensor, batch: Batch, linear: LinearMap, *, ones: bool = True) -> T
     return with_ones(rows) if ones and linear.has_bias else rows
 
 
-def _proposals(
+def proposals_of(
     block: Block,
     fits: Sequence[dict[LinearMap, Moments]],
     select: dict[LinearMap, Moments],
     directions: Sequence[Direction],
 ) -> list[BlockProposals]:
+    """Return for each set of targets what the moments of one block's maps propose.
+
+    Args:
+        block: the block.
+        fits: per set of targets, the moments of the fit tokens, which share ``S``.
+        select: moments of the select tokens.
+        directions: which directions to make.
+    """
     # Maps that share an input share the very tensor S, hence its decomposition.
     references: dict[int, InputWhitened] = {}
     for linear, moments in fits[0].items():

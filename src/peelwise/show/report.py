@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from importlib.resources import files
 
 from peelwise.records import AuditRecord, BlockRecord
 from peelwise.show import sections
 from peelwise.show.markup import chip, esc, paragraph
+from peelwise.show.page import document, facts
 from peelwise.show.words import (
     INTERACTION,
     NOT_IN_BUDGET,
     VERDICTS,
-    amount,
     bracket,
     control_sentence,
     counts,
@@ -24,9 +23,6 @@ from peelwise.show.words import (
 
 MOST_IN_A_ROW = 32
 FLAG = '<em class="flag">✕</em>'
-
-# Nothing may be loaded from anywhere and nothing may run, whatever a record's strings contain.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 
 def render_html(record: AuditRecord) -> str:
@@ -58,36 +54,12 @@ def render_html(record: AuditRecord) -> str:
             "</main>",
         )
     )
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"/>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
-        '<meta name="color-scheme" content="light dark"/><link rel="icon" href="data:,"/>'
-        f"<title>{esc(record.model.name)} – peelwise audit</title><style>{_style()}</style></head>"
-        f"<body>{body}</body></html>\n"
-    )
-
-
-def _style() -> str:
-    """Return the style sheet, its verdict colours taken from the one place that holds them."""
-    light = "".join(f"--{colour}:{words.light};" for colour, words in VERDICTS.items())
-    dark = "".join(f"--{colour}:{words.dark};" for colour, words in VERDICTS.items())
-    sheet = files("peelwise.show").joinpath("report.css").read_text(encoding="utf-8")
-    return f":root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}\n{sheet}"
+    return document(f"{record.model.name} – peelwise audit", body)
 
 
 def _header(record: AuditRecord) -> str:
-    model = record.model
-    facts = (
-        f"{amount(model.parameters)} parameters",
-        f"{model.blocks} blocks",
-        model.architecture,
-        model.dtype,
-        record.created,
-    )
     return (
-        f'<header><p class="eyebrow">peelwise audit</p><h1>{esc(model.name)}</h1>'
-        f'<p class="facts">{"".join(f"<span>{esc(fact)}</span>" for fact in facts)}</p>'
+        f'<header><p class="eyebrow">peelwise audit</p><h1>{esc(record.model.name)}</h1>{facts(record)}'
         f'<p class="conclusion">{esc(record.conclusion)}</p>{_warnings(record)}</header>'
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peelwise.records import AuditRecord, BlockRecord, Interval
+from peelwise.records import AuditRecord, BlockRecord, Interval, SealedRecord
 from peelwise.show import charts
 from peelwise.show.markup import chart, chip, esc, pairs, paragraph, section, table
 from peelwise.show.words import (
@@ -174,7 +174,7 @@ def blocks(record: AuditRecord) -> str:
     return section("blocks", "Every block in numbers", listing)
 
 
-def verifying(record: AuditRecord) -> str:
+def verifying(record: SealedRecord) -> str:
     """Say how somebody who trusts nobody can check the certificate."""
     steps = paragraph(
         "With the certificate folder, the model and the probe text, one pass recomputes the losses with the "
@@ -194,7 +194,7 @@ def verifying(record: AuditRecord) -> str:
     return section("verify", "How to verify", steps, command, files)
 
 
-def cost(record: AuditRecord) -> str:
+def cost(record: SealedRecord) -> str:
     """Show what the audit cost, stage by stage."""
     total = record.cost
     longest = max((stage.wall_seconds for stage in total.stages), default=0.0) or 1.0
@@ -220,7 +220,7 @@ def cost(record: AuditRecord) -> str:
     )
 
 
-def origin(record: AuditRecord) -> str:
+def origin(record: SealedRecord) -> str:
     """Show what exactly was audited, on which text, with which settings and versions."""
     model, probe = record.model, record.probe
     about = (

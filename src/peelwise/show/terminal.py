@@ -15,7 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from peelwise.records import AuditRecord, BlockRecord, Interval
+from peelwise.records import AuditRecord, BlockRecord, Interval, SealedRecord
 from peelwise.show.words import (
     INTERACTION,
     INTERACTION_MEANING,
@@ -66,11 +66,16 @@ def print_record(record: AuditRecord, console: Console, folder: Path | str | Non
         console: Where to print.
         folder: Where its files are, if they were written.
     """
+    print_view(render(record, folder), console)
+
+
+def print_view(view: RenderableType, console: Console) -> None:
+    """Print a view, replacing characters that the terminal's encoding does not have."""
     if not console.options.ascii_only:
-        console.print(render(record, folder))
+        console.print(view)
         return
     with console.capture() as captured:
-        console.print(render(record, folder))
+        console.print(view)
     plain = captured.get().translate(_ASCII)
     console.file.write(plain.encode(console.encoding, "replace").decode(console.encoding))
 
@@ -85,7 +90,7 @@ class _AuditView:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         record = self.record
         wide = options.max_width >= WIDE
-        yield Text.assemble((clean(record.model.name), "bold"), (_model_line(record), "dim"))
+        yield Text.assemble((clean(record.model.name), "bold"), (model_line(record), "dim"))
         yield Text(clean(record.conclusion))
         yield Text(_counts_line(record), style="dim")
         yield _block_table(record, wide)
@@ -96,7 +101,8 @@ class _AuditView:
         yield _closing(record, self.folder)
 
 
-def _model_line(record: AuditRecord) -> str:
+def model_line(record: SealedRecord) -> str:
+    """Return the model's size and number format, to stand behind its name."""
     model = record.model
     return f"  {amount(model.parameters)} parameters, {model.blocks} blocks, {clean(model.dtype)}"
 
@@ -200,6 +206,12 @@ def _closing(record: AuditRecord, folder: str | None) -> RenderableType:
     if not record.complete:
         lines.append(Text(f"Stopped early: what is missing was {NOT_IN_BUDGET}.", style="bold yellow"))
     lines += [Text(f"Note: {clean(note)}") for note in record.notes]
+    return Group(*lines, *footer(record, folder))
+
+
+def footer(record: SealedRecord, folder: str | None) -> list[RenderableType]:
+    """Return what every view ends with: cost, margin, the files and how to check them."""
+    lines: list[RenderableType] = []
     cost = record.cost
     work = f"{cost.forward_equivalents:.1f} forward passes over the probe"
     memory = f"peak memory {amount(cost.peak_bytes, 1024, 'B')}"
@@ -212,4 +224,4 @@ def _closing(record: AuditRecord, folder: str | None) -> RenderableType:
         check = f"peelwise verify {shlex.quote(clean(folder))}"
         lines.append(Text(f"Files are in {clean(folder)}. Check them with: {check}"))
     lines.append(Text("A witness proves; none found proves nothing.", style="dim italic"))
-    return Group(*lines)
+    return lines

@@ -1,0 +1,177 @@
+"""Build the reference stack of a map, reusing what maps with the same beginning have fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peelwise.model.layers import Block
+from peelwise.model.runner import Batch, Runner, Trace
+from peelwise.pipeline.peel.block import Changes, ReferenceBlock
+from peelwise.pipeline.peel.fit import FitOptions, Fitted, Target, coordinate_weights, fit_block
+from peelwise.pipeline.peel.stack import Stack
+from peelwise.references.map_search import shared_prefix
+from peelwise.references.maps import StationMap
+
+CACHE_BYTES = 1 << 30
+
+Shuffle = Callable[[list[Tensor]], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A fitted reference block, small enough to be kept: its changes and how well it hits its station."""
+
+    changes: Changes
+    fitted: Fitted
+
+    @property
+    def bytes(self) -> int:
+        """Size of the changes."""
+        return sum(change.numel() * change.element_size() for change in self.changes.values())
+
+
+class BudgetEndedError(Exception):
+    """The time allowed ended inside a map; what was fitted for it is kept, the map itself has no result."""
+
+
+class Climber:
+    """Fits reference stacks map by map. References of shared prefixes are fitted once.
+
+    Kept are the references by prefix (changes only, oldest forgotten beyond ``cache_bytes``) and the stations
+    of the present path.
+
+    Args:
+        runner: of the model.
+        traces: the model's own traces by part of the probe.
+        options: how hard each block is fitted.
+        weighted: whether coordinates are weighted by their inverse variance.
+        fresh: the same blocks at initialisation for a cold start, ``None`` for a warm one.
+        shuffle: permutes target stations of the fit tokens across sequences (null control).
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        traces: dict[str, Trace],
+        options: FitOptions,
+        *,
+        weighted: bool = True,
+        fresh: tuple[Block, ...] | None = None,
+        shuffle: Shuffle | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self.runner, self.options, self.weighted = runner, options, weighted
+        self.stack = Stack(runner, traces)
+        self._traces, self._fresh, self._shuffle, self._cache_bytes = traces, fresh, shuffle, cache_bytes
+        self._references: dict[StationMap, Reference] = {}
+        self._weights: dict[int, Tensor] = {}
+        self._exact = shuffle is None and fresh is None
+
+    def climb(
+        self,
+        stations: StationMap,
+        *,
+        keep_going: Callable[[], bool] = lambda: True,
+        after_block: Callable[[int], None] = lambda done: None,
+    ) -> list[Reference]:
+        """Put the stack of a map in place and return its references, fitting those that are not there yet.
+
+        Args:
+            stations: the map.
+            keep_going: asked before each fit.
+            after_block: called with the number of blocks in place.
+
+        Raises:
+            BudgetEndedError: If ``keep_going`` said no.
+        """
+        self.stack.cut(shared_prefix(stations, self.stack.prefix))
+        for depth in range(self.stack.depth, len(stations)):
+            prefix = stations[: depth + 1]
+            known = self._references.get(prefix)
+            block = ReferenceBlock(self.runner.blocks[depth], known.changes if known else None)
+            if known is None:
+                if not keep_going():
+                    raise BudgetEndedError
+                self._remember(prefix, self._fit(block, stations[depth]))
+            self.stack.push(stations[depth], block)
+            after_block(depth + 1)
+        return [self._references[stations[: depth + 1]] for depth in range(len(stations))]
+
+    def to_fit(self, stations: StationMap) -> int:
+        """Return how many references a map still needs; a warm one that already is its station costs nothing."""
+        needed = 0
+        for depth in range(len(stations)):
+            prefix = stations[: depth + 1]
+            exact = self._exact and prefix == tuple(range(1, depth + 2))
+            needed += prefix not in self._references and not exact
+        return needed
+
+    def _fit(self, block: ReferenceBlock, station: int) -> Reference:
+        if self._fresh is not None:
+            block.set(block.from_initialisation(self._fresh[block.own.index]))
+        fitted = fit_block(
+            self.runner,
+            block,
+            self.stack.traces["fit"],
+            self.stack.traces["select"],
+            self._target(station),
+            self.options,
+        )
+        return Reference(block.changes, fitted)
+
+    def _target(self, station: int) -> Target:
+        fit, select = ([b.stations[station] for b in self._traces[part].batches] for part in ("fit", "select"))
+        if station not in self._weights:
+            self._weights[station] = coordinate_weights(self._traces["fit"], fit, weighted=self.weighted)
+        return Target(self._shuffle(fit) if self._shuffle else fit, select, self._weights[station])
+
+    def _remember(self, prefix: StationMap, reference: Reference) -> None:
+        self._references[prefix] = reference
+        total = sum(r.bytes for r in self._references.values())
+        # The oldest go first, but never those of the path that is being climbed.
+        for old in list(self._references):
+            if total <= self._cache_bytes:
+                break
+            if prefix[: len(old)] != old:
+                total -= self._references.pop(old).bytes
+
+
+def partner_order(sequences: int, seed: int) -> Tensor:
+    """Return a permutation ``[sequences]`` that leaves no sequence in its place (where there are two or more)."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(sequences, generator=generator)
+    shift = int(torch.randint(1, max(sequences, 2), (1,), generator=generator))
+    partner = torch.empty_like(order)
+    partner[order] = order.roll(shift)
+    return partner
+
+
+def shuffled_stations(trace: Trace, seed: int) -> Shuffle:
+    """Return a function that gives every sequence of a trace another one's station, position by position.
+
+    Where the partner is shorter, its last real position is repeated: padding never becomes a target.
+    """
+    lengths = torch.cat([batch.weights.sum(dim=1) for batch in trace.batches])  # [sequences]
+    partner = partner_order(len(lengths), seed).to(lengths.device)
+    width = trace.batches[0].weights.shape[1]
+    places = torch.arange(width, device=lengths.device).expand(len(lengths), width)
+    places = places.minimum((lengths[partner] - 1).clamp_min(0)[:, None])  # [sequences, t]
+    counts = [len(batch.weights) for batch in trace.batches]
+
+    def shuffle(stations: list[Tensor]) -> list[Tensor]:
+        whole = torch.cat(stations)[partner]  # [sequences, t, d]
+        moved = whole.gather(1, places[..., None].expand(-1, -1, whole.shape[-1]))
+        return list(torch.split(moved, counts))
+
+    return shuffle
+
+
+def shuffled_labels(trace: Trace, seed: int) -> Callable[[Batch, int], Tensor]:
+    """Return labels moved in the same way as `shuffled_stations` moves stations."""
+    labels = [batch.targets[..., None] for batch in trace.batches]
+    moved = [one[..., 0] for one in shuffled_stations(trace, seed)(labels)]
+    return lambda batch, place: moved[place]

@@ -1,0 +1,262 @@
+"""Fit one reference block to a station: closed-form solves of its output projections, steps on the rest.
+
+The error is the share of the station's variance that is left unexplained, on predicted tokens:
+
+    err = mean_tokens mean_j w_j (T_j - A_j)^2,    w_j = 1 / Var(T_j)   (or 1 / mean variance, unweighted)
+
+so 1 is what predicting the mean gives. One round solves each output projection in closed form, in the order in
+which the block runs them, then takes one whitened step on all other linear maps. Every change is accepted by
+what it does to the error on select, and rounds go on until select stops improving.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peelwise.errors import IllConditionedWarning
+from peelwise.model.capture import captured
+from peelwise.model.layers import Block, LinearMap
+from peelwise.model.runner import Batch, Runner, Trace
+from peelwise.pipeline.peel.block import ReferenceBlock
+from peelwise.pipeline.search import StepChoice, search_step
+from peelwise.pipeline.sweep import block_moments, proposals_of, token_rows
+from peelwise.references.station import StationSums, best_change
+from peelwise.stats.gram import CrossSum, GramSum, Moments
+
+# An output projection adds its output to the block's, so a nudge there comes out again nearly as it went in.
+_WRITES = 0.3
+_NUDGE = 1e-2
+_FIRST_GAIN = 0.2  # the first step tried is the one that would win this part of the error, were the error linear
+_ENOUGH = 1e-9  # unexplained share below which a block already is its target
+_FLOOR = 1e-4  # least variance of a coordinate, in units of the mean: dead coordinates are not worth infinitely much
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How hard a reference block is fitted.
+
+    Attributes:
+        rounds: most rounds of solves and steps.
+        steps: whether the maps that do not write into the residual stream are moved too.
+        tolerance: smallest relative improvement on select that is worth another round.
+    """
+
+    rounds: int = 3
+    steps: bool = True
+    tolerance: float = 0.01
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a reference block regresses to: a station on fit and select, ``[b, t, d]`` per batch, and weights."""
+
+    fit: list[Tensor]
+    select: list[Tensor]
+    weights: Tensor  # [d], mean_j w_j Var_j = 1
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How well a reference block hits its station: unexplained share of its variance, on fit and select."""
+
+    fit_error: float
+    select_error: float
+    start_error: float
+    rounds: int
+
+
+def coordinate_weights(trace: Trace, stations: list[Tensor], *, weighted: bool) -> Tensor:
+    """Return ``w [d]``, float64: inverse variance of each coordinate of a station over the predicted tokens.
+
+    Args:
+        trace: says which tokens are predicted.
+        stations: the station, one ``[b, t, d]`` per batch.
+        weighted: false gives every coordinate the inverse of the mean variance, the plain squared error.
+    """
+    n, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for batch, station in zip(trace.batches, stations, strict=True):
+        rows = station[batch.weights].double()  # [n, d]
+        n, total, squares = n + len(rows), total + rows.sum(0), squares + rows.square().sum(0)
+    variance = (squares / n - (total / n).square()).clamp_min(0.0)  # [d]
+    mean = variance.mean().clamp_min(torch.finfo(torch.float64).tiny)
+    return 1.0 / variance.clamp_min(_FLOOR * mean) if weighted else torch.ones_like(variance) / mean
+
+
+def fit_block(
+    runner: Runner, reference: ReferenceBlock, fit: Trace, select: Trace, target: Target, options: FitOptions
+) -> Fitted:
+    """Fit ``reference`` in place; its input is the last station that ``fit`` and ``select`` hold.
+
+    Args:
+        runner: of the model, for the way its blocks are called.
+        reference: the block, at its start.
+        fit, select: traces of the reference stack up to and including the block's input.
+        target: the station to hit.
+        options: how hard to try.
+    """
+    bench = _Bench(runner, reference, fit, select, target)
+    start = error = bench.select_error()
+    rounds = 0
+    if start > _ENOUGH:
+        writers = find_writers(runner, reference.block, fit.batches[0])
+        while rounds < options.rounds:
+            before, rounds = error, rounds + 1
+            for linear in writers:
+                error = _solve(bench, linear, error)
+            others = tuple(m for m in reference.block.linears if m not in writers)
+            if options.steps and others:
+                error = _step(bench, others, error)
+            if error > (1 - options.tolerance) * before:
+                break
+    return Fitted(bench.error(fit, target.fit), error, start, rounds)
+
+
+@torch.no_grad()
+def find_writers(runner: Runner, block: Block, batch: Batch) -> list[LinearMap]:
+    """Return the maps that write into the residual stream, in the order in which they run.
+
+    A small random nudge ``delta`` is added to a map's output. Where the map's output is added to the block's,
+    the block's output changes by ``delta`` and little else; any other map scatters it:
+
+        cos(delta, change of the block's output) > 0.3
+    """
+    hidden = batch.stations[block.index]
+    with captured(block.linears) as capture:
+        plain = runner.run_block(block, hidden, batch)
+    scale = _NUDGE * float(plain.float().std())
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for linear, y in capture.outputs.items():
+        if y.numel() != plain.numel() or y.shape[-1] != plain.shape[-1]:
+            continue
+        delta = (scale * torch.randn(y.shape, generator=generator)).to(y)
+        handle = linear.module.register_forward_hook(lambda _m, _x, out, d=delta: out + d)
+        try:
+            change = (runner.run_block(block, hidden, batch) - plain).double().flatten()
+        finally:
+            handle.remove()
+        pushed = delta.double().flatten()
+        norm = float(change.norm() * pushed.norm())
+        if norm > 0 and float(pushed @ change) / norm > _WRITES:
+            found.append(linear)
+    return found
+
+
+class _Bench:
+    """One block, its inputs, its target: evaluates the error and counts the work."""
+
+    def __init__(self, runner: Runner, reference: ReferenceBlock, fit: Trace, select: Trace, target: Target) -> None:
+        self.runner, self.reference = runner, reference
+        self.fit, self.select, self.target = fit, select, target
+
+    @torch.no_grad()
+    def error(self, trace: Trace, stations: list[Tensor]) -> float:
+        """Return the unexplained share on a part of the probe."""
+        total, w = 0.0, self.target.weights
+        for batch, out, wanted in self._outputs(trace, stations):
+            missing = (wanted - out)[batch.weights].double()  # [n, d]
+            total += float(missing.square().sum(0) @ w)
+        return total / float(trace.tokens.sum()) / len(w)
+
+    def select_error(self) -> float:
+        """Return the error on select, which makes every choice."""
+        return self.error(self.select, self.target.select)
+
+    @torch.no_grad()
+    def sums(self, trace: Trace, stations: list[Tensor], linear: LinearMap) -> StationSums:
+        """Return the sums of one output projection: its inputs against what the block's output lacks."""
+        S, R = GramSum(), CrossSum()
+        for batch, wanted in zip(trace.batches, stations, strict=True):
+            with captured((linear,)) as capture:
+                out = self._run(batch)
+            x = token_rows(capture.inputs[linear], batch, linear)  # [n, d_in (+1)]
+            S.update(x)
+            R.update((wanted - out)[batch.weights], x)
+        return StationSums(S.mean(), R.mean())
+
+    def moments(self, trace: Trace, stations: list[Tensor], linears: tuple[LinearMap, ...]) -> dict[LinearMap, Moments]:
+        """Return the moments of some maps, with gradients of the error."""
+        w = 2 * self.target.weights / len(self.target.weights)
+        gradients = []
+        with torch.no_grad():
+            for batch, out, wanted in self._outputs(trace, stations):
+                gradients.append((out - wanted) * w.to(out) * batch.weights[..., None])
+        part = self.part(linears)
+        return block_moments(self.runner, part, trace, [gradients], keep=True, with_F=True)[0][0]
+
+    def part(self, linears: tuple[LinearMap, ...]) -> Block:
+        """Return the reference block as if it had only these maps."""
+        block = self.reference.block
+        return Block(block.index, block.name, block.module, linears)
+
+    def search(
+        self, steps: Mapping[LinearMap, Tensor], error: float, start: float, *, slope: float, evaluations: int
+    ) -> float:
+        """Move the block by the best multiple of ``steps`` on select, or leave it; return its error.
+
+        Args:
+            steps: change per map.
+            error: on select, at step 0.
+            start: the step to try first.
+            slope: decrease of the error per unit of step at step 0.
+            evaluations: most evaluations of the error.
+        """
+        reference, before = self.reference, dict(self.reference.changes)
+
+        def error_at(step: float) -> float:
+            reference.set(before)
+            reference.set(reference.moved(steps, step))
+            return self.select_error()
+
+        choice: StepChoice = search_step(error_at, error, start, slope=slope, evaluations=evaluations)
+        reference.set(before)
+        if choice.step:
+            reference.set(reference.moved(steps, choice.step))
+        return choice.loss
+
+    def _outputs(self, trace: Trace, stations: list[Tensor]) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+        for batch, wanted in zip(trace.batches, stations, strict=True):
+            yield batch, self._run(batch), wanted
+
+    def _run(self, batch: Batch) -> Tensor:
+        block = self.reference.block
+        self.runner.work.add(self.runner.shares[block.index], float(batch.weights.sum()))
+        return self.runner.run_block(block, batch.stations[block.index], batch)
+
+
+def _solve(bench: _Bench, linear: LinearMap, error: float) -> float:
+    """Solve one output projection in closed form; the step is 1 unless the rest of the block objects."""
+    with quiet_rank():
+        found = best_change(
+            bench.sums(bench.fit, bench.target.fit, linear),
+            bench.sums(bench.select, bench.target.select, linear),
+            bench.target.weights,
+            name=linear.name,
+        )
+    if found.decrease <= 0:
+        return error
+    slope = found.slope / len(bench.target.weights)
+    return bench.search({linear: found.change}, error, 1.0, slope=slope, evaluations=4)
+
+
+def _step(bench: _Bench, linears: tuple[LinearMap, ...], error: float) -> float:
+    """Take one whitened step on maps that have no closed form."""
+    with quiet_rank():
+        fit = bench.moments(bench.fit, bench.target.fit, linears)
+        select = bench.moments(bench.select, bench.target.select, linears)
+        proposals = proposals_of(bench.part(linears), [fit], select, ("two-sided",))[0].changes["two-sided"]
+    slope = sum(p.slope for p in proposals.values())
+    if slope <= 0:
+        return error
+    steps = {linear: p.change for linear, p in proposals.items()}
+    return bench.search(steps, error, _FIRST_GAIN * error / slope, slope=slope, evaluations=7)
+
+
+def quiet_rank() -> warnings.catch_warnings[None]:
+    """Return a context in which rank deficiency is no finding: a reference says nothing about the model's layers."""
+    return warnings.catch_warnings(action="ignore", category=IllConditionedWarning)

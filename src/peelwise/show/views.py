@@ -1,0 +1,39 @@
+"""One record of any kind, as it is shown: says which view belongs to which record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console, RenderableType
+
+from peelwise.peel_records import PeelRecord
+from peelwise.records import AuditRecord
+from peelwise.show import peel_report, peel_terminal, report, terminal
+
+AnyRecord = AuditRecord | PeelRecord
+
+
+def render(record: AnyRecord, folder: Path | str | None = None) -> RenderableType:
+    """Return a view for the terminal that adapts itself to the width it is printed at.
+
+    Args:
+        record: what was found.
+        folder: where its files are, if they were written.
+    """
+    if isinstance(record, PeelRecord):
+        return peel_terminal.render(record, folder)
+    return terminal.render(record, folder)
+
+
+def print_record(record: AnyRecord, console: Console, folder: Path | str | None = None) -> None:
+    """Print the view on a console, in plain characters where the terminal cannot show others."""
+    terminal.print_view(render(record, folder), console)
+
+
+def render_html(record: AnyRecord) -> str:
+    """Return the report as one self-contained HTML document.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
+    return peel_report.render_html(record) if isinstance(record, PeelRecord) else report.render_html(record)
