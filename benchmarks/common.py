@@ -46,7 +46,7 @@ def earlier(name: str) -> dict[str, Any]:
 
 
 def write(name: str, result: dict[str, Any], *, before: str | None = None) -> None:
-    """Write the result with machine, versions and the command (after the one that made the other parts), and print it."""
+    """Write the result with machine, versions and the command (after the one of the other parts), and print it."""
     RESULTS.mkdir(exist_ok=True)
     command = " ".join([Path(sys.executable).name, *sys.argv])
     full = {
