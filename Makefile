@@ -41,6 +41,7 @@ test: lint
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/audit_cost.py
 	$(BIN)/python benchmarks/oracle_tightness.py
+	$(BIN)/python benchmarks/yes_speed.py
 
 clean:
 	rm -rf out build .pytest_cache .mypy_cache .ruff_cache

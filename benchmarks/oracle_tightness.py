@@ -1,7 +1,7 @@
 """How much of what training one block alone would gain does the closed-form reference reach?
 
 The oracle trains every block of the small GPT by itself with Adam on the fit tokens, stops on select, and is measured
-on report, as the audit is. Example: python benchmarks/oracle_tightness.py --tokens 48000
+on report, as the audit is. Example: python benchmarks/oracle_tightness.py --tokens 24000
 """
 
 import argparse
@@ -85,9 +85,12 @@ def compare(stage: Path, tokens: int) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=48_000)
+    parser.add_argument("--tokens", type=int, default=24_000)
     arguments = parser.parse_args()
-    write("oracle_tightness", {"stages": [compare(stage, arguments.tokens) for stage in STAGES]})
+    stages: list[dict[str, object]] = []
+    for stage in STAGES:
+        stages.append(compare(stage, arguments.tokens))
+        write("oracle_tightness", {"stages": stages})  # after each stage, so that nothing is lost
 
 
 if __name__ == "__main__":
