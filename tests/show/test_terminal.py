@@ -22,7 +22,7 @@ def printed(record: AuditRecord, width: int, *, encoding: str = "utf-8") -> str:
     return raw.getvalue().decode(encoding)
 
 
-@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize("width", [80, 108, 120])
 @pytest.mark.parametrize("record", [whole(), whole(2), whole(80), partial(), unmeasured(), hostile()])
 def test_fits_the_width_and_shows_every_block(record: AuditRecord, width: int) -> None:
     lines = printed(record, width).splitlines()
@@ -32,7 +32,7 @@ def test_fits_the_width_and_shows_every_block(record: AuditRecord, width: int) -
 
 
 def test_verdicts_are_told_by_letter_and_words_without_colour() -> None:
-    text = printed(whole(), 100)
+    text = printed(whole(), 120)
     assert "\x1b" not in text
     for line in (
         "R certified under-optimised",
@@ -47,9 +47,9 @@ def test_verdicts_are_told_by_letter_and_words_without_colour() -> None:
 def test_negative_unique_values_are_flagged_as_interaction() -> None:
     rows = printed(whole(), 80).splitlines()
     place = next(number for number, row in enumerate(rows) if row.startswith("   14"))
-    assert "-0.0121" in rows[place]
-    assert "interaction" in rows[place + 1]
-    assert "with neighbours" in rows[place + 2]
+    assert "-0.012" in rows[place]
+    assert "interaction with" in rows[place + 1]
+    assert "neighbours" in rows[place + 2]
 
 
 def test_what_was_not_measured_is_never_a_zero() -> None:
@@ -73,7 +73,7 @@ def test_a_terminal_without_unicode_keeps_the_columns() -> None:
 
 
 def test_files_and_the_command_that_checks_them_are_named() -> None:
-    text = printed(whole(), 100)
+    text = printed(whole(), 120)
     assert "peelwise verify out/demo" in text
     assert "witness.safetensors" in text
 
@@ -100,10 +100,13 @@ def test_nats(value: float | None, text: str) -> None:
     assert words.nats(value, signed=True) == text
 
 
-def test_plus_minus_gives_the_larger_half_of_a_lopsided_interval() -> None:
-    lopsided = Interval(mean=0.03, low=0.02, high=0.07, standard_error=0.01, sequences=9, method="skewness-corrected-t")
-    assert words.plus_minus(lopsided) == "+0.0300 ±0.0400"
-    assert words.bracket(lopsided) == "[+0.0200, +0.0700]"
+def test_a_lopsided_interval_is_given_both_ends() -> None:
+    lopsided = Interval(
+        mean=0.03, low=-0.01, high=0.07, standard_error=0.01, sequences=9, method="skewness-corrected-t"
+    )
+    assert words.with_ends(lopsided) == "+0.0300 [-0.0100, 0.0700]"
+    assert words.with_ends(lopsided, 3) == "+0.030 [-0.010, 0.070]"
+    assert words.bracket(lopsided) == "[-0.0100, +0.0700]"
 
 
 def test_amounts_and_durations() -> None:

@@ -21,7 +21,7 @@ from peelwise.show.peel_words import (
     stations,
 )
 from peelwise.show.terminal import WIDE, footer, model_line
-from peelwise.show.words import NOT_IN_BUDGET, clean, duration, nats, plus_minus
+from peelwise.show.words import NOT_IN_BUDGET, clean, duration, nats, with_ends
 
 MOST_MAPS = 16
 _STYLES = {"needed": "", "redundant": "cyan", "misleading": "bold magenta", "undecided": "dim", "not measured": "dim"}
@@ -88,7 +88,7 @@ def _gain(interval: Interval | None) -> Text:
     if interval is None:
         return Text("–", style="dim")
     style = "bold green" if interval.low > 0 else "dim" if interval.high < 0 else ""
-    return Text(plus_minus(interval), style=style)
+    return Text(with_ends(interval, 3), style=style)
 
 
 def _losses(record: PeelRecord) -> RenderableType:
@@ -123,7 +123,7 @@ def _stations(record: PeelRecord) -> RenderableType:
         table.add_row(
             str(block.index),
             str(block.station),
-            plus_minus(block.lost_nats),
+            with_ends(block.lost_nats, 3),
             Text(STATION_WORDS[block.verdict][0], style=style),
             Text(stations(block.without_map), style="dim"),
         )

@@ -18,7 +18,7 @@ from peelwise.show.words import (
     gain_sentence,
     is_interaction,
     nats,
-    plus_minus,
+    with_ends,
 )
 
 MOST_IN_A_ROW = 32
@@ -105,8 +105,8 @@ def _cell(block: BlockRecord) -> str:
     words = VERDICTS[block.verdict]
     odd = is_interaction(block.unique_nats)
     label = (
-        f"Block {block.index} ({block.name}): {words.words}. Alone {plus_minus(block.recoverable_nats)}, "
-        f"unique {plus_minus(block.unique_nats)} nats per token. {block.reason}"
+        f"Block {block.index} ({block.name}): {words.words}. Alone {with_ends(block.recoverable_nats)}, "
+        f"unique {with_ends(block.unique_nats)} nats per token. {block.reason}"
         f"{f'. {INTERACTION}' if odd else ''}"
     )
     return (

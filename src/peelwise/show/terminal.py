@@ -31,10 +31,11 @@ from peelwise.show.words import (
     is_interaction,
     is_measured,
     nats,
-    plus_minus,
+    with_ends,
 )
 
-WIDE = 96
+WIDE = 108
+_DECIMALS = 3  # in the table of blocks, where two columns of intervals have to fit beside each other
 """From this many columns on, verdicts are written out in full."""
 
 MOST_REASONS = 5
@@ -118,19 +119,20 @@ def _block_table(record: AuditRecord, wide: bool) -> Table:
     table.add_column("block", justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     table.add_column("alone\nnats/token", justify="right", no_wrap=True)
-    table.add_column("unique\nnats/token", justify="right", min_width=15, max_width=15)
-    table.add_column("energy\n(log)", no_wrap=True)
-    table.add_column("rounds", justify="right", no_wrap=True)
+    table.add_column("unique\nnats/token", justify="right", min_width=23, max_width=23)
+    if wide:
+        table.add_column("energy\n(log)", no_wrap=True)
+        table.add_column("rounds", justify="right", no_wrap=True)
     energies = [block.energy for block in record.blocks if block.energy is not None and block.energy > 0]
     ends = (min(energies), max(energies)) if energies else (1.0, 1.0)
     for block in record.blocks:
+        rounds = Text(str(block.rounds) if is_measured(block) else "–")
         table.add_row(
             str(block.index),
             _verdict(block, wide),
             _measured(block.recoverable_nats),
             _unique(block.unique_nats),
-            _energy_bar(block.energy, ends),
-            str(block.rounds) if is_measured(block) else "–",
+            *([_energy_bar(block.energy, ends), rounds] if wide else []),
         )
     return table
 
@@ -141,12 +143,12 @@ def _verdict(block: BlockRecord, wide: bool) -> Text:
 
 
 def _measured(interval: Interval | None) -> Text:
-    return Text(plus_minus(interval), style="dim" if interval is None else "")
+    return Text(with_ends(interval, _DECIMALS), style="dim" if interval is None else "")
 
 
 def _unique(interval: Interval | None) -> Text:
     if is_interaction(interval):
-        return Text(f"{plus_minus(interval)}\n{INTERACTION}", style="bold magenta")
+        return Text(f"{with_ends(interval, _DECIMALS)}\n{INTERACTION}", style="bold magenta")
     return _measured(interval)
 
 
@@ -176,8 +178,8 @@ def _losses(record: AuditRecord) -> RenderableType:
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column()
-    gain = "" if loss.composed_gain is None else f"gain {plus_minus(loss.composed_gain)}"
-    shuffled = "" if loss.shuffled_gain is None else f"gain {plus_minus(loss.shuffled_gain)}"
+    gain = "" if loss.composed_gain is None else f"gain {with_ends(loss.composed_gain)}"
+    shuffled = "" if loss.shuffled_gain is None else f"gain {with_ends(loss.shuffled_gain)}"
     start = "" if loss.untrained_start is None else f"from {nats(loss.untrained_start)} at initialisation"
     rows = (
         ("now", loss.current, ""),
@@ -190,7 +192,7 @@ def _losses(record: AuditRecord) -> RenderableType:
         bold = "bold" if name in ("now", "composed witness") else ""
         table.add_row(Text(name, style=bold), Text(nats(value), style=bold or "dim"), Text(remark))
     if record.head is not None:
-        head = f"head alone: can give {plus_minus(record.head.recoverable_nats)}"
+        head = f"head alone: can give {with_ends(record.head.recoverable_nats)}"
     else:
         head = f"head alone: {NOT_IN_BUDGET}"
     title = Text("Loss on report, nats per token", style="bold")

@@ -99,19 +99,19 @@ def nats(value: float | None, *, signed: bool = False) -> str:
     return f"{value:+z.4f}" if signed else f"{value:z.4f}"
 
 
-def plus_minus(interval: Interval | None) -> str:
-    """Return an interval as ``+0.0312 ±0.0040``; a lopsided one is given its larger half.
+def with_ends(interval: Interval | None, decimals: int = 4) -> str:
+    """Return an interval as ``+0.0312 [0.0272, 0.0352]``; few sequences make it lopsided, so both ends are told.
 
     Args:
         interval: Nats per token, or ``None``.
+        decimals: Of each of the three numbers.
 
     Returns:
-        Mean and half width, or the words for a missing value.
+        Mean and ends, or the words for a missing value.
     """
     if interval is None:
         return NOT_MEASURED
-    half = max(interval.high - interval.mean, interval.mean - interval.low)
-    return f"{nats(interval.mean, signed=True)} ±{nats(half)}"
+    return f"{interval.mean:+z.{decimals}f} [{interval.low:z.{decimals}f}, {interval.high:z.{decimals}f}]"
 
 
 def bracket(interval: Interval | None) -> str:
