@@ -288,6 +288,19 @@ def test_a_damaged_block_is_found(name, healthy, small_gpt, training_probe):
     assert all(block.unique_nats.mean < at_fault.unique_nats.low for block in distant)
 
 
+@pytest.mark.parametrize("name", ["stale", "scale 0.5", "scale 1.5", "reset"])
+def test_lighter_damage_is_certified_in_its_block_or_beside_it(name, healthy, small_gpt, training_probe):
+    """A stale block costs only 0.1 nats, which its neighbours can give back as well: there intervals decide."""
+    index = 3
+    damaged = damage.STANDARD[name](small_gpt("final")[0], index, small_gpt("early")[0])
+    record = run_audit(damaged, training_probe, DEPTH).record
+    assert record.loss.current > healthy.loss.current
+    assert record.loss.composed_gain.low > record.margin_nats
+    first = max(record.blocks, key=lambda block: block.unique_nats.mean)
+    at_fault = record.blocks[index]
+    assert first is at_fault or (abs(first.index - index) == 1 and at_fault.unique_nats.high >= first.unique_nats.low)
+
+
 def test_the_healthy_model_has_no_block_at_fault(healthy):
     """The control: the same audit, where nothing is broken."""
     assert healthy.loss.composed_gain is None or healthy.loss.composed_gain.low < healthy.margin_nats
