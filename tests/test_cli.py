@@ -11,6 +11,7 @@ import torch
 
 from peelwise import cli
 from peelwise.pipeline import audit as pipeline
+from peelwise.pipeline import opening
 from peelwise.pipeline.audit import AuditOutcome
 from peelwise.texts import reference_prose
 from stages import stage_folder
@@ -221,7 +222,7 @@ def test_ctrl_c_before_anything_is_known(run, text, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "check_replay", interrupted)
+    monkeypatch.setattr(opening, "check_replay", interrupted)
     code, _, error = run("audit", stage_folder("early"), "--text", text, "--out", tmp_path / "out")
     assert code == 130
     assert "nothing was written" in error

@@ -146,20 +146,14 @@ def audit(
     Example:
         >>> report = peelwise.audit(model, peelwise.Probe.from_text(text, tokenizer), budget="2m")
     """
-    import torch
-
-    opened = None
-    if not isinstance(model, torch.nn.Module):
-        opened = open_model(model, device=device, dtype=dtype, with_tokenizer=False)
-    target = opened.model if opened else model
-    assert isinstance(target, torch.nn.Module)
+    target, own_name, source = open_target(model, device, dtype)
     settings = AuditSettings(parse_seconds(budget), joint_rounds, alone_rounds, margin, controls)
     outcome = run_audit(
         target,
         probe,
         settings,
-        name=name or (opened.name if opened else type(target).__name__),
-        source=opened.source if opened else None,
+        name=name or own_name,
+        source=source,
         watcher=progress,
     )
     return AuditReport(outcome.record, outcome.witness, outcome.probe)
@@ -243,6 +237,16 @@ def parse_seconds(budget: float | str) -> float:
     if seconds <= 0:
         raise PeelwiseError(f"A budget is a positive time like 90s, 5m or 1h; got {budget!r}.")
     return seconds
+
+
+def open_target(model: nn.Module | str | Path, device: str, dtype: str) -> tuple[nn.Module, str, str | None]:
+    """Return the module to measure, what to call it, and where it was opened from (``None`` for a module)."""
+    import torch
+
+    if isinstance(model, torch.nn.Module):
+        return model, type(model).__name__, None
+    opened = open_model(model, device=device, dtype=dtype, with_tokenizer=False)
+    return opened.model, opened.name, opened.source
 
 
 def _open_for(record: SealedRecord, model: Any, device: str, *, with_tokenizer: bool) -> OpenedModel:

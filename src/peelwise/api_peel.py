@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from peelwise.api import Report, frame, parse_seconds
+from peelwise.api import Report, frame, open_target, parse_seconds
 from peelwise.errors import MapError
-from peelwise.model.checkpoints import open_model
 from peelwise.peel_records import PeelRecord
 from peelwise.pipeline.clock import Watcher
 from peelwise.pipeline.peel.run import PeelSettings, Start, run_peel
@@ -107,8 +106,6 @@ def peel(
     Example:
         >>> report = peelwise.peel(model, probe, maps=[[1, 2, 3, 4], [3, 3, 3, 4]], budget="2m")
     """
-    import torch
-
     settings = PeelSettings(
         budget_seconds=parse_seconds(budget),
         maps=checked_maps(maps),
@@ -120,17 +117,13 @@ def peel(
         controls=controls,
         margin_nats=margin,
     )
-    opened = None
-    if not isinstance(model, torch.nn.Module):
-        opened = open_model(model, device=device, dtype=dtype, with_tokenizer=False)
-    target = opened.model if opened else model
-    assert isinstance(target, torch.nn.Module)
+    target, own_name, source = open_target(model, device, dtype)
     outcome = run_peel(
         target,
         probe,
         settings,
-        name=name or (opened.name if opened else type(target).__name__),
-        source=opened.source if opened else None,
+        name=name or own_name,
+        source=source,
         watcher=progress,
     )
     return PeelReport(outcome.record, outcome.witness, outcome.probe)

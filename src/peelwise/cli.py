@@ -17,6 +17,7 @@ from rich.markup import escape
 from peelwise.errors import OutputError, PeelwiseError, PeelwiseWarning
 
 if TYPE_CHECKING:
+    from peelwise.model.checkpoints import OpenedModel
     from peelwise.pipeline.clock import Progress as Step
     from peelwise.pipeline.clock import Watcher
     from peelwise.probes import Probe
@@ -40,6 +41,20 @@ FieldOption = Annotated[str, typer.Option(help="Field of .jsonl and .parquet tha
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a certificate.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an earlier result.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+
+TokensOption = Annotated[int, typer.Option(min=1, help="Tokens of text to use at most.")]
+LengthOption = Annotated[int, typer.Option(min=2, help="Tokens per sequence.")]
+BudgetOption = Annotated[str, typer.Option(help="Wall time: 90s, 5m, 1h.")]
+InDistributionOption = Annotated[
+    bool, typer.Option("--in-distribution", help="The text is what the model was trained on.")
+]
+MarginOption = Annotated[float | None, typer.Option(min=0.0, help="Nats per token that matter.")]
+ControlsOption = Annotated[bool, typer.Option("--controls/--no-controls", help="Run the null controls.")]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+SeedOption = Annotated[int, typer.Option(help="Draws and splits the text.")]
+OutOption = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for certificate, witness, report.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of the table.")]
+PickleOption = Annotated[bool, typer.Option("--allow-pickle", help="Also open pickled weights.")]
 
 
 def main() -> None:
@@ -65,22 +80,20 @@ def audit(
     model: ModelArgument,
     text: TextOption = None,
     field: FieldOption = "text",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of text to use at most.")] = 6_400,
-    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 128,
-    budget: Annotated[str, typer.Option(help="Wall time: 90s, 5m, 1h.")] = "5m",
-    in_distribution: Annotated[
-        bool, typer.Option("--in-distribution", help="The text is what the model was trained on.")
-    ] = False,
-    margin: Annotated[float | None, typer.Option(min=0.0, help="Nats per token that matter.")] = None,
-    controls: Annotated[bool, typer.Option("--controls/--no-controls", help="Run the null controls.")] = True,
+    tokens: TokensOption = 6_400,
+    sequence_length: LengthOption = 128,
+    budget: BudgetOption = "5m",
+    in_distribution: InDistributionOption = False,
+    margin: MarginOption = None,
+    controls: ControlsOption = True,
     device: DeviceOption = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Draws and splits the text.")] = 0,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for certificate, witness, report.")] = None,
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    out: OutOption = None,
     force: ForceOption = False,
     fail_on: Annotated[str | None, typer.Option(help="red or yellow: exit 1 if a block is at least that.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of the table.")] = False,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Also open pickled weights.")] = False,
+    as_json: JsonOption = False,
+    allow_pickle: PickleOption = False,
 ) -> None:
     """Audit MODEL: how much lower could its loss be, block by block, with weights that prove it.
 
@@ -88,7 +101,6 @@ def audit(
     reports what was finished.
     """
     from peelwise.api import AuditReport, parse_seconds
-    from peelwise.model.checkpoints import open_model, require_tokenizer
     from peelwise.pipeline.audit import AuditSettings, run_audit
     from peelwise.pipeline.folder import check_free
     from peelwise.recordfile import RECORD_FILE
@@ -98,16 +110,12 @@ def audit(
     settings = AuditSettings(parse_seconds(budget), margin_nats=margin, controls=controls)
     if out is not None:
         check_free(out, force=force, ours=RECORD_FILE)
-    documents, source = _documents(text, field)
-    with _quiet_warnings(), _status(f"Opening {model} ..."):
-        opened = open_model(model, device=device, dtype=dtype, allow_pickle=allow_pickle)
-        probe = _probe(documents, require_tokenizer(opened), tokens, sequence_length, seed, in_distribution, source)
+    draw = {"tokens": tokens, "sequence_length": sequence_length, "seed": seed, "in_distribution": in_distribution}
+    opened, probe = _open(model, text, field, draw, {"device": device, "dtype": dtype, "allow_pickle": allow_pickle})
     with _quiet_warnings(), _progress_bar() as watcher:
         outcome = run_audit(opened.model, probe, settings, name=opened.name, source=opened.source, watcher=watcher)
     report = AuditReport(outcome.record, outcome.witness, outcome.probe)
-    if out is not None:
-        report.save(out, force=force)
-    _print(report, out, as_json)
+    _save_and_print(report, out, force=force, as_json=as_json)
     worst = {"red": {"red"}, "yellow": {"red", "yellow"}}.get(fail_on or "", set())
     if any(block.verdict in worst for block in report.record.blocks):
         raise typer.Exit(1)
@@ -121,30 +129,28 @@ def peel(
     model: ModelArgument,
     text: TextOption = None,
     field: FieldOption = "text",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of text to use at most.")] = 6_400,
-    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 128,
-    budget: Annotated[str, typer.Option(help="Wall time: 90s, 5m, 1h.")] = "10m",
+    tokens: TokensOption = 6_400,
+    sequence_length: LengthOption = 128,
+    budget: BudgetOption = "10m",
     maps: Annotated[str, typer.Option(help='auto, or maps like "3,3,3,4 4,4,4,4": a station 1..L per block.')] = "auto",
     start: Annotated[str, typer.Option(help="warm: from the block's own weights; cold: from initialisation.")] = "warm",
     weighted: Annotated[
         bool, typer.Option("--weighted/--unweighted", help="Weight coordinates by their inverse variance.")
     ] = True,
     rounds: Annotated[int | None, typer.Option(min=1, help="Most rounds of fitting a block.")] = None,
-    in_distribution: Annotated[
-        bool, typer.Option("--in-distribution", help="The text is what the model was trained on.")
-    ] = False,
-    margin: Annotated[float | None, typer.Option(min=0.0, help="Nats per token that matter.")] = None,
-    controls: Annotated[bool, typer.Option("--controls/--no-controls", help="Run the null controls.")] = True,
+    in_distribution: InDistributionOption = False,
+    margin: MarginOption = None,
+    controls: ControlsOption = True,
     device: DeviceOption = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Draws and splits the text.")] = 0,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for certificate, witness, report.")] = None,
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    out: OutOption = None,
     force: ForceOption = False,
     fail_on_bound: Annotated[
         bool, typer.Option("--fail-on-bound", help="Exit 1 if a map is shown to beat the model and its head control.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of the table.")] = False,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Also open pickled weights.")] = False,
+    as_json: JsonOption = False,
+    allow_pickle: PickleOption = False,
 ) -> None:
     """Peel MODEL (arXiv:2605.02853): what do reference blocks, fitted one after another to its stations, reach?
 
@@ -155,7 +161,6 @@ def peel(
 
     from peelwise.api import parse_seconds
     from peelwise.api_peel import PeelReport, checked_maps, parse_maps
-    from peelwise.model.checkpoints import open_model, require_tokenizer
     from peelwise.pipeline.folder import check_free
     from peelwise.pipeline.peel.run import PeelSettings, Start, run_peel
     from peelwise.recordfile import RECORD_FILE
@@ -172,16 +177,12 @@ def peel(
     )
     if out is not None:
         check_free(out, force=force, ours=RECORD_FILE)
-    documents, source = _documents(text, field)
-    with _quiet_warnings(), _status(f"Opening {model} ..."):
-        opened = open_model(model, device=device, dtype=dtype, allow_pickle=allow_pickle)
-        probe = _probe(documents, require_tokenizer(opened), tokens, sequence_length, seed, in_distribution, source)
+    draw = {"tokens": tokens, "sequence_length": sequence_length, "seed": seed, "in_distribution": in_distribution}
+    opened, probe = _open(model, text, field, draw, {"device": device, "dtype": dtype, "allow_pickle": allow_pickle})
     with _quiet_warnings(), _progress_bar() as watcher:
         outcome = run_peel(opened.model, probe, settings, name=opened.name, source=opened.source, watcher=watcher)
     report = PeelReport(outcome.record, outcome.witness, outcome.probe)
-    if out is not None:
-        report.save(out, force=force)
-    _print(report, out, as_json)
+    _save_and_print(report, out, force=force, as_json=as_json)
     if fail_on_bound and beats_head(report.record):
         raise typer.Exit(1)
 
@@ -273,26 +274,23 @@ def _documents(paths: list[str] | None, field: str) -> tuple[list[str], str]:
     return read_texts(paths, field=field), ", ".join("standard input" if p == "-" else Path(p).name for p in paths)
 
 
-def _probe(
-    documents: list[str],
-    tokenizer: Any,
-    tokens: int,
-    length: int,
-    seed: int,
-    in_distribution: bool,
-    source: str,
-) -> Probe:
+def _open(
+    model: str, text: list[str] | None, field: str, draw: dict[str, Any], how: dict[str, Any]
+) -> tuple[OpenedModel, Probe]:
+    """Open the model as ``how`` says and draw a probe from the text as ``draw`` says."""
+    from peelwise.model.checkpoints import open_model, require_tokenizer
     from peelwise.probes import Probe
 
-    return Probe.from_text(
-        documents,
-        tokenizer,
-        tokens=tokens,
-        sequence_length=length,
-        seed=seed,
-        in_distribution=in_distribution,
-        source=source,
-    )
+    documents, source = _documents(text, field)  # first, since it is quick and may be mistyped
+    with _quiet_warnings(), _status(f"Opening {model} ..."):
+        opened = open_model(model, **how)
+        return opened, Probe.from_text(documents, require_tokenizer(opened), source=source, **draw)
+
+
+def _save_and_print(report: Any, out: Path | None, *, force: bool, as_json: bool) -> None:
+    if out is not None:
+        report.save(out, force=force)
+    _print(report, out, as_json)
 
 
 def _print(report: Any, out: Path | None, as_json: bool) -> None:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from peelwise.errors import IllConditionedWarning, PeelwiseWarning
 from peelwise.model.checkpoints import fingerprint
 from peelwise.model.guard import untouched
-from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner, check_replay
+from peelwise.model.runner import MICRO_BATCH_TOKENS
 from peelwise.pipeline import controls, stages
-from peelwise.pipeline.bench import LOSSES, Bench
-from peelwise.pipeline.clock import Clock, Watcher
+from peelwise.pipeline.bench import Bench
+from peelwise.pipeline.clock import Watcher
 from peelwise.pipeline.findings import Findings
-from peelwise.pipeline.opening import check_loss, checked_blocks
+from peelwise.pipeline.opening import checked_blocks, first_bench
 from peelwise.pipeline.summary import Setup, summarise
 from peelwise.probes import Probe
 from peelwise.records import AuditRecord
@@ -84,14 +84,15 @@ def run_audit(
     setup = Setup(model, blocks, name, source, fingerprint(model), settings_dict(settings), probe.seed)
     with untouched(model), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", IllConditionedWarning)
-        runner = Runner(model, blocks, micro_batch_tokens=settings.micro_batch_tokens)
-        clock = Clock(settings.budget_seconds, runner.work, watcher)
-        with clock.stage(LOSSES):
-            check_replay(runner, probe.fit)
-            traces = runner.trace(probe.fit), runner.trace(probe.select), runner.trace(probe.report)
-        for trace in traces:
-            check_loss(trace.mean, name)
-        bench = Bench(runner, probe, *traces, clock=clock, seed=probe.seed)
+        bench = first_bench(
+            model,
+            blocks,
+            probe,
+            name=name,
+            budget_seconds=settings.budget_seconds,
+            micro_batch_tokens=settings.micro_batch_tokens,
+            watcher=watcher,
+        )
         findings = Findings()
         try:
             findings.complete = _stages(bench, findings, settings)

@@ -1,4 +1,4 @@
-"""What must be true of a model and a probe before anything is measured."""
+"""How an audit and a peel begin: what must be true of model and probe, and the model's own losses."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from torch import nn
 from peelwise.errors import ModelError
 from peelwise.model.checkpoints import check_finite
 from peelwise.model.layers import Block, context_length, find_blocks, vocabulary_size
+from peelwise.model.runner import Runner, check_replay
+from peelwise.pipeline.bench import LOSSES, Bench
+from peelwise.pipeline.clock import Clock, Watcher
 from peelwise.probes import Probe, check_context, check_vocabulary
 
 
@@ -31,11 +34,32 @@ def checked_blocks(model: nn.Module, probe: Probe) -> tuple[Block, ...]:
     return blocks
 
 
-def check_loss(loss: float, name: str) -> None:
-    """Raise unless the model's loss on a part of the probe is a number.
+def first_bench(
+    model: nn.Module,
+    blocks: tuple[Block, ...],
+    probe: Probe,
+    *,
+    name: str,
+    budget_seconds: float,
+    micro_batch_tokens: int,
+    watcher: Watcher | None,
+) -> Bench:
+    """Start the clock and measure the model as it stands on all parts of the probe.
 
     Raises:
-        ModelError: If it is not.
+        UnsupportedModelError: If calling the blocks one by one is not what the model does.
+        ModelError: If its loss is no finite number.
     """
+    runner = Runner(model, blocks, micro_batch_tokens=micro_batch_tokens)
+    clock = Clock(budget_seconds, runner.work, watcher)
+    with clock.stage(LOSSES):
+        check_replay(runner, probe.fit)
+        traces = runner.trace(probe.fit), runner.trace(probe.select), runner.trace(probe.report)
+    for trace in traces:
+        _check_loss(trace.mean, name)
+    return Bench(runner, probe, *traces, clock=clock, seed=probe.seed)
+
+
+def _check_loss(loss: float, name: str) -> None:
     if not math.isfinite(loss):
         raise ModelError(f"The loss of {name} on the probe is {loss}: its activations overflow. Try --dtype float32.")

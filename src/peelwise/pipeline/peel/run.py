@@ -11,11 +11,11 @@ from peelwise.errors import OptionError, UnsupportedModelError
 from peelwise.model.checkpoints import fingerprint
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block
-from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner, Trace, check_replay
+from peelwise.model.runner import MICRO_BATCH_TOKENS, Trace
 from peelwise.peel_records import PeelRecord
 from peelwise.pipeline.bench import Bench
-from peelwise.pipeline.clock import Clock, Watcher
-from peelwise.pipeline.opening import check_loss, checked_blocks
+from peelwise.pipeline.clock import Watcher
+from peelwise.pipeline.opening import checked_blocks, first_bench
 from peelwise.pipeline.peel import visits
 from peelwise.pipeline.peel.climb import Climber
 from peelwise.pipeline.peel.fit import FitOptions
@@ -121,15 +121,16 @@ def run_peel(
     search = MapSearch(len(blocks), settings.maps, beam_width=settings.beam_width)
     setup = Setup(model, blocks, name, source, fingerprint(model), settings.plain(), probe.seed)
     with untouched(model):
-        runner = Runner(model, blocks, micro_batch_tokens=settings.micro_batch_tokens)
-        clock = Clock(settings.budget_seconds, runner.work, watcher)
-        with clock.stage("losses of the model as it stands"):
-            check_replay(runner, probe.fit)
-            traces = runner.trace(probe.fit), runner.trace(probe.select), runner.trace(probe.report)
-        for trace in traces:
-            check_loss(trace.mean, name)
-        _check_stations(traces[0], name)
-        bench = Bench(runner, probe, *traces, clock=clock, seed=probe.seed)
+        bench = first_bench(
+            model,
+            blocks,
+            probe,
+            name=name,
+            budget_seconds=settings.budget_seconds,
+            micro_batch_tokens=settings.micro_batch_tokens,
+            watcher=watcher,
+        )
+        _check_stations(bench.fit, name)
         findings = PeelFindings(maps_total=search.total)
         try:
             findings.complete = _stages(bench, findings, search, settings)
