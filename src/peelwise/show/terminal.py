@@ -95,6 +95,7 @@ class _AuditView:
         yield Text(clean(record.conclusion))
         yield Text(_counts_line(record), style="dim")
         yield _block_table(record, wide)
+        yield Text("Intervals are 95 % for each block; verdicts hold for all together (Holm).", style="dim")
         if any(is_interaction(block.unique_nats) for block in record.blocks):
             yield Text(f"\n{INTERACTION}: {INTERACTION_MEANING}.", style="magenta")
         yield _why(record)
