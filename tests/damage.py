@@ -57,6 +57,39 @@ def stale(model: nn.Module, block: int, earlier_model: nn.Module) -> nn.Module:
     return _replaced(model, block, _layers(earlier_model)[block])
 
 
+def zero_head(model: nn.Module, block: int, head: int = 0) -> nn.Module:
+    """Cut one attention head off: its columns of the output projection are zero."""
+    size = _layers(model)[block].self_attn.head_dim
+    columns = slice(head * size, (head + 1) * size)
+
+    def cut(w: Tensor) -> Tensor:
+        w = w.clone()
+        w[:, columns] = 0.0
+        return w
+
+    return _changed(model, block, cut, only=("o_proj",))
+
+
+def permute_neurons(model: nn.Module, block: int, seed: int = 0) -> nn.Module:
+    """Permute the inner neurons of the MLP on one side only: every singular value stays, nothing fits."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def permuted(w: Tensor) -> Tensor:
+        return w[:, torch.randperm(w.shape[1], generator=generator)]
+
+    return _changed(model, block, permuted, only=("down_proj",))
+
+
+@torch.no_grad()
+def shift_gains(model: nn.Module, block: int, shift: float) -> nn.Module:
+    """Add ``shift`` times the mean gain to every gain of the block's norms."""
+    damaged = copy.deepcopy(model)
+    for name, p in _layers(damaged)[block].named_parameters():
+        if "norm" in name:
+            p.add_(shift * p.mean())
+    return damaged
+
+
 def copy_neighbour(model: nn.Module, block: int) -> nn.Module:
     """Replace the block by a copy of the one before it (of the one behind it, if it is the first)."""
     return _replaced(model, block, _layers(model)[block - 1 if block else 1])
@@ -93,12 +126,17 @@ def _normal_like(w: Tensor, generator: torch.Generator) -> Tensor:
 
 # One damage of every kind, by name, all called alike; only "stale" reads the earlier model.
 STANDARD: dict[str, Damage] = {
+    "noise 0.1": lambda model, block, earlier: noise(model, block, 0.1),
+    "noise 0.3": lambda model, block, earlier: noise(model, block, 0.3),
     "noise 0.5": lambda model, block, earlier: noise(model, block, 0.5),
     "stale": stale,
-    "scale 0.5": lambda model, block, earlier: scale(model, block, 0.5),
-    "scale 1.5": lambda model, block, earlier: scale(model, block, 1.5),
+    "scale 0.7": lambda model, block, earlier: scale(model, block, 0.7),
+    "scale 1.3": lambda model, block, earlier: scale(model, block, 1.3),
     "reset": lambda model, block, earlier: reset(model, block),
     "sign flip": lambda model, block, earlier: sign_flip(model, block),
+    "head zeroed": lambda model, block, earlier: zero_head(model, block),
+    "neurons permuted": lambda model, block, earlier: permute_neurons(model, block),
+    "gains shifted": lambda model, block, earlier: shift_gains(model, block, 0.5),
     "copy of neighbour": lambda model, block, earlier: copy_neighbour(model, block),
     "3 bits": lambda model, block, earlier: round_to_bits(model, block, 3),
     "2 bits": lambda model, block, earlier: round_to_bits(model, block, 2),
