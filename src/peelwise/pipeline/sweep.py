@@ -35,6 +35,7 @@ class BlockProposals:
         changes: per direction and map, the calibrated proposal.
         energy: gradient energy explained by the inputs in sample, summed over maps.
         held_out_energy: what of the input-whitened proposal holds on select, summed over maps.
+        natural_energy: what of the two-sided proposal holds on select, summed over maps; ``None`` if it was not made.
         gradient_norm: Frobenius norm of the mean gradient of all maps.
     """
 
@@ -42,6 +43,7 @@ class BlockProposals:
     changes: dict[Direction, dict[LinearMap, Proposal]]
     energy: float
     held_out_energy: float
+    natural_energy: float | None
     gradient_norm: float
 
 
@@ -205,6 +207,7 @@ def proposals_of(
                 {direction: _compact(proposals) for direction, proposals in changes.items()},
                 energy=energy,
                 held_out_energy=sum(p.energy for p in whitened.values()),
+                natural_energy=sum(p.energy for p in changes["two-sided"].values()) if "two-sided" in changes else None,
                 gradient_norm=sum(float(m.C.square().sum()) for m in fit.values()) ** 0.5,
             )
         )
