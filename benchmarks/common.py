@@ -45,11 +45,10 @@ def earlier(name: str) -> dict[str, Any]:
     return found
 
 
-def write(name: str, result: dict[str, Any], *, before: str | None = None) -> None:
-    """Write the result with machine, versions and the command (after the one of the other parts), and print it."""
-    RESULTS.mkdir(exist_ok=True)
+def environment(before: str | None = None) -> dict[str, Any]:
+    """Return the command (after the one of the other parts), the machine and the versions."""
     command = " ".join([Path(sys.executable).name, *sys.argv])
-    full = {
+    return {
         "command": f"{before}; {command}" if before else command,
         "machine": {
             "processor": platform.machine(),
@@ -57,8 +56,12 @@ def write(name: str, result: dict[str, Any], *, before: str | None = None) -> No
             "cuda": torch.cuda.is_available(),
         },
         "versions": versions(),
-        **result,
     }
-    text = json.dumps(full, indent=2)
+
+
+def write(name: str, result: dict[str, Any], *, before: str | None = None) -> None:
+    """Write the result with machine, versions and the command (after the one of the other parts), and print it."""
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps(environment(before) | result, indent=2)
     (RESULTS / f"{name}.json").write_text(text + "\n")
     print(text)

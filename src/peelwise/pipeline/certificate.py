@@ -19,7 +19,7 @@ from peelwise.intervals import Paired
 from peelwise.model.checkpoints import fingerprint
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, LinearMap, find_blocks, parameter_count
-from peelwise.model.runner import Runner, Trace
+from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner, Trace
 from peelwise.model.splice import spliced
 from peelwise.pipeline.bench import ChangeMap, gain
 from peelwise.pipeline.derived import contradictions
@@ -126,7 +126,9 @@ def read_certificate(folder: Path) -> Certificate:
     return Certificate(record, load_tensors(folder / WITNESS_FILE), probe)
 
 
-def verify_certificate(folder: Path, model: nn.Module, *, full: bool = False) -> Verification:
+def verify_certificate(
+    folder: Path, model: nn.Module, *, full: bool = False, micro_batch_tokens: int = MICRO_BATCH_TOKENS
+) -> Verification:
     """Recompute the certified losses from the folder's own witness and probe, and compare.
 
     Before that the files must be those that were written, the model and the probe those that were certified, and
@@ -136,6 +138,7 @@ def verify_certificate(folder: Path, model: nn.Module, *, full: bool = False) ->
         folder: the certificate.
         model: the model it is about, in the number format it was audited in; left untouched.
         full: also recompute every block's recoverable and unique loss (about as long as measuring them).
+        micro_batch_tokens: tokens that go through the model at a time.
     """
     certificate = read_certificate(folder)
     record = certificate.record
@@ -151,7 +154,8 @@ def verify_certificate(folder: Path, model: nn.Module, *, full: bool = False) ->
     if wrong:
         return Verification("does not hold", wrong, tolerance=tolerance)
     with untouched(model):
-        recheck = _Recheck(certificate, model, tolerance)
+        runner = Runner(model, find_blocks(model), micro_batch_tokens=micro_batch_tokens)
+        recheck = _Recheck(certificate, runner, tolerance)
         checks = recheck.run(full=full)
         wrong = recheck.wrong_number() or (recheck.wrong_verdict() if full else None)
     losses = "the model's loss and, where there is one, the composed loss and its gain"
@@ -225,11 +229,10 @@ def changes_of(witness: Mapping[str, Tensor], kind: str, blocks: tuple[Block, ..
 class _Recheck:
     """Recomputes the numbers of one certificate, in the order of the audit."""
 
-    def __init__(self, certificate: Certificate, model: nn.Module, tolerance: float) -> None:
+    def __init__(self, certificate: Certificate, runner: Runner, tolerance: float) -> None:
         self.record = certificate.record
         self.witness = certificate.witness
-        self.blocks = find_blocks(model)
-        self.runner = Runner(model, self.blocks)
+        self.runner, self.blocks = runner, runner.blocks
         self.tolerance = tolerance
         self.trace: Trace = self.runner.trace(certificate.probe.report)
         self.checks: list[Check] = []

@@ -1,0 +1,188 @@
+"""From measured cases to figures: pure functions of plain rows.
+
+A case counts as a fault if it is really worse than its healthy model: the lower end of the loss increase, paired by
+sequence on report, is above the default margin. What costs nothing is not a fault, whatever was done to the weights.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from peelwise.verdict import default_margin, stands_out
+
+Row = dict[str, Any]
+_TIED = 1.96  # standard errors
+
+
+def scores_of(row: Row) -> dict[str, list[float]]:
+    """Return every statistic that names a block, ours first: larger means more suspicious."""
+    own = {f"peelwise: {name}": scores for name, scores in row["own"]["scores"].items() if None not in scores}
+    rivals = {name: found["scores"] for name, found in row["rivals"].items() if found["scores"] is not None}
+    return own | rivals
+
+
+def errors_of(row: Row, name: str) -> list[float] | None:
+    """Return the standard errors of a statistic, if it has any."""
+    found: list[float] | None = row["own"]["errors"].get(name.removeprefix("peelwise: "))
+    return found
+
+
+def is_fault(row: Row) -> bool:
+    """Whether something is wrong with the model that costs more than the margin."""
+    cost = row["cost_of_fault"]
+    return cost is not None and cost["low"] > default_margin(row["own"]["loss"] - cost["mean"])
+
+
+def is_first(scores: Sequence[float], block: int) -> bool:
+    """Whether no other block has as large a score."""
+    return all(s < scores[block] for i, s in enumerate(scores) if i != block)
+
+
+def is_tied(scores: Sequence[float], errors: Sequence[float] | None, block: int) -> bool:
+    """Whether the block is first, or its distance to the first is within 1.96 standard errors of both together."""
+    top = max(range(len(scores)), key=lambda i: scores[i])
+    if scores[block] == scores[top]:
+        return is_first(scores, block)  # a score that calls all alike names nobody
+    error = (errors[top] ** 2 + errors[block] ** 2) ** 0.5 if errors else 0.0
+    return scores[top] - scores[block] <= _TIED * error
+
+
+def is_near(scores: Sequence[float], block: int) -> bool:
+    """Whether the first lies at most one block away."""
+    top = max(range(len(scores)), key=lambda i: scores[i])
+    return abs(top - block) <= 1 and min(scores) < scores[top]
+
+
+def share_below(scores: Sequence[float], block: int) -> float:
+    """Return the area under the curve of one case: the share of other blocks with a smaller score, ties half."""
+    others = [s for i, s in enumerate(scores) if i != block]
+    return sum((s < scores[block]) + 0.5 * (s == scores[block]) for s in others) / len(others)
+
+
+def localisation(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
+    """Return for every statistic how often it names the block at fault."""
+    cases = [(row, scores_of(row)) for row in rows]
+    found = {}
+    for name in _names(cases):
+        told = [(row["block"], scores[name], errors_of(row, name)) for row, scores in cases if name in scores]
+        found[name] = {
+            "cases": len(told),
+            "first": _mean(is_first(s, b) for b, s, _ in told),
+            "first_or_tied": _mean(is_tied(s, e, b) for b, s, e in told),
+            "within_one": _mean(is_near(s, b) for b, s, _ in told),
+            "area_under_curve": _mean(share_below(s, b) for b, s, _ in told),
+            "flagged": _mean(stands_out(s, 0.0)[b] for b, s, _ in told),
+        }
+    return found
+
+
+def false_flags(rows: Iterable[Row]) -> dict[str, float]:
+    """Return for every statistic the share of healthy models' blocks that stand out from the trend over depth."""
+    cases = [(row, scores_of(row)) for row in rows]
+    return {
+        name: _mean(flag for _, scores in cases if name in scores for flag in stands_out(scores[name], 0.0))
+        for name in _names(cases)
+    }
+
+
+def verdicts(rows: Iterable[Row]) -> dict[str, Any]:
+    """Return how many blocks got which colour, and how many red ones a fresh text does not bear out."""
+    colours: dict[str, int] = {}
+    red, wrong = 0, 0
+    for row in rows:
+        for colour in row["own"]["verdicts"]:
+            colours[colour] = colours.get(colour, 0) + 1
+        margin = default_margin(row["own"]["loss"])
+        for each in row.get("fresh", []):
+            if each["what"] == "alone" and each["verdict"] == "red":
+                red += 1
+                wrong += each["fresh"] + _TIED * each["fresh_error"] < margin
+    return {"colours": colours, "red_checked_on_fresh_text": red, "red_below_margin_on_fresh_text": wrong}
+
+
+def coverage(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
+    """Return how often a 95 % interval on report agrees with the same witness's gain on fresh text.
+
+    The fresh mean has an error of its own, which widens the interval: both errors are added in squares.
+    """
+    found = {}
+    for what in ("composed", "alone"):
+        each = [e for row in rows for e in row.get("fresh", []) if e["what"] == what]
+        if each:
+            found[what] = {
+                "intervals": len(each),
+                "covered": _mean(_agrees(e) for e in each),
+                "fresh_below": _mean(e["fresh"] < _middle(e) for e in each),
+            }
+    return found
+
+
+def _middle(e: Row) -> float:
+    return (e["low"] + e["high"]) / 2
+
+
+def _agrees(e: Row) -> bool:
+    half = (e["high"] - e["low"]) / 2
+    return abs(e["fresh"] - _middle(e)) <= (half**2 + (_TIED * e["fresh_error"]) ** 2) ** 0.5
+
+
+def seconds(rows: Iterable[Row]) -> dict[str, float]:
+    """Return the median seconds that a statistic takes; ours include what has to come before it."""
+    taken: dict[str, list[float]] = {}
+    for row in rows:
+        stages = row["own"]["seconds"]
+        so_far = 0.0
+        for stage, names in STAGES:
+            so_far += stages.get(stage, 0.0)
+            for name in names:
+                if f"peelwise: {name}" in scores_of(row):
+                    taken.setdefault(f"peelwise: {name}", []).append(so_far)
+        for name, found in row["rivals"].items():
+            if found["scores"] is not None:
+                taken.setdefault(name, []).append(found["seconds"])
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("losses of the model as it stands", ()),
+    ("statistics of all blocks", ("natural energy", "held-out energy", "energy")),
+    ("joint rounds", ()),
+    ("leaving one block out", ("unique",)),
+    ("refining blocks alone", ("alone",)),
+)
+
+
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return all figures, per model family and group."""
+    families = {}
+    for family in dict.fromkeys(row["family"] for row in rows):
+        own = [row for row in rows if row["family"] == family]
+        healthy = [row for row in own if row["group"] == "healthy"]
+        faults = [row for row in own if is_fault(row)]
+        families[family] = {
+            "cases": len(own),
+            "healthy": len(healthy),
+            "faults": len(faults),
+            "cost_nothing": [row["name"] for row in own if row["block"] is not None and not is_fault(row)],
+            "localisation": {
+                group: localisation(chosen)
+                for group in ("after training", "during training")
+                if (chosen := [row for row in faults if row["group"] == group])
+            },
+            "false_flags": false_flags(healthy),
+            "verdicts": {"healthy": verdicts(healthy), "at fault": verdicts(faults)},
+            "coverage": coverage(own),
+            "seconds": seconds(own),
+        }
+    return {"families": families}
+
+
+def _names(cases: Sequence[tuple[Row, dict[str, list[float]]]]) -> list[str]:
+    return list(dict.fromkeys(name for _, scores in cases for name in scores))
+
+
+def _mean(values: Iterable[float | bool]) -> float:
+    found = [float(v) for v in values]
+    return statistics.fmean(found) if found else float("nan")

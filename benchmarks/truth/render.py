@@ -1,0 +1,200 @@
+"""Write the measured cases and their figures into ``benchmarks/results/truth`` and into ``docs/truth.md``.
+
+The page is written by hand; only what stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` is made here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from figures import Row, is_fault, is_tied, scores_of, errors_of
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+matplotlib.rcParams["svg.hashsalt"] = "peelwise"  # the same file at every run
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "truth"
+PAGE = ROOT / "docs" / "truth.md"
+FIGURE = ROOT / "docs" / "figures" / "truth-localisation.svg"
+OURS, RIVAL = "#2f6db5", "#a9a9a9"
+
+
+def write(summary: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Write both result files, the page's tables and the figure."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "figures.json").write_text(json.dumps(rounded(summary), indent=1) + "\n")
+    lines = ",\n".join(json.dumps(rounded(row)) for row in rows)
+    (RESULTS / "cases.json").write_text(f"[\n{lines}\n]\n")  # one case a line
+    draw(summary)
+    if PAGE.exists():
+        PAGE.write_text(filled(PAGE.read_text(), summary, rows))
+
+
+def rounded(value: Any) -> Any:
+    """Return nested plain data with numbers to five significant digits."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def filled(page: str, summary: dict[str, Any], rows: Sequence[Row]) -> str:
+    """Return the page with every marked part made again."""
+
+    def part(match: re.Match[str]) -> str:
+        name = match.group(1)
+        return f"<!-- begin {name} -->\n{PARTS[name](summary, rows)}\n<!-- end {name} -->"
+
+    return re.sub(r"<!-- begin ([a-z0-9 ]+) -->.*?<!-- end \1 -->", part, page, flags=re.DOTALL)
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def localisation_table(family: str, group: str) -> Callable[[dict[str, Any], Sequence[Row]], str]:
+    """Return what makes the table of one family and group, the best statistic first."""
+
+    def make(summary: dict[str, Any], rows: Sequence[Row]) -> str:
+        found = summary["families"].get(family, {})
+        chosen = found.get("localisation", {}).get(group)
+        if not chosen:
+            return "Not measured yet."
+        order = sorted(chosen, key=lambda name: -chosen[name]["area_under_curve"])
+        lines = [
+            [
+                f"**{name}**" if name.startswith("peelwise") else name,
+                *(percent(chosen[name][key]) for key in ("first", "first_or_tied", "within_one")),
+                f"{chosen[name]['area_under_curve']:.2f}",
+                percent(chosen[name]["flagged"]),
+                percent(found["false_flags"].get(name, float("nan"))),
+                f"{found['seconds'].get(name, float('nan')):.1f}",
+                str(chosen[name]["cases"]),
+            ]
+            for name in order
+        ]
+        header = [
+            "statistic",
+            "first",
+            "first or tied",
+            "within one block",
+            "area",
+            "stands out",
+            "healthy blocks that do",
+        ]
+        return table([*header, "seconds", "cases"], lines)
+
+    return make
+
+
+def kinds_table(family: str) -> Callable[[dict[str, Any], Sequence[Row]], str]:
+    """Return what makes the table of kinds of fault: cost, and in how many cases each of some statistics is right."""
+
+    def make(summary: dict[str, Any], rows: Sequence[Row]) -> str:
+        own = [row for row in rows if row["family"] == family and row["block"] is not None]
+        names = [n for n in SHOWN if any(n in scores_of(row) for row in own)]
+        lines = []
+        for kind in dict.fromkeys(row["kind"] for row in own):
+            cases = [row for row in own if row["kind"] == kind]
+            faults = [row for row in cases if is_fault(row)]
+            costs = sorted(row["cost_of_fault"]["mean"] for row in cases)
+            cells = []
+            for name in names:
+                told = [row for row in faults if name in scores_of(row)]
+                right = sum(is_tied(scores_of(row)[name], errors_of(row, name), row["block"]) for row in told)
+                cells.append(f"{right}/{len(told)}" if told else "-")
+            lines.append([kind, f"{costs[0]:.3f} to {costs[-1]:.3f}", f"{len(faults)}/{len(cases)}", *cells])
+        return table(["fault", "costs, nats", "real faults", *names], lines)
+
+    return make
+
+
+SHOWN = (
+    "peelwise: natural energy",
+    "peelwise: unique",
+    "peelwise: alone",
+    "gradient norm",
+    "weightwatcher",
+    "removal",
+)
+
+
+def alarms(summary: dict[str, Any], rows: Sequence[Row]) -> str:
+    """Make the table of verdicts."""
+    lines = []
+    for family, found in summary["families"].items():
+        for what, told in found["verdicts"].items():
+            colours = told["colours"]
+            cells = [str(colours.get(c, 0)) for c in ("red", "yellow", "green", "grey")]
+            checked = f"{told['red_below_margin_on_fresh_text']}/{told['red_checked_on_fresh_text']}"
+            lines.append([family, what, *cells, checked])
+    return table(["model", "cases", "red", "yellow", "green", "grey", "red not borne out by fresh text"], lines)
+
+
+def coverage(summary: dict[str, Any], rows: Sequence[Row]) -> str:
+    """Make the table of coverage."""
+    lines = [
+        [family, what, str(f["intervals"]), percent(f["covered"]), percent(f["fresh_below"])]
+        for family, found in summary["families"].items()
+        for what, f in found["coverage"].items()
+    ]
+    return table(["model", "witness", "intervals", "agree with fresh text", "fresh gain below the middle"], lines)
+
+
+def not_faults(summary: dict[str, Any], rows: Sequence[Row]) -> str:
+    """Make the list of what cost nothing."""
+    names = [name for found in summary["families"].values() for name in found["cost_nothing"]]
+    return ", ".join(f"`{name}`" for name in names) or "None."
+
+
+PARTS: dict[str, Callable[[dict[str, Any], Sequence[Row]], str]] = {
+    "small after": localisation_table("small GPT", "after training"),
+    "small during": localisation_table("small GPT", "during training"),
+    "large after": localisation_table("SmolLM2-135M", "after training"),
+    "small kinds": kinds_table("small GPT"),
+    "large kinds": kinds_table("SmolLM2-135M"),
+    "alarms": alarms,
+    "coverage": coverage,
+    "cost nothing": not_faults,
+}
+
+
+def percent(share: float) -> str:
+    """Return a share as a whole percentage; a dash where nothing was measured."""
+    return "-" if share != share else f"{100 * share:.0f} %"
+
+
+def draw(summary: dict[str, Any]) -> None:
+    """Draw how often each statistic names the right block, first or tied, one panel per group of cases."""
+    panels = [
+        (f"{family}, {group}", chosen)
+        for family, found in summary["families"].items()
+        for group, chosen in found["localisation"].items()
+    ]
+    if not panels:
+        return
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.6), squeeze=False)
+    for axis, (title, chosen) in zip(axes[0], panels, strict=True):
+        order = sorted(chosen, key=lambda name: (chosen[name]["first_or_tied"], chosen[name]["area_under_curve"]))
+        shares = [100 * chosen[name]["first_or_tied"] for name in order]
+        colours = [OURS if name.startswith("peelwise") else RIVAL for name in order]
+        bars = axis.barh(range(len(order)), shares, color=colours)
+        axis.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
+        axis.set_yticks(range(len(order)), [name.removeprefix("peelwise: ") for name in order], fontsize=8)
+        axis.set_xlim(0, 110)
+        axis.set_title(f"{title} ({max(c['cases'] for c in chosen.values())} faults)", fontsize=10)
+        axis.set_xlabel("faults whose block is first or tied, %", fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(FIGURE, metadata={"Date": None})
+    plt.close(figure)
