@@ -9,17 +9,17 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-import training
 from torch import nn
+
+import training
 from training import ROOT, RunName
 
 sys.path.insert(0, str(ROOT / "tests"))
 
-import damage  # noqa: E402
-
-from peelwise.model.checkpoints import open_model  # noqa: E402
-from peelwise.probes import Probe  # noqa: E402
-from peelwise.texts import reference_prose  # noqa: E402
+import damage
+from peelwise.model.checkpoints import open_model
+from peelwise.probes import Probe
+from peelwise.texts import reference_prose
 
 Group = Literal["healthy", "after training", "during training"]
 CHECKPOINTS = ROOT / "examples" / "small_gpt" / "checkpoints"

@@ -15,11 +15,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import own
 import torch
+
+import own
 import training
 from cases import KEPT_SEED, SMALL, Case, probe_of
-
 from common import write
 from peelwise.pipeline.certificate import verify_certificate, write_certificate
 

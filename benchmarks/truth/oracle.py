@@ -2,8 +2,8 @@
 
     python benchmarks/truth/oracle.py
 
-The oracle trains every linear map of one block with Adam on plenty of training text, the rest frozen, until select stops
-improving and the learning rate has been halved three times. Reference and oracle are measured on the same fresh text.
+The oracle trains every linear map of one block with Adam on plenty of training text, the rest frozen, until select
+stops improving and the learning rate has been halved three times. Reference and oracle are measured on the same fresh text.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import own
 import torch
 import torch.nn.functional as F
-import training
-from cases import KEPT_SEED, SMALL, Case, probe_of
-from render import rounded
 from scipy.stats import spearmanr
 from torch import nn
 
+import own
+import training
+from cases import KEPT_SEED, SMALL, Case, probe_of
 from common import environment
 from peelwise.model.layers import find_blocks
 from peelwise.model.runner import Runner
 from peelwise.probes import Probe, Split
+from render import rounded
 
 CASES = (
     Case(SMALL, "healthy", "healthy", KEPT_SEED, 600),

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from figures import Row, is_fault, is_tied, scores_of, errors_of
+
+from figures import Row, errors_of, is_fault, is_tied, scores_of
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 matplotlib.rcParams["svg.hashsalt"] = "peelwise"  # the same file at every run
 

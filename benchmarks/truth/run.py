@@ -19,14 +19,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+
 import figures
 import own
 import render
 import rivals
-import torch
 import training
 from cases import FRESH_TOKENS, LARGE, SMALL, Case, all_cases, probe_of
-
 from common import environment
 
 OUT = training.ROOT / "out" / "truth" / "cases"
