@@ -3,7 +3,8 @@
     python benchmarks/truth/oracle.py
 
 The oracle trains every linear map of one block with Adam on plenty of training text, the rest frozen, until select
-stops improving and the learning rate has been halved three times. Reference and oracle are measured on the same fresh text.
+stops improving and the learning rate has been halved three times. Reference and oracle are measured on the same
+fresh text.
 """
 
 from __future__ import annotations
