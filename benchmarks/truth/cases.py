@@ -38,17 +38,17 @@ HEALTHY_STAGES = tuple((seed, step) for seed in training.SEEDS for step in (200,
 )
 # Kinds of damage of SmolLM2, each in the blocks named.
 LARGE_DAMAGES = {
-    "noise 0.3": (15, 5),
     "sign flip": (15,),
+    "noise 0.3": (15, 5),
     "copy of neighbour": (15,),
-    "reset": (20,),
     "neurons permuted": (10,),
-    "scale 0.7": (25,),
-    "scale 1.3": (7,),
-    "head zeroed": (12,),
-    "gains shifted": (18,),
+    "reset": (20,),
     "3 bits": (22,),
+    "head zeroed": (12,),
+    "scale 1.3": (7,),
+    "gains shifted": (18,),
     "2 bits": (9,),
+    "scale 0.7": (25,),
 }
 
 

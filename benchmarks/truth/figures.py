@@ -7,25 +7,66 @@ sequence on report, is above the default margin. What costs nothing is not a fau
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import Any
 
 from peelwise.verdict import default_margin, stands_out
 
 Row = dict[str, Any]
 _TIED = 1.96  # standard errors
+_OURS = "peelwise: "  # before the names of our own statistics
 
 
 def scores_of(row: Row) -> dict[str, list[float]]:
     """Return every statistic that names a block, ours first: larger means more suspicious."""
-    own = {f"peelwise: {name}": scores for name, scores in row["own"]["scores"].items() if None not in scores}
+    own = {f"{_OURS}{name}": scores for name, scores in row["own"]["scores"].items() if None not in scores}
     rivals = {name: found["scores"] for name, found in row["rivals"].items() if found["scores"] is not None}
     return own | rivals
 
 
+def against_depth(scores: Sequence[float]) -> list[float]:
+    """Return each block's score over the median of its up to four neighbours, or less it if some are negative."""
+    near = [[scores[j] for j in range(max(0, i - 2), min(len(scores), i + 3)) if j != i] for i in range(len(scores))]
+    return [_over(s, statistics.median(others), scores) for s, others in zip(scores, near, strict=True)]
+
+
+def against_history(scores: Sequence[float], earlier: Sequence[float]) -> list[float]:
+    """Return each block's score over its own in the healthy model, or less it if some are negative."""
+    both = [*scores, *earlier]
+    return [_over(s, e, both) for s, e in zip(scores, earlier, strict=True)]
+
+
+def _over(score: float, usual: float, all_scores: Sequence[float]) -> float:
+    return score / usual if min(all_scores) > 0 else score - usual
+
+
+def with_depth(row: Row) -> Row:
+    """Return the case with every statistic seen against its neighbours in depth; intervals have no meaning then."""
+    return _with_scores(row, {name: against_depth(scores) for name, scores in scores_of(row).items()})
+
+
+def with_history(rows: Sequence[Row]) -> list[Row]:
+    """Return the damaged cases whose healthy model was measured, every statistic seen against its value there."""
+    key = itemgetter("family", "seed", "step")
+    healthy = {key(row): scores_of(row) for row in rows if row["group"] == "healthy"}
+    return [
+        _with_scores(row, {n: against_history(s, healthy[key(row)][n]) for n, s in scores_of(row).items()})
+        for row in rows
+        if row["group"] == "after training" and key(row) in healthy
+    ]
+
+
+def _with_scores(row: Row, scores: dict[str, list[float]]) -> Row:
+    own = {n.removeprefix(_OURS): s for n, s in scores.items() if n.startswith(_OURS)}
+    rivals = {n: row["rivals"][n] | {"scores": s} for n, s in scores.items() if not n.startswith(_OURS)}
+    return row | {"own": row["own"] | {"scores": own, "errors": {}}, "rivals": rivals}
+
+
 def errors_of(row: Row, name: str) -> list[float] | None:
     """Return the standard errors of a statistic, if it has any."""
-    found: list[float] | None = row["own"]["errors"].get(name.removeprefix("peelwise: "))
+    found: list[float] | None = row["own"]["errors"].get(name.removeprefix(_OURS))
     return found
 
 
@@ -89,31 +130,31 @@ def false_flags(rows: Iterable[Row]) -> dict[str, float]:
 
 def verdicts(rows: Iterable[Row]) -> dict[str, Any]:
     """Return how many blocks got which colour, and how many red ones a fresh text does not bear out."""
-    colours: dict[str, int] = {}
-    red, wrong = 0, 0
-    for row in rows:
-        for colour in row["own"]["verdicts"]:
-            colours[colour] = colours.get(colour, 0) + 1
-        margin = default_margin(row["own"]["loss"])
-        for each in row.get("fresh", []):
-            if each["what"] == "alone" and each["verdict"] == "red":
-                red += 1
-                wrong += each["fresh"] + _TIED * each["fresh_error"] < margin
-    return {"colours": colours, "red_checked_on_fresh_text": red, "red_below_margin_on_fresh_text": wrong}
+    rows = list(rows)
+    colours = Counter(colour for row in rows for colour in row["own"]["verdicts"])
+    red = [red_checked(row["fresh"], default_margin(row["own"]["loss"])) for row in rows if "fresh" in row]
+    return {"colours": dict(colours), "red": {key: sum(each[key] for each in red) for key in ("checked", "wrong")}}
 
 
-def coverage(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
+def red_checked(fresh: Iterable[Row], margin: float = 0.0) -> dict[str, int]:
+    """Return how many red blocks were measured on fresh text, and how many are shown to gain less than the margin."""
+    red = [e for e in fresh if e.get("verdict") == "red"]
+    return {"checked": len(red), "wrong": sum(e["fresh"] + _TIED * e["fresh_error"] < margin for e in red)}
+
+
+def coverage(fresh: Sequence[Row]) -> dict[str, dict[str, float]]:
     """Return how often a 95 % interval on report agrees with the same witness's gain on fresh text.
 
     The fresh mean has an error of its own, which widens the interval: both errors are added in squares.
     """
     found = {}
     for what in ("composed", "alone"):
-        each = [e for row in rows for e in row.get("fresh", []) if e["what"] == what]
+        each = [e for e in fresh if e["what"] == what]
         if each:
             found[what] = {
                 "intervals": len(each),
                 "covered": _mean(_agrees(e) for e in each),
+                "low_end_holds": _mean(e["fresh"] + _TIED * e["fresh_error"] >= e["low"] for e in each),
                 "fresh_below": _mean(e["fresh"] < _middle(e) for e in each),
             }
     return found
@@ -137,8 +178,8 @@ def seconds(rows: Iterable[Row]) -> dict[str, float]:
         for stage, names in STAGES:
             so_far += stages.get(stage, 0.0)
             for name in names:
-                if f"peelwise: {name}" in scores_of(row):
-                    taken.setdefault(f"peelwise: {name}", []).append(so_far)
+                if f"{_OURS}{name}" in scores_of(row):
+                    taken.setdefault(f"{_OURS}{name}", []).append(so_far)
         for name, found in row["rivals"].items():
             if found["scores"] is not None:
                 taken.setdefault(name, []).append(found["seconds"])
@@ -147,7 +188,7 @@ def seconds(rows: Iterable[Row]) -> dict[str, float]:
 
 STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("losses of the model as it stands", ()),
-    ("statistics of all blocks", ("natural energy", "held-out energy", "energy")),
+    ("statistics of all blocks", ("natural energy", "cross energy", "held-out energy", "energy")),
     ("joint rounds", ()),
     ("leaving one block out", ("unique",)),
     ("refining blocks alone", ("alone",)),
@@ -171,9 +212,10 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
                 for group in ("after training", "during training")
                 if (chosen := [row for row in faults if row["group"] == group])
             },
+            "against_depth": localisation([with_depth(row) for row in faults if row["group"] == "after training"]),
+            "against_history": localisation([row for row in with_history(own) if is_fault(row)]),
             "false_flags": false_flags(healthy),
             "verdicts": {"healthy": verdicts(healthy), "at fault": verdicts(faults)},
-            "coverage": coverage(own),
             "seconds": seconds(own),
         }
     return {"families": families}

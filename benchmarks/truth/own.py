@@ -41,6 +41,7 @@ def diagnosis(record: AuditRecord) -> dict[str, Any]:
         "composed": record.loss.composed_gain.model_dump() if record.loss.composed_gain else None,
         "scores": {
             "natural energy": [b.natural_energy for b in blocks],
+            "cross energy": [b.cross_energy for b in blocks],
             "held-out energy": [b.held_out_energy for b in blocks],
             "energy": [b.energy for b in blocks],
         },

@@ -63,6 +63,28 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def variant_table(family: str, variant: str) -> Callable[[dict[str, Any], Sequence[Row]], str]:
+    """Return what makes the table of statistics seen against depth or history, the best first."""
+
+    def make(summary: dict[str, Any], rows: Sequence[Row]) -> str:
+        chosen = summary["families"].get(family, {}).get(variant)
+        if not chosen:
+            return "Not measured."
+        order = sorted(chosen, key=lambda name: -chosen[name]["area_under_curve"])
+        lines = [
+            [
+                f"**{name}**" if name.startswith("peelwise") else name,
+                *(percent(chosen[name][key]) for key in ("first", "within_one")),
+                f"{chosen[name]['area_under_curve']:.2f}",
+                str(chosen[name]["cases"]),
+            ]
+            for name in order
+        ]
+        return table(["statistic", "first", "within one block", "area", "cases"], lines)
+
+    return make
+
+
 def localisation_table(family: str, group: str) -> Callable[[dict[str, Any], Sequence[Row]], str]:
     """Return what makes the table of one family and group, the best statistic first."""
 
@@ -137,19 +159,55 @@ def alarms(summary: dict[str, Any], rows: Sequence[Row]) -> str:
         for what, told in found["verdicts"].items():
             colours = told["colours"]
             cells = [str(colours.get(c, 0)) for c in ("red", "yellow", "green", "grey")]
-            checked = f"{told['red_below_margin_on_fresh_text']}/{told['red_checked_on_fresh_text']}"
+            checked = f"{told['red']['wrong']} of {told['red']['checked']}"
             lines.append([family, what, *cells, checked])
     return table(["model", "cases", "red", "yellow", "green", "grey", "red not borne out by fresh text"], lines)
 
 
 def coverage(summary: dict[str, Any], rows: Sequence[Row]) -> str:
-    """Make the table of coverage."""
-    lines = [
-        [family, what, str(f["intervals"]), percent(f["covered"]), percent(f["fresh_below"])]
-        for family, found in summary["families"].items()
-        for what, f in found["coverage"].items()
-    ]
-    return table(["model", "witness", "intervals", "agree with fresh text", "fresh gain below the middle"], lines)
+    """Make the table of coverage, from its own result file."""
+    return table(
+        ["witness", "intervals", "agree with fresh text", "lower end holds", "fresh gain below the middle"],
+        [
+            [what, str(f["intervals"]), *(percent(f[key]) for key in ("covered", "low_end_holds", "fresh_below"))]
+            for what, f in _result("coverage")["coverage"].items()
+        ],
+    )
+
+
+def oracle(summary: dict[str, Any], rows: Sequence[Row]) -> str:
+    """Make the table of tightness and cost, from its own result file."""
+    lines = []
+    for each in _result("oracle")["cases"]:
+        truth = each["oracle"]
+        for found in each["references"]:
+            lines.append(
+                [
+                    f"{truth['case']} ({sum(truth['gains']) / len(truth['gains']):.4f})",
+                    f"{found['tokens']:,} tokens, {found['rounds']} rounds",
+                    percent(found["share_of_gain"]),
+                    f"{100 * found['share_of_cost']:.1f} %",
+                    f"{found['rank_correlation']:.2f}",
+                ]
+            )
+    return table(["model (oracle's mean gain)", "audit", "share of the gain", "share of the cost", "ranks"], lines)
+
+
+def certificates(summary: dict[str, Any], rows: Sequence[Row]) -> str:
+    """Make the table of certificates under other settings, from its own result file."""
+    found = _result("certificates")["rows"]
+    lines = []
+    for setting in dict.fromkeys(row["setting"] for row in found):
+        own = [row for row in found if row["setting"] == setting]
+        held = sum(row["status"] == "holds" for row in own)
+        farthest = max(row["farthest"] for row in own)
+        lines.append([setting, f"{held} of {len(own)}", f"{farthest:.1e}"])
+    return table(["verified under", "holds", "farthest number, nats"], lines)
+
+
+def _result(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
 
 
 def not_faults(summary: dict[str, Any], rows: Sequence[Row]) -> str:
@@ -166,6 +224,12 @@ PARTS: dict[str, Callable[[dict[str, Any], Sequence[Row]], str]] = {
     "large kinds": kinds_table("SmolLM2-135M"),
     "alarms": alarms,
     "coverage": coverage,
+    "oracle": oracle,
+    "certificates": certificates,
+    "small depth": variant_table("small GPT", "against_depth"),
+    "small history": variant_table("small GPT", "against_history"),
+    "large depth": variant_table("SmolLM2-135M", "against_depth"),
+    "large history": variant_table("SmolLM2-135M", "against_history"),
     "cost nothing": not_faults,
 }
 

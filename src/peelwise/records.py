@@ -65,6 +65,7 @@ class BlockRecord(Record):
     ``None`` means not measured within the budget, never "nothing there".
     ``energy`` is the gradient energy that the block's inputs explain on the fit tokens and
     ``held_out_energy`` the part of it that survives on the select tokens (nats per unit step; a ranking).
+    ``cross_energy`` is what fit and select tokens agree on: ``energy`` without the noise of few tokens.
     ``natural_energy`` is the same in the metric of the Kronecker-factored curvature, ``F`` and ``S``: the squared
     norm of the natural gradient as far as it holds on select. It says where to look first.
     """
@@ -78,6 +79,7 @@ class BlockRecord(Record):
     rounds: int = 0
     energy: float | None = None
     held_out_energy: float | None = None
+    cross_energy: float | None = None
     natural_energy: float | None = None
     gradient_norm: float | None = None
     tokens_needed: int | None = None

@@ -82,7 +82,7 @@ def test_intervals_agree_with_fresh_text_as_often_as_they_should():
         {"what": "alone", "low": a - 0.0196, "high": a + 0.0196, "fresh": b, "fresh_error": 0.004, "verdict": "red"}
         for a, b in (0.1 + errors).tolist()
     ]
-    found = figures.coverage([row(1, [0.0, 1.0]) | {"fresh": fresh}])["alone"]
+    found = figures.coverage(fresh)["alone"]
     assert found["covered"] == pytest.approx(0.95, abs=0.012)
     assert found["fresh_below"] == pytest.approx(0.5, abs=0.03)
 
@@ -94,8 +94,23 @@ def test_red_that_fresh_text_does_not_bear_out_is_counted():
     ]
     found = figures.verdicts([row(None, [0.0, 1.0, 2.0]) | {"fresh": fresh}])
     assert found["colours"] == {"red": 1, "green": 2}
-    assert found["red_checked_on_fresh_text"] == 2
-    assert found["red_below_margin_on_fresh_text"] == 1
+    assert found["red"] == {"checked": 2, "wrong": 1}
+
+
+def test_a_bump_stands_out_against_its_neighbours_where_the_trend_hides_it():
+    falling = [16.0, 8.0, 4.0, 2.0, 2.0, 0.5, 0.25]
+    assert max(range(7), key=lambda i: falling[i]) == 0
+    over = figures.against_depth(falling)
+    assert max(range(2, 7), key=lambda i: over[i]) == 4
+    assert figures.against_depth([0.0, -1.0, 3.0, 0.0])[2] == pytest.approx(3.0)
+
+
+def test_history_compares_with_the_healthy_model_of_the_same_stage():
+    healthy = row(None, [8.0, 1.0, 1.0], group="healthy") | {"seed": 1, "step": 2}
+    damaged = row(1, [8.0, 3.0, 1.0]) | {"seed": 1, "step": 2}
+    elsewhere = row(1, [8.0, 3.0, 1.0]) | {"seed": 9, "step": 2}
+    (found,) = figures.with_history([healthy, damaged, elsewhere])
+    assert figures.scores_of(found) == {"peelwise: unique": [1.0, 3.0, 1.0]}
 
 
 def test_cases_have_names_of_their_own():

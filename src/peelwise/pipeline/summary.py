@@ -121,6 +121,7 @@ def _block_record(bench: Bench, findings: Findings, block: Block, evidence: Evid
         rounds=len(findings.alone[block.index].rounds) if block.index in findings.alone else 0,
         energy=proposals.energy if proposals else None,
         held_out_energy=proposals.held_out_energy if proposals else None,
+        cross_energy=proposals.cross_energy if proposals else None,
         natural_energy=proposals.natural_energy if proposals else None,
         gradient_norm=proposals.gradient_norm if proposals else None,
         tokens_needed=tokens_needed(verdict, bench.probe.report.tokens, bench.probe.report.sequences),

@@ -35,6 +35,7 @@ class BlockProposals:
         changes: per direction and map, the calibrated proposal.
         energy: gradient energy explained by the inputs in sample, summed over maps.
         held_out_energy: what of the input-whitened proposal holds on select, summed over maps.
+        cross_energy: the energy that fit and select tokens agree on, summed over maps; free of noise on average.
         natural_energy: what of the two-sided proposal holds on select, summed over maps; ``None`` if it was not made.
         gradient_norm: Frobenius norm of the mean gradient of all maps.
     """
@@ -43,6 +44,7 @@ class BlockProposals:
     changes: dict[Direction, dict[LinearMap, Proposal]]
     energy: float
     held_out_energy: float
+    cross_energy: float
     natural_energy: float | None
     gradient_norm: float
 
@@ -187,11 +189,12 @@ def proposals_of(
     rotated_select = {m: references[id(moments.S)].rotate(select[m].C) for m, moments in fits[0].items()}
     made = []
     for fit in fits:
-        energy, whitened = 0.0, {}
+        energy, cross_energy, whitened = 0.0, 0.0, {}
         for linear, moments in fit.items():
             reference = references[id(moments.S)]
             rotated = reference.rotate(moments.C)
             energy += reference.energy(rotated)
+            cross_energy += reference.cross_energy(rotated, rotated_select[linear])
             whitened[linear] = reference.propose(
                 moments.C, select[linear].C, rotated=rotated, rotated_select=rotated_select[linear]
             )
@@ -207,6 +210,7 @@ def proposals_of(
                 {direction: _compact(proposals) for direction, proposals in changes.items()},
                 energy=energy,
                 held_out_energy=sum(p.energy for p in whitened.values()),
+                cross_energy=cross_energy,
                 natural_energy=sum(p.energy for p in changes["two-sided"].values()) if "two-sided" in changes else None,
                 gradient_norm=sum(float(m.C.square().sum()) for m in fit.values()) ** 0.5,
             )

@@ -90,6 +90,19 @@ class InputWhitened:
         """
         return float((rotated.square().sum(0).double() / self.spectrum.damped(damping)).sum())
 
+    def cross_energy(self, rotated: Tensor, rotated_select: Tensor, damping: float = START_DAMPING) -> float:
+        """Return ``tr(C (S + damping tr(S)/d I)^-1 C_s^T)``: the energy that fit and select tokens agree on.
+
+        Their noise is independent, so its mean is that of the true gradient; the value may be negative.
+
+        Args:
+            rotated: ``C`` on the fit tokens, rotated.
+            rotated_select: ``C`` on the select tokens, rotated.
+            damping: in units of the mean diagonal.
+        """
+        overlap = (rotated * rotated_select).sum(0).double()
+        return float((overlap / self.spectrum.damped(damping)).sum())
+
     def propose(self, C: Tensor, C_select: Tensor, *, rotated: Tensor, rotated_select: Tensor) -> Proposal:
         """Return the proposal for one map, with the damping that the select tokens like best.
 
