@@ -132,8 +132,8 @@ def refine_alone(bench: Bench, findings: Findings, *, rounds: int) -> bool:
 
 
 def by_energy(findings: Findings) -> list[int]:
-    """Return block indices, most held-out explained gradient energy first."""
-    return sorted(findings.proposals, key=lambda i: -findings.proposals[i].held_out_energy)
+    """Return block indices, most natural energy first: where the fault most often is (docs/truth.md)."""
+    return sorted(findings.proposals, key=lambda i: -findings.proposals[i].ranking)
 
 
 def _promising(findings: Findings) -> list[int]:

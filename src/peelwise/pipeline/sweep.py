@@ -48,6 +48,11 @@ class BlockProposals:
     natural_energy: float | None
     gradient_norm: float
 
+    @property
+    def ranking(self) -> float:
+        """What ranks blocks before anything is evaluated: natural energy, or held-out energy where it was not made."""
+        return self.held_out_energy if self.natural_energy is None else self.natural_energy
+
 
 def sweep(
     runner: Runner,
