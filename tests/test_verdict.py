@@ -10,6 +10,7 @@ from peelwise.verdict import (
     Evidence,
     default_margin,
     judge,
+    leaders,
     stands_out,
 )
 
@@ -183,3 +184,10 @@ def test_on_foreign_text_the_block_above_the_trend_is_red():
 @pytest.mark.parametrize(("loss", "margin"), [(10.0, 0.05), (2.0, 0.01), (0.6, 0.003), (0.1, 0.003), (0.0, 0.003)])
 def test_the_default_margin_is_half_a_per_cent_and_at_least_three_thousandths(loss, margin):
     assert default_margin(loss) == pytest.approx(margin)
+
+
+def test_leaders_are_the_largest_and_those_it_cannot_be_told_from():
+    values = [measured(v) for v in (0.010, 0.0501, None, 0.0480, 0.0470)]
+    assert leaders(values) == [1, 3]  # 0.0021 apart with errors of 0.001 each, and 0.0031
+    assert leaders([None, measured(-0.02)]) == [1]
+    assert leaders([None, None]) == []

@@ -17,6 +17,7 @@ from peelwise.records import Colour
 LEVEL = 0.025
 _ROBUST_DEVIATIONS = 3.0
 _FEWEST_FOR_TREND = 5
+_APART = 1.96  # standard errors
 
 CERTIFIED = "certified under-optimised"
 STILL_TRAINING = "recoverable, still training"
@@ -113,6 +114,18 @@ def stands_out(values: Sequence[float | None], margin: float) -> list[bool]:
     deviation = 1.4826 * np.median(np.abs(residual))
     out = {int(i) for i, r in zip(index, residual, strict=True) if r > max(_ROBUST_DEVIATIONS * deviation, margin)}
     return [i in out for i in range(len(values))]
+
+
+def leaders(values: Sequence[Paired | None]) -> list[int]:
+    """Return the block with the largest value and those that cannot be told apart from it, largest first.
+
+    Apart is more than 1.96 standard errors of both together. Blocks that were not measured do not compete.
+    """
+    known = sorted(((i, v) for i, v in enumerate(values) if v is not None), key=lambda pair: -pair[1].mean)
+    if not known:
+        return []
+    _, top = known[0]
+    return [i for i, v in known if top.mean - v.mean <= _APART * (top.standard_error**2 + v.standard_error**2) ** 0.5]
 
 
 def _holm(p_values: Sequence[float | None]) -> list[bool]:

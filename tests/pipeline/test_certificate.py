@@ -197,7 +197,14 @@ def test_a_record_forged_without_contradiction_is_found_by_recomputing(forge, qu
     record = forge(read_certificate(folder).record, 0.001)
     blocks = record.blocks
     record = record.model_copy(
-        update={"conclusion": conclusion(blocks, record.loss.composed_gain, record.margin_nats)}
+        update={
+            "conclusion": conclusion(
+                blocks,
+                record.loss.composed_gain,
+                record.margin_nats,
+                in_distribution=record.probe.in_distribution,
+            )
+        }
     ).sealed()
     (folder / RECORD_FILE).write_text(record.to_json())
     for whole, found in ((False, quick), (True, full)):

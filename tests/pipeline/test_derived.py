@@ -50,6 +50,30 @@ def test_the_conclusion_says_what_was_found_and_no_more(found, sentence):
     )
 
 
+def told(alone, unique, colour="red"):
+    return tuple(
+        BlockRecord(index=i, name="", verdict=colour, reason="", recoverable_nats=interval(a), unique_nats=interval(u))
+        for i, (a, u) in enumerate(zip(alone, unique, strict=True))
+    )
+
+
+def test_the_conclusion_points_at_the_block_to_look_at_first():
+    found = told([0.1, 0.3, 0.31, 0.1], [0.2, 0.0, 0.0, 0.0])
+    on_training_text = conclusion(found, None, MARGIN, in_distribution=True)
+    assert on_training_text.endswith(" Look first at block 2 (what it gains alone: 0.310; not told apart: 1).")
+    elsewhere = conclusion(found, None, MARGIN, in_distribution=False)
+    assert elsewhere.endswith(" Look first at block 0 (what only it can give: 0.200).")
+
+
+@pytest.mark.parametrize(
+    "found",
+    [told([0.3] * 4, [0.3] * 4), told([0.3, 0.3], [0.3, 0.3]), told([0.9, 0, 0], [0.9, 0, 0], "grey")],
+    ids=["many alike", "all alike", "no verdict"],
+)
+def test_where_nothing_sticks_out_it_points_nowhere(found):
+    assert "Look first" not in conclusion(found, None, MARGIN)
+
+
 @pytest.mark.parametrize(
     ("gain", "shuffled", "untrained", "expected"),
     [

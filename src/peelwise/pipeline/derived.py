@@ -11,14 +11,25 @@ from itertools import pairwise
 
 from peelwise.intervals import Paired
 from peelwise.records import AuditRecord, BlockRecord, HeadRecord, Interval, LossRecord
-from peelwise.verdict import Evidence, Verdict, default_margin, judge
+from peelwise.verdict import Evidence, Verdict, default_margin, judge, leaders
 
 # Sums of the same numbers in another order and precision; far below anything that is shown.
 _ROUNDING = 1e-5
+# More blocks than these that cannot be told apart point nowhere.
+_MOST_NAMED = 3
 
 
-def conclusion(blocks: tuple[BlockRecord, ...], composed: Interval | None, margin: float) -> str:
-    """Return one sentence that says what was found, and no more than that."""
+def conclusion(
+    blocks: tuple[BlockRecord, ...], composed: Interval | None, margin: float, *, in_distribution: bool = True
+) -> str:
+    """Return a few sentences that say what was found, and no more than that.
+
+    Args:
+        blocks: with their verdicts.
+        composed: the gain of all blocks refined together.
+        margin: nats per token.
+        in_distribution: whether the text is training text; it decides which number points at a block.
+    """
     red = [b.index for b in blocks if b.verdict == "red"]
     yellow = [b for b in blocks if b.verdict == "yellow"]
     together = ""
@@ -27,14 +38,15 @@ def conclusion(blocks: tuple[BlockRecord, ...], composed: Interval | None, margi
             f" Refined together, the blocks win back {composed.mean:.3f} nats per token "
             f"(95 % interval {composed.low:.3f} to {composed.high:.3f})."
         )
+    first = _look_first(blocks, in_distribution)
     if red:
         which = ", ".join(map(str, red[:6])) + (", ..." if len(red) > 6 else "")
         blocks_word = "block" if len(red) == 1 else "blocks"
-        return f"{len(red)} of {len(blocks)} blocks certified under-optimised ({blocks_word} {which}).{together}"
+        return f"{len(red)} of {len(blocks)} blocks certified under-optimised ({blocks_word} {which}).{together}{first}"
     if yellow:
         return (
             f"No block is certified under-optimised; {len(yellow)} of {len(blocks)} have recoverable loss on this "
-            f"text.{together}"
+            f"text.{together}{first}"
         )
     measured = sum(b.recoverable_nats is not None for b in blocks)
     if not measured:
@@ -43,6 +55,24 @@ def conclusion(blocks: tuple[BlockRecord, ...], composed: Interval | None, margi
         f"None found: of {measured} blocks refined alone (of {len(blocks)}), none is shown to have more than "
         f"{margin:.3f} nats per token to recover.{together}"
     )
+
+
+def _look_first(blocks: tuple[BlockRecord, ...], in_distribution: bool) -> str:
+    """Point at the block most likely at fault, if few enough cannot be told apart from it.
+
+    On training text that is the one that gains most alone; on other text all gain by adapting to it, which
+    cancels in what only one block can give (docs/truth.md).
+    """
+    unique = not in_distribution and all(b.unique_nats for b in blocks)
+    found = [b.unique_nats if unique else b.recoverable_nats for b in blocks]
+    order = leaders([None if i is None else Paired.of(i) for i in found])
+    if not all(found) or len(order) > _MOST_NAMED or len(blocks) <= len(order):
+        return ""
+    first, *tied = order
+    value = found[first]
+    what = "what only it can give" if unique else "what it gains alone"
+    others = f"; not told apart: {', '.join(map(str, sorted(tied)))}" if tied else ""
+    return f" Look first at block {first} ({what}: {value.mean if value else 0.0:.3f}{others})."
 
 
 def informative(losses: LossRecord) -> bool | None:
@@ -77,7 +107,9 @@ def contradictions(record: AuditRecord, tolerance: float) -> Iterator[str]:
     yield from _verdicts(record)
     if record.informative != informative(record.loss):
         yield instead("informative", record.informative, informative(record.loss))
-    follows = conclusion(record.blocks, record.loss.composed_gain, record.margin_nats)
+    follows = conclusion(
+        record.blocks, record.loss.composed_gain, record.margin_nats, in_distribution=record.probe.in_distribution
+    )
     if record.conclusion != follows:
         yield instead("conclusion", record.conclusion, follows)
 

@@ -64,7 +64,7 @@ def summarise(
     )
     record = AuditRecord(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        conclusion=conclusion(blocks, losses.composed_gain, margin),
+        conclusion=conclusion(blocks, losses.composed_gain, margin, in_distribution=bench.probe.in_distribution),
         complete=findings.complete,
         margin_nats=margin,
         informative=informative(losses),
