@@ -80,6 +80,7 @@ def block(index: int, *, low_bit: bool = False) -> BlockRecord:
         rounds=4,
         energy=energy,
         held_out_energy=energy * 0.62,
+        natural_energy=energy * 1.3,
         gradient_norm=0.4 + 0.3 * math.cos(index / 4),
         tokens_needed=96_000 if colour == "grey" else None,
         matrices=matrices,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from peelwise.records import AuditRecord, BlockRecord, Colour, Interval, MatrixRecord
 from peelwise.show.svg import COLOURS, draw, safe_label
-from peelwise.show.words import NOT_IN_BUDGET, VERDICTS, is_interaction, is_measured, nats
+from peelwise.show.words import NOT_IN_BUDGET, VERDICTS, is_interaction, is_measured, nats, ranking
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,38 +92,28 @@ def matrices(record: AuditRecord) -> str:
 
 
 def energy(record: AuditRecord) -> str:
-    """Draw explained gradient energy against depth, on the fit tokens and what survives on select."""
-    blocks = [block for block in record.blocks if block.energy is not None and block.energy > 0]
+    """Draw what ranks blocks before anything is evaluated, against depth."""
+    blocks = [(block, value) for block in record.blocks if (value := ranking(block)) is not None and value > 0]
     if not blocks:
         return ""
-    held = [b for b in record.blocks if b.held_out_energy is not None and b.held_out_energy > 0]
 
     def paint(figure: Figure) -> None:
         from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
         axes = figure.subplots()
-        axes.plot([b.index for b in blocks], [b.energy or 0.0 for b in blocks], color=COLOURS["line"], linewidth=2)
+        axes.plot([b.index for b, _ in blocks], [v for _, v in blocks], color=COLOURS["line"], linewidth=2)
         for colour in VERDICTS:
-            some = [b for b in blocks if b.verdict == colour]
-            axes.plot([b.index for b in some], [b.energy or 0.0 for b in some], **_marker(colour))
-        axes.plot(
-            [b.index for b in held],
-            [b.held_out_energy or 0.0 for b in held],
-            linestyle="none",
-            marker="_",
-            markersize=9,
-            markeredgewidth=2,
-            color=COLOURS["muted"],
-        )
+            some = [(b.index, v) for b, v in blocks if b.verdict == colour]
+            axes.plot([i for i, _ in some], [v for _, v in some], **_marker(colour))
         axes.set_yscale("log")
         low, high = axes.get_ylim()
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_ylabel("nats per unit step (log)")
+        axes.set_ylabel("natural energy (log)")
         _depth_axis(axes, record.blocks)
 
-    return draw("energy", "Explained gradient energy of each block", (_width(len(record.blocks)), 260), paint)
+    return draw("energy", "Natural energy of each block", (_width(len(record.blocks)), 260), paint)
 
 
 def rounds(record: AuditRecord) -> str:

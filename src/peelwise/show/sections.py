@@ -19,6 +19,7 @@ from peelwise.show.words import (
     is_measured,
     nats,
     percent,
+    ranking,
     significant,
 )
 
@@ -94,11 +95,11 @@ def reading(record: AuditRecord) -> str:
 
 
 def inside(record: AuditRecord) -> str:
-    """Show gradient energy over depth and within each block, and the parts of a low-bit layer's error."""
+    """Show natural energy over depth and within each block, and the parts of a low-bit layer's error."""
     energy = chart(
         charts.energy(record),
-        "Energy of the gradient that a block's own inputs explain; the short dashes are what survives on "
-        "tokens it was not computed from (values at or below zero are not drawn). A block far above its "
+        "What a block's gradient says on tokens it was not computed from, in the metric of the loss's curvature "
+        "(values at zero are not drawn). It comes before anything is refined, and a block far above its "
         "neighbours deserves a look. It ranks blocks; it proves nothing.",
         _MISSING,
     )
@@ -165,7 +166,7 @@ def blocks(record: AuditRecord) -> str:
         "verdict",
         "alone",
         "unique",
-        "energy, held out",
+        "natural energy",
         "gradient",
         "rounds",
         "largest share",
@@ -266,13 +267,12 @@ def _rounds_table(record: AuditRecord) -> str:
 
 
 def _block_row(block: BlockRecord) -> tuple[str, ...]:
-    held_out = "" if block.held_out_energy is None else significant(block.held_out_energy)
     return (
         f"{block.index}<small>{esc(block.name).replace('.', '.<wbr/>')}</small>",
         f"{chip(block.verdict, VERDICTS[block.verdict].short)}<small>{esc(_reason(block))}</small>",
         _interval(block.recoverable_nats),
         _interval(block.unique_nats),
-        f"{_value(significant(block.energy))}<small>{held_out}</small>",
+        _value(significant(ranking(block))),
         _value(significant(block.gradient_norm)),
         str(block.rounds) if is_measured(block) else _value(NOT_MEASURED),
         _largest_share(block),

@@ -31,6 +31,7 @@ from peelwise.show.words import (
     is_interaction,
     is_measured,
     nats,
+    ranking,
     with_ends,
 )
 
@@ -122,9 +123,9 @@ def _block_table(record: AuditRecord, wide: bool) -> Table:
     table.add_column("alone\nnats/token", justify="right", no_wrap=True)
     table.add_column("unique\nnats/token", justify="right", min_width=23, max_width=23)
     if wide:
-        table.add_column("energy\n(log)", no_wrap=True)
+        table.add_column("natural\nenergy", no_wrap=True)
         table.add_column("rounds", justify="right", no_wrap=True)
-    energies = [block.energy for block in record.blocks if block.energy is not None and block.energy > 0]
+    energies = [value for block in record.blocks if (value := ranking(block)) is not None and value > 0]
     ends = (min(energies), max(energies)) if energies else (1.0, 1.0)
     for block in record.blocks:
         rounds = Text(str(block.rounds) if is_measured(block) else "–")
@@ -133,7 +134,7 @@ def _block_table(record: AuditRecord, wide: bool) -> Table:
             _verdict(block, wide),
             _measured(block.recoverable_nats),
             _unique(block.unique_nats),
-            *([_energy_bar(block.energy, ends), rounds] if wide else []),
+            *([_energy_bar(ranking(block), ends), rounds] if wide else []),
         )
     return table
 

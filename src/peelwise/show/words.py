@@ -128,6 +128,11 @@ def bracket(interval: Interval | None) -> str:
     return f"[{nats(interval.low, signed=True)}, {nats(interval.high, signed=True)}]"
 
 
+def ranking(block: BlockRecord) -> float | None:
+    """Return what ranks blocks before anything is evaluated: natural energy, in older records the plain energy."""
+    return block.energy if block.natural_energy is None else block.natural_energy
+
+
 def significant(value: float | None, digits: int = 3) -> str:
     """Return a quantity without a fixed scale, such as an energy, with a few significant digits.
 
