@@ -286,9 +286,12 @@ def test_a_damaged_block_is_found(name, healthy, small_gpt, training_probe):
     assert at_fault.unique_nats.low > record.margin_nats
     distant = [block for block in record.blocks if abs(block.index - index) > 1]
     assert all(block.unique_nats.mean < at_fault.unique_nats.low for block in distant)
+    # Natural energy says so before anything is refined, where it was not so.
+    assert max(record.blocks, key=lambda block: block.natural_energy) is at_fault
+    assert at_fault.natural_energy > 3 * healthy.blocks[index].natural_energy
 
 
-@pytest.mark.parametrize("name", ["stale", "scale 0.5", "scale 1.5", "reset"])
+@pytest.mark.parametrize("name", ["stale", "scale 0.7", "scale 1.3", "reset"])
 def test_lighter_damage_is_certified_in_its_block_or_beside_it(name, healthy, small_gpt, training_probe):
     """A stale block costs only 0.1 nats, which its neighbours can give back as well: there intervals decide."""
     index = 3

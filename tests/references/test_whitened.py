@@ -193,3 +193,23 @@ def test_explained_energy_is_the_decrease_that_regression_predicts():
     g = x @ SLOPE.T + noise
     fitted = x @ torch.linalg.lstsq(x, g).solution
     assert explained_energy(moments(x, g), 0.0) == pytest.approx(float(fitted.square().sum() / 300))
+
+
+def cross_energy(fit, select, damping=0.1):
+    reference = InputWhitened(fit.S, select.S)
+    return reference.cross_energy(reference.rotate(fit.C), reference.rotate(select.C), damping)
+
+
+@EACH_CASE
+def test_cross_energy_is_the_formula(fit, select):
+    expected = torch.trace(fit.C @ inverse(fit.S, 0.1) @ select.C.T)
+    assert cross_energy(fit, select) == pytest.approx(float(expected), rel=1e-4, abs=1e-5)
+
+
+def test_noise_adds_to_the_energy_and_not_to_the_cross_energy():
+    """Where there is no gradient at all the energy is noise, and the two parts do not agree on it."""
+    draws = [planted_moments(NOTHING, (40, 40), noise=1.0, seed=seed) for seed in range(200)]
+    energies = torch.tensor([explained_energy(fit, 0.1) for fit, _ in draws])
+    crossed = torch.tensor([cross_energy(fit, select) for fit, select in draws])
+    assert energies.min() > 0.5
+    assert crossed.mean().abs() < 3 * crossed.std() / len(draws) ** 0.5 < 0.1 * energies.mean()
