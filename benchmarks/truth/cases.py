@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import damage
 from peelwise.model.checkpoints import open_model
-from peelwise.probes import Probe
+from peelwise.probes import SHARES, Probe
 from peelwise.texts import reference_prose
 
 Group = Literal["healthy", "after training", "during training"]
@@ -117,11 +117,11 @@ def large_cases() -> Iterator[Case]:
 
 
 @cache
-def probe_of(family: str, tokens: int, *, seed: int = 0) -> Probe:
+def probe_of(family: str, tokens: int, *, seed: int = 0, shares: tuple[float, float, float] = SHARES) -> Probe:
     """Return the text of an audit: training text for the small GPT, foreign prose for SmolLM2."""
     own = family == SMALL
     text = training.training_documents() if own else reference_prose()
-    return Probe.from_text(text, tokenizer(family), tokens=tokens, in_distribution=own, seed=seed)
+    return Probe.from_text(text, tokenizer(family), tokens=tokens, in_distribution=own, seed=seed, shares=shares)
 
 
 @cache

@@ -28,7 +28,7 @@ from cases import KEPT_SEED, SMALL, Case, probe_of
 from common import environment
 from peelwise.model.layers import find_blocks
 from peelwise.model.runner import Runner
-from peelwise.probes import Probe, Split
+from peelwise.probes import SHARES, Probe, Split
 from render import rounded
 
 CASES = (
@@ -37,8 +37,19 @@ CASES = (
     Case(SMALL, "healthy", "healthy", KEPT_SEED, 2400),
 )
 ORACLE_TOKENS = 32_768  # of training text in all three parts; half of them to train on
-# Tokens and rounds of the closed-form references, cheapest first.
-REFERENCES = ((2_400, 1), (4_800, 1), (9_600, 1), (9_600, 2), (19_200, 2))
+MOSTLY_FIT = (0.8, 0.1, 0.1)
+# Tokens, rounds, and shares of fit, select and report of the closed-form references.
+REFERENCES = (
+    (2_400, 1, SHARES),
+    (4_800, 1, SHARES),
+    (9_600, 1, SHARES),
+    (9_600, 2, SHARES),
+    (19_200, 1, SHARES),
+    (19_200, 2, SHARES),
+    (9_600, 1, MOSTLY_FIT),
+    (14_400, 1, MOSTLY_FIT),
+    (28_800, 1, MOSTLY_FIT),
+)
 RATE, HALVINGS, MOST_EPOCHS, BATCH = 2e-3, 2, 30, 16
 KEPT = training.ROOT / "out" / "truth" / "oracle"
 
@@ -114,15 +125,16 @@ def oracle(case: Case, fresh: Split) -> dict[str, Any]:
     return found
 
 
-def reference(case: Case, tokens: int, rounds: int, fresh: Split) -> dict[str, Any]:
+def reference(case: Case, probe: Probe, rounds: int, fresh: Split) -> dict[str, Any]:
     """Return every block's gain on fresh text by its witness, and the token passes of the whole audit."""
-    model, probe = case.model(), probe_of(SMALL, tokens)
+    model = case.model()
     outcome = own.audited(model, probe, joint_rounds=0, alone_rounds=rounds)
     found = {row["block"]: row["fresh"] for row in own.on_fresh_text(model, outcome, fresh) if row["what"] == "alone"}
     blocks = outcome.record.blocks
     every = probe.fit.tokens + probe.select.tokens + probe.report.tokens
     return {
-        "tokens": tokens,
+        "tokens": every,
+        "fit_tokens": probe.fit.tokens,
         "rounds": rounds,
         "gains": [found.get(b.index, 0.0) for b in blocks],
         "natural_energy": [b.natural_energy for b in blocks],
@@ -132,20 +144,21 @@ def reference(case: Case, tokens: int, rounds: int, fresh: Split) -> dict[str, A
 
 def compared(case: Case) -> dict[str, Any]:
     """Return oracle and references of one case, with shares of gain and cost."""
-    probes = [probe_of(SMALL, tokens) for tokens, _ in REFERENCES] + [probe_of(SMALL, ORACLE_TOKENS, seed=2)]
+    probes = [probe_of(SMALL, tokens, shares=shares) for tokens, _, shares in REFERENCES]
     fresh = probe_of(SMALL, 4 * 12_288, seed=3).fit
-    for probe in probes:
+    for probe in (*probes, probe_of(SMALL, ORACLE_TOKENS, seed=2)):
         fresh = own.without(fresh, probe)
     truth = oracle(case, fresh)
     references = []
-    for tokens, rounds in REFERENCES:
-        found = reference(case, tokens, rounds, fresh)
+    for probe, (_, rounds, _) in zip(probes, REFERENCES, strict=True):
+        found = reference(case, probe, rounds, fresh)
         found["share_of_gain"] = sum(found["gains"]) / sum(truth["gains"])
         found["share_of_cost"] = found["token_passes"] / truth["token_passes"]
         found["rank_correlation"] = float(spearmanr(found["gains"], truth["gains"]).statistic)
         references.append(found)
         print(
-            f"{case.name}: {tokens} tokens, {rounds} rounds: {100 * found['share_of_gain']:.0f} % of the gain at "
+            f"{case.name}: {found['fit_tokens']} fit of {found['tokens']} tokens, {rounds} rounds: "
+            f"{100 * found['share_of_gain']:.0f} % of the gain at "
             f"{100 * found['share_of_cost']:.1f} % of the cost, rank correlation {found['rank_correlation']:.2f}",
             flush=True,
         )
@@ -156,10 +169,18 @@ def main() -> None:
     torch.set_num_threads(1)
     file = training.ROOT / "benchmarks" / "results" / "truth" / "oracle.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    cases = []
+    cases: list[dict[str, Any]] = []
     for case in CASES:
         cases.append(compared(case))
-        file.write_text(json.dumps(rounded(environment() | {"cases": cases}), indent=1) + "\n")
+        found = {"cases": cases, "rank_correlation_of_all_blocks": ranks_of_all(cases)}
+        file.write_text(json.dumps(rounded(environment() | found), indent=1) + "\n")
+
+
+def ranks_of_all(cases: list[dict[str, Any]]) -> list[float]:
+    """Return per reference the rank correlation with the oracle over the blocks of all models."""
+    truth = [gain for case in cases for gain in case["oracle"]["gains"]]
+    found = [[g for case in cases for g in case["references"][i]["gains"]] for i in range(len(REFERENCES))]
+    return [float(spearmanr(gains, truth).statistic) for gains in found]
 
 
 if __name__ == "__main__":

@@ -184,13 +184,16 @@ def oracle(summary: dict[str, Any], rows: Sequence[Row]) -> str:
             lines.append(
                 [
                     f"{truth['case']} ({sum(truth['gains']) / len(truth['gains']):.4f})",
-                    f"{found['tokens']:,} tokens, {found['rounds']} rounds",
+                    f"{found['fit_tokens']:,} of {found['tokens']:,}, {found['rounds']}",
                     percent(found["share_of_gain"]),
                     f"{100 * found['share_of_cost']:.1f} %",
                     f"{found['rank_correlation']:.2f}",
                 ]
             )
-    return table(["model (oracle's mean gain)", "audit", "share of the gain", "share of the cost", "ranks"], lines)
+    return table(
+        ["model (oracle's mean gain)", "fit of all tokens, rounds", "share of the gain", "share of the cost", "ranks"],
+        lines,
+    )
 
 
 def certificates(summary: dict[str, Any], rows: Sequence[Row]) -> str:
