@@ -16,6 +16,8 @@ WHOLE_MODEL = -1  # the block of statistics that belong to all blocks together
 ProbeKind = Literal["ranking", "alone", "joint"]
 Level = Literal["info", "warning", "alert"]
 
+TRACKED = ("energy", "recoverable", "unique", "composed", "equivalent_steps")  # goes to other people's trackers
+
 # One letter per block in depth order, so that a heat map needs one short text per record.
 LETTERS: dict[Colour, str] = {"red": "R", "yellow": "Y", "green": "G", "grey": "?"}
 COLOURS: dict[str, Colour] = {letter: colour for colour, letter in LETTERS.items()}
@@ -152,3 +154,14 @@ class ProbeRow:
     matrices: tuple[MatrixShare, ...] = ()
     verdicts: tuple[VerdictRow, ...] = ()
     events: tuple[Event, ...] = ()
+
+    def scalars(self) -> dict[str, float]:
+        """Return what trackers want: the probe's loss, how many blocks have which colour, and numbers per block."""
+        found = {"peelwise/probe_loss": self.probe_loss}
+        found |= {f"peelwise/blocks_{colour}": float(self.letters.count(letter)) for colour, letter in LETTERS.items()}
+        return found | {tag(s.name, s.block): s.value for s in self.statistics if s.name in TRACKED}
+
+
+def tag(name: str, block: int) -> str:
+    """Return what a statistic of a block is called in other people's trackers."""
+    return f"peelwise/{name}/{'model' if block == WHOLE_MODEL else f'block_{block:02d}'}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peelwise.errors import MissingExtraError, OptionError
+from peelwise.run_records import tag
 from peelwise.store.reader import Run, RunReader
 from peelwise.store.schema import TABLES
 
@@ -113,8 +114,7 @@ def scalars(reader: RunReader, run: Run) -> Iterator[tuple[float, int, str, floa
         if row["slope"] is not None:
             yield row["time"], row["step"], "peelwise/slope", row["slope"]
     for row in reader.table("statistics", run.id):
-        where = f"block_{row['block']:02d}" if row["block"] >= 0 else "model"
-        yield times[row["probe_id"]], row["step"], f"peelwise/{row['name']}/{where}", row["value"]
+        yield times[row["probe_id"]], row["step"], tag(row["name"], row["block"]), row["value"]
 
 
 FORMATS: dict[str, Callable[[RunReader, Sequence[Run], Path], Any]] = {
