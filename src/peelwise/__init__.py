@@ -9,19 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peelwise.api import AuditReport, apply, audit, verify
+    from peelwise.api_monitor import Monitor
     from peelwise.api_peel import PeelReport, peel
+    from peelwise.pipeline.schedules import every, log_spaced
     from peelwise.pipeline.yes.bounds import YesMonitor, yes_bounds
     from peelwise.pipeline.yes.result import YesBounds
     from peelwise.probes import Probe
 
 __all__ = [
     "AuditReport",
+    "Monitor",
     "PeelReport",
     "Probe",
     "YesBounds",
     "YesMonitor",
     "apply",
     "audit",
+    "every",
+    "log_spaced",
     "peel",
     "verify",
     "yes_bounds",
@@ -29,9 +34,12 @@ __all__ = [
 
 _YES = "peelwise.pipeline.yes"
 _HOME = {
+    "Monitor": "peelwise.api_monitor",
     "Probe": "peelwise.probes",
     "YesBounds": f"{_YES}.result",
     "YesMonitor": f"{_YES}.bounds",
+    "every": "peelwise.pipeline.schedules",
+    "log_spaced": "peelwise.pipeline.schedules",
     "yes_bounds": f"{_YES}.bounds",
 }
 _HOME |= dict.fromkeys(("PeelReport", "peel"), "peelwise.api_peel")

@@ -1,4 +1,7 @@
-"""The command line: ``peelwise audit | peel | verify | apply | report``. Exit codes: 0 fine, 1 finding, 2 bad input."""
+"""The command line, ``peelwise audit | peel | verify | apply | report | export``.
+
+Exit codes: 0 fine, 1 finding, 2 bad input.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from peelwise.errors import OutputError, PeelwiseError, PeelwiseWarning
+from peelwise.errors import OutputError, PeelwiseError, PeelwiseWarning, StoreError
 
 if TYPE_CHECKING:
     from peelwise.model.checkpoints import OpenedModel
@@ -40,6 +43,7 @@ TextOption = Annotated[
 FieldOption = Annotated[str, typer.Option(help="Field of .jsonl and .parquet that holds the text.")]
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a certificate.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an earlier result.")]
+HistoryArgument = Annotated[Path, typer.Argument(metavar="FILE", help="Run history, such as run.db.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 
 TokensOption = Annotated[int, typer.Option(min=1, help="Tokens of text to use at most.")]
@@ -252,6 +256,31 @@ def report(
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
     typer.echo(f"wrote {path}")
+
+
+@app.command(epilog="Example: `peelwise export run.db --to csv --out exported`", short_help="Export a run history.")
+def export(
+    history: HistoryArgument,
+    to: Annotated[str, typer.Option(help="csv, jsonl, parquet or tensorboard.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the files, one per table.")],
+    run: Annotated[int | None, typer.Option(help="Number of one run; default: all of them.")] = None,
+    force: ForceOption = False,
+) -> None:
+    """Export the run history FILE, which may still be being written, for other programs."""
+    from peelwise.pipeline.folder import check_free, written_whole
+    from peelwise.show.export import MANIFEST
+    from peelwise.show.export import export as write
+    from peelwise.store.reader import RunReader
+
+    with RunReader(history) as reader:
+        runs = [found for found in reader.runs() if run in (None, found.id)]
+        if not runs:
+            numbers = ", ".join(str(found.id) for found in reader.runs()) or "none"
+            raise StoreError(f"{history} has no run{'' if run is None else f' {run}'}; it holds: {numbers}.")
+        check_free(out, force=force, ours=MANIFEST)
+        with written_whole(out) as folder:
+            write(reader, runs, to, folder)
+    typer.echo(f"wrote {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
 
 
 @app.callback(invoke_without_command=True)

@@ -28,6 +28,10 @@ class CertificateError(PeelwiseError):
     """A certificate folder is missing, incomplete, or of a schema this version does not know."""
 
 
+class StoreError(PeelwiseError):
+    """A run history cannot be written or read: another writer, a full disk, a newer or foreign file."""
+
+
 class DeviceError(PeelwiseError):
     """The device or number format asked for is not available on this machine."""
 

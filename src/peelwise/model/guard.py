@@ -19,7 +19,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
     Restored, also after an exception or Ctrl-C: each module's training flag, each parameter's
     ``requires_grad``, the random states of Python, NumPy and PyTorch, and PyTorch's precision flags.
-    Compiled code is run eagerly inside, because hooks added after compilation would be ignored.
+    Compiled code is run eagerly inside, because hooks added after compilation would be ignored, and autocast is off.
     """
     training = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -30,7 +30,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for parameter, _ in gradients:
             parameter.requires_grad_(False)
         _set_backend_flags(_exact(flags))
-        with torch.compiler.set_stance("force_eager"):
+        device = next((parameter.device.type for parameter, _ in gradients), "cpu")
+        with torch.compiler.set_stance("force_eager"), torch.autocast(device, enabled=False):
             yield
     finally:
         for module, flag in training:

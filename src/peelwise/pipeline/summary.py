@@ -55,7 +55,7 @@ def summarise(
     """
     current = bench.report.mean
     margin = default_margin(current) if margin is None else margin
-    evidence = [_evidence(bench, findings, block.index) for block in setup.blocks]
+    evidence = [evidence_of(bench, findings, block.index) for block in setup.blocks]
     verdicts = judge(evidence, margin, in_distribution=bench.probe.in_distribution)
     losses = _losses(bench, findings)
     blocks = tuple(
@@ -97,7 +97,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _evidence(bench: Bench, findings: Findings, index: int) -> Evidence:
+def evidence_of(bench: Bench, findings: Findings, index: int) -> Evidence:
+    """Return what was measured of one block on report."""
     alone = findings.alone.get(index)
     measured = None
     if alone is not None and alone.report_losses is not None:
@@ -126,11 +127,12 @@ def _block_record(bench: Bench, findings: Findings, block: Block, evidence: Evid
         gradient_norm=proposals.gradient_norm if proposals else None,
         tokens_needed=tokens_needed(verdict, bench.probe.report.tokens, bench.probe.report.sequences),
         interaction=verdict.interaction,
-        matrices=_matrices(block, proposals),
+        matrices=matrices_of(block, proposals),
     )
 
 
-def _matrices(block: Block, proposals: BlockProposals | None) -> tuple[MatrixRecord, ...]:
+def matrices_of(block: Block, proposals: BlockProposals | None) -> tuple[MatrixRecord, ...]:
+    """Return how a block's explained gradient energy is shared among its matrices; nothing without proposals."""
     if proposals is None:
         return ()
     whitened = proposals.changes["input-whitened"]

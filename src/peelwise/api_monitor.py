@@ -1,0 +1,189 @@
+"""The monitor as people use it: one object beside the training loop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+
+from peelwise.errors import StoreError
+from peelwise.model.layers import parameter_count, unwrapped
+from peelwise.pipeline.monitor import Follower, MonitorSettings
+from peelwise.pipeline.schedules import Schedule
+from peelwise.pipeline.summary import versions
+from peelwise.probes import Probe
+from peelwise.run_records import Event, ProbeRow, RunInfo, StepRow
+from peelwise.store.writer import RunWriter
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+log = logging.getLogger("peelwise")
+_LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "alert": logging.WARNING}
+
+
+class Monitor:
+    """Watches a model while it trains: which blocks have stopped learning, how much they could gain, what went wrong.
+
+    It takes its share of wall time and no more, changes nothing of the training (weights are the same to the bit
+    with and without it), and writes what it sees to a file that others can read meanwhile.
+
+    Args:
+        model: the module in training, compiled or not.
+        probe: text to measure on, best from the training distribution; see `Probe`.
+        optimizer: what steps the model; with it, parameters that it does not hold or does not move are found.
+        budget: share of wall time that the monitor may take; ``None`` leaves it to ``schedule``.
+        schedule: at which steps it may look, such as `every(100)`; ``None`` for whenever the budget allows.
+        store: file of the run history, or ``None`` to keep none. A run is added to what the file holds.
+        name: of the run.
+        margin: smallest recoverable loss that matters, nats per token; default: the larger of 0.5 % of the loss and
+            0.003.
+        on_event: called with every `Event`; all of them also go to the logger ``peelwise``.
+        on_probe: called with everything a visit found.
+
+    Raises:
+        OptionError: If an option has a value that is not allowed.
+        StoreError: If the file cannot be written: another writer, a newer version, no such folder.
+        UnsupportedModelError: If the model cannot be measured.
+        ProbeError: If the probe does not fit the model.
+
+    Attributes:
+        events: everything that was told so far.
+        last: what the latest visit found, or ``None``.
+
+    Example:
+        >>> monitor = peelwise.Monitor(model, probe, optimizer=optimizer, store="run.db")
+        >>> for step, batch in enumerate(batches):
+        ...     loss = training_step(batch)
+        ...     monitor.step(step, loss=loss)
+        ...     optimizer.zero_grad()
+        >>> monitor.close()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        probe: Probe,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        budget: float | None = 0.03,
+        schedule: Schedule | None = None,
+        store: str | Path | None = "run.db",
+        name: str | None = None,
+        margin: float | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        on_probe: Callable[[ProbeRow], None] | None = None,
+    ) -> None:
+        settings = MonitorSettings(budget=budget, schedule=schedule, margin_nats=margin)
+        self._outlets = _Outlets(on_event, on_probe)
+        self._follower = Follower(model, probe, settings, self._outlets, optimizer=optimizer)
+        if store is not None:
+            info = RunInfo(
+                name=name or type(unwrapped(model)).__name__,
+                architecture=type(unwrapped(model)).__name__,
+                parameters=parameter_count(model),
+                blocks=tuple(block.name for block in self._follower.blocks),
+                budget=budget,
+                in_distribution=probe.in_distribution,
+                probe=probe.record().model_dump(),
+                settings={"margin": margin, "scheduled": schedule is not None},
+                versions=versions(),
+            )
+            self._outlets.writer = RunWriter(store, info)
+
+    def step(self, step: int, loss: float | Tensor | None = None) -> ProbeRow | None:
+        """Tell that a training step is done; call it after the optimiser's step and before gradients are cleared.
+
+        Args:
+            step: its number.
+            loss: its training loss; a tensor costs a synchronisation on a GPU.
+
+        Returns:
+            What was found, if this was a moment to look; else ``None``.
+        """
+        if isinstance(loss, torch.Tensor):
+            loss = loss.item()  # float() of one that still has its graph warns
+        return self._follower.step(step, loss)
+
+    @property
+    def share(self) -> float:
+        """Share of wall time that the monitor has taken so far."""
+        return self._follower.share
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """Everything that was told so far, oldest first."""
+        return tuple(self._outlets.events)
+
+    @property
+    def last(self) -> ProbeRow | None:
+        """What the latest visit found."""
+        return self._outlets.last
+
+    @property
+    def recorded(self) -> bool:
+        """Whether what is seen goes to a file."""
+        return self._outlets.writer is not None
+
+    def close(self, status: Literal["finished", "failed"] = "finished") -> None:
+        """End the run in the history; closing again does nothing."""
+        if self._outlets.writer is not None:
+            self._outlets.writer.close(status)
+            self._outlets.writer = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close("finished" if kind is None else "failed")
+
+
+class _Outlets:
+    """Everything that is told goes to the file, the log and the callbacks.
+
+    The file may fail while a model trains for days: training goes on, and that it is no longer recorded is said once.
+    """
+
+    def __init__(self, on_event: Callable[[Event], None] | None, on_probe: Callable[[ProbeRow], None] | None) -> None:
+        self.writer: RunWriter | None = None
+        self.events: list[Event] = []
+        self.last: ProbeRow | None = None
+        self._on_event, self._on_probe = on_event, on_probe
+
+    def step(self, row: StepRow) -> None:
+        self._write(row.step, "step", row)
+
+    def probe(self, row: ProbeRow) -> None:
+        self.last = row
+        self._write(row.step, "probe", row)
+        for event in row.events:
+            self._announce(event)
+        if self._on_probe is not None:
+            self._on_probe(row)
+
+    def event(self, event: Event) -> None:
+        self._write(event.step, "event", event)
+        self._announce(event)
+
+    def _write(self, step: int, what: str, row: Any) -> None:
+        if self.writer is None:
+            return
+        try:
+            getattr(self.writer, what)(row)
+        except StoreError as error:
+            writer, self.writer = self.writer, None
+            writer.close("failed")
+            text = f"the run is no longer recorded; training goes on. {error}"
+            self._announce(Event(step, "warning", "not-recorded", text))
+
+    def _announce(self, event: Event) -> None:
+        self.events.append(event)
+        log.log(_LEVELS[event.level], "%s", event)
+        if self._on_event is not None:
+            self._on_event(event)

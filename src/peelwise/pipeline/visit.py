@@ -1,0 +1,134 @@
+"""One visit of a monitor: measure a model in training at one moment, with the stages of an audit."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from peelwise.errors import IllConditionedWarning
+from peelwise.intervals import Paired
+from peelwise.model.guard import untouched
+from peelwise.model.layers import Block
+from peelwise.pipeline import stages
+from peelwise.pipeline.bench import Bench, gain
+from peelwise.pipeline.findings import Findings
+from peelwise.pipeline.opening import first_bench
+from peelwise.pipeline.summary import evidence_of, matrices_of
+from peelwise.pipeline.sweep import DIRECTIONS, Direction, sweep
+from peelwise.probes import Probe
+from peelwise.run_records import MatrixShare, ProbeKind
+
+# A ranking needs one direction only; whoever refines along them wants the better of two.
+_DIRECTIONS: dict[ProbeKind, Sequence[Direction]] = {
+    "ranking": ("input-whitened",),
+    "alone": DIRECTIONS,
+    "joint": DIRECTIONS,
+}
+_EVALUATIONS = 5  # of the select loss, in one round of one block, as a rule
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What one visit found.
+
+    Attributes:
+        kind: what was done.
+        loss: nats per token on the probe's report part.
+        free: statistic -> one value per block, from the sweep alone.
+        alone, unique: per block what was measured, paired by report sequence.
+        composed: what one joint round gains.
+        matrices: shares of the matrices of the blocks that were refined.
+        notes: what peelwise warned of.
+    """
+
+    kind: ProbeKind
+    loss: float
+    free: dict[str, list[float]]
+    alone: dict[int, Paired] = field(default_factory=dict)
+    unique: dict[int, Paired] = field(default_factory=dict)
+    composed: Paired | None = None
+    matrices: tuple[MatrixShare, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def visit(
+    model: nn.Module,
+    blocks: tuple[Block, ...],
+    probe: Probe,
+    kind: ProbeKind,
+    order: Sequence[int],
+    *,
+    micro_batch_tokens: int,
+) -> Visit:
+    """Measure ``model`` as it stands and leave it, and every random state, exactly as they were.
+
+    Args:
+        model: in training, its parameters whole on their devices.
+        blocks: its blocks.
+        probe: the text.
+        kind: ``ranking``: one sweep, free statistics only. ``alone``: the sweep, and for about as long again one
+            round for blocks by themselves. ``joint``: the sweep, one round of all together, and each left out once.
+        order: blocks for ``alone``, those that are wanted most first; at least one is refined.
+        micro_batch_tokens: tokens that go through the model at a time.
+
+    Raises:
+        PeelwiseError: If the model cannot be measured, such as when its loss is no finite number.
+    """
+    with untouched(model), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", IllConditionedWarning)
+        bench = first_bench(
+            model,
+            blocks,
+            probe,
+            name="the model",
+            budget_seconds=math.inf,
+            micro_batch_tokens=micro_batch_tokens,
+            watcher=None,
+        )
+        (proposals,) = sweep(bench.runner, bench.fit, bench.select, directions=_DIRECTIONS[kind])
+        found = Findings(proposals=proposals)
+        if kind == "alone":
+            found.proposals = {index: proposals[index] for index in _affordable(bench, order)}
+            stages.refine_alone(bench, found, rounds=1)
+        elif kind == "joint":
+            stages.joint_rounds(bench, found, rounds=1, share=1.0)
+            stages.leave_one_out(bench, found, share=1.0)
+    evidence = {block.index: evidence_of(bench, found, block.index) for block in blocks}
+    composed = found.composed
+    refined = [] if kind == "ranking" else [block for block in blocks if block.index in found.proposals]
+    return Visit(
+        kind,
+        bench.report.mean,
+        {
+            name: [getattr(proposals[block.index], name) for block in blocks]
+            for name in ("energy", "held_out_energy", "gradient_norm")
+        },
+        {index: e.alone for index, e in evidence.items() if e.alone is not None},
+        {index: e.unique for index, e in evidence.items() if e.unique is not None},
+        None
+        if composed is None or composed.report_losses is None
+        else gain(bench.report.losses, composed.report_losses, bench.report),
+        tuple(
+            MatrixShare(block.index, matrix.name, matrix.share)
+            for block in refined
+            for matrix in matrices_of(block, proposals[block.index])
+        ),
+        tuple(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, IllConditionedWarning))),
+    )
+
+
+def _affordable(bench: Bench, order: Sequence[int]) -> list[int]:
+    """Return the first of ``order`` whose refinement takes about as long as all that came before it."""
+    tokens = _EVALUATIONS * float(bench.select.tokens.sum()) + float(bench.report.tokens.sum())
+    left = bench.clock.elapsed
+    chosen: list[int] = []
+    for index in order:
+        left -= bench.seconds_for(bench.share_from(index) * tokens)
+        if left < 0 and chosen:
+            break
+        chosen.append(index)
+    return chosen

@@ -1,0 +1,6 @@
+"""The run history: one SQLite file with one writer and any number of live readers. Its only owner; no torch.
+
+The file is in write-ahead mode, so readers never wait for the writer nor it for them. Everything one probe found
+is one transaction: whatever happens to the writer, a reader sees whole records only. The tables are documented in
+docs/run-history.md for readers with plain SQL.
+"""

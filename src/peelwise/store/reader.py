@@ -1,0 +1,180 @@
+"""Read a run history, also while it is being written."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from peelwise.errors import StoreError
+from peelwise.run_records import RunInfo
+from peelwise.store.schema import TABLES, explained, opened_for_reading
+
+Status = Literal["running", "finished", "failed", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a history as a reader sees it. ``status`` is ``running`` until the next writer finds it was killed."""
+
+    id: int
+    started: str
+    ended: str | None
+    status: Status
+    host: str
+    pid: int
+    info: RunInfo
+
+
+class RunReader:
+    """Reads a history, also while it is being written; every call sees whole records only.
+
+    A file of an older schema is read through a migrated copy in memory, and left as it is.
+
+    Args:
+        path: the file.
+
+    Raises:
+        StoreError: If there is none, or it is no run history, or a newer one.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise StoreError(f"No run history at {self.path}. Give the file that the monitor's store= names.")
+        with explained(self.path, "read"):
+            self._connection = opened_for_reading(self.path)
+
+    def runs(self) -> list[Run]:
+        """Return all runs, oldest first."""
+        names: dict[int, list[str]] = {}
+        for row in self._rows("SELECT run_id, name FROM blocks ORDER BY run_id, block"):
+            names.setdefault(row["run_id"], []).append(row["name"])
+        return [_run(row, tuple(names.get(row["id"], ()))) for row in self._rows("SELECT * FROM runs ORDER BY id")]
+
+    def latest(self) -> Run:
+        """Return the newest run.
+
+        Raises:
+            StoreError: If the file holds no run yet.
+        """
+        found = self.runs()
+        if not found:
+            raise StoreError(f"{self.path} holds no run yet.")
+        return found[-1]
+
+    def steps(self, run_id: int, *, after: int = 0, most: int | None = None) -> list[sqlite3.Row]:
+        """Return ``id, step, time, loss, share`` of steps whose id is beyond ``after``, thinned evenly to ``most``."""
+        return self._thinned("id, step, time, loss, share", "steps", run_id, after, most)
+
+    def probes(self, run_id: int, *, after: int = 0, most: int | None = None) -> list[sqlite3.Row]:
+        """Return the probes whose id is beyond ``after``, thinned evenly to ``most``; the last one is always there."""
+        return self._thinned("probes.*", "probes", run_id, after, most)
+
+    def statistics(
+        self, run_id: int, name: str, *, block: int | None = None, after: int = 0, most: int | None = None
+    ) -> list[sqlite3.Row]:
+        """Return one statistic's ``probe_id, step, block, value, low, high, to_median, to_trend``.
+
+        Args:
+            run_id: the run.
+            name: of the statistic.
+            block: one block only; all of them otherwise.
+            after: only probes whose id is beyond it.
+            most: thin evenly to so many of the probes that hold it.
+        """
+        where = "AND s.block = :block" if block is not None else ""
+        # Counted from the newest, so that the latest numbers are always there.
+        picked = f"""SELECT id, step, row_number() OVER (ORDER BY id DESC) - 1 AS place, count(*) OVER () AS held
+            FROM probes p WHERE p.run_id = :run AND p.id > :after AND EXISTS
+            (SELECT 1 FROM statistics s WHERE s.probe_id = p.id AND s.name = :name {where})"""
+        # CROSS JOIN forces the order: for one block, one look-up per probe beats any scan.
+        return self._rows(
+            f"""SELECT s.probe_id, p.step, s.block, s.value, s.low, s.high, s.to_median, s.to_trend
+            FROM ({picked}) p CROSS JOIN statistics s WHERE p.place % max((p.held + :most - 1) / :most, 1) = 0
+            AND s.probe_id = p.id AND s.name = :name {where} ORDER BY s.probe_id, s.block""",
+            {"run": run_id, "name": name, "block": block, "after": after, "most": _at_most(most)},
+        )
+
+    def matrices(self, run_id: int, block: int) -> list[sqlite3.Row]:
+        """Return ``probe_id, step, matrix, share`` of one block."""
+        return self._rows(
+            """SELECT m.probe_id, p.step, m.matrix, m.share FROM probes p CROSS JOIN matrices m
+            WHERE m.probe_id = p.id AND p.run_id = ? AND m.block = ? ORDER BY m.probe_id, m.matrix""",
+            (run_id, block),
+        )
+
+    def verdicts(self, run_id: int) -> list[sqlite3.Row]:
+        """Return every change of a verdict: ``probe_id, step, block, colour, reason, measured_step``."""
+        return self._rows(
+            """SELECT v.probe_id, p.step, v.block, v.colour, v.reason, v.measured_step FROM verdicts v
+            JOIN probes p ON p.id = v.probe_id WHERE p.run_id = ? ORDER BY v.probe_id, v.block""",
+            (run_id,),
+        )
+
+    def events(self, run_id: int, *, after: int = 0) -> list[sqlite3.Row]:
+        """Return the events whose id is beyond ``after``."""
+        return self._rows("SELECT * FROM events WHERE run_id = ? AND id > ? ORDER BY id", (run_id, after))
+
+    def table(self, name: str, run_id: int) -> Iterator[sqlite3.Row]:
+        """Yield the rows of one run from one of ``TABLES``, with the step where only the probe's id is stored."""
+        if name not in TABLES:
+            raise StoreError(f"No table {name!r} in a run history; there are {', '.join(TABLES)}.")
+        if name in ("statistics", "matrices", "verdicts"):
+            sql = f"SELECT p.run_id, p.step, t.* FROM {name} t JOIN probes p ON p.id = t.probe_id WHERE p.run_id = ?"
+        else:
+            sql = f"SELECT * FROM {name} WHERE {'id' if name == 'runs' else 'run_id'} = ?"
+        with explained(self.path, "read"):
+            yield from self._connection.execute(sql, (run_id,))
+
+    def column_types(self, table: str) -> dict[str, str]:
+        """Return SQLite's type of every column of one of ``TABLES``."""
+        return {row["name"]: row["type"] for row in self._rows(f"PRAGMA table_info({table})")}
+
+    def close(self) -> None:
+        """Close the file."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _thinned(self, columns: str, table: str, run_id: int, after: int, most: int | None) -> list[sqlite3.Row]:
+        # There is one writer at a time, so the ids of a run follow each other without a gap.
+        return self._rows(
+            f"""SELECT {columns} FROM {table},
+            (SELECT max(id) AS last, max(count(*) - 1, 0) / :most + 1 AS stride FROM {table}
+             WHERE run_id = :run AND id > :after)
+            WHERE run_id = :run AND id > :after AND (last - id) % stride = 0 ORDER BY id""",
+            {"run": run_id, "after": after, "most": _at_most(most)},
+        )
+
+    def _rows(self, sql: str, values: Iterable[Any] | Mapping[str, Any] = ()) -> list[sqlite3.Row]:
+        with explained(self.path, "read"):
+            return self._connection.execute(sql, values).fetchall()  # type: ignore[arg-type]
+
+
+def _run(row: sqlite3.Row, blocks: tuple[str, ...]) -> Run:
+    info = RunInfo(
+        name=row["name"],
+        architecture=row["architecture"],
+        parameters=row["parameters"],
+        blocks=blocks,
+        budget=row["budget"],
+        in_distribution=bool(row["in_distribution"]),
+        probe=json.loads(row["probe"]),
+        settings=json.loads(row["settings"]),
+        versions=json.loads(row["versions"]),
+    )
+    return Run(row["id"], row["started"], row["ended"], row["status"], row["host"], row["pid"], info)
+
+
+def _at_most(most: int | None) -> int:
+    if most is not None and most < 1:
+        raise StoreError(f"most= must be at least 1, got {most}.")
+    return 2**62 if most is None else most

@@ -1,0 +1,395 @@
+"""The monitor beside a training loop: it changes nothing, keeps its share, outlives its file, tells what it sees."""
+
+import contextlib
+import copy
+import logging
+import random
+import resource
+import signal
+import sqlite3
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import peelwise
+from audits import tiny_probe
+from peelwise.errors import OptionError, ProbeError, StoreError, UnsupportedModelError
+from peelwise.pipeline import visit
+from peelwise.run_records import COLOURS
+from peelwise.store.reader import RunReader
+from zoo import BLOCKS, ZOO, sample_ids
+
+STEPS, EVERY = 30, 5  # six visits and more: one of each kind
+
+
+def model_of(name):
+    """A tiny model in training mode, with dropout."""
+    model = ZOO[name]().train()
+    if name == "plain":
+        for block in model.blocks:
+            block.feed_forward.append(nn.Dropout(0.1))
+    return model
+
+
+def batch_of(step):
+    # The user's data loading draws from the global generators, as it may.
+    return sample_ids(2, 13, seed=step + int(np.random.randint(3)) + random.randrange(3))  # noqa: NPY002
+
+
+def loss_of(model, ids):
+    out = model(ids[:, :-1])
+    return cross_entropy(getattr(out, "logits", out).flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def train(model, *, monitor=None, steps=STEPS, accumulate=1, autocast=False, inside=False, run=None):
+    """Train and return everything that must not depend on whether somebody looked."""
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)  # noqa: NPY002
+    run = model if run is None else run
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    watching = monitor(run, optimizer) if monitor else None
+    losses = []
+    for step in range(steps):
+        for part in range(accumulate):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = loss_of(run, batch_of(step))
+                if watching and inside:
+                    watching.step(step, loss=loss)  # gradients half accumulated, within autocast
+            (loss / accumulate).backward()
+            losses.append(loss.item())
+            if watching and inside and part == 0:
+                watching.step(step, loss=loss)
+        optimizer.step()
+        if watching and not inside:
+            watching.step(step, loss=loss)
+        gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+        optimizer.zero_grad()
+    state = [v for s in optimizer.state_dict()["state"].values() for v in s.values()]
+    return {
+        "weights": [p.detach() for p in model.parameters()],
+        "gradients": gradients,
+        "optimizer": state,
+        "losses": losses,
+        "modes": [m.training for m in model.modules()],
+        "grads": [p.requires_grad for p in model.parameters()],
+        "random": (random.random(), float(np.random.rand()), float(torch.rand(1))),  # noqa: NPY002
+    }, watching
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for key in found:
+        for a, b in zip(found[key], expected[key], strict=True):
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, key
+
+
+def scheduled(n=EVERY, **options):
+    return lambda model, optimizer: peelwise.Monitor(
+        model,
+        tiny_probe(in_distribution=True),
+        optimizer=optimizer,
+        budget=None,
+        schedule=peelwise.every(n),
+        store=None,
+        **options,
+    )
+
+
+# -- measuring never changes training ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("plain", {"steps": 200}),
+        ("gpt2", {"accumulate": 2}),
+        ("plain", {"accumulate": 2, "inside": True}),
+        ("gpt2", {"autocast": True}),
+        ("plain", {"autocast": True, "inside": True}),
+    ],
+)
+def test_weights_are_the_same_to_the_bit_with_and_without(name, options):
+    expected, _ = train(model_of(name), **options)
+    steps = options.get("steps", STEPS)
+    found, monitor = train(model_of(name), monitor=scheduled(steps // 6), **options)
+    assert_same(found, expected)
+    assert monitor.last.step >= 5 * (steps // 6)
+    assert not [event for event in monitor.events if event.kind == "not-measured"]
+
+
+@pytest.mark.parametrize("kind", ["transformers", "torch"])
+def test_with_activation_checkpointing(kind):
+    model = model_of("gpt2" if kind == "transformers" else "plain")
+    expected, _ = train(copy.deepcopy(model))  # checkpointing changes nothing either
+    if kind == "transformers":
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        for block in model.blocks:
+            own = block.forward
+            block.forward = lambda x, own=own: torch.utils.checkpoint.checkpoint(own, x, use_reentrant=False)
+    found, monitor = train(model, monitor=scheduled())
+    assert_same(found, expected)
+    assert monitor.last is not None
+    assert not [event for event in monitor.events if event.kind == "not-measured"]
+
+
+@pytest.mark.parametrize("style", ["wrapped", "in place"])
+def test_with_torch_compile_and_without_compiling_again(style):
+    def build():
+        torch._dynamo.reset()
+        model = model_of("plain")
+        if style == "in place":
+            model.compile(backend="eager")
+            return model, model
+        return model, torch.compile(model, backend="eager")
+
+    def watch(run, optimizer):
+        # Compile first, then look: what is added to a compiled model afterwards is ignored by it.
+        monitor = scheduled()(run, optimizer)
+        monitor.step(0, loss=1.0)
+        return monitor
+
+    model, run = build()
+    expected, _ = train(model, run=run)
+    model, run = build()
+    loss_of(run, sample_ids(2, 13)).backward()
+    model.zero_grad()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found, monitor = train(model, run=run, monitor=watch)
+    assert_same(found, expected)
+    assert [block.name for block in monitor._follower.blocks] == [f"blocks.{i}" for i in range(BLOCKS)]
+    assert not [event for event in monitor.events if event.kind == "not-measured"]
+
+
+def test_a_monitor_that_is_not_careful_would_change_training(monkeypatch):
+    """The control: without the guard, dropout and random numbers are not what they were."""
+    expected, _ = train(model_of("plain"))
+
+    @contextlib.contextmanager
+    def careless(model):
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        torch.rand(1)
+        model.eval()
+        yield
+        model.train().requires_grad_(True)
+
+    monkeypatch.setattr(visit, "untouched", careless)
+    found, _ = train(model_of("plain"), monitor=scheduled())
+    with pytest.raises(AssertionError):
+        assert_same(found, expected)
+
+
+# -- what it sees --------------------------------------------------------------------------------------------------
+
+
+def test_a_visit_sees_what_an_audit_sees():
+    model = ZOO["llama"]()
+    with scheduled(1)(model, None) as monitor:
+        kinds = [monitor.step(step, loss=3.0).kind for step in range(6)]
+        rows = {}
+        monitor.step(6)
+        rows = {s.block: s for s in monitor.step(7).statistics if s.name == "recoverable"}
+    assert kinds == ["ranking", "alone", "ranking", "alone", "ranking", "joint"]
+    report = peelwise.audit(model, tiny_probe(in_distribution=True), joint_rounds=0, alone_rounds=1, controls=False)
+    assert rows
+    for block, row in rows.items():
+        expected = report.record.blocks[block].recoverable_nats
+        assert (row.value, row.low, row.high) == pytest.approx((expected.mean, expected.low, expected.high), abs=2e-4)
+
+
+def test_history_of_a_run(tmp_path):
+    path = tmp_path / "run.db"
+    model = model_of("plain")
+    optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if not n.startswith("blocks.1.")], lr=1e-3)
+    heard = []
+    options = {"budget": None, "schedule": peelwise.every(5), "store": path, "name": "mine"}
+    with (
+        peelwise.Monitor(model, tiny_probe(), optimizer=optimizer, on_event=heard.append, **options) as monitor,
+        RunReader(path) as reader,
+    ):
+        for step in range(32):
+            loss = loss_of(model, sample_ids(2, 13, seed=step))
+            loss.backward()
+            optimizer.step()
+            monitor.step(step, loss=loss)
+            optimizer.zero_grad()
+            assert len(reader.steps(1)) == step + 1  # live
+        run = reader.latest()
+        assert (run.info.name, run.info.architecture, run.info.budget) == ("mine", "PlainGPT", None)
+        assert run.info.probe["fingerprint"] == tiny_probe().fingerprint
+        probes = reader.probes(1)
+        assert [p["step"] for p in probes] == list(range(0, 32, 5))
+        assert all(len(p["letters"]) == BLOCKS and set(p["letters"]) <= set(COLOURS) for p in probes)
+        energies = reader.statistics(1, "energy", block=2)
+        assert [row["to_median"] is None for row in energies] == [True] * 3 + [False] * 4
+        assert len(reader.statistics(1, "unique")) == BLOCKS
+        assert len(reader.statistics(1, "composed")) == 1
+        assert {row["matrix"] for row in reader.matrices(1, 0)} == {
+            "attention.qkv",
+            "attention.out",
+            "feed_forward.0",
+            "feed_forward.2",
+        }
+        (missing,) = [event for event in reader.events(1) if event["kind"] == "not-optimised"]
+        assert (missing["block"], missing["step"], missing["level"]) == (1, 0, "warning")
+    assert [event.kind for event in monitor.events] == [event.kind for event in heard]
+    with RunReader(path) as reader:
+        assert reader.latest().status == "finished"
+
+
+def test_the_share_is_kept():
+    """Not a timing: whatever things take, what is spent stays around the budget once it was spent at all."""
+    model = model_of("plain")
+    with peelwise.Monitor(model, tiny_probe(), budget=0.5, store=None) as monitor:
+        visits = 0
+        for step in range(100_000):
+            loss_of(model, sample_ids(2, 13)).backward()
+            visits += monitor.step(step, loss=1.0) is not None
+            if visits == 4:
+                break
+        assert 0.2 < monitor.share < 0.8
+        assert monitor.events[0].kind in ("cost", "few-tokens")
+
+
+def test_alerts_reach_the_log(caplog):
+    model = model_of("plain")
+    model.blocks[0].requires_grad_(False)
+    with caplog.at_level(logging.WARNING, "peelwise"), scheduled()(model, None) as monitor:
+        monitor.step(0, loss=float("nan"))
+        monitor.step(1, loss=float("inf"))
+    assert sum("training loss is" in record.message for record in caplog.records) == 1
+    assert sum("12 of 42 parameters frozen" in record.message for record in caplog.records) == 1
+    assert [event.kind for event in monitor.events if event.level == "alert"] == ["non-finite"]
+
+
+def test_gradients_cleared_too_early_are_told_once():
+    model = model_of("plain")
+    with scheduled()(model, None) as monitor:
+        for step in range(1, 5):
+            monitor.step(step)
+    assert [event.kind for event in monitor.events].count("no-gradients-seen") == 1
+
+
+# -- trouble -------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_can_no_longer_be_written_ends_the_record_and_not_the_training(tmp_path, caplog):
+    model, path = model_of("plain"), tmp_path / "run.db"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    options = {"budget": None, "schedule": peelwise.every(300)}
+    with peelwise.Monitor(model, tiny_probe(), store=path, **options) as monitor:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+            for step in range(1_000):
+                monitor.step(step, loss=1.0)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        lost = [event for event in monitor.events if event.kind == "not-recorded"]
+        assert len(lost) == 1
+        assert "no longer recorded; training goes on" in lost[0].text
+        assert monitor.last.step == 900  # it goes on looking
+        assert not monitor.recorded
+    assert sum("no longer recorded" in record.message for record in caplog.records) == 1
+    with RunReader(path) as reader:
+        written = [row["step"] for row in reader.steps(1)]
+        assert written == list(range(len(written)))
+        assert lost[0].step <= len(written) <= lost[0].step + 1
+
+
+def test_a_second_monitor_on_the_same_file_is_refused(tmp_path):
+    with peelwise.Monitor(model_of("plain"), tiny_probe(), store=tmp_path / "run.db"):
+        with pytest.raises(StoreError, match="one writer at a time"):
+            peelwise.Monitor(model_of("plain"), tiny_probe(), store=tmp_path / "run.db")
+        peelwise.Monitor(model_of("plain"), tiny_probe(), store=tmp_path / "other.db").close()
+    peelwise.Monitor(model_of("plain"), tiny_probe(), store=tmp_path / "run.db").close()
+
+
+def test_a_model_that_breaks_does_not_end_the_training():
+    model = model_of("plain")
+    with scheduled(1)(model, None) as monitor:
+        with torch.no_grad():
+            model.blocks[1].attention.out.weight.fill_(torch.nan)
+        assert monitor.step(0, loss=1.0) is None
+        assert monitor.step(1, loss=1.0) is None
+        assert [e.kind for e in monitor.events].count("not-measured") == 1
+        assert "is nan" in next(e for e in monitor.events if e.kind == "not-measured").text
+        model.load_state_dict(model_of("plain").state_dict())
+        assert monitor.step(2, loss=1.0) is not None  # it looks again
+        model.blocks[2].forward = lambda x: 1 / 0
+        assert monitor.step(3, loss=1.0) is None
+        assert monitor.step(4, loss=1.0) is None
+    (broken,) = [e for e in monitor.events if "ZeroDivisionError" in e.text]
+    assert "No further attempt" in broken.text
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"budget": 0.0}, OptionError, "share of wall time above 0"),
+        ({"budget": 3}, OptionError, "up to 1, got 3"),
+        ({"budget": None}, OptionError, "a schedule must say when"),
+        ({"store": "/proc/run.db"}, StoreError, "cannot be written"),
+    ],
+)
+def test_refusals(options, error, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=words):
+        peelwise.Monitor(model_of("plain"), tiny_probe(), **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_and_probes_that_do_not_fit_are_refused_at_once():
+    with pytest.raises(UnsupportedModelError, match="No blocks found"):
+        peelwise.Monitor(nn.Linear(2, 2), tiny_probe(), store=None)
+    probe = peelwise.Probe.from_tokens(sample_ids(28, 10) + 50)
+    with pytest.raises(ProbeError, match="Token ids must lie in"):
+        peelwise.Monitor(model_of("plain"), probe, store=None)
+
+
+KILLED = """
+import sys
+sys.path[:0] = {paths!r}
+import torch, peelwise
+from audits import tiny_probe
+from test_api_monitor import loss_of, model_of
+from zoo import sample_ids
+model = model_of("plain")
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+monitor = peelwise.Monitor(model, tiny_probe(), budget=None, schedule=peelwise.every(2), store={path!r})
+for step in range(10**6):
+    loss = loss_of(model, sample_ids(2, 13, seed=step))
+    loss.backward()
+    optimizer.step()
+    monitor.step(step, loss=loss)
+    optimizer.zero_grad()
+    print(step, flush=True)
+"""
+
+
+def test_killing_a_training_process_loses_at_most_a_record(tmp_path):
+    """The store's own test kills a writer fifty times; this is a whole training, killed once."""
+    code = KILLED.format(paths=[p for p in sys.path if p], path=str(tmp_path / "run.db"))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if int(line) == 7:
+            process.send_signal(signal.SIGKILL)
+            break
+    done = 7 + sum(1 for _ in process.stdout)
+    process.wait()
+    with RunReader(tmp_path / "run.db") as reader:
+        assert done < len(reader.steps(1)) <= done + 2
+        assert [row["step"] for row in reader.probes(1)][:4] == [0, 2, 4, 6]
+        assert reader.latest().status == "running"
+    with (
+        peelwise.Monitor(model_of("plain"), tiny_probe(), store=tmp_path / "run.db"),
+        RunReader(tmp_path / "run.db") as reader,
+    ):
+        assert [run.status for run in reader.runs()] == ["interrupted", "running"]
+    with sqlite3.connect(tmp_path / "run.db") as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
