@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -92,18 +92,18 @@ class Rival:
     extra: Callable[[Given], dict[str, Any]] | None = None
 
 
-def measure(given: Given) -> dict[str, dict[str, Any]]:
+def measure(given: Given, *, without: Collection[str] = ()) -> dict[str, dict[str, Any]]:
     """Return ``{rival: {"scores": .., "seconds": .., "extra": ..}}``; ``scores`` is ``None`` where one does not apply.
 
     Seconds are those of a rival run by itself: a part that several share is computed once and counted for each.
-    The model is left as it was.
+    The model is left as it was. Rivals named in ``without`` are left out.
     """
     given = replace(given)  # what was cached may be of weights that have changed since
     paid: dict[str, float] = {}
     found: dict[str, dict[str, Any]] = {}
     with untouched(given.model):
         spectra.installed()  # its import is nobody's time, and draws random numbers
-        for rival in RIVALS:
+        for rival in (r for r in RIVALS if r.name not in without):
             for part in rival.reads:
                 if part not in paid:
                     _, paid[part] = _timed(getattr, given, part)
