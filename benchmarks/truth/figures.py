@@ -51,11 +51,13 @@ def with_history(rows: Sequence[Row]) -> list[Row]:
     """Return the damaged cases whose healthy model was measured, every statistic seen against its value there."""
     key = itemgetter("family", "seed", "step")
     healthy = {key(row): scores_of(row) for row in rows if row["group"] == "healthy"}
-    return [
-        _with_scores(row, {n: against_history(s, healthy[key(row)][n]) for n, s in scores_of(row).items()})
-        for row in rows
-        if row["group"] == "after training" and key(row) in healthy
-    ]
+    found = []
+    for row in rows:
+        before = healthy.get(key(row), {})
+        scores = {n: against_history(s, before[n]) for n, s in scores_of(row).items() if n in before}
+        if row["group"] == "after training" and scores:
+            found.append(_with_scores(row, scores))
+    return found
 
 
 def _with_scores(row: Row, scores: dict[str, list[float]]) -> Row:
