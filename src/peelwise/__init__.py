@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from peelwise.api import AuditReport, apply, audit, verify
     from peelwise.api_monitor import Monitor
     from peelwise.api_peel import PeelReport, peel
+    from peelwise.integrations.huggingface import attach
     from peelwise.pipeline.schedules import every, log_spaced
     from peelwise.pipeline.yes.bounds import YesMonitor, yes_bounds
     from peelwise.pipeline.yes.result import YesBounds
@@ -24,6 +25,7 @@ __all__ = [
     "YesBounds",
     "YesMonitor",
     "apply",
+    "attach",
     "audit",
     "every",
     "log_spaced",
@@ -38,6 +40,7 @@ _HOME = {
     "Probe": "peelwise.probes",
     "YesBounds": f"{_YES}.result",
     "YesMonitor": f"{_YES}.bounds",
+    "attach": "peelwise.integrations.huggingface",
     "every": "peelwise.pipeline.schedules",
     "log_spaced": "peelwise.pipeline.schedules",
     "yes_bounds": f"{_YES}.bounds",

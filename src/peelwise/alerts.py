@@ -9,7 +9,11 @@ from peelwise.records import Interval
 from peelwise.run_records import Event
 
 _SLOW = 0.5  # a learning rate below this part of the other blocks' is worth a word
-_WRITTEN = {"energy": "explained gradient energy", "gradient_norm": "gradient norm"}
+_WRITTEN = {
+    "energy": "explained gradient energy",
+    "natural_energy": "natural energy",
+    "gradient_norm": "gradient norm",
+}
 
 
 @dataclass(frozen=True)

@@ -273,10 +273,9 @@ def export(
     from peelwise.store.reader import RunReader
 
     with RunReader(history) as reader:
-        runs = [found for found in reader.runs() if run in (None, found.id)]
+        runs = reader.runs() if run is None else [reader.run(run)]
         if not runs:
-            numbers = ", ".join(str(found.id) for found in reader.runs()) or "none"
-            raise StoreError(f"{history} has no run{'' if run is None else f' {run}'}; it holds: {numbers}.")
+            raise StoreError(f"{history} holds no run yet.")
         check_free(out, force=force, ours=MANIFEST)
         with written_whole(out) as folder:
             write(reader, runs, to, folder)

@@ -16,7 +16,7 @@ MUCH, NOTHING = Paired(0.05, 0.004, 40), Paired(0.001, 0.001, 40)
 def visit_of(loss=3.0, *, energies=(1.0,) * BLOCKS, alone=None, unique=None):
     free = {
         "energy": list(energies),
-        "held_out_energy": [e / 2 for e in energies],
+        "natural_energy": [e / 2 for e in energies],
         "gradient_norm": [e**0.5 for e in energies],
     }
     return Visit("alone", loss, free, alone or {}, unique or {}, None, (MatrixShare(0, "out", 1.0),))

@@ -15,7 +15,7 @@ from peelwise.pipeline.visit import Visit
 from peelwise.run_records import LETTERS, WHOLE_MODEL, Event, ProbeRow, Statistic, VerdictRow
 from peelwise.verdict import Evidence, Verdict, default_margin, judge
 
-_WATCHED = ("energy", "gradient_norm")  # whose changes of level are told
+_WATCHED = ("natural_energy", "energy", "gradient_norm")  # whose changes of level are told
 _SMALLEST_CHANGE = math.log(1.5)
 _LOOKED_BACK = 200  # visits in which changes are looked for
 _REMEMBERED_LOSSES = 20_000
@@ -75,13 +75,13 @@ class Chronicle:
     def wanted_first(self) -> list[int]:
         """Return the blocks in the order in which they should be refined alone next.
 
-        Never measured ones come first, those with most held-out energy before the others; then those whose level
+        Never measured ones come first, those with most natural energy before the others; then those whose level
         changed since they were measured; then the ones measured longest ago.
         """
         changed = {block for block, change in self._changes if change.by_step > self._step_of(block)}
 
         def rank(block: int) -> tuple[bool, bool, float, float]:
-            energy = self._series["held_out_energy", block].values[-1:]
+            energy = self._series["natural_energy", block].values[-1:]
             measured = block in self._alone
             return measured, block not in changed, self._step_of(block), -energy[0] if energy else 0.0
 

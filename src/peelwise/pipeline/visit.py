@@ -18,16 +18,12 @@ from peelwise.pipeline.bench import Bench, gain
 from peelwise.pipeline.findings import Findings
 from peelwise.pipeline.opening import first_bench
 from peelwise.pipeline.summary import evidence_of, matrices_of
-from peelwise.pipeline.sweep import DIRECTIONS, Direction, sweep
+from peelwise.pipeline.sweep import sweep
 from peelwise.probes import Probe
 from peelwise.run_records import MatrixShare, ProbeKind
 
-# A ranking needs one direction only; whoever refines along them wants the better of two.
-_DIRECTIONS: dict[ProbeKind, Sequence[Direction]] = {
-    "ranking": ("input-whitened",),
-    "alone": DIRECTIONS,
-    "joint": DIRECTIONS,
-}
+# What a sweep tells of every block for nothing more.
+FREE = ("energy", "natural_energy", "gradient_norm")
 _EVALUATIONS = 5  # of the select loss, in one round of one block, as a rule
 
 
@@ -89,7 +85,7 @@ def visit(
             micro_batch_tokens=micro_batch_tokens,
             watcher=None,
         )
-        (proposals,) = sweep(bench.runner, bench.fit, bench.select, directions=_DIRECTIONS[kind])
+        (proposals,) = sweep(bench.runner, bench.fit, bench.select)
         found = Findings(proposals=proposals)
         if kind == "alone":
             found.proposals = {index: proposals[index] for index in _affordable(bench, order)}
@@ -103,10 +99,7 @@ def visit(
     return Visit(
         kind,
         bench.report.mean,
-        {
-            name: [getattr(proposals[block.index], name) for block in blocks]
-            for name in ("energy", "held_out_energy", "gradient_norm")
-        },
+        {name: [getattr(proposals[block.index], name) for block in blocks] for name in FREE},
         {index: e.alone for index, e in evidence.items() if e.alone is not None},
         {index: e.unique for index, e in evidence.items() if e.unique is not None},
         None

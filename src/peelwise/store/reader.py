@@ -66,6 +66,18 @@ class RunReader:
             raise StoreError(f"{self.path} holds no run yet.")
         return found[-1]
 
+    def run(self, run_id: int) -> Run:
+        """Return one run.
+
+        Raises:
+            StoreError: If there is none of that number.
+        """
+        found = {run.id: run for run in self.runs()}
+        if run_id not in found:
+            numbers = ", ".join(map(str, found)) or "none"
+            raise StoreError(f"{self.path} has no run {run_id}; it holds: {numbers}.")
+        return found[run_id]
+
     def steps(self, run_id: int, *, after: int = 0, most: int | None = None) -> list[sqlite3.Row]:
         """Return ``id, step, time, loss, share`` of steps whose id is beyond ``after``, thinned evenly to ``most``."""
         return self._thinned("id, step, time, loss, share", "steps", run_id, after, most)
@@ -98,6 +110,12 @@ class RunReader:
             AND s.probe_id = p.id AND s.name = :name {where} ORDER BY s.probe_id, s.block""",
             {"run": run_id, "name": name, "block": block, "after": after, "most": _at_most(most)},
         )
+
+    def newest(self, run_id: int, name: str, *, among: int = 500) -> dict[int, sqlite3.Row]:
+        """Return block -> the newest row of a statistic, as `statistics` does, if it is ``among`` the latest probes."""
+        (last,) = self._rows("SELECT max(id) AS id FROM probes WHERE run_id = ?", (run_id,))
+        rows = self.statistics(run_id, name, after=max((last["id"] or 0) - among, 0))
+        return {row["block"]: row for row in rows}
 
     def matrices(self, run_id: int, block: int) -> list[sqlite3.Row]:
         """Return ``probe_id, step, matrix, share`` of one block."""

@@ -1,0 +1,1 @@
+"""An event of somebody else's trainer in, `Monitor.step` out, and nothing else."""

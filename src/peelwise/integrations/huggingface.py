@@ -1,0 +1,91 @@
+"""The monitor in the Trainer of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peelwise.api_monitor import Monitor
+from peelwise.errors import MissingExtraError, OptionError
+from peelwise.pipeline.opening import checked_blocks
+from peelwise.probes import Probe
+
+try:
+    from transformers import Trainer, TrainerCallback
+except ImportError as error:
+    raise MissingExtraError("Watching the Trainer of transformers", "hf") from error
+
+
+class PeelwiseCallback(TrainerCallback):  # type: ignore[misc]
+    """Calls `Monitor.step` after every step of the optimiser, and adds what was found to the logs.
+
+    Use `attach`, which puts it in front of the reporters: behind them, they would not see what it adds.
+
+    Args:
+        probe: text to measure on.
+        options: of `Monitor`.
+
+    Attributes:
+        monitor: the monitor, from the beginning of training on.
+    """
+
+    def __init__(self, probe: Probe, **options: Any) -> None:
+        self._probe, self._options = probe, options
+        self.monitor: Monitor | None = None
+        self._loss: float | None = None
+        self._logged_step: int | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **found: Any) -> None:
+        """Start the monitor; only now there is an optimiser. One process of several measures."""
+        if state.is_world_process_zero:
+            self.monitor = Monitor(found["model"], self._probe, optimizer=found.get("optimizer"), **self._options)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **found: Any) -> None:
+        """Step the monitor while gradients are still there; the trainer counts the step only afterwards."""
+        if self.monitor is not None:
+            self.monitor.step(state.global_step + 1, loss=self._loss)
+            self._loss = None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **found: Any) -> None:
+        """Take the loss, which the trainer tells only here, and add the numbers of a new visit to the logs."""
+        if self.monitor is None or logs is None or "loss" not in logs:
+            return
+        self._loss = float(logs["loss"])
+        logs["peelwise/share"] = self.monitor.share
+        last = self.monitor.last
+        if last is not None and last.step != self._logged_step:
+            self._logged_step = last.step
+            logs.update(last.scalars())
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **found: Any) -> None:
+        """End the run in the history."""
+        if self.monitor is not None:
+            self.monitor.close()
+
+
+def attach(trainer: Trainer, probe: Probe, **options: Any) -> PeelwiseCallback:
+    """Watch what ``trainer`` trains; call it before ``trainer.train()``.
+
+    Args:
+        trainer: of transformers, or a subclass (such as TRL's).
+        probe: text to measure on; see `Probe`.
+        options: of `Monitor`: ``budget``, ``store`` and so on.
+
+    Returns:
+        The callback, whose ``monitor`` exists while it trains.
+
+    Raises:
+        OptionError: If a monitor is attached already.
+        UnsupportedModelError: If the model cannot be measured.
+        ProbeError: If the probe does not fit it.
+
+    Example:
+        >>> peelwise.attach(trainer, probe, budget=0.03, store="run.db")
+        >>> trainer.train()
+    """
+    callbacks = trainer.callback_handler.callbacks
+    if any(isinstance(callback, PeelwiseCallback) for callback in callbacks):
+        raise OptionError("A monitor is attached to this trainer already; one is enough.")
+    checked_blocks(trainer.model, probe)
+    callback = PeelwiseCallback(probe, **options)
+    callbacks.insert(0, callback)
+    return callback

@@ -1,0 +1,103 @@
+"""The monitor in the real Trainer of transformers."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import peelwise
+from audits import tiny_probe
+from peelwise.errors import OptionError, ProbeError
+from peelwise.store.reader import RunReader
+from zoo import ZOO, sample_ids
+
+STEPS = 12
+
+
+def trainer_of(folder, callbacks=(), **options):
+    from transformers import Trainer, TrainingArguments
+
+    ids = sample_ids(32, 13)
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=2,
+        logging_steps=2,
+        save_strategy="no",
+        seed=0,
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        learning_rate=1e-3,
+        **({"report_to": "none"} | options),
+    )
+    return Trainer(ZOO["gpt2"]().train(), arguments, train_dataset=rows, callbacks=list(callbacks))
+
+
+def reporter():
+    """A reporter as users give them: it sees what the trainer logs."""
+    from transformers import TrainerCallback
+
+    class Reporter(TrainerCallback):
+        def __init__(self):
+            self.seen = []
+
+        def on_log(self, args, state, control, logs=None, **found):
+            self.seen.append((state.global_step, dict(logs)))
+
+    return Reporter()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_attach(accumulate, tmp_path):
+    user, options = reporter(), {"gradient_accumulation_steps": accumulate}
+    trainer = trainer_of(tmp_path, [user], report_to="tensorboard", **options)
+    callback = peelwise.attach(
+        trainer, tiny_probe(), budget=None, schedule=peelwise.every(4), store=tmp_path / "run.db", name="mine"
+    )
+    trainer.train()
+    plain = trainer_of(tmp_path / "plain", **options)
+    plain.train()
+    pairs = zip(trainer.model.parameters(), plain.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    with RunReader(tmp_path / "run.db") as reader:
+        assert (reader.latest().info.name, reader.latest().status) == ("mine", "finished")
+        steps = [(row["step"], row["loss"]) for row in reader.steps(1)]
+        assert [step for step, _ in steps] == list(range(1, STEPS + 1))
+        told = [loss for _, loss in steps if loss is not None]
+        assert told == [logs["loss"] for step, logs in user.seen if "loss" in logs and step < STEPS]
+        assert [row["step"] for row in reader.probes(1)] == [4, 8, 12]
+    assert not [e for e in callback.monitor.events if e.kind in ("not-measured", "no-gradients-seen", "not-optimised")]
+    # Metrics reach the user's reporter and TensorBoard, each visit's once.
+    with_probe = {step: logs for step, logs in user.seen if "peelwise/probe_loss" in logs}
+    assert list(with_probe) == [4, 8, 12]
+    assert "peelwise/natural_energy/block_02" in with_probe[4]
+    assert any("recoverable" in key for key in with_probe[8])
+    assert all("peelwise/share" in logs for _, logs in user.seen if "loss" in logs)
+    assert "peelwise/probe_loss" in tensorboard_tags(tmp_path)
+
+
+def tensorboard_tags(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tags = set()
+    for file in folder.rglob("events.out.*"):
+        tags |= {tag.removeprefix("train/") for tag in EventAccumulator(str(file)).Reload().Tags()["scalars"]}
+    return tags
+
+
+def test_refusals(tmp_path):
+    trainer = trainer_of(tmp_path)
+    with pytest.raises(ProbeError, match="Token ids must lie in"):
+        peelwise.attach(trainer, peelwise.Probe.from_tokens(sample_ids(28, 10) + 50))
+    peelwise.attach(trainer, tiny_probe(), store=None)
+    with pytest.raises(OptionError, match="attached to this trainer already"):
+        peelwise.attach(trainer, tiny_probe(), store=None)
+
+
+def test_without_transformers():
+    code = "import sys; sys.modules['transformers'] = None; import peelwise; peelwise.attach"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert 'pip install "peelwise[hf]"' in done.stderr
