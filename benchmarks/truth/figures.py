@@ -138,6 +138,17 @@ def verdicts(rows: Iterable[Row]) -> dict[str, Any]:
     return {"colours": dict(colours), "red": {key: sum(each[key] for each in red) for key in ("checked", "wrong")}}
 
 
+def is_finished(row: Row, healthy: Iterable[Row]) -> bool:
+    """Whether this is the last step that was kept of its run."""
+    return bool(row["step"] == max(other["step"] for other in healthy if other["seed"] == row["seed"]))
+
+
+def only_at_fault(row: Row) -> Row:
+    """Return the case with nothing but the verdict of the block at fault."""
+    fresh = [e for e in row.get("fresh", []) if e.get("block") == row["block"]]
+    return row | {"own": row["own"] | {"verdicts": [row["own"]["verdicts"][row["block"]]]}, "fresh": fresh}
+
+
 def red_checked(fresh: Iterable[Row], margin: float = 0.0) -> dict[str, int]:
     """Return how many red blocks were measured on fresh text, and how many are shown to gain less than the margin."""
     red = [e for e in fresh if e.get("verdict") == "red"]
@@ -217,7 +228,12 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
             "against_depth": localisation([with_depth(row) for row in faults if row["group"] == "after training"]),
             "against_history": localisation([row for row in with_history(own) if is_fault(row)]),
             "false_flags": false_flags(healthy),
-            "verdicts": {"healthy": verdicts(healthy), "at fault": verdicts(faults)},
+            "verdicts": {
+                "healthy, in training": verdicts([row for row in healthy if not is_finished(row, healthy)]),
+                "healthy, finished": verdicts([row for row in healthy if is_finished(row, healthy)]),
+                "at fault": verdicts(faults),
+                "block at fault": verdicts([only_at_fault(row) for row in faults]),
+            },
             "seconds": seconds(own),
         }
     return {"families": families}
