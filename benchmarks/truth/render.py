@@ -185,9 +185,9 @@ def oracle(summary: dict[str, Any], rows: Sequence[Row]) -> str:
                 [
                     f"{truth['case']} ({sum(truth['gains']) / len(truth['gains']):.4f})",
                     f"{found['fit_tokens']:,} of {found['tokens']:,}, {found['rounds']}",
-                    percent(found["share_of_gain"]),
+                    "nothing to gain" if found["share_of_gain"] is None else percent(found["share_of_gain"]),
                     f"{100 * found['share_of_cost']:.1f} %",
-                    f"{found['rank_correlation']:.2f}",
+                    "-" if found["rank_correlation"] is None else f"{found['rank_correlation']:.2f}",
                 ]
             )
     return table(
