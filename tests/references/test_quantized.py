@@ -9,6 +9,7 @@ from torch import Tensor
 from peelwise.errors import FormatError
 from peelwise.formats.base import Encoded
 from peelwise.formats.masked import BlockDiagonal, Given, Masked
+from peelwise.formats.scaled import Scaled
 from peelwise.formats.table import parse_format
 from peelwise.references.descent import Descent
 from peelwise.references.quantized import lowest_on_support, quadratic, solve, solve_together
@@ -108,6 +109,33 @@ def test_a_sweep_is_what_trying_every_level_of_every_weight_gives(name: str) -> 
     slow = _slow_sweep(S, T, form.decode(start).double(), allowed)
     torch.testing.assert_close(form.decode(descent.encoded()).double(), slow, rtol=1e-6, atol=1e-7)
     assert changed == int((slow - form.decode(start).double()).abs().gt(1e-6).sum()) > 0
+
+
+def _slow_feedback(S: Tensor, T: Tensor, form: Scaled, start: Encoded) -> Tensor:
+    """Round a column, then solve for the best dense values of all that are left; damped as the fast one is."""
+    S = S + 0.01 * S.diagonal().mean() * torch.eye(len(S), dtype=S.dtype)
+    scales = start.scales.double().expand(len(T), 1)[:, 0]
+    order = S.diagonal().argsort(descending=True).tolist()
+    W = T.clone()
+    for i, column in enumerate(order):
+        W[:, column] = scales * form.levels.nearest(W[:, column] / scales)
+        fixed, left = order[: i + 1], order[i + 1 :]
+        if left:
+            push = (W[:, fixed] - T[:, fixed]) @ S[fixed][:, left]
+            W[:, left] = T[:, left] - torch.linalg.solve(S[left][:, left], push.T).T
+    return W
+
+
+@pytest.mark.parametrize("name", ["binary", "ternary", "int3"])
+def test_error_feedback_leaves_the_columns_behind_where_they_are_best(name: str) -> None:
+    S, T = _problem()
+    form = parse_format(name)
+    start = form.encode(T)
+    descent = Descent(S, T, form, start)
+    descent.feed_back()
+    found = form.decode(descent.encoded()).double()
+    torch.testing.assert_close(found, _slow_feedback(S, T, form, start), rtol=1e-6, atol=1e-7)
+    assert _error(S, found, T) < 0.9 * _error(S, form.decode(start).double(), T)
 
 
 @pytest.mark.parametrize("name", SCALED)
@@ -215,6 +243,17 @@ def test_dead_inputs_zero_rows_and_constant_rows_are_handled() -> None:
         assert (form.decode(found.encoded)[0] == 0).all()
     assert solve(S, torch.zeros_like(T), parse_format("binary")).achieved == 0.0
     assert solve(torch.zeros_like(S), T, parse_format("int2")).achieved == 0.0
+
+
+def test_a_negative_scale_in_use_is_a_start_like_any_other() -> None:
+    S, T = _problem(4, 14)
+    for name in ("int3", "ternary:channel"):
+        form = parse_format(name)
+        start = form.quantized(T, -form.encode(T).scales, None)
+        found = solve(S, T, form, starts=[start])
+        assert found.achieved <= _error(S, form.decode(start).double(), T)
+        if name != "int3":
+            assert (found.encoded.scales > 0).all()
 
 
 def test_a_dead_row_in_use_is_revived() -> None:

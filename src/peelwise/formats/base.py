@@ -38,6 +38,9 @@ class Format(ABC):
         """The text that `parse_format` makes this format from."""
 
     @abstractmethod
+    def rounded(self, W: Tensor, support: Tensor | None = None) -> Encoded:
+        """Do what `encode` does without looking for mistakes, as a training step wants it."""
+
     def encode(self, W: Tensor, support: Tensor | None = None) -> Encoded:
         """Write ``W`` down by rounding to nearest, with the scale that the format's own rule gives.
 
@@ -46,8 +49,16 @@ class Format(ABC):
             support: ``[d_out, d_in]`` bool, false for structural zeros; `Masked` gives it.
 
         Raises:
-            FormatError: If ``W`` is no finite matrix, or its shape does not go with the format.
+            FormatError: If ``W`` is no finite matrix, its shape does not go with the format, or a scale is too large
+                for the number format that it is stored in.
         """
+        check_matrix(W, support)
+        encoded = self.rounded(W, support)
+        if encoded.scales is not None and not bool(encoded.scales.isfinite().all()):
+            raise FormatError(
+                f"{self.name}: a scale does not fit the number format it is stored in. Use scale=float32."
+            )
+        return encoded
 
     @abstractmethod
     def decode(self, encoded: Encoded) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peelwise.formats.base import Encoded, Format, check_matrix
+from peelwise.formats.base import Encoded, Format
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,8 @@ class Dense(Format):
         """``dense``, with the number format unless it is float32."""
         return "dense" if self.dtype == torch.float32 else f"dense:{str(self.dtype).removeprefix('torch.')}"
 
-    def encode(self, W: Tensor, support: Tensor | None = None) -> Encoded:
-        """Round to the number format; see `Format.encode`."""
-        check_matrix(W, support)
+    def rounded(self, W: Tensor, support: Tensor | None = None) -> Encoded:
+        """Round to the number format; see `Format.rounded`."""
         return Encoded((W if support is None else W * support).to(self.dtype), support=support)
 
     def decode(self, encoded: Encoded) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peelwise.errors import FormatError
-from peelwise.formats.base import Encoded, Format, check_support
+from peelwise.formats.base import Encoded, Format, check_matrix, check_support
 
 
 class Pattern(ABC):
@@ -148,7 +148,12 @@ class Masked(Format):
 
     def encode(self, W: Tensor, support: Tensor | None = None) -> Encoded:
         """Round what is on the support; see `Format.encode`. A ``support`` given replaces the pattern's own."""
+        check_matrix(W, None)
         return self.inner.encode(W, self.pattern.support(W) if support is None else support)
+
+    def rounded(self, W: Tensor, support: Tensor | None = None) -> Encoded:
+        """Round what is on the support; see `Format.rounded`."""
+        return self.inner.rounded(W, self.pattern.support(W) if support is None else support)
 
     def decode(self, encoded: Encoded) -> Tensor:
         """Return the matrix; see `Format.decode`."""

@@ -4,21 +4,22 @@
     zero point        W = s (q - z)         z one of the codes
     minimum           W = s q + m           m a number as precise as the scale
 
-``s``, ``z`` and ``m`` belong to all weights that share a scale. Scales are positive, or 0 where all weights are 0.
+``s``, ``z`` and ``m`` belong to all weights that share a scale. A scale may be 0, where all weights are the same, and
+negative, where that fits more weights into ``-8 .. 7`` than its opposite (GGUF's Q4_0 stores such scales).
 """
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from peelwise.errors import FormatError
-from peelwise.formats.base import Encoded, Format, check_matrix
+from peelwise.formats.base import Encoded, Format
 from peelwise.formats.layout import Layout
 
 Offset = Literal["none", "zero point", "minimum"]
@@ -79,18 +80,8 @@ class Scaled(Format):
         """
 
     def stored(self, scales: Tensor) -> Tensor:
-        """Return scales or minima rounded to what is stored; NaN (no weight at all) becomes 0.
-
-        Raises:
-            FormatError: If a value is too large for the number format.
-        """
-        out = scales.nan_to_num(0.0).to(self.scale_dtype)
-        if not bool(out.isfinite().all()):
-            dtype = str(self.scale_dtype).removeprefix("torch.")
-            raise FormatError(
-                f"{self.name}: a scale of {float(scales.abs().max()):.3g} does not fit {dtype}. Use scale=float32."
-            )
-        return out
+        """Return scales or minima rounded to what is stored; NaN (no weight at all) becomes 0."""
+        return scales.nan_to_num(0.0, math.inf, -math.inf).to(self.scale_dtype)
 
     def stored_zeros(self, zeros: Tensor | None) -> Tensor | None:
         """Return offsets as they are stored: minima rounded like scales, zero points to the nearest code."""
@@ -100,10 +91,8 @@ class Scaled(Format):
             return self.stored(zeros)
         return self.levels.nearest(zeros.nan_to_num(0.0)).to(self.levels.dtype)
 
-    def encode(self, W: Tensor, support: Tensor | None = None) -> Encoded:
-        """Round ``W`` to nearest; see `Format.encode`."""
-        check_matrix(W, support)
-        self.layout.columns(W.shape[1])
+    def rounded(self, W: Tensor, support: Tensor | None = None) -> Encoded:
+        """Round ``W`` to nearest; see `Format.rounded`."""
         W = W if W.dtype == torch.float64 else W.float()
         pooled = self.layout.pooled(W if support is None else W.masked_fill(~support, math.nan))
         scales, zeros = self.rule(pooled)
@@ -111,18 +100,32 @@ class Scaled(Format):
 
     def quantized(self, W: Tensor, scales: Tensor, zeros: Tensor | None, support: Tensor | None = None) -> Encoded:
         """Return ``W [d_out, d_in]`` rounded to the nearest level at the given stored scales and offsets."""
-        d_out, d_in = W.shape
-        s = self.layout.spread(scales.to(W.dtype), d_out, d_in)
-        safe = s.clamp_min(torch.finfo(W.dtype).tiny)
-        if zeros is None:
+        unrounded = Encoded(W, scales, zeros, support)
+        codes = self.levels.nearest(self.in_codes(W, unrounded)).to(self.levels.dtype)
+        return replace(unrounded, codes=codes)
+
+    def in_codes(self, W: Tensor, at: Encoded) -> Tensor:
+        """Return ``W [d_out, d_in]`` in units of codes, unrounded, at the scales and offsets of ``at``.
+
+        With a scale of 0 every code gives the same weight, and structural zeros have none: 0 is returned there.
+        """
+        assert at.scales is not None
+        W = W if W.dtype == torch.float64 else W.float()
+        s = self.layout.spread(at.scales.to(W), *W.shape)
+        safe = torch.where(s != 0, s, torch.ones_like(s))
+        if at.zeros is None:
             x = W / safe
         else:
-            z = self.layout.spread(zeros.to(W.dtype), d_out, d_in)
+            z = self.layout.spread(at.zeros.to(W), *W.shape)
             x = W / safe + z if self.offset == "zero point" else (W - z) / safe
-        # With a scale of 0 every code gives the same weight; structural zeros have none.
-        empty = s <= 0 if support is None else (s <= 0) | ~support
-        codes = self.levels.nearest(x.masked_fill(empty, 0.0)).to(self.levels.dtype)
-        return Encoded(codes, scales, zeros, support)
+        return x.masked_fill(s == 0 if at.support is None else (s == 0) | ~at.support, 0.0)
+
+    def with_positive_scales(self, encoded: Encoded) -> Encoded:
+        """Return the same matrix with codes instead of scales negated, where every negated code is a code too."""
+        if encoded.scales is None or self.offset != "none" or self.levels.low != -self.levels.high:
+            return encoded
+        negative = self.layout.spread(encoded.scales < 0, *encoded.codes.shape)
+        return replace(encoded, codes=torch.where(negative, -encoded.codes, encoded.codes), scales=encoded.scales.abs())
 
     def decode(self, encoded: Encoded) -> Tensor:
         """Return the matrix; see `Format.decode`."""

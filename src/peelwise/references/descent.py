@@ -1,9 +1,12 @@
 """Coordinate descent inside a low-bit format: codes column by column, then scales and offsets.
 
-For ``q(W) = tr((W - T) S (W - T)^T)`` and the gradient ``G = (W - T) S`` the best value of one weight, all others
-fixed, is ``W_ij - G_ij / S_jj``; the code nearest to it never raises ``q`` (arXiv:2309.01885). With all codes fixed
-``q`` is a parabola in each scale, zero point and minimum; the stored value nearest to its lowest point never raises
-``q`` either. Rows are independent but for a shared scale, so each step is done for all of them at once.
+It begins with rounding column after column while the columns not yet rounded make up for the error as well as any
+dense matrix could (the idea of arXiv:2210.17323).
+
+Then, for ``q(W) = tr((W - T) S (W - T)^T)`` and the gradient ``G = (W - T) S``, the best value of one weight, all
+others fixed, is ``W_ij - G_ij / S_jj``; the code nearest to it never raises ``q`` (arXiv:2309.01885). With all codes
+fixed ``q`` is a parabola in each scale, zero point and minimum; the stored value nearest to its lowest point never
+raises ``q`` either. Rows are independent but for a shared scale, so each step is done for all of them at once.
 """
 
 from __future__ import annotations
@@ -15,9 +18,11 @@ from torch import Tensor
 
 from peelwise.formats.base import Encoded
 from peelwise.formats.scaled import Scaled
+from peelwise.stats.linalg import DampedFactor
 
 # Columns whose gradients are kept up to date one by one; the rest of the matrix follows once per block.
 _BLOCK = 64
+_FEEDBACK_DAMPING = 0.01  # of the mean diagonal: what no token has shown must not make up for anything
 
 
 @dataclass(frozen=True)
@@ -87,10 +92,35 @@ class Descent:
             kind = form.levels.dtype if form.offset == "zero point" else form.scale_dtype
             zeros = self._zeros[:, rows].T.contiguous().to(kind)
         codes = self._codes.T.contiguous().to(form.levels.dtype)
+        scales = self._scales[:, rows].T.contiguous().to(form.scale_dtype)
         support = None if self._support is None else self._support.T.contiguous()
-        return Encoded(codes, self._scales[:, rows].T.contiguous().to(form.scale_dtype), zeros, support)
+        return form.with_positive_scales(Encoded(codes, scales, zeros, support))
 
     # -- codes -----------------------------------------------------------------------------------------
+
+    def feed_back(self) -> None:
+        """Round the target column after column, largest ``S_jj`` first, each error carried to the columns behind.
+
+        With ``(S + damping)^-1 = U^T U`` and ``U`` upper triangular, an error ``e`` in column ``j`` is made up for best
+        by adding ``-e U_jk / U_jj`` to every column ``k`` behind it.
+        """
+        order = self.S.diagonal().argsort(descending=True)
+        U = _inverse_root(self.S[order[:, None], order])
+        left = self._target[order]  # [d_in, d_out], what is still to be rounded
+        for start in range(0, len(order), _BLOCK):
+            stop = min(start + _BLOCK, len(order))
+            errors = torch.zeros_like(left[start:stop])
+            for i, column in enumerate(order[start:stop].tolist(), start=start):
+                group = column // self._size
+                codes = self._chosen(left[i], group, column)
+                rounded = self._at(codes, group)
+                if self._support is not None:
+                    rounded = rounded * self._support[column]
+                self._codes[column] = codes
+                errors[i - start] = (left[i] - rounded) / U[i, i]
+                left[i + 1 : stop].addr_(U[i, i + 1 : stop], errors[i - start], alpha=-1)
+            left[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
+        self.refresh()
 
     def sweep(self) -> int:
         """Move every code once to its best level, column after column; return how many changed."""
@@ -109,9 +139,7 @@ class Descent:
         moves = torch.zeros_like(gradient)
         for i, column in enumerate(range(start, stop)):
             group = column // self._size
-            scales = self._scales[group]  # [d_out]
-            wanted = self._weight[column] - gradient[i] * self._inverse[column]
-            codes = torch.where(scales > 0, self._nearest(wanted, group), self._codes[column])
+            codes = self._chosen(self._weight[column] - gradient[i] * self._inverse[column], group, column)
             move = self._at(codes, group) - self._weight[column]
             if self._support is not None:
                 move *= self._support[column]
@@ -120,14 +148,17 @@ class Descent:
             gradient[i + 1 :].addr_(S[i + 1 :, i], move)
         return moves
 
-    def _nearest(self, wanted: Tensor, group: int) -> Tensor:
-        safe = self._scales[group].clamp_min(torch.finfo(wanted.dtype).tiny)
+    def _chosen(self, wanted: Tensor, group: int, column: int) -> Tensor:
+        """Return the codes nearest to the weights wanted ``[d_out]``; where the scale is 0, those that are there."""
+        scales = self._scales[group]
+        safe = torch.where(scales != 0, scales, torch.ones_like(scales))
         if self._zeros is None:
-            return self.form.levels.nearest(wanted / safe)
-        zeros = self._zeros[group]
-        if self.form.offset == "zero point":
-            return self.form.levels.nearest(wanted / safe + zeros)
-        return self.form.levels.nearest((wanted - zeros) / safe)
+            x = wanted / safe
+        elif self.form.offset == "zero point":
+            x = wanted / safe + self._zeros[group]
+        else:
+            x = (wanted - self._zeros[group]) / safe
+        return torch.where(scales != 0, self.form.levels.nearest(x), self._codes[column])
 
     # -- scales and offsets ----------------------------------------------------------------------------
 
@@ -151,9 +182,7 @@ class Descent:
         return self._parabola(columns, change)
 
     def move_scale(self, group: int, by: Tensor, along: Tensor) -> None:
-        """Add ``by [d_out]`` to a group's scale, as near as can be stored.
-
-        A scale that would not be positive is halved: ``q`` goes down, and other codes can still be chosen for it.
+        """Add ``by [d_out]`` to a group's scale, as near as can be stored; a scale never becomes 0.
 
         Args:
             group: the group.
@@ -162,8 +191,7 @@ class Descent:
         """
         old = self._scales[group].clone()
         wanted = self._rounded(old + by)
-        wanted = torch.where(wanted > 0, wanted, self._rounded(old / 2))
-        new = torch.where((wanted > 0) & wanted.isfinite(), wanted, old)
+        new = torch.where((wanted != 0) & wanted.isfinite(), wanted, old)  # with 0 no other code could be chosen
         self._scales[group] = new
         self._take(group, (new - old) * along)
 
@@ -205,3 +233,11 @@ class Descent:
     def _rounded(self, values: Tensor) -> Tensor:
         """Return values as they are stored; what does not fit becomes infinite, and is never taken."""
         return values.to(self.form.scale_dtype).to(values)
+
+
+def _inverse_root(S: Tensor) -> Tensor:
+    """Return the upper triangular ``U`` with ``U^T U = (S + damping)^-1``."""
+    factor = DampedFactor(S, _FEEDBACK_DAMPING, name="S")
+    inverse = factor.solve(torch.eye(len(S), dtype=S.dtype, device=S.device))
+    root: Tensor = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
+    return root.to(S)

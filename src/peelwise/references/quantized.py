@@ -64,6 +64,7 @@ def solve(
     form: Format,
     *,
     starts: Sequence[Encoded] = (),
+    feedback: bool = True,
     max_sweeps: int = MAX_SWEEPS,
     tolerance: float = TOLERANCE,
 ) -> QuantizedReference:
@@ -75,13 +76,17 @@ def solve(
         form: the format. Patterns that depend on the weights look at the first start, or at ``T``.
         starts: further places to begin, such as the weights in use; the best is kept, row by row where rows are
             independent.
+        feedback: begin where rounding with error feedback ends, which costs less than a sweep; otherwise at plain
+            rounding with the best of several scales.
         max_sweeps: most sweeps over all codes from each start.
         tolerance: stop when a sweep lowers ``q`` by less than this part.
 
     Raises:
         FormatError: If the shapes, the format and the support do not go together.
     """
-    return solve_together([(S, T)], form, starts=[starts], max_sweeps=max_sweeps, tolerance=tolerance)[0]
+    return solve_together(
+        [(S, T)], form, starts=[starts], feedback=feedback, max_sweeps=max_sweeps, tolerance=tolerance
+    )[0]
 
 
 def solve_together(
@@ -89,6 +94,7 @@ def solve_together(
     form: Format,
     *,
     starts: Sequence[Sequence[Encoded]] | None = None,
+    feedback: bool = True,
     max_sweeps: int = MAX_SWEEPS,
     tolerance: float = TOLERANCE,
 ) -> list[QuantizedReference]:
@@ -98,7 +104,7 @@ def solve_together(
         problems: ``(S, T)`` of every matrix; see `solve`.
         form: the format of all of them.
         starts: per matrix, further places to begin; the same number for each.
-        max_sweeps, tolerance: as in `solve`.
+        feedback, max_sweeps, tolerance: as in `solve`.
     """
     extra = [tuple(own) for own in starts] if starts is not None else [()] * len(problems)
     if len({len(own) for own in extra}) > 1:
@@ -110,15 +116,18 @@ def solve_together(
     if not isinstance(inner, Scaled):
         return [_dense(S, T, inner, support) for (S, T), support in zip(problems, supports, strict=True)]
     rounded = _rounded(inner, problems, supports)
-    first = [_shrunk(inner, S, T, start) for (S, T), start in zip(problems, rounded, strict=True)]
+    first = [shrunk(inner, S, T, start) for (S, T), start in zip(problems, rounded, strict=True)]
     candidates = [rounded]
     history: tuple[float, ...] = ()
     for number, begin in enumerate([first, *zip(*extra, strict=True)]):
         descents = [Descent(S, T, inner, start) for (S, T), start in zip(problems, begin, strict=True)]
+        if number == 0 and feedback:
+            for descent in descents:
+                descent.feed_back()
         sums = _descend(descents, max_sweeps, tolerance)
         history = sums if number == 0 else history
         candidates.append([descent.encoded() for descent in descents])
-        candidates.append(list(begin))  # rounding errors must not make anything worse than it was
+        candidates.append(list(begin))  # so that the result is never worse than any of the starts
     return _best(problems, inner, candidates, supports, history)
 
 
@@ -181,7 +190,7 @@ def _rounded(
     return [form.quantized(T.float(), *stored, support) for (_, T), support in zip(problems, supports, strict=True)]
 
 
-def _shrunk(form: Scaled, S: Tensor, T: Tensor, rounded: Encoded) -> Encoded:
+def shrunk(form: Scaled, S: Tensor, T: Tensor, rounded: Encoded) -> Encoded:
     """Return ``T`` rounded at the scales that, alone or a part of them, are best for ``sum_j S_jj (W_ij - T_ij)^2``."""
     assert rounded.scales is not None
     if form.layout.per == "model":
