@@ -51,6 +51,10 @@ class OptionError(PeelwiseError, ValueError):
     """An option has a value that is not allowed, or that does not go with the others."""
 
 
+class FormatError(PeelwiseError, ValueError):
+    """A weight format is unknown, misspelt, or does not go with the matrix or module that it is to hold."""
+
+
 class MapError(PeelwiseError, ValueError):
     """A station map has the wrong length, decreases, or points backwards."""
 

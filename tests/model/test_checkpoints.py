@@ -329,6 +329,15 @@ def test_missing_packages_tell_the_install_command(folder, tmp_path, monkeypatch
         open_model(path)
 
 
+def test_a_torchao_checkpoint_without_torchao_tells_the_install_command(folder, monkeypatch):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "torchao"}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("peelwise.model.checkpoints.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r'torchao weights .*pip install "peelwise\[quant\]"'):
+        open_model(folder)
+
+
 def test_fingerprint_sees_one_bit_a_name_and_a_number_format():
     first, second = nn.Linear(4, 3), nn.Linear(4, 3)
     second.load_state_dict(first.state_dict())

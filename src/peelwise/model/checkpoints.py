@@ -224,6 +224,9 @@ def _gguf_options(file: Path) -> dict[str, Any]:
 
 def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
     _transformers()
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method == "torchao" and find_spec("torchao") is None:
+        raise MissingExtraError("Opening a checkpoint with torchao weights", "quant")
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     kind = config["model_type"]

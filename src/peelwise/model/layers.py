@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from peelwise.errors import UnsupportedModelError
+from peelwise.errors import FormatError, UnsupportedModelError
+from peelwise.model.effective import Held, held, is_low_bit
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
@@ -27,8 +28,26 @@ class LinearMap:
         """Whether the map adds a bias; then its change has one more column."""
         return isinstance(getattr(self.module, "bias", None), Tensor)
 
+    @property
+    def low_bit(self) -> bool:
+        """Whether the map computes with weights of a low-bit format."""
+        return is_low_bit(self.module)
+
+    def held(self) -> Held | None:
+        """Return codes, scales and format of a low-bit map, ``None`` for any other; see `peelwise.model.effective`."""
+        try:
+            return held(self.module)
+        except (FormatError, UnsupportedModelError) as error:
+            raise type(error)(f"{self.name}: {error}") from error
+
     def weight(self) -> Tensor:
-        """Return the weight as ``[d_out, d_in]``; a view of the parameter, never to be written."""
+        """Return the weight that the map computes with, ``[d_out, d_in]``, never to be written.
+
+        A view of the parameter, or what the codes of a low-bit map stand for.
+        """
+        found = self.held()
+        if found is not None:
+            return found.weight
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         return weight.detach().T if self.transposed else weight.detach()
@@ -110,8 +129,8 @@ def plain_name(name: str) -> str:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module is a linear map that can be audited (``nn.Linear`` or transformers' Conv1D)."""
-    return isinstance(module, nn.Linear) or _is_transposed(module)
+    """Whether the module is a linear map that can be audited: ``nn.Linear``, transformers' Conv1D, or a low-bit one."""
+    return isinstance(module, nn.Linear) or _is_transposed(module) or is_low_bit(module)
 
 
 def _is_transposed(module: nn.Module) -> bool:

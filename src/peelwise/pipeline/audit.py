@@ -94,6 +94,12 @@ def run_audit(
             watcher=watcher,
         )
         findings = Findings()
+        low_bit = sum(linear.low_bit for block in blocks for linear in block.linears)
+        if low_bit:
+            findings.notes.append(
+                f"{low_bit} linear maps hold low-bit codes. The witness is a dense change on top of them: it says what "
+                "they could gain, not what they could gain at the same bits."
+            )
         try:
             findings.complete = _stages(bench, findings, settings)
         except KeyboardInterrupt:

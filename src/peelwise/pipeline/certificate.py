@@ -173,7 +173,8 @@ def merged_model(certificate: Certificate, model: nn.Module) -> nn.Module:
     """Return a copy of ``model`` with the composed witness added to its weights.
 
     Raises:
-        CertificateError: If the model is not the certified one, or there is no composed witness.
+        CertificateError: If the model is not the certified one, there is no composed witness, or it belongs to low-bit
+            layers, which cannot hold it.
     """
     if fingerprint(model) != certificate.record.model.fingerprint:
         raise CertificateError("The model's tensors are not those that were certified: not the same model.")
@@ -181,6 +182,12 @@ def merged_model(certificate: Certificate, model: nn.Module) -> nn.Module:
     changes = changes_of(certificate.witness, "composed", find_blocks(changed))
     if not changes:
         raise CertificateError("The certificate holds no composed witness: the audit found none, so nothing to apply.")
+    low_bit = [linear.name for linear in changes if linear.low_bit]
+    if low_bit:
+        raise CertificateError(
+            f"{low_bit[0]} holds low-bit codes, and this witness is dense: it cannot be merged at the same bits. "
+            "Make the model dense first (peelwise.nn.dense_), and audit that."
+        )
     with torch.no_grad():
         for linear, change in changes.items():
             weight, bias = linear.module.weight, getattr(linear.module, "bias", None)

@@ -1,0 +1,157 @@
+"""Linear layers whose forward pass uses weights of a format, while a latent full-precision weight is trained.
+
+    y = x Q(W)^T + b        d loss / d W := d loss / d Q(W)        (straight-through estimator, arXiv:1308.3432)
+
+Structural zeros of a mask get no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peelwise.errors import FormatError
+from peelwise.formats.base import Encoded, Format
+from peelwise.formats.binary import Binary
+from peelwise.formats.integer import Integer
+from peelwise.formats.masked import Masked
+from peelwise.formats.scaled import Scaled
+from peelwise.formats.table import parse_format
+from peelwise.formats.ternary import Ternary
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Hands out the quantised weight, and its gradient to the latent one."""
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, quantized: Tensor, support: Tensor | None) -> Tensor:
+        ctx.support = support
+        # A diverged weight must not look healthy.
+        return torch.where(latent.isnan(), latent, quantized.to(latent.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = grad_outputs
+        return (gradient if ctx.support is None else gradient * ctx.support), None, None
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer that computes with weights of a format; ``weight`` is the latent one that is trained.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
+        form: the format or its name, such as ``"int4:group=32"``.
+
+    Attributes:
+        format: the format that `effective_weight` obeys.
+        support: where the format has structural zeros, ``[out_features, in_features]`` bool, false there; fixed when
+            the layer is made.
+
+    Raises:
+        FormatError: If the format does not go with the shape.
+    """
+
+    families: tuple[type[Format], ...] = (Scaled,)
+    support: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        form: Format | str = "ternary",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.format = parse_format(form) if isinstance(form, str) else form
+        inner = self.format.inner if isinstance(self.format, Masked) else self.format
+        if not isinstance(inner, self.families):
+            raise FormatError(f"{type(self).__name__} cannot train {self.format.name}: it is of another family.")
+        if isinstance(inner, Scaled) and inner.layout.per == "model":
+            raise FormatError(
+                f"{self.format.name}: layers with one scale for the whole model cannot be trained yet. Use tensor."
+            )
+        self.register_buffer("support", None)
+        self._fix_support()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, form: Format | str) -> Self:
+        """Return a layer that trains the very parameters of ``linear``, so that optimizers keep their grip on them."""
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, form, device="meta")
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer._fix_support()
+        return layer.train(linear.training)
+
+    def _fix_support(self) -> None:
+        if not self.weight.is_meta:
+            encoded = self.format.encode(self.weight.detach())  # refuses a shape that does not go with the format
+            self.support = encoded.support
+
+    def encoded(self) -> Encoded:
+        """Return codes, scales and zero points of the effective weight."""
+        return self.format.rounded(self.weight.detach(), self.support)
+
+    def effective_weight(self) -> Tensor:
+        """Return the weight that the forward pass uses; its gradient goes to the latent weight."""
+        decoded = self.format.decode(self.encoded())
+        quantized: Tensor = _StraightThrough.apply(self.weight, decoded, self.support)  # type: ignore[no-untyped-call]
+        return quantized
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``x Q(W)^T + b``."""
+        return F.linear(input, self.effective_weight(), self.bias)
+
+    def extra_repr(self) -> str:
+        """Return the arguments of ``nn.Linear`` and the format."""
+        return f"{super().extra_repr()}, format={self.format.name}"
+
+
+class BinaryLinear(QuantizedLinear):
+    """A linear layer with one bit per weight; by default a scale per output channel (arXiv:1603.05279)."""
+
+    families = (Binary,)
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        form: Format | str = "binary",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, form, device, dtype)
+
+
+class TernaryLinear(QuantizedLinear):
+    """A linear layer with weights in {-s, 0, s}; by default one scale, the mean of ``|W|`` (arXiv:2402.17764)."""
+
+    families = (Ternary,)
+
+
+class IntLinear(QuantizedLinear):
+    """A linear layer with integer weights of 2 to 8 bits; by default 4, symmetric, a scale per output channel."""
+
+    families = (Integer,)
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        form: Format | str = "int4",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, form, device, dtype)
+
+
+LAYER_OF: dict[type[Format], type[QuantizedLinear]] = {
+    Binary: BinaryLinear,
+    Ternary: TernaryLinear,
+    Integer: IntLinear,
+}
