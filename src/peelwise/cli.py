@@ -1,4 +1,4 @@
-"""The command line, ``peelwise audit | peel | verify | apply | report | export``.
+"""The command line, ``peelwise audit | peel | verify | apply | report | export | watch``.
 
 Exit codes: 0 fine, 1 finding, 2 bad input.
 """
@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -280,6 +280,22 @@ def export(
         with written_whole(out) as folder:
             write(reader, runs, to, folder)
     typer.echo(f"wrote {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
+
+
+@app.command(epilog="Example: `peelwise watch run.db`", short_help="Follow a run in the terminal.")
+def watch(
+    history: HistoryArgument,
+    run: Annotated[int | None, typer.Option(help="Number of the run; default: the newest.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Between two looks at the file.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Print the present state and exit.")] = False,
+) -> None:
+    """Follow the run history FILE live: verdicts, what blocks could gain, what happened. Ctrl-C ends it."""
+    from peelwise.show.watch import watch as follow
+    from peelwise.store.reader import RunReader
+
+    console = Console(highlight=False)
+    with RunReader(history) as reader, suppress(KeyboardInterrupt):
+        follow(reader, run, console, seconds=seconds, once=once or not console.is_terminal)
 
 
 @app.callback(invoke_without_command=True)

@@ -94,6 +94,15 @@ def test_everything_is_restored(error):
     before.assert_unchanged(model)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_autocast_is_off_inside_and_on_again_outside(device):
+    x = torch.ones(1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        with untouched(nn.Linear(1, 1, device=device)):
+            assert (x @ x).dtype == torch.float32
+        assert (x @ x).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: float(torch.rand(1))])
 def test_random_numbers_go_on_as_if_nothing_had_been_drawn(draw):
     with untouched(nn.Linear(1, 1)):

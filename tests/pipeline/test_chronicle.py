@@ -79,6 +79,15 @@ def test_red_is_told_when_it_begins_when_it_has_doubled_and_when_it_ends():
     assert told[1100].kind == "no-longer-red"
 
 
+def test_red_is_told_again_after_it_had_ended_and_once_at_one_step():
+    made = chronicle()
+    told = [
+        len(add(made, step, visit_of(alone={2: gain})).events)
+        for step, gain in ((200, MUCH), (200, MUCH), (210, NOTHING), (220, MUCH), (221, MUCH), (222, MUCH))
+    ]
+    assert told == [1, 0, 1, 1, 0, 1]
+
+
 def test_an_event_says_what_else_is_known_of_the_block():
     seen = {2: Seen("has frozen parameters"), 3: Seen("", 0.01)}
     row = add(chronicle(), 200, visit_of(alone={2: MUCH, 3: MUCH}), seen=seen)

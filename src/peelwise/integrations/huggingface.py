@@ -36,6 +36,8 @@ class PeelwiseCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **found: Any) -> None:
         """Start the monitor; only now there is an optimiser. One process of several measures."""
+        if self.monitor is not None:
+            self.monitor.close("failed")  # training that ended in an error has not told so
         if state.is_world_process_zero:
             self.monitor = Monitor(found["model"], self._probe, optimizer=found.get("optimizer"), **self._options)
 

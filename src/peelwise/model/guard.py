@@ -31,7 +31,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
         _set_backend_flags(_exact(flags))
         device = next((parameter.device.type for parameter, _ in gradients), "cpu")
-        with torch.compiler.set_stance("force_eager"), torch.autocast(device, enabled=False):
+        known = torch.amp.is_autocast_available(device)  # not for parameters that were moved away ("meta")
+        with torch.compiler.set_stance("force_eager"), torch.autocast(device if known else "cpu", enabled=False):
             yield
     finally:
         for module, flag in training:

@@ -216,11 +216,12 @@ class Chronicle:
             if verdict.colour != "red":
                 if block in self._red_since:
                     since = self._red_since.pop(block)
+                    del self._told[block]
                     events.append(alerts.no_longer_red(step, block, verdict.colour, since))
                 continue
             since = self._red_since.setdefault(block, step)
             lasted = step - since
-            if lasted and lasted < 2 * max(self._told[block], 1):
+            if block in self._told and lasted < 2 * max(self._told[block], 1):
                 continue
             self._told[block] = lasted
             measured = self._alone[block]

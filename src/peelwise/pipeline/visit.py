@@ -93,6 +93,9 @@ def visit(
         elif kind == "joint":
             stages.joint_rounds(bench, found, rounds=1, share=1.0)
             stages.leave_one_out(bench, found, share=1.0)
+    for other in caught:
+        if not issubclass(other.category, IllConditionedWarning):
+            warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
     evidence = {block.index: evidence_of(bench, found, block.index) for block in blocks}
     composed = found.composed
     refined = [] if kind == "ranking" else [block for block in blocks if block.index in found.proposals]

@@ -61,7 +61,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 
 def opened_for_writing(path: Path) -> sqlite3.Connection:
     """Open or make a file, at this version's schema; the caller holds the writer's lock."""
-    connection = sqlite3.connect(path, isolation_level=None)
+    # A trainer may call from another thread than the one that began; it does so one call at a time.
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
         _check_ours(connection, path)
         connection.execute("PRAGMA synchronous = NORMAL")
