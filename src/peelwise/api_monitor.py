@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 
 from peelwise.errors import StoreError
-from peelwise.model.layers import parameter_count, unwrapped
+from peelwise.model.layers import parameter_count, replica, unwrapped
 from peelwise.pipeline.monitor import Follower, MonitorSettings
 from peelwise.pipeline.schedules import Schedule
 from peelwise.pipeline.summary import versions
 from peelwise.probes import Probe
 from peelwise.run_records import Event, ProbeRow, RunInfo, StepRow
+from peelwise.show.loggers import Logger, logger_of
 from peelwise.store.writer import RunWriter
 
 if TYPE_CHECKING:
@@ -32,8 +33,11 @@ class Monitor:
     It takes its share of wall time and no more, changes nothing of the training (weights are the same to the bit
     with and without it), and writes what it sees to a file that others can read meanwhile.
 
+    Where several processes train replicas of one model (DDP), make it and call it in all of them: the first one
+    measures on the whole probe and writes, the others do nothing and meet it again at their next common step.
+
     Args:
-        model: the module in training, compiled or not.
+        model: the module in training, compiled or not, in DDP or not.
         probe: text to measure on, best from the training distribution; see `Probe`.
         optimizer: what steps the model; with it, parameters that it does not hold or does not move are found.
         budget: share of wall time that the monitor may take; ``None`` leaves it to ``schedule``.
@@ -42,13 +46,15 @@ class Monitor:
         name: of the run.
         margin: smallest recoverable loss that matters, nats per token; default: the larger of 0.5 % of the loss and
             0.003.
+        loggers: further places for what is seen, live: ``"console"``, ``"jsonl:FILE"``, ``"tensorboard:FOLDER"``, or
+            objects like those of `peelwise.show.loggers`.
         on_event: called with every `Event`; all of them also go to the logger ``peelwise``.
         on_probe: called with everything a visit found.
 
     Raises:
         OptionError: If an option has a value that is not allowed.
         StoreError: If the file cannot be written: another writer, a newer version, no such folder.
-        UnsupportedModelError: If the model cannot be measured.
+        UnsupportedModelError: If the model cannot be measured, or is sharded over processes.
         ProbeError: If the probe does not fit the model.
 
     Attributes:
@@ -75,11 +81,16 @@ class Monitor:
         store: str | Path | None = "run.db",
         name: str | None = None,
         margin: float | None = None,
+        loggers: Sequence[str | Logger] = (),
         on_event: Callable[[Event], None] | None = None,
         on_probe: Callable[[ProbeRow], None] | None = None,
     ) -> None:
+        model = replica(model)
+        self._follower: Follower | None = None
         settings = MonitorSettings(budget=budget, schedule=schedule, margin_nats=margin)
-        self._outlets = _Outlets(on_event, on_probe)
+        self._outlets = _Outlets([logger_of(each) for each in loggers], on_event, on_probe)
+        if not _first_process():
+            return
         self._follower = Follower(model, probe, settings, self._outlets, optimizer=optimizer)
         if store is not None:
             info = RunInfo(
@@ -107,12 +118,12 @@ class Monitor:
         """
         if isinstance(loss, torch.Tensor):
             loss = loss.item()  # float() of one that still has its graph warns
-        return self._follower.step(step, loss)
+        return None if self._follower is None else self._follower.step(step, loss)
 
     @property
     def share(self) -> float:
         """Share of wall time that the monitor has taken so far."""
-        return self._follower.share
+        return 0.0 if self._follower is None else self._follower.share
 
     @property
     def events(self) -> tuple[Event, ...]:
@@ -130,10 +141,8 @@ class Monitor:
         return self._outlets.writer is not None
 
     def close(self, status: Literal["finished", "failed"] = "finished") -> None:
-        """End the run in the history; closing again does nothing."""
-        if self._outlets.writer is not None:
-            self._outlets.writer.close(status)
-            self._outlets.writer = None
+        """End the run in the history and close the loggers; closing again does nothing."""
+        self._outlets.close(status)
 
     def __enter__(self) -> Self:
         return self
@@ -144,13 +153,25 @@ class Monitor:
         self.close("finished" if kind is None else "failed")
 
 
+def _first_process() -> bool:
+    """Whether this is the only process, or the first of those that train together."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
 class _Outlets:
     """Everything that is told goes to the file, the log and the callbacks.
 
     The file may fail while a model trains for days: training goes on, and that it is no longer recorded is said once.
     """
 
-    def __init__(self, on_event: Callable[[Event], None] | None, on_probe: Callable[[ProbeRow], None] | None) -> None:
+    def __init__(
+        self,
+        loggers: list[Logger],
+        on_event: Callable[[Event], None] | None,
+        on_probe: Callable[[ProbeRow], None] | None,
+    ) -> None:
+        self._loggers = loggers
         self.writer: RunWriter | None = None
         self.events: list[Event] = []
         self.last: ProbeRow | None = None
@@ -171,16 +192,30 @@ class _Outlets:
         self._write(event.step, "event", event)
         self._announce(event)
 
+    def close(self, status: Literal["finished", "failed"]) -> None:
+        if self.writer is not None:
+            self.writer.close(status)
+            self.writer = None
+        while self._loggers:
+            self._loggers.pop().close()
+
     def _write(self, step: int, what: str, row: Any) -> None:
-        if self.writer is None:
-            return
-        try:
-            getattr(self.writer, what)(row)
-        except StoreError as error:
-            writer, self.writer = self.writer, None
-            writer.close("failed")
-            text = f"the run is no longer recorded; training goes on. {error}"
-            self._announce(Event(step, "warning", "not-recorded", text))
+        if self.writer is not None:
+            try:
+                getattr(self.writer, what)(row)
+            except StoreError as error:
+                writer, self.writer = self.writer, None
+                writer.close("failed")
+                self._lost(step, f"the run is no longer recorded; training goes on. {error}")
+        for logger in tuple(self._loggers):
+            try:
+                getattr(logger, what)(row)
+            except Exception as error:  # somebody else's code and disk: the training must not end of it
+                self._loggers.remove(logger)
+                self._lost(step, f"{type(logger).__name__} logs no more; training goes on. {error}")
+
+    def _lost(self, step: int, text: str) -> None:
+        self._announce(Event(step, "warning", "not-recorded", text))
 
     def _announce(self, event: Event) -> None:
         self.events.append(event)
