@@ -17,9 +17,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import peelwise
-from audits import tiny_probe
+from audits import part_of, tiny_probe
+from damage import sign_flip
 from peelwise.errors import OptionError, ProbeError, StoreError, UnsupportedModelError
 from peelwise.pipeline import visit
+from peelwise.pipeline.monitor import Follower, MonitorSettings
 from peelwise.run_records import COLOURS
 from peelwise.store.reader import RunReader
 from zoo import BLOCKS, ZOO, sample_ids
@@ -356,7 +358,8 @@ KILLED = """
 import sys
 sys.path[:0] = {paths!r}
 import torch, peelwise
-from audits import tiny_probe
+from audits import part_of, tiny_probe
+from damage import sign_flip
 from test_api_monitor import loss_of, model_of
 from zoo import sample_ids
 model = model_of("plain")
@@ -393,3 +396,40 @@ def test_killing_a_training_process_loses_at_most_a_record(tmp_path):
         assert [run.status for run in reader.runs()] == ["interrupted", "running"]
     with sqlite3.connect(tmp_path / "run.db") as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+class Rows:
+    """A recorder that keeps what it is told."""
+
+    def __init__(self):
+        self.rows = []
+
+    def step(self, row): ...
+
+    def probe(self, row):
+        self.rows.append(row)
+
+    def event(self, event): ...
+
+
+def test_a_damaged_block_turns_red_when_the_loss_stands_still_and_a_healthy_model_does_not(small_gpt, training_probe):
+    """Both kinds of faults at once: what the block could gain, and that nothing trains it."""
+    probe = part_of(training_probe, fit=16, select=5, report=10)
+    settings = MonitorSettings(budget=None, schedule=lambda step: step == 40, plan=("alone",))
+    noise, letters = np.random.default_rng(0).normal(scale=0.05, size=41), {}
+    for name in ("damaged", "healthy"):
+        model, _ = small_gpt("final")
+        model = sign_flip(model, 3) if name == "damaged" else model
+        model.model.layers[3].requires_grad_(False)
+        kept = Rows()
+        follower = Follower(model, probe, settings, kept)
+        for step in range(41):
+            follower.step(step, loss=3.0 + noise[step])
+        (row,) = kept.rows
+        letters[name] = row.letters
+        assert [event.block for event in row.events] == [i for i, letter in enumerate(row.letters) if letter == "R"]
+        if name == "damaged":
+            (own,) = [event for event in row.events if event.block == 3]
+            assert own.suggestion == "It has frozen parameters; see whether that is meant."
+    assert letters["damaged"][3] == "R"
+    assert "R" not in letters["healthy"]
