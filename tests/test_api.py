@@ -223,3 +223,9 @@ def test_bad_budgets(budget):
 def test_missing_folder():
     with pytest.raises(ModelError, match="not found"):
         peelwise.audit("no/such/folder", tiny_probe())
+
+
+def test_star_import_needs_no_extra():
+    code = "import sys; sys.modules['transformers'] = None; from peelwise import *; print(Monitor.__name__)"
+    assert python(code) == "Monitor"
+    assert "attach" not in peelwise.__all__

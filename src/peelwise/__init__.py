@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from peelwise.api import AuditReport, apply, audit, verify
     from peelwise.api_monitor import Monitor
     from peelwise.api_peel import PeelReport, peel
-    from peelwise.integrations.huggingface import attach
+    from peelwise.integrations.huggingface import attach as attach
     from peelwise.pipeline.schedules import every, log_spaced
     from peelwise.pipeline.yes.bounds import YesMonitor, yes_bounds
     from peelwise.pipeline.yes.result import YesBounds
@@ -25,7 +25,6 @@ __all__ = [
     "YesBounds",
     "YesMonitor",
     "apply",
-    "attach",
     "audit",
     "every",
     "log_spaced",
@@ -49,7 +48,8 @@ _HOME |= dict.fromkeys(("PeelReport", "peel"), "peelwise.api_peel")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    # What needs an extra is not in __all__: "from peelwise import *" works without any.
+    if name not in __all__ and name not in _HOME:
         raise AttributeError(f"module 'peelwise' has no attribute {name!r}")
     from importlib import import_module
 
