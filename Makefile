@@ -44,6 +44,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run_history.py
 	$(BIN)/python benchmarks/oracle_tightness.py
 	$(BIN)/python benchmarks/yes_speed.py
+	$(BIN)/python benchmarks/lowbit_solvers.py
 
 clean:
 	rm -rf out build .pytest_cache .mypy_cache .ruff_cache

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from peelwise.formats.masked import BlockDiagonal, Given, Masked
 from peelwise.formats.scaled import Scaled
 from peelwise.formats.table import parse_format
 from peelwise.references.descent import Descent
-from peelwise.references.quantized import lowest_on_support, quadratic, solve, solve_together
+from peelwise.references.quantized import lowest_on_support, quadratic, solve, solve_together, split
 
 SCALED = [
     *("binary", "binary:tensor", "binary:group=7", "ternary", "ternary:channel", "int2", "int3:group=7", "int4:tensor"),
@@ -271,6 +272,28 @@ def test_float32_finds_what_float64_finds() -> None:
     for name in ("binary", "int4:affine"):
         one, two = solve(S, T, parse_format(name)), solve(S.float(), T.float(), parse_format(name))
         assert two.achieved == pytest.approx(one.achieved, rel=0.02)
+        half = solve(S.bfloat16(), T.bfloat16(), parse_format(name))  # computed in float32 at least
+        assert half.achieved == pytest.approx(one.achieved, rel=0.2)
+
+
+def test_the_split_tells_poor_codes_from_few_bits() -> None:
+    S, T = _problem()
+    form = parse_format("ternary:channel,blocks=2")
+    best = solve(S, T, form, tolerance=0.0)
+    poor = best.encoded.codes.clone()
+    poor[:, ::5] = 0
+    parts = {}
+    for name, encoded in (("best", best.encoded), ("poor", replace(best.encoded, codes=poor))):
+        current = float(quadratic(S, form.decode(encoded).double() - T).sum())
+        found = split(solve(S, T, form, starts=[encoded], tolerance=0.0), current, irreducible=2.0)
+        total = found.irreducible + found.price_of_precision + found.left_on_the_table
+        assert total == pytest.approx(2.0 + current, rel=1e-9)
+        assert found.irreducible == pytest.approx(2.0 + best.relaxed, rel=1e-6)
+        parts[name] = found.left_on_the_table / current
+    assert parts["best"] < 0.05  # control
+    assert parts["poor"] > 0.15
+    with pytest.raises(FormatError, match="Give their codes to solve"):
+        split(solve(S, T, form, max_sweeps=1, feedback=False), best.achieved * 0.9)
 
 
 def test_dense_is_the_target_itself() -> None:

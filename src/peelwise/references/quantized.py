@@ -24,7 +24,9 @@ from peelwise.errors import FormatError
 from peelwise.formats.base import Encoded, Format, check_matrix
 from peelwise.formats.masked import Masked
 from peelwise.formats.scaled import Scaled
+from peelwise.records import SplitRecord
 from peelwise.references.descent import Descent
+from peelwise.stats.gram import widened
 
 MAX_SWEEPS = 20
 TOLERANCE = 1e-3  # of q, per sweep
@@ -111,6 +113,7 @@ def solve_together(
         raise FormatError(f"starts: expected the same number for every matrix, got {[len(own) for own in extra]}.")
     for S, T in problems:
         _check(S, T)
+    problems = [(widened(S), T) for S, T in problems]
     supports = [_support(form, T, own) for (_, T), own in zip(problems, extra, strict=True)]
     inner = form.inner if isinstance(form, Masked) else form
     if not isinstance(inner, Scaled):
@@ -129,6 +132,30 @@ def solve_together(
         candidates.append([descent.encoded() for descent in descents])
         candidates.append(list(begin))  # so that the result is never worse than any of the starts
     return _best(problems, inner, candidates, supports, history)
+
+
+def split(reference: QuantizedReference, current: float, *, irreducible: float = 0.0) -> SplitRecord:
+    """Return the three parts of a layer's error; they add up to ``irreducible + current``.
+
+    Args:
+        reference: from `solve`, with the codes in use among its starts, so that it is not worse than they are.
+        current: ``q`` of the weights in use.
+        irreducible: what the problem loses even at ``T``.
+
+    Raises:
+        FormatError: If the weights in use are better than the reference.
+    """
+    left = current - reference.achieved
+    if left < -1e-9 * abs(current):
+        raise FormatError(
+            f"The weights in use have an error of {current:.6g}, the reference has {reference.achieved:.6g}. "
+            "Give their codes to solve as one of the starts."
+        )
+    return SplitRecord(
+        irreducible=irreducible + reference.relaxed,
+        price_of_precision=reference.achieved - reference.relaxed,
+        left_on_the_table=max(left, 0.0),
+    )
 
 
 def lowest_on_support(S: Tensor, T: Tensor, support: Tensor) -> Tensor:
