@@ -148,7 +148,7 @@ def test_damage_costs_and_stays_in_its_block(small_gpt, few_windows, healthy_los
     assert changed
     assert all(key.startswith(f"model.layers.{DAMAGED_BLOCK}.") for key in changed)
     assert all(torch.equal(value, untouched[key]) for key, value in healthy.state_dict().items())
-    assert mean_loss(damaged, few_windows) > healthy_loss + 0.01
+    assert mean_loss(damaged, few_windows) > healthy_loss + 0.005
 
 
 def test_training_script_leaves_a_stage_that_opens(tmp_path):

@@ -70,9 +70,8 @@ def test_hooks_on_a_compiled_model_are_silent_outside_the_guard():
     model = ZOO["llama"]()
     compiled, seen = compiled_whole(model), []
     compiled(sample_ids())
-    with pytest.MonkeyPatch.context() as patch:
-        # What makes hooks of a later day silent: compiled code does not look for them again.
-        patch.setattr(torch._dynamo.config, "skip_nnmodule_hook_guards", True)
+    # What makes hooks of a later day silent: compiled code does not look for them again.
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):
         handle = model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: seen.append(1))
         compiled(sample_ids())
         assert not seen
