@@ -29,3 +29,13 @@ def test_monitor(tmp_path, capsys, monkeypatch):
         assert len(reader.steps(1)) == 12
         assert reader.probes(1)
         assert reader.latest().info.blocks == tuple(f"blocks.{i}" for i in range(5))
+
+
+@pytest.mark.filterwarnings("ignore::peelwise.errors.PeelwiseWarning")
+def test_find_the_fault(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["find_the_fault.py", "--quick", "--tokens", "2400", "--out", str(tmp_path)])
+    load("find_the_fault").main()
+    healthy, flipped = capsys.readouterr().out.split("signs flipped")
+    assert "red" not in healthy.split("None found")[1]
+    assert "Look first at block 3" in flipped
+    assert (tmp_path / "find-the-fault.svg").stat().st_size > 10_000
