@@ -49,6 +49,24 @@ def default_margin(loss: float) -> float:
     return max(0.005 * loss, 0.003)
 
 
+def cloud_colour(loss: float, upper: float | None, lower: float, margin: float) -> Colour:
+    """Return the region of the loss's cloud that a loss lies in; all in nats per token on the same tokens.
+
+    Red: above ``upper``, what a model without any block reaches. Green: at or below ``lower + margin``, so that no
+    witness of the whole model is known that gains more than the margin. Yellow: between (arXiv:2410.10984 calls
+    these regions a cloud). Red comes first: early in training one step's witness may be above both.
+
+    Args:
+        loss: of the model.
+        upper: of the reference without blocks, or ``None`` where it is not known; then nothing is red.
+        lower: of the composed witness.
+        margin: smallest gain that matters.
+    """
+    if upper is not None and loss > upper:
+        return "red"
+    return "green" if loss <= lower + margin else "yellow"
+
+
 def judge(
     evidence: Sequence[Evidence], margin: float, *, in_distribution: bool, still_falling: bool = False
 ) -> list[Verdict]:

@@ -178,11 +178,15 @@ class Runner:
 
     # -- the model's own ends --------------------------------------------------------------------------
 
-    def head_inputs(self, trace: Trace) -> tuple[Tensor, Tensor, Tensor]:
+    def head_inputs(self, trace: Trace, station: int = -1) -> tuple[Tensor, Tensor, Tensor]:
         """Return ``(x [n, d], y [n], logits_agree)``: inputs of the output head at the predicted tokens.
 
         The third is a bool tensor: whether the head's output is the model's logits as they are (no
         soft-capping or scaling behind it).
+
+        Args:
+            trace: the tokens.
+            station: which station the model's end is given; the last one, or 0 for a model without its blocks.
         """
         assert self.head is not None
         seen: list[Tensor] = []
@@ -192,7 +196,7 @@ class Runner:
             for batch in trace.batches:
                 seen.clear()
                 with torch.no_grad():
-                    logits = self.logits(batch, batch.stations[-1])
+                    logits = self.logits(batch, batch.stations[station])
                 agree = agree and len(seen) == 2 and seen[1].shape == logits.shape
                 agree = agree and torch.allclose(seen[1].float(), logits.float(), atol=1e-5)
                 if agree:
