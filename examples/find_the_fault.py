@@ -115,9 +115,8 @@ def tell(title: str, record: AuditRecord) -> None:
     print(f"\n{title}: loss {record.loss.current:.4f}. {record.conclusion}")
     for block in record.blocks:
         alone, unique = shown(block.recoverable_nats), shown(block.unique_nats)
-        print(
-            f"  block {block.index} {block.verdict:6} natural {block.natural_energy:7.3f}  alone {alone}  unique {unique}"
-        )
+        energy = f"natural {block.natural_energy:7.3f}"
+        print(f"  block {block.index} {block.verdict:6} {energy}  alone {alone}  unique {unique}")
 
 
 def shown(one: Interval | None) -> str:
