@@ -39,21 +39,34 @@ class Interval(Record):
     method: Literal["student-t", "skewness-corrected-t"]
 
 
+class SplitRecord(Record):
+    """Three parts that add up to what there is now: an error, or a loss.
+
+    Of a loss, ``irreducible`` is the lowest that a witness reached without the format, ``price_of_precision`` what the
+    best one found inside it is above that, and ``left_on_the_table`` what it gains: certified, at the same bits.
+    """
+
+    irreducible: float
+    price_of_precision: float
+    left_on_the_table: float
+
+
 class MatrixRecord(Record):
-    """One linear map of a block; ``share`` is its part of the block's explained gradient energy (0..1)."""
+    """One linear map of a block; ``share`` is its part of the block's explained gradient energy (0..1).
+
+    Of low-bit maps also the ``format`` with its bits per weight, the share of codes that the witness of the block alone
+    changes, and ``split``, the parts of the map's error against its dense witness by the local curvature, nats per
+    token.
+    """
 
     name: str
     share: float
     damping: float | None = None
     step_weight: float | None = None
-
-
-class SplitRecord(Record):
-    """The three parts of a low-bit layer's local error; they add up to the present error."""
-
-    irreducible: float
-    price_of_precision: float
-    left_on_the_table: float
+    format: str | None = None
+    bits_per_weight: float | None = None
+    flipped: float | None = None
+    split: SplitRecord | None = None
 
 
 class BlockRecord(Record):
@@ -66,8 +79,9 @@ class BlockRecord(Record):
     ``energy`` is the gradient energy that the block's inputs explain on the fit tokens and
     ``held_out_energy`` the part of it that survives on the select tokens (nats per unit step; a ranking).
     ``cross_energy`` is what fit and select tokens agree on: ``energy`` without the noise of few tokens.
-    ``natural_energy`` is the same in the metric of the Kronecker-factored curvature, ``F`` and ``S``: the squared
-    norm of the natural gradient as far as it holds on select. It says where to look first.
+    ``split`` takes the loss of a low-bit model apart for this block alone, with the interval of its price in
+    ``price_nats``. ``natural_energy`` is the same in the metric of the Kronecker-factored curvature, ``F`` and ``S``:
+    the squared norm of the natural gradient as far as it holds on select. It says where to look first.
     """
 
     index: int
@@ -86,6 +100,7 @@ class BlockRecord(Record):
     interaction: bool = False
     matrices: tuple[MatrixRecord, ...] = ()
     split: SplitRecord | None = None
+    price_nats: Interval | None = None
 
 
 class HeadRecord(Record):
@@ -108,7 +123,9 @@ class LossRecord(Record):
 
     Controls (``None`` = not run within the budget): ``head_control`` the model with its head re-fitted,
     ``shuffled`` the same construction from targets permuted across sequences, ``untrained`` the same
-    construction on the same architecture at initialisation.
+    construction on the same architecture at initialisation. ``dense`` is reached by all blocks refined together without
+    the formats of low-bit maps, ``price`` is what the composed witness is above it, and ``split`` says it in three
+    parts.
     """
 
     current: float
@@ -121,16 +138,24 @@ class LossRecord(Record):
     head_control_gain: Interval | None = None
     shuffled_gain: Interval | None = None
     untrained_gain: Interval | None = None
+    dense: float | None = None
+    price: Interval | None = None
+    split: SplitRecord | None = None
 
 
 class RoundRecord(Record):
-    """One joint round: which direction and step length were chosen, and the select loss that chose them."""
+    """One joint round: which direction and step length were chosen, and the select loss that chose them.
+
+    Inside low-bit formats ``flipped`` is the share of codes that the round changed; for single flips ``step`` is the
+    least predicted decrease that was taken, nats per token.
+    """
 
     direction: str
     step: float
     output_change: float
     select_before: float
     select_after: float
+    flipped: float | None = None
 
 
 class StageCost(Record):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peelwise.model.layers import LinearMap
+from peelwise.nn.linear import QuantizedLinear
 
 Changes = Mapping[LinearMap, Tensor]  # each [d_out, d_in], one more column where the map has a bias
 
@@ -31,7 +32,7 @@ def spliced(changes: Changes, scale: float = 1.0) -> Iterator[None]:
 
 def _plain(linear: LinearMap) -> bool:
     module, weight = linear.module, linear.module.weight
-    ours = type(module) is nn.Linear or linear.transposed
+    ours = type(module) is nn.Linear or linear.transposed or isinstance(module, QuantizedLinear)
     return (
         ours
         and "forward" not in module.__dict__

@@ -94,11 +94,12 @@ def run_audit(
             watcher=watcher,
         )
         findings = Findings()
-        low_bit = sum(linear.low_bit for block in blocks for linear in block.linears)
-        if low_bit:
+        if bench.held:
+            formats = ", ".join(sorted({held.format.name for held in bench.held.values()}))
             findings.notes.append(
-                f"{low_bit} linear maps hold low-bit codes. The witness is a dense change on top of them: it says what "
-                "they could gain, not what they could gain at the same bits."
+                f"{len(bench.held)} linear maps hold low-bit codes ({formats}). The witness gives them other "
+                "codes and scales of the same formats; the price of precision comes from a dense witness that is "
+                "not kept."
             )
         try:
             findings.complete = _stages(bench, findings, settings)

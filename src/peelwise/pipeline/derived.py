@@ -104,6 +104,7 @@ def contradictions(record: AuditRecord, tolerance: float) -> Iterator[str]:
     yield from _losses(record.loss, tolerance)
     yield from _head(record.head, record.loss)
     yield from _rounds(record)
+    yield from _splits(record)
     yield from _verdicts(record)
     if record.informative != informative(record.loss):
         yield instead("informative", record.informative, informative(record.loss))
@@ -140,11 +141,13 @@ def _named_intervals(record: AuditRecord) -> Iterator[tuple[str, Interval]]:
         "loss.head_control_gain": loss.head_control_gain,
         "loss.shuffled_gain": loss.shuffled_gain,
         "loss.untrained_gain": loss.untrained_gain,
+        "loss.price": loss.price,
         "head.recoverable_nats": record.head.recoverable_nats if record.head else None,
     }
     for block in record.blocks:
         found[f"{block.name} recoverable"] = block.recoverable_nats
         found[f"{block.name} unique"] = block.unique_nats
+        found[f"{block.name} price"] = block.price_nats
     yield from ((name, interval) for name, interval in found.items() if interval is not None)
 
 
@@ -172,6 +175,25 @@ def _head(head: HeadRecord | None, loss: LossRecord) -> Iterator[str]:
             yield "head.recoverable_nats: it is not loss.head_control_gain, though both are the re-fitted head's."
         if not head.relaxed - _ROUNDING <= head.achieved <= head.current + _ROUNDING:
             yield "head: relaxed <= achieved <= current does not hold."
+
+
+def _splits(record: AuditRecord) -> Iterator[str]:
+    """The parts of a loss add up to it, and are the differences that stand beside them."""
+    loss = record.loss
+    rows = [("loss", loss.split, loss.composed_gain, loss.price)]
+    rows += [(b.name, b.split, b.recoverable_nats, b.price_nats) for b in record.blocks]
+    for name, split, gained, price in rows:
+        if split is None:
+            if price is not None:
+                yield f"{name}: a price of precision and its split stand together or not at all."
+            continue
+        total = split.irreducible + split.price_of_precision + split.left_on_the_table
+        if abs(total - loss.current) > _ROUNDING:
+            yield instead(f"{name}.split", total, loss.current, "loss.current")
+        if abs(split.left_on_the_table - (gained.mean if gained else 0.0)) > _ROUNDING:
+            yield f"{name}.split: what is left on the table is not the gain that was certified."
+        if price is None or abs(split.price_of_precision - price.mean) > _ROUNDING:
+            yield f"{name}.split: its price of precision is not the mean of the interval beside it."
 
 
 def _rounds(record: AuditRecord) -> Iterator[str]:

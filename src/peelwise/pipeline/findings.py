@@ -30,6 +30,7 @@ class Findings:
         composed: all blocks refined together, evaluated on report.
         without: per block, report losses ``[sequences]`` of the composed witness without that block.
         alone: per block, the block refined by itself, evaluated on report.
+        dense_composed, dense_alone: the same for a low-bit model without its formats: what the bits are compared with.
         head, head_gain, shuffled, untrained: the head's reference and the null controls.
         notes: what a reader should know, in sentences.
         complete: whether every planned stage ran to its end.
@@ -40,6 +41,8 @@ class Findings:
     composed: Refined | None = None
     without: dict[int, Tensor] = field(default_factory=dict)
     alone: dict[int, Refined] = field(default_factory=dict)
+    dense_composed: Refined | None = None
+    dense_alone: dict[int, Refined] = field(default_factory=dict)
     head: HeadRecord | None = None
     head_control: Control | None = None
     shuffled: Control | None = None

@@ -7,9 +7,11 @@ from dataclasses import replace
 from peelwise.model.splice import spliced
 from peelwise.pipeline.bench import WITHOUT, Bench
 from peelwise.pipeline.findings import Findings
-from peelwise.pipeline.refine import Refined, take_round, unrefined
+from peelwise.pipeline.refine import Refined, unrefined
+from peelwise.pipeline.rounds import Kind, improved, kinds
 from peelwise.pipeline.sweep import Direction, Targets, sweep
 
+_JOINT: dict[Kind, str] = {"certified": "joint rounds", "dense": "joint rounds without the formats"}
 # How many evaluations of the select loss a round takes as a rule, both directions together, to estimate its time.
 _USUAL_EVALUATIONS = 5
 
@@ -44,37 +46,53 @@ def joint_rounds(bench: Bench, findings: Findings, *, rounds: int, share: float)
 
     Args:
         bench: model and traces.
-        findings: ``composed`` is replaced after each round.
+        findings: ``composed`` is replaced after each round; ``dense_composed`` too where there are low-bit maps.
         rounds: most rounds.
         share: part of the whole budget after which no further round is begun.
 
     Returns whether the rounds ended by themselves.
     """
-    state = unrefined(bench.select)
+    going = {kind: unrefined(bench.select) for kind in kinds(bench)}
     output_changes: dict[Direction, float] = {}
-    proposals = findings.proposals
     for number in range(rounds):
-        with bench.clock.stage("joint rounds"):
-            fit, select = bench.fit, bench.select
-            if number > 0:
-                if not _affordable_round(bench, share):
+        for kind, state in list(going.items()):
+            with bench.clock.stage(_JOINT[kind]):
+                if number > 0 and not _affordable_round(bench, share):
                     return False
-                with spliced(state.changes):
-                    fit, select = bench.runner.refreshed(fit), bench.runner.refreshed(select)
-                    (proposals,) = sweep(
-                        bench.runner,
-                        fit,
-                        select,
-                        after_block=lambda done: bench.clock.tell(done, len(bench.runner.blocks)),
-                    )
-            bench.clock.tell(number + 1, rounds)
-            better = take_round(bench.runner, bench.select, state, proposals, output_changes=output_changes)
-            if better is None:
-                break
-            with spliced(better.changes):
-                losses = bench.runner.losses_from(bench.report, 0)
-            state = findings.composed = replace(better, report_losses=losses)
+                bench.clock.tell(number + 1, rounds)
+                better = _joint_round(bench, findings, state, kind, output_changes)
+                if better is None:
+                    del going[kind]
+                    if kind == "dense" and not state.rounds:  # tried, and no better than the model as it stands
+                        findings.dense_composed = replace(state, report_losses=bench.report.losses)
+                    continue
+                going[kind] = better
+                if kind == "certified":
+                    findings.composed = better
+                else:
+                    findings.dense_composed = better
     return True
+
+
+def _joint_round(
+    bench: Bench, findings: Findings, before: Refined, kind: Kind, output_changes: dict[Direction, float]
+) -> Refined | None:
+    """Take one round of all blocks together, linearised at ``before``, and evaluate it on report."""
+    proposals = findings.proposals
+    if before.rounds:
+        with spliced(before.changes):
+            fit, select = bench.runner.refreshed(bench.fit), bench.runner.refreshed(bench.select)
+            (proposals,) = sweep(
+                bench.runner,
+                fit,
+                select,
+                after_block=lambda done: bench.clock.tell(done, len(bench.runner.blocks)),
+            )
+    better = improved(bench, before, proposals, kind, output_changes=output_changes)
+    if better is None:
+        return None
+    with spliced(better.changes):
+        return replace(better, report_losses=bench.runner.losses_from(bench.report, 0))
 
 
 def leave_one_out(bench: Bench, findings: Findings, *, share: float) -> bool:
@@ -112,22 +130,18 @@ def refine_alone(bench: Bench, findings: Findings, *, rounds: int) -> bool:
     Returns whether every block was refined until select stopped improving or ``rounds`` were taken.
     """
     output_changes: dict[Direction, float] = {}
-    open_blocks = _promising(findings)
+    going = dict.fromkeys(_promising(findings), kinds(bench))
     with bench.clock.stage("refining blocks alone"):
         for number in range(rounds):
-            still = []
-            for done, index in enumerate(open_blocks):
-                bench.clock.tell(done, len(open_blocks))
-                if not bench.clock.affords(_alone_seconds(bench, index, number)):
+            still: dict[int, tuple[Kind, ...]] = {}
+            for done, (index, open_kinds) in enumerate(going.items()):
+                bench.clock.tell(done, len(going))
+                if not bench.clock.affords(len(open_kinds) * _alone_seconds(bench, index, number)):
                     return False
-                better = _alone_round(bench, findings, index, output_changes)
-                if better is not None:
-                    findings.alone[index] = better
-                    still.append(index)
-                elif number == 0:
-                    # No step helped on select: the witness is the block as it stands, and it gains nothing.
-                    findings.alone[index] = replace(unrefined(bench.select, index), report_losses=bench.report.losses)
-            open_blocks = sorted(still, key=lambda i: findings.alone[i].select_loss)
+                found = tuple(k for k in open_kinds if _alone_round(bench, findings, index, k, output_changes))
+                if found:
+                    still[index] = found
+            going = dict(sorted(still.items(), key=lambda item: findings.alone[item[0]].select_loss))
     return True
 
 
@@ -147,21 +161,25 @@ def _promising(findings: Findings) -> list[int]:
 
 
 def _alone_round(
-    bench: Bench, findings: Findings, index: int, output_changes: dict[Direction, float]
-) -> Refined | None:
-    before = findings.alone.get(index) or unrefined(bench.select, index)
+    bench: Bench, findings: Findings, index: int, kind: Kind, output_changes: dict[Direction, float]
+) -> bool:
+    """Take one more round of a block by itself; return whether it helped on select."""
+    into = findings.alone if kind == "certified" else findings.dense_alone
+    before = into.get(index) or unrefined(bench.select, index)
     proposals = {index: findings.proposals[index]}
     if before.rounds:
         with spliced(before.changes):
             fit = bench.runner.refreshed(bench.fit, index)
             select = bench.runner.refreshed(bench.select, index)
             (proposals,) = sweep(bench.runner, fit, select, only=[index])
-    better = take_round(bench.runner, bench.select, before, proposals, output_changes=output_changes, evaluations=6)
+    better = improved(bench, before, proposals, kind, output_changes=output_changes, evaluations=6)
     if better is None:
-        return None
+        # No step helped on select: the witness is the block as it stands, and it gains nothing.
+        into.setdefault(index, replace(before, report_losses=bench.report.losses))
+        return False
     with spliced(better.changes):
-        losses = bench.runner.losses_from(bench.report, index)
-    return replace(better, report_losses=losses)
+        into[index] = replace(better, report_losses=bench.runner.losses_from(bench.report, index))
+    return True
 
 
 def _alone_seconds(bench: Bench, index: int, number: int) -> float:

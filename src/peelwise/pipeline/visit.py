@@ -18,7 +18,8 @@ from peelwise.pipeline.bench import Bench, gain
 from peelwise.pipeline.cloud import without_blocks
 from peelwise.pipeline.findings import Findings
 from peelwise.pipeline.opening import first_bench
-from peelwise.pipeline.summary import evidence_of, matrices_of
+from peelwise.pipeline.splits import matrices_of
+from peelwise.pipeline.summary import evidence_of
 from peelwise.pipeline.sweep import sweep
 from peelwise.probes import Probe
 from peelwise.run_records import MatrixShare, ProbeKind
