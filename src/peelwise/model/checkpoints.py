@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peelwise.errors import DeviceError, MissingExtraError, ModelError, OutputError, UnsupportedModelError
+from peelwise.errors import DeviceError, FormatError, MissingExtraError, ModelError, OutputError, UnsupportedModelError
 from peelwise.model.layers import plain_name
-from peelwise.model.weight_files import brief, check_gguf, check_weights, read_config
+from peelwise.model.weight_files import brief, check_gguf, check_weights, read_config, read_tensors
+from peelwise.nn.files import FORMATS_KEY, TENSORS, note_formats, restore_
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PIECE = 1 << 22  # elements looked at together, so that no tensor is ever copied whole
@@ -81,6 +82,8 @@ def open_model(
     tokenizer = _load_tokenizer(folder, options.get("gguf_file")) if with_tokenizer else None
     model = _load_model(folder, path, number_format, options)
     _forget_gguf(model)
+    if path.is_dir():
+        _restore_formats(model, path)
     try:
         model.to(target)
     except torch.OutOfMemoryError as error:
@@ -155,6 +158,7 @@ def save_model(model: nn.Module, tokenizer: Any | None, folder: str | Path) -> N
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file: expected a folder to write the model to.")
     _forget_gguf(model)
+    note_formats(model)
     try:
         with _quiet():
             save(folder)
@@ -278,6 +282,20 @@ def _load_model(folder: Path, path: Path, dtype: torch.dtype | str, options: dic
         )
     loaded: nn.Module = model
     return loaded
+
+
+def _restore_formats(model: nn.Module, folder: Path) -> None:
+    """Put the low-bit layers of `peelwise.nn` back that the folder's config names."""
+    formats = getattr(model.config, FORMATS_KEY, None)
+    if not formats:
+        return
+    if not isinstance(formats, dict):
+        raise ModelError(f"{folder}: {FORMATS_KEY} in config.json should map layers to formats. Save the model again.")
+    wanted = {f"{name}.{part}" for name in formats for part in TENSORS}
+    try:
+        restore_(model, formats, read_tensors(folder, wanted))
+    except FormatError as error:
+        raise ModelError(f"{folder}: {error}") from error
 
 
 def _load_tokenizer(folder: Path, gguf_file: str | None) -> Any | None:

@@ -7,10 +7,12 @@ numbers. Here the file itself is named.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from torch import Tensor
 
 from peelwise.errors import MissingExtraError, ModelError
 
@@ -85,6 +87,15 @@ def check_safetensors(file: Path) -> set[str]:
         raise ModelError(
             f"{file} is damaged or cut short: {brief(error)} ({file.stat().st_size} bytes). Copy it again."
         ) from error
+
+
+def read_tensors(folder: Path, names: Collection[str]) -> dict[str, Tensor]:
+    """Return those of the named tensors that the folder's safetensors files hold; call `check_weights` first."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            found.update({name: opened.get_tensor(name) for name in opened.keys() if name in names})  # noqa: SIM118
+    return found
 
 
 def check_gguf(file: Path) -> None:

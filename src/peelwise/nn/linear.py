@@ -18,6 +18,7 @@ from peelwise.formats.base import Encoded, Format
 from peelwise.formats.binary import Binary
 from peelwise.formats.integer import Integer
 from peelwise.formats.masked import Masked
+from peelwise.formats.membership import check_member, same_support, scaled_part
 from peelwise.formats.scaled import Scaled
 from peelwise.formats.table import parse_format
 from peelwise.formats.ternary import Ternary
@@ -49,6 +50,8 @@ class QuantizedLinear(nn.Linear):
         format: the format that `effective_weight` obeys.
         support: where the format has structural zeros, ``[out_features, in_features]`` bool, false there; fixed when
             the layer is made.
+        scales, zeros: ``None`` while they follow from the latent weight by the format's own rule; after `hold_` the
+            ones that stay.
 
     Raises:
         FormatError: If the format does not go with the shape.
@@ -56,6 +59,8 @@ class QuantizedLinear(nn.Linear):
 
     families: tuple[type[Format], ...] = (Scaled,)
     support: Tensor | None
+    scales: Tensor | None
+    zeros: Tensor | None
 
     def __init__(
         self,
@@ -75,7 +80,8 @@ class QuantizedLinear(nn.Linear):
             raise FormatError(
                 f"{self.format.name}: layers with one scale for the whole model cannot be trained yet. Use tensor."
             )
-        self.register_buffer("support", None)
+        for name in ("support", "scales", "zeros"):
+            self.register_buffer(name, None)
         self._fix_support()
 
     @classmethod
@@ -93,7 +99,43 @@ class QuantizedLinear(nn.Linear):
 
     def encoded(self) -> Encoded:
         """Return codes, scales and zero points of the effective weight."""
-        return self.format.rounded(self.weight.detach(), self.support)
+        if self.scales is None:
+            return self.format.rounded(self.weight.detach(), self.support)
+        return self._inner.quantized(self.weight.detach(), self.scales, self.zeros, self.support)
+
+    @property
+    def _inner(self) -> Scaled:
+        inner = scaled_part(self.format)
+        assert inner is not None
+        return inner
+
+    @torch.no_grad()
+    def hold_(self, encoded: Encoded) -> None:
+        """Compute with these codes from now on, and with these scales for good; in place.
+
+        A format's rule reaches only some of its scales, so the ones given are kept beside the latent weight, which
+        becomes what the codes stand for. Training goes on from there: codes flip, scales stay.
+
+        Args:
+            encoded: codes, scales and offsets of the format, on the support of this layer.
+
+        Raises:
+            FormatError: If they are none of the format, or the latent weight is too coarse a number for its codes.
+        """
+        check_member(encoded, self.format, (self.out_features, self.in_features))
+        if not same_support(encoded.support, self.support):
+            raise FormatError(f"{self.format.name}: the codes have another support than the layer. Make a new layer.")
+        assert encoded.scales is not None
+        device = self.weight.device
+        decoded = self.format.decode(encoded).to(device)
+        self.weight.copy_(decoded)
+        self.scales = encoded.scales.detach().to(device, copy=True)
+        self.zeros = None if encoded.zeros is None else encoded.zeros.detach().to(device, copy=True)
+        if not torch.equal(self.format.decode(self.encoded()), decoded):
+            dtype = str(self.weight.dtype).removeprefix("torch.")
+            raise FormatError(
+                f"{self.format.name}: {dtype} cannot tell its levels apart. Make the layer float32 first."
+            )
 
     def effective_weight(self) -> Tensor:
         """Return the weight that the forward pass uses; its gradient goes to the latent weight."""

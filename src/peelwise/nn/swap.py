@@ -11,6 +11,7 @@ from peelwise.errors import FormatError
 from peelwise.formats.base import Format
 from peelwise.formats.masked import Masked
 from peelwise.formats.table import parse_format
+from peelwise.nn.files import note_formats
 from peelwise.nn.linear import LAYER_OF, QuantizedLinear
 
 Choice = Callable[[str, nn.Linear], bool]
@@ -61,6 +62,7 @@ def quantize_(
         )
     for name, layer in swapped.items():
         _put(model, name, layer)
+    note_formats(model)
     return list(swapped)
 
 
@@ -79,6 +81,7 @@ def dense_(model: nn.Module) -> list[str]:
             plain.weight, plain.bias = nn.Parameter(weight, requires_grad=module.weight.requires_grad), bias
             _put(model, name, plain.train(module.training))
             swapped.append(name)
+    note_formats(model)
     return swapped
 
 
