@@ -67,31 +67,33 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     transformers.utils.logging.disable_progress_bar()  # it would overwrite the progress line
     settings = Settings(steps=options.steps, seed=options.seed)
-    options.out.mkdir(parents=True, exist_ok=True)
+    train(Run(settings, options.out / "resume.pt", options.fresh), options.out)
+    return 0
 
+
+def train(run: Run, out: Path) -> None:
+    """Bring a run to its end, and write its stages and what there is to know about them."""
+    settings = run.settings
     tokenizer = train_tokenizer(training_documents(), settings)
-    tokenizer.save_pretrained(options.out / "tokenizer")
+    tokenizer.save_pretrained(out / "tokenizer")
     stream = token_stream(tokenizer, training_documents())
     held_out = held_out_documents()
     held_out_stream = token_stream(tokenizer, held_out)
     test = windows(held_out_stream, settings.context)
     tokens_per_byte = len(held_out_stream) / sum(len(document.encode()) for document in held_out)
     print(f"{len(stream):,} tokens to train on, {len(held_out_stream):,} held out")
-
-    run = Run(settings, options.out / "resume.pt", fresh=options.fresh)
     print(f"{sum(p.numel() for p in run.model.parameters()):,} parameters, from step {run.step}")
     while run.step < settings.steps:
         run.advance(stream)
         if run.step % settings.evaluate_every == 0 or run.step in settings.stages:
             run.evaluate(test)
         if run.step in settings.stages:
-            run.stages.append(save_stage(run, tokenizer, test, tokens_per_byte, options.out))
+            run.stages.append(save_stage(run, tokenizer, test, tokens_per_byte, out))
         if run.step % settings.evaluate_every == 0:
             run.save()
     report = summary(run, len(stream), test.shape[0] * settings.context, tokens_per_byte)
-    (options.out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     run.resume_file.unlink(missing_ok=True)
-    return 0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -174,7 +176,8 @@ class Run:
 
     def __init__(self, settings: Settings, resume_file: Path, fresh: bool) -> None:
         self.settings, self.resume_file = settings, resume_file
-        self.model = new_model(settings)
+        resume_file.parent.mkdir(parents=True, exist_ok=True)
+        self.model = self.new_model()
         self.optimizer = new_optimizer(self.model, settings)
         self.step, self.seconds = 0, 0.0
         self.curve: list[dict[str, float]] = []
@@ -182,6 +185,10 @@ class Run:
         self.recent: list[float] = []  # training losses since the last evaluation
         if resume_file.exists() and not fresh:
             self._resume(torch.load(resume_file, weights_only=True))
+
+    def new_model(self) -> nn.Module:
+        """Return the model as it is before the first step."""
+        return new_model(self.settings)
 
     def advance(self, stream: Tensor) -> None:
         """Take one step."""
@@ -225,6 +232,11 @@ class Run:
             flush=True,
         )
 
+    def opened(self, folder: Path) -> nn.Module:
+        """Open a stage of this run."""
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return model
+
     def save(self) -> None:
         """Write the state; an interruption while writing leaves the previous one."""
         state = {
@@ -252,7 +264,7 @@ def save_stage(
     folder = out / f"step-{run.step:05d}"
     copy.deepcopy(run.model).half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    stored = mean_loss(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), test)
+    stored = mean_loss(run.opened(folder), test)
     rounding = stored - mean_loss(run.model, test)
     if abs(rounding) > LARGEST_ROUNDING:
         sys.exit(f"{folder}: float16 changed the loss by {rounding:.5f} nats, more than {LARGEST_ROUNDING}.")

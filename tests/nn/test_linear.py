@@ -139,7 +139,6 @@ def test_a_format_that_does_not_go_with_a_layer_leaves_the_model_as_it_was() -> 
     [
         (lambda: BinaryLinear(4, 4, form="ternary"), "BinaryLinear cannot train ternary"),
         (lambda: QuantizedLinear(4, 4, form="dense"), "another family"),
-        (lambda: BinaryLinear(4, 4, form="binary:model"), "cannot be trained yet"),
         (lambda: IntLinear(4, 4, form="int4:group=3"), "does not divide the 4 inputs"),
         (lambda: quantize_(nn.ReLU(), "binary"), "has no nn.Linear"),
         (lambda: quantize_(nn.Linear(2, 2), "binary"), "itself the layer"),

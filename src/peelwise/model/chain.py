@@ -38,9 +38,14 @@ class AffineLayer:
         return isinstance(self.module.bias, Tensor)
 
     def affine(self, x: Tensor) -> Tensor:
-        """Return ``x W^T + b`` in the dtype of ``x``, on its device, outside the graph of gradients."""
+        """Return ``x W^T + b`` in the dtype of ``x``, on its device, outside the graph of gradients.
+
+        ``W`` is what the layer computes with: for layers that train inside a format, not the latent weight.
+        """
+        effective = getattr(self.module, "effective_weight", None)
+        weight = self.module.weight if effective is None else effective()
         bias = self.module.bias.detach().to(x) if self.has_bias else None
-        return functional.linear(x, self.module.weight.detach().to(x), bias)
+        return functional.linear(x, weight.detach().to(x), bias)
 
     def activated(self, z: Tensor) -> Tensor:
         """Return the activation of ``z``."""

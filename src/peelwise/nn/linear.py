@@ -51,7 +51,7 @@ class QuantizedLinear(nn.Linear):
         support: where the format has structural zeros, ``[out_features, in_features]`` bool, false there; fixed when
             the layer is made.
         scales, zeros: ``None`` while they follow from the latent weight by the format's own rule; after `hold_` the
-            ones that stay.
+            ones that stay, after `share_scale_` those of the whole model.
 
     Raises:
         FormatError: If the format does not go with the shape.
@@ -76,10 +76,6 @@ class QuantizedLinear(nn.Linear):
         inner = self.format.inner if isinstance(self.format, Masked) else self.format
         if not isinstance(inner, self.families):
             raise FormatError(f"{type(self).__name__} cannot train {self.format.name}: it is of another family.")
-        if isinstance(inner, Scaled) and inner.layout.per == "model":
-            raise FormatError(
-                f"{self.format.name}: layers with one scale for the whole model cannot be trained yet. Use tensor."
-            )
         for name in ("support", "scales", "zeros"):
             self.register_buffer(name, None)
         self._fix_support()

@@ -1,17 +1,19 @@
-"""Put layers that train inside a format into a model, and take them out again."""
+"""Put layers that train inside a format into a model, take them out again, and give them one scale for all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peelwise.errors import FormatError
 from peelwise.formats.base import Format
 from peelwise.formats.masked import Masked
+from peelwise.formats.membership import scaled_part
 from peelwise.formats.table import parse_format
 from peelwise.nn.files import note_formats
+from peelwise.formats.scaled import Scaled
 from peelwise.nn.linear import LAYER_OF, QuantizedLinear
 
 Choice = Callable[[str, nn.Linear], bool]
@@ -62,6 +64,7 @@ def quantize_(
         )
     for name, layer in swapped.items():
         _put(model, name, layer)
+    share_scale_(model)
     note_formats(model)
     return list(swapped)
 
@@ -74,6 +77,46 @@ def quantize_like_(model: nn.Module, pattern: nn.Module) -> None:
             if type(linear) is nn.Linear:
                 _put(model, name, type(layer).from_linear(linear, layer.format))
     note_formats(model)
+
+
+@torch.no_grad()
+def share_scale_(model: nn.Module) -> list[str]:
+    """Give all layers with one scale for the whole model the scale that the rule makes of all their weights; in place.
+
+        s = mean |W|   over the latent weights on the supports of all layers      (binary and ternary)
+
+    `quantize_` does so once. The scale then stays while codes flip; call this after each step of the optimiser to let
+    it follow the latent weights, or never, to train with a scale fixed beforehand. Layers of another inner format have a
+    scale of their own. Source: arXiv:2502.01908.
+
+    Returns:
+        The names of the layers.
+
+    Example:
+        >>> quantize_(net, "binary:model,blocks=4")
+        >>> optimizer.step()
+        >>> share_scale_(net)
+    """
+    groups: dict[Scaled, list[tuple[str, QuantizedLinear]]] = {}
+    for name, module in model.named_modules():
+        inner = scaled_part(module.format) if isinstance(module, QuantizedLinear) else None
+        if inner is not None and inner.layout.per == "model":
+            groups.setdefault(inner, []).append((name, module))
+    for inner, group in groups.items():
+        device = group[0][1].weight.device
+        weights = torch.cat([_on_support(layer).to(device) for _, layer in group])
+        scales, zeros = inner.rule(weights[None, None])  # [1, 1, n]
+        for _, layer in group:  # tensors of their own: files refuse those that share memory
+            layer.scales = inner.stored(scales).to(layer.weight.device, copy=True)
+            stored = inner.stored_zeros(zeros)
+            layer.zeros = None if stored is None else stored.to(layer.weight.device, copy=True)
+    return [name for group in groups.values() for name, _ in group]
+
+
+def _on_support(layer: QuantizedLinear) -> Tensor:
+    """Return the latent weights of a layer as ``[n]``, float32."""
+    weight = layer.weight.detach().float()
+    return (weight if layer.support is None else weight[layer.support]).flatten()
 
 
 @torch.no_grad()

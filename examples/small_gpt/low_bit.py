@@ -1,0 +1,116 @@
+"""Train the small Llama in full precision, binary and ternary, each once at a good rate and once at one far too low.
+
+    python examples/small_gpt/low_bit.py ternary-tuned ternary-stuck
+
+Same data, same batches, same recipe; only the format of the weights and the learning rate differ. The low-bit ones
+are trained straight through the rounding (arXiv:1308.3432). Some ten minutes on one core for each run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+from train import HERE, Run, Settings, train
+
+from peelwise.formats.signals import LowBitSignals
+from peelwise.model.checkpoints import open_model
+from peelwise.model.codewatch import CodeWatch
+from peelwise.nn import quantize_
+
+
+@dataclass(frozen=True)
+class LowBitSettings(Settings):
+    """Everything that decides the result of a run."""
+
+    steps: int = 1200
+    batch: int = 16
+    early_step: int = 1200  # the last stage alone is kept
+    middle_step: int = 1200
+    evaluate_every: int = 40
+    form: str = "dense"
+
+
+# Highest learning rates. Tuned: the best of 4e-3, 1e-2 and, inside a format, 2e-2 in runs of 120 steps.
+TUNED = {"dense": 4e-3, "binary": 1e-2, "ternary": 1e-2}
+STUCK = 2e-4
+RUNS = {
+    f"{form}-{state}": LowBitSettings(form=form, peak_rate=rate)
+    for form, tuned in TUNED.items()
+    for state, rate in (("tuned", tuned), ("stuck", STUCK))
+}
+
+
+class LowBitRun(Run):
+    """A training run inside a format, whose codes are watched."""
+
+    settings: LowBitSettings
+
+    def __init__(self, settings: LowBitSettings, resume_file: Path, fresh: bool) -> None:
+        super().__init__(settings, resume_file, fresh)
+        self.watch = CodeWatch(self.model)
+        self.watch.look()
+
+    def new_model(self) -> nn.Module:
+        return in_format(super().new_model(), self.settings.form)
+
+    def evaluate(self, test: Tensor) -> None:
+        super().evaluate(test[::4])  # a point of the curve; stages are measured on everything
+        if signals := self.watch.look():
+            self.curve[-1] |= overall(self.model, signals)
+
+    def opened(self, folder: Path) -> nn.Module:
+        return open_model(str(folder), device="cpu", dtype="float32").model
+
+
+def overall(model: nn.Module, signals: dict[str, LowBitSignals]) -> dict[str, float]:
+    """Return the signals of all layers together: shares of all weights, the mean over scales, the sum of dead rows."""
+    sizes = [model.get_submodule(name).weight.numel() for name in signals]
+    layers = list(signals.values())
+
+    def mean(values: list[float | None]) -> float:
+        return round(sum(n * (v or 0.0) for n, v in zip(sizes, values, strict=True)) / sum(sizes), 6)
+
+    return {
+        "flipped": mean([s.flipped for s in layers]),
+        "near_threshold": mean([s.near_threshold for s in layers]),
+        "scale_drift": mean([s.scale_drift for s in layers]),
+        "dead_rows": sum(s.dead_rows for s in layers),
+    }
+
+
+def in_format(model: nn.Module, form: str) -> nn.Module:
+    """Let all linear layers but the head compute inside a format."""
+    if form != "dense":
+        quantize_(model, form)
+    return model
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="*", choices=[[], *RUNS], help="default: all")
+    parser.add_argument("--steps", type=int, default=LowBitSettings.steps)
+    parser.add_argument("--rate", type=float, help="another highest learning rate, to try")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=HERE / "low_bit")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    transformers.utils.logging.disable_progress_bar()
+    for name in options.runs or RUNS:
+        settings = replace(RUNS[name], steps=options.steps)
+        if options.rate:
+            settings = replace(settings, peak_rate=options.rate)
+        print(f"{name}: {settings.form}, rate {settings.peak_rate:g}")
+        run = LowBitRun(settings, options.out / name / "resume.pt", fresh=False)
+        train(run, options.out / name)
+        torch.save(run.model.state_dict(), options.out / name / "exact.pt")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
