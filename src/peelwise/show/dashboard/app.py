@@ -47,6 +47,7 @@ class Dashboard:
         self, histories: Sequence[Path], *, seconds: float = 0.5, ending: Callable[[], bool] = lambda: False
     ) -> None:
         self._histories = tuple(histories)
+        self._facts = {"words": queries.verdict_words(), "version": version("peelwise")}
         self._seconds, self._ending = seconds, ending
         self._streams = 0
 
@@ -72,7 +73,7 @@ class Dashboard:
 
     def runs(self, request: Request) -> Response:
         """Answer with all runs of all files."""
-        return JSONResponse(self._all_runs() | {"words": queries.verdict_words(), "version": version("peelwise")})
+        return JSONResponse(self._all_runs() | self._facts)
 
     def overview(self, request: Request) -> Response:
         """Answer with one run."""

@@ -206,7 +206,9 @@ export class HeatMap {
     context.textAlign = "center";
     const [x0, x1] = [this.X.invert(LEFT), this.X.invert(width - RIGHT)];
     for (const value of ticks(x0, x1, Math.max(2, Math.floor((width - LEFT) / 90)))) {
-      if (Number.isInteger(value)) context.fillText(integer(value), this.X(value), height + 13);
+      const text = integer(value);
+      const place = Math.min(this.X(value), width - context.measureText(text).width / 2 - 1);
+      if (Number.isInteger(value)) context.fillText(text, place, height + 13);
     }
     context.textAlign = "start";
   }

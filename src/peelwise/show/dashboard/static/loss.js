@@ -67,7 +67,7 @@ export class LossChart {
     this.table.update();
   }
 
-  #cloud({ X, Y, top, bottom }) {
+  #cloud({ X, Y, top, bottom, right }) {
     const clip = (value) => Math.min(Math.max(Y(value), top), bottom);
     const curve = (bound) => bound.filter(([, value]) => value !== null).map(([step, v]) => [X(step), clip(v)]);
     const upper = curve(this.data.bounds.upper);
@@ -84,7 +84,7 @@ export class LossChart {
       // The letter stands where there is most room for it.
       const rooms = above.map(([, y], i) => (below[i]?.[1] ?? y) - y);
       const at = rooms.indexOf(Math.max(...rooms));
-      if (rooms[at] > 18) parts.push(letter(this.words, colour, above[at], below[at]));
+      if (rooms[at] > 18) parts.push(letter(this.words, colour, Math.min(above[at][0], right - 14), above[at][1], below[at][1]));
     };
     if (upper.length > 1) region(level(upper, top), upper, "red");
     if (upper.length > 1 && lower.length > 1) region(upper, lower, "yellow");
@@ -165,7 +165,7 @@ export function find(bins, step) {
   return bins[Math.max(low - 1, 0)] ?? null;
 }
 
-function letter(words, colour, [x, above], [, below]) {
+function letter(words, colour, x, above, below) {
   const word = words.find((each) => each.colour === colour);
   const place = { x: Math.max(x, LEFT + 14), y: (above + below) / 2 + 5, "text-anchor": "middle" };
   return s("text", { class: `cloud-letter ${colour}`, ...place }, word.letter);
