@@ -1,4 +1,4 @@
-"""The command line, ``peelwise audit | peel | verify | apply | report | export | watch``.
+"""The command line, ``peelwise audit | peel | verify | apply | report | export | watch | serve``.
 
 Exit codes: 0 fine, 1 finding, 2 bad input.
 """
@@ -296,6 +296,38 @@ def watch(
     console = Console(highlight=False)
     with RunReader(history) as reader, suppress(KeyboardInterrupt):
         follow(reader, run, console, seconds=seconds, once=once or not console.is_terminal)
+
+
+@app.command(
+    epilog="Example: `peelwise serve run.db`, then `ssh -L 8717:localhost:8717 HOST` from elsewhere.",
+    short_help="Follow runs in a browser.",
+)
+def serve(
+    histories: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Run histories, such as run.db.")],
+    host: Annotated[
+        str, typer.Option(help="Where to listen; anything but this machine asks for a token.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Default: 8717, or a free one if it is taken; 0: any free one.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option("--allow-host", metavar="NAME", help="A further name of this machine.")
+    ] = None,
+    token: Annotated[
+        bool, typer.Option("--token", help="Ask for a token here too: other users share the machine.")
+    ] = False,
+    browser: Annotated[bool, typer.Option("--open/--no-open", help="Open a browser.")] = True,
+) -> None:
+    """Serve a local page that follows the run histories FILE... live, several runs side by side. It only reads.
+
+    The page is for this machine unless --host says otherwise. Ctrl-C ends it.
+    """
+    from peelwise.show.dashboard.serve import Address
+    from peelwise.show.dashboard.serve import serve as serve_page
+
+    address = Address(host, port, tuple(allow_host or ()), token=token)
+    with suppress(KeyboardInterrupt):
+        serve_page(histories, address, browser=browser, say=lambda line: typer.echo(line))
 
 
 @app.callback(invoke_without_command=True)
