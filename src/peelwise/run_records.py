@@ -57,6 +57,10 @@ class StepRow:
     loss: float | None
     share: float
 
+    def scalars(self) -> dict[str, float]:
+        """Return what trackers want."""
+        return {"peelwise/share": self.share} | ({} if self.loss is None else {"peelwise/loss": self.loss})
+
 
 @dataclass(frozen=True)
 class Statistic:
