@@ -13,11 +13,9 @@ the format of arXiv:2502.01908. A few minutes on one core.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -30,7 +28,6 @@ from peelwise.pipeline.yes.bounds import yes_bounds
 from peelwise.pipeline.yes.result import YesBounds
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 matplotlib.rcParams["svg.hashsalt"] = "peelwise"  # the same file at every run
 ROOT = Path(__file__).resolve().parents[1]

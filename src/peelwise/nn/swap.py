@@ -11,9 +11,9 @@ from peelwise.errors import FormatError
 from peelwise.formats.base import Format
 from peelwise.formats.masked import Masked
 from peelwise.formats.membership import scaled_part
+from peelwise.formats.scaled import Scaled
 from peelwise.formats.table import parse_format
 from peelwise.nn.files import note_formats
-from peelwise.formats.scaled import Scaled
 from peelwise.nn.linear import LAYER_OF, QuantizedLinear
 
 Choice = Callable[[str, nn.Linear], bool]
