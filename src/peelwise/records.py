@@ -79,9 +79,12 @@ class BlockRecord(Record):
     ``energy`` is the gradient energy that the block's inputs explain on the fit tokens and
     ``held_out_energy`` the part of it that survives on the select tokens (nats per unit step; a ranking).
     ``cross_energy`` is what fit and select tokens agree on: ``energy`` without the noise of few tokens.
+    ``natural_energy`` is the same in the metric of the Kronecker-factored curvature, ``F`` and ``S``: the squared
+    norm of the natural gradient as far as it holds on select. It says where to look first.
+    ``removal_nats`` is what the loss rises by when the block is taken out, its input passed on as its output: below
+    zero, the model is better without it, which replacement weights of zero prove.
     ``split`` takes the loss of a low-bit model apart for this block alone, with the interval of its price in
-    ``price_nats``. ``natural_energy`` is the same in the metric of the Kronecker-factored curvature, ``F`` and ``S``:
-    the squared norm of the natural gradient as far as it holds on select. It says where to look first.
+    ``price_nats``.
     """
 
     index: int
@@ -90,6 +93,7 @@ class BlockRecord(Record):
     reason: str
     recoverable_nats: Interval | None = None
     unique_nats: Interval | None = None
+    removal_nats: Interval | None = None
     rounds: int = 0
     energy: float | None = None
     held_out_energy: float | None = None

@@ -146,6 +146,18 @@ def leaders(values: Sequence[Paired | None]) -> list[int]:
     return [i for i, v in known if top.mean - v.mean <= _APART * (top.standard_error**2 + v.standard_error**2) ** 0.5]
 
 
+def harmful(removals: Sequence[Paired | None], margin: float) -> list[int]:
+    """Return the blocks whose removal lowers the loss by more than the margin (Holm over all), the worst first.
+
+    Args:
+        removals: what the loss rises by without each block, nats per token.
+        margin: smallest decrease that matters.
+    """
+    shown = _holm([r.p_at_least(-margin) if r else None for r in removals])
+    found = [(r.mean, i) for i, (r, flag) in enumerate(zip(removals, shown, strict=True)) if r and flag]
+    return [i for _, i in sorted(found)]
+
+
 def _holm(p_values: Sequence[float | None]) -> list[bool]:
     """Holm over the measured blocks; unmeasured ones are never rejected."""
     known = [i for i, p in enumerate(p_values) if p is not None]

@@ -106,6 +106,11 @@ class Runner:
         self.work.add(sum(self.shares[start:]) + self.head_share, float(trace.tokens.sum()))
         return torch.cat(losses)
 
+    def losses_without(self, trace: Trace, index: int) -> Tensor:
+        """Return the losses ``[sequences]`` of the model without one block, whose input is passed on as its output."""
+        passed = [replace(b, stations=[*b.stations[: index + 1], b.stations[index]]) for b in trace.batches]
+        return self.losses_from(replace(trace, batches=passed), index + 1)
+
     @torch.no_grad()
     def refreshed(self, trace: Trace, start: int = 0) -> Trace:
         """Return the trace with stations behind block ``start`` and losses computed again."""

@@ -22,7 +22,7 @@ from peelwise.records import AuditRecord
 
 # Stages are cut short so that the next ones get their turn: no further joint round and no untrained control is begun
 # after these parts of the budget; leaving one out gets a part of what is left, the head one of the whole.
-_JOINT_SHARE, _CONTROL_SHARE, _UNIQUE_SHARE, _HEAD_SHARE = 0.4, 0.8, 0.6, 0.02
+_REMOVAL_SHARE, _JOINT_SHARE, _CONTROL_SHARE, _UNIQUE_SHARE, _HEAD_SHARE = 0.1, 0.4, 0.8, 0.6, 0.02
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,7 @@ def _stages(bench: Bench, findings: Findings, settings: AuditSettings) -> bool:
     """Run the stages in the order of what they are worth; return whether all of them ended by themselves."""
     null = controls.permuted_targets(bench.fit, bench.seed) if settings.controls else None
     complete = stages.first_sweep(bench, findings, null=null)
+    complete &= stages.take_out(bench, findings, share=_REMOVAL_SHARE)
     complete &= stages.joint_rounds(bench, findings, rounds=settings.joint_rounds, share=_JOINT_SHARE)
     controls.shuffled_control(bench, findings)
     complete &= stages.leave_one_out(bench, findings, share=_UNIQUE_SHARE)

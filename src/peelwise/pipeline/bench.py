@@ -19,7 +19,11 @@ from peelwise.probes import Probe
 WITNESS_DTYPE = torch.bfloat16
 
 # Stages that only run the model forwards, in the order they come in; they tell what a pass takes.
-FORWARD_STAGES = LOSSES, WITHOUT = "losses of the model as it stands", "leaving one block out"
+FORWARD_STAGES = LOSSES, REMOVED, WITHOUT = (
+    "losses of the model as it stands",
+    "taking blocks out",
+    "leaving one block out",
+)
 
 ChangeMap = dict[LinearMap, Tensor]
 

@@ -34,7 +34,7 @@ WITNESS_FILE, PROBE_FILE = "witness.safetensors", "probe.safetensors"
 # Nats per token that a recomputed loss may be off: other threads, batches, machines. Half precision is the most.
 _TOLERANCE, _HALF_TOLERANCE = 3e-4, 5e-3
 _SELF = "that the record agrees with itself (intervals, gains and the losses beside them, margin, verdicts, conclusion)"
-_BLOCKS = "every block's recoverable and unique loss"
+_BLOCKS = "every block's recoverable and unique loss, and the loss without it"
 _UNCHECKED = (
     "the losses of the controls and of the head, energies and shares, rounds, cost, "
     "the price of precision of low-bit models, and whether the text is training text"
@@ -228,6 +228,7 @@ class _Recheck:
                 self._unique(composed, after)
         if full:
             self._alone()
+            self._removal()
         return tuple(self.checks)
 
     def _unique(self, composed: ChangeMap, after: Trace) -> None:
@@ -249,6 +250,13 @@ class _Recheck:
             found = self._gain(self.trace.losses, losses)
             self._interval(f"{block.name} recoverable", recorded.recoverable_nats, found)
             self.evidence[block.index] = replace(self.evidence[block.index], alone=found)
+
+    def _removal(self) -> None:
+        for block, recorded in zip(self.blocks, self.record.blocks, strict=True):
+            if recorded.removal_nats is not None:
+                losses = self.runner.losses_without(self.trace, block.index)
+                found = self._gain(losses, self.trace.losses)
+                self._interval(f"{block.name} removal", recorded.removal_nats, found)
 
     def wrong_number(self) -> str | None:
         """Return which number was not found again, or ``None``."""

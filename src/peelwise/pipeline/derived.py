@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from peelwise.intervals import Paired
 from peelwise.records import AuditRecord, BlockRecord, HeadRecord, Interval, LossRecord
-from peelwise.verdict import Evidence, Verdict, default_margin, judge, leaders
+from peelwise.verdict import Evidence, Verdict, default_margin, harmful, judge, leaders
 
 # Sums of the same numbers in another order and precision; far below anything that is shown.
 _ROUNDING = 1e-5
@@ -38,7 +38,8 @@ def conclusion(
             f" Refined together, the blocks win back {composed.mean:.3f} nats per token "
             f"(95 % interval {composed.low:.3f} to {composed.high:.3f})."
         )
-    first = _look_first(blocks, in_distribution)
+    harm = _better_without(blocks, margin)
+    first = _look_first(blocks, in_distribution) + harm
     if red:
         which = ", ".join(map(str, red[:6])) + (", ..." if len(red) > 6 else "")
         blocks_word = "block" if len(red) == 1 else "blocks"
@@ -50,10 +51,10 @@ def conclusion(
         )
     measured = sum(b.recoverable_nats is not None for b in blocks)
     if not measured:
-        return f"No verdict yet: no block was refined alone within the budget.{together}"
+        return f"No verdict yet: no block was refined alone within the budget.{together}{harm}"
     return (
         f"None found: of {measured} blocks refined alone (of {len(blocks)}), none is shown to have more than "
-        f"{margin:.3f} nats per token to recover.{together}"
+        f"{margin:.3f} nats per token to recover.{together}{harm}"
     )
 
 
@@ -73,6 +74,14 @@ def _look_first(blocks: tuple[BlockRecord, ...], in_distribution: bool) -> str:
     what = "what only it can give" if unique else "what it gains alone"
     others = f"; not told apart: {', '.join(map(str, sorted(tied)))}" if tied else ""
     return f" Look first at block {first} ({what}: {value.mean if value else 0.0:.3f}{others})."
+
+
+def _better_without(blocks: tuple[BlockRecord, ...], margin: float) -> str:
+    """Name the blocks without which the model is shown to be better, by more than the margin, the worst first."""
+    removals = [block.removal_nats for block in blocks]
+    found = harmful([None if i is None else Paired.of(i) for i in removals], margin)
+    named = [f"{i} ({-r.mean:.3f} nats per token)" for i in found[:_MOST_NAMED] if (r := removals[i]) is not None]
+    return f" The model is better without block {', without block '.join(named)}." if named else ""
 
 
 def informative(losses: LossRecord) -> bool | None:
@@ -147,6 +156,7 @@ def _named_intervals(record: AuditRecord) -> Iterator[tuple[str, Interval]]:
     for block in record.blocks:
         found[f"{block.name} recoverable"] = block.recoverable_nats
         found[f"{block.name} unique"] = block.unique_nats
+        found[f"{block.name} removal"] = block.removal_nats
         found[f"{block.name} price"] = block.price_nats
     yield from ((name, interval) for name, interval in found.items() if interval is not None)
 

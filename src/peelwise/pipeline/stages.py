@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from peelwise.model.splice import spliced
-from peelwise.pipeline.bench import WITHOUT, Bench
+from peelwise.pipeline.bench import REMOVED, WITHOUT, Bench
 from peelwise.pipeline.findings import Findings
 from peelwise.pipeline.refine import Refined, unrefined
 from peelwise.pipeline.rounds import Kind, improved, kinds
@@ -39,6 +39,27 @@ def first_sweep(bench: Bench, findings: Findings, *, null: Targets | None = None
         )
         findings.shuffled_proposals = others[0] if others else None
     return len(findings.proposals) == len(bench.runner.blocks)
+
+
+def take_out(bench: Bench, findings: Findings, *, share: float) -> bool:
+    """Measure the loss on report with each block taken out, its input passed on as its output (arXiv:1605.06431).
+
+    On a deep model and foreign text, where all blocks gain by adapting, it points at the block at fault best
+    (docs/truth.md). All blocks or none: the lowest of some says nothing.
+
+    Returns whether ``share`` of the whole budget allowed it.
+    """
+    blocks, clock = bench.runner.blocks, bench.clock
+    passes = sum(bench.share_from(block.index + 1) for block in blocks)
+    if bench.seconds_for(passes * float(bench.report.tokens.sum())) > min(share * clock.budget, clock.left):
+        return False
+    with clock.stage(REMOVED):
+        found = {}
+        for block in blocks:
+            clock.tell(block.index, len(blocks))
+            found[block.index] = bench.runner.losses_without(bench.report, block.index)
+        findings.removed = found
+    return True
 
 
 def joint_rounds(bench: Bench, findings: Findings, *, rounds: int, share: float) -> bool:

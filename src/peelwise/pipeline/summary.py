@@ -121,6 +121,7 @@ def _block_record(bench: Bench, findings: Findings, block: Block, evidence: Evid
         reason=verdict.reason,
         recoverable_nats=_interval(evidence.alone),
         unique_nats=_interval(evidence.unique),
+        removal_nats=_removal(bench, findings, block.index),
         rounds=len(findings.alone[block.index].rounds) if block.index in findings.alone else 0,
         energy=proposals.energy if proposals else None,
         held_out_energy=proposals.held_out_energy if proposals else None,
@@ -133,6 +134,11 @@ def _block_record(bench: Bench, findings: Findings, block: Block, evidence: Evid
         split=parts[0] if parts else None,
         price_nats=parts[1] if parts else None,
     )
+
+
+def _removal(bench: Bench, findings: Findings, index: int) -> Interval | None:
+    losses = findings.removed.get(index)
+    return None if losses is None else gain(losses, bench.report.losses, bench.report).interval()
 
 
 def _losses(bench: Bench, findings: Findings) -> LossRecord:

@@ -166,6 +166,7 @@ def blocks(record: AuditRecord) -> str:
         "verdict",
         "alone",
         "unique",
+        "taken out",
         "natural energy",
         "gradient",
         "rounds",
@@ -272,6 +273,7 @@ def _block_row(block: BlockRecord) -> tuple[str, ...]:
         f"{chip(block.verdict, VERDICTS[block.verdict].short)}<small>{esc(_reason(block))}</small>",
         _interval(block.recoverable_nats),
         _interval(block.unique_nats),
+        _taken_out(block.removal_nats),
         _value(significant(ranking(block))),
         _value(significant(block.gradient_norm)),
         str(block.rounds) if is_measured(block) else _value(NOT_MEASURED),
@@ -298,6 +300,15 @@ def _interval(interval: Interval | None) -> str:
         return _value(NOT_MEASURED)
     flag = f'<small class="flag">✕ {INTERACTION}</small>' if is_interaction(interval) else ""
     return f"{nats(interval.mean, signed=True)}<small>{bracket(interval)}</small>{flag}"
+
+
+def _taken_out(interval: Interval | None) -> str:
+    """What the loss rises by without the block; no flag, negative means something else here."""
+    return (
+        _value(NOT_MEASURED)
+        if interval is None
+        else f"{nats(interval.mean, signed=True)}<small>{bracket(interval)}</small>"
+    )
 
 
 def _gain(interval: Interval | None) -> str:
