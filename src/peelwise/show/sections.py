@@ -95,7 +95,7 @@ def reading(record: AuditRecord) -> str:
 
 
 def inside(record: AuditRecord) -> str:
-    """Show natural energy over depth and within each block, and the parts of a low-bit layer's error."""
+    """Show natural energy over depth and within each block."""
     energy = chart(
         charts.energy(record),
         "What a block's gradient says on tokens it was not computed from, in the metric of the loss's curvature "
@@ -109,14 +109,6 @@ def inside(record: AuditRecord) -> str:
         "the block the step acts.",
         _MISSING,
     )
-    split = charts.split(record)
-    parts = chart(
-        split,
-        "Irreducible: no weights of any precision do better. Price of precision: at most this is due to "
-        "the bits. Left on the table: certified, at the same bits.",
-        "",
-    )
-    extra = ("<h3>Local error of the low-bit layers</h3>", parts) if split else ()
     return section(
         "inside",
         "Inside the blocks",
@@ -124,7 +116,6 @@ def inside(record: AuditRecord) -> str:
         energy,
         "<h3>Share of each matrix</h3>",
         shares,
-        *extra,
     )
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from peelwise.records import AuditRecord, BlockRecord, Interval, SealedRecord
+from peelwise.show.low_bit import terminal_view
 from peelwise.show.words import (
     INTERACTION,
     INTERACTION_MEANING,
@@ -101,6 +102,9 @@ class _AuditView:
             yield Text(f"\n{INTERACTION}: {INTERACTION_MEANING}.", style="magenta")
         yield _why(record)
         yield _losses(record)
+        bits = terminal_view(record)
+        if bits is not None:
+            yield bits
         yield _closing(record, self.folder)
 
 
