@@ -1,4 +1,4 @@
-"""The command line, ``peelwise audit | peel | verify | apply | report | export | watch | serve``.
+"""The command line, ``peelwise audit | peel | verify | apply | report | export | watch | serve | demo``.
 
 Exit codes: 0 fine, 1 finding, 2 bad input.
 """
@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from peelwise import cli_live
 from peelwise.errors import OutputError, PeelwiseError, PeelwiseWarning, StoreError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
 )
+app.add_typer(cli_live.app)
 _INTERRUPTED = 130
 _err = Console(stderr=True, highlight=False)
 
@@ -296,38 +298,6 @@ def watch(
     console = Console(highlight=False)
     with RunReader(history) as reader, suppress(KeyboardInterrupt):
         follow(reader, run, console, seconds=seconds, once=once or not console.is_terminal)
-
-
-@app.command(
-    epilog="Example: `peelwise serve run.db`, then `ssh -L 8717:localhost:8717 HOST` from elsewhere.",
-    short_help="Follow runs in a browser.",
-)
-def serve(
-    histories: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Run histories, such as run.db.")],
-    host: Annotated[
-        str, typer.Option(help="Where to listen; anything but this machine asks for a token.")
-    ] = "127.0.0.1",
-    port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Default: 8717, or a free one if it is taken; 0: any free one.")
-    ] = None,
-    allow_host: Annotated[
-        list[str] | None, typer.Option("--allow-host", metavar="NAME", help="A further name of this machine.")
-    ] = None,
-    token: Annotated[
-        bool, typer.Option("--token", help="Ask for a token here too: other users share the machine.")
-    ] = False,
-    browser: Annotated[bool, typer.Option("--open/--no-open", help="Open a browser.")] = True,
-) -> None:
-    """Serve a local page that follows the run histories FILE... live, several runs side by side. It only reads.
-
-    The page is for this machine unless --host says otherwise. Ctrl-C ends it.
-    """
-    from peelwise.show.dashboard.serve import Address
-    from peelwise.show.dashboard.serve import serve as serve_page
-
-    address = Address(host, port, tuple(allow_host or ()), token=token)
-    with suppress(KeyboardInterrupt):
-        serve_page(histories, address, browser=browser, say=lambda line: typer.echo(line))
 
 
 @app.callback(invoke_without_command=True)

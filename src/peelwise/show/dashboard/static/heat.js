@@ -109,23 +109,28 @@ export class HeatMap {
     return found;
   }
 
+  // The pixel rows that belong to a block, as [first, end]; rows that are high enough stand apart a little.
+  #rowsOf(block, ratio, height) {
+    const gap = this.row >= 8 ? ratio : 0;
+    return [Math.round(block * this.row * ratio), Math.min(height, Math.round((block + 1) * this.row * ratio - gap))];
+  }
+
   #paintVerdicts(image, ratio) {
     const { width, height } = image;
     const pixels = new Uint32Array(image.data.buffer);
     const blocks = this.data.facts.blocks.length;
     const places = this.#places(width, ratio);
-    const palette = verdictPalette();
+    const columns = this.columns.map((column) => Array.from(column.letters, (letter) => WORST.indexOf(letter)));
+    const patterns = verdictPatterns();
+    const across = Uint8Array.from({ length: width }, (_, px) => Math.floor(px / ratio) & 7);
     const ranks = new Int8Array(width);
     const runs = [];
-    const gap = this.row >= 8 ? ratio : 0;
     for (let b = 0; b < blocks; b += 1) {
       let start = 0;
       for (let px = 0; px <= width; px += 1) {
         let rank = -1;
         if (px < width && places[px]) {
-          for (let i = places[px][0]; i <= places[px][1]; i += 1) {
-            rank = Math.max(rank, WORST.indexOf(this.columns[i].letters[b]));
-          }
+          for (let i = places[px][0]; i <= places[px][1]; i += 1) rank = Math.max(rank, columns[i][b]);
         }
         if (px === width || (px > 0 && rank !== ranks[px - 1])) {
           if (px > 0 && ranks[px - 1] >= 0) runs.push([b, start / ratio, px / ratio, WORST[ranks[px - 1]]]);
@@ -133,10 +138,11 @@ export class HeatMap {
         }
         if (px < width) ranks[px] = rank;
       }
-      const [top, bottom] = [Math.round(b * this.row * ratio), Math.round((b + 1) * this.row * ratio - gap)];
-      for (let y = top; y < Math.min(bottom, height); y += 1) {
-        for (let px = 0; px < width; px += 1) {
-          if (ranks[px] >= 0) pixels[y * width + px] = palette(ranks[px], px / ratio, (y - top) / ratio);
+      const [top, bottom] = this.#rowsOf(b, ratio, height);
+      for (let y = top; y < bottom; y += 1) {
+        const down = (Math.floor((y - top) / ratio) & 7) << 3;
+        for (let px = 0, at = y * width; px < width; px += 1, at += 1) {
+          if (ranks[px] >= 0) pixels[at] = patterns[(ranks[px] << 6) | down | across[px]];
         }
       }
     }
@@ -149,21 +155,27 @@ export class HeatMap {
     const places = this.#places(width, ratio);
     const blocks = this.data.facts.blocks.length;
     const strength = this.#strength();
-    const shade = divergingPalette();
-    const gap = this.row >= 8 ? ratio : 0;
+    const strengths = this.columns.map((column) => Float32Array.from(column.values, strength));
+    const shades = divergingShades();
+    const line = new Uint32Array(2 * width); // a plain row of pixels, and one of the stripes
     for (let b = 0; b < blocks; b += 1) {
-      const [top, bottom] = [Math.round(b * this.row * ratio), Math.round((b + 1) * this.row * ratio - gap)];
+      line.fill(0);
       for (let px = 0; px < width; px += 1) {
         if (!places[px]) continue;
         let t = NaN;
         for (let i = places[px][0]; i <= places[px][1]; i += 1) {
-          const each = strength(this.columns[i].values[b]);
-          if (!(Math.abs(each) <= Math.abs(t))) t = Number.isNaN(each) ? t : each;
+          const each = strengths[i][b];
+          if (!(Math.abs(each) <= Math.abs(t)) && !Number.isNaN(each)) t = each;
         }
         if (Number.isNaN(t)) continue;
-        for (let y = top; y < Math.min(bottom, height); y += 1) {
-          pixels[y * width + px] = shade(t, (y - top) / ratio);
-        }
+        const shade = Math.round((t + 1) * 32) * 2;
+        line[px] = shades[shade];
+        line[width + px] = shades[shade + (t < -0.05 ? 1 : 0)];
+      }
+      const [top, bottom] = this.#rowsOf(b, ratio, height);
+      for (let y = top; y < bottom; y += 1) {
+        const striped = Math.floor((y - top) / ratio) % 4 < 2;
+        pixels.set(line.subarray(striped ? width : 0, striped ? 2 * width : width), y * width);
       }
     }
     return [];
@@ -328,29 +340,37 @@ function packed(colour, page, share) {
   return ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0;
 }
 
-// The tiles' colours and patterns, pixel by pixel: red plain, yellow striped, green light, grey dotted.
-function verdictPalette() {
+// The tiles' colours and patterns as squares of 8 by 8 pixels, one per rank: red plain, yellow striped, green light,
+// grey dotted.
+function verdictPatterns() {
   const page = rgb("--page");
   const [red, yellow, green, grey] = ["--red", "--yellow", "--green", "--grey"].map(rgb);
-  const solid = packed(red, page, 1);
   const stripes = [packed(yellow, page, 0.5), packed(yellow, page, 0.2)];
-  const light = packed(green, page, 0.26);
   const [dot, blank] = [packed(grey, page, 0.75), packed(grey, page, 0.08)];
-  return (rank, x, y) => {
-    if (rank === 3) return solid;
-    if (rank === 2) return stripes[((x + y) >> 2) & 1];
-    if (rank === 0) return light;
-    return (x | 0) % 4 === 1 && (y | 0) % 4 === 1 ? dot : blank;
+  const [solid, light] = [packed(red, page, 1), packed(green, page, 0.26)];
+  const of = {
+    G: () => light,
+    "?": (x, y) => (x % 4 === 1 && y % 4 === 1 ? dot : blank),
+    Y: (x, y) => stripes[((x + y) >> 2) & 1],
+    R: () => solid,
   };
+  const found = new Uint32Array(64 * WORST.length);
+  for (let rank = 0; rank < WORST.length; rank += 1) {
+    for (let at = 0; at < 64; at += 1) found[(rank << 6) | at] = of[WORST[rank]](at & 7, at >> 3);
+  }
+  return found;
 }
 
-function divergingPalette() {
+// 65 shades from far below the median to far above it, each followed by its paler stripe.
+function divergingShades() {
   const page = rgb("--page");
   const [above, below] = [rgb("--mark"), rgb("--accent")];
-  const steps = Array.from({ length: 65 }, (_, i) => {
+  const found = new Uint32Array(130);
+  for (let i = 0; i <= 64; i += 1) {
     const t = i / 32 - 1;
     const colour = t < 0 ? below : above;
-    return [packed(colour, page, 0.06 + 0.86 * Math.abs(t)), packed(colour, page, 0.06 + 0.6 * Math.abs(t))];
-  });
-  return (t, y) => steps[Math.round((t + 1) * 32)][t < -0.05 && (y | 0) % 4 < 2 ? 1 : 0];
+    found[2 * i] = packed(colour, page, 0.06 + 0.86 * Math.abs(t));
+    found[2 * i + 1] = packed(colour, page, 0.06 + 0.6 * Math.abs(t));
+  }
+  return found;
 }
