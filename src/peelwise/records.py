@@ -180,7 +180,10 @@ class CostRecord(Record):
 
 
 class ModelRecord(Record):
-    """The audited model; ``fingerprint`` is SHA-256 over names, shapes, dtypes and bytes of its tensors."""
+    """The audited model; ``fingerprint`` is SHA-256 over names, shapes, dtypes and bytes of its tensors.
+
+    ``as_stored`` says that the codes of a GGUF file were audited, not the floating-point weights they stand for.
+    """
 
     name: str
     fingerprint: str
@@ -189,6 +192,7 @@ class ModelRecord(Record):
     architecture: str
     dtype: str
     source: str | None = None
+    as_stored: bool = False
 
 
 class ProbeRecord(Record):

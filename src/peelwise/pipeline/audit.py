@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from peelwise.errors import IllConditionedWarning, PeelwiseWarning
 from peelwise.model.checkpoints import fingerprint
 from peelwise.model.guard import untouched
 from peelwise.model.runner import MICRO_BATCH_TOKENS
+from peelwise.model.splice import frozen
 from peelwise.pipeline import controls, stages
 from peelwise.pipeline.bench import Bench
 from peelwise.pipeline.clock import Watcher
@@ -82,8 +84,9 @@ def run_audit(
     """
     blocks = checked_blocks(model, probe)
     setup = Setup(model, blocks, name, source, fingerprint(model), settings_dict(settings), probe.seed)
-    with untouched(model), warnings.catch_warnings(record=True) as caught:
+    with untouched(model), ExitStack() as stack, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", IllConditionedWarning)
+        stack.enter_context(frozen(m for block in blocks for m in block.linears))
         bench = first_bench(
             model,
             blocks,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peelwise.intervals import Paired
+from peelwise.model.checkpoints import gguf_file
 from peelwise.model.layers import Block, device_of, parameter_count, unwrapped
 from peelwise.pipeline.bench import Bench, gain
 from peelwise.pipeline.derived import conclusion, informative, tokens_needed
@@ -186,6 +187,7 @@ def model_record(setup: Setup) -> ModelRecord:
         architecture=type(unwrapped(setup.model)).__name__,
         dtype=str(parameter.dtype).removeprefix("torch."),
         source=setup.source,
+        as_stored=gguf_file(setup.source) is not None and any(m.low_bit for b in setup.blocks for m in b.linears),
     )
 
 

@@ -7,21 +7,20 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from peelwise.records import AuditRecord, BlockRecord, MatrixRecord, SplitRecord
+from peelwise.records import AuditRecord, BlockRecord, Interval, MatrixRecord, SplitRecord
 from peelwise.show import charts
 from peelwise.show.markup import chart, esc, paragraph, section, table
-from peelwise.show.words import NOT_MEASURED, bracket, clean, nats, with_ends
+from peelwise.show.words import NOT_MEASURED, bracket, clean, nats
 
 TITLE = "What the bits cost, and what is left at the same bits"
 _MEANINGS = (
-    ("irreducible", "no weights found here get below this, at any precision"),
+    ("irreducible", "no weights found get below this"),
     (
         "price of precision",
-        "of this gap at most so much is due to the bits: a better search inside the format shrinks it",
+        "at most this is due to the bits",
     ),
-    ("left on the table", "certified: other codes and scales of the same format win it back"),
+    ("left on the table", "certified, at the same bits"),
 )
-_DECIMALS = 3
 _MILLI = 1000.0
 
 
@@ -61,16 +60,14 @@ def _parts(record: AuditRecord) -> list[tuple[str, str, str]]:
 
 def _block_lines(record: AuditRecord) -> Table:
     lines = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
-    lines.add_column("block", justify="right", no_wrap=True)
-    lines.add_column("price, at most", justify="right", no_wrap=True)
-    lines.add_column("left, certified", justify="right", no_wrap=True)
-    lines.add_column("codes\nflipped", justify="right", no_wrap=True)
-    lines.add_column("most left in", no_wrap=True)
+    for title in ("block", "price\nat most", "left\ncertified", "codes\nflipped"):
+        lines.add_column(title, justify="right", no_wrap=True)
+    lines.add_column("most left in", overflow="fold")
     for block in record.blocks:
         lines.add_row(
             str(block.index),
-            with_ends(block.price_nats, _DECIMALS),
-            with_ends(block.recoverable_nats, _DECIMALS),
+            _mean(block.price_nats),
+            _mean(block.recoverable_nats),
             _share(_flipped(block)),
             clean(_most_left(block)),
         )
@@ -133,6 +130,10 @@ def _flipped(block: BlockRecord) -> float | None:
     """Return the mean share of codes that the witness of the block alone changes."""
     known = [matrix.flipped for matrix in block.matrices if matrix.flipped is not None]
     return sum(known) / len(known) if known else None
+
+
+def _mean(interval: Interval | None) -> str:
+    return "–" if interval is None else f"{interval.mean:+z.3f}"
 
 
 def _share(share: float | None) -> str:
