@@ -128,7 +128,7 @@ def test_the_cloud_is_shown_where_its_bounds_are(page, ask):
     opened(page, ask, "#runs=0.1")
     assert page.locator(".cloud.red, .cloud.yellow, .cloud.green").count() == 3
     assert page.locator(".cloud-letter").all_text_contents() == ["R", "Y", "G"]  # told without colour too
-    assert "at or below what the composed witness certifies" in page.locator(".loss figcaption").inner_text()
+    assert "within the margin of what the composed witness reaches" in page.locator(".loss figcaption").inner_text()
     # 3.5 is the edge between red and yellow, higher up on the screen than 2.2.
     red, green = (page.locator(f".edge.{colour}").bounding_box()["y"] for colour in ("red", "green"))
     assert red < green

@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ from peelwise.run_records import WHOLE_MODEL, ProbeRow, Statistic, StepRow
 from peelwise.show.dashboard import queries
 from peelwise.store.reader import RunReader
 from peelwise.store.writer import RunWriter
+from peelwise.verdict import cloud_colour
 from runs import event, probe_row, run_info, write_run
 
 RANK = {letter: rank for rank, letter in enumerate("G?YR")}
@@ -95,7 +97,7 @@ def test_the_cloud_and_statistics_nobody_told_the_page_of(tmp_path):
     with RunReader(path) as reader:
         run = reader.latest()
         found = queries.overview(reader, run)
-        assert found["bounds"] == {"upper": [[1, 4.0], [3, 6.0]], "lower": [[1, 2.0], [3, 2.0]]}
+        assert found["bounds"] == {"upper": [[1, 4.0], [3, 6.0]], "lower": [[1, 2.0125], [3, 2.0125]]}
         facts = {each["name"]: each for each in found["statistics"]}
         assert facts["codes_flipped"]["title"] == "Codes flipped"
         assert facts["codes_flipped"]["quotient"]
@@ -104,6 +106,22 @@ def test_the_cloud_and_statistics_nobody_told_the_page_of(tmp_path):
         assert len(queries.block(reader, run, 2)["series"]["codes_flipped"]) == 4
         assert set(queries.block(reader, run, WHOLE_MODEL)["series"]) == {"bound_lower", "bound_upper", "overlap"}
         assert found["latest"][0][:3] == ["codes_flipped", 3, 0]
+
+
+@pytest.mark.parametrize("margin", [None, 0.1])
+def test_the_edges_of_the_cloud_are_where_its_colour_changes(tmp_path, margin):
+    path = tmp_path / "run.db"
+    RunWriter(path, replace(run_info(), settings={"margin": margin})).close()
+    with RunReader(path) as reader:
+        run = reader.latest()
+    draw = random.Random(0)
+    for _ in range(200):
+        upper, lower = draw.uniform(2, 4), draw.uniform(2, 4)
+        edges = queries.cloud_edges(run, 3.0, {"bound_upper": upper, "bound_lower": lower})
+        for loss in (draw.uniform(1.5, 4.5), edges["lower"] - 1e-9, edges["lower"] + 1e-9, upper + 1e-9):
+            ours = "red" if loss > edges["upper"] else "green" if loss <= edges["lower"] else "yellow"
+            assert ours == cloud_colour(loss, upper, lower, 0.015 if margin is None else margin)
+    assert queries.cloud_edges(run, 3.0, {}) == {}
 
 
 def test_one_block(tmp_path):

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from peelwise.run_records import WHOLE_MODEL
 from peelwise.show.dashboard import queries
 from peelwise.show.words import clean
 from peelwise.store.reader import Run, RunReader
@@ -71,7 +72,7 @@ def since(reader: RunReader, run: Run, place: Place) -> list[Message]:
         messages.append(Message("steps", {"run": place.run, "rows": [queries.step(row) for row in steps]}, place))
     for row in reader.probes(run.id, after=place.probes):
         place = replace(place, probes=row["id"])
-        messages.append(Message("probe", {"run": place.run} | _whole(reader, row), place))
+        messages.append(Message("probe", {"run": place.run} | _whole(reader, run, row), place))
     events = reader.events(run.id, after=place.events)
     if events:
         place = replace(place, events=events[-1]["id"])
@@ -94,11 +95,13 @@ def _tables(place: Place) -> tuple[tuple[str, int], ...]:
     return ("steps", place.steps), ("probes", place.probes)
 
 
-def _whole(reader: RunReader, row: Any) -> dict[str, Any]:
+def _whole(reader: RunReader, run: Run, row: Any) -> dict[str, Any]:
     rest = reader.record(row["id"])
     at = {"step": row["step"]}
+    bounds = {s["name"]: s["value"] for s in rest["statistics"] if s["block"] == WHOLE_MODEL}
     return {
         "look": queries.look(row),
+        "bounds": queries.cloud_edges(run, row["probe_loss"], bounds),
         "statistics": [[s["name"], *queries.statistic({**dict(s), **at})] for s in rest["statistics"]],
         "matrices": [[m["block"], clean(m["matrix"]), m["share"]] for m in rest["matrices"]],
         "verdicts": [queries.verdict({**dict(v), **at}) for v in rest["verdicts"]],

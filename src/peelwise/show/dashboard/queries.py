@@ -16,6 +16,7 @@ import numpy as np
 from peelwise.run_records import LETTERS, WHOLE_MODEL
 from peelwise.show.words import VERDICTS, clean
 from peelwise.store.reader import ALL_STEPS, Between, Run, RunReader
+from peelwise.verdict import default_margin
 
 LOSS_BINS = 1_000
 COLUMNS = 1_200  # of the heat map: about one per pixel of a wide screen
@@ -79,20 +80,13 @@ def overview(reader: RunReader, run: Run, between: Between = ALL_STEPS) -> Json:
     events = reader.events(run.id)
     loss = reader.loss_bins(run.id, most=LOSS_BINS, between=between)
     names = reader.statistic_names(run.id)
-    bounds = {
-        name: [
-            [row["step"], finite(row["value"])]
-            for row in reader.statistics(run.id, name, block=WHOLE_MODEL, most=POINTS, between=between)
-        ]
-        for name in (UPPER, LOWER)
-    }
     newest_step = reader.steps(run.id, most=1)
     newest_probe = reader.probes(run.id, most=1)
     return {
         "statistics": [statistic_facts(row) for row in names],
         "loss": loss_columns(loss),
         "looks": look_columns(probes),
-        "bounds": {"upper": bounds[UPPER], "lower": bounds[LOWER]},
+        "bounds": cloud(reader, run, probes, between),
         "now": now(newest_step, newest_probe),
         "latest": [
             [name["name"], *statistic(row)]
@@ -108,6 +102,43 @@ def overview(reader: RunReader, run: Run, between: Between = ALL_STEPS) -> Json:
             events[-1]["id"] if events else 0,
         ],
     }
+
+
+def cloud(reader: RunReader, run: Run, probes: Iterable[sqlite3.Row], between: Between = ALL_STEPS) -> Json:
+    """Return the edges of the loss's cloud where they were measured, as ``[step, nats]`` each."""
+    losses = {row["id"]: row["probe_loss"] for row in probes}
+    found = {
+        name: {
+            row["probe_id"]: row
+            for row in reader.statistics(run.id, name, block=WHOLE_MODEL, between=between)
+            if row["probe_id"] in losses
+        }
+        for name in (UPPER, LOWER)
+    }
+    edges: dict[str, list[list[Any]]] = {"upper": [], "lower": []}
+    for probe_id in sorted(found[UPPER].keys() | found[LOWER].keys()):
+        here = {name: found[name][probe_id] for name in found if probe_id in found[name]}
+        values = {name: row["value"] for name, row in here.items()}
+        step = next(iter(here.values()))["step"]
+        for edge, value in cloud_edges(run, losses[probe_id], values).items():
+            edges[edge].append([step, finite(value)])
+    return {edge: _thinned(points, POINTS) for edge, points in edges.items()}
+
+
+def cloud_edges(run: Run, probe_loss: float, bounds: Mapping[str, float]) -> dict[str, float]:
+    """Return where red and green begin in one look, as `peelwise.verdict.cloud_colour` has it; red comes first.
+
+    Args:
+        run: whose margin counts.
+        probe_loss: of the look.
+        bounds: those of ``bound_upper`` and ``bound_lower`` that were measured in it.
+    """
+    edges = {"upper": bounds[UPPER]} if UPPER in bounds else {}
+    if LOWER in bounds:
+        margin = run.info.settings.get("margin")
+        edge = bounds[LOWER] + (default_margin(probe_loss) if margin is None else margin)
+        edges["lower"] = min(edge, bounds.get(UPPER, edge))
+    return edges
 
 
 def heat(reader: RunReader, run: Run, name: str, between: Between = ALL_STEPS) -> Json:
@@ -252,6 +283,11 @@ def _places(probes: Sequence[sqlite3.Row], stride: int) -> Json:
 
 def _stride(count: int, most: int) -> int:
     return max(math.ceil(count / most), 1)
+
+
+def _thinned(items: Sequence[Any], most: int) -> list[Any]:
+    stride = _stride(len(items), most)
+    return [item for place, item in enumerate(items) if (len(items) - 1 - place) % stride == 0]
 
 
 def _farthest(lowest: float | None, highest: float | None, quotient: bool) -> float | None:

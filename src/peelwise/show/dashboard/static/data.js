@@ -168,10 +168,7 @@ export class RunData {
     }
     if (!this.#shown(step)) return;
     this.looks.add({ first: step, last: step, rows: 1, letters: look.letters, loss: look.probe_loss });
-    for (const [name, bound] of [["bound_upper", this.bounds.upper], ["bound_lower", this.bounds.lower]]) {
-      const row = statistics.find((each) => each[0] === name && each[2] === MODEL);
-      if (row) bound.push([step, row[3]]);
-    }
+    for (const [edge, value] of Object.entries(record.bounds)) this.bounds[edge].push([step, value]);
     this.missed.push(record);
     if (this.heat) this.#addHeat(record);
     if (this.block) this.#addToBlock(record);

@@ -1,5 +1,5 @@
-// The loss of training and of the probe, with the cloud: red above the loss that a reference reaches which uses no
-// block, green at or below what the composed witness certifies, yellow between.
+// The loss of training and of the probe, with the cloud: red above the loss that a new head on the embeddings reaches
+// without any block, green within the margin of what the composed witness reaches, yellow between.
 
 import { h, s, setText, Table, thinned, tile } from "./dom.js";
 import { area, follow, LEFT, path, Plot } from "./plot.js";
@@ -87,10 +87,13 @@ export class LossChart {
       if (rooms[at] > 18) parts.push(letter(this.words, colour, Math.min(above[at][0], right - 14), above[at][1], below[at][1]));
     };
     if (upper.length > 1) region(level(upper, top), upper, "red");
-    if (upper.length > 1 && lower.length > 1) region(upper, lower, "yellow");
+    // Green is known in fewer looks than red: yellow, too, only where both are.
+    const both = lower.length > 1 ? upper.filter(([x]) => x >= lower[0][0] && x <= lower.at(-1)[0]) : [];
+    if (both.length > 1) region(both, lower, "yellow");
     if (lower.length > 1) region(lower, level(lower, bottom), "green");
     if (upper.length > 1) parts.push(path(upper, "edge red"));
     if (lower.length > 1) parts.push(path(lower, "edge green"));
+    if (lower.length <= 40) parts.push(lower.map(([x, y]) => s("circle", { class: "edge-dot", cx: x, cy: y, r: 2 })));
     return parts;
   }
 
@@ -107,9 +110,9 @@ export class LossChart {
       key("probe", "probe, on its report part"),
       ...(has
         ? [
-            say("red", "above the loss of a reference that uses no block"),
+            say("red", "above a new head on the embeddings, without any block"),
             say("yellow", "between the two"),
-            say("green", "at or below what the composed witness certifies"),
+            say("green", "within the margin of what the composed witness reaches; measured at the dots"),
           ]
         : []),
     );
