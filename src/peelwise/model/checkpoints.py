@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from peelwise.errors import DeviceError, MissingExtraError, ModelError, OutputError, UnsupportedModelError
 from peelwise.model.layers import plain_name
+from peelwise.model.sharding import own_part
 from peelwise.model.weight_files import brief, check_gguf, check_weights, read_config
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -129,7 +130,7 @@ def check_finite(model: nn.Module) -> None:
     for name, tensor in _tensors(model):
         if not tensor.is_floating_point():
             continue
-        bad = sum(piece.numel() - int(piece.isfinite().sum()) for piece in _pieces(tensor))
+        bad = sum(piece.numel() - int(piece.isfinite().sum()) for piece in _pieces(own_part(tensor)))
         if bad:
             raise ModelError(
                 f"{name} holds {bad} of {tensor.numel()} values that are NaN or infinite. "
