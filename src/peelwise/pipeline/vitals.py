@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from peelwise.model.layers import Block, LinearMap, plain_name
+from peelwise.model.sharding import is_spread, own_part
+from peelwise.ranks import ALONE, Ranks
 
 Complaint = Literal["frozen", "not-optimised", "zero-rate", "not-updated", "no-gradient", "non-finite", "dead-units"]
 
@@ -40,14 +42,20 @@ class Vitals:
         model: the module in training.
         blocks: its blocks.
         optimizer: whatever steps it, or ``None`` if that is not known.
+        ranks: the processes that train it, each of which looks at its own part of a gradient; all check at once.
 
     Attributes:
         saw_gradients: whether any check found gradients; if never, it is called after they are cleared.
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[Block], optimizer: torch.optim.Optimizer | None = None
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        optimizer: torch.optim.Optimizer | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         self._parameters = {plain_name(name): p for name, p in model.named_parameters()}
         self._blocks = blocks
         self._optimizer = optimizer
@@ -71,7 +79,7 @@ class Vitals:
         if with_gradient:
             self.saw_gradients = True
             found.append(self._finding("no-gradient", (n for n in trained if n not in with_gradient)))
-            found.append(self._finding("non-finite", _non_finite(with_gradient)))
+            found.append(self._finding("non-finite", self._non_finite(with_gradient)))
             found.extend(self._dead())
         # Where gradients tell why, a parameter that stands still needs no second mention.
         named = {name for finding in found if finding for name in finding.names}
@@ -115,19 +123,39 @@ class Vitals:
         return [name for name in trained if self._still.get(name, 0) >= 2]
 
     def _dead(self) -> Iterator[Finding]:
+        maps, counts = [], []
         for block in self._blocks:
             for linear in block.linears:
                 gradient = getattr(linear.module.weight, "grad", None)
                 if not isinstance(gradient, Tensor) or gradient.is_sparse or gradient.dim() != 2:
                     continue
-                silent = (gradient == 0).all(dim=0 if linear.transposed else 1)  # [d_out]
+                spread = is_spread(gradient)
+                if spread and linear.transposed:
+                    continue  # its outputs lie in every process's part
+                silent = (own_part(gradient) == 0).all(dim=0 if linear.transposed else 1)  # [d_out, or this part of it]
                 before = self._silent.get(linear)
                 rows = silent.int() if before is None else (before + 1) * silent
                 self._silent[linear] = rows
-                dead = int((rows >= _CHECKS_FOR_DEAD).sum())
-                if dead >= _DEAD_SHARE * len(rows) and dead:
-                    detail = f"{dead} of {len(rows)} outputs"
-                    yield Finding("dead-units", (linear.name,), (block.index,), len(rows), detail)
+                maps.append((block, linear))
+                # What is whole in every process is counted by the first.
+                own = spread or self._ranks.first
+                counts += [int((rows >= _CHECKS_FOR_DEAD).sum()) * own, len(rows) * own]
+        counts = self._ranks.summed(counts)
+        for (block, linear), dead, outputs in zip(maps, counts[::2], counts[1::2], strict=True):
+            if dead >= _DEAD_SHARE * outputs and dead:
+                detail = f"{dead} of {outputs} outputs"
+                yield Finding("dead-units", (linear.name,), (block.index,), outputs, detail)
+
+    def _non_finite(self, parameters: dict[str, nn.Parameter]) -> list[str]:
+        parts = {
+            name: own_part(p.grad) for name, p in parameters.items() if p.grad is not None and not p.grad.is_sparse
+        }
+        held = [part for part in parts.values() if part.numel()]
+        norms = iter(torch._foreach_norm(held, ord=math.inf) if held else [])
+        bad = self._ranks.summed(
+            [int(part.numel() > 0 and not bool(next(norms).isfinite())) for part in parts.values()]
+        )
+        return [name for name, count in zip(parts, bad, strict=True) if count]
 
     def _finding(self, kind: Complaint, names: Iterable[str]) -> Finding | None:
         found = tuple(names)
@@ -135,12 +163,6 @@ class Vitals:
             return None
         blocks = tuple(b.index for b in self._blocks if any(name.startswith(f"{b.name}.") for name in found))
         return Finding(kind, found, blocks, len(self._parameters))
-
-
-def _non_finite(parameters: dict[str, nn.Parameter]) -> list[str]:
-    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None and not p.grad.is_sparse}
-    norms = torch._foreach_norm(list(gradients.values()), ord=math.inf) if gradients else []
-    return [name for name, norm in zip(gradients, norms, strict=True) if not bool(norm.isfinite())]
 
 
 def in_words(finding: Finding) -> str:
