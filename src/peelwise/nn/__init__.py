@@ -4,4 +4,13 @@ from peelwise.nn.files import save_pretrained
 from peelwise.nn.linear import BinaryLinear, IntLinear, QuantizedLinear, TernaryLinear
 from peelwise.nn.swap import dense_, quantize_, share_scale_
 
-__all__ = ["BinaryLinear", "IntLinear", "QuantizedLinear", "TernaryLinear", "dense_", "quantize_", "save_pretrained", "share_scale_"]
+__all__ = [
+    "BinaryLinear",
+    "IntLinear",
+    "QuantizedLinear",
+    "TernaryLinear",
+    "dense_",
+    "quantize_",
+    "save_pretrained",
+    "share_scale_",
+]

@@ -11,9 +11,9 @@ from peelwise.errors import FormatError
 from peelwise.formats.base import Format
 from peelwise.formats.masked import Masked
 from peelwise.formats.membership import scaled_part
+from peelwise.formats.scaled import Scaled
 from peelwise.formats.table import parse_format
 from peelwise.nn.files import note_formats
-from peelwise.formats.scaled import Scaled
 from peelwise.nn.linear import LAYER_OF, QuantizedLinear
 
 Choice = Callable[[str, nn.Linear], bool]
@@ -76,8 +76,8 @@ def share_scale_(model: nn.Module) -> list[str]:
         s = mean |W|   over the latent weights on the supports of all layers      (binary and ternary)
 
     `quantize_` does so once. The scale then stays while codes flip; call this after each step of the optimiser to let
-    it follow the latent weights, or never, to train with a scale fixed beforehand. Layers of another inner format have a
-    scale of their own. Source: arXiv:2502.01908.
+    it follow the latent weights, or never, to train with a scale fixed beforehand. Layers of another inner format
+    have a scale of their own. Source: arXiv:2502.01908.
 
     Returns:
         The names of the layers.
