@@ -2,12 +2,12 @@
 
     python examples/one_bit_recovery.py [--out docs/figures] [--results benchmarks/results] [--quick]
 
-Measurements ``y = A x + noise`` of sparse, non-negative ``x``; ``A`` is block-diagonal, as it is where parts of a signal
+Measurements ``y = A x + noise`` of sparse, non-negative ``x``; ``A`` is block-diagonal, as where parts of a signal
 are measured apart. Twelve steps of gradient descent with a threshold are a network with weights ``W_k`` to learn:
 
     h_{k+1} = relu(h_k + W_k (y - A h_k) - t_k)          the last step without threshold and ReLU
 
-``W_k`` has the support of ``A^T``, which the problem gives. One bit per weight on it and one scale for the whole network
+``W_k`` has the support of ``A^T``, which the problem gives. One bit per weight on it, one scale for the whole network
 is the format of arXiv:2502.01908. Some ten minutes on one core.
 """
 
