@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # torch first and pinned: otherwise a dependency may pull a build of several gigabytes.
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench truth clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -42,9 +42,18 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/audit_cost.py
 	$(BIN)/python benchmarks/monitor_share.py
 	$(BIN)/python benchmarks/run_history.py
+	$(BIN)/python benchmarks/dashboard.py
 	$(BIN)/python benchmarks/oracle_tightness.py
 	$(BIN)/python benchmarks/yes_speed.py
 	$(BIN)/python benchmarks/lowbit_solvers.py
+
+# Hours on two cores; every case is kept, so it goes on where it was stopped.
+truth: $(VENV)/.dev
+	$(INSTALL) -r benchmarks/truth/requirements.txt
+	$(BIN)/python benchmarks/truth/oracle.py
+	$(BIN)/python benchmarks/truth/coverage.py
+	$(BIN)/python benchmarks/truth/certificates.py
+	$(BIN)/python benchmarks/truth/run.py
 
 clean:
 	rm -rf out build .pytest_cache .mypy_cache .ruff_cache

@@ -16,6 +16,8 @@ from torch.nn.functional import cross_entropy
 from peelwise.model.layers import Block, LinearMap, find_blocks
 from peelwise.model.runner import Runner, Trace
 from peelwise.pipeline.audit import AuditSettings
+from peelwise.pipeline.bench import Bench
+from peelwise.pipeline.clock import Clock
 from peelwise.pipeline.sweep import block_moments
 from peelwise.probes import Probe, Split
 from peelwise.records import AuditRecord
@@ -54,6 +56,14 @@ def ragged_rows() -> list[list[int]]:
 def runner_of(model: nn.Module, **options: Any) -> Runner:
     """Return a runner with frozen parameters, as an audit uses it."""
     return Runner(model.requires_grad_(False), find_blocks(model), **options)
+
+
+def bench_of(model: nn.Module, probe: Probe | None = None, **options: Any) -> Bench:
+    """Return what the stages of an audit work on, with ten minutes on its clock."""
+    probe = probe or tiny_probe()
+    runner = runner_of(model, **options)
+    traces = [runner.trace(split) for split in (probe.fit, probe.select, probe.report)]
+    return Bench(runner, probe, *traces, clock=Clock(600.0, runner.work), seed=probe.seed)
 
 
 def slow_losses(model: nn.Module, rows: list[list[int]]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peelwise.run_records import Event, MatrixShare, ProbeRow, RunInfo, Statistic, StepRow, VerdictRow
+from peelwise.run_records import WHOLE_MODEL, Event, MatrixShare, ProbeRow, RunInfo, Statistic, StepRow, VerdictRow
 from peelwise.store.writer import RunWriter
 
 BLOCKS = ("blocks.0", "blocks.1", "blocks.2")
@@ -34,6 +34,8 @@ def probe_row(step: int, *, kind="ranking", events: tuple[Event, ...] = (), lett
     ]
     if kind != "ranking":
         statistics.append(Statistic("recoverable", 1, 0.03, 0.02, 0.04))
+        statistics.append(Statistic("bound_upper", WHOLE_MODEL, 2.99))
+        statistics.append(Statistic("bound_lower", WHOLE_MODEL, 2.9 - step / 1000, 2.88, 2.92))
     return ProbeRow(
         step,
         kind,

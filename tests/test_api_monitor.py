@@ -196,7 +196,7 @@ def test_a_visit_sees_what_an_audit_sees():
         rows = {}
         monitor.step(6)
         rows = {s.block: s for s in monitor.step(7).statistics if s.name == "recoverable"}
-    assert kinds == ["ranking", "alone", "ranking", "alone", "ranking", "joint"]
+    assert kinds == ["ranking", "alone", "ranking", "joint", "ranking", "alone"]
     report = peelwise.audit(model, tiny_probe(in_distribution=True), joint_rounds=0, alone_rounds=1, controls=False)
     assert rows
     for block, row in rows.items():
@@ -230,7 +230,10 @@ def test_history_of_a_run(tmp_path):
         energies = reader.statistics(1, "energy", block=2)
         assert [row["to_median"] is None for row in energies] == [True] * 3 + [False] * 4
         assert len(reader.statistics(1, "unique")) == BLOCKS
-        assert len(reader.statistics(1, "composed")) == 1
+        assert len(reader.statistics(1, "composed")) == len(reader.statistics(1, "bound_lower")) == 1
+        upper = reader.statistics(1, "bound_upper")
+        assert [row["step"] for row in upper] == [15, 20, 25, 30]  # measured in the joint look, then as last measured
+        assert len({row["value"] for row in upper}) == 1
         assert {row["matrix"] for row in reader.matrices(1, 0)} == {
             "attention.qkv",
             "attention.out",

@@ -17,7 +17,7 @@ from peelwise.texts import reference_prose
 from stages import stage_folder
 
 QUICK = ("--tokens", "1200", "--sequence-length", "32", "--budget", "2s", "--no-controls")
-COMMANDS = ("audit", "peel", "verify", "apply", "report", "export", "watch")
+COMMANDS = ("audit", "peel", "verify", "apply", "report", "export", "watch", "serve", "demo")
 
 
 @pytest.fixture

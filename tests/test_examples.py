@@ -56,3 +56,13 @@ def test_an_unrolled_network_is_the_chain_that_its_yes_bounds_are_of():
     torch.testing.assert_close(found[:, : x.shape[1]], net(y), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found[:, -2 * measured :], torch.cat([y, -y], 1))
     assert example.relative_error(net, y, x) < 1  # the algorithm as it is recovers something
+
+
+@pytest.mark.filterwarnings("ignore::peelwise.errors.PeelwiseWarning")
+def test_find_the_fault(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["find_the_fault.py", "--quick", "--tokens", "2400", "--out", str(tmp_path)])
+    load("find_the_fault").main()
+    healthy, flipped = capsys.readouterr().out.split("signs flipped")
+    assert "red" not in healthy.split("None found")[1]
+    assert "Look first at block 3" in flipped
+    assert (tmp_path / "find-the-fault.svg").stat().st_size > 10_000

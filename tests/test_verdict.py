@@ -8,6 +8,7 @@ from peelwise.verdict import (
     STILL_TRAINING,
     UNDECIDED,
     Evidence,
+    cloud_colour,
     default_margin,
     judge,
     leaders,
@@ -191,3 +192,17 @@ def test_leaders_are_the_largest_and_those_it_cannot_be_told_from():
     assert leaders(values) == [1, 3]  # 0.0021 apart with errors of 0.001 each, and 0.0031
     assert leaders([None, measured(-0.02)]) == [1]
     assert leaders([None, None]) == []
+
+
+def test_regions_of_the_cloud():
+    edges = {"upper": 3.5, "lower": 2.9, "margin": 0.02}
+    assert [cloud_colour(loss, **edges) for loss in (3.6, 3.5, 2.93, 2.92, 2.5)] == [
+        "red",
+        "yellow",
+        "yellow",
+        "green",
+        "green",
+    ]
+    assert cloud_colour(3.0, 3.5, 3.0, 0.02) == "green"  # a witness that gains nothing
+    assert cloud_colour(9.0, None, 2.9, 0.02) == "yellow"
+    assert cloud_colour(4.0, 3.5, 4.0, 0.02) == "red"  # nothing found, and no better than no block at all

@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib
 
 from figures import Row, errors_of, is_fault, is_tied, scores_of
+from rivals import RIVALS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -25,6 +26,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "truth"
 PAGE = ROOT / "docs" / "truth.md"
 FIGURE = ROOT / "docs" / "figures" / "truth-localisation.svg"
 OURS, RIVAL = "#2f6db5", "#a9a9a9"
+NEEDS = {rival.name: rival.needs for rival in RIVALS}  # ours need data, all of them
 
 
 def write(summary: dict[str, Any], rows: Sequence[Row]) -> None:
@@ -102,6 +104,7 @@ def localisation_table(family: str, group: str) -> Callable[[dict[str, Any], Seq
                 percent(chosen[name]["flagged"]),
                 percent(found["false_flags"].get(name, float("nan"))),
                 f"{found['seconds'].get(name, float('nan')):.1f}",
+                NEEDS.get(name, "data"),
                 str(chosen[name]["cases"]),
             ]
             for name in order
@@ -115,7 +118,7 @@ def localisation_table(family: str, group: str) -> Callable[[dict[str, Any], Seq
             "stands out",
             "healthy blocks that do",
         ]
-        return table([*header, "seconds", "cases"], lines)
+        return table([*header, "seconds", "needs", "cases"], lines)
 
     return make
 
@@ -223,18 +226,23 @@ def goals(summary: dict[str, Any], rows: Sequence[Row]) -> str:
     cheap = [f for f in every if f["share_of_cost"] <= 0.05 and f["share_of_gain"] is not None]
     by_case = [[f for f in case["references"] if f in cheap] for case in _result("oracle")["cases"]]
     tight = [max((f["share_of_gain"] for f in found), default=0.0) for found in by_case]
-    ranks = [r for r in _result("oracle")["rank_correlation_of_all_blocks"] if r is not None]
+    ranks = _result("oracle")["rank_correlation_of_all_blocks"]
+    fits = [found["fit_tokens"] for found in _result("oracle")["cases"][0]["references"]]
     held = _result("certificates")["rows"]
     lines = [
-        ["block at fault first or tied (`alone`)", "90 %", percent(best["first_or_tied"])],
-        ["first within one block (`alone`)", "98 %", percent(best["within_one"])],
+        ["block at fault first or tied (`alone`)", "90 %", counted(best, "first_or_tied")],
+        ["first within one block (`alone`)", "98 %", counted(best, "within_one")],
         ["red blocks in finished healthy models", "at most 2 %", f"{red.get('red', 0)} of {blocks}"],
         [
             "share of the oracle's gain at 5 % of its cost or less, per model",
             "75 %",
             ", ".join(percent(share) for share in tight),
         ],
-        ["rank correlation with the oracle, all blocks", "0.85", f"{min(ranks):.2f} to {max(ranks):.2f}"],
+        [
+            "rank correlation with the oracle, blocks of all these models, by fit tokens (rounds differ)",
+            "0.85",
+            ", ".join(f"{rank:.2f} ({tokens:,})" for rank, tokens in zip(ranks, fits, strict=True)),
+        ],
         [
             "certificates that hold under other settings",
             "all",
@@ -269,13 +277,22 @@ PARTS: dict[str, Callable[[dict[str, Any], Sequence[Row]], str]] = {
 }
 
 
+def counted(found: dict[str, float], key: str) -> str:
+    """Return a share with the cases behind it, and one more digit where rounding would hide a miss."""
+    share, cases = found[key], int(found["cases"])
+    return f"{100 * share:.1f} % ({round(share * cases)} of {cases})"
+
+
 def percent(share: float) -> str:
     """Return a share as a whole percentage; a dash where nothing was measured."""
     return "-" if share != share else f"{100 * share:.0f} %"
 
 
 def draw(summary: dict[str, Any]) -> None:
-    """Draw how often each statistic names the right block, first or tied, one panel per group of cases."""
+    """Draw how often each statistic names the right block, first (solid) or tied (pale), a panel per group of cases.
+
+    A statistic that was asked in fewer cases than the others says in how many.
+    """
     panels = [
         (f"{family}, {group}", chosen)
         for family, found in summary["families"].items()
@@ -285,15 +302,22 @@ def draw(summary: dict[str, Any]) -> None:
         return
     figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.6), squeeze=False)
     for axis, (title, chosen) in zip(axes[0], panels, strict=True):
-        order = sorted(chosen, key=lambda name: (chosen[name]["first_or_tied"], chosen[name]["area_under_curve"]))
-        shares = [100 * chosen[name]["first_or_tied"] for name in order]
+        most = max(int(each["cases"]) for each in chosen.values())
+        order = sorted(chosen, key=lambda name: [chosen[name][key] for key in ("first_or_tied", "first", "cases")])
         colours = [OURS if name.startswith("peelwise") else RIVAL for name in order]
-        bars = axis.barh(range(len(order)), shares, color=colours)
-        axis.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
-        axis.set_yticks(range(len(order)), [name.removeprefix("peelwise: ") for name in order], fontsize=8)
+        tied = axis.barh(range(len(order)), [100 * chosen[n]["first_or_tied"] for n in order], color=colours, alpha=0.4)
+        axis.barh(range(len(order)), [100 * chosen[name]["first"] for name in order], color=colours)
+        axis.bar_label(tied, fmt="%.0f", padding=3, fontsize=8)
+        labels = [name.removeprefix("peelwise: ") for name in order]
+        asked = [int(chosen[name]["cases"]) for name in order]
+        axis.set_yticks(
+            range(len(order)),
+            [label if n == most else f"{label} ({n} only)" for label, n in zip(labels, asked, strict=True)],
+            fontsize=8,
+        )
         axis.set_xlim(0, 110)
-        axis.set_title(f"{title} ({max(c['cases'] for c in chosen.values())} faults)", fontsize=10)
-        axis.set_xlabel("faults whose block is first or tied, %", fontsize=8)
+        axis.set_title(f"{title} ({most} faults)", fontsize=10)
+        axis.set_xlabel("faults whose block is first (pale: or tied), %", fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(FIGURE, metadata={"Date": None})

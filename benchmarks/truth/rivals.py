@@ -242,15 +242,9 @@ def removal(given: Given) -> list[float]:
     """Loss increase on select without the block (arXiv:1605.06431): SMALL or negative is suspicious, it is no help."""
     trace, scores = given.select, []
     for block in given.runner.blocks:
-        batches = [replace(b, stations=_passed_by(b.stations, block)) for b in trace.batches]
-        losses = given.runner.losses_from(replace(trace, batches=batches), block.index + 1)
+        losses = given.runner.losses_without(trace, block.index)
         scores.append(trace.mean - float(losses.sum() / trace.tokens.sum()))
     return scores
-
-
-def _passed_by(stations: list[Tensor], block: Block) -> list[Tensor]:
-    """Return the stations up to the block's output, which now is its input."""
-    return [*stations[: block.index + 1], stations[block.index]]
 
 
 def _around(trace: Trace, block: Block) -> list[tuple[Tensor, Tensor]]:

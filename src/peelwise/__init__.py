@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from peelwise.api import AuditReport, apply, audit, verify
     from peelwise.api_monitor import Monitor
     from peelwise.api_peel import PeelReport, peel
+    from peelwise.api_quant import quantcheck
     from peelwise.integrations.huggingface import attach as attach
     from peelwise.pipeline.schedules import every, log_spaced
     from peelwise.pipeline.yes.bounds import YesMonitor, yes_bounds
@@ -29,6 +30,7 @@ __all__ = [
     "every",
     "log_spaced",
     "peel",
+    "quantcheck",
     "verify",
     "yes_bounds",
 ]
@@ -41,6 +43,7 @@ _HOME = {
     "YesMonitor": f"{_YES}.bounds",
     "attach": "peelwise.integrations.huggingface",
     "every": "peelwise.pipeline.schedules",
+    "quantcheck": "peelwise.api_quant",
     "log_spaced": "peelwise.pipeline.schedules",
     "yes_bounds": f"{_YES}.bounds",
 }

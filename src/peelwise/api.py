@@ -253,7 +253,13 @@ def _open_for(record: SealedRecord, model: Any, device: str, *, with_tokenizer: 
     source = model if model is not None else record.model.source
     if source is None:
         raise OutputError("The certificate does not say where its model is. Name it with --model.")
-    return open_model(source, device=device, dtype=record.model.dtype, with_tokenizer=with_tokenizer)
+    return open_model(
+        source,
+        device=device,
+        dtype=record.model.dtype,
+        with_tokenizer=with_tokenizer,
+        as_stored=record.model.as_stored,
+    )
 
 
 def frame(rows: list[dict[str, Any]], index: str) -> pd.DataFrame:

@@ -46,8 +46,9 @@ class Monitor:
         name: of the run.
         margin: smallest recoverable loss that matters, nats per token; default: the larger of 0.5 % of the loss and
             0.003.
-        loggers: further places for what is seen, live: ``"console"``, ``"jsonl:FILE"``, ``"tensorboard:FOLDER"``, or
-            objects like those of `peelwise.show.loggers`.
+        loggers: further places for what is seen, live: ``"console"``, ``"jsonl:FILE"``, ``"tensorboard:FOLDER"``,
+            ``"wandb"``, ``"mlflow"``, ``"trackio"`` (each with ``":PROJECT"`` if you like), or objects like those of
+            `peelwise.show.loggers`.
         on_event: called with every `Event`; all of them also go to the logger ``peelwise``.
         on_probe: called with everything a visit found.
 
@@ -88,7 +89,7 @@ class Monitor:
         model = replica(model)
         self._follower: Follower | None = None
         settings = MonitorSettings(budget=budget, schedule=schedule, margin_nats=margin)
-        self._outlets = _Outlets([logger_of(each) for each in loggers], on_event, on_probe)
+        self._outlets = _Outlets([logger_of(each, name) for each in loggers], on_event, on_probe)
         if not _first_process():
             return
         self._follower = Follower(model, probe, settings, self._outlets, optimizer=optimizer)

@@ -1,4 +1,4 @@
-"""The command line, ``peelwise audit | peel | verify | apply | report | export | watch``.
+"""The command line, ``peelwise audit | peel | quantcheck | verify | apply | report | export | watch | serve | demo``.
 
 Exit codes: 0 fine, 1 finding, 2 bad input.
 """
@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from peelwise import cli_live
 from peelwise.errors import OutputError, PeelwiseError, PeelwiseWarning, StoreError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
 )
+app.add_typer(cli_live.app)
 _INTERRUPTED = 130
 _err = Console(stderr=True, highlight=False)
 
@@ -98,6 +100,9 @@ def audit(
     fail_on: Annotated[str | None, typer.Option(help="red or yellow: exit 1 if a block is at least that.")] = None,
     as_json: JsonOption = False,
     allow_pickle: PickleOption = False,
+    as_stored: Annotated[
+        bool, typer.Option("--as-stored", help="Audit the codes of a .gguf file: witnesses at the same bits.")
+    ] = False,
 ) -> None:
     """Audit MODEL: how much lower could its loss be, block by block, with weights that prove it.
 
@@ -115,7 +120,8 @@ def audit(
     if out is not None:
         check_free(out, force=force, ours=RECORD_FILE)
     draw = {"tokens": tokens, "sequence_length": sequence_length, "seed": seed, "in_distribution": in_distribution}
-    opened, probe = _open(model, text, field, draw, {"device": device, "dtype": dtype, "allow_pickle": allow_pickle})
+    how = {"device": device, "dtype": dtype, "allow_pickle": allow_pickle, "as_stored": as_stored}
+    opened, probe = _open(model, text, field, draw, how)
     with _quiet_warnings(), _progress_bar() as watcher:
         outcome = run_audit(opened.model, probe, settings, name=opened.name, source=opened.source, watcher=watcher)
     report = AuditReport(outcome.record, outcome.witness, outcome.probe)
@@ -191,6 +197,63 @@ def peel(
         raise typer.Exit(1)
 
 
+@app.command(
+    epilog="Example: `peelwise quantcheck out/int3 --against out/full --text notes.txt --out out/check.json`",
+    short_help="Compare a quantised model with its parent.",
+)
+def quantcheck(
+    quantised: Annotated[str, typer.Argument(metavar="QUANTISED", help="Folder, .gguf file, or `smollm2`.")],
+    against: Annotated[str, typer.Option("--against", metavar="PARENT", help="The model that it was made from.")],
+    form: Annotated[
+        str | None, typer.Option("--format", help="Format of plain weights quantised before, such as int3:group=32.")
+    ] = None,
+    text: TextOption = None,
+    field: FieldOption = "text",
+    tokens: TokensOption = 6_400,
+    sequence_length: LengthOption = 128,
+    budget: BudgetOption = "10m",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON file for the record.")] = None,
+    force: ForceOption = False,
+    every_layer: Annotated[
+        bool, typer.Option("--all", help="List every layer, not only those with most left.")
+    ] = False,
+    as_json: JsonOption = False,
+    allow_pickle: PickleOption = False,
+) -> None:
+    """Tell which part of the damage in QUANTISED its bits explain, and which better codes would win back.
+
+    For every layer: its output error for the parent's inputs, the price of precision (at most) and what is left on the
+    table (certified, at the same bits); and the same of the loss, on text that nothing was fitted on.
+    """
+    from peelwise.api import parse_seconds
+    from peelwise.formats.table import parse_format
+    from peelwise.model.checkpoints import open_model
+    from peelwise.pipeline.quantcheck import Candidate, QuantcheckSettings, run_quantcheck
+    from peelwise.show.quant_terminal import MOST_LAYERS, print_record
+
+    settings = QuantcheckSettings(parse_seconds(budget), parse_format(form) if form else None)
+    if out is not None and out.exists() and not force:
+        raise OutputError(f"{out} exists. Choose another --out, or replace it with --force.")
+    how = {"device": device, "dtype": dtype, "allow_pickle": allow_pickle}
+    opened, probe = _open(
+        quantised, text, field, {"tokens": tokens, "sequence_length": sequence_length, "seed": seed}, how
+    )
+    with _quiet_warnings(), _status(f"Opening {against} ..."):
+        parent = open_model(against, with_tokenizer=False, **how)  # type: ignore[arg-type]
+    pair = (Candidate(opened.model, opened.name, opened.source), Candidate(parent.model, parent.name, parent.source))
+    with _quiet_warnings(), _progress_bar() as watcher:
+        record = run_quantcheck(*pair, probe, settings, watcher)
+    if out is not None:
+        _write_text(out, record.to_json() + "\n")
+    if as_json:
+        typer.echo(record.to_json())
+    else:
+        print_record(record, Console(highlight=False), None if every_layer else MOST_LAYERS)
+
+
 @app.command(epilog="Example: `peelwise verify out/demo --full`", short_help="Recheck a certificate.")
 def verify(
     folder: FolderArgument,
@@ -248,13 +311,7 @@ def report(
     from peelwise.show.views import render_html
 
     path = out or folder / "report.html"
-    page = render_html(read_any_record(folder))
-    try:
-        temporary = path.with_name(f".{path.name}.new")
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
+    _write_text(path, render_html(read_any_record(folder)))
     typer.echo(f"wrote {path}")
 
 
@@ -329,6 +386,16 @@ def _open(
     with _quiet_warnings(), _status(f"Opening {model} ..."):
         opened = open_model(model, **how)
         return opened, Probe.from_text(documents, require_tokenizer(opened), source=source, **draw)
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    try:
+        temporary = path.with_name(f".{path.name}.new")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
 def _save_and_print(report: Any, out: Path | None, *, force: bool, as_json: bool) -> None:

@@ -39,21 +39,34 @@ class Interval(Record):
     method: Literal["student-t", "skewness-corrected-t"]
 
 
+class SplitRecord(Record):
+    """Three parts that add up to what there is now: an error, or a loss.
+
+    Of a loss, ``irreducible`` is the lowest that a witness reached without the format, ``price_of_precision`` what the
+    best one found inside it is above that, and ``left_on_the_table`` what it gains: certified, at the same bits.
+    """
+
+    irreducible: float
+    price_of_precision: float
+    left_on_the_table: float
+
+
 class MatrixRecord(Record):
-    """One linear map of a block; ``share`` is its part of the block's explained gradient energy (0..1)."""
+    """One linear map of a block; ``share`` is its part of the block's explained gradient energy (0..1).
+
+    Of low-bit maps also the ``format`` with its bits per weight, the share of codes that the witness of the block alone
+    changes, and ``split``, the parts of the map's error against its dense witness by the local curvature, nats per
+    token.
+    """
 
     name: str
     share: float
     damping: float | None = None
     step_weight: float | None = None
-
-
-class SplitRecord(Record):
-    """The three parts of a low-bit layer's local error; they add up to the present error."""
-
-    irreducible: float
-    price_of_precision: float
-    left_on_the_table: float
+    format: str | None = None
+    bits_per_weight: float | None = None
+    flipped: float | None = None
+    split: SplitRecord | None = None
 
 
 class BlockRecord(Record):
@@ -68,6 +81,10 @@ class BlockRecord(Record):
     ``cross_energy`` is what fit and select tokens agree on: ``energy`` without the noise of few tokens.
     ``natural_energy`` is the same in the metric of the Kronecker-factored curvature, ``F`` and ``S``: the squared
     norm of the natural gradient as far as it holds on select. It says where to look first.
+    ``removal_nats`` is what the loss rises by when the block is taken out, its input passed on as its output: below
+    zero, the model is better without it, which replacement weights of zero prove.
+    ``split`` takes the loss of a low-bit model apart for this block alone, with the interval of its price in
+    ``price_nats``.
     """
 
     index: int
@@ -76,6 +93,7 @@ class BlockRecord(Record):
     reason: str
     recoverable_nats: Interval | None = None
     unique_nats: Interval | None = None
+    removal_nats: Interval | None = None
     rounds: int = 0
     energy: float | None = None
     held_out_energy: float | None = None
@@ -86,6 +104,7 @@ class BlockRecord(Record):
     interaction: bool = False
     matrices: tuple[MatrixRecord, ...] = ()
     split: SplitRecord | None = None
+    price_nats: Interval | None = None
 
 
 class HeadRecord(Record):
@@ -108,7 +127,9 @@ class LossRecord(Record):
 
     Controls (``None`` = not run within the budget): ``head_control`` the model with its head re-fitted,
     ``shuffled`` the same construction from targets permuted across sequences, ``untrained`` the same
-    construction on the same architecture at initialisation.
+    construction on the same architecture at initialisation. ``dense`` is reached by all blocks refined together without
+    the formats of low-bit maps, ``price`` is what the composed witness is above it, and ``split`` says it in three
+    parts.
     """
 
     current: float
@@ -121,16 +142,24 @@ class LossRecord(Record):
     head_control_gain: Interval | None = None
     shuffled_gain: Interval | None = None
     untrained_gain: Interval | None = None
+    dense: float | None = None
+    price: Interval | None = None
+    split: SplitRecord | None = None
 
 
 class RoundRecord(Record):
-    """One joint round: which direction and step length were chosen, and the select loss that chose them."""
+    """One joint round: which direction and step length were chosen, and the select loss that chose them.
+
+    Inside low-bit formats ``flipped`` is the share of codes that the round changed; for single flips ``step`` is the
+    least predicted decrease that was taken, nats per token.
+    """
 
     direction: str
     step: float
     output_change: float
     select_before: float
     select_after: float
+    flipped: float | None = None
 
 
 class StageCost(Record):
@@ -151,7 +180,10 @@ class CostRecord(Record):
 
 
 class ModelRecord(Record):
-    """The audited model; ``fingerprint`` is SHA-256 over names, shapes, dtypes and bytes of its tensors."""
+    """The audited model; ``fingerprint`` is SHA-256 over names, shapes, dtypes and bytes of its tensors.
+
+    ``as_stored`` says that the codes of a GGUF file were audited, not the floating-point weights they stand for.
+    """
 
     name: str
     fingerprint: str
@@ -160,6 +192,7 @@ class ModelRecord(Record):
     architecture: str
     dtype: str
     source: str | None = None
+    as_stored: bool = False
 
 
 class ProbeRecord(Record):

@@ -16,7 +16,8 @@ WHOLE_MODEL = -1  # the block of statistics that belong to all blocks together
 ProbeKind = Literal["ranking", "alone", "joint"]
 Level = Literal["info", "warning", "alert"]
 
-TRACKED = ("natural_energy", "recoverable", "unique", "composed", "equivalent_steps")  # goes to other people's trackers
+# What goes to other people's trackers.
+TRACKED = ("natural_energy", "recoverable", "unique", "composed", "bound_upper", "bound_lower", "equivalent_steps")
 
 # One letter per block in depth order, so that a heat map needs one short text per record.
 LETTERS: dict[Colour, str] = {"red": "R", "yellow": "Y", "green": "G", "grey": "?"}
@@ -55,6 +56,10 @@ class StepRow:
     step: int
     loss: float | None
     share: float
+
+    def scalars(self) -> dict[str, float]:
+        """Return what trackers want."""
+        return {"peelwise/share": self.share} | ({} if self.loss is None else {"peelwise/loss": self.loss})
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,24 @@ def default_margin(loss: float) -> float:
     return max(0.005 * loss, 0.003)
 
 
+def cloud_colour(loss: float, upper: float | None, lower: float, margin: float) -> Colour:
+    """Return the region of the loss's cloud that a loss lies in; all in nats per token on the same tokens.
+
+    Red: above ``upper``, what a model without any block reaches. Green: at or below ``lower + margin``, so that no
+    witness of the whole model is known that gains more than the margin. Yellow: between (arXiv:2410.10984 calls
+    these regions a cloud). Red comes first: early in training one step's witness may be above both.
+
+    Args:
+        loss: of the model.
+        upper: of the reference without blocks, or ``None`` where it is not known; then nothing is red.
+        lower: of the composed witness.
+        margin: smallest gain that matters.
+    """
+    if upper is not None and loss > upper:
+        return "red"
+    return "green" if loss <= lower + margin else "yellow"
+
+
 def judge(
     evidence: Sequence[Evidence], margin: float, *, in_distribution: bool, still_falling: bool = False
 ) -> list[Verdict]:
@@ -126,6 +144,18 @@ def leaders(values: Sequence[Paired | None]) -> list[int]:
         return []
     _, top = known[0]
     return [i for i, v in known if top.mean - v.mean <= _APART * (top.standard_error**2 + v.standard_error**2) ** 0.5]
+
+
+def harmful(removals: Sequence[Paired | None], margin: float) -> list[int]:
+    """Return the blocks whose removal lowers the loss by more than the margin (Holm over all), the worst first.
+
+    Args:
+        removals: what the loss rises by without each block, nats per token.
+        margin: smallest decrease that matters.
+    """
+    shown = _holm([r.p_at_least(-margin) if r else None for r in removals])
+    found = [(r.mean, i) for i, (r, flag) in enumerate(zip(removals, shown, strict=True)) if r and flag]
+    return [i for _, i in sorted(found)]
 
 
 def _holm(p_values: Sequence[float | None]) -> list[bool]:

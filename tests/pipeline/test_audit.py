@@ -11,6 +11,8 @@ import torch
 import damage
 from audits import ONE_ROUND, Snapshot, flat, numbers, part_of, tiny_probe
 from peelwise.errors import ProbeError, UnsupportedModelError
+from peelwise.model.layers import find_blocks
+from peelwise.model.runner import Runner
 from peelwise.pipeline.audit import AuditSettings, run_audit
 from peelwise.pipeline.certificate import verify_certificate, write_certificate
 from peelwise.probes import Probe
@@ -106,6 +108,7 @@ def padded(split, extra):
 
 STAGES = [
     "statistics of all blocks",
+    "taking blocks out",
     "joint rounds",
     "control: shuffled targets",
     "leaving one block out",
@@ -289,6 +292,10 @@ def test_a_damaged_block_is_found(name, healthy, small_gpt, training_probe):
     # Natural energy says so before anything is refined, where it was not so.
     assert max(record.blocks, key=lambda block: block.natural_energy) is at_fault
     assert at_fault.natural_energy > 3 * healthy.blocks[index].natural_energy
+    # So does taking it out: damage as heavy as this does harm, and the conclusion names it.
+    assert min(record.blocks, key=lambda block: block.removal_nats.mean) is at_fault
+    assert at_fault.removal_nats.high < -record.margin_nats
+    assert f"The model is better without block {index} (" in record.conclusion
 
 
 @pytest.mark.parametrize("name", ["stale", "scale 0.7", "scale 1.3", "reset"])
@@ -309,3 +316,15 @@ def test_the_healthy_model_has_no_block_at_fault(healthy):
     assert healthy.loss.composed_gain is None or healthy.loss.composed_gain.low < healthy.margin_nats
     measured = [block.unique_nats for block in healthy.blocks if block.unique_nats]
     assert all(unique.low < healthy.margin_nats for unique in measured)
+    assert all(block.removal_nats.low > 0 for block in healthy.blocks)
+
+
+def test_a_block_taken_out_is_a_block_whose_outputs_are_zero(small_gpt, training_probe):
+    """So removal is a witness too, of the same shape: it can be checked with weights of zero."""
+    model = small_gpt("final")[0]
+    runner = Runner(model, find_blocks(model))
+    with torch.no_grad():
+        without = runner.losses_without(runner.trace(training_probe.select), 2)
+        model.model.layers[2].self_attn.o_proj.weight.zero_()
+        model.model.layers[2].mlp.down_proj.weight.zero_()
+        assert torch.allclose(without, runner.trace(training_probe.select).losses, rtol=1e-6)

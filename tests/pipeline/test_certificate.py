@@ -68,7 +68,8 @@ def test_full_checks_every_number_of_every_block(audited, model):
     result = verify_certificate(audited[1], model, full=True)
     assert result.holds
     blocks = audited[0].record.blocks
-    expected = 5 + 3 * sum((b.unique_nats is not None) + (b.recoverable_nats is not None) for b in blocks)
+    measured = [n for b in blocks for n in (b.unique_nats, b.recoverable_nats, b.removal_nats)]
+    expected = 5 + 3 * sum(interval is not None for interval in measured)
     assert len(result.checks) == expected > 30
     assert max(abs(check.recorded - check.found) for check in result.checks) < 1e-5
 
@@ -189,9 +190,10 @@ def with_shuffled(record, by):
         (with_composed, "loss.composed:", "loss.composed:"),
         (lambda r, by: with_block(r, by, "recoverable_nats"), "holds", "layers.3 recoverable.mean:"),
         (lambda r, by: with_block(r, by, "unique_nats"), "holds", "layers.3 unique.mean:"),
+        (lambda r, by: with_block(r, by, "removal_nats"), "holds", "layers.3 removal.mean:"),
         (with_shuffled, "holds", "holds"),
     ],
-    ids=["composed", "alone", "unique", "a control, which is not rechecked"],
+    ids=["composed", "alone", "unique", "removal", "a control, which is not rechecked"],
 )
 def test_a_record_forged_without_contradiction_is_found_by_recomputing(forge, quick, full, folder, model):
     record = forge(read_certificate(folder).record, 0.001)

@@ -1,5 +1,7 @@
 """From visits to rows: verdicts over time, changes of level, events, and what measurements are worth."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ from peelwise.alerts import Seen
 from peelwise.intervals import Paired
 from peelwise.pipeline.chronicle import Chronicle
 from peelwise.pipeline.visit import Visit
-from peelwise.run_records import MatrixShare
+from peelwise.run_records import WHOLE_MODEL, MatrixShare
 
 BLOCKS = 4
 MUCH, NOTHING = Paired(0.05, 0.004, 40), Paired(0.001, 0.001, 40)
@@ -19,7 +21,7 @@ def visit_of(loss=3.0, *, energies=(1.0,) * BLOCKS, alone=None, unique=None):
         "natural_energy": [e / 2 for e in energies],
         "gradient_norm": [e**0.5 for e in energies],
     }
-    return Visit("alone", loss, free, alone or {}, unique or {}, None, (MatrixShare(0, "out", 1.0),))
+    return Visit("alone", loss, free, alone or {}, unique or {}, None, None, (MatrixShare(0, "out", 1.0),))
 
 
 def chronicle(losses="flat", count=200, **options):
@@ -115,6 +117,25 @@ def test_a_measurement_lasts_until_training_has_gained_as_much():
 def test_foreign_text_needs_a_block_that_stands_out():
     row = add(chronicle(in_distribution=False), 200, visit_of(alone=dict.fromkeys(range(BLOCKS), MUCH)))
     assert row.letters == "YYYY"
+
+
+def test_the_clouds_edges_are_those_of_the_reference_without_blocks_and_of_the_composed_witness():
+    def edges(made, visit):
+        return {s.name: s for s in add(made, 200, visit).statistics if s.name.startswith("bound")}
+
+    made, joint = chronicle(), replace(visit_of(3.0), kind="joint", composed=MUCH, upper=3.4)
+    assert edges(made, visit_of()) == {}
+    found = edges(made, joint)
+    assert all(edge.block == WHOLE_MODEL for edge in found.values())
+    assert (found["bound_upper"].value, found["bound_upper"].low) == (3.4, None)
+    lower, gain = found["bound_lower"], MUCH.interval()
+    assert lower.value == pytest.approx(2.95)
+    assert (3.0 - lower.high, 3.0 - lower.low) == (pytest.approx(gain.low), pytest.approx(gain.high))
+    assert list(edges(made, visit_of(2.9))) == ["bound_upper"]  # as last measured; the lower one is the model's own
+    worse = edges(made, replace(joint, composed=Paired(-0.05, 0.004, 40)))["bound_lower"]
+    none = edges(made, replace(joint, composed=None, upper=None))
+    assert [(e.value, e.low, e.high) for e in (worse, none["bound_lower"])] == [(3.0, 3.0, 3.0)] * 2
+    assert none["bound_upper"].value == 3.4
 
 
 def test_statistics_against_their_own_history():

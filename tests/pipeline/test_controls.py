@@ -6,24 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from audits import runner_of, tiny_probe
+from audits import bench_of, runner_of
 from peelwise.model.fresh import fresh_copy
 from peelwise.model.guard import untouched
-from peelwise.pipeline.bench import Bench
-from peelwise.pipeline.clock import Clock
 from peelwise.pipeline.controls import head_reference, permuted_targets, shuffled_control, untrained_control
 from peelwise.pipeline.findings import Findings
 from peelwise.pipeline.stages import first_sweep
 from peelwise.probes import Probe
 from plain_gpt import PlainGPT
 from zoo import VOCABULARY, ZOO, sample_ids
-
-
-def bench_of(model, probe=None, **options):
-    probe = probe or tiny_probe()
-    runner = runner_of(model, **options)
-    traces = [runner.trace(split) for split in (probe.fit, probe.select, probe.report)]
-    return Bench(runner, probe, *traces, clock=Clock(600.0, runner.work), seed=probe.seed)
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 10_000])

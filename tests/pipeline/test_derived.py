@@ -50,6 +50,13 @@ def test_the_conclusion_says_what_was_found_and_no_more(found, sentence):
     )
 
 
+def test_the_conclusion_names_the_blocks_without_which_the_model_is_better():
+    removals = [interval(x) for x in (0.4, -0.2, 0.0, -0.3, -0.005)]
+    found = tuple(b.model_copy(update={"removal_nats": r}) for b, r in zip(blocks(["grey"] * 5), removals, strict=True))
+    harm = " The model is better without block 3 (0.300 nats per token), without block 1 (0.200 nats per token)."
+    assert conclusion(found, None, MARGIN) == conclusion(blocks(["grey"] * 5), None, MARGIN) + harm
+
+
 def told(alone, unique, colour="red"):
     return tuple(
         BlockRecord(index=i, name="", verdict=colour, reason="", recoverable_nats=interval(a), unique_nats=interval(u))

@@ -1,29 +1,187 @@
-"""Audits of models with low-bit layers: measured on the effective weights, and said to be dense."""
+"""Audits of models with low-bit layers: witnesses are codes and scales of the same formats."""
 
 from __future__ import annotations
 
+import copy
+import re
+from dataclasses import replace
+from functools import cache
+
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import peelwise
 from audits import ONE_ROUND, Snapshot, tiny_probe
-from peelwise.errors import CertificateError
-from peelwise.nn import quantize_
+from peelwise.errors import CertificateError, FormatError
+from peelwise.formats.membership import check_member
+from peelwise.formats.table import parse_format
+from peelwise.model.checkpoints import open_model
+from peelwise.model.layers import find_blocks
+from peelwise.nn import quantize_, save_pretrained
 from peelwise.pipeline.audit import run_audit
-from peelwise.pipeline.certificate import merged_model, read_certificate
+from peelwise.pipeline.certificate import merged_model, read_certificate, report_loss
+from peelwise.pipeline.derived import contradictions
+from peelwise.pipeline.witness import changes_of, codes_of
 from zoo import ZOO
 
 
-def test_a_low_bit_model_is_audited_as_it_computes_and_its_dense_witness_is_not_merged(tmp_path) -> None:
+@cache
+def _audited(name: str, form: str, skip: tuple[str, ...]):
+    torch.manual_seed(0)
+    model = ZOO[name]()
+    swapped = quantize_(model, form, skip=skip)
+    return (
+        model,
+        swapped,
+        run_audit(model, tiny_probe(in_distribution=True), replace(ONE_ROUND, controls=name == "plain")),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "skip"),
+    [
+        ("plain", "ternary:tensor", ()),
+        ("llama", "ternary:tensor", ()),
+        ("qwen2", "int2:group=16,affine", ("down_proj",)),  # biases, and dense maps among low-bit ones
+        ("llama-tied", "int3:minimum,band=24", ()),
+    ],
+)
+def test_the_witness_of_a_low_bit_model_is_in_its_formats_and_is_certified(tmp_path, name, form, skip) -> None:
+    model, swapped, outcome = _audited(name, form, skip)
+    record = outcome.record
+    assert any(note.startswith(f"{len(swapped)} linear maps hold low-bit codes") for note in record.notes)
+    assert all(0 < each.flipped < 0.5 and each.select_after < each.select_before for each in record.rounds)
+    blocks = find_blocks(model)
+    low_bit = [m for block in blocks for m in block.linears if m.low_bit]
+    flipped = 0
+    for kind in ("composed", "alone"):
+        for linear in low_bit:
+            held = linear.held()
+            encoded = codes_of(outcome.witness, kind, linear, held)
+            check_member(encoded, parse_format(form), tuple(held.weight.shape))
+            flipped += int((encoded.codes != held.encoded.codes).sum())
+    assert flipped > 0
+    _assert_splits_add_up(record)
+    peelwise.AuditReport(record, outcome.witness, outcome.probe).save(tmp_path / "out")
+    assert peelwise.verify(tmp_path / "out", model, full=True).status == "holds"
+    merged = merged_model(read_certificate(tmp_path / "out"), model)
+    assert report_loss(merged, read_certificate(tmp_path / "out")) == pytest.approx(record.loss.composed, abs=1e-5)
+
+
+def _assert_splits_add_up(record) -> None:
+    for split in (record.loss.split, *(block.split for block in record.blocks)):
+        parts = split.irreducible + split.price_of_precision + split.left_on_the_table
+        assert parts == pytest.approx(record.loss.current, abs=1e-9)
+    assert record.loss.split.left_on_the_table == pytest.approx(record.loss.composed_gain.mean, abs=1e-9)
+    for block in record.blocks:
+        assert block.split.left_on_the_table == pytest.approx(block.recoverable_nats.mean, abs=1e-9)
+        for matrix in block.matrices:
+            if matrix.format is None:
+                assert matrix.split is None
+                continue
+            assert matrix.split.irreducible == 0
+            assert matrix.split.price_of_precision >= 0
+            assert matrix.split.left_on_the_table >= 0
+    assert not list(contradictions(record, 1e-3))
+
+
+def test_an_audit_leaves_a_low_bit_model_as_it_was() -> None:
     model = ZOO["plain"]()
-    dense = run_audit(model, tiny_probe(), ONE_ROUND).record
-    assert not any("low-bit" in note for note in dense.notes)
-    swapped = quantize_(model, "ternary")
+    quantize_(model, "ternary")
     before = Snapshot.of(model)
-    outcome = run_audit(model, tiny_probe(), ONE_ROUND)
+    run_audit(model, tiny_probe(), replace(ONE_ROUND, controls=False))
     before.assert_unchanged(model)
-    assert outcome.record.loss.current != pytest.approx(dense.loss.current, abs=1e-3)
-    assert any(note.startswith(f"{len(swapped)} linear maps hold low-bit codes") for note in outcome.record.notes)
+
+
+def test_weights_in_use_during_the_evaluation_are_what_the_codes_decode_to() -> None:
+    model, _, outcome = _audited("llama", "ternary:tensor", ())
+    changes = changes_of(outcome.witness, "composed", find_blocks(model))
+    for linear, change in changes.items():
+        held = linear.held()
+        decoded = held.format.decode(codes_of(outcome.witness, "composed", linear, held))
+        torch.testing.assert_close(held.weight + change, decoded, rtol=0, atol=0)
+
+
+def test_apply_writes_a_model_of_the_same_layers_with_the_certified_loss(tmp_path) -> None:
+    model = ZOO["llama"]()
+    quantize_(model, "ternary")
+    save_pretrained(model, tmp_path / "model")
+    opened = open_model(tmp_path / "model", with_tokenizer=False)
+    outcome = run_audit(opened.model, tiny_probe(), replace(ONE_ROUND, controls=False), source=opened.source)
     peelwise.AuditReport(outcome.record, outcome.witness, outcome.probe).save(tmp_path / "out")
-    assert peelwise.verify(tmp_path / "out", model).status == "holds"
-    with pytest.raises(CertificateError, match="low-bit codes, and this witness is dense"):
-        merged_model(read_certificate(tmp_path / "out"), model)
+    loss = peelwise.apply(tmp_path / "out", None, tmp_path / "better")
+    assert loss == pytest.approx(outcome.record.loss.composed, abs=1e-5)
+    better = open_model(tmp_path / "better", with_tokenizer=False).model
+    for linear in (m for block in find_blocks(better) for m in block.linears):
+        assert linear.held().format.name == "ternary:tensor"
+        assert set(linear.held().encoded.codes.unique().tolist()) <= {-1, 0, 1}
+
+
+def _resealed(folder, change) -> None:
+    """Change the witness as a forger would who knows how certificates are sealed."""
+    from peelwise.pipeline.certificate import _witness_record
+
+    path = folder / "witness.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    record = read_certificate(folder).record
+    sealed = record.model_copy(update={"witness": _witness_record(path, tensors)}).sealed()
+    (folder / "certificate.json").write_text(sealed.to_json() + "\n")
+
+
+def _first(tensors, suffix: str) -> str:
+    return next(name for name in sorted(tensors) if name.startswith("composed/") and name.endswith(suffix))
+
+
+def _flip_many(tensors) -> None:
+    codes = tensors[_first(tensors, "up_proj.codes")]
+    codes[: len(codes) // 2] *= -1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_flip_many, "was certified"),
+        (lambda t: t[_first(t, "up_proj.scales")].mul_(3), "was certified"),
+        (lambda t: t[_first(t, ".codes")][0].fill_(2), "code 2 is none of its 3 codes"),
+        (lambda t: t[_first(t, ".scales")].fill_(float("nan")), "NaN or infinite"),
+        (lambda t: t.update({_first(t, ".scales"): t[_first(t, ".scales")].float()}), "expected scales .* in float16"),
+        (lambda t: t.update({_first(t, ".format"): t[_first(t, ".format")][:-1]}), "holds ternary:tensor, the witness"),
+        (lambda t: t.update({_first(t, ".codes")[:-6]: torch.zeros(3, 3)}), "dense: not at the same bits"),
+    ],
+)
+def test_a_tampered_witness_or_one_outside_the_format_does_not_hold(tmp_path, change, message: str) -> None:
+    model, _, outcome = _audited("llama", "ternary:tensor", ())
+    folder = tmp_path / "out"
+    peelwise.AuditReport(outcome.record, outcome.witness, outcome.probe).save(folder)
+    assert peelwise.verify(folder, model).holds
+    _resealed(folder, change)
+    result = peelwise.verify(folder, model)
+    assert result.status == "does not hold"
+    assert re.search(message, result.reason), result.reason
+
+
+def test_a_module_that_cannot_be_given_codes_is_said_so(tmp_path) -> None:
+    model, _, outcome = _audited("plain", "ternary:tensor", ())
+    certificate = read_certificate_of(outcome, tmp_path)
+    model = copy.deepcopy(model)
+    find_blocks(model)[0].linears[0].module.hold_ = None
+    with pytest.raises(CertificateError, match=r"cannot be given other codes.*hold_\(encoded\)"):
+        merged_model(certificate, model)
+
+
+def read_certificate_of(outcome, tmp_path):
+    peelwise.AuditReport(outcome.record, outcome.witness, outcome.probe).save(tmp_path / "out")
+    return read_certificate(tmp_path / "out")
+
+
+def test_a_witness_of_another_support_is_refused() -> None:
+    model, _, outcome = _audited("llama-tied", "int3:minimum,band=24", ())
+    linear = find_blocks(model)[0].linears[0]
+    name = f"composed/{linear.name}.support"
+    other = outcome.witness[name].clone()
+    other[0, 0] = False
+    with pytest.raises(FormatError, match="another support"):
+        codes_of(outcome.witness | {name: other}, "composed", linear, linear.held())

@@ -67,9 +67,10 @@ def test_tensorboard(tmp_path):
     assert all(abs(e.wall_time - events.FirstEventTimestamp()) < 60 for e in events.Scalars("peelwise/loss"))
 
 
-@pytest.mark.parametrize("what", ["wandb:x", "jsonl", "tensorboard:", ""])
+@pytest.mark.parametrize("what", ["comet:x", "jsonl", "tensorboard:", ""])
 def test_unknown_loggers(what):
-    with pytest.raises(OptionError, match="A logger is console, jsonl:FILE or tensorboard:FOLDER"):
+    known = r"console, jsonl:FILE, tensorboard:FOLDER, wandb\[:PROJECT\], mlflow\[:EXPERIMENT\], trackio\[:PROJECT\]"
+    with pytest.raises(OptionError, match=f"A logger is one of {known}; got"):
         logger_of(what)
 
 
@@ -91,4 +92,4 @@ def test_a_monitor_tells_its_loggers_and_outlives_them(tmp_path, capsys):
     assert list((tmp_path / "board").iterdir())
     lost = [e.text for e in monitor.events if e.kind == "not-recorded"]
     assert lost == ["Broken logs no more; training goes on. no space left"]
-    assert set(LOGGERS) == {"console", "jsonl", "tensorboard"}
+    assert {"console", "jsonl", "tensorboard"} < set(LOGGERS)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from peelwise.errors import DeviceError, FormatError, MissingExtraError, ModelError, OutputError, UnsupportedModelError
-from peelwise.model.layers import plain_name
+from peelwise.model.gguf_blocks import stored_maps
+from peelwise.model.layers import find_blocks, plain_name
 from peelwise.model.weight_files import brief, check_gguf, check_weights, read_config, read_tensors
-from peelwise.nn.files import FORMATS_KEY, TENSORS, note_formats, restore_
+from peelwise.nn.files import FORMATS_KEY, TENSORS, hold_in, note_formats, restore_
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PIECE = 1 << 22  # elements looked at together, so that no tensor is ever copied whole
@@ -52,6 +53,7 @@ def open_model(
     dtype: str = "auto",
     allow_pickle: bool = False,
     with_tokenizer: bool = True,
+    as_stored: bool = False,
 ) -> OpenedModel:
     """Open a causal language model from disk; never from the network, never with code from the checkpoint.
 
@@ -62,6 +64,8 @@ def open_model(
             the checkpoint asks for.
         allow_pickle: Whether ``.bin`` weights will do where there are no safetensors.
         with_tokenizer: Whether to open the tokenizer too.
+        as_stored: Whether the linear maps of a ``.gguf`` file keep the codes that are stored, as layers of
+        `peelwise.nn`.
 
     Raises:
         ModelError: If it cannot be found, is damaged, incomplete, or needs code of its own.
@@ -84,6 +88,8 @@ def open_model(
     _forget_gguf(model)
     if path.is_dir():
         _restore_formats(model, path)
+    if as_stored:
+        _hold_stored(model, path)
     try:
         model.to(target)
     except torch.OutOfMemoryError as error:
@@ -282,6 +288,24 @@ def _load_model(folder: Path, path: Path, dtype: torch.dtype | str, options: dic
         )
     loaded: nn.Module = model
     return loaded
+
+
+def gguf_file(source: str | Path | None) -> Path | None:
+    """Return the ``.gguf`` file that a source names, or ``None`` if it names something else or nothing."""
+    if source is None or not (str(source) == "smollm2" or Path(source).suffix.lower() == ".gguf"):
+        return None
+    return _locate(source)[0]
+
+
+def _hold_stored(model: nn.Module, path: Path) -> None:
+    """Let every linear map that a GGUF file stores in codes compute with these codes; same weights to the bit."""
+    if path.is_dir():
+        raise ModelError(f"{path} is a folder: only the blocks of a .gguf file can be taken as stored.")
+    stored = stored_maps(path, find_blocks(model))
+    for linear, held in stored.items():
+        if isinstance(linear.module, nn.Linear):
+            hold_in(model, linear.name, held.format, held.encoded)
+    note_formats(model)
 
 
 def _restore_formats(model: nn.Module, folder: Path) -> None:

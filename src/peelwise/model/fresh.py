@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from peelwise.model.layers import device_of, unwrapped
+from peelwise.nn.swap import quantize_like_
 
 
 def fresh_copy(model: nn.Module, seed: int) -> nn.Module | None:
@@ -24,6 +25,7 @@ def fresh_copy(model: nn.Module, seed: int) -> nn.Module | None:
     config: Any = getattr(model, "config", None)
     if hasattr(config, "model_type") and hasattr(type(model), "_from_config"):
         fresh = type(model)(config)
+        quantize_like_(fresh, model)
     else:
         fresh = copy.deepcopy(model)
         for module in fresh.modules():

@@ -106,6 +106,11 @@ class Runner:
         self.work.add(sum(self.shares[start:]) + self.head_share, float(trace.tokens.sum()))
         return torch.cat(losses)
 
+    def losses_without(self, trace: Trace, index: int) -> Tensor:
+        """Return the losses ``[sequences]`` of the model without one block, whose input is passed on as its output."""
+        passed = [replace(b, stations=[*b.stations[: index + 1], b.stations[index]]) for b in trace.batches]
+        return self.losses_from(replace(trace, batches=passed), index + 1)
+
     @torch.no_grad()
     def refreshed(self, trace: Trace, start: int = 0) -> Trace:
         """Return the trace with stations behind block ``start`` and losses computed again."""
@@ -178,11 +183,15 @@ class Runner:
 
     # -- the model's own ends --------------------------------------------------------------------------
 
-    def head_inputs(self, trace: Trace) -> tuple[Tensor, Tensor, Tensor]:
+    def head_inputs(self, trace: Trace, station: int = -1) -> tuple[Tensor, Tensor, Tensor]:
         """Return ``(x [n, d], y [n], logits_agree)``: inputs of the output head at the predicted tokens.
 
         The third is a bool tensor: whether the head's output is the model's logits as they are (no
         soft-capping or scaling behind it).
+
+        Args:
+            trace: the tokens.
+            station: which station the model's end is given; the last one, or 0 for a model without its blocks.
         """
         assert self.head is not None
         seen: list[Tensor] = []
@@ -192,7 +201,7 @@ class Runner:
             for batch in trace.batches:
                 seen.clear()
                 with torch.no_grad():
-                    logits = self.logits(batch, batch.stations[-1])
+                    logits = self.logits(batch, batch.stations[station])
                 agree = agree and len(seen) == 2 and seen[1].shape == logits.shape
                 agree = agree and torch.allclose(seen[1].float(), logits.float(), atol=1e-5)
                 if agree:

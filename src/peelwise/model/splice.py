@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peelwise.model.layers import LinearMap
+from peelwise.nn.linear import QuantizedLinear
 
 Changes = Mapping[LinearMap, Tensor]  # each [d_out, d_in], one more column where the map has a bias
 
@@ -29,12 +30,51 @@ def spliced(changes: Changes, scale: float = 1.0) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def frozen(linears: Iterable[LinearMap]) -> Iterator[None]:
+    """Run with the effective weights of our own low-bit layers computed once, not at every call.
+
+    For contexts in which no weight changes. A splice inside takes the place of this one.
+    """
+    with ExitStack() as stack:
+        for linear in linears:
+            if isinstance(linear.module, QuantizedLinear) and _plain(linear):
+                stack.enter_context(_replaced(linear.module, _Frozen(linear.weight(), linear.bias())))
+        yield
+
+
+class _Frozen:
+    """The forward of a linear map with given weights.
+
+    A splice wraps it, so that a splice inside a splice is not taken for one inside `frozen`: these add up.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, *args: Tensor, **named: Tensor) -> Tensor:
+        return F.linear(_input(args, named), self.weight, self.bias)
+
+
+@contextmanager
+def _replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
+
+
 def _plain(linear: LinearMap) -> bool:
     module, weight = linear.module, linear.module.weight
-    ours = type(module) is nn.Linear or linear.transposed
+    ours = type(module) is nn.Linear or linear.transposed or isinstance(module, QuantizedLinear)
     return (
         ours
-        and "forward" not in module.__dict__
+        and ("forward" not in module.__dict__ or isinstance(module.__dict__["forward"], _Frozen))
         and type(weight) is nn.Parameter
         and weight.dtype in (torch.float32, torch.float64)
         and weight.device.type != "meta"
@@ -51,19 +91,22 @@ def _parts(linear: LinearMap, change: Tensor, scale: float) -> tuple[Tensor, Ten
 @contextmanager
 def _merged(linear: LinearMap, change: Tensor, scale: float) -> Iterator[None]:
     weight_change, bias_change = _parts(linear, change, scale)
-    own = linear.weight()
+    own, own_bias = _own(linear)
     weight = own + weight_change.to(own)  # [d_out, d_in]
-    own_bias = linear.bias()
     bias = own_bias + bias_change.to(own_bias) if own_bias is not None and bias_change is not None else None
+    spliced_in = _Frozen(weight, bias)
 
     def forward(*args: Tensor, **named: Tensor) -> Tensor:
-        return F.linear(_input(args, named), weight, bias)
+        return spliced_in(*args, **named)
 
-    linear.module.__dict__["forward"] = forward
-    try:
+    with _replaced(linear.module, forward):
         yield
-    finally:
-        del linear.module.__dict__["forward"]
+
+
+def _own(linear: LinearMap) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias without computing frozen ones again."""
+    present = linear.module.__dict__.get("forward")
+    return (present.weight, present.bias) if isinstance(present, _Frozen) else (linear.weight(), linear.bias())
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peelwise.errors import FormatError, OutputError
+from peelwise.formats.base import Encoded, Format
 from peelwise.formats.masked import Given, Masked
 from peelwise.formats.membership import check_member
 from peelwise.formats.table import parse_format
@@ -75,6 +76,22 @@ def restore_(model: nn.Module, formats: Mapping[str, str], tensors: Mapping[str,
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, layer)
     note_formats(model)
+
+
+def hold_in(model: nn.Module, name: str, form: Format, encoded: Encoded) -> None:
+    """Swap one plain layer of ``model`` for one that holds the codes given; in place.
+
+    Raises:
+        FormatError: If the codes are none of the format.
+    """
+    linear = model.get_submodule(name)
+    inner = form.inner if isinstance(form, Masked) else form
+    assert isinstance(linear, nn.Linear)
+    layer = LAYER_OF[type(inner)].from_linear(linear, form)
+    layer.support = encoded.support
+    layer.hold_(encoded)
+    owner, _, last = name.rpartition(".")
+    setattr(model.get_submodule(owner), last, layer)
 
 
 def _restored(model: nn.Module, name: str, form_name: str, saved: Callable[[str], Tensor | None]) -> QuantizedLinear:

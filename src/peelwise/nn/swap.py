@@ -69,6 +69,16 @@ def quantize_(
     return list(swapped)
 
 
+def quantize_like_(model: nn.Module, pattern: nn.Module) -> None:
+    """Give ``model`` low-bit layers where ``pattern``, a model of the same layout, has them; in place."""
+    for name, layer in pattern.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            linear = model.get_submodule(name)
+            if type(linear) is nn.Linear:
+                _put(model, name, type(layer).from_linear(linear, layer.format))
+    note_formats(model)
+
+
 @torch.no_grad()
 def share_scale_(model: nn.Module) -> list[str]:
     """Give all layers with one scale for the whole model the scale that the rule makes of all their weights; in place.

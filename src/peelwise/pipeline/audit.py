@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from peelwise.errors import IllConditionedWarning, PeelwiseWarning
 from peelwise.model.checkpoints import fingerprint
 from peelwise.model.guard import untouched
 from peelwise.model.runner import MICRO_BATCH_TOKENS
+from peelwise.model.splice import frozen
 from peelwise.pipeline import controls, stages
 from peelwise.pipeline.bench import Bench
 from peelwise.pipeline.clock import Watcher
@@ -22,7 +24,7 @@ from peelwise.records import AuditRecord
 
 # Stages are cut short so that the next ones get their turn: no further joint round and no untrained control is begun
 # after these parts of the budget; leaving one out gets a part of what is left, the head one of the whole.
-_JOINT_SHARE, _CONTROL_SHARE, _UNIQUE_SHARE, _HEAD_SHARE = 0.4, 0.8, 0.6, 0.02
+_REMOVAL_SHARE, _JOINT_SHARE, _CONTROL_SHARE, _UNIQUE_SHARE, _HEAD_SHARE = 0.1, 0.4, 0.8, 0.6, 0.02
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,9 @@ def run_audit(
     """
     blocks = checked_blocks(model, probe)
     setup = Setup(model, blocks, name, source, fingerprint(model), settings_dict(settings), probe.seed)
-    with untouched(model), warnings.catch_warnings(record=True) as caught:
+    with untouched(model), ExitStack() as stack, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", IllConditionedWarning)
+        stack.enter_context(frozen(m for block in blocks for m in block.linears))
         bench = first_bench(
             model,
             blocks,
@@ -94,11 +97,12 @@ def run_audit(
             watcher=watcher,
         )
         findings = Findings()
-        low_bit = sum(linear.low_bit for block in blocks for linear in block.linears)
-        if low_bit:
+        if bench.held:
+            formats = ", ".join(sorted({held.format.name for held in bench.held.values()}))
             findings.notes.append(
-                f"{low_bit} linear maps hold low-bit codes. The witness is a dense change on top of them: it says what "
-                "they could gain, not what they could gain at the same bits."
+                f"{len(bench.held)} linear maps hold low-bit codes ({formats}). The witness gives them other "
+                "codes and scales of the same formats; the price of precision comes from a dense witness that is "
+                "not kept."
             )
         try:
             findings.complete = _stages(bench, findings, settings)
@@ -113,6 +117,7 @@ def _stages(bench: Bench, findings: Findings, settings: AuditSettings) -> bool:
     """Run the stages in the order of what they are worth; return whether all of them ended by themselves."""
     null = controls.permuted_targets(bench.fit, bench.seed) if settings.controls else None
     complete = stages.first_sweep(bench, findings, null=null)
+    complete &= stages.take_out(bench, findings, share=_REMOVAL_SHARE)
     complete &= stages.joint_rounds(bench, findings, rounds=settings.joint_rounds, share=_JOINT_SHARE)
     controls.shuffled_control(bench, findings)
     complete &= stages.leave_one_out(bench, findings, share=_UNIQUE_SHARE)

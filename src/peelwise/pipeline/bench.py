@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from peelwise.intervals import Paired, paired
+from peelwise.model.effective import Held
 from peelwise.model.layers import LinearMap
 from peelwise.model.runner import Runner, Trace
 from peelwise.pipeline.clock import Clock
@@ -18,14 +19,21 @@ from peelwise.probes import Probe
 WITNESS_DTYPE = torch.bfloat16
 
 # Stages that only run the model forwards, in the order they come in; they tell what a pass takes.
-FORWARD_STAGES = LOSSES, WITHOUT = "losses of the model as it stands", "leaving one block out"
+FORWARD_STAGES = LOSSES, REMOVED, WITHOUT = (
+    "losses of the model as it stands",
+    "taking blocks out",
+    "leaving one block out",
+)
 
 ChangeMap = dict[LinearMap, Tensor]
 
 
 @dataclass
 class Bench:
-    """One model, one probe, the model's own stations and losses on its three parts, and the clock."""
+    """One model, one probe, the model's own stations and losses on its three parts, and the clock.
+
+    ``held`` is what low-bit maps hold: their witness is of the same formats.
+    """
 
     runner: Runner
     probe: Probe
@@ -34,6 +42,7 @@ class Bench:
     report: Trace
     clock: Clock
     seed: int
+    held: dict[LinearMap, Held] = field(default_factory=dict)
 
     def seconds_for(self, token_forwards: float) -> float:
         """Estimate the seconds that so many token passes take, from the latest stage that was nothing else."""
@@ -65,11 +74,12 @@ def combined(
     for block in proposals.values():
         for linear, proposal in block.changes[direction].items():
             moved = step * proposal.change.float()
-            out[linear] = _rounded(moved if linear not in out else out[linear] + moved)
+            out[linear] = rounded(moved if linear not in out else out[linear] + moved)
     return out
 
 
-def _rounded(change: Tensor) -> Tensor:
+def rounded(change: Tensor) -> Tensor:
+    """Return a dense change in the number format that the witness is stored in."""
     return change.to(WITNESS_DTYPE).float()
 
 

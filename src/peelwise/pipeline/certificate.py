@@ -14,16 +14,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peelwise.errors import CertificateError
+from peelwise.errors import CertificateError, FormatError
 from peelwise.intervals import Paired
 from peelwise.model.checkpoints import fingerprint
 from peelwise.model.guard import untouched
-from peelwise.model.layers import Block, LinearMap, find_blocks, parameter_count
+from peelwise.model.layers import find_blocks, parameter_count
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner, Trace
 from peelwise.model.splice import spliced
 from peelwise.pipeline.bench import ChangeMap, gain
 from peelwise.pipeline.derived import contradictions
 from peelwise.pipeline.folder import written_whole
+from peelwise.pipeline.witness import changes_of, merge_
 from peelwise.probes import Probe
 from peelwise.recordfile import RECORD_FILE, read_record
 from peelwise.records import AuditRecord, Interval, SealedRecord, WitnessRecord
@@ -33,10 +34,10 @@ WITNESS_FILE, PROBE_FILE = "witness.safetensors", "probe.safetensors"
 # Nats per token that a recomputed loss may be off: other threads, batches, machines. Half precision is the most.
 _TOLERANCE, _HALF_TOLERANCE = 3e-4, 5e-3
 _SELF = "that the record agrees with itself (intervals, gains and the losses beside them, margin, verdicts, conclusion)"
-_BLOCKS = "every block's recoverable and unique loss"
+_BLOCKS = "every block's recoverable and unique loss, and the loss without it"
 _UNCHECKED = (
     "the losses of the controls and of the head, energies and shares, rounds, cost, "
-    "and whether the text is training text"
+    "the price of precision of low-bit models, and whether the text is training text"
 )
 
 SomeRecord = TypeVar("SomeRecord", bound=SealedRecord)
@@ -156,7 +157,10 @@ def verify_certificate(
     with untouched(model):
         runner = Runner(model, find_blocks(model), micro_batch_tokens=micro_batch_tokens)
         recheck = _Recheck(certificate, runner, tolerance)
-        checks = recheck.run(full=full)
+        try:
+            checks = recheck.run(full=full)
+        except FormatError as error:  # a witness that is not at the same bits proves nothing
+            return Verification("does not hold", str(error), tolerance=tolerance)
         wrong = recheck.wrong_number() or (recheck.wrong_verdict() if full else None)
     losses = "the model's loss and, where there is one, the composed loss and its gain"
     return Verification(
@@ -170,36 +174,19 @@ def verify_certificate(
 
 
 def merged_model(certificate: Certificate, model: nn.Module) -> nn.Module:
-    """Return a copy of ``model`` with the composed witness added to its weights.
+    """Return a copy of ``model`` with the composed witness in its weights: added, or as the codes of low-bit layers.
 
     Raises:
-        CertificateError: If the model is not the certified one, there is no composed witness, or it belongs to low-bit
-            layers, which cannot hold it.
+        CertificateError: If the model is not the certified one, there is no composed witness, or a low-bit layer is of
+        a
+            kind that cannot be given other codes.
+        FormatError: If the witness is not of the formats that low-bit layers hold.
     """
     if fingerprint(model) != certificate.record.model.fingerprint:
         raise CertificateError("The model's tensors are not those that were certified: not the same model.")
     changed = copy.deepcopy(model)
-    changes = changes_of(certificate.witness, "composed", find_blocks(changed))
-    if not changes:
+    if not merge_(certificate.witness, "composed", find_blocks(changed)):
         raise CertificateError("The certificate holds no composed witness: the audit found none, so nothing to apply.")
-    low_bit = [linear.name for linear in changes if linear.low_bit]
-    if low_bit:
-        raise CertificateError(
-            f"{low_bit[0]} holds low-bit codes, and this witness is dense: it cannot be merged at the same bits. "
-            "Make the model dense first (peelwise.nn.dense_), and audit that."
-        )
-    with torch.no_grad():
-        for linear, change in changes.items():
-            weight, bias = linear.module.weight, getattr(linear.module, "bias", None)
-            assert isinstance(weight, Tensor)
-            part = change[:, :-1] if linear.has_bias else change
-            weight.copy_(
-                (linear.weight().float() + part.to(weight.device)).T
-                if linear.transposed
-                else linear.weight().float() + part.to(weight.device)
-            )
-            if linear.has_bias and isinstance(bias, Tensor):
-                bias.copy_(bias.float() + change[:, -1].to(bias.device))
     return changed
 
 
@@ -213,24 +200,6 @@ def tolerance_of(model: nn.Module) -> float:
     """Return how far a recomputed loss may be off, in nats per token, in the number format that ``model`` runs in."""
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     return _TOLERANCE if dtypes <= {torch.float32, torch.float64} else _HALF_TOLERANCE
-
-
-def changes_of(witness: Mapping[str, Tensor], kind: str, blocks: tuple[Block, ...]) -> ChangeMap:
-    """Return the changes stored under ``kind`` for the maps of ``blocks``, float32, on their device.
-
-    Raises:
-        CertificateError: If a change has another shape than its map.
-    """
-    changes: ChangeMap = {}
-    for linear in (m for block in blocks for m in block.linears):
-        stored = witness.get(f"{kind}/{linear.name}")
-        if stored is None:
-            continue
-        expected = _shape(linear)
-        if tuple(stored.shape) != expected:
-            raise CertificateError(f"The witness for {linear.name} is {tuple(stored.shape)}, expected {expected}.")
-        changes[linear] = stored.float().to(linear.weight().device)
-    return changes
 
 
 class _Recheck:
@@ -259,6 +228,7 @@ class _Recheck:
                 self._unique(composed, after)
         if full:
             self._alone()
+            self._removal()
         return tuple(self.checks)
 
     def _unique(self, composed: ChangeMap, after: Trace) -> None:
@@ -280,6 +250,13 @@ class _Recheck:
             found = self._gain(self.trace.losses, losses)
             self._interval(f"{block.name} recoverable", recorded.recoverable_nats, found)
             self.evidence[block.index] = replace(self.evidence[block.index], alone=found)
+
+    def _removal(self) -> None:
+        for block, recorded in zip(self.blocks, self.record.blocks, strict=True):
+            if recorded.removal_nats is not None:
+                losses = self.runner.losses_without(self.trace, block.index)
+                found = self._gain(losses, self.trace.losses)
+                self._interval(f"{block.name} removal", recorded.removal_nats, found)
 
     def wrong_number(self) -> str | None:
         """Return which number was not found again, or ``None``."""
@@ -365,8 +342,3 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise CertificateError(f"{path} is missing or damaged: {error}.") from error
-
-
-def _shape(linear: LinearMap) -> tuple[int, int]:
-    d_out, d_in = linear.weight().shape
-    return d_out, d_in + int(linear.has_bias)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from peelwise import alerts
@@ -60,6 +60,7 @@ class Chronicle:
         self._red_since: dict[int, int] = {}
         self._told: dict[int, int] = {}  # block -> how long it had been red when that was last said
         self._changes: list[tuple[int, Change]] = []
+        self._upper: float | None = None
 
     def loss(self, step: int, value: float) -> None:
         """Remember a training loss."""
@@ -101,7 +102,7 @@ class Chronicle:
         """
         self._probe_losses.add(step, visit.loss)
         slope = self.slope()
-        statistics = [*self._free(step, visit), *self._measured(step, visit, slope)]
+        statistics = [*self._free(step, visit), *self._measured(step, visit, slope), *self._cloud(visit)]
         changes = self._new_changes(step)
         verdicts = self._judge(visit.loss, slope)
         # Asked before the row's own verdicts replace the last ones.
@@ -160,6 +161,17 @@ class Chronicle:
                 if worth is not None and worth.mean is not None:
                     rows.append(Statistic("equivalent_steps", block, worth.mean, worth.low, worth.high))
         return rows
+
+    def _cloud(self, visit: Visit) -> Iterator[Statistic]:
+        """Yield the edges of the loss's cloud: the upper one as last measured, the lower one where it is measured."""
+        self._upper = visit.upper if visit.upper is not None else self._upper
+        if self._upper is not None:
+            yield Statistic("bound_upper", WHOLE_MODEL, self._upper)
+        if visit.kind == "joint":
+            # The model as it stands is a witness too: one that does worse on report moves no edge.
+            gain = visit.composed.interval() if visit.composed is not None else None
+            gains = (gain.mean, gain.high, gain.low) if gain is not None else (0.0, 0.0, 0.0)
+            yield Statistic("bound_lower", WHOLE_MODEL, *(visit.loss - max(nats, 0.0) for nats in gains))
 
     def _judge(self, loss: float, slope: Slope | None) -> list[Verdict]:
         margin = default_margin(loss) if self._margin is None else self._margin

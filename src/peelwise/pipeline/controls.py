@@ -15,7 +15,9 @@ from peelwise.model.runner import Batch, Runner, Trace
 from peelwise.model.splice import spliced
 from peelwise.pipeline.bench import Bench, gain
 from peelwise.pipeline.findings import Control, Findings
-from peelwise.pipeline.refine import Proposals, take_round, unrefined
+from peelwise.pipeline.opening import held_maps
+from peelwise.pipeline.refine import Proposals, unrefined
+from peelwise.pipeline.rounds import improved
 from peelwise.pipeline.sweep import Targets, sweep
 from peelwise.probes import Split
 from peelwise.records import HeadRecord
@@ -91,10 +93,12 @@ def untrained_control(bench: Bench, findings: Findings) -> None:
                 "(no configuration and no reset_parameters)."
             )
             return
-        runner = Runner(fresh, find_blocks(fresh), micro_batch_tokens=bench.runner.micro_batch_tokens)
+        blocks = find_blocks(fresh)
+        runner = Runner(fresh, blocks, micro_batch_tokens=bench.runner.micro_batch_tokens)
         runner.work = bench.runner.work
         fit, select = runner.trace(_third(bench.probe.fit)), runner.trace(_third(bench.probe.select))
-        own = replace(bench, runner=runner, fit=fit, select=select, report=runner.trace(bench.probe.report))
+        report = runner.trace(bench.probe.report)
+        own = replace(bench, runner=runner, fit=fit, select=select, report=report, held=held_maps(blocks))
         with warnings.catch_warnings():
             # Rank deficiency in a control is no finding about the model.
             warnings.simplefilter("ignore", IllConditionedWarning)
@@ -136,7 +140,7 @@ def permuted_targets(trace: Trace, seed: int) -> Targets:
 def _joint_step(bench: Bench, proposals: Proposals) -> Control:
     """Return what one joint step along ``proposals`` gains on report."""
     runner = bench.runner
-    better = take_round(runner, bench.select, unrefined(bench.select), proposals, output_changes={}, evaluations=6)
+    better = improved(bench, unrefined(bench.select), proposals, output_changes={}, evaluations=6)
     after = bench.report.losses
     if better is not None:
         with spliced(better.changes):

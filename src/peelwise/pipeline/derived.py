@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from peelwise.intervals import Paired
 from peelwise.records import AuditRecord, BlockRecord, HeadRecord, Interval, LossRecord
-from peelwise.verdict import Evidence, Verdict, default_margin, judge, leaders
+from peelwise.verdict import Evidence, Verdict, default_margin, harmful, judge, leaders
 
 # Sums of the same numbers in another order and precision; far below anything that is shown.
 _ROUNDING = 1e-5
@@ -38,7 +38,8 @@ def conclusion(
             f" Refined together, the blocks win back {composed.mean:.3f} nats per token "
             f"(95 % interval {composed.low:.3f} to {composed.high:.3f})."
         )
-    first = _look_first(blocks, in_distribution)
+    harm = _better_without(blocks, margin)
+    first = _look_first(blocks, in_distribution) + harm
     if red:
         which = ", ".join(map(str, red[:6])) + (", ..." if len(red) > 6 else "")
         blocks_word = "block" if len(red) == 1 else "blocks"
@@ -50,10 +51,10 @@ def conclusion(
         )
     measured = sum(b.recoverable_nats is not None for b in blocks)
     if not measured:
-        return f"No verdict yet: no block was refined alone within the budget.{together}"
+        return f"No verdict yet: no block was refined alone within the budget.{together}{harm}"
     return (
         f"None found: of {measured} blocks refined alone (of {len(blocks)}), none is shown to have more than "
-        f"{margin:.3f} nats per token to recover.{together}"
+        f"{margin:.3f} nats per token to recover.{together}{harm}"
     )
 
 
@@ -73,6 +74,14 @@ def _look_first(blocks: tuple[BlockRecord, ...], in_distribution: bool) -> str:
     what = "what only it can give" if unique else "what it gains alone"
     others = f"; not told apart: {', '.join(map(str, sorted(tied)))}" if tied else ""
     return f" Look first at block {first} ({what}: {value.mean if value else 0.0:.3f}{others})."
+
+
+def _better_without(blocks: tuple[BlockRecord, ...], margin: float) -> str:
+    """Name the blocks without which the model is shown to be better, by more than the margin, the worst first."""
+    removals = [block.removal_nats for block in blocks]
+    found = harmful([None if i is None else Paired.of(i) for i in removals], margin)
+    named = [f"{i} ({-r.mean:.3f} nats per token)" for i in found[:_MOST_NAMED] if (r := removals[i]) is not None]
+    return f" The model is better without block {', without block '.join(named)}." if named else ""
 
 
 def informative(losses: LossRecord) -> bool | None:
@@ -104,6 +113,7 @@ def contradictions(record: AuditRecord, tolerance: float) -> Iterator[str]:
     yield from _losses(record.loss, tolerance)
     yield from _head(record.head, record.loss)
     yield from _rounds(record)
+    yield from _splits(record)
     yield from _verdicts(record)
     if record.informative != informative(record.loss):
         yield instead("informative", record.informative, informative(record.loss))
@@ -140,11 +150,14 @@ def _named_intervals(record: AuditRecord) -> Iterator[tuple[str, Interval]]:
         "loss.head_control_gain": loss.head_control_gain,
         "loss.shuffled_gain": loss.shuffled_gain,
         "loss.untrained_gain": loss.untrained_gain,
+        "loss.price": loss.price,
         "head.recoverable_nats": record.head.recoverable_nats if record.head else None,
     }
     for block in record.blocks:
         found[f"{block.name} recoverable"] = block.recoverable_nats
         found[f"{block.name} unique"] = block.unique_nats
+        found[f"{block.name} removal"] = block.removal_nats
+        found[f"{block.name} price"] = block.price_nats
     yield from ((name, interval) for name, interval in found.items() if interval is not None)
 
 
@@ -172,6 +185,25 @@ def _head(head: HeadRecord | None, loss: LossRecord) -> Iterator[str]:
             yield "head.recoverable_nats: it is not loss.head_control_gain, though both are the re-fitted head's."
         if not head.relaxed - _ROUNDING <= head.achieved <= head.current + _ROUNDING:
             yield "head: relaxed <= achieved <= current does not hold."
+
+
+def _splits(record: AuditRecord) -> Iterator[str]:
+    """The parts of a loss add up to it, and are the differences that stand beside them."""
+    loss = record.loss
+    rows = [("loss", loss.split, loss.composed_gain, loss.price)]
+    rows += [(b.name, b.split, b.recoverable_nats, b.price_nats) for b in record.blocks]
+    for name, split, gained, price in rows:
+        if split is None:
+            if price is not None:
+                yield f"{name}: a price of precision and its split stand together or not at all."
+            continue
+        total = split.irreducible + split.price_of_precision + split.left_on_the_table
+        if abs(total - loss.current) > _ROUNDING:
+            yield instead(f"{name}.split", total, loss.current, "loss.current")
+        if abs(split.left_on_the_table - (gained.mean if gained else 0.0)) > _ROUNDING:
+            yield f"{name}.split: what is left on the table is not the gain that was certified."
+        if price is None or abs(split.price_of_precision - price.mean) > _ROUNDING:
+            yield f"{name}.split: its price of precision is not the mean of the interval beside it."
 
 
 def _rounds(record: AuditRecord) -> Iterator[str]:

@@ -28,8 +28,10 @@ class Findings:
         proposals: of the first sweep, linearised at the model as it stands.
         shuffled_proposals: of the same sweep, made for permuted targets; ``None`` where the control is not run or done.
         composed: all blocks refined together, evaluated on report.
+        removed: per block, report losses ``[sequences]`` of the model as it stands with the block taken out.
         without: per block, report losses ``[sequences]`` of the composed witness without that block.
         alone: per block, the block refined by itself, evaluated on report.
+        dense_composed, dense_alone: the same for a low-bit model without its formats: what the bits are compared with.
         head, head_gain, shuffled, untrained: the head's reference and the null controls.
         notes: what a reader should know, in sentences.
         complete: whether every planned stage ran to its end.
@@ -38,8 +40,11 @@ class Findings:
     proposals: Proposals = field(default_factory=dict)
     shuffled_proposals: Proposals | None = None
     composed: Refined | None = None
+    removed: dict[int, Tensor] = field(default_factory=dict)
     without: dict[int, Tensor] = field(default_factory=dict)
     alone: dict[int, Refined] = field(default_factory=dict)
+    dense_composed: Refined | None = None
+    dense_alone: dict[int, Refined] = field(default_factory=dict)
     head: HeadRecord | None = None
     head_control: Control | None = None
     shuffled: Control | None = None

@@ -33,9 +33,9 @@ from peelwise.run_records import Event, Level, ProbeKind, ProbeRow, StepRow
 _log = logging.getLogger("peelwise")
 
 # Rankings date what changes, refining tells how much there is to gain, a joint round what only one block can give.
-PLAN: tuple[ProbeKind, ...] = ("ranking", "alone", "ranking", "alone", "ranking", "joint")
+PLAN: tuple[ProbeKind, ...] = ("ranking", "alone", "ranking", "joint", "ranking", "alone")
 # What a kind costs in forward passes over the probe, as long as it was never measured.
-_FIRST_GUESS: dict[ProbeKind, float] = {"ranking": 5.0, "alone": 10.0, "joint": 10.0}
+_FIRST_GUESS: dict[ProbeKind, float] = {"ranking": 5.0, "alone": 10.0, "joint": 12.0}
 _CHECKS_PER_DECADE, _CHECKS_EVERY = 5, 100
 _UNTRAINED: dict[Complaint, str] = {
     "frozen": "has frozen parameters",

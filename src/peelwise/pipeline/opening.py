@@ -8,7 +8,8 @@ from torch import nn
 
 from peelwise.errors import ModelError
 from peelwise.model.checkpoints import check_finite
-from peelwise.model.layers import Block, context_length, find_blocks, vocabulary_size
+from peelwise.model.effective import Held
+from peelwise.model.layers import Block, LinearMap, context_length, find_blocks, vocabulary_size
 from peelwise.model.runner import Runner, check_replay
 from peelwise.pipeline.bench import LOSSES, Bench
 from peelwise.pipeline.clock import Clock, Watcher
@@ -57,7 +58,18 @@ def first_bench(
         traces = runner.trace(probe.fit), runner.trace(probe.select), runner.trace(probe.report)
     for trace in traces:
         _check_loss(trace.mean, name)
-    return Bench(runner, probe, *traces, clock=clock, seed=probe.seed)
+    return Bench(runner, probe, *traces, clock=clock, seed=probe.seed, held=held_maps(blocks))
+
+
+def held_maps(blocks: tuple[Block, ...]) -> dict[LinearMap, Held]:
+    """Return what the low-bit maps of a model hold; a witness for them must be of the same formats.
+
+    Raises:
+        FormatError: If a map does not store what its format says.
+        UnsupportedModelError: If its codes cannot be read.
+    """
+    found = {linear: linear.held() for block in blocks for linear in block.linears if linear.low_bit}
+    return {linear: held for linear, held in found.items() if held is not None}
 
 
 def _check_loss(loss: float, name: str) -> None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from peelwise.formats.base import Encoded
+from peelwise.model.layers import LinearMap
 from peelwise.model.runner import Runner, Trace
 from peelwise.model.splice import spliced
 from peelwise.pipeline.bench import ChangeMap, combined, output_change
@@ -34,6 +36,7 @@ class Refined:
         select_loss: nats per token on select.
         report_losses: nats per sequence on report, or ``None`` where it was not evaluated.
         start: the lowest block that is changed.
+        codes: of low-bit maps, what ``changes`` comes from; empty for a dense witness.
     """
 
     changes: ChangeMap
@@ -41,6 +44,7 @@ class Refined:
     select_loss: float
     report_losses: Tensor | None
     start: int
+    codes: dict[LinearMap, Encoded] = field(default_factory=dict)
 
 
 def unrefined(select: Trace, start: int = 0) -> Refined:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from peelwise.model.splice import spliced
-from peelwise.pipeline.bench import WITHOUT, Bench
+from peelwise.pipeline.bench import REMOVED, WITHOUT, Bench
 from peelwise.pipeline.findings import Findings
-from peelwise.pipeline.refine import Refined, take_round, unrefined
+from peelwise.pipeline.refine import Refined, unrefined
+from peelwise.pipeline.rounds import Kind, improved, kinds
 from peelwise.pipeline.sweep import Direction, Targets, sweep
 
+_JOINT: dict[Kind, str] = {"certified": "joint rounds", "dense": "joint rounds without the formats"}
 # How many evaluations of the select loss a round takes as a rule, both directions together, to estimate its time.
 _USUAL_EVALUATIONS = 5
 
@@ -39,42 +41,79 @@ def first_sweep(bench: Bench, findings: Findings, *, null: Targets | None = None
     return len(findings.proposals) == len(bench.runner.blocks)
 
 
+def take_out(bench: Bench, findings: Findings, *, share: float) -> bool:
+    """Measure the loss on report with each block taken out, its input passed on as its output (arXiv:1605.06431).
+
+    On a deep model and foreign text, where all blocks gain by adapting, it points at the block at fault best
+    (docs/truth.md). All blocks or none: the lowest of some says nothing.
+
+    Returns whether ``share`` of the whole budget allowed it.
+    """
+    blocks, clock = bench.runner.blocks, bench.clock
+    passes = sum(bench.share_from(block.index + 1) for block in blocks)
+    if bench.seconds_for(passes * float(bench.report.tokens.sum())) > min(share * clock.budget, clock.left):
+        return False
+    with clock.stage(REMOVED):
+        found = {}
+        for block in blocks:
+            clock.tell(block.index, len(blocks))
+            found[block.index] = bench.runner.losses_without(bench.report, block.index)
+        findings.removed = found
+    return True
+
+
 def joint_rounds(bench: Bench, findings: Findings, *, rounds: int, share: float) -> bool:
     """Refine all blocks together, round after round, while select improves and the time share lasts.
 
     Args:
         bench: model and traces.
-        findings: ``composed`` is replaced after each round.
+        findings: ``composed`` is replaced after each round; ``dense_composed`` too where there are low-bit maps.
         rounds: most rounds.
         share: part of the whole budget after which no further round is begun.
 
     Returns whether the rounds ended by themselves.
     """
-    state = unrefined(bench.select)
+    going = {kind: unrefined(bench.select) for kind in kinds(bench)}
     output_changes: dict[Direction, float] = {}
-    proposals = findings.proposals
     for number in range(rounds):
-        with bench.clock.stage("joint rounds"):
-            fit, select = bench.fit, bench.select
-            if number > 0:
-                if not _affordable_round(bench, share):
+        for kind, state in list(going.items()):
+            with bench.clock.stage(_JOINT[kind]):
+                if number > 0 and not _affordable_round(bench, share):
                     return False
-                with spliced(state.changes):
-                    fit, select = bench.runner.refreshed(fit), bench.runner.refreshed(select)
-                    (proposals,) = sweep(
-                        bench.runner,
-                        fit,
-                        select,
-                        after_block=lambda done: bench.clock.tell(done, len(bench.runner.blocks)),
-                    )
-            bench.clock.tell(number + 1, rounds)
-            better = take_round(bench.runner, bench.select, state, proposals, output_changes=output_changes)
-            if better is None:
-                break
-            with spliced(better.changes):
-                losses = bench.runner.losses_from(bench.report, 0)
-            state = findings.composed = replace(better, report_losses=losses)
+                bench.clock.tell(number + 1, rounds)
+                better = _joint_round(bench, findings, state, kind, output_changes)
+                if better is None:
+                    del going[kind]
+                    if kind == "dense" and not state.rounds:  # tried, and no better than the model as it stands
+                        findings.dense_composed = replace(state, report_losses=bench.report.losses)
+                    continue
+                going[kind] = better
+                if kind == "certified":
+                    findings.composed = better
+                else:
+                    findings.dense_composed = better
     return True
+
+
+def _joint_round(
+    bench: Bench, findings: Findings, before: Refined, kind: Kind, output_changes: dict[Direction, float]
+) -> Refined | None:
+    """Take one round of all blocks together, linearised at ``before``, and evaluate it on report."""
+    proposals = findings.proposals
+    if before.rounds:
+        with spliced(before.changes):
+            fit, select = bench.runner.refreshed(bench.fit), bench.runner.refreshed(bench.select)
+            (proposals,) = sweep(
+                bench.runner,
+                fit,
+                select,
+                after_block=lambda done: bench.clock.tell(done, len(bench.runner.blocks)),
+            )
+    better = improved(bench, before, proposals, kind, output_changes=output_changes)
+    if better is None:
+        return None
+    with spliced(better.changes):
+        return replace(better, report_losses=bench.runner.losses_from(bench.report, 0))
 
 
 def leave_one_out(bench: Bench, findings: Findings, *, share: float) -> bool:
@@ -112,22 +151,18 @@ def refine_alone(bench: Bench, findings: Findings, *, rounds: int) -> bool:
     Returns whether every block was refined until select stopped improving or ``rounds`` were taken.
     """
     output_changes: dict[Direction, float] = {}
-    open_blocks = _promising(findings)
+    going = dict.fromkeys(_promising(findings), kinds(bench))
     with bench.clock.stage("refining blocks alone"):
         for number in range(rounds):
-            still = []
-            for done, index in enumerate(open_blocks):
-                bench.clock.tell(done, len(open_blocks))
-                if not bench.clock.affords(_alone_seconds(bench, index, number)):
+            still: dict[int, tuple[Kind, ...]] = {}
+            for done, (index, open_kinds) in enumerate(going.items()):
+                bench.clock.tell(done, len(going))
+                if not bench.clock.affords(len(open_kinds) * _alone_seconds(bench, index, number)):
                     return False
-                better = _alone_round(bench, findings, index, output_changes)
-                if better is not None:
-                    findings.alone[index] = better
-                    still.append(index)
-                elif number == 0:
-                    # No step helped on select: the witness is the block as it stands, and it gains nothing.
-                    findings.alone[index] = replace(unrefined(bench.select, index), report_losses=bench.report.losses)
-            open_blocks = sorted(still, key=lambda i: findings.alone[i].select_loss)
+                found = tuple(k for k in open_kinds if _alone_round(bench, findings, index, k, output_changes))
+                if found:
+                    still[index] = found
+            going = dict(sorted(still.items(), key=lambda item: findings.alone[item[0]].select_loss))
     return True
 
 
@@ -147,21 +182,25 @@ def _promising(findings: Findings) -> list[int]:
 
 
 def _alone_round(
-    bench: Bench, findings: Findings, index: int, output_changes: dict[Direction, float]
-) -> Refined | None:
-    before = findings.alone.get(index) or unrefined(bench.select, index)
+    bench: Bench, findings: Findings, index: int, kind: Kind, output_changes: dict[Direction, float]
+) -> bool:
+    """Take one more round of a block by itself; return whether it helped on select."""
+    into = findings.alone if kind == "certified" else findings.dense_alone
+    before = into.get(index) or unrefined(bench.select, index)
     proposals = {index: findings.proposals[index]}
     if before.rounds:
         with spliced(before.changes):
             fit = bench.runner.refreshed(bench.fit, index)
             select = bench.runner.refreshed(bench.select, index)
             (proposals,) = sweep(bench.runner, fit, select, only=[index])
-    better = take_round(bench.runner, bench.select, before, proposals, output_changes=output_changes, evaluations=6)
+    better = improved(bench, before, proposals, kind, output_changes=output_changes, evaluations=6)
     if better is None:
-        return None
+        # No step helped on select: the witness is the block as it stands, and it gains nothing.
+        into.setdefault(index, replace(before, report_losses=bench.report.losses))
+        return False
     with spliced(better.changes):
-        losses = bench.runner.losses_from(bench.report, index)
-    return replace(better, report_losses=losses)
+        into[index] = replace(better, report_losses=bench.runner.losses_from(bench.report, index))
+    return True
 
 
 def _alone_seconds(bench: Bench, index: int, number: int) -> float:

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import datetime
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor, nn
 
 from peelwise.intervals import Paired
-from peelwise.model.layers import Block, LinearMap, device_of, parameter_count, unwrapped
-from peelwise.pipeline.bench import WITNESS_DTYPE, Bench, gain
+from peelwise.model.checkpoints import gguf_file
+from peelwise.model.layers import Block, device_of, parameter_count, unwrapped
+from peelwise.pipeline.bench import Bench, gain
 from peelwise.pipeline.derived import conclusion, informative, tokens_needed
 from peelwise.pipeline.findings import Control, Findings
-from peelwise.pipeline.sweep import BlockProposals
+from peelwise.pipeline.refine import unrefined
+from peelwise.pipeline.splits import coded_matrices, matrices_of, split_of
+from peelwise.pipeline.witness import witness_tensors
 from peelwise.records import (
     AuditRecord,
     BlockRecord,
     Interval,
     LossRecord,
-    MatrixRecord,
     ModelRecord,
 )
 from peelwise.verdict import Evidence, Verdict, default_margin, judge
@@ -80,7 +82,7 @@ def summarise(
         seed=setup.seed,
         versions=versions(),
     )
-    return record, _witness(findings)
+    return record, _witness(bench, findings)
 
 
 def versions() -> dict[str, str]:
@@ -112,6 +114,7 @@ def evidence_of(bench: Bench, findings: Findings, index: int) -> Evidence:
 
 def _block_record(bench: Bench, findings: Findings, block: Block, evidence: Evidence, verdict: Verdict) -> BlockRecord:
     proposals = findings.proposals.get(block.index)
+    parts = split_of(bench, findings.alone.get(block.index), findings.dense_alone.get(block.index))
     return BlockRecord(
         index=block.index,
         name=block.name,
@@ -119,6 +122,7 @@ def _block_record(bench: Bench, findings: Findings, block: Block, evidence: Evid
         reason=verdict.reason,
         recoverable_nats=_interval(evidence.alone),
         unique_nats=_interval(evidence.unique),
+        removal_nats=_removal(bench, findings, block.index),
         rounds=len(findings.alone[block.index].rounds) if block.index in findings.alone else 0,
         energy=proposals.energy if proposals else None,
         held_out_energy=proposals.held_out_energy if proposals else None,
@@ -127,26 +131,15 @@ def _block_record(bench: Bench, findings: Findings, block: Block, evidence: Evid
         gradient_norm=proposals.gradient_norm if proposals else None,
         tokens_needed=tokens_needed(verdict, bench.probe.report.tokens, bench.probe.report.sequences),
         interaction=verdict.interaction,
-        matrices=matrices_of(block, proposals),
+        matrices=coded_matrices(bench, findings, block) if bench.held else matrices_of(block, proposals),
+        split=parts[0] if parts else None,
+        price_nats=parts[1] if parts else None,
     )
 
 
-def matrices_of(block: Block, proposals: BlockProposals | None) -> tuple[MatrixRecord, ...]:
-    """Return how a block's explained gradient energy is shared among its matrices; nothing without proposals."""
-    if proposals is None:
-        return ()
-    whitened = proposals.changes["input-whitened"]
-    total = sum(p.energy for p in whitened.values())
-    return tuple(
-        MatrixRecord(
-            name=linear.name.removeprefix(f"{block.name}."),
-            share=whitened[linear].energy / total if total > 0 else 0.0,
-            damping=whitened[linear].damping,
-            step_weight=whitened[linear].weight,
-        )
-        for linear in block.linears
-        if linear in whitened
-    )
+def _removal(bench: Bench, findings: Findings, index: int) -> Interval | None:
+    losses = findings.removed.get(index)
+    return None if losses is None else gain(losses, bench.report.losses, bench.report).interval()
 
 
 def _losses(bench: Bench, findings: Findings) -> LossRecord:
@@ -155,6 +148,8 @@ def _losses(bench: Bench, findings: Findings) -> LossRecord:
     if composed is not None and composed.report_losses is not None:
         value = float(composed.report_losses.sum()) / tokens
         composed_gain = gain(bench.report.losses, composed.report_losses, bench.report).interval()
+    inside = composed or replace(unrefined(bench.select), report_losses=bench.report.losses)
+    parts = split_of(bench, inside, findings.dense_composed)
     head, shuffled, untrained = findings.head_control, findings.shuffled, findings.untrained
     return LossRecord(
         current=bench.report.mean,
@@ -167,6 +162,9 @@ def _losses(bench: Bench, findings: Findings) -> LossRecord:
         head_control_gain=_control_interval(head),
         shuffled_gain=_control_interval(shuffled),
         untrained_gain=_control_interval(untrained),
+        dense=parts[0].irreducible if parts else None,
+        price=parts[1] if parts else None,
+        split=parts[0] if parts else None,
     )
 
 
@@ -189,6 +187,7 @@ def model_record(setup: Setup) -> ModelRecord:
         architecture=type(unwrapped(setup.model)).__name__,
         dtype=str(parameter.dtype).removeprefix("torch."),
         source=setup.source,
+        as_stored=gguf_file(setup.source) is not None and any(m.low_bit for b in setup.blocks for m in b.linears),
     )
 
 
@@ -196,15 +195,11 @@ def _probe_tokens(bench: Bench) -> int:
     return bench.probe.fit.tokens + bench.probe.select.tokens + bench.probe.report.tokens
 
 
-def _witness(findings: Findings) -> dict[str, Tensor]:
-    """Return the changes under ``composed/<map>`` and ``alone/<map>``, in the format they were evaluated in."""
+def _witness(bench: Bench, findings: Findings) -> dict[str, Tensor]:
+    """Return what was found of all blocks together and of each alone, as it was evaluated."""
     out: dict[str, Tensor] = {}
     if findings.composed is not None:
-        out.update(_named("composed", findings.composed.changes))
+        out.update(witness_tensors("composed", findings.composed, bench.held))
     for refined in findings.alone.values():
-        out.update(_named("alone", refined.changes))
+        out.update(witness_tensors("alone", refined, bench.held))
     return out
-
-
-def _named(kind: str, changes: dict[LinearMap, Tensor]) -> dict[str, Tensor]:
-    return {f"{kind}/{m.name}": change.to(WITNESS_DTYPE).cpu().contiguous() for m, change in changes.items()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from peelwise.errors import IllConditionedWarning, ModelError, UnsupportedModelError
 from peelwise.model.layers import Block, LinearMap
 from peelwise.model.runner import Batch, Runner, Trace
+from peelwise.references.coded import LocalProblem
 from peelwise.references.whitened import InputWhitened, Proposal, two_sided
 from peelwise.stats.gram import CrossSum, GramSum, Moments, widened, with_ones
 from peelwise.stats.linalg import Spectrum
@@ -38,6 +39,7 @@ class BlockProposals:
         cross_energy: the energy that fit and select tokens agree on, summed over maps; free of noise on average.
         natural_energy: what of the two-sided proposal holds on select, summed over maps; ``None`` if it was not made.
         gradient_norm: Frobenius norm of the mean gradient of all maps.
+        local: per low-bit map, the sums that better codes are found from; as large as the maps themselves.
     """
 
     index: int
@@ -47,6 +49,7 @@ class BlockProposals:
     cross_energy: float
     natural_energy: float | None
     gradient_norm: float
+    local: dict[LinearMap, LocalProblem] = field(default_factory=dict)
 
     @property
     def ranking(self) -> float:
@@ -193,6 +196,7 @@ def proposals_of(
             _warn_of_rank(linear, moments, references[id(moments.S)].spectrum)
     rotated_select = {m: references[id(moments.S)].rotate(select[m].C) for m, moments in fits[0].items()}
     made = []
+    shared: dict[int, Tensor] = {}
     for fit in fits:
         energy, cross_energy, whitened = 0.0, 0.0, {}
         for linear, moments in fit.items():
@@ -218,9 +222,25 @@ def proposals_of(
                 cross_energy=cross_energy,
                 natural_energy=sum(p.energy for p in changes["two-sided"].values()) if "two-sided" in changes else None,
                 gradient_norm=sum(float(m.C.square().sum()) for m in fit.values()) ** 0.5,
+                local={m: _local(m, moments, changes, shared) for m, moments in fit.items() if m.low_bit},
             )
         )
     return made
+
+
+def _local(
+    linear: LinearMap,
+    moments: Moments,
+    changes: dict[Direction, dict[LinearMap, Proposal]],
+    shared: dict[int, Tensor],
+) -> LocalProblem:
+    """Return the sums of one low-bit map without the column of its bias; maps that share an input share ``S``."""
+    S = shared.setdefault(id(moments.S), moments.S.float())
+    inputs, outputs = (changes[d][linear].damping if d in changes else 0.0 for d in DIRECTIONS)
+    F = None if moments.F is None else moments.F.float()
+    if linear.has_bias:
+        return LocalProblem(S[:-1, :-1], F, inputs, outputs, S[:-1, -1])
+    return LocalProblem(S, F, inputs, outputs)
 
 
 def _compact(proposals: dict[LinearMap, Proposal]) -> dict[LinearMap, Proposal]:

@@ -15,9 +15,11 @@ from peelwise.model.guard import untouched
 from peelwise.model.layers import Block
 from peelwise.pipeline import stages
 from peelwise.pipeline.bench import Bench, gain
+from peelwise.pipeline.cloud import without_blocks
 from peelwise.pipeline.findings import Findings
 from peelwise.pipeline.opening import first_bench
-from peelwise.pipeline.summary import evidence_of, matrices_of
+from peelwise.pipeline.splits import matrices_of
+from peelwise.pipeline.summary import evidence_of
 from peelwise.pipeline.sweep import sweep
 from peelwise.probes import Probe
 from peelwise.run_records import MatrixShare, ProbeKind
@@ -37,6 +39,7 @@ class Visit:
         free: statistic -> one value per block, from the sweep alone.
         alone, unique: per block what was measured, paired by report sequence.
         composed: what one joint round gains.
+        upper: nats per token of a reference without any block, where it was made.
         matrices: shares of the matrices of the blocks that were refined.
         notes: what peelwise warned of.
     """
@@ -47,6 +50,7 @@ class Visit:
     alone: dict[int, Paired] = field(default_factory=dict)
     unique: dict[int, Paired] = field(default_factory=dict)
     composed: Paired | None = None
+    upper: float | None = None
     matrices: tuple[MatrixShare, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -67,7 +71,8 @@ def visit(
         blocks: its blocks.
         probe: the text.
         kind: ``ranking``: one sweep, free statistics only. ``alone``: the sweep, and for about as long again one
-            round for blocks by themselves. ``joint``: the sweep, one round of all together, and each left out once.
+            round for blocks by themselves. ``joint``: the sweep, one round of all together, each left out once, and for
+            no longer than all of that the reference without blocks.
         order: blocks for ``alone``, those that are wanted most first; at least one is refined.
         micro_batch_tokens: tokens that go through the model at a time.
 
@@ -86,13 +91,14 @@ def visit(
             watcher=None,
         )
         (proposals,) = sweep(bench.runner, bench.fit, bench.select)
-        found = Findings(proposals=proposals)
+        found, upper = Findings(proposals=proposals), None
         if kind == "alone":
             found.proposals = {index: proposals[index] for index in _affordable(bench, order)}
             stages.refine_alone(bench, found, rounds=1)
         elif kind == "joint":
             stages.joint_rounds(bench, found, rounds=1, share=1.0)
             stages.leave_one_out(bench, found, share=1.0)
+            upper = without_blocks(bench, seconds=bench.clock.elapsed)
     for other in caught:
         if not issubclass(other.category, IllConditionedWarning):
             warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
@@ -108,6 +114,7 @@ def visit(
         None
         if composed is None or composed.report_losses is None
         else gain(bench.report.losses, composed.report_losses, bench.report),
+        upper,
         tuple(
             MatrixShare(block.index, matrix.name, matrix.share)
             for block in refined

@@ -136,26 +136,30 @@ def rounds(record: AuditRecord) -> str:
 
 
 def split(record: AuditRecord) -> str:
-    """Draw the three parts of each low-bit block's local error, stacked."""
+    """Draw what each low-bit block could win back at its bits, and the price of precision on top of it."""
     blocks = [block for block in record.blocks if block.split is not None]
     if not blocks:
         return ""
-    parts = (("irreducible", 0.2), ("price_of_precision", 0.5), ("left_on_the_table", 1.0))
+    parts = (("left_on_the_table", "left on the table, certified", 1.0), ("price_of_precision", "price, at most", 0.35))
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         base = [0.0] * len(blocks)
-        for part, strength in parts:
-            heights = [float(getattr(block.split, part)) for block in blocks]
-            label = part.replace("_", " ")
+        for part, label, strength in parts:
+            heights = [max(float(getattr(block.split, part)), 0.0) for block in blocks]  # noise may be below 0
             places = [block.index for block in blocks]
             axes.bar(places, heights, 0.78, base, color=COLOURS["accent"], alpha=strength, label=label)
             base = [low + height for low, height in zip(base, heights, strict=True)]
-        axes.set_ylabel("local error")
+        axes.set_ylabel("nats per token")
         _depth_axis(axes, record.blocks)
         figure.legend(loc="outside upper left", ncols=3)
 
-    return draw("split", "Parts of the local error of each block", (_width(len(record.blocks)), 280), paint)
+    return draw(
+        "split",
+        "What each low-bit block could win back, and the price of its bits",
+        (_width(len(record.blocks)), 280),
+        paint,
+    )
 
 
 def _width(blocks: int) -> int:

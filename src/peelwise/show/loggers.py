@@ -1,4 +1,4 @@
-"""Trackers that follow a run live: console, JSON lines, TensorBoard. Each takes rows as they come. No torch.
+"""Loggers that follow a run live: console, JSON lines, TensorBoard, trackers. Each takes rows as they come. No torch.
 
 A new one is a class with the four methods of `Logger`, one entry in ``LOGGERS`` and one test.
 """
@@ -15,6 +15,7 @@ from typing import Any, Protocol, TextIO
 
 from peelwise.errors import MissingExtraError, OptionError, OutputError
 from peelwise.run_records import LETTERS, Event, ProbeRow, StepRow
+from peelwise.show.trackers import MLflow, Trackio, WeightsAndBiases
 from peelwise.show.words import clean
 
 
@@ -121,8 +122,7 @@ class TensorBoard:
 
     def step(self, row: StepRow) -> None:
         """Write the loss and the share of time."""
-        scalars = {"peelwise/share": row.share} | ({} if row.loss is None else {"peelwise/loss": row.loss})
-        self._scalars(row.step, scalars)
+        self._scalars(row.step, row.scalars())
 
     def probe(self, row: ProbeRow) -> None:
         """Write the numbers of a look."""
@@ -147,22 +147,33 @@ class TensorBoard:
         self._writer.add_event(self._entry(wall_time=time.time(), step=step, summary=summary))
 
 
-LOGGERS: dict[str, Callable[[str], Logger]] = {
-    "console": lambda _: Console(),
-    "jsonl": JsonLines,
-    "tensorboard": TensorBoard,
+# Name -> what makes the logger, from what stands behind the colon and the run's name; and what that is called.
+LOGGERS: dict[str, tuple[Callable[[str, str | None], Logger], str]] = {
+    "console": (lambda _, name: Console(), ""),
+    "jsonl": (lambda path, name: JsonLines(path), "FILE"),
+    "tensorboard": (lambda folder, name: TensorBoard(folder), "FOLDER"),
+    "wandb": (WeightsAndBiases, "[PROJECT]"),
+    "mlflow": (MLflow, "[EXPERIMENT]"),
+    "trackio": (Trackio, "[PROJECT]"),
 }
 
 
-def logger_of(what: str | Logger) -> Logger:
-    """Return a logger from ``console``, ``jsonl:FILE`` or ``tensorboard:FOLDER``, or the logger given.
+def logger_of(what: str | Logger, name: str | None = None) -> Logger:
+    """Return a logger from its name, such as ``jsonl:FILE`` or ``wandb``, or the logger given.
+
+    Args:
+        what: the name of one in ``LOGGERS``, with a colon and where to log to; or a logger.
+        name: of the run, for trackers that begin one.
 
     Raises:
         OptionError: If the name is not known, or what it needs behind the colon is missing.
+        MissingExtraError: If what it logs to is not installed.
     """
     if not isinstance(what, str):
         return what
-    name, _, where = what.partition(":")
-    if name not in LOGGERS or (name != "console" and not where):
-        raise OptionError(f"A logger is console, jsonl:FILE or tensorboard:FOLDER; got {what!r}.")
-    return LOGGERS[name](where)
+    kind, _, where = what.partition(":")
+    make, needs = LOGGERS.get(kind, (None, ""))
+    if make is None or (not where and needs and not needs.startswith("[")):
+        known = ", ".join(f"{kind}:{place}" if place else kind for kind, (_, place) in LOGGERS.items())
+        raise OptionError(f"A logger is one of {known.replace(':[', '[:')}; got {what!r}.")
+    return make(where, name)

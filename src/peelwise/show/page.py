@@ -24,7 +24,7 @@ def document(title: str, body_html: str) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"/>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
         '<meta name="color-scheme" content="light dark"/><link rel="icon" href="data:,"/>'
-        f"<title>{esc(title)}</title><style>{_style()}</style></head>"
+        f"<title>{esc(title)}</title><style>{style_sheet()}</style></head>"
         f"<body>{body_html}</body></html>\n"
     )
 
@@ -42,7 +42,7 @@ def facts(record: SealedRecord) -> str:
     return f'<p class="facts">{"".join(f"<span>{esc(fact)}</span>" for fact in found)}</p>'
 
 
-def _style() -> str:
+def style_sheet() -> str:
     """Return the style sheet, its verdict colours taken from the one place that holds them."""
     light = "".join(f"--{colour}:{words.light};" for colour, words in VERDICTS.items())
     dark = "".join(f"--{colour}:{words.dark};" for colour, words in VERDICTS.items())

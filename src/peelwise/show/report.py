@@ -6,6 +6,7 @@ import math
 
 from peelwise.records import AuditRecord, BlockRecord
 from peelwise.show import sections
+from peelwise.show.low_bit import low_bit
 from peelwise.show.markup import chip, esc, paragraph
 from peelwise.show.page import document, facts
 from peelwise.show.words import (
@@ -44,6 +45,7 @@ def render_html(record: AuditRecord) -> str:
             _verdicts(record),
             sections.recoverable(record),
             sections.losses(record),
+            low_bit(record),
             sections.reading(record),
             sections.inside(record),
             sections.head_and_rounds(record),

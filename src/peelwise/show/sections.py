@@ -95,7 +95,7 @@ def reading(record: AuditRecord) -> str:
 
 
 def inside(record: AuditRecord) -> str:
-    """Show natural energy over depth and within each block, and the parts of a low-bit layer's error."""
+    """Show natural energy over depth and within each block."""
     energy = chart(
         charts.energy(record),
         "What a block's gradient says on tokens it was not computed from, in the metric of the loss's curvature "
@@ -109,14 +109,6 @@ def inside(record: AuditRecord) -> str:
         "the block the step acts.",
         _MISSING,
     )
-    split = charts.split(record)
-    parts = chart(
-        split,
-        "Irreducible: no weights of any precision do better. Price of precision: at most this is due to "
-        "the bits. Left on the table: certified, at the same bits.",
-        "",
-    )
-    extra = ("<h3>Local error of the low-bit layers</h3>", parts) if split else ()
     return section(
         "inside",
         "Inside the blocks",
@@ -124,7 +116,6 @@ def inside(record: AuditRecord) -> str:
         energy,
         "<h3>Share of each matrix</h3>",
         shares,
-        *extra,
     )
 
 
@@ -166,6 +157,7 @@ def blocks(record: AuditRecord) -> str:
         "verdict",
         "alone",
         "unique",
+        "taken out",
         "natural energy",
         "gradient",
         "rounds",
@@ -272,6 +264,7 @@ def _block_row(block: BlockRecord) -> tuple[str, ...]:
         f"{chip(block.verdict, VERDICTS[block.verdict].short)}<small>{esc(_reason(block))}</small>",
         _interval(block.recoverable_nats),
         _interval(block.unique_nats),
+        _taken_out(block.removal_nats),
         _value(significant(ranking(block))),
         _value(significant(block.gradient_norm)),
         str(block.rounds) if is_measured(block) else _value(NOT_MEASURED),
@@ -298,6 +291,15 @@ def _interval(interval: Interval | None) -> str:
         return _value(NOT_MEASURED)
     flag = f'<small class="flag">✕ {INTERACTION}</small>' if is_interaction(interval) else ""
     return f"{nats(interval.mean, signed=True)}<small>{bracket(interval)}</small>{flag}"
+
+
+def _taken_out(interval: Interval | None) -> str:
+    """What the loss rises by without the block; no flag, negative means something else here."""
+    return (
+        _value(NOT_MEASURED)
+        if interval is None
+        else f"{nats(interval.mean, signed=True)}<small>{bracket(interval)}</small>"
+    )
 
 
 def _gain(interval: Interval | None) -> str:

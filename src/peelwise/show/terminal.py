@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from peelwise.records import AuditRecord, BlockRecord, Interval, SealedRecord
+from peelwise.show.low_bit import terminal_view
 from peelwise.show.words import (
     INTERACTION,
     INTERACTION_MEANING,
@@ -101,6 +102,9 @@ class _AuditView:
             yield Text(f"\n{INTERACTION}: {INTERACTION_MEANING}.", style="magenta")
         yield _why(record)
         yield _losses(record)
+        bits = terminal_view(record)
+        if bits is not None:
+            yield bits
         yield _closing(record, self.folder)
 
 
@@ -123,6 +127,7 @@ def _block_table(record: AuditRecord, wide: bool) -> Table:
     table.add_column("alone\nnats/token", justify="right", no_wrap=True)
     table.add_column("unique\nnats/token", justify="right", min_width=23, max_width=23)
     if wide:
+        table.add_column("taken out\nnats/token", justify="right", no_wrap=True)
         table.add_column("natural\nenergy", no_wrap=True)
         table.add_column("rounds", justify="right", no_wrap=True)
     energies = [value for block in record.blocks if (value := ranking(block)) is not None and value > 0]
@@ -134,7 +139,7 @@ def _block_table(record: AuditRecord, wide: bool) -> Table:
             _verdict(block, wide),
             _measured(block.recoverable_nats),
             _unique(block.unique_nats),
-            *([_energy_bar(ranking(block), ends), rounds] if wide else []),
+            *([_removal(block.removal_nats), _energy_bar(ranking(block), ends), rounds] if wide else []),
         )
     return table
 
@@ -146,6 +151,12 @@ def _verdict(block: BlockRecord, wide: bool) -> Text:
 
 def _measured(interval: Interval | None) -> Text:
     return Text(with_ends(interval, _DECIMALS), style="dim" if interval is None else "")
+
+
+def _removal(interval: Interval | None) -> Text:
+    if interval is None:
+        return Text("–", style="dim")
+    return Text(nats(interval.mean, signed=True), style="bold red" if interval.high < 0 else "")
 
 
 def _unique(interval: Interval | None) -> Text:

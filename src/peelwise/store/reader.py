@@ -14,6 +14,8 @@ from peelwise.run_records import RunInfo
 from peelwise.store.schema import TABLES, explained, opened_for_reading
 
 Status = Literal["running", "finished", "failed", "interrupted"]
+Between = tuple[int, int]  # first and last training step that is wanted
+ALL_STEPS: Between = (-(2**62), 2**62)
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,72 @@ class RunReader:
         """Return the probes whose id is beyond ``after``, thinned evenly to ``most``; the last one is always there."""
         return self._thinned("probes.*", "probes", run_id, after, most)
 
+    def loss_bins(self, run_id: int, *, most: int, between: Between = ALL_STEPS) -> list[sqlite3.Row]:
+        """Return at most ``most`` bins of consecutive steps: nothing is left out, so that no spike is.
+
+        Each has ``last_id, first, last`` (steps), ``rows``, the ``mean, low, high`` of its losses (null where none was
+        given), the latest ``share``, and the ``stride`` that all of them but the last are long.
+        """
+        # A bare column beside max() is taken from the row that holds it.
+        return self._rows(
+            """SELECT max(id) AS last_id, min(step) AS first, max(step) AS last, count(*) AS rows, avg(loss) AS mean,
+            min(loss) AS low, max(loss) AS high, share, stride FROM steps,
+            (SELECT min(id) AS base, max(count(*) - 1, 0) / :most + 1 AS stride FROM steps
+             WHERE run_id = :run AND step BETWEEN :first AND :end)
+            WHERE run_id = :run AND step BETWEEN :first AND :end GROUP BY (id - base) / stride ORDER BY last_id""",
+            {"run": run_id, "most": _at_most(most), "first": between[0], "end": between[1]},
+        )
+
+    def extremes(
+        self, run_id: int, name: str, *, base: int, stride: int, between: Between = ALL_STEPS
+    ) -> list[sqlite3.Row]:
+        """Return ``place, block, lowest, highest`` of ``to_median``, over every ``stride`` probes from ``base`` on.
+
+        Args:
+            run_id: the run.
+            name: of the statistic.
+            base: id of the probe that ``place`` 0 begins with.
+            stride: probes per place.
+            between: first and last step.
+        """
+        return self._rows(
+            """SELECT (p.id - :base) / :stride AS place, s.block, min(s.to_median) AS lowest,
+            max(s.to_median) AS highest FROM probes p CROSS JOIN statistics s
+            WHERE p.run_id = :run AND p.id >= :base AND p.step BETWEEN :first AND :end
+            AND s.probe_id = p.id AND s.name = :name AND s.block >= 0 GROUP BY 1, 2""",
+            {
+                "run": run_id,
+                "name": name,
+                "base": base,
+                "stride": max(stride, 1),
+                "first": between[0],
+                "end": between[1],
+            },
+        )
+
+    def statistic_names(self, run_id: int, *, among: int = 100) -> list[sqlite3.Row]:
+        """Return ``name, of_blocks, of_model, has_interval`` of the statistics in the ``among`` latest probes."""
+        return self._rows(
+            """SELECT s.name, max(s.block) >= 0 AS of_blocks, min(s.block) < 0 AS of_model, count(s.low) > 0 AS
+            has_interval FROM (SELECT id FROM probes WHERE run_id = :run ORDER BY id DESC LIMIT :among) p
+            CROSS JOIN statistics s WHERE s.probe_id = p.id GROUP BY s.name ORDER BY s.name""",
+            {"run": run_id, "among": among},
+        )
+
+    def record(self, probe_id: int) -> dict[str, list[sqlite3.Row]]:
+        """Return everything else that was written with one probe: its statistics, matrices and verdicts."""
+        tables = ("statistics", "matrices", "verdicts")
+        return {t: self._rows(f"SELECT * FROM {t} WHERE probe_id = ?", (probe_id,)) for t in tables}
+
     def statistics(
-        self, run_id: int, name: str, *, block: int | None = None, after: int = 0, most: int | None = None
+        self,
+        run_id: int,
+        name: str,
+        *,
+        block: int | None = None,
+        after: int = 0,
+        most: int | None = None,
+        between: Between = ALL_STEPS,
     ) -> list[sqlite3.Row]:
         """Return one statistic's ``probe_id, step, block, value, low, high, to_median, to_trend``.
 
@@ -97,18 +163,27 @@ class RunReader:
             block: one block only; all of them otherwise.
             after: only probes whose id is beyond it.
             most: thin evenly to so many of the probes that hold it.
+            between: first and last step.
         """
         where = "AND s.block = :block" if block is not None else ""
         # Counted from the newest, so that the latest numbers are always there.
         picked = f"""SELECT id, step, row_number() OVER (ORDER BY id DESC) - 1 AS place, count(*) OVER () AS held
-            FROM probes p WHERE p.run_id = :run AND p.id > :after AND EXISTS
+            FROM probes p WHERE p.run_id = :run AND p.id > :after AND p.step BETWEEN :first AND :end AND EXISTS
             (SELECT 1 FROM statistics s WHERE s.probe_id = p.id AND s.name = :name {where})"""
         # CROSS JOIN forces the order: for one block, one look-up per probe beats any scan.
         return self._rows(
             f"""SELECT s.probe_id, p.step, s.block, s.value, s.low, s.high, s.to_median, s.to_trend
             FROM ({picked}) p CROSS JOIN statistics s WHERE p.place % max((p.held + :most - 1) / :most, 1) = 0
             AND s.probe_id = p.id AND s.name = :name {where} ORDER BY s.probe_id, s.block""",
-            {"run": run_id, "name": name, "block": block, "after": after, "most": _at_most(most)},
+            {
+                "run": run_id,
+                "name": name,
+                "block": block,
+                "after": after,
+                "most": _at_most(most),
+                "first": between[0],
+                "end": between[1],
+            },
         )
 
     def newest(self, run_id: int, name: str, *, among: int = 500) -> dict[int, sqlite3.Row]:

@@ -1,0 +1,197 @@
+"""One round of refinement inside the formats of low-bit maps: new codes and scales, chosen by the real loss on select.
+
+What is evaluated is what the codes stand for; nothing is rounded afterwards. Maps that are not low-bit, and biases,
+take the dense step beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from peelwise.formats.base import Encoded
+from peelwise.model.effective import Held
+from peelwise.model.layers import LinearMap
+from peelwise.model.runner import Runner, Trace
+from peelwise.model.splice import spliced
+from peelwise.pipeline.bench import ChangeMap, rounded
+from peelwise.pipeline.refine import Proposals, Refined
+from peelwise.records import RoundRecord
+from peelwise.references.coded import LocalProblem, Metric, flip_steps, flipped, projected, step_for_share
+
+# Shares of codes to flip, a factor of about 3 apart; the climb begins in the middle.
+SHARES = tuple(10 ** (-k / 2) for k in range(10, 0, -1))  # 1e-5 .. 0.3
+_FIRST = SHARES.index(1e-2)
+_EVALUATIONS = 6  # most of the select loss for flips; half as many for projections, which start where flips ended
+_LARGEST_DENSE_STEP = 1.0  # the step that the calibration on select expects to be best
+
+Codes = dict[LinearMap, Encoded]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """Codes and changes to try, and how they came about."""
+
+    direction: str
+    step: float
+    codes: Codes
+    changes: ChangeMap
+
+
+def take_coded_round(
+    runner: Runner,
+    select: Trace,
+    before: Refined,
+    proposals: Proposals,
+    held: Mapping[LinearMap, Held],
+    *,
+    after_look: Callable[[], None] = lambda: None,
+) -> Refined | None:
+    """Try projections and flips on top of ``before``; return the better, or ``None`` if none helps on select.
+
+    Args:
+        runner: the model, with nothing spliced in.
+        select: a trace whose stations are right up to ``before.start``.
+        before: the codes and changes so far.
+        proposals: what the sweep proposed, linearised at ``before``.
+        held: what every low-bit map of the model holds.
+        after_look: called after each evaluation.
+    """
+    site = _Site(before, proposals, held)
+    tokens = float(select.tokens.sum())
+    best: tuple[float, _Candidate] | None = None
+    first = _FIRST
+    for family, evaluations in ((site.flips, _EVALUATIONS), (site.projection, _EVALUATIONS // 2)):
+        tried: dict[int, float] = {}
+        at = first
+        while at not in tried and 0 <= at < len(SHARES) and len(tried) < evaluations:
+            candidate = family(SHARES[at])
+            if candidate is None:
+                break
+            with spliced(candidate.changes):
+                loss = float(runner.losses_from(select, before.start).sum()) / tokens
+            after_look()
+            tried[at] = loss
+            if loss < (best[0] if best else before.select_loss):
+                best, first = (loss, candidate), at
+            at = _next(tried, before.select_loss)
+    if best is None:
+        return None
+    loss, candidate = best
+    record = RoundRecord(
+        direction=candidate.direction,
+        step=candidate.step,
+        output_change=site.output_change(candidate.codes),
+        select_before=before.select_loss,
+        select_after=loss,
+        flipped=site.flipped(candidate.codes),
+    )
+    return Refined(candidate.changes, (*before.rounds, record), loss, None, before.start, candidate.codes)
+
+
+def _next(tried: Mapping[int, float], base: float) -> int:
+    """Return the share to try next: the neighbour of the best, downwards first; one already tried ends the climb."""
+    best = min(tried, key=lambda at: tried[at])
+    if tried[best] >= base:  # too many flips, if anything
+        return min(tried) - 1
+    if best + 1 not in tried:
+        return best + 1
+    return best - 1
+
+
+class _Site:
+    """The codes in use, the sums around them, and the candidates that can be made of both."""
+
+    def __init__(self, before: Refined, proposals: Proposals, held: Mapping[LinearMap, Held]) -> None:
+        self.before, self.held = before, held
+        self.local: dict[LinearMap, LocalProblem] = {m: p for b in proposals.values() for m, p in b.local.items()}
+        changes = [block.changes for block in proposals.values()]
+        self.direction = next(iter(changes[0]))
+        self.steps = {m: p.change.float() for each in changes for m, p in each[self.direction].items()}
+        self.codes = {m: before.codes.get(m, held[m].encoded) for m in self.local}
+        self.weights = {m: held[m].format.decode(codes) for m, codes in self.codes.items()}
+
+    def projection(self, share: float) -> _Candidate | None:
+        """Return the projections of ``W + a D``, with the ``a`` at which about ``share`` of the codes would flip."""
+        step = step_for_share(self._projection_steps, share)
+        codes = {}
+        for linear, problem in self.local.items():
+            target = self.weights[linear] + step * self._weight_step(linear)
+            codes[linear] = projected(problem.S, target, self.held[linear].format, self.codes[linear])
+        return _Candidate(f"{self.direction}, projected", step, codes, self._changes(codes, step)) if step else None
+
+    def flips(self, share: float) -> _Candidate | None:
+        """Return the codes after flips towards ``W + a D``, with the ``a`` at which about ``share`` would flip."""
+        step = step_for_share(self._flip_steps, share)
+        codes = {}
+        for linear, metric in self._curvatures.items():
+            form, now = self.held[linear].format, self.codes[linear]
+            codes[linear] = flipped(metric, step * self._weight_step(linear), form, now)
+        return _Candidate(f"{self.direction}, flips", step, codes, self._changes(codes, step)) if step else None
+
+    @cached_property
+    def _curvatures(self) -> dict[LinearMap, Metric]:
+        found = {linear: problem.curvature for linear, problem in self.local.items()}
+        return {linear: metric for linear, metric in found.items() if metric is not None}
+
+    @cached_property
+    def _projection_steps(self) -> list[Tensor]:
+        return self._steps({linear: problem.inputs for linear, problem in self.local.items()})
+
+    @cached_property
+    def _flip_steps(self) -> list[Tensor]:
+        return self._steps(self._curvatures)
+
+    def _steps(self, metrics: Mapping[LinearMap, Metric]) -> list[Tensor]:
+        return [
+            flip_steps(metric, self._weight_step(linear), self.held[linear].format, self.codes[linear])
+            for linear, metric in metrics.items()
+        ]
+
+    def flipped(self, codes: Codes) -> float:
+        """Return the share of codes that differ from those in use."""
+        weights = sum(c.codes.numel() for c in codes.values())
+        return sum(int((c.codes != self.codes[m].codes).sum()) for m, c in codes.items()) / max(weights, 1)
+
+    def output_change(self, codes: Codes) -> float:
+        """Return ``sqrt(sum tr(d S d^T))`` of the changes ``d`` of all coded weights."""
+        total = 0.0
+        for linear, problem in self.local.items():
+            change = self._moved(linear, codes)
+            total += float(((change @ problem.S) * change).sum())
+        return float(max(total, 0.0) ** 0.5)
+
+    def _weight_step(self, linear: LinearMap) -> Tensor:
+        return self.steps[linear][:, :-1] if linear.has_bias else self.steps[linear]
+
+    def _moved(self, linear: LinearMap, codes: Codes) -> Tensor:
+        return self.held[linear].format.decode(codes[linear]) - self.weights[linear]
+
+    def _changes(self, codes: Codes, step: float) -> ChangeMap:
+        """Return the changes against the model itself: codes as they decode, dense maps by a dense step."""
+        step = min(step, _LARGEST_DENSE_STEP)
+        out = dict(self.before.changes)
+        for linear, change in self.steps.items():
+            if linear in codes:
+                out[linear] = self._coded_change(linear, codes, step)
+            elif step > 0:
+                moved_by = step * change
+                out[linear] = rounded(moved_by if linear not in out else out[linear] + moved_by)
+        return out
+
+    def _coded_change(self, linear: LinearMap, codes: Codes, step: float) -> Tensor:
+        held = self.held[linear]
+        weight = held.format.decode(codes[linear]) - held.weight
+        if not linear.has_bias:
+            return weight
+        # The bias takes its own step, and keeps the mean output where the codes would move it.
+        mean, own = self.local[linear].mean, self.steps[linear]
+        assert mean is not None
+        bias = step * (own[:, -1] + own[:, :-1] @ mean) - self._moved(linear, codes) @ mean
+        if linear in self.before.changes:
+            bias = bias + self.before.changes[linear][:, -1]
+        return torch.cat([weight, rounded(bias)[:, None]], dim=1)

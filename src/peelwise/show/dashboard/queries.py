@@ -1,0 +1,318 @@
+"""What the page asks of a history, as plain data for JSON. Thinned here, so that a page of any run stays small.
+
+Places in training are numbers of steps, losses nats per token. Every function is pure: a reader in, data out.
+"""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from peelwise.run_records import LETTERS, WHOLE_MODEL
+from peelwise.show.words import VERDICTS, clean
+from peelwise.store.reader import ALL_STEPS, Between, Run, RunReader
+from peelwise.verdict import default_margin
+
+LOSS_BINS = 1_000
+COLUMNS = 1_200  # of the heat map: about one per pixel of a wide screen
+POINTS = 400  # of a small chart
+EVENTS = 300
+UPPER, LOWER = "bound_upper", "bound_lower"  # the cloud: statistics of the whole model
+
+# Best first: where several looks share a column, the last of these that occurs among them is shown.
+_WORST_LAST = "".join(LETTERS[colour] for colour in ("green", "grey", "yellow", "red"))
+_RANK = np.zeros(256, np.uint8)
+_RANK[np.frombuffer(_WORST_LAST.encode(), np.uint8)] = np.arange(len(_WORST_LAST), dtype=np.uint8)
+_LETTER = np.frombuffer(_WORST_LAST.encode(), np.uint8)
+
+_NATS = ("recoverable", "unique", "composed", UPPER, LOWER)
+_TITLES = {
+    "recoverable": "Recoverable, refined alone",
+    "unique": "Unique: only this block can give it",
+    "composed": "Recoverable, all blocks together",
+    "equivalent_steps": "Recoverable, in steps of training",
+    "natural_energy": "Natural energy",
+    "energy": "Explained gradient energy",
+    "gradient_norm": "Gradient norm",
+}
+_FIRST = tuple(_TITLES)
+
+Json = dict[str, Any]
+Row = sqlite3.Row | Mapping[str, Any]
+
+
+def verdict_words() -> list[Json]:
+    """Return letter, colour, shape, words and meaning of the four verdicts, worst first."""
+    return [
+        {"letter": w.letter, "colour": c, "shape": w.shape, "words": w.words, "meaning": w.meaning}
+        for c, w in VERDICTS.items()
+    ]
+
+
+def run_facts(run: Run, key: str, file: str) -> Json:
+    """Return what is known of a run besides its numbers."""
+    info = run.info
+    return {
+        "key": key,
+        "file": clean(file),
+        "id": run.id,
+        "name": clean(info.name),
+        "status": run.status,
+        "started": run.started,
+        "ended": run.ended,
+        "where": clean(f"process {run.pid} on {run.host}"),
+        "architecture": clean(info.architecture),
+        "parameters": info.parameters,
+        "blocks": [clean(name) for name in info.blocks],
+        "budget": info.budget,
+        "in_distribution": info.in_distribution,
+    }
+
+
+def overview(reader: RunReader, run: Run, between: Between = ALL_STEPS) -> Json:
+    """Return everything the page shows of a run but single blocks, thinned."""
+    probes = [row for row in reader.probes(run.id) if between[0] <= row["step"] <= between[1]]
+    events = reader.events(run.id)
+    loss = reader.loss_bins(run.id, most=LOSS_BINS, between=between)
+    names = reader.statistic_names(run.id)
+    newest_step = reader.steps(run.id, most=1)
+    newest_probe = reader.probes(run.id, most=1)
+    return {
+        "statistics": [statistic_facts(row) for row in names],
+        "loss": loss_columns(loss),
+        "looks": look_columns(probes),
+        "bounds": cloud(reader, run, probes, between),
+        "now": now(newest_step, newest_probe),
+        "latest": [
+            [name["name"], *statistic(row)]
+            for name in names
+            if name["of_blocks"]
+            for row in reader.newest(run.id, name["name"], among=100).values()
+        ],
+        "verdicts": [verdict(row) for row in _last_of_each(reader.verdicts(run.id))],
+        "events": [event(row) for row in events[-EVENTS:]],
+        "cursor": [
+            newest_step[-1]["id"] if newest_step else 0,
+            newest_probe[-1]["id"] if newest_probe else 0,
+            events[-1]["id"] if events else 0,
+        ],
+    }
+
+
+def cloud(reader: RunReader, run: Run, probes: Iterable[sqlite3.Row], between: Between = ALL_STEPS) -> Json:
+    """Return the edges of the loss's cloud where they were measured, as ``[step, nats]`` each."""
+    losses = {row["id"]: row["probe_loss"] for row in probes}
+    found = {
+        name: {
+            row["probe_id"]: row
+            for row in reader.statistics(run.id, name, block=WHOLE_MODEL, between=between)
+            if row["probe_id"] in losses
+        }
+        for name in (UPPER, LOWER)
+    }
+    edges: dict[str, list[list[Any]]] = {"upper": [], "lower": []}
+    for probe_id in sorted(found[UPPER].keys() | found[LOWER].keys()):
+        here = {name: found[name][probe_id] for name in found if probe_id in found[name]}
+        values = {name: row["value"] for name, row in here.items()}
+        step = next(iter(here.values()))["step"]
+        for edge, value in cloud_edges(run, losses[probe_id], values).items():
+            edges[edge].append([step, finite(value)])
+    return {edge: _thinned(points, POINTS) for edge, points in edges.items()}
+
+
+def cloud_edges(run: Run, probe_loss: float, bounds: Mapping[str, float]) -> dict[str, float]:
+    """Return where red and green begin in one look, as `peelwise.verdict.cloud_colour` has it; red comes first.
+
+    Args:
+        run: whose margin counts.
+        probe_loss: of the look.
+        bounds: those of ``bound_upper`` and ``bound_lower`` that were measured in it.
+    """
+    edges = {"upper": bounds[UPPER]} if UPPER in bounds else {}
+    if LOWER in bounds:
+        margin = run.info.settings.get("margin")
+        edge = bounds[LOWER] + (default_margin(probe_loss) if margin is None else margin)
+        edges["lower"] = min(edge, bounds.get(UPPER, edge))
+    return edges
+
+
+def heat(reader: RunReader, run: Run, name: str, between: Between = ALL_STEPS) -> Json:
+    """Return how far a statistic is from its own running median, per column of the heat map and block.
+
+    Of the looks that share a column the one farthest from the median is shown.
+    """
+    probes = [row for row in reader.probes(run.id) if between[0] <= row["step"] <= between[1]]
+    stride = _stride(len(probes), COLUMNS)
+    facts = next((statistic_facts(row) for row in reader.statistic_names(run.id) if row["name"] == name), None)
+    quotient = facts is None or facts["quotient"]
+    cells = []
+    if probes:
+        rows = reader.extremes(run.id, name, base=probes[0]["id"], stride=stride, between=between)
+        cells = [
+            [row["place"], row["block"], value]
+            for row in rows
+            if (value := _farthest(row["lowest"], row["highest"], quotient)) is not None
+        ]
+    return {"name": name, "quotient": quotient, "cells": cells} | _places(probes, stride)
+
+
+def block(reader: RunReader, run: Run, index: int, between: Between = ALL_STEPS) -> Json:
+    """Return one block's history: every statistic with its intervals, its matrices, and why it has its verdict.
+
+    Block -1 is the whole model.
+    """
+    held = "of_model" if index == WHOLE_MODEL else "of_blocks"
+    series = {
+        row["name"]: [
+            statistic(each)
+            for each in reader.statistics(run.id, row["name"], block=index, most=POINTS, between=between)
+        ]
+        for row in reader.statistic_names(run.id)
+        if row[held]
+    }
+    return {
+        "block": index,
+        "series": {name: rows for name, rows in series.items() if rows},
+        "matrices": _matrices(reader.matrices(run.id, index)),
+        "verdicts": [verdict(row) for row in reader.verdicts(run.id) if row["block"] == index][-POINTS:],
+    }
+
+
+def loss_columns(rows: Sequence[sqlite3.Row]) -> Json:
+    """Return bins of the training loss, column by column."""
+    keys = ("first", "last", "rows", "mean", "low", "high", "share")
+    return {
+        "stride": rows[0]["stride"] if rows else 1,
+        **{key: [finite(row[key]) for row in rows] for key in keys},
+    }
+
+
+def look_columns(probes: Sequence[sqlite3.Row]) -> Json:
+    """Return looks as columns of a heat map: the worst verdict of each block, the mean loss on the probe."""
+    stride = _stride(len(probes), COLUMNS)
+    losses = [row["probe_loss"] for row in probes]
+    groups = [losses[start : start + stride] for start in range(0, len(losses), stride)]
+    return _places(probes, stride) | {
+        "loss": [finite(sum(group) / len(group)) for group in groups],
+        "letters": worst([row["letters"] for row in probes], stride),
+    }
+
+
+def worst(letters: Sequence[str], stride: int) -> list[str]:
+    """Return for every ``stride`` of the texts one text: at each place the worst letter (R, Y, ?, G) of theirs."""
+    if not letters or not letters[0]:
+        return ["" for _ in letters[::stride]]
+    codes = np.frombuffer("".join(letters).encode("ascii"), np.uint8).reshape(len(letters), -1)
+    ranks = np.maximum.reduceat(_RANK[codes], np.arange(0, len(letters), stride), axis=0)
+    return [bytes(row).decode("ascii") for row in _LETTER[ranks]]
+
+
+def now(steps: Sequence[sqlite3.Row], probes: Sequence[sqlite3.Row]) -> Json:
+    """Return the present state: the newest step and the newest look."""
+    return {"step": step(steps[-1]) if steps else None, "look": look(probes[-1]) if probes else None}
+
+
+def step(row: sqlite3.Row) -> list[Any]:
+    """Return ``[step, loss, share, time]``."""
+    return [row["step"], finite(row["loss"]), row["share"], row["time"]]
+
+
+def look(row: sqlite3.Row) -> Json:
+    """Return what is known of a look itself."""
+    keys = ("step", "time", "kind", "probe_loss", "slope", "slope_low", "slope_high", "seconds", "share", "letters")
+    return {key: finite(row[key]) for key in keys} | {"still_falling": row["still_falling"]}
+
+
+def statistic(row: Row) -> list[Any]:
+    """Return ``[step, block, value, low, high, to_median]``."""
+    return [row["step"], row["block"], *(finite(row[key]) for key in ("value", "low", "high", "to_median"))]
+
+
+def verdict(row: Row) -> Json:
+    """Return a change of a verdict."""
+    keys = ("step", "block", "colour", "measured_step")
+    return {key: row[key] for key in keys} | {"reason": clean(row["reason"])}
+
+
+def event(row: sqlite3.Row) -> Json:
+    """Return an event."""
+    keys = ("id", "step", "time", "level", "kind", "block", "since_step")
+    return {key: row[key] for key in keys} | {"text": clean(row["text"]), "suggestion": clean(row["suggestion"])}
+
+
+def statistic_facts(row: sqlite3.Row) -> Json:
+    """Return how a statistic is called and compared; one that nobody told this page of is shown by its own name."""
+    name = row["name"]
+    nats = name in _NATS or bool(row["has_interval"])
+    return {
+        "name": name,
+        "title": _TITLES.get(name) or clean(name).replace("_", " ").capitalize(),
+        "unit": "nats per token" if name in _NATS else "steps" if name == "equivalent_steps" else "",
+        "quotient": not nats,
+        "of_blocks": bool(row["of_blocks"]),
+        "place": _FIRST.index(name) if name in _FIRST else len(_FIRST),
+    }
+
+
+def finite(value: Any) -> Any:
+    """Return a value as JSON can hold it: infinite or undefined numbers become null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _last_of_each(rows: Iterable[sqlite3.Row]) -> list[sqlite3.Row]:
+    return list({row["block"]: row for row in rows}.values())
+
+
+def _places(probes: Sequence[sqlite3.Row], stride: int) -> Json:
+    """Return which steps share a column."""
+    steps = [row["step"] for row in probes]
+    starts = range(0, len(steps), stride)
+    ends = [min(start + stride, len(steps)) for start in starts]
+    return {
+        "stride": stride,
+        "first": [steps[start] for start in starts],
+        "last": [steps[end - 1] for end in ends],
+        "rows": [end - start for start, end in zip(starts, ends, strict=True)],
+    }
+
+
+def _stride(count: int, most: int) -> int:
+    return max(math.ceil(count / most), 1)
+
+
+def _thinned(items: Sequence[Any], most: int) -> list[Any]:
+    stride = _stride(len(items), most)
+    return [item for place, item in enumerate(items) if (len(items) - 1 - place) % stride == 0]
+
+
+def _farthest(lowest: float | None, highest: float | None, quotient: bool) -> float | None:
+    if lowest is None or highest is None:
+        return None
+    if quotient:
+        found = highest if highest * max(lowest, 1e-300) >= 1 else lowest
+    else:
+        found = highest if highest + lowest >= 0 else lowest
+    return None if not math.isfinite(found) else found
+
+
+def _matrices(rows: Sequence[sqlite3.Row]) -> list[Json]:
+    """Return the newest share of each matrix, when it was seen, and the median of all its shares."""
+    found: dict[str, list[sqlite3.Row]] = {}
+    for row in rows:
+        found.setdefault(row["matrix"], []).append(row)
+    newest = max((row["step"] for row in rows), default=0)
+    return [
+        {
+            "name": clean(name),
+            "share": each[-1]["share"],
+            "step": each[-1]["step"],
+            "median": median(row["share"] for row in each),
+        }
+        for name, each in found.items()
+        if each[-1]["step"] == newest
+    ]

@@ -1,0 +1,376 @@
+// The heat map: blocks by steps, in the colours and patterns of the verdicts, or one statistic against its median.
+
+import { h, setText, Table, thinned, tile } from "./dom.js";
+import { find } from "./loss.js";
+import { follow, LEFT, RIGHT } from "./plot.js";
+import { amount, integer, linear, ticks } from "./scale.js";
+
+const WORST = "G?YR";
+const FULL = 4; // a quotient of this, or of its inverse, has the full colour
+
+export class HeatMap {
+  constructor({ words, onHover, onChoose, onSelect }) {
+    Object.assign(this, { words, onSelect });
+    this.canvas = h("canvas", { "aria-hidden": "true" });
+    this.line = h("i", { class: "heat-cursor", "aria-hidden": "true" });
+    this.mark = h("i", { class: "heat-selected", "aria-hidden": "true" });
+    this.point = h("i", { class: "heat-point", "aria-hidden": "true" });
+    this.stage = h(
+      "div",
+      {
+        class: "heat-stage", tabindex: 0, role: "application", "aria-roledescription": "heat map",
+        onkeydown: (event) => this.#key(event), onblur: () => this.#leave(),
+      },
+      this.canvas, this.mark, this.line, this.point,
+    );
+    this.readout = h("p", { class: "readout", role: "status", "aria-live": "polite" });
+    this.legend = h("figcaption");
+    this.title = h("h3", {}, "Blocks over steps");
+    this.table = new Table("Blocks over steps", ["from step"]);
+    this.table.rows = () => this.#rows();
+    this.root = h(
+      "section",
+      { class: "panel heat" },
+      this.title,
+      h("figure", {}, this.stage, this.readout, this.legend),
+      this.table.root,
+    );
+    this.at = null; // where the keyboard is: {column, block}
+    follow(this.stage, {
+      toStep: (x) => (this.X ? this.X.invert(x) : 0),
+      onChoose,
+      onHover: (step, event) => {
+        onHover(step);
+        setText(this.readout, step === null ? "" : this.#words(step, this.#blockAt(event.offsetY)));
+      },
+      onPress: (event) => {
+        const block = this.#blockAt(event.offsetY);
+        if (block !== null) onSelect(block);
+      },
+    });
+  }
+
+  get columns() {
+    return this.data.heat ? this.data.heat.bins.items : this.data.looks.items;
+  }
+
+  render(data, { x, selected, statistic }) {
+    Object.assign(this, { data, selected });
+    this.statistic = data.heat ? data.statistics.get(statistic) : null;
+    const width = this.stage.clientWidth;
+    const blocks = data.facts.blocks.length;
+    if (!width || !blocks) return;
+    this.row = Math.round(Math.min(26, Math.max(5, 380 / blocks)));
+    this.X = linear(x, [LEFT, width - RIGHT]);
+    this.#draw(width, this.row * blocks);
+    this.mark.classList.toggle("shown", selected >= 0);
+    this.mark.classList.toggle("thin", this.row < 12);
+    this.mark.style.top = `${selected * this.row}px`;
+    this.mark.style.height = `${this.row}px`;
+    this.#describe();
+    this.table.update();
+  }
+
+  #draw(width, height) {
+    const ratio = window.devicePixelRatio || 1;
+    const canvas = this.canvas;
+    const [w, tall] = [Math.round(width * ratio), Math.round((height + 22) * ratio)];
+    if (canvas.width !== w || canvas.height !== tall) {
+      Object.assign(canvas, { width: w, height: tall });
+      canvas.style.height = `${height + 22}px`;
+    }
+    const context = canvas.getContext("2d");
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.clearRect(0, 0, w, tall);
+    const x0 = Math.round(LEFT * ratio);
+    const wide = Math.max(1, w - Math.round(RIGHT * ratio) - x0);
+    const image = context.createImageData(wide, Math.round(height * ratio));
+    const runs = this.statistic ? this.#paintStatistic(image, ratio) : this.#paintVerdicts(image, ratio);
+    context.putImageData(image, x0, 0);
+    context.setTransform(ratio, 0, 0, ratio, 0, 0);
+    this.#letters(context, runs, ratio);
+    this.#axes(context, width, height);
+  }
+
+  // For every pixel column the columns of data that lie in it, as [first, last], or null left of the first look.
+  #places(wide, ratio) {
+    const columns = this.columns;
+    const found = new Array(wide).fill(null);
+    if (!columns.length) return found;
+    const end = Math.max(columns.at(-1).last, this.data.now.step?.[0] ?? 0);
+    let i = -1;
+    for (let px = 0; px < wide; px += 1) {
+      const from = i;
+      const right = this.X.invert(LEFT + (px + 1) / ratio);
+      if (this.X.invert(LEFT + px / ratio) > end) break;
+      while (i + 1 < columns.length && columns[i + 1].first < right) i += 1;
+      if (i >= 0) found[px] = [Math.min(from + 1, i), i];
+    }
+    return found;
+  }
+
+  // The pixel rows that belong to a block, as [first, end]; rows that are high enough stand apart a little.
+  #rowsOf(block, ratio, height) {
+    const gap = this.row >= 8 ? ratio : 0;
+    return [Math.round(block * this.row * ratio), Math.min(height, Math.round((block + 1) * this.row * ratio - gap))];
+  }
+
+  #paintVerdicts(image, ratio) {
+    const { width, height } = image;
+    const pixels = new Uint32Array(image.data.buffer);
+    const blocks = this.data.facts.blocks.length;
+    const places = this.#places(width, ratio);
+    const columns = this.columns.map((column) => Array.from(column.letters, (letter) => WORST.indexOf(letter)));
+    const patterns = verdictPatterns();
+    const across = Uint8Array.from({ length: width }, (_, px) => Math.floor(px / ratio) & 7);
+    const ranks = new Int8Array(width);
+    const runs = [];
+    for (let b = 0; b < blocks; b += 1) {
+      let start = 0;
+      for (let px = 0; px <= width; px += 1) {
+        let rank = -1;
+        if (px < width && places[px]) {
+          for (let i = places[px][0]; i <= places[px][1]; i += 1) rank = Math.max(rank, columns[i][b]);
+        }
+        if (px === width || (px > 0 && rank !== ranks[px - 1])) {
+          if (px > 0 && ranks[px - 1] >= 0) runs.push([b, start / ratio, px / ratio, WORST[ranks[px - 1]]]);
+          start = px;
+        }
+        if (px < width) ranks[px] = rank;
+      }
+      const [top, bottom] = this.#rowsOf(b, ratio, height);
+      for (let y = top; y < bottom; y += 1) {
+        const down = (Math.floor((y - top) / ratio) & 7) << 3;
+        for (let px = 0, at = y * width; px < width; px += 1, at += 1) {
+          if (ranks[px] >= 0) pixels[at] = patterns[(ranks[px] << 6) | down | across[px]];
+        }
+      }
+    }
+    return runs;
+  }
+
+  #paintStatistic(image, ratio) {
+    const { width, height } = image;
+    const pixels = new Uint32Array(image.data.buffer);
+    const places = this.#places(width, ratio);
+    const blocks = this.data.facts.blocks.length;
+    const strength = this.#strength();
+    const strengths = this.columns.map((column) => Float32Array.from(column.values, strength));
+    const shades = divergingShades();
+    const line = new Uint32Array(2 * width); // a plain row of pixels, and one of the stripes
+    for (let b = 0; b < blocks; b += 1) {
+      line.fill(0);
+      for (let px = 0; px < width; px += 1) {
+        if (!places[px]) continue;
+        let t = NaN;
+        for (let i = places[px][0]; i <= places[px][1]; i += 1) {
+          const each = strengths[i][b];
+          if (!(Math.abs(each) <= Math.abs(t)) && !Number.isNaN(each)) t = each;
+        }
+        if (Number.isNaN(t)) continue;
+        const shade = Math.round((t + 1) * 32) * 2;
+        line[px] = shades[shade];
+        line[width + px] = shades[shade + (t < -0.05 ? 1 : 0)];
+      }
+      const [top, bottom] = this.#rowsOf(b, ratio, height);
+      for (let y = top; y < bottom; y += 1) {
+        const striped = Math.floor((y - top) / ratio) % 4 < 2;
+        pixels.set(line.subarray(striped ? width : 0, striped ? 2 * width : width), y * width);
+      }
+    }
+    return [];
+  }
+
+  // How far a value is from its median: -1 to 1.
+  #strength() {
+    if (this.data.heat.quotient) return (v) => (v > 0 ? clamp(Math.log(v) / Math.log(FULL)) : NaN);
+    const full = this.#fullDifference();
+    return (v) => (Number.isNaN(v) ? NaN : clamp(v / full));
+  }
+
+  #fullDifference() {
+    const sizes = this.columns.flatMap((c) => [...c.values].filter((v) => !Number.isNaN(v)).map(Math.abs));
+    sizes.sort((a, b) => a - b);
+    return sizes[Math.floor(0.98 * (sizes.length - 1))] || 1e-9;
+  }
+
+  #letters(context, runs) {
+    if (this.row < 12) return;
+    context.font = `700 ${Math.min(12, this.row - 3)}px system-ui, sans-serif`;
+    context.textBaseline = "middle";
+    const ink = { R: css("--page"), Y: css("--ink"), G: css("--green"), "?": css("--grey") };
+    for (const [b, from, to, letter] of runs) {
+      if (to - from < 15) continue;
+      context.fillStyle = ink[letter];
+      context.fillText(letter, LEFT + from + 5, (b + 0.5) * this.row);
+    }
+  }
+
+  #axes(context, width, height) {
+    const blocks = this.data.facts.blocks.length;
+    context.fillStyle = css("--muted");
+    context.font = "12px system-ui, sans-serif";
+    context.textBaseline = "middle";
+    context.textAlign = "right";
+    const every = Math.ceil(15 / this.row);
+    const step = [1, 2, 5, 10, 20, 50].find((each) => each >= every) ?? 100;
+    for (let b = 0; b < blocks; b += step) context.fillText(String(b), LEFT - 12, Math.max(7, (b + 0.5) * this.row));
+    context.textAlign = "center";
+    const [x0, x1] = [this.X.invert(LEFT), this.X.invert(width - RIGHT)];
+    for (const value of ticks(x0, x1, Math.max(2, Math.floor((width - LEFT) / 90)))) {
+      const text = integer(value);
+      const place = Math.min(this.X(value), width - context.measureText(text).width / 2 - 1);
+      if (Number.isInteger(value)) context.fillText(text, place, height + 13);
+    }
+    context.textAlign = "start";
+  }
+
+  #describe() {
+    const name = this.statistic ? this.statistic.name : "";
+    const letters = this.data.now.look?.letters ?? "";
+    const spoken = this.words.map((word) => `${letters.split(word.letter).length - 1} ${word.colour}`).join(", ");
+    this.stage.setAttribute(
+      "aria-label",
+      `Heat map of ${this.data.facts.blocks.length} blocks by ${this.columns.length} columns of looks. Now ${spoken}. ` +
+        "Arrow keys move, Enter selects the block, the same numbers are in the table below.",
+    );
+    const full = this.statistic && !this.data.heat.quotient ? this.#fullDifference().toFixed(4) : "";
+    if (this.described === name + full) return;
+    this.described = name + full;
+    setText(this.title, this.statistic ? `${this.statistic.title} against its own median` : "Verdicts of all blocks");
+    if (!this.statistic) {
+      const meaning = (word) => h("span", { class: "chip small", title: word.meaning }, tile(word), word.words);
+      this.legend.replaceChildren(...this.words.map(meaning));
+      return;
+    }
+    const [below, above] = full
+      ? [`\u2212${full}`, `+${full} nats per token`]
+      : [`a quarter of its median`, `${FULL} times its median`];
+    this.legend.replaceChildren(
+      h("span", { class: "key" }, below, h("i", { class: "ramp" }), above),
+      h("span", {}, "below the median striped, above it plain; blank where not measured"),
+    );
+  }
+
+  #words(step, block) {
+    if (block === null || !this.columns.length) return "";
+    const column = find(this.columns, step);
+    const steps = column.first === column.last ? integer(column.first) : `${integer(column.first)}–${integer(column.last)}`;
+    const looks = column.rows > 1 ? `, worst of ${column.rows} looks` : "";
+    const name = `block ${block} (${this.data.facts.blocks[block]}), step ${steps}`;
+    if (step < this.columns[0].first) return `block ${block}: not looked at yet`;
+    return `${name}: ${this.#value(column, block)}${this.statistic ? "" : looks}`;
+  }
+
+  #value(column, block) {
+    if (!this.statistic) return this.words.find((word) => word.letter === column.letters[block])?.words ?? "";
+    const value = column.values[block];
+    if (Number.isNaN(value)) return "not measured";
+    return this.data.heat.quotient
+      ? `${value.toPrecision(3)} × its median`
+      : `${amount(this.statistic, value)} against its median`;
+  }
+
+  #blockAt(y) {
+    const block = Math.floor(y / this.row);
+    return block >= 0 && block < this.data.facts.blocks.length ? block : null;
+  }
+
+  #key(event) {
+    const columns = this.columns.length;
+    if (!columns) return;
+    const big = Math.max(1, Math.floor(columns / 20));
+    const moves = {
+      ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1],
+      PageUp: [-big, 0], PageDown: [big, 0], Home: [-columns, 0], End: [columns, 0],
+    };
+    const blocks = this.data.facts.blocks.length;
+    this.at ??= { column: columns - 1, block: Math.max(this.selected, 0) };
+    if (event.key in moves) {
+      const [across, down] = moves[event.key];
+      this.at.column = Math.min(Math.max(this.at.column + across, 0), columns - 1);
+      this.at.block = Math.min(Math.max(this.at.block + down, 0), blocks - 1);
+    } else if (event.key === "Enter" || event.key === " ") this.onSelect(this.at.block);
+    else return;
+    event.preventDefault();
+    const step = this.columns[this.at.column].first;
+    this.point.classList.add("shown");
+    this.point.style.left = `${this.X(step)}px`;
+    this.point.style.top = `${(this.at.block + 0.5) * this.row}px`;
+    setText(this.readout, this.#words(step, this.at.block));
+  }
+
+  #leave() {
+    this.at = null;
+    this.point.classList.remove("shown");
+  }
+
+  showCursor(step) {
+    this.line.classList.toggle("shown", step !== null && Boolean(this.X));
+    if (step !== null && this.X) this.line.style.left = `${this.X(step)}px`;
+  }
+
+  #rows() {
+    const header = this.table.root.querySelector("thead tr");
+    const names = this.data.facts.blocks;
+    if (header.children.length !== names.length + 1) {
+      header.replaceChildren(
+        h("th", { scope: "col" }, "from step"),
+        ...names.map((name, b) => h("th", { scope: "col", title: name }, String(b))),
+      );
+    }
+    const short = (column, b) => {
+      if (!this.statistic) return column.letters[b];
+      return Number.isNaN(column.values[b]) ? "" : column.values[b].toPrecision(3);
+    };
+    return thinned(this.columns, 60).reverse().map((c) => [integer(c.first), ...names.map((_, b) => short(c, b))]);
+  }
+}
+
+const clamp = (value) => Math.max(-1, Math.min(1, value));
+const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+function rgb(name) {
+  const hex = css(name).replace("#", "");
+  return [0, 2, 4].map((at) => parseInt(hex.slice(at, at + 2), 16));
+}
+
+function packed(colour, page, share) {
+  const [r, g, b] = colour.map((value, i) => Math.round(value * share + page[i] * (1 - share)));
+  return ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0;
+}
+
+// The tiles' colours and patterns as squares of 8 by 8 pixels, one per rank: red plain, yellow striped, green light,
+// grey dotted.
+function verdictPatterns() {
+  const page = rgb("--page");
+  const [red, yellow, green, grey] = ["--red", "--yellow", "--green", "--grey"].map(rgb);
+  const stripes = [packed(yellow, page, 0.5), packed(yellow, page, 0.2)];
+  const [dot, blank] = [packed(grey, page, 0.75), packed(grey, page, 0.08)];
+  const [solid, light] = [packed(red, page, 1), packed(green, page, 0.26)];
+  const of = {
+    G: () => light,
+    "?": (x, y) => (x % 4 === 1 && y % 4 === 1 ? dot : blank),
+    Y: (x, y) => stripes[((x + y) >> 2) & 1],
+    R: () => solid,
+  };
+  const found = new Uint32Array(64 * WORST.length);
+  for (let rank = 0; rank < WORST.length; rank += 1) {
+    for (let at = 0; at < 64; at += 1) found[(rank << 6) | at] = of[WORST[rank]](at & 7, at >> 3);
+  }
+  return found;
+}
+
+// 65 shades from far below the median to far above it, each followed by its paler stripe.
+function divergingShades() {
+  const page = rgb("--page");
+  const [above, below] = [rgb("--mark"), rgb("--accent")];
+  const found = new Uint32Array(130);
+  for (let i = 0; i <= 64; i += 1) {
+    const t = i / 32 - 1;
+    const colour = t < 0 ? below : above;
+    found[2 * i] = packed(colour, page, 0.06 + 0.86 * Math.abs(t));
+    found[2 * i + 1] = packed(colour, page, 0.06 + 0.6 * Math.abs(t));
+  }
+  return found;
+}

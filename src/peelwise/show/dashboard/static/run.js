@@ -1,0 +1,161 @@
+// One run on the page: where it stands, its loss, its blocks, the block looked at, what happened, what it costs.
+
+import { BlockPanel } from "./block.js";
+import { MODEL } from "./data.js";
+import { chip, h, setText } from "./dom.js";
+import { HeatMap } from "./heat.js";
+import { LossChart } from "./loss.js";
+import { compact, integer, nats } from "./scale.js";
+import { Cost, Events } from "./side.js";
+
+const STATUS = {
+  running: "running", finished: "finished", failed: "ended with an error", interrupted: "was interrupted",
+};
+
+export class RunView {
+  constructor(data, { words, onSelect, onChoose }) {
+    Object.assign(this, { data, words, onSelect });
+    const onHover = (step) => this.#hover(step);
+    this.loss = new LossChart({ words, onHover, onChoose });
+    this.heat = new HeatMap({ words, onHover, onChoose, onSelect });
+    this.block = new BlockPanel({ words });
+    this.events = new Events({ onSelect });
+    this.cost = new Cost();
+    this.title = h("h2", { id: `run-${data.key}` }, data.facts.name);
+    this.facts = h("p", { class: "facts" });
+    this.number = h("p", { class: "number" });
+    this.what = h("p", { class: "what" });
+    this.trend = h("p", { class: "range" });
+    this.counts = new Map(words.map((word) => [word.letter, h("strong", {}, "0")]));
+    this.strip = h("div", {
+      class: "strip", role: "radiogroup", "aria-label": "Block to look at", onkeydown: (event) => this.#key(event),
+    });
+    this.root = h(
+      "article",
+      { class: "run", "aria-labelledby": `run-${data.key}`, "data-run": data.key },
+      h("header", {}, this.title, this.facts),
+      h(
+        "section",
+        { class: "card", "aria-label": "Where it stands" },
+        h(
+          "div",
+          { class: "hero" },
+          h("div", {}, this.number, this.trend, this.what),
+          h("ul", { class: "tally" }, words.map((word) => h("li", {}, this.counts.get(word.letter), chip(word)))),
+        ),
+        this.strip,
+      ),
+      h(
+        "div",
+        { class: "panels" },
+        h("div", { class: "main" }, this.loss.root, this.heat.root, this.block.root),
+        h("div", { class: "side" }, this.events.root, this.cost.root),
+      ),
+    );
+    this.#buildStrip();
+  }
+
+  render({ x, y, selected, statistic }) {
+    const { data } = this;
+    this.selected = selected;
+    this.#head();
+    this.#tiles();
+    this.loss.render(data, { x, y });
+    this.heat.render(data, { x, selected, statistic });
+    this.block.render(data, { x, selected });
+    this.events.render(data);
+    this.cost.render(data, { x });
+  }
+
+  #head() {
+    const { facts, now } = this.data;
+    const known = [
+      STATUS[facts.status] ?? facts.status,
+      `${compact(facts.parameters)} parameters`,
+      `${facts.blocks.length} blocks`,
+      facts.architecture,
+      `run ${facts.id} of ${facts.file}`,
+      `since ${new Date(facts.started).toLocaleString()}`,
+    ];
+    if (this.facts.dataset.of !== known.join()) {
+      this.facts.dataset.of = known.join();
+      this.facts.replaceChildren(...known.map((text, i) => h("span", { class: i ? null : `status ${facts.status}` }, text)));
+    }
+    const loss = this.data.loss.items.findLast((bin) => bin.mean !== null);
+    const value = now.look ? now.look.probe_loss : (now.step?.[1] ?? loss?.mean ?? null);
+    const shown = value === null || value === undefined ? "–" : nats(value);
+    if (this.number.dataset.of !== shown) {
+      this.number.dataset.of = shown;
+      this.number.replaceChildren(shown, h("small", {}, " nats per token"));
+    }
+    setText(this.trend, slopeWords(now.look));
+    const at = now.step ? ` Training is at step ${integer(now.step[0])}${now.step[1] === null ? "" : `, loss ${nats(now.step[1])}`}.` : "";
+    setText(this.what, now.look ? `on the probe, at step ${integer(now.look.step)}.${at}` : `No look at the model yet: the first comes when the budget allows.${at}`);
+  }
+
+  #buildStrip() {
+    const button = (index, label) => h(
+      "button",
+      {
+        type: "button", role: "radio", "data-block": index, class: "pick",
+        onclick: () => this.onSelect(index),
+      },
+      label,
+    );
+    this.tiles = this.data.facts.blocks.map((_, b) =>
+      button(b, [h("b", { class: "tile grey", "aria-hidden": "true" }, "?"), h("i", { "aria-hidden": "true" }, String(b))]));
+    this.whole = button(MODEL, [h("b", { class: "tile whole", "aria-hidden": "true" }, "all"), h("i", { "aria-hidden": "true" }, "\u2211")]);
+    this.whole.setAttribute("aria-label", "The whole model");
+    this.strip.replaceChildren(...this.tiles, this.whole);
+  }
+
+  // Rows of equal length, so that no last row of two blocks hangs below thirty.
+  #arrangeStrip() {
+    const count = this.tiles.length + 1;
+    const rows = Math.ceil(count / Math.max(1, Math.floor(this.strip.clientWidth / 27)));
+    const columns = String(Math.ceil(count / rows));
+    if (this.strip.style.getPropertyValue("--columns") !== columns) this.strip.style.setProperty("--columns", columns);
+  }
+
+  #tiles() {
+    this.#arrangeStrip();
+    const letters = this.data.now.look?.letters ?? "";
+    for (const word of this.words) setText(this.counts.get(word.letter), String(letters.split(word.letter).length - 1));
+    this.tiles.forEach((button, b) => {
+      const word = this.words.find((each) => each.letter === (letters[b] ?? "?"));
+      const mark = button.firstChild;
+      if (mark.textContent !== word.letter || !button.hasAttribute("aria-label")) {
+        mark.className = `tile ${word.colour}`;
+        mark.textContent = word.letter;
+        button.setAttribute("aria-label", `Block ${b}, ${this.data.facts.blocks[b]}: ${word.words}`);
+        button.title = button.getAttribute("aria-label");
+      }
+    });
+    for (const button of [...this.tiles, this.whole]) {
+      const chosen = Number(button.dataset.block) === this.selected;
+      button.setAttribute("aria-checked", String(chosen));
+      button.tabIndex = chosen ? 0 : -1;
+    }
+  }
+
+  #key(event) {
+    const all = [...this.tiles, this.whole];
+    const here = all.indexOf(document.activeElement);
+    const moves = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Home: -here, End: all.length - 1 - here };
+    if (here < 0 || !(event.key in moves)) return;
+    event.preventDefault();
+    const next = all[(here + moves[event.key] + all.length) % all.length];
+    this.onSelect(Number(next.dataset.block));
+    next.focus();
+  }
+
+  #hover(step) {
+    for (const each of [this.loss, this.heat, this.block, this.cost]) each.showCursor(step);
+  }
+}
+
+function slopeWords(look) {
+  if (!look || look.slope === null) return "";
+  const per = (1000 * look.slope).toFixed(3).replace("-", "\u2212");
+  return look.still_falling ? `falling: ${per} per 1,000 steps` : `not shown to be falling (${per} per 1,000 steps)`;
+}
