@@ -44,6 +44,8 @@ RUNS = {
     for form, tuned in TUNED.items()
     for state, rate in (("tuned", tuned), ("stuck", STUCK))
 }
+# A good rate that has decayed long before the end: stuck further down.
+RUNS["ternary-cooled"] = LowBitSettings(form="ternary", peak_rate=TUNED["ternary"], decayed_by=240, floor=0.01)
 
 
 class LowBitRun(Run):

@@ -50,6 +50,7 @@ class Settings:
     peak_rate: float = 4e-3
     floor: float = 0.02  # last learning rate / highest
     warmup: int = 60
+    decayed_by: int = 0  # step at which the rate reaches the floor; 0: the last one
     weight_decay: float = 0.1
     clip: float = 1.0
     evaluate_every: int = 100
@@ -163,10 +164,10 @@ def new_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, settings: Settings) -> float:
-    """Linear warm-up, then half a cosine down to the floor."""
+    """Linear warm-up, then half a cosine down to the floor, then the floor."""
     if step < settings.warmup:
         return settings.peak_rate * (step + 1) / settings.warmup
-    progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    progress = (step - settings.warmup) / max(1, (settings.decayed_by or settings.steps) - settings.warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return settings.peak_rate * (settings.floor + (1 - settings.floor) * cosine)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from peelwise.errors import FormatError
 from peelwise.formats.table import parse_format
-from peelwise.nn import BinaryLinear, IntLinear, QuantizedLinear, TernaryLinear, dense_, quantize_
+from peelwise.nn import BinaryLinear, IntLinear, QuantizedLinear, TernaryLinear, dense_, quantize_, share_scale_
 from zoo import ZOO, sample_ids
 
 LAYERS = [
@@ -148,3 +148,52 @@ def test_a_format_that_does_not_go_with_a_layer_leaves_the_model_as_it_was() -> 
 def test_what_cannot_be_trained_is_refused(make, message: str) -> None:
     with pytest.raises(FormatError, match=message):
         make()
+
+
+def test_one_scale_for_the_whole_model_is_the_mean_of_all_weights_on_their_supports() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4, bias=False), nn.Linear(4, 4))
+    quantize_(net, "binary:model,blocks=2", choose=lambda name, linear: name != "2")
+    layers = [net[0], net[1]]
+
+    def expected() -> torch.Tensor:
+        on = [layer.weight.detach()[layer.effective_weight() != 0] for layer in layers]
+        assert [len(part) for part in on] == [48, 24]
+        return torch.cat(on).abs().mean()
+
+    for _ in range(2):
+        for layer in layers:
+            used = layer.effective_weight().detach()
+            assert used[used != 0].abs().unique().tolist() == [pytest.approx(float(expected()), rel=1e-3)]
+        with torch.no_grad():
+            net[1].weight.mul_(3)
+        before = net[0].effective_weight().detach().clone()
+        assert torch.equal(net[0].effective_weight(), before)  # it stays until it is shared anew
+        assert share_scale_(net) == ["0", "1"]
+        assert float(net[0].effective_weight().detach().abs().max()) > 1.2 * float(before.abs().max())
+    alone = BinaryLinear(8, 12, form="binary:tensor,blocks=2")
+    assert share_scale_(nn.Sequential(alone)) == []
+
+
+def test_a_network_with_one_scale_learns_its_own_kind() -> None:
+    torch.manual_seed(0)
+    truth = [0.25 * torch.randint(0, 2, shape).mul(2).sub(1).float() for shape in ((8, 12), (4, 8))]
+    net = nn.Sequential(nn.Linear(12, 8, bias=False), nn.Linear(8, 4, bias=False))
+    quantize_(net, "binary:model")
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    losses = []
+    for _ in range(200):
+        x = torch.randn(64, 12)
+        loss = (net(x) - x @ truth[0].T @ truth[1].T).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        share_scale_(net)
+        losses.append(loss.item())
+    assert sum(losses[-20:]) < 0.6 * sum(losses[:20])
+    assert torch.equal(net[0].scales, net[1].scales)
+    twin = nn.Sequential(nn.Linear(12, 8, bias=False), nn.Linear(8, 4, bias=False))
+    quantize_(twin, "binary:model")
+    twin.load_state_dict(net.state_dict())
+    x = torch.randn(5, 12)
+    torch.testing.assert_close(twin(x), net(x), rtol=0, atol=0)

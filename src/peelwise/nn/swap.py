@@ -86,8 +86,8 @@ def share_scale_(model: nn.Module) -> list[str]:
         s = mean |W|   over the latent weights on the supports of all layers      (binary and ternary)
 
     `quantize_` does so once. The scale then stays while codes flip; call this after each step of the optimiser to let
-    it follow the latent weights, or never, to train with a scale fixed beforehand. Layers of another inner format have a
-    scale of their own. Source: arXiv:2502.01908.
+    it follow the latent weights, or never, to train with a scale fixed beforehand. Layers of another inner format
+    have a scale of their own. Source: arXiv:2502.01908.
 
     Returns:
         The names of the layers.
