@@ -24,6 +24,7 @@ from peelwise.model.layers import Block, device_of
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner, check_replay
 from peelwise.model.sharding import check_blocks
 from peelwise.pipeline.chronicle import Chronicle
+from peelwise.pipeline.code_signals import CodeSignals
 from peelwise.pipeline.opening import checked_blocks
 from peelwise.pipeline.schedules import Schedule, affordable, every, log_spaced
 from peelwise.pipeline.visit import Visit, visit
@@ -123,6 +124,7 @@ class Follower:
         self._chronicle = Chronicle(
             len(self.blocks), margin=settings.margin_nats, in_distribution=probe.in_distribution
         )
+        self._codes = CodeSignals(model, self.blocks)
         self._vitals = Vitals(model, self.blocks, optimizer, ranks)
         self._vitals_due = log_spaced(_CHECKS_PER_DECADE), every(_CHECKS_EVERY)
         self._findings: list[Finding] = []
@@ -201,6 +203,7 @@ class Follower:
         self._costs[kind] = now - start
         share = (self.spent + now - began) / max(self.elapsed, 1e-9)
         row: ProbeRow = self._ranks.told(self._row(step, found, now - start, share) if self._ranks.first else None)
+        row = self._codes.noted(row)
         self._recorder.probe(row)
         self._tell_cost(step, kind)
         if found.notes:

@@ -13,6 +13,7 @@ from peelwise.errors import IllConditionedWarning, PeelwiseWarning
 from peelwise.intervals import Paired
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block
+from peelwise.model.splice import frozen
 from peelwise.pipeline import stages
 from peelwise.pipeline.bench import Bench, gain
 from peelwise.pipeline.cloud import without_blocks
@@ -82,7 +83,13 @@ def visit(
     Raises:
         PeelwiseError: If the model cannot be measured, such as when its loss is no finite number.
     """
-    with ranks.agreeing(), untouched(model), warnings.catch_warnings(record=True) as caught:
+    linears = [linear for block in blocks for linear in block.linears]
+    with (
+        ranks.agreeing(),
+        untouched(model),
+        frozen(linears),
+        warnings.catch_warnings(record=True) as caught,
+    ):
         warnings.simplefilter("always", IllConditionedWarning)
         bench = first_bench(
             model,
