@@ -1,0 +1,239 @@
+"""A ternary GPT stuck at a low learning rate: the loss curve, the audit, peel maps, and signals of its codes.
+
+    python examples/low_bit.py                      # the committed ternary models; some ten minutes on one core
+    python examples/low_bit.py --draw               # the figure alone, from the numbers measured before
+
+The runs are those of examples/small_gpt/low_bit.py: same tokens, same recipe, two learning rates. Each finished model is
+audited on its training text, at its own bits; what the audit wins is applied and measured again on held-out text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+import peelwise
+from peelwise.intervals import paired
+from peelwise.model.checkpoints import open_model
+from peelwise.records import AuditRecord, Interval
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+matplotlib.rcParams["svg.hashsalt"] = "peelwise"  # the same file at every run
+HERE = Path(__file__).resolve().parent
+GPT = HERE / "small_gpt"
+sys.path.insert(0, str(HERE))  # run from anywhere
+
+from small_gpt.evaluate import token_losses, token_stream, windows  # noqa: E402
+from small_gpt.text import held_out_documents, training_documents  # noqa: E402
+
+RUNS = tuple(f"{form}-{state}" for form in ("dense", "binary", "ternary") for state in ("tuned", "stuck"))
+MEASURED = ("ternary-tuned", "ternary-stuck")
+COLOURS = {"dense": "k", "binary": "C0", "ternary": "C1"}
+CONTEXT = 127  # a sequence of the probe is what the model was trained on: 128 tokens
+
+
+def measure(folder: Path, run: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Audit a finished model on training text, apply the witness, and see what it does on held-out text."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(GPT / "checkpoints" / "tokenizer")
+    rows = drawn(windows(token_stream(tokenizer, training_documents()), CONTEXT), options.tokens // 128)
+    probe = peelwise.Probe.from_tokens(rows, tokens=None, in_distribution=True, source="training text")
+    held_out = windows(token_stream(tokenizer, held_out_documents()), CONTEXT)[:: options.every]
+    report = peelwise.audit(
+        folder, probe, budget=options.budget, joint_rounds=options.rounds, alone_rounds=1, name=run, device="cpu"
+    )
+    print(report)
+    before = losses(open_model(folder, device="cpu", with_tokenizer=False).model, held_out)
+    after = before
+    if report.record.loss.composed_gain is not None and any(k.startswith("composed/") for k in report.witness):
+        with tempfile.TemporaryDirectory() as scratch:
+            certificate = report.save(Path(scratch) / "certificate")
+            print(peelwise.verify(certificate, folder, device="cpu").status)
+            peelwise.apply(certificate, folder, Path(scratch) / "applied")
+            after = losses(open_model(Path(scratch) / "applied", device="cpu", with_tokenizer=False).model, held_out)
+    per_sequence = [CONTEXT] * len(held_out)
+    gain = paired((before - after).sum(1).tolist(), per_sequence).interval()
+    found = {
+        "audit": of_audit(report.record),
+        "held_out": {"current": round(float(before.mean()), 4), "gain": of(gain)},
+        "steps": worth(curve(run), curve(run.replace("stuck", "tuned")), max(0.0, gain.mean)),
+    }
+    peel = peelwise.peel(folder, probe, maps=maps(folder), rounds=1, budget=options.budget, name=run)
+    print(peel)
+    loss = peel.record.loss
+    found["peel"] = {
+        "bound": loss.bound,
+        "head_control": loss.head_control,
+        "over_head_control": of(loss.over_head_control),
+        "shuffled": loss.shuffled,
+        "untrained": loss.untrained,
+        "conclusion": peel.record.conclusion,
+    }
+    return found
+
+
+def drawn(rows: Tensor, count: int) -> Tensor:
+    """Return ``count`` rows in random order, the same at every run."""
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count]]
+
+
+def maps(folder: Path) -> list[tuple[int, ...]]:
+    """The model itself, everything to the last station, and first and last."""
+    layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    return [tuple(range(1, layers + 1)), (layers,) * layers, (1, *(layers,) * (layers - 1))]
+
+
+@torch.no_grad()
+def losses(model: nn.Module, rows: Tensor) -> Tensor:
+    """Return ``[rows, tokens]`` losses in nats, float64."""
+    model.eval()
+    parts = [token_losses(model, part).double().view(len(part), -1) for part in rows.split(32)]
+    return torch.cat(parts)
+
+
+def of(interval: Interval | None) -> list[float] | None:
+    return None if interval is None else [round(v, 4) for v in (interval.mean, interval.low, interval.high)]
+
+
+def of_audit(record: AuditRecord) -> dict[str, Any]:
+    loss = record.loss
+    return {
+        "tokens": [record.probe.fit_tokens, record.probe.select_tokens, record.probe.report_tokens],
+        "complete": record.complete,
+        "current": loss.current,
+        "composed_gain": of(loss.composed_gain),
+        "shuffled_gain": of(loss.shuffled_gain),
+        "untrained_gain": of(loss.untrained_gain),
+        "split": None if loss.split is None else {k: round(v, 4) for k, v in loss.split.model_dump().items()},
+        "price": of(loss.price),
+        "head_alone": of(record.head.recoverable_nats) if record.head else None,
+        "verdicts": [block.verdict for block in record.blocks],
+        "alone": [of(block.recoverable_nats) for block in record.blocks],
+        "margin": record.margin_nats,
+        "seconds": round(record.cost.wall_seconds),
+    }
+
+
+def curve(run: str) -> list[dict[str, float]]:
+    """Return the points of a run's loss curve."""
+    points: list[dict[str, float]] = json.loads((GPT / "low_bit" / run / "training.json").read_text())["curve"]
+    return points
+
+
+def worth(own: list[dict[str, float]], tuned: list[dict[str, float]], nats: float) -> dict[str, float]:
+    """Return how many steps ``nats`` are worth: at the slope that the run ends with, and on the tuned curve."""
+    last, then = own[-1], own[len(own) * 2 // 3]
+    slope = (then["held_out"] - last["held_out"]) / (last["step"] - then["step"])
+    reached = step_at(tuned, last["held_out"])
+    return {
+        "slope_per_step": round(slope, 7),
+        "at_own_slope": round(nats / slope, 1),
+        "tuned_steps_to_this_loss": round(reached, 1),
+        "on_the_tuned_curve": round(step_at(tuned, last["held_out"] - nats) - reached, 1),
+    }
+
+
+def step_at(points: list[dict[str, float]], loss: float) -> float:
+    """Return the step at which a curve first comes down to ``loss``, by straight lines between its points."""
+    for one, two in zip(points, points[1:], strict=False):
+        if two["held_out"] <= loss < one["held_out"]:
+            share = (one["held_out"] - loss) / (one["held_out"] - two["held_out"])
+            return one["step"] + share * (two["step"] - one["step"])
+    return points[0]["step"] if loss >= points[0]["held_out"] else points[-1]["step"]
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(7.2, 9.6), height_ratios=(3, 2.2, 2.2))
+    for run in RUNS:
+        form, state = run.split("-")
+        points = curve(run)
+        line = "-" if state == "tuned" else "--"
+        top.plot([p["step"] for p in points], [p["held_out"] for p in points], line, color=COLOURS[form], label=run)
+    top.set(xlabel="training step", ylabel="held-out loss, nats per token", ylim=(2.4, 6.3))
+    top.set_title("Same tokens, same recipe; the stuck runs have a fiftieth or a twentieth of the rate", fontsize=10)
+    top.legend(fontsize=8)
+    draw_gains(middle, results)
+    for state, line in (("tuned", "-"), ("stuck", "--")):
+        points = curve(f"ternary-{state}")
+        steps = [p["step"] for p in points]
+        for key, colour in (("flipped", "C0"), ("near_threshold", "C2"), ("scale_drift", "C4")):
+            label = f"{key.replace('_', ' ')}, {state}"
+            bottom.plot(steps, [max(p[key], 1e-6) for p in points], line, color=colour, label=label)
+    bottom.set(yscale="log", ylim=(1e-5, 1), xlabel="training step", ylabel="share of codes; relative change")
+    bottom.set_title("Ternary codes since the look 40 steps before", fontsize=10)
+    bottom.legend(fontsize=7, ncols=3, loc="upper center")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def draw_gains(axes: plt.Axes, results: dict[str, Any]) -> None:
+    """What each construction gains: witnesses, null controls, the head."""
+    rows = {
+        "blocks, same bits": lambda r: r["audit"]["composed_gain"],
+        "the same, held-out text": lambda r: r["held_out"]["gain"],
+        "head alone": lambda r: r["audit"]["head_alone"],
+        "peel map over head control": lambda r: r["peel"]["over_head_control"],
+        "control: shuffled targets": lambda r: r["audit"]["shuffled_gain"],
+        "control: untrained model": lambda r: r["audit"]["untrained_gain"],
+    }
+    for offset, run in ((-0.13, "ternary-tuned"), (0.13, "ternary-stuck")):
+        if run not in results:
+            continue
+        found = [(i, get(results[run])) for i, get in enumerate(rows.values())]
+        present = [(i + offset, v) for i, v in found if v is not None]
+        axes.errorbar(
+            [v[0] for _, v in present],
+            [i for i, _ in present],
+            xerr=[[v[0] - v[1] for _, v in present], [v[2] - v[0] for _, v in present]],
+            fmt="o" if run.endswith("tuned") else "s",
+            color="C2" if run.endswith("tuned") else "C3",
+            capsize=3,
+            label=run,
+        )
+        margin = results[run]["audit"]["margin"]
+        axes.axvline(margin, color="C2" if run.endswith("tuned") else "C3", linestyle=":", linewidth=0.9)
+    axes.axvline(0, color="0.4", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="gain on report, nats per token, 95 %; dotted: the margins")
+    axes.legend(fontsize=8)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description="Audit low-bit models that were trained well and stuck.")
+    parser.add_argument("runs", nargs="*", help=f"default: {' '.join(MEASURED)}")
+    parser.add_argument("--models", type=Path, default=GPT / "low_bit", help="where the folders of the runs are")
+    parser.add_argument("--tokens", type=int, default=16_000)
+    parser.add_argument("--rounds", type=int, default=4, help="most joint rounds")
+    parser.add_argument("--budget", default="6m", help="of each audit and each peel")
+    parser.add_argument("--every", type=int, default=4, help="of so many held-out windows one is used")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "figures")
+    parser.add_argument("--results", type=Path, default=HERE.parent / "benchmarks" / "results")
+    parser.add_argument("--draw", action="store_true", help="draw the figure from the numbers that are there")
+    options = parser.parse_args(arguments)
+    for folder in (options.out, options.results):
+        folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    path = options.results / "low_bit_training.json"
+    for run in [] if options.draw else options.runs or MEASURED:
+        found = measure(options.models / run, run, options)
+        results = json.loads(path.read_text()) if path.exists() else {}  # read late: others may have added theirs
+        path.write_text(json.dumps(results | {run: found}, indent=1) + "\n")
+    results = json.loads(path.read_text()) if path.exists() else {}
+    draw(results, options.out / "low-bit-training.svg")
+    return results
+
+
+if __name__ == "__main__":
+    main()
