@@ -46,7 +46,7 @@ class Plan:
     steps: int = 900
     starved: int = 2
     from_step: int = 450
-    erosion: float = 0.003
+    erosion: float = 0.01
     rate: float = 4e-3
     probe_tokens: int = 8_000
     budget: float = 0.25
@@ -149,7 +149,7 @@ def demonstrate(
     with tempfile.TemporaryDirectory(prefix="peelwise-demo-") as folder:
         path = store or Path(folder) / "run.db"
         with ExitStack() as open_ones:
-            monitor, steps = _prepared(path, plan, say)
+            monitor, steps = _prepared(path, plan)
             open_ones.enter_context(monitor)
             server = Server([path], address)  # reads the file, which the monitor has made
             thread = server.beside()
@@ -171,7 +171,7 @@ def demonstrate(
             say(f"The history is kept: peelwise serve {store}")
 
 
-def _prepared(path: Path, plan: Plan, say: Callable[[str], None]) -> tuple[Monitor, Iterator[int]]:
+def _prepared(path: Path, plan: Plan) -> tuple[Monitor, Iterator[int]]:
     torch.manual_seed(0)
     stream = torch.tensor(list("\n\n".join(reference_prose()).encode()))
     model = SmallGPT()
@@ -184,7 +184,6 @@ def _prepared(path: Path, plan: Plan, say: Callable[[str], None]) -> tuple[Monit
         budget=plan.budget,
         store=path,
         name=f"small GPT, block {plan.starved} starved from step {plan.from_step:,}",
-        on_event=lambda event: say(f"  {event.level}: {event}") if event.level != "info" else None,
     )
     return monitor, train(monitor, model, optimizer, stream, plan)
 
