@@ -46,17 +46,21 @@ def train(wrap, out: Path, *, watched: bool) -> dict[str, torch.Tensor]:
     monitor = peelwise.Monitor(model, tiny_probe(), optimizer=optimizer, **options) if watched else None
     for step in range(STEPS):
         for part in range(2):
+            if wrap is sharded and part == 0:
+                model.set_requires_gradient_sync(False)  # gradients of the first wait for the second
             ids = sample_ids(2, 13, seed=4 * step + 2 * part + distributed.get_rank())
             loss = cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
             loss.backward()
+            if wrap is sharded:
+                model.set_requires_gradient_sync(True)
             if monitor and part == 0 and step == 3:
                 assert monitor.step(100) is not None  # in the middle of an accumulation
-        if step != 5:
-            optimizer.step()
+        if monitor and step == 1:
+            assert monitor.step(102) is not None  # before the step: what was gathered for it must not be used after it
+        optimizer.step()
         found = monitor.step(step, loss=loss) if monitor else None
         assert (found is not None) == (watched and step % 2 == 0)
-        if step != 5:  # a step is left out: what was gathered for the look must not be used for the next one
-            optimizer.zero_grad()
+        optimizer.zero_grad()
     if monitor:
         assert not {"not-measured", "non-finite", "dead-units"} & {event.kind for event in monitor.events}
         monitor.close()

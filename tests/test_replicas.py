@@ -42,8 +42,8 @@ def test_weights_are_the_same_to_the_bit_with_and_without(folder, way):
 def test_one_process_writes(folder, way):
     with RunReader(folder / f"{way}.db") as reader:
         assert len(reader.runs()) == 1
-        assert len(reader.steps(1)) == 8
-        assert [row["step"] for row in reader.probes(1)] == [0, 2, 100, 4, 6]
+        assert len(reader.steps(1)) == 9
+        assert [row["step"] for row in reader.probes(1)] == [0, 102, 2, 100, 4, 6]
         assert {e["kind"] for e in reader.events(1)} <= {"few-tokens", "not-updated"}
 
 

@@ -241,12 +241,17 @@ class Follower:
         known = [rate for rate in rates if rate is not None]
         usual = median(known) if known else 0.0
         why: defaultdict[int, str] = defaultdict(str)
+        dead: defaultdict[int, str] = defaultdict(str)
         for finding in self._findings:
             for block in finding.blocks:
                 why[block] = why[block] or _UNTRAINED.get(finding.kind, "")
+                if finding.kind == "dead-units":
+                    dead[block] = dead[block] or f"{finding.detail} of {finding.names[0]} got no gradient"
+        ratios = [rate / usual if rate is not None and usual > 0 else None for rate in rates]
+        clipped = self._vitals.clipped_to
         return {
-            block.index: Seen(why[block.index], rate / usual if rate is not None and usual > 0 else None)
-            for block, rate in zip(self.blocks, rates, strict=True)
+            block.index: Seen(why[block.index], ratio, None, dead[block.index], clipped)
+            for block, ratio in zip(self.blocks, ratios, strict=True)
         }
 
     def _tell_failure(self, step: int, error: Exception) -> None:

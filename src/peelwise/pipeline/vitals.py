@@ -22,6 +22,7 @@ Complaint = Literal["frozen", "not-optimised", "zero-rate", "not-updated", "no-g
 _CHECKS_FOR_DEAD = 3  # a unit that got no gradient at so many checks in a row is called dead
 _DEAD_SHARE = 0.1  # of a map's outputs; a few dead units are nothing unusual
 _NAMED = 3
+_SAME_NORMS, _SAME = 4, 1e-3  # so many norms in a row that differ by less than a thousandth are no chance
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,15 @@ class Vitals:
         self._still: dict[str, int] = {}
         self._zero_rate_before: set[str] = set()
         self._silent: dict[LinearMap, Tensor] = {}  # per map [d_out]: checks in a row without a gradient
+        self._norms: list[float] = []  # of all gradients together, at the latest checks
         self.saw_gradients = False
+
+    @property
+    def clipped_to(self) -> float | None:
+        """The norm that all gradients together had at each of the latest checks, or ``None`` if it varied."""
+        norms = self._norms
+        same = len(norms) == _SAME_NORMS and 0 < max(norms) < min(norms) * (1 + _SAME)
+        return norms[-1] if same else None
 
     def check(self) -> list[Finding]:
         """Return what is wrong now."""
@@ -81,6 +90,7 @@ class Vitals:
             found.append(self._finding("no-gradient", (n for n in trained if n not in with_gradient)))
             found.append(self._finding("non-finite", self._non_finite(with_gradient)))
             found.extend(self._dead())
+            self._norms = [*self._norms, _norm(with_gradient)][-_SAME_NORMS:]
         # Where gradients tell why, a parameter that stands still needs no second mention.
         named = {name for finding in found if finding for name in finding.names}
         found.append(self._finding("not-updated", (n for n in self._standing(trained) if n not in named)))
@@ -163,6 +173,14 @@ class Vitals:
             return None
         blocks = tuple(b.index for b in self._blocks if any(name.startswith(f"{b.name}.") for name in found))
         return Finding(kind, found, blocks, len(self._parameters))
+
+
+def _norm(parameters: dict[str, nn.Parameter]) -> float:
+    """Return the Euclidean norm of all gradients together; no number where a process holds only its part of them."""
+    gradients = [p.grad for p in parameters.values() if p.grad is not None and not p.grad.is_sparse]
+    if any(is_spread(gradient) for gradient in gradients):
+        return math.nan
+    return float(sum(norm.double().square() for norm in torch._foreach_norm(gradients))) ** 0.5 if gradients else 0.0
 
 
 def in_words(finding: Finding) -> str:
