@@ -13,9 +13,11 @@ is the format of arXiv:2502.01908. Some ten minutes on one core.
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from peelwise.pipeline.yes.bounds import yes_bounds
 from peelwise.pipeline.yes.result import YesBounds
 
 matplotlib.use("Agg")
+from matplotlib import pyplot as plt
 
 matplotlib.rcParams["svg.hashsalt"] = "peelwise"  # the same file at every run
 COLOURS = {"red": "#f2c9c4", "yellow": "#f6e8b8", "green": "#cfe6cf"}
