@@ -1,7 +1,9 @@
 """Examples run, in a shortened form."""
 
 import importlib.util
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"example_{name.replace('/', '_')}", EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -66,3 +68,52 @@ def test_find_the_fault(tmp_path, capsys, monkeypatch):
     assert "red" not in healthy.split("None found")[1]
     assert "Look first at block 3" in flipped
     assert (tmp_path / "find-the-fault.svg").stat().st_size > 10_000
+
+
+def test_a_low_bit_run_trains_inside_its_format_and_keeps_the_signals_of_its_codes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES / "small_gpt")
+    example = load("small_gpt/low_bit")
+    settings = replace(example.RUNS["ternary-tuned"], batch=2, context=32, blocks=2, warmup=1, steps=3)
+    run = example.LowBitRun(settings, tmp_path / "resume.pt", fresh=False)
+    stream = torch.randint(512, (500,), generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        run.advance(stream)
+    run.evaluate(stream[:330].view(10, 33))
+    point = run.curve[-1]
+    assert 0 < point["flipped"] < 0.5
+    assert 0 < point["near_threshold"] < 0.5
+    assert point["dead_rows"] == 0
+    run.save()
+    again = example.LowBitRun(settings, tmp_path / "resume.pt", fresh=False)
+    assert again.step == 3
+    assert {type(m).__name__ for m in again.model.modules()} >= {"TernaryLinear"}
+    cooled = example.RUNS["ternary-cooled"]
+    rates = [sys.modules["train"].learning_rate(step, cooled) for step in (59, 239, 300, 1199)]
+    assert rates[0] == cooled.peak_rate
+    assert rates[1] == pytest.approx(rates[3], rel=0.01)
+    assert rates[2] == rates[3] == pytest.approx(0.01 * cooled.peak_rate)
+
+
+@pytest.mark.filterwarnings("ignore::peelwise.errors.PeelwiseWarning")
+def test_low_bit(tmp_path, capsys):
+    example = load("low_bit")
+    small = ["--tokens", "2400", "--rounds", "1", "--budget", "4s", "--every", "64"]
+    found = example.main(["ternary-stuck", *small, "--out", str(tmp_path), "--results", str(tmp_path)])["ternary-stuck"]
+    recorded = json.loads((EXAMPLES / "small_gpt/low_bit/ternary-stuck/training.json").read_text())
+    assert found["held_out"]["current"] == pytest.approx(recorded["stages"][0]["held_out_nats_per_token"], abs=0.2)
+    assert len(found["audit"]["verdicts"]) == 6
+    assert found["peel"]["conclusion"].startswith("None found")
+    assert (tmp_path / "low-bit-training.svg").stat().st_size > 20_000
+
+
+def test_nats_are_worth_the_steps_that_a_curve_needs_for_them():
+    example = load("low_bit")
+    own = [{"step": 10.0 * i, "held_out": 4.0 - 0.1 * i} for i in range(7)]  # 0.01 per step, ends at 3.4
+    tuned = [{"step": 10.0 * i, "held_out": 4.0 - 0.5 * i} for i in range(5)]  # 0.05 per step
+    worth = example.worth(own, tuned, 0.2)
+    assert worth["slope_per_step"] == pytest.approx(0.01)
+    assert worth["at_own_slope"] == pytest.approx(20)
+    assert worth["tuned_steps_to_this_loss"] == pytest.approx(12)
+    assert worth["on_the_tuned_curve"] == pytest.approx(4)
+    assert example.step_at(tuned, 1.0) == 40  # never reached: the last step
+    assert example.step_at(tuned, 5.0) == 0

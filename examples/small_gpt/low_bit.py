@@ -1,4 +1,4 @@
-"""Train the small Llama in full precision, binary and ternary, each once at a good rate and once at one far too low.
+"""Train the small Llama in full precision, binary and ternary, at a good learning rate and at one far too low.
 
     python examples/small_gpt/low_bit.py ternary-tuned ternary-stuck
 
@@ -30,7 +30,7 @@ class LowBitSettings(Settings):
 
     steps: int = 1200
     batch: int = 16
-    early_step: int = 1200  # the last stage alone is kept
+    early_step: int = 1200
     middle_step: int = 1200
     evaluate_every: int = 40
     form: str = "dense"
@@ -94,23 +94,27 @@ def in_format(model: nn.Module, form: str) -> nn.Module:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="*", choices=[[], *RUNS], help="default: all")
-    parser.add_argument("--steps", type=int, default=LowBitSettings.steps)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", choices=RUNS, help="what to train", metavar="run")
+    parser.add_argument("--steps", type=int, default=LowBitSettings.steps, help="training steps of 2,048 tokens")
     parser.add_argument("--rate", type=float, help="another highest learning rate, to try")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=HERE / "low_bit")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument(
+        "--out", type=Path, default=HERE.parents[1] / "out" / "low_bit", help="a folder per run goes here"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     transformers.utils.logging.disable_progress_bar()
-    for name in options.runs or RUNS:
+    if options.steps < 1:
+        parser.error(f"--steps must be at least 1, got {options.steps}")
+    for name in options.runs:
         settings = replace(RUNS[name], steps=options.steps)
         if options.rate:
             settings = replace(settings, peak_rate=options.rate)
         print(f"{name}: {settings.form}, rate {settings.peak_rate:g}")
-        run = LowBitRun(settings, options.out / name / "resume.pt", fresh=False)
-        train(run, options.out / name)
-        torch.save(run.model.state_dict(), options.out / name / "exact.pt")
+        train(LowBitRun(settings, options.out / name / "resume.pt", fresh=False), options.out / name)
     return 0
 
 
