@@ -1,7 +1,7 @@
 """A demonstration: a small GPT learns real text, one of its blocks is starved half way, and the live page shows it.
 
-From a certain step on one block gets no gradient any more, and its weights erode: a little noise at every step, which
-training would otherwise undo. The other blocks make up for some of it.
+From a certain step on one block gets no gradient any more, and its weights swell a little at every step, as they would
+under a weight decay of the wrong sign. Nothing in the block can undo that; the other blocks make up for some of it.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ class Plan:
         steps: of training, 1,024 bytes each.
         starved: index of the block.
         from_step: from when on it gets no gradient.
-        erosion: standard deviation of the noise that its weights get at every step from then on.
+        swelling: share by which its weights grow at every step from then on.
         rate: highest learning rate.
         probe_tokens: bytes of text that the monitor measures on.
         budget: the monitor's share of time; high, so that there is something to see within minutes.
     """
 
-    steps: int = 900
+    steps: int = 600
     starved: int = 2
-    from_step: int = 450
-    erosion: float = 0.01
+    from_step: int = 300
+    swelling: float = 0.004
     rate: float = 4e-3
-    probe_tokens: int = 8_000
+    probe_tokens: int = 7_000
     budget: float = 0.25
 
 
@@ -105,7 +105,7 @@ def train(
             with torch.no_grad():
                 for parameter in starved:
                     parameter.grad = None
-                    parameter.add_(torch.randn_like(parameter), alpha=plan.erosion)
+                    parameter.mul_(1 + plan.swelling)
         optimizer.step()
         monitor.step(step, loss=loss)
         optimizer.zero_grad()
@@ -193,7 +193,7 @@ def _say_what_to_see(say: Callable[[str], None], url: str, plan: Plan) -> None:
     say(
         f"A small GPT of {BLOCKS} blocks learns the prose of Python's reference, byte by byte, in {plan.steps:,} steps."
     )
-    say(f"From step {plan.from_step:,} on, block {plan.starved} gets no gradient any more and its weights erode.")
+    say(f"From step {plan.from_step:,} on, block {plan.starved} gets no gradient any more and its weights swell.")
     say("See how little the loss tells, what the statistics of that block do, and the list of what happened.")
     say("Ctrl-C ends it.")
 

@@ -58,6 +58,7 @@ function chosenRuns() {
 // Load what is missing for the view that the address asks for, then draw it.
 async function follow() {
   const turn = (page.loading += 1);
+  element("runs-shown").setAttribute("aria-busy", "true");
   const state = wanted();
   const range = String(state.range);
   const views = new Map();
@@ -81,9 +82,11 @@ async function follow() {
     }));
   } catch (error) {
     if (turn === page.loading) showProblem(error);
+    element("runs-shown").setAttribute("aria-busy", "false");
     return;
   }
   if (turn !== page.loading) return; // the address has changed meanwhile
+  element("runs-shown").setAttribute("aria-busy", "false");
   for (const entry of views.values()) {
     entry.view ??= new RunView(entry.data, {
       words: page.words, onSelect: (block) => go({ block }), onChoose: (steps) => go({ range: steps }),
