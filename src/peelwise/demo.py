@@ -43,13 +43,13 @@ class Plan:
         budget: the monitor's share of time; high, so that there is something to see within minutes.
     """
 
-    steps: int = 1_000
+    steps: int = 600
     starved: int = 2
-    from_step: int = 400
-    swelling: float = 0.003
+    from_step: int = 300
+    swelling: float = 0.004
     rate: float = 4e-3
-    probe_tokens: int = 8_000
-    budget: float = 0.3
+    probe_tokens: int = 7_000
+    budget: float = 0.25
 
 
 class Block(nn.Module):
