@@ -7,6 +7,7 @@ A real server and a real Chromium, whose performance interface tells the times; 
 """
 
 import argparse
+import os
 import shutil
 import statistics
 import tempfile
@@ -140,7 +141,7 @@ def main():
         version = browser.version
         browser.close()
     ratios = {key: large[key] / small[key] for key in large if key not in ("blocks", "probes")}
-    write("dashboard", {"chromium": version, "milliseconds": [small, large], "ratios": ratios})
+    write("dashboard", {"chromium": version, "load": os.getloadavg(), "milliseconds": [small, large], "ratios": ratios})
 
 
 if __name__ == "__main__":

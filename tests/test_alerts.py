@@ -48,6 +48,12 @@ RISE = Change("energy", 2.34, 380, 400)
         (Seen("", 0.1, RISE), "Its learning rate is 0.1 of the other blocks'; raise it."),
         (Seen("", 1.0, RISE), "Its explained gradient energy rose 2.3 times around step 400: look at"),
         (Seen("", 1.0, Change("energy", 0.4, 380, 400)), "No cause was seen."),
+        (
+            Seen("", 1.0, RISE, "3 of 16 outputs of out got no gradient"),
+            "3 of 16 outputs of out got no gradient; re-init",
+        ),
+        (Seen("", 1.0, None, "", 0.9999), "The norm of all gradients was 1 at every check of late, as clipping"),
+        (Seen("", 1.0, RISE, "", 1.0), "rose 2.3 times around step 400"),
         (Seen("", None), "which of them does was not measured."),
     ],
 )

@@ -11,18 +11,19 @@ from peelwise.demo import BLOCKS, Plan, SmallGPT, demonstrate, train
 from peelwise.show.dashboard.serve import Address
 from peelwise.store.reader import RunReader
 
-SHORT = Plan(steps=8, starved=1, from_step=4, probe_tokens=1_500, budget=0.9)
+SHORT = Plan(steps=8, starved=1, from_step=4, probe_tokens=700, budget=0.9)
 
 
 class Noting:
-    """Stands in for a monitor and notes the gradients that it would see."""
+    """Stands in for a monitor and notes which blocks have gradients, and the weights."""
 
     def __init__(self, model):
-        self.model, self.sizes = model, []
+        self.model, self.fed, self.weights = model, [], []
 
     def step(self, step, loss):
         blocks = self.model.blocks
-        self.sizes.append([torch.cat([p.grad.flatten() for p in block.parameters()]).std().item() for block in blocks])
+        self.fed.append([all(p.grad is not None for p in block.parameters()) for block in blocks])
+        self.weights.append(torch.cat([p.detach().flatten() for p in blocks[SHORT.starved].parameters()]))
 
 
 def test_one_block_is_starved_from_its_step_on_and_no_other():
@@ -31,9 +32,11 @@ def test_one_block_is_starved_from_its_step_on_and_no_other():
     noting = Noting(model)
     stream = torch.randint(256, (5_000,))
     assert list(train(noting, model, torch.optim.AdamW(model.parameters(), lr=1e-3), stream, SHORT)) == list(range(8))
-    for step, sizes in enumerate(noting.sizes):
-        for block, size in enumerate(sizes):
-            assert (abs(size - 1) < 0.02) == (step >= SHORT.from_step and block == SHORT.starved)
+    for step, fed in enumerate(noting.fed):
+        for block, is_fed in enumerate(fed):
+            assert is_fed == (step < SHORT.from_step or block != SHORT.starved)
+    for before, after in zip(noting.weights[4:-1], noting.weights[5:], strict=True):
+        assert torch.allclose(after, before * (1 + SHORT.swelling))
 
 
 def test_it_trains_serves_and_ends(tmp_path):

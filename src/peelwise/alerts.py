@@ -34,11 +34,15 @@ class Seen:
         untrained: why it is not being trained, in words, or empty.
         rate_ratio: its learning rate over the median of all blocks, or ``None``.
         change: the latest change of level, or ``None``.
+        dead: which of its outputs get no gradient, in words, or empty.
+        clipped_to: what the norm of all gradients has been at every check of late, or ``None`` where it varies.
     """
 
     untrained: str = ""
     rate_ratio: float | None = None
     change: Change | None = None
+    dead: str = ""
+    clipped_to: float | None = None
 
 
 def turned_red(
@@ -88,6 +92,8 @@ def red_advice(seen: Seen) -> str:
         return f"It {seen.untrained}; see whether that is meant."
     if seen.rate_ratio is not None and seen.rate_ratio < _SLOW:
         return f"Its learning rate is {seen.rate_ratio:.2g} of the other blocks'; raise it."
+    if seen.dead:
+        return f"{seen.dead}; re-initialising those outputs, or a smaller learning rate, may bring them back."
     change = seen.change
     if change is not None and change.times > 1:
         return (
@@ -95,9 +101,14 @@ def red_advice(seen: Seen) -> str:
             f"{change.by_step}: look at the data and the updates of that time; clipping the gradient's norm, or "
             "re-initialising the block, may help."
         )
+    if seen.clipped_to is not None:
+        return (
+            f"The norm of all gradients was {seen.clipped_to:.3g} at every check of late, as clipping makes it: clip less, or "
+            "raise the learning rate."
+        )
     return (
-        "No cause was seen. A larger learning rate for this block, clipping less, or applying a witness "
-        "(peelwise audit, then peelwise apply) may help; which of them does was not measured."
+        "No cause was seen. A larger learning rate for this block, or applying a witness (peelwise audit, then peelwise "
+        "apply), may help; which of them does was not measured."
     )
 
 

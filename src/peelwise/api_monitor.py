@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 
 from peelwise.errors import StoreError
-from peelwise.model.layers import parameter_count, replica, unwrapped
+from peelwise.model.layers import parameter_count, unwrapped
+from peelwise.model.sharding import bare
 from peelwise.pipeline.monitor import Follower, MonitorSettings
 from peelwise.pipeline.schedules import Schedule
 from peelwise.pipeline.summary import versions
 from peelwise.probes import Probe
+from peelwise.ranks import ranks
 from peelwise.run_records import Event, ProbeRow, RunInfo, StepRow
 from peelwise.show.loggers import Logger, logger_of
 from peelwise.store.writer import RunWriter
@@ -33,11 +35,12 @@ class Monitor:
     It takes its share of wall time and no more, changes nothing of the training (weights are the same to the bit
     with and without it), and writes what it sees to a file that others can read meanwhile.
 
-    Where several processes train replicas of one model (DDP), make it and call it in all of them: the first one
-    measures on the whole probe and writes, the others do nothing and meet it again at their next common step.
+    Where several processes train one model (DDP or ``fully_shard``), make it and call it in all of them, with the same
+    probe, at the same steps: they share the probe, and what is found is the same in all; the first one decides and
+    writes, and it alone has loggers and callbacks.
 
     Args:
-        model: the module in training, compiled or not, in DDP or not.
+        model: the module in training, compiled or not, in DDP or not, sharded by ``fully_shard`` or not.
         probe: text to measure on, best from the training distribution; see `Probe`.
         optimizer: what steps the model; with it, parameters that it does not hold or does not move are found.
         budget: share of wall time that the monitor may take; ``None`` leaves it to ``schedule``.
@@ -55,7 +58,7 @@ class Monitor:
     Raises:
         OptionError: If an option has a value that is not allowed.
         StoreError: If the file cannot be written: another writer, a newer version, no such folder.
-        UnsupportedModelError: If the model cannot be measured, or is sharded over processes.
+        UnsupportedModelError: If the model cannot be measured, or is spread over processes in another way.
         ProbeError: If the probe does not fit the model.
 
     Attributes:
@@ -86,26 +89,24 @@ class Monitor:
         on_event: Callable[[Event], None] | None = None,
         on_probe: Callable[[ProbeRow], None] | None = None,
     ) -> None:
-        model = replica(model)
-        self._follower: Follower | None = None
+        model, processes = bare(model), ranks()
         settings = MonitorSettings(budget=budget, schedule=schedule, margin_nats=margin)
-        self._outlets = _Outlets([logger_of(each, name) for each in loggers], on_event, on_probe)
-        if not _first_process():
-            return
-        self._follower = Follower(model, probe, settings, self._outlets, optimizer=optimizer)
-        if store is not None:
-            info = RunInfo(
-                name=name or type(unwrapped(model)).__name__,
-                architecture=type(unwrapped(model)).__name__,
-                parameters=parameter_count(model),
-                blocks=tuple(block.name for block in self._follower.blocks),
-                budget=budget,
-                in_distribution=probe.in_distribution,
-                probe=probe.record().model_dump(),
-                settings={"margin": margin, "scheduled": schedule is not None},
-                versions=versions(),
-            )
-            self._outlets.writer = RunWriter(store, info)
+        self._outlets = _Outlets(on_event, on_probe) if processes.first else _Outlets(None, None, quiet=True)
+        self._follower = Follower(model, probe, settings, self._outlets, optimizer=optimizer, ranks=processes)
+        info = RunInfo(
+            name=name or type(unwrapped(model)).__name__,
+            architecture=type(unwrapped(model)).__name__,
+            parameters=parameter_count(model),
+            blocks=tuple(block.name for block in self._follower.blocks),
+            budget=budget,
+            in_distribution=probe.in_distribution,
+            probe=probe.record().model_dump(),
+            settings={"margin": margin, "scheduled": schedule is not None},
+            versions=versions(),
+        )
+        with processes.agreeing():  # a file that cannot be written ends all of them, not only the first
+            if processes.first:
+                self._outlets.open([logger_of(each, name) for each in loggers], store, info)
 
     def step(self, step: int, loss: float | Tensor | None = None) -> ProbeRow | None:
         """Tell that a training step is done; call it after the optimiser's step and before gradients are cleared.
@@ -119,12 +120,12 @@ class Monitor:
         """
         if isinstance(loss, torch.Tensor):
             loss = loss.item()  # float() of one that still has its graph warns
-        return None if self._follower is None else self._follower.step(step, loss)
+        return self._follower.step(step, loss)
 
     @property
     def share(self) -> float:
         """Share of wall time that the monitor has taken so far."""
-        return 0.0 if self._follower is None else self._follower.share
+        return self._follower.share
 
     @property
     def events(self) -> tuple[Event, ...]:
@@ -154,12 +155,6 @@ class Monitor:
         self.close("finished" if kind is None else "failed")
 
 
-def _first_process() -> bool:
-    """Whether this is the only process, or the first of those that train together."""
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
-
-
 class _Outlets:
     """Everything that is told goes to the file, the log and the callbacks.
 
@@ -168,15 +163,22 @@ class _Outlets:
 
     def __init__(
         self,
-        loggers: list[Logger],
         on_event: Callable[[Event], None] | None,
         on_probe: Callable[[ProbeRow], None] | None,
+        *,
+        quiet: bool = False,
     ) -> None:
-        self._loggers = loggers
+        self._loggers: list[Logger] = []
+        self._quiet = quiet  # the first process has said it
         self.writer: RunWriter | None = None
         self.events: list[Event] = []
         self.last: ProbeRow | None = None
         self._on_event, self._on_probe = on_event, on_probe
+
+    def open(self, loggers: list[Logger], store: str | Path | None, info: RunInfo) -> None:
+        self._loggers = loggers
+        if store is not None:
+            self.writer = RunWriter(store, info)
 
     def step(self, row: StepRow) -> None:
         self._write(row.step, "step", row)
@@ -190,8 +192,9 @@ class _Outlets:
             self._on_probe(row)
 
     def event(self, event: Event) -> None:
-        self._write(event.step, "event", event)
-        self._announce(event)
+        if not self._quiet:  # what a process sees by itself, such as its own loss
+            self._write(event.step, "event", event)
+            self._announce(event)
 
     def close(self, status: Literal["finished", "failed"]) -> None:
         if self.writer is not None:
@@ -220,6 +223,7 @@ class _Outlets:
 
     def _announce(self, event: Event) -> None:
         self.events.append(event)
-        log.log(_LEVELS[event.level], "%s", event)
+        if not self._quiet:
+            log.log(_LEVELS[event.level], "%s", event)
         if self._on_event is not None:
             self._on_event(event)

@@ -43,6 +43,14 @@ class MissingExtraError(PeelwiseError):
         super().__init__(f'{what} needs an optional dependency. Run: pip install "peelwise[{extra}]"')
 
 
+class OtherProcessError(PeelwiseError):
+    """Another one of the processes that train together failed; ``foreseen`` tells whether it knows the reason."""
+
+    def __init__(self, rank: int, reason: str, foreseen: bool) -> None:
+        super().__init__(f"Process {rank} failed: {reason}")
+        self.foreseen = foreseen
+
+
 class TooFewSamplesError(PeelwiseError):
     """A statistic was asked for on fewer samples than it needs."""
 

@@ -10,6 +10,7 @@ from peelwise.errors import FormatError, ModelError, UnsupportedModelError
 from peelwise.formats.table import parse_format
 from peelwise.model.gguf_blocks import BLOCK_FORMATS, read_blocks, stored_maps
 from peelwise.model.layers import find_blocks
+from peelwise.nn.files import hold_in
 from zoo import ZOO
 
 gguf = pytest.importorskip("gguf")
@@ -39,7 +40,8 @@ def _written(folder: Path, kind: str, *, permuted: bool = False) -> tuple[Path, 
     for linear in (linear for block in blocks for linear in block.linears):
         weight = linear.module.weight
         padded = torch.zeros(weight.shape[0], 96).copy_(torch.nn.functional.pad(weight, (0, 96 - weight.shape[1])))
-        linear.module.weight.data = padded  # 96 inputs are whole blocks; the model itself is not run here
+        linear.module.weight.data, linear.module.in_features = padded, 96
+        # 96 inputs are whole blocks; the model itself is not run here
         data = gguf.quants.quantize(padded.numpy(), type_)
         padded.copy_(torch.from_numpy(gguf.quants.dequantize(data, type_).reshape(padded.shape)))
         order = np.random.default_rng(0).permutation(len(data)) if permuted and "q_proj" in linear.name else slice(None)
@@ -60,6 +62,19 @@ def test_every_map_of_a_file_is_found_with_the_very_weights_of_the_model(tmp_pat
     for linear, held in found.items():
         assert held.format == parse_format("int4:group=32,minimum")
         torch.testing.assert_close(held.weight, linear.weight(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_a_layer_can_compute_with_the_codes_of_the_file(tmp_path: Path, kind: str) -> None:
+    file, blocks = _written(tmp_path, kind)
+    for block in blocks[:1]:
+        stored = {m: h for m, h in stored_maps(file, blocks).items() if m in block.linears}
+        for linear, held in stored.items():
+            name = linear.name.removeprefix(f"{block.name}.")
+            hold_in(block.module, name, held.format, held.encoded)
+            layer = block.module.get_submodule(name)
+            torch.testing.assert_close(layer.effective_weight(), linear.weight(), rtol=0, atol=0)
+            torch.testing.assert_close(layer.encoded().codes, held.encoded.codes, rtol=0, atol=0)
 
 
 def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import peelwise
 from audits import ONE_ROUND, Snapshot, tiny_probe
@@ -185,3 +186,51 @@ def test_a_witness_of_another_support_is_refused() -> None:
     other[0, 0] = False
     with pytest.raises(FormatError, match="another support"):
         codes_of(outcome.witness | {name: other}, "composed", linear, linear.held())
+
+
+class _Protocol(nn.Linear):
+    """Somebody else's layer: says its format, and computes with weights of it."""
+
+    format = "ternary"
+    factor = 1.0
+
+    def effective_weight(self) -> torch.Tensor:
+        return self.factor * parse_format("ternary").project(self.weight.detach()) + (self.factor - 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.effective_weight(), self.bias)
+
+
+def _with_foreign_layer(factor: float) -> nn.Module:
+    model = ZOO["llama"]()
+    mlp = model.model.layers[1].mlp
+    foreign = _Protocol(mlp.up_proj.in_features, mlp.up_proj.out_features, bias=False)
+    foreign.weight.data, foreign.factor = mlp.up_proj.weight.data, factor
+    mlp.up_proj = foreign
+    return model
+
+
+def test_a_module_that_follows_the_protocol_gets_a_witness_in_its_format() -> None:
+    model = _with_foreign_layer(1.0)
+    outcome = run_audit(model, tiny_probe(), replace(ONE_ROUND, controls=False))
+    linear = next(m for m in find_blocks(model)[1].linears if m.name.endswith("up_proj"))
+    encoded = codes_of(outcome.witness, "composed", linear, linear.held())
+    check_member(encoded, parse_format("ternary"), tuple(linear.weight().shape))
+
+
+def test_a_module_that_does_not_store_its_format_is_named() -> None:
+    with pytest.raises(FormatError, match=r"model.layers.1.mlp.up_proj: The weights do not obey ternary"):
+        run_audit(_with_foreign_layer(1.1), tiny_probe(), ONE_ROUND)
+
+
+@pytest.mark.parametrize("form", ["ternary:channel", "int4:minimum"])
+def test_rows_of_zeros_and_constant_rows_are_handled(form: str) -> None:
+    model = ZOO["llama"]()
+    quantize_(model, form)
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.mlp.up_proj.weight[:3] = 0.0
+            block.mlp.down_proj.weight[:3] = 0.01
+            block.self_attn.q_proj.weight.zero_()
+    record = run_audit(model, tiny_probe(), replace(ONE_ROUND, controls=False)).record
+    _assert_splits_add_up(record)

@@ -21,7 +21,7 @@ class Training:
         self.model = ZOO[name]().train()
         groups = fault(self.model) if fault else None
         self.optimizer = torch.optim.AdamW(groups or self.model.parameters(), lr=1e-3)
-        self.clear_first = options.pop("clear_first", False)
+        self.clear_first, self.clip = options.pop("clear_first", False), options.pop("clip", None)
         self.vitals = Vitals(self.model, find_blocks(self.model), options.pop("optimizer", self.optimizer))
 
     def check(self, steps=4):
@@ -30,6 +30,8 @@ class Training:
             ids = sample_ids(seed=seed)
             logits = self.model(ids[:, :-1])
             cross_entropy(getattr(logits, "logits", logits).flatten(0, 1), ids[:, 1:].flatten()).backward()
+            if self.clip is not None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
             self.optimizer.step()
             if self.clear_first:
                 self.optimizer.zero_grad()
@@ -149,6 +151,16 @@ def test_dead_units_of_a_transposed_map():
 
     found = Training("gpt2", fault=kill).check(4)
     assert found[3]["dead-units"].names == ("transformer.h.1.mlp.c_fc",)
+
+
+def test_gradients_that_are_clipped_at_every_check():
+    often, never, unclipped = Training(clip=0.01), Training(clip=1e6), Training()
+    often.check(3)
+    assert often.vitals.clipped_to is None  # three alike may still be chance
+    for training in (often, never, unclipped):
+        training.check()
+    assert often.vitals.clipped_to == pytest.approx(0.01, rel=1e-3)
+    assert (never.vitals.clipped_to, unclipped.vitals.clipped_to) == (None, None)
 
 
 def test_rates():

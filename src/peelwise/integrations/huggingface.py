@@ -35,11 +35,10 @@ class PeelwiseCallback(TrainerCallback):  # type: ignore[misc]
         self._logged_step: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **found: Any) -> None:
-        """Start the monitor; only now there is an optimiser. One process of several measures."""
+        """Start the monitor, in all processes; only now there is an optimiser."""
         if self.monitor is not None:
             self.monitor.close("failed")  # training that ended in an error has not told so
-        if state.is_world_process_zero:
-            self.monitor = Monitor(found["model"], self._probe, optimizer=found.get("optimizer"), **self._options)
+        self.monitor = Monitor(found["model"], self._probe, optimizer=found.get("optimizer"), **self._options)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **found: Any) -> None:
         """Step the monitor while gradients are still there; the trainer counts the step only afterwards."""

@@ -43,11 +43,10 @@ class PeelwiseCallback(Callback):  # type: ignore[misc]
         self._losses: list[float] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the monitor; one process of several measures."""
-        if trainer.is_global_zero:
-            optimizer = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
-            self.monitor = Monitor(self._model_of(pl_module), self._probe, optimizer=optimizer, **self._options)
-            self._step = trainer.global_step
+        """Start the monitor, in all processes."""
+        optimizer = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
+        self.monitor = Monitor(self._model_of(pl_module), self._probe, optimizer=optimizer, **self._options)
+        self._step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from peelwise.errors import DeviceError, FormatError, MissingExtraError, ModelError, OutputError, UnsupportedModelError
 from peelwise.model.gguf_blocks import stored_maps
 from peelwise.model.layers import find_blocks, plain_name
+from peelwise.model.sharding import own_part
 from peelwise.model.weight_files import brief, check_gguf, check_weights, read_config, read_tensors
 from peelwise.nn.files import FORMATS_KEY, TENSORS, hold_in, note_formats, restore_
 
@@ -138,7 +139,7 @@ def check_finite(model: nn.Module) -> None:
     for name, tensor in _tensors(model):
         if not tensor.is_floating_point():
             continue
-        bad = sum(piece.numel() - int(piece.isfinite().sum()) for piece in _pieces(tensor))
+        bad = sum(piece.numel() - int(piece.isfinite().sum()) for piece in _pieces(own_part(tensor)))
         if bad:
             raise ModelError(
                 f"{name} holds {bad} of {tensor.numel()} values that are NaN or infinite. "

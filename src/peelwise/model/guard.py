@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from peelwise.model.sharding import at_rest
+
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
@@ -20,7 +22,14 @@ def untouched(model: nn.Module) -> Iterator[None]:
     Restored, also after an exception or Ctrl-C: each module's training flag, each parameter's
     ``requires_grad``, the random states of Python, NumPy and PyTorch, and PyTorch's precision flags.
     Compiled code is run eagerly inside, because hooks added after compilation would be ignored, and autocast is off.
+    Of a model that is spread over processes all of them enter together.
     """
+    with at_rest(model), _restored(model):
+        yield
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
     training = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     states = _random_states()

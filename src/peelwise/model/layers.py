@@ -123,21 +123,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
-def replica(model: nn.Module) -> nn.Module:
-    """Return the whole model that this process holds, without the wrapper that keeps replicas in step (DDP).
-
-    Raises:
-        UnsupportedModelError: If its parameters are spread over processes (FSDP, tensor parallel): running it here
-            alone would wait for the others for ever.
-    """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "placements"):  # a DTensor
-            raise UnsupportedModelError(f"Not yet: sharded models, found {name} spread over processes (FSDP?).")
-    return model
-
-
 def plain_name(name: str) -> str:
     """Return the name of a module or tensor without the part that ``torch.compile``'s wrapper adds."""
     return name.replace("_orig_mod.", "")

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from peelwise.errors import UnsupportedModelError
 from peelwise.model.capture import Capture, captured
 from peelwise.model.layers import Block, LinearMap, find_head, unwrapped
+from peelwise.model.sharding import is_spread
 from peelwise.probes import Split
+from peelwise.ranks import ALONE, Ranks
 
 MICRO_BATCH_TOKENS = 1024
 
@@ -31,6 +33,7 @@ class Batch:
     targets: Tensor  # [b, t] token ids
     weights: Tensor  # [b, t] bool: predicted tokens
     padded: bool
+    attended: Tensor  # [b, t] bool: real input positions that predict something, also in rows that only fill up
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)  # per block, without H
     stations: list[Tensor] = field(default_factory=list)  # L + 1 of [b, t, d]
     rest: tuple[Any, ...] | None = None  # what the last block returns beside H, if it returns a tuple
@@ -38,7 +41,10 @@ class Batch:
 
 @dataclass
 class Trace:
-    """A split run once through the model: cached stations and the loss of every sequence."""
+    """A split run once through the model: cached stations and the loss of every sequence.
+
+    Where processes share a probe, each keeps the stations of its own sequences and knows the losses of all.
+    """
 
     batches: list[Batch]
     losses: Tensor  # [sequences] float64, nats summed over the sequence's predicted tokens
@@ -68,12 +74,19 @@ class Runner:
         model: any decoder-only language model whose blocks feed each other.
         blocks: its blocks, from `find_blocks`.
         micro_batch_tokens: tokens that go through the model at a time; results do not depend on it.
+        ranks: the processes that share the work; all of them call the same methods in the same order.
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[Block], *, micro_batch_tokens: int = MICRO_BATCH_TOKENS
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        *,
+        micro_batch_tokens: int = MICRO_BATCH_TOKENS,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.model = unwrapped(model)
+        self.model, self.ranks = unwrapped(model), ranks
+        self._spread = ranks.count > 1 and any(is_spread(p) for p in model.parameters())
         self.blocks = tuple(blocks)
         self.head = find_head(self.model, self.blocks)
         self.micro_batch_tokens = micro_batch_tokens
@@ -92,7 +105,8 @@ class Runner:
         batches = list(self._batches(split))
         losses = [self._traced(batch) for batch in batches]
         self.work.add(1.0, split.tokens)
-        return Trace(batches, torch.cat(losses), _tokens(batches))
+        tokens = split.weights.sum(dim=1).double().to(batches[0].inputs.device)
+        return Trace(batches, self._of_all(losses, split.sequences), tokens)
 
     @torch.no_grad()
     def losses_from(self, trace: Trace, start: int) -> Tensor:
@@ -104,7 +118,7 @@ class Runner:
                 hidden = self.run_block(block, hidden, batch)
             losses.append(_sequence_losses(self.logits(batch, hidden), batch))
         self.work.add(sum(self.shares[start:]) + self.head_share, float(trace.tokens.sum()))
-        return torch.cat(losses)
+        return self._of_all(losses, len(trace.tokens))
 
     def losses_without(self, trace: Trace, index: int) -> Tensor:
         """Return the losses ``[sequences]`` of the model without one block, whose input is passed on as its output."""
@@ -122,10 +136,15 @@ class Runner:
             losses.append(_sequence_losses(self.logits(batch, batch.stations[-1]), batch))
             batches.append(batch)
         self.work.add(sum(self.shares[start:]) + self.head_share, float(trace.tokens.sum()))
-        return Trace(batches, torch.cat(losses), trace.tokens)
+        return Trace(batches, self._of_all(losses, len(trace.tokens)), trace.tokens)
+
+    def _of_all(self, losses: list[Tensor], sequences: int) -> Tensor:
+        """Return the losses of all processes' sequences, in their order, without those that only fill up."""
+        return self.ranks.joined(torch.cat(losses))[:sequences]
 
     def run_block(self, block: Block, hidden: Tensor, batch: Batch) -> Tensor:
         """Call one block as the model called it, and return its hidden state ``[b, t, d]``."""
+        self._meet()
         args, kwargs = batch.calls[block.index]
         return _hidden(block.module(hidden, *args, **kwargs))
 
@@ -210,17 +229,23 @@ class Runner:
         finally:
             handle.remove()
         self.work.add(self.head_share, float(trace.tokens.sum()))
-        if not agree:
+        if not self.ranks.every(agree):
             return torch.empty(0), torch.empty(0), torch.tensor(False)
-        return torch.cat(inputs), torch.cat(targets), torch.tensor(True)
+        return self.ranks.joined(torch.cat(inputs)), self.ranks.joined(torch.cat(targets)), torch.tensor(True)
+
+    def _meet(self) -> None:
+        """See that nobody has failed before a sharded model waits for all processes, which has no such way out."""
+        if self._spread:
+            self.ranks.meet()
 
     def _call(self, batch: Batch) -> Tensor:
         """Run the model's own forward and return its logits ``[b, t, vocabulary]``."""
+        self._meet()
         kwargs: dict[str, Any] = {}
         if hasattr(self.model, "config") and hasattr(self.model.config, "model_type"):
             kwargs["use_cache"] = False
             if batch.padded:
-                kwargs["attention_mask"] = _attended(batch).long()
+                kwargs["attention_mask"] = batch.attended.long()
         out = self.model(batch.inputs, **kwargs)
         logits = getattr(out, "logits", out)
         logits = logits[0] if isinstance(logits, tuple) else logits
@@ -266,14 +291,18 @@ class Runner:
     def _batches(self, split: Split) -> Iterator[Batch]:
         device = next(self.model.parameters()).device
         per_batch = max(1, self.micro_batch_tokens // max(split.inputs.shape[1], 1))
-        for start in range(0, split.sequences, per_batch):
-            rows = slice(start, start + per_batch)
-            weights = split.weights[rows].to(device)
+        part = self.ranks.part(split.sequences)
+        for start in range(0, len(part), per_batch):
+            places = part[start : start + per_batch]
+            rows = torch.tensor([0 if place is None else place for place in places])
+            real = torch.tensor([place is not None for place in places])
+            attended = split.weights[rows]
             yield Batch(
                 split.inputs[rows].to(device),
                 split.targets[rows].to(device),
-                weights,
+                (attended & real[:, None]).to(device),
                 padded=not bool(split.mask[rows].all()),
+                attended=attended.to(device),
             )
 
 
@@ -347,11 +376,6 @@ def _hidden(out: Any) -> Tensor:
     return hidden
 
 
-def _attended(batch: Batch) -> Tensor:
-    """Real input positions: those that predict something, and padding behind them left out."""
-    return batch.weights
-
-
 def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     flat = logits.float().flatten(0, 1)
     return F.cross_entropy(flat, targets.flatten(), reduction="none").view(targets.shape)
@@ -360,7 +384,3 @@ def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 def _sequence_losses(logits: Tensor, batch: Batch) -> Tensor:
     losses = _token_losses(logits, batch.targets).double() * batch.weights
     return losses.sum(dim=1)
-
-
-def _tokens(batches: Sequence[Batch]) -> Tensor:
-    return torch.cat([batch.weights.sum(dim=1).double() for batch in batches])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -84,9 +83,9 @@ def run_audit(
     """
     blocks = checked_blocks(model, probe)
     setup = Setup(model, blocks, name, source, fingerprint(model), settings_dict(settings), probe.seed)
-    with untouched(model), ExitStack() as stack, warnings.catch_warnings(record=True) as caught:
+    linears = [linear for block in blocks for linear in block.linears]
+    with untouched(model), frozen(linears), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", IllConditionedWarning)
-        stack.enter_context(frozen(m for block in blocks for m in block.linears))
         bench = first_bench(
             model,
             blocks,

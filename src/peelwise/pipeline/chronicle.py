@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from peelwise import alerts
 from peelwise.alerts import Change, Seen
@@ -245,7 +245,7 @@ class Chronicle:
 
     def _with_change(self, block: int, seen: Seen) -> Seen:
         changes = [change for b, change in self._changes if b == block]
-        return Seen(seen.untrained, seen.rate_ratio, max(changes, key=lambda c: c.by_step)) if changes else seen
+        return replace(seen, change=max(changes, key=lambda c: c.by_step)) if changes else seen
 
 
 def _near(one: Change, other: Change, steps: list[int]) -> bool:

@@ -18,16 +18,19 @@ import torch
 from torch import nn
 
 from peelwise.alerts import Seen
-from peelwise.errors import OptionError, PeelwiseError
+from peelwise.errors import OptionError, OtherProcessError, PeelwiseError
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, device_of
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner, check_replay
+from peelwise.model.sharding import check_blocks
 from peelwise.pipeline.chronicle import Chronicle
+from peelwise.pipeline.code_signals import CodeSignals
 from peelwise.pipeline.opening import checked_blocks
 from peelwise.pipeline.schedules import Schedule, affordable, every, log_spaced
-from peelwise.pipeline.visit import visit
+from peelwise.pipeline.visit import Visit, visit
 from peelwise.pipeline.vitals import ADVICE, Complaint, Finding, Vitals, in_words
 from peelwise.probes import Probe, Split
+from peelwise.ranks import ALONE, Ranks
 from peelwise.run_records import Event, Level, ProbeKind, ProbeRow, StepRow
 
 _log = logging.getLogger("peelwise")
@@ -87,6 +90,8 @@ class Follower:
         settings: budget and schedule.
         recorder: takes every row.
         optimizer: what steps the model, for the checks that need no probe.
+        ranks: the processes that train it together, all of which make a follower and step it. The first one decides
+            when to look and what that means; the others share the work and hear the result.
 
     Raises:
         OptionError: If neither budget nor schedule limits it, or the budget is no share.
@@ -105,16 +110,22 @@ class Follower:
         recorder: Recorder,
         *,
         optimizer: torch.optim.Optimizer | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         began = time.monotonic()
         _check(settings)
         self._model, self._probe, self._settings, self._recorder = model, probe, settings, recorder
-        self.blocks: tuple[Block, ...] = checked_blocks(model, probe)
-        self._costs = self._guessed_costs()
+        self._ranks = ranks
+        with ranks.agreeing():
+            self.blocks: tuple[Block, ...] = checked_blocks(model, probe)
+            check_blocks(self.blocks)
+            _check_same(ranks, model, probe)
+            self._costs = self._guessed_costs()
         self._chronicle = Chronicle(
             len(self.blocks), margin=settings.margin_nats, in_distribution=probe.in_distribution
         )
-        self._vitals = Vitals(model, self.blocks, optimizer)
+        self._codes = CodeSignals(model, self.blocks)
+        self._vitals = Vitals(model, self.blocks, optimizer, ranks)
         self._vitals_due = log_spaced(_CHECKS_PER_DECADE), every(_CHECKS_EVERY)
         self._findings: list[Finding] = []
         self._told: set[object] = set()
@@ -160,26 +171,29 @@ class Follower:
         return None if kind is None else self._look(step, kind, began)
 
     def _due(self, step: int) -> ProbeKind | None:
-        """Return the kind of visit to make now, if any."""
+        """Return the kind of visit to make now, if any: the first process's clock decides."""
         settings, kind = self._settings, self._settings.plan[self._visits % len(self._settings.plan)]
         if self._broken or (settings.schedule is not None and not settings.schedule(step)):
             return None
-        if settings.budget is None or affordable(self.spent, self._costs[kind], self.elapsed, settings.budget):
+        if settings.budget is None:
             return kind
-        return None
+        now = affordable(self.spent, self._costs[kind], self.elapsed, settings.budget)
+        return kind if self._ranks.told_number(int(now)) else None
 
     def _look(self, step: int, kind: ProbeKind, began: float) -> ProbeRow | None:
         _wait_for(self._model)  # what training has queued on a device is not the monitor's time
         start = time.monotonic()
         self._visits += 1
+        order = self._ranks.told(self._chronicle.wanted_first())
         try:
             found = visit(
                 self._model,
                 self.blocks,
                 self._probe,
                 kind,
-                self._chronicle.wanted_first(),
+                order,
                 micro_batch_tokens=self._settings.micro_batch_tokens,
+                ranks=self._ranks,
             )
         except Exception as error:  # whatever goes wrong here, the training must not end of it
             self._costs[kind] = time.monotonic() - start
@@ -188,12 +202,16 @@ class Follower:
         now = time.monotonic()
         self._costs[kind] = now - start
         share = (self.spent + now - began) / max(self.elapsed, 1e-9)
-        row = self._chronicle.add(step, found, seconds=now - start, share=share, seen=self._seen())
+        row: ProbeRow = self._ranks.told(self._row(step, found, now - start, share) if self._ranks.first else None)
+        row = self._codes.noted(row)
         self._recorder.probe(row)
         self._tell_cost(step, kind)
         if found.notes:
             self._tell(step, "info", "few-tokens", found.notes[0], once="notes")
         return row
+
+    def _row(self, step: int, found: Visit, seconds: float, share: float) -> ProbeRow:
+        return self._chronicle.add(step, found, seconds=seconds, share=share, seen=self._seen())
 
     def _check_vitals(self, step: int) -> None:
         self._findings = self._vitals.check()
@@ -223,18 +241,24 @@ class Follower:
         known = [rate for rate in rates if rate is not None]
         usual = median(known) if known else 0.0
         why: defaultdict[int, str] = defaultdict(str)
+        dead: defaultdict[int, str] = defaultdict(str)
         for finding in self._findings:
             for block in finding.blocks:
                 why[block] = why[block] or _UNTRAINED.get(finding.kind, "")
+                if finding.kind == "dead-units":
+                    dead[block] = dead[block] or f"{finding.detail} of {finding.names[0]} got no gradient"
+        ratios = [rate / usual if rate is not None and usual > 0 else None for rate in rates]
+        clipped = self._vitals.clipped_to
         return {
-            block.index: Seen(why[block.index], rate / usual if rate is not None and usual > 0 else None)
-            for block, rate in zip(self.blocks, rates, strict=True)
+            block.index: Seen(why[block.index], ratio, None, dead[block.index], clipped)
+            for block, ratio in zip(self.blocks, ratios, strict=True)
         }
 
     def _tell_failure(self, step: int, error: Exception) -> None:
         """Say that a visit failed; after an error that nobody foresaw, make no more of them."""
         words = str(error) if isinstance(error, PeelwiseError) else f"{type(error).__name__}: {error}"
-        if not isinstance(error, PeelwiseError):
+        foreseen = error.foreseen if isinstance(error, OtherProcessError) else isinstance(error, PeelwiseError)
+        if not self._ranks.every(foreseen):
             self._broken = True
             words += " No further attempt is made."
             _log.debug("visit at step %d", step, exc_info=error)
@@ -267,9 +291,10 @@ class Follower:
 
     def _guessed_costs(self) -> dict[ProbeKind, float]:
         """Check that the model can be run block by block, and guess from that what a visit will cost."""
-        runner = Runner(self._model, self.blocks, micro_batch_tokens=self._settings.micro_batch_tokens)
+        tokens = self._settings.micro_batch_tokens
+        runner = Runner(self._model, self.blocks, micro_batch_tokens=tokens, ranks=self._ranks)
         fit, parts = self._probe.fit, (self._probe.fit, self._probe.select, self._probe.report)
-        rows = max(1, self._settings.micro_batch_tokens // fit.inputs.shape[1])
+        rows = max(1, tokens // fit.inputs.shape[1])
         with untouched(self._model):
             check_replay(runner, fit)  # which also warms up
             start = time.monotonic()
@@ -287,6 +312,16 @@ def _check(settings: MonitorSettings) -> None:
         raise OptionError("With budget=None a schedule must say when to look, such as schedule=every(100).")
     if not settings.plan:
         raise OptionError("The plan of visits is empty; leave it out for the default.")
+
+
+def _check_same(ranks: Ranks, model: nn.Module, probe: Probe) -> None:
+    """Check that all processes hold the same model and probe."""
+    own = [(name, tuple(p.shape)) for name, p in model.named_parameters()], probe.fingerprint
+    if not ranks.every(ranks.told(own) == own):
+        raise OptionError(
+            "The processes hold different models or probes, which is not supported (pipeline parallel?). "
+            "Make the same probe, with the same seed, in all of them."
+        )
 
 
 def _wait_for(model: nn.Module) -> None:

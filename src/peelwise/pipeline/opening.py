@@ -14,6 +14,7 @@ from peelwise.model.runner import Runner, check_replay
 from peelwise.pipeline.bench import LOSSES, Bench
 from peelwise.pipeline.clock import Clock, Watcher
 from peelwise.probes import Probe, check_context, check_vocabulary
+from peelwise.ranks import ALONE, Ranks
 
 
 def checked_blocks(model: nn.Module, probe: Probe) -> tuple[Block, ...]:
@@ -44,6 +45,7 @@ def first_bench(
     budget_seconds: float,
     micro_batch_tokens: int,
     watcher: Watcher | None,
+    ranks: Ranks = ALONE,
 ) -> Bench:
     """Start the clock and measure the model as it stands on all parts of the probe.
 
@@ -51,7 +53,7 @@ def first_bench(
         UnsupportedModelError: If calling the blocks one by one is not what the model does.
         ModelError: If its loss is no finite number.
     """
-    runner = Runner(model, blocks, micro_batch_tokens=micro_batch_tokens)
+    runner = Runner(model, blocks, micro_batch_tokens=micro_batch_tokens, ranks=ranks)
     clock = Clock(budget_seconds, runner.work, watcher)
     with clock.stage(LOSSES):
         check_replay(runner, probe.fit)

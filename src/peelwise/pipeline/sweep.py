@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from peelwise.model.layers import Block, LinearMap
 from peelwise.model.runner import Batch, Runner, Trace
 from peelwise.references.coded import LocalProblem
 from peelwise.references.whitened import InputWhitened, Proposal, two_sided
-from peelwise.stats.gram import CrossSum, GramSum, Moments, widened, with_ones
+from peelwise.stats.gram import CrossSum, GramSum, Moments, all_reduce, widened, with_ones
 from peelwise.stats.linalg import Spectrum
 
 PROPOSAL_DTYPE = torch.bfloat16
@@ -96,7 +96,7 @@ def sweep(
         moments, above = block_moments(runner, block, fit, above, keep=keep, with_F=with_F)
         select_moments, above_select = block_moments(runner, block, select, above_select, keep=keep, with_F=with_F)
         if keep:
-            made = proposals_of(block, moments, select_moments[0], directions)
+            made = _agreed(runner, proposals_of(block, moments, select_moments[0], directions))
             for proposals, into in zip(made, found, strict=True):
                 into[block.index] = proposals
         after_block(done)
@@ -131,7 +131,7 @@ def block_moments(
         if not keep:
             continue
         groups.update({linear: capture.groups[linear] for linear in results[0][1]})
-        rows = {first: token_rows(capture.inputs[first], batch, first) for first in set(groups.values())}
+        rows = {first: token_rows(capture.inputs[first], batch, first) for first in dict.fromkeys(groups.values())}
         for first, x in rows.items():
             S.setdefault(first, GramSum()).update(x)
         for (_, grads), C_sums, F_sums in zip(results, C, F, strict=True):
@@ -140,6 +140,8 @@ def block_moments(
                 C_sums.setdefault(linear, CrossSum()).update(g, rows[groups[linear]])
                 if with_F:
                     F_sums.setdefault(linear, GramSum()).update(g)
+    of_gradients = [total for sums in C for total in sums.values()]
+    all_reduce([*S.values(), *of_gradients, *(total for sums in F for total in sums.values())], runner.ranks)
     means = {first: total.mean() for first, total in S.items()}
     moments = [
         {
@@ -241,6 +243,30 @@ def _local(
     if linear.has_bias:
         return LocalProblem(S[:-1, :-1], F, inputs, outputs, S[:-1, -1])
     return LocalProblem(S, F, inputs, outputs)
+
+
+def _agreed(runner: Runner, made: list[BlockProposals]) -> list[BlockProposals]:
+    """Return the proposals with the first process's numbers: what is tried next hangs on them to the last bit."""
+    if runner.ranks.count == 1:
+        return made
+    numbers = runner.ranks.told([_numbers(each) for each in made])
+    agreed = []
+    for each, (own, of_maps) in zip(made, numbers, strict=True):
+        changes = {
+            direction: {m: replace(p, **found) for (m, p), found in zip(maps.items(), of_maps[direction], strict=True)}
+            for direction, maps in each.changes.items()
+        }
+        agreed.append(replace(each, changes=changes, **own))
+    return agreed
+
+
+def _numbers(made: BlockProposals) -> tuple[dict[str, Any], dict[Direction, list[dict[str, Any]]]]:
+    own = {f.name: getattr(made, f.name) for f in fields(made) if f.name not in ("changes", "local")}
+    of_maps = {
+        direction: [{f.name: getattr(p, f.name) for f in fields(p) if f.name != "change"} for p in maps.values()]
+        for direction, maps in made.changes.items()
+    }
+    return own, of_maps
 
 
 def _compact(proposals: dict[LinearMap, Proposal]) -> dict[LinearMap, Proposal]:

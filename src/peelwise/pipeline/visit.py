@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from peelwise.errors import IllConditionedWarning
+from peelwise.errors import IllConditionedWarning, PeelwiseWarning
 from peelwise.intervals import Paired
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block
+from peelwise.model.splice import frozen
 from peelwise.pipeline import stages
 from peelwise.pipeline.bench import Bench, gain
 from peelwise.pipeline.cloud import without_blocks
@@ -22,6 +23,7 @@ from peelwise.pipeline.splits import matrices_of
 from peelwise.pipeline.summary import evidence_of
 from peelwise.pipeline.sweep import sweep
 from peelwise.probes import Probe
+from peelwise.ranks import ALONE, Ranks
 from peelwise.run_records import MatrixShare, ProbeKind
 
 # What a sweep tells of every block for nothing more.
@@ -63,11 +65,12 @@ def visit(
     order: Sequence[int],
     *,
     micro_batch_tokens: int,
+    ranks: Ranks = ALONE,
 ) -> Visit:
     """Measure ``model`` as it stands and leave it, and every random state, exactly as they were.
 
     Args:
-        model: in training, its parameters whole on their devices.
+        model: in training.
         blocks: its blocks.
         probe: the text.
         kind: ``ranking``: one sweep, free statistics only. ``alone``: the sweep, and for about as long again one
@@ -75,11 +78,18 @@ def visit(
             no longer than all of that the reference without blocks.
         order: blocks for ``alone``, those that are wanted most first; at least one is refined.
         micro_batch_tokens: tokens that go through the model at a time.
+        ranks: the processes that share the work; what is found is the same in all of them.
 
     Raises:
         PeelwiseError: If the model cannot be measured, such as when its loss is no finite number.
     """
-    with untouched(model), warnings.catch_warnings(record=True) as caught:
+    linears = [linear for block in blocks for linear in block.linears]
+    with (
+        ranks.agreeing(),
+        untouched(model),
+        frozen(linears),
+        warnings.catch_warnings(record=True) as caught,
+    ):
         warnings.simplefilter("always", IllConditionedWarning)
         bench = first_bench(
             model,
@@ -89,18 +99,20 @@ def visit(
             budget_seconds=math.inf,
             micro_batch_tokens=micro_batch_tokens,
             watcher=None,
+            ranks=ranks,
         )
         (proposals,) = sweep(bench.runner, bench.fit, bench.select)
         found, upper = Findings(proposals=proposals), None
         if kind == "alone":
-            found.proposals = {index: proposals[index] for index in _affordable(bench, order)}
+            found.proposals = {index: proposals[index] for index in ranks.told(_affordable(bench, order))}
             stages.refine_alone(bench, found, rounds=1)
         elif kind == "joint":
             stages.joint_rounds(bench, found, rounds=1, share=1.0)
             stages.leave_one_out(bench, found, share=1.0)
             upper = without_blocks(bench, seconds=bench.clock.elapsed)
     for other in caught:
-        if not issubclass(other.category, IllConditionedWarning):
+        # What the model's own code warns of, training has said already, and would be said again at every look.
+        if issubclass(other.category, PeelwiseWarning) and not issubclass(other.category, IllConditionedWarning):
             warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
     evidence = {block.index: evidence_of(bench, found, block.index) for block in blocks}
     composed = found.composed

@@ -14,12 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from peelwise.model.layers import Block, LinearMap, plain_name
+from peelwise.model.sharding import is_spread, own_part
+from peelwise.ranks import ALONE, Ranks
 
 Complaint = Literal["frozen", "not-optimised", "zero-rate", "not-updated", "no-gradient", "non-finite", "dead-units"]
 
 _CHECKS_FOR_DEAD = 3  # a unit that got no gradient at so many checks in a row is called dead
 _DEAD_SHARE = 0.1  # of a map's outputs; a few dead units are nothing unusual
 _NAMED = 3
+_SAME_NORMS, _SAME = 4, 1e-3  # so many norms in a row that differ by less than a thousandth are no chance
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,20 @@ class Vitals:
         model: the module in training.
         blocks: its blocks.
         optimizer: whatever steps it, or ``None`` if that is not known.
+        ranks: the processes that train it, each of which looks at its own part of a gradient; all check at once.
 
     Attributes:
         saw_gradients: whether any check found gradients; if never, it is called after they are cleared.
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[Block], optimizer: torch.optim.Optimizer | None = None
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        optimizer: torch.optim.Optimizer | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         self._parameters = {plain_name(name): p for name, p in model.named_parameters()}
         self._blocks = blocks
         self._optimizer = optimizer
@@ -55,7 +64,15 @@ class Vitals:
         self._still: dict[str, int] = {}
         self._zero_rate_before: set[str] = set()
         self._silent: dict[LinearMap, Tensor] = {}  # per map [d_out]: checks in a row without a gradient
+        self._norms: list[float] = []  # of all gradients together, at the latest checks
         self.saw_gradients = False
+
+    @property
+    def clipped_to(self) -> float | None:
+        """The norm that all gradients together had at each of the latest checks, or ``None`` if it varied."""
+        norms = self._norms
+        same = len(norms) == _SAME_NORMS and 0 < max(norms) < min(norms) * (1 + _SAME)
+        return norms[-1] if same else None
 
     def check(self) -> list[Finding]:
         """Return what is wrong now."""
@@ -71,8 +88,9 @@ class Vitals:
         if with_gradient:
             self.saw_gradients = True
             found.append(self._finding("no-gradient", (n for n in trained if n not in with_gradient)))
-            found.append(self._finding("non-finite", _non_finite(with_gradient)))
+            found.append(self._finding("non-finite", self._non_finite(with_gradient)))
             found.extend(self._dead())
+            self._norms = [*self._norms, _norm(with_gradient)][-_SAME_NORMS:]
         # Where gradients tell why, a parameter that stands still needs no second mention.
         named = {name for finding in found if finding for name in finding.names}
         found.append(self._finding("not-updated", (n for n in self._standing(trained) if n not in named)))
@@ -115,19 +133,39 @@ class Vitals:
         return [name for name in trained if self._still.get(name, 0) >= 2]
 
     def _dead(self) -> Iterator[Finding]:
+        maps, counts = [], []
         for block in self._blocks:
             for linear in block.linears:
                 gradient = getattr(linear.module.weight, "grad", None)
                 if not isinstance(gradient, Tensor) or gradient.is_sparse or gradient.dim() != 2:
                     continue
-                silent = (gradient == 0).all(dim=0 if linear.transposed else 1)  # [d_out]
+                spread = is_spread(gradient)
+                if spread and linear.transposed:
+                    continue  # its outputs lie in every process's part
+                silent = (own_part(gradient) == 0).all(dim=0 if linear.transposed else 1)  # [d_out, or this part of it]
                 before = self._silent.get(linear)
                 rows = silent.int() if before is None else (before + 1) * silent
                 self._silent[linear] = rows
-                dead = int((rows >= _CHECKS_FOR_DEAD).sum())
-                if dead >= _DEAD_SHARE * len(rows) and dead:
-                    detail = f"{dead} of {len(rows)} outputs"
-                    yield Finding("dead-units", (linear.name,), (block.index,), len(rows), detail)
+                maps.append((block, linear))
+                # What is whole in every process is counted by the first.
+                own = spread or self._ranks.first
+                counts += [int((rows >= _CHECKS_FOR_DEAD).sum()) * own, len(rows) * own]
+        counts = self._ranks.summed(counts)
+        for (block, linear), dead, outputs in zip(maps, counts[::2], counts[1::2], strict=True):
+            if dead >= _DEAD_SHARE * outputs and dead:
+                detail = f"{dead} of {outputs} outputs"
+                yield Finding("dead-units", (linear.name,), (block.index,), outputs, detail)
+
+    def _non_finite(self, parameters: dict[str, nn.Parameter]) -> list[str]:
+        parts = {
+            name: own_part(p.grad) for name, p in parameters.items() if p.grad is not None and not p.grad.is_sparse
+        }
+        held = [part for part in parts.values() if part.numel()]
+        norms = iter(torch._foreach_norm(held, ord=math.inf) if held else [])
+        bad = self._ranks.summed(
+            [int(part.numel() > 0 and not bool(next(norms).isfinite())) for part in parts.values()]
+        )
+        return [name for name, count in zip(parts, bad, strict=True) if count]
 
     def _finding(self, kind: Complaint, names: Iterable[str]) -> Finding | None:
         found = tuple(names)
@@ -137,10 +175,12 @@ class Vitals:
         return Finding(kind, found, blocks, len(self._parameters))
 
 
-def _non_finite(parameters: dict[str, nn.Parameter]) -> list[str]:
-    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None and not p.grad.is_sparse}
-    norms = torch._foreach_norm(list(gradients.values()), ord=math.inf) if gradients else []
-    return [name for name, norm in zip(gradients, norms, strict=True) if not bool(norm.isfinite())]
+def _norm(parameters: dict[str, nn.Parameter]) -> float:
+    """Return the Euclidean norm of all gradients together; no number where a process holds only its part of them."""
+    gradients = [p.grad for p in parameters.values() if p.grad is not None and not p.grad.is_sparse]
+    if any(is_spread(gradient) for gradient in gradients):
+        return math.nan
+    return float(sum(norm.double().square() for norm in torch._foreach_norm(gradients))) ** 0.5 if gradients else 0.0
 
 
 def in_words(finding: Finding) -> str:

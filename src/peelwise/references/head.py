@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peelwise.stats.gram import symmetric_product, widened
+from peelwise.stats.gram import symmetric_product
 from peelwise.stats.linalg import Spectrum, solve_dtype
 
 _CHUNK = 1024
@@ -67,7 +67,7 @@ def fit_head(
         keep_going: asked before each iteration; lets a budget end the fit.
     """
     problem = _Problem(fit, logits, penalty)
-    v = logits(widened(fit[0][:1])).shape[1]
+    v = logits(fit[0][:1].float()).shape[1]
     D = torch.zeros(v, fit[0].shape[1], device=fit[0].device)  # whitened coordinates
     best, best_loss = D, mean_cross_entropy(*select, logits)
     value, gradient = problem.value_and_gradient(D)
@@ -98,7 +98,7 @@ def token_cross_entropy(
     """Return the cross-entropy ``[n]`` of every row, in nats, float64."""
     losses = []
     for start in range(0, x.shape[0], _CHUNK):
-        rows = widened(x[start : start + _CHUNK])
+        rows = x[start : start + _CHUNK].float()
         z = logits(rows).float()
         if change is not None:
             z = z + rows @ change.T
@@ -128,7 +128,7 @@ class _Problem:
         n, total = self.x.shape[0], 0.0
         gradient = torch.zeros_like(E)
         for start in range(0, n, _CHUNK):
-            rows, y = widened(self.x[start : start + _CHUNK]), self.y[start : start + _CHUNK]
+            rows, y = self.x[start : start + _CHUNK].float(), self.y[start : start + _CHUNK]
             white = rows @ self.root  # [k, d]
             log_p = F.log_softmax(self.logits(rows).float() + white @ E.T, dim=1)  # [k, v]
             total -= float(log_p.gather(1, y[:, None]).double().sum())

@@ -68,6 +68,7 @@ def _layers(record: QuantcheckRecord, most: int | None) -> list[RenderableType]:
     solved = sorted((layer for layer in record.layers if layer.split), key=_left, reverse=True)
     shown = solved if most is None else solved[:most]
     table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
+    table.add_column("block", justify="right", no_wrap=True)
     table.add_column("layer", overflow="fold")
     table.add_column("format", no_wrap=True)
     for title in ("bits", "error", "price\nat most", "left", "codes\nother"):
@@ -75,7 +76,8 @@ def _layers(record: QuantcheckRecord, most: int | None) -> list[RenderableType]:
     for layer in shown:
         assert layer.split is not None
         table.add_row(
-            clean(layer.name),
+            str(layer.block),
+            clean(layer.name.partition(f".{layer.block}.")[2] or layer.name),
             layer.format,
             f"{layer.bits_per_weight:.2f}",
             _percent(layer.error),

@@ -22,6 +22,13 @@ _EVENTS = 6
 _OWN_COLUMNS = (("recoverable", "alone"), ("unique", "unique"), ("equivalent_steps", "steps"))
 _FREE_COLUMNS = (("natural_energy", "natural energy"), ("energy", "energy"), ("gradient_norm", "gradient norm"))
 
+_CODE_COLUMNS = (
+    ("codes_flipped", "flipped", "{:.3%}"),
+    ("near_threshold", "near a threshold", "{:.1%}"),
+    ("scale_drift", "scale drift", "{:.2%}"),
+    ("dead_rows", "dead outputs", "{:.0f}"),
+)
+
 
 def watch(
     reader: RunReader,
@@ -55,7 +62,7 @@ def watch(
 
 def view(reader: RunReader, run: Run) -> RenderableType:
     """Return the present state of a run."""
-    parts: list[RenderableType] = [_headline(reader, run), _blocks(reader, run)]
+    parts: list[RenderableType] = [_headline(reader, run), _blocks(reader, run), *_codes(reader, run)]
     events = reader.events(run.id)[-_EVENTS:]
     parts += [_event(row["step"], row["level"], row["text"], row["suggestion"]) for row in events]
     return Group(*parts)
@@ -99,6 +106,26 @@ def _blocks(reader: RunReader, run: Run) -> RenderableType:
         cells += [_free(free[key].get(block)) for key, _ in _FREE_COLUMNS]
         table.add_row(Text(clean(name)), Text(f"{letter} {colour}", style=_STYLES[colour]), *cells)
     return table
+
+
+def _codes(reader: RunReader, run: Run) -> list[RenderableType]:
+    """Return the signals of low-bit blocks, as last looked at; nothing for a run without any."""
+    newest = {name: reader.newest(run.id, name) for name, _, _ in _CODE_COLUMNS}
+    if not newest["codes_flipped"]:
+        return []
+    table = Table(
+        box=None, header_style="bold", pad_edge=False, title="codes since the look before", title_justify="left"
+    )
+    table.add_column("block")
+    for _, title, _ in _CODE_COLUMNS:
+        table.add_column(title, justify="right")
+    for block in sorted(newest["codes_flipped"]):
+        cells = [
+            form.format(newest[name][block]["value"]) if block in newest[name] else ""
+            for name, _, form in _CODE_COLUMNS
+        ]
+        table.add_row(clean(run.info.blocks[block]), *cells)
+    return [table]
 
 
 def _interval(row: sqlite3.Row | None, name: str) -> Text:

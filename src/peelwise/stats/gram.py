@@ -10,6 +10,7 @@ wider and added up in float64, so memory does not depend on ``n``; several proce
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from peelwise.errors import TooFewSamplesError
+from peelwise.ranks import Ranks
 from peelwise.stats.linalg import solve_dtype
 
 # Wide enough for full speed, narrow enough to skip most of the other triangle.
@@ -119,6 +121,16 @@ class RegressionSum(_Sum):
         if not self.totals:
             raise TooFewSamplesError("Sums need at least one batch of samples, got none. Give more samples.")
         return RegressionSums(self.n, *(total.clone() for total in self.totals))
+
+
+def all_reduce(sums: Sequence[GramSum | CrossSum], ranks: Ranks) -> None:
+    """Let every one of ``sums`` hold the rows that all processes have seen; each has seen a batch, if an empty one."""
+    if ranks.count == 1:
+        return
+    counts = [each.totals[0].new_tensor(float(each.n)) for each in sums]
+    ranks.add([*counts, *(total for each in sums for total in each.totals)])
+    for each, count in zip(sums, counts, strict=True):
+        each.n = int(count)
 
 
 def symmetric_product(x: Tensor) -> Tensor:

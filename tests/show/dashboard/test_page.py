@@ -300,6 +300,15 @@ def test_it_follows_live_and_tells_of_alerts(page, tmp_path):
         writer.probe(probe_row(39, kind="alone"))
         page.wait_for_selector("[data-statistic=energy] .value:has-text('at step 39')")
         assert loads == []  # what came was enough to draw it
+        page.locator("#colour-by").focus()
+        page.evaluate("document.querySelector('article').dataset.kept = 'yes'")
+        rows = tuple(Statistic("unheard_of", b, 1.0) for b in range(3))
+        writer.probe(ProbeRow(49, "ranking", 2.0, 0.1, 0.0, "RG?", statistics=rows))
+        page.wait_for_selector("[data-statistic=unheard_of] h4:has-text('Unheard of')")
+        assert page.locator("article[data-kept=yes]").count() == 1  # nobody loses their place
+        assert page.evaluate("document.activeElement.id") == "colour-by"
+        page.locator(".heat details summary").click()
+        assert page.locator(".heat tbody th").all_inner_texts() == ["49", "39", "29"]  # each once
         writer.close()
         page.wait_for_selector("#connection:has-text('at rest')")
         with RunWriter(path, run_info("second")) as second:  # nobody chose a run: the newest is shown

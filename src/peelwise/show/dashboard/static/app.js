@@ -58,17 +58,21 @@ function chosenRuns() {
 // Load what is missing for the view that the address asks for, then draw it.
 async function follow() {
   const turn = (page.loading += 1);
+  element("runs-shown").setAttribute("aria-busy", "true");
   const state = wanted();
   const range = String(state.range);
   const views = new Map();
   for (const facts of chosenRuns()) {
     const kept = page.views.get(facts.key);
-    const same = kept && kept.range === range && !kept.stale;
+    const same = kept && kept.range === range;
     views.set(facts.key, same ? kept : { data: new RunData(facts, state.range), range });
   }
+  const again = [...views.values()].filter((entry) => entry.stale);
+  // What would come meanwhile is in the new data too: it must not be counted twice.
+  if (again.length) hush();
   try {
     await Promise.all([...views.values()].map(async (entry) => {
-      if (!entry.view) await entry.data.load();
+      if (!entry.view || entry.stale) await entry.data.load();
       const { data } = entry;
       const block = blockOf(state, data);
       await Promise.all([
@@ -78,22 +82,28 @@ async function follow() {
     }));
   } catch (error) {
     if (turn === page.loading) showProblem(error);
+    element("runs-shown").setAttribute("aria-busy", "false");
     return;
   }
   if (turn !== page.loading) return; // the address has changed meanwhile
+  element("runs-shown").setAttribute("aria-busy", "false");
   for (const entry of views.values()) {
     entry.view ??= new RunView(entry.data, {
       words: page.words, onSelect: (block) => go({ block }), onChoose: (steps) => go({ range: steps }),
     });
   }
   const before = [...page.views.values()];
+  for (const entry of again) {
+    entry.stale = false;
+    announce(entry.data);
+  }
   page.views = views;
   const shown = [...views.values()].map((entry) => entry.view.root);
   if (shown.some((root, i) => element("runs-shown").children[i] !== root) || before.length !== shown.length) {
     element("runs-shown").replaceChildren(...shown);
     element("runs-shown").classList.toggle("several", shown.length > 1);
     listen();
-  }
+  } else if (again.length) listen();
   showControls();
   render();
 }
@@ -211,9 +221,13 @@ function stepPicker(state) {
 
 // -- news -------------------------------------------------------------------------------------------------------
 
-function listen() {
+function hush() {
   page.stream?.close();
   page.stream = null;
+}
+
+function listen() {
+  hush();
   const places = [...page.views.values()].map(({ data }) => data.place);
   if (!places.length || document.hidden) return;
   page.stream = new Stream(places.join(","), { onMessage, onState: showState });
@@ -236,8 +250,7 @@ function onMessage(kind, content) {
   if (kind === "probe") data.probe(content);
   if (kind === "events") {
     data.happened(content.rows);
-    const alert = content.rows.findLast((each) => each.level === "alert");
-    if (alert) setText(element("spoken"), `Alert at step ${alert.step}: ${alert.text}`);
+    announce(data);
   }
   data.place = page.stream.places.split(",").find((place) => place.startsWith(`${data.key}@`)) ?? data.place;
   if (data.unknown) {
@@ -246,6 +259,11 @@ function onMessage(kind, content) {
     return;
   }
   render();
+}
+
+function announce(data) {
+  const alert = data.newAlert();
+  if (alert) setText(element("spoken"), `Alert at step ${alert.step}: ${alert.text}`);
 }
 
 function onRuns(content) {
@@ -270,8 +288,7 @@ document.addEventListener("visibilitychange", () => {
     listen();
     return;
   }
-  page.stream?.close();
-  page.stream = null;
+  hush();
 });
 window.addEventListener("hashchange", () => follow());
 window.addEventListener("popstate", () => follow());

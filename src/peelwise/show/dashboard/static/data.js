@@ -99,7 +99,7 @@ export class RunData {
 
   async load() {
     const found = await ask("overview", { run: this.key, ...this.#between });
-    this.statistics = new Map();
+    Object.assign(this, { unknown: false, block: null, heat: null, statistics: new Map() });
     found.statistics.sort((a, b) => a.place - b.place).forEach((each) => this.statistics.set(each.name, each));
     const { loss, looks } = found;
     this.loss = new Bins(MOST_LOSS, mergeLoss, loss.stride, columns(loss, (i) => ({
@@ -114,6 +114,7 @@ export class RunData {
     found.latest.forEach(([name, ...row]) => this.#remember(name, row));
     this.verdicts = new Map(found.verdicts.map((verdict) => [verdict.block, verdict]));
     this.events = found.events;
+    this.told ??= found.events.at(-1)?.id ?? 0; // nobody needs to hear of what happened before they came
     this.place = `${this.key}@${found.cursor.join(".")}`;
   }
 
@@ -205,6 +206,13 @@ export class RunData {
 
   happened(rows) {
     this.events = [...this.events, ...rows].slice(-MOST_EVENTS);
+  }
+
+  // The latest alert that was not announced yet, if there is one.
+  newAlert() {
+    const found = this.events.findLast((each) => each.level === "alert" && each.id > this.told);
+    this.told = Math.max(this.told, this.events.at(-1)?.id ?? 0);
+    return found;
   }
 
   // The steps that the charts of this run span.

@@ -112,7 +112,7 @@ export class LossChart {
         ? [
             say("red", "above a new head on the embeddings, without any block"),
             say("yellow", "between the two"),
-            say("green", "within the margin of what the composed witness reaches; measured at the dots"),
+            say("green", "within the margin of what the composed witness reaches"),
           ]
         : []),
     );

@@ -37,7 +37,7 @@ export class Plot {
     for (const [name, value] of Object.entries(box)) this.inside.setAttribute(name, value);
     this.X = linear(x, [this.left, width - RIGHT]);
     this.Y = (log ? logarithmic : linear)(y, [bottom, this.top]);
-    const rows = Math.max(2, Math.floor((bottom - this.top) / 38));
+    const rows = Math.max(3, Math.floor((bottom - this.top) / 38));
     const yTicks = log ? logTicks(y[0], y[1]) : ticks(y[0], y[1], rows);
     const nodes = yTicks.flatMap((value) => [
       s("line", { class: "grid", x1: this.left, x2: width - RIGHT, y1: this.Y(value), y2: this.Y(value) }),

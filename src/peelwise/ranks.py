@@ -1,0 +1,177 @@
+"""Processes that train one model together share the work on a probe: each takes some of its sequences.
+
+Everything that a look adds up or compares passes through here: sums are added over all processes, losses are put in the
+order in which one process alone would have them, and numbers that decide what is done next come from the first
+process, so that all of them take the same path. A process that fails says so at the place where it would have met the
+others, and all of them give the look up; nobody waits for somebody who is not coming.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peelwise.errors import OtherProcessError, PeelwiseError
+
+
+class Ranks:
+    """One process by itself: nothing to add, nobody to tell."""
+
+    rank, count = 0, 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that decides and writes."""
+        return self.rank == 0
+
+    def part(self, sequences: int) -> list[int | None]:
+        """Return which sequences this process takes: as many for each, in their order, ``None`` where they run out.
+
+        All processes run as many micro-batches then, which those of a sharded model must.
+        """
+        each = -(-sequences // self.count)
+        mine = range(self.rank * each, (self.rank + 1) * each)
+        return [place if place < sequences else None for place in mine]
+
+    def add(self, totals: Iterable[Tensor]) -> None:
+        """Add up tensors over all processes, in place."""
+
+    def joined(self, rows: Tensor) -> Tensor:
+        """Return the rows of all processes, one process after another."""
+        return rows
+
+    def every(self, yes: bool) -> bool:
+        """Return whether all processes say yes."""
+        return yes
+
+    def summed(self, numbers: Sequence[int]) -> list[int]:
+        """Return whole numbers added up over all processes."""
+        return list(numbers)
+
+    def meet(self) -> None:
+        """Wait for the others, unless one of them has failed; before they exchange something in a way of their own.
+
+        Raises:
+            OtherProcessError: If one has failed, inside of `agreeing`.
+        """
+
+    def told(self, value: Any) -> Any:
+        """Return what the first process says."""
+        return value
+
+    def told_number(self, value: int) -> int:
+        """Return the number that the first process says; a shorter way than `told`, for every step."""
+        return value
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """Run what is inside in all processes, or, as soon as one of them fails, end it in all.
+
+        Raises:
+            OtherProcessError: If it was another one.
+        """
+        yield
+
+
+ALONE = Ranks()
+
+
+class TorchRanks(Ranks):
+    """The processes of ``torch.distributed``, all of which call the same methods in the same order."""
+
+    def __init__(self) -> None:
+        from torch import distributed
+
+        self._distributed = distributed
+        self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
+        # Decisions are numbers of the processor: telling them must not wait for what a GPU still computes.
+        self._control = distributed.new_group(backend="gloo")
+        self._agreeing = False
+
+    def add(self, totals: Iterable[Tensor]) -> None:
+        """Add up tensors over all processes, in place."""
+        self.meet()
+        for total in totals:
+            self._distributed.all_reduce(total)
+
+    def joined(self, rows: Tensor) -> Tensor:
+        """Return the rows of all processes, one process after another."""
+        self.meet()
+        counts: list[Any] = [None] * self.count
+        self._distributed.all_gather_object(counts, len(rows), group=self._control)
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        found = [torch.empty_like(padded) for _ in counts]
+        self._distributed.all_gather(found, padded)
+        return torch.cat([each[:count] for each, count in zip(found, counts, strict=True)])
+
+    def every(self, yes: bool) -> bool:
+        """Return whether all processes say yes."""
+        self.meet()
+        return not self._anybody(not yes)
+
+    def summed(self, numbers: Sequence[int]) -> list[int]:
+        """Return whole numbers added up over all processes."""
+        self.meet()
+        totals = torch.tensor(list(numbers), dtype=torch.int64)
+        self._distributed.all_reduce(totals, group=self._control)
+        return [int(total) for total in totals]
+
+    def told(self, value: Any) -> Any:
+        """Return what the first process says."""
+        self.meet()
+        values = [value if self.first else None]
+        self._distributed.broadcast_object_list(values, src=0, group=self._control)
+        return values[0]
+
+    def told_number(self, value: int) -> int:
+        """Return the number that the first process says; a shorter way than `told`, for every step."""
+        number = torch.tensor([value])
+        self._distributed.broadcast(number, src=0, group=self._control)
+        return int(number)
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """Run what is inside in all processes, or, as soon as one of them fails, end it in all."""
+        self._agreeing = True
+        try:
+            yield
+            self.meet()
+        except OtherProcessError:
+            raise
+        except Exception as error:
+            if self._agreeing and self._anybody(True):
+                self._reasons(error)
+            raise
+        finally:
+            self._agreeing = False
+
+    def meet(self) -> None:
+        """Wait for the others, unless one of them has failed."""
+        if self._agreeing and self._anybody(False):
+            self._agreeing = False
+            raise next(reason for reason in self._reasons(None) if reason is not None)
+
+    def _anybody(self, yes: bool) -> bool:
+        flag = torch.tensor([int(yes)])
+        self._distributed.all_reduce(flag, group=self._control)
+        return bool(flag)
+
+    def _reasons(self, error: Exception | None) -> Sequence[OtherProcessError | None]:
+        reasons: list[Any] = [None] * self.count
+        foreseen = isinstance(error, PeelwiseError)
+        mine = None if error is None else (self.rank, f"{type(error).__name__}: {error}", foreseen)
+        self._distributed.all_gather_object(reasons, mine, group=self._control)
+        return [None if reason is None else OtherProcessError(*reason) for reason in reasons]
+
+
+def ranks() -> Ranks:
+    """Return the processes that train together, or this one alone; to be called in all of them at once."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        return TorchRanks()
+    return ALONE
