@@ -202,7 +202,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         for key, colour in (("flipped", "C0"), ("near_threshold", "C2"), ("scale_drift", "C4")):
             label = f"{key.replace('_', ' ')}, {state}"
             bottom.plot(steps, [max(p[key], 1e-6) for p in points], line, color=colour, label=label)
-    bottom.set(yscale="log", ylim=(1e-5, 1), xlabel="training step", ylabel="share of codes; relative change")
+    bottom.set(yscale="log", ylim=(1e-5, 30), xlabel="training step", ylabel="share of codes; relative change")
     bottom.set_title("Ternary codes since the look 40 steps before", fontsize=10)
     bottom.legend(fontsize=7, ncols=3, loc="upper center")
     figure.tight_layout()
@@ -221,10 +221,14 @@ def draw_gains(axes: plt.Axes, results: dict[str, Any]) -> None:
         "control: untrained model": lambda r: r["audit"]["untrained_gain"],
     }
     there = [run for run in MEASURED if "audit" in results.get(run, {})]
+    # What no budget sufficed for has no row.
+    rows = {label: get for label, get in rows.items() if any(get(results[run]) is not None for run in there)}
     for number, run in enumerate(there):
         colour, marker = MEASURED[run]
         place = 0.2 * (number - (len(there) - 1) / 2)
         found = [(i + place, get(results[run])) for i, get in enumerate(rows.values())]
+        if not any(v for _, v in found):
+            continue
         places, values = zip(*((i, v) for i, v in found if v is not None), strict=True)
         errors = [[v[0] - v[1] for v in values], [v[2] - v[0] for v in values]]
         axes.errorbar([v[0] for v in values], places, xerr=errors, fmt=marker, color=colour, capsize=3, label=run)
@@ -233,7 +237,7 @@ def draw_gains(axes: plt.Axes, results: dict[str, Any]) -> None:
     axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
     axes.invert_yaxis()
     axes.set(xlabel="gain on report, nats per token, 95 %; dotted: the margins")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower right")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

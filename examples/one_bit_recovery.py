@@ -35,6 +35,14 @@ from matplotlib import pyplot as plt
 
 matplotlib.rcParams["svg.hashsalt"] = "peelwise"  # the same file at every run
 COLOURS = {"red": "#f2c9c4", "yellow": "#f6e8b8", "green": "#cfe6cf"}
+LABELS = {  # where the name stands, in points from its marker, where the usual place is taken
+    "dense": (-7, 5, "right"),
+    "binary:model,blocks=4": (-4, 10, "left"),
+    "binary:tensor,blocks=4": (-4, -13, "left"),
+    "ternary:tensor,blocks=4": (-8, -13, "left"),
+    "ternary:channel,blocks=4": (8, -3, "left"),
+    "binary:channel,blocks=4": (8, -3, "left"),
+}
 ROOT = Path(__file__).resolve().parents[1]
 ONE_BIT = "binary:model,blocks=4"
 FORMATS = [
@@ -319,17 +327,16 @@ def draw_formats(rows: list[dict[str, Any]], start: list[float], path: Path) -> 
         axes.plot(
             row["bits_per_weight"], mean, marker, color=colour, fillstyle="full" if support else "none", markersize=8
         )
-        right = row["format"] != "dense"
-        axes.annotate(
-            row["format"],
-            (row["bits_per_weight"], mean),
-            (7 if right else -7, 5),
-            textcoords="offset points",
-            fontsize=7,
-            ha="left" if right else "right",
-        )
+        dx, dy, side = LABELS.get(row["format"], (7, 5, "left"))
+        place = (row["bits_per_weight"], mean)
+        axes.annotate(row["format"], place, (dx, dy), textcoords="offset points", fontsize=7, ha=side)
     axes.axhline(sum(start) / len(start), color="C7", linestyle=":", label="the algorithm itself, not trained")
-    axes.set(xscale="log", xlabel="bits per weight, zeros counted as weights", ylabel="error on held-out signals, dB")
+    axes.set(
+        xscale="log",
+        xlim=(0.18, 45),
+        xlabel="bits per weight, zeros counted as weights",
+        ylabel="error on held-out signals, dB",
+    )
     axes.set_title("Sparse recovery by twelve unrolled steps")
     save(figure, axes, path)
 
