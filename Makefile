@@ -41,6 +41,7 @@ test: lint
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/audit_cost.py
 	$(BIN)/python benchmarks/monitor_share.py
+	$(BIN)/python benchmarks/monitor_growth.py
 	$(BIN)/python benchmarks/run_history.py
 	$(BIN)/python benchmarks/dashboard.py
 	$(BIN)/python benchmarks/oracle_tightness.py

@@ -3,8 +3,8 @@
     python benchmarks/monitor_growth.py [--repetitions 3] [--tokens 2400]
 
 Times each kind of look, and a forward pass of the same model over the whole probe, in turn; the medians of their
-ratios say how many such passes a look takes. Models are random Llamas with a vocabulary of 512: what is done does not hang
-on what they know, but how many steps are tried does, a little.
+ratios say how many such passes a look takes. Models are random Llamas with a vocabulary of 512: what is done does not
+hang on what they know, but how many steps are tried does, a little.
 """
 
 import argparse

@@ -11,7 +11,7 @@ from peelwise.demo import BLOCKS, Plan, SmallGPT, demonstrate, train
 from peelwise.show.dashboard.serve import Address
 from peelwise.store.reader import RunReader
 
-SHORT = Plan(steps=8, starved=1, from_step=4, probe_tokens=700, budget=0.9)
+SHORT = Plan(steps=8, starved=1, from_step=4, probe_tokens=1_500, budget=0.9)
 
 
 class Noting:

@@ -103,12 +103,12 @@ def red_advice(seen: Seen) -> str:
         )
     if seen.clipped_to is not None:
         return (
-            f"The norm of all gradients was {seen.clipped_to:.3g} at every check of late, as clipping makes it: clip less, or "
-            "raise the learning rate."
+            f"The norm of all gradients was {seen.clipped_to:.3g} at every check of late, as clipping makes it: clip "
+            "less, or raise the learning rate."
         )
     return (
-        "No cause was seen. A larger learning rate for this block, or applying a witness (peelwise audit, then peelwise "
-        "apply), may help; which of them does was not measured."
+        "No cause was seen. A larger learning rate for this block, or applying a witness (peelwise audit, then "
+        "peelwise apply), may help; which of them does was not measured."
     )
 
 

@@ -52,7 +52,8 @@ def test_the_witness_of_a_low_bit_model_is_in_its_formats_and_is_certified(tmp_p
     model, swapped, outcome = _audited(name, form, skip)
     record = outcome.record
     assert any(note.startswith(f"{len(swapped)} linear maps hold low-bit codes") for note in record.notes)
-    assert all(0 < each.flipped < 0.5 and each.select_after < each.select_before for each in record.rounds)
+    assert all(each.select_after < each.select_before for each in record.rounds)
+    assert 0 < record.rounds[-1].flipped < 0.5
     blocks = find_blocks(model)
     low_bit = [m for block in blocks for m in block.linears if m.low_bit]
     flipped = 0
@@ -212,6 +213,7 @@ def _with_foreign_layer(factor: float) -> nn.Module:
 
 def test_a_module_that_follows_the_protocol_gets_a_witness_in_its_format() -> None:
     model = _with_foreign_layer(1.0)
+    quantize_(model, "ternary")  # all others
     outcome = run_audit(model, tiny_probe(), replace(ONE_ROUND, controls=False))
     linear = next(m for m in find_blocks(model)[1].linears if m.name.endswith("up_proj"))
     encoded = codes_of(outcome.witness, "composed", linear, linear.held())

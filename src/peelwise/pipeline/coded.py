@@ -1,13 +1,13 @@
 """One round of refinement inside the formats of low-bit maps: new codes and scales, chosen by the real loss on select.
 
-What is evaluated is what the codes stand for; nothing is rounded afterwards. Maps that are not low-bit, and biases,
-take the dense step beside them.
+What is evaluated is what the codes stand for; nothing is rounded afterwards. Maps that are not low-bit take a dense
+step of their own before; biases of low-bit maps keep the mean output where it was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -19,7 +19,7 @@ from peelwise.model.layers import LinearMap
 from peelwise.model.runner import Runner, Trace
 from peelwise.model.splice import spliced
 from peelwise.pipeline.bench import ChangeMap, rounded
-from peelwise.pipeline.refine import Proposals, Refined
+from peelwise.pipeline.refine import Proposals, Refined, take_round
 from peelwise.records import RoundRecord
 from peelwise.references.coded import LocalProblem, Metric, flip_steps, flipped, projected, step_for_share
 
@@ -27,7 +27,6 @@ from peelwise.references.coded import LocalProblem, Metric, flip_steps, flipped,
 SHARES = tuple(10 ** (-k / 2) for k in range(10, 0, -1))  # 1e-5 .. 0.3
 _FIRST = SHARES.index(1e-2)
 _EVALUATIONS = 6  # most of the select loss for flips; half as many for projections, which start where flips ended
-_LARGEST_DENSE_STEP = 1.0  # the step that the calibration on select expects to be best
 
 Codes = dict[LinearMap, Encoded]
 
@@ -61,7 +60,8 @@ def take_coded_round(
         held: what every low-bit map of the model holds.
         after_look: called after each evaluation.
     """
-    site = _Site(before, proposals, held)
+    start = _dense_step(runner, select, before, proposals)
+    site = _Site(start, proposals, held)
     tokens = float(select.tokens.sum())
     best: tuple[float, _Candidate] | None = None
     first = _FIRST
@@ -76,21 +76,33 @@ def take_coded_round(
                 loss = float(runner.losses_from(select, before.start).sum()) / tokens
             after_look()
             tried[at] = loss
-            if loss < (best[0] if best else before.select_loss):
+            if loss < (best[0] if best else start.select_loss):
                 best, first = (loss, candidate), at
-            at = _next(tried, before.select_loss)
+            at = _next(tried, start.select_loss)
     if best is None:
-        return None
+        return start if start is not before else None
     loss, candidate = best
     record = RoundRecord(
         direction=candidate.direction,
         step=candidate.step,
         output_change=site.output_change(candidate.codes),
-        select_before=before.select_loss,
+        select_before=start.select_loss,
         select_after=loss,
         flipped=site.flipped(candidate.codes),
     )
-    return Refined(candidate.changes, (*before.rounds, record), loss, None, before.start, candidate.codes)
+    return Refined(candidate.changes, (*start.rounds, record), loss, None, before.start, candidate.codes)
+
+
+def _dense_step(runner: Runner, select: Trace, before: Refined, proposals: Proposals) -> Refined:
+    """Return ``before`` after a step of the maps that are not low-bit, with a step length of their own."""
+    rest: Proposals = {}
+    for index, block in proposals.items():
+        changes = {d: {m: p for m, p in maps.items() if m not in block.local} for d, maps in block.changes.items()}
+        rest[index] = replace(block, changes=changes)
+    if not any(maps for block in rest.values() for maps in block.changes.values()):
+        return before
+    better = take_round(runner, select, before, rest, output_changes={})
+    return before if better is None else replace(better, codes=before.codes)
 
 
 def _next(tried: Mapping[int, float], base: float) -> int:
@@ -122,7 +134,7 @@ class _Site:
         for linear, problem in self.local.items():
             target = self.weights[linear] + step * self._weight_step(linear)
             codes[linear] = projected(problem.S, target, self.held[linear].format, self.codes[linear])
-        return _Candidate(f"{self.direction}, projected", step, codes, self._changes(codes, step)) if step else None
+        return _Candidate(f"{self.direction}, projected", step, codes, self._changes(codes)) if step else None
 
     def flips(self, share: float) -> _Candidate | None:
         """Return the codes after flips towards ``W + a D``, with the ``a`` at which about ``share`` would flip."""
@@ -131,7 +143,7 @@ class _Site:
         for linear, metric in self._curvatures.items():
             form, now = self.held[linear].format, self.codes[linear]
             codes[linear] = flipped(metric, step * self._weight_step(linear), form, now)
-        return _Candidate(f"{self.direction}, flips", step, codes, self._changes(codes, step)) if step else None
+        return _Candidate(f"{self.direction}, flips", step, codes, self._changes(codes)) if step else None
 
     @cached_property
     def _curvatures(self) -> dict[LinearMap, Metric]:
@@ -171,27 +183,18 @@ class _Site:
     def _moved(self, linear: LinearMap, codes: Codes) -> Tensor:
         return self.held[linear].format.decode(codes[linear]) - self.weights[linear]
 
-    def _changes(self, codes: Codes, step: float) -> ChangeMap:
-        """Return the changes against the model itself: codes as they decode, dense maps by a dense step."""
-        step = min(step, _LARGEST_DENSE_STEP)
-        out = dict(self.before.changes)
-        for linear, change in self.steps.items():
-            if linear in codes:
-                out[linear] = self._coded_change(linear, codes, step)
-            elif step > 0:
-                moved_by = step * change
-                out[linear] = rounded(moved_by if linear not in out else out[linear] + moved_by)
-        return out
+    def _changes(self, codes: Codes) -> ChangeMap:
+        """Return the changes against the model itself."""
+        return self.before.changes | {linear: self._coded_change(linear, codes) for linear in codes}
 
-    def _coded_change(self, linear: LinearMap, codes: Codes, step: float) -> Tensor:
+    def _coded_change(self, linear: LinearMap, codes: Codes) -> Tensor:
         held = self.held[linear]
         weight = held.format.decode(codes[linear]) - held.weight
         if not linear.has_bias:
             return weight
-        # The bias takes its own step, and keeps the mean output where the codes would move it.
-        mean, own = self.local[linear].mean, self.steps[linear]
+        mean = self.local[linear].mean
         assert mean is not None
-        bias = step * (own[:, -1] + own[:, :-1] @ mean) - self._moved(linear, codes) @ mean
+        bias = -self._moved(linear, codes) @ mean
         if linear in self.before.changes:
             bias = bias + self.before.changes[linear][:, -1]
         return torch.cat([weight, rounded(bias)[:, None]], dim=1)
