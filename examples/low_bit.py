@@ -237,7 +237,7 @@ def draw_gains(axes: plt.Axes, results: dict[str, Any]) -> None:
     axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
     axes.invert_yaxis()
     axes.set(xlabel="gain on report, nats per token, 95 %; dotted: the margins")
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="upper right")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
