@@ -1,6 +1,6 @@
 """How does what a look costs grow with the number of blocks and with their width?
 
-    python benchmarks/monitor_growth.py [--repetitions 3] [--tokens 2400]
+    python benchmarks/monitor_growth.py [--repetitions 3] [--tokens 2400] [--sizes 2x64 4x64]
 
 Times each kind of look, and a forward pass of the same model over the whole probe, in turn; the medians of their
 ratios say how many such passes a look takes. Models are random Llamas with a vocabulary of 512: what is done does not
@@ -69,8 +69,10 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=2400)
+    parser.add_argument("--sizes", nargs="+", default=[f"{blocks}x{width}" for blocks, width in SIZES])
     options = parser.parse_args()
-    rows = [measure(size, options.tokens, options.repetitions) for size in SIZES]
+    sizes = [tuple(map(int, size.split("x"))) for size in options.sizes]
+    rows = [measure(size, options.tokens, options.repetitions) for size in sizes]
     write("monitor_growth", {"probe_tokens": options.tokens, "repetitions": options.repetitions, "sizes": rows})
 
 
