@@ -20,6 +20,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # OpenMP when torch is imported, so it is set first too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# Several workers share the processors instead of each taking all of them.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
 # Tests write `from small_gpt.text import ...`.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
