@@ -45,7 +45,8 @@ class Monitor:
         optimizer: what steps the model; with it, parameters that it does not hold or does not move are found.
         budget: share of wall time that the monitor may take; ``None`` leaves it to ``schedule``.
         schedule: at which steps it may look, such as `every(100)`; ``None`` for whenever the budget allows.
-        store: file of the run history, or ``None`` to keep none. A run is added to what the file holds.
+        store: file of the run history, or ``None`` to keep none. A run is added to what the file holds. Where it cannot
+            be written (another writer, a newer version, no such folder), that is said once and nothing is recorded.
         name: of the run.
         margin: smallest recoverable loss that matters, nats per token; default: the larger of 0.5 % of the loss and
             0.003.
@@ -57,7 +58,6 @@ class Monitor:
 
     Raises:
         OptionError: If an option has a value that is not allowed.
-        StoreError: If the file cannot be written: another writer, a newer version, no such folder.
         UnsupportedModelError: If the model cannot be measured, or is spread over processes in another way.
         ProbeError: If the probe does not fit the model.
 
@@ -104,7 +104,7 @@ class Monitor:
             settings={"margin": margin, "scheduled": schedule is not None},
             versions=versions(),
         )
-        with processes.agreeing():  # a file that cannot be written ends all of them, not only the first
+        with processes.agreeing():  # a logger that cannot be had ends all of them, not only the first
             if processes.first:
                 self._outlets.open([logger_of(each, name) for each in loggers], store, info)
 
@@ -158,7 +158,8 @@ class Monitor:
 class _Outlets:
     """Everything that is told goes to the file, the log and the callbacks.
 
-    The file may fail while a model trains for days: training goes on, and that it is no longer recorded is said once.
+    The file may fail at the start of a night or while a model trains for days: training goes on, and that it is not, or
+    no longer, recorded is said once.
     """
 
     def __init__(
@@ -178,7 +179,10 @@ class _Outlets:
     def open(self, loggers: list[Logger], store: str | Path | None, info: RunInfo) -> None:
         self._loggers = loggers
         if store is not None:
-            self.writer = RunWriter(store, info)
+            try:
+                self.writer = RunWriter(store, info)
+            except StoreError as error:
+                self._lost(0, f"the run is not recorded; training goes on. {error}")
 
     def step(self, row: StepRow) -> None:
         self._write(row.step, "step", row)

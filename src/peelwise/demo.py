@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peelwise.api_monitor import Monitor
+from peelwise.errors import StoreError
 from peelwise.probes import Probe
 from peelwise.show.dashboard.serve import Address, Server
 from peelwise.show.words import duration
@@ -185,6 +186,8 @@ def _prepared(path: Path, plan: Plan) -> tuple[Monitor, Iterator[int]]:
         store=path,
         name=f"small GPT, block {plan.starved} starved from step {plan.from_step:,}",
     )
+    if not monitor.recorded:  # a training would go on; this one is there to be seen
+        raise StoreError(monitor.events[-1].text)
     return monitor, train(monitor, model, optimizer, stream, plan)
 
 
