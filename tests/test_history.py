@@ -15,6 +15,7 @@ from peelwise.history import (
     equivalent_steps,
     loss_slope,
     own_parts,
+    probe_slope,
 )
 from peelwise.intervals import Paired
 
@@ -175,3 +176,24 @@ def test_equivalent_steps():
     assert (rising.mean, rising.low, rising.high) == (None, None, None)
     none = equivalent_steps(Paired(-0.01, 0.002, 20).interval(), Slope(-1e-4, -2e-4, -0.5e-4, 100))
     assert (none.mean, none.low, none.high) == (0.0, 0.0, 0.0)
+
+
+def test_slope_of_the_probe_over_a_window_of_steps():
+    steps = np.arange(0, 1000, 20)
+    losses = np.where(steps < 500, 3.0 - 0.002 * steps, 2.0)
+    wiggle = np.random.default_rng(0).normal(scale=1e-3, size=len(steps))
+    flat, whole = probe_slope(steps, losses + wiggle, 300), probe_slope(steps, losses, 1000)
+    assert (flat.steps, flat.falling, flat.gains(0.0)) == (300, False, False)
+    assert whole.falling
+    plain = probe_slope(steps, 3.0 - 0.002 * steps, 200)
+    assert plain.mean == pytest.approx(-0.002)
+    assert plain.gains(0.399)
+    assert not plain.gains(0.401)
+    noise = np.random.default_rng(1).normal(size=(2000, 6))
+    assert 0.015 < np.mean([probe_slope(range(6), row, 10).falling for row in noise]) < 0.035
+
+
+def test_slope_of_too_few_looks():
+    assert probe_slope([], [], 10) is None
+    assert probe_slope(range(4), [1.0] * 4, 10) is None
+    assert probe_slope(range(40), [1.0] * 40, 3) is None

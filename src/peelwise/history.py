@@ -17,6 +17,7 @@ from peelwise.records import Interval
 WINDOW = 20  # earlier values that make a running median or trend
 _FEWEST_FOR_MEDIAN, _FEWEST_FOR_TREND = 3, 5
 _GROUPS, _FEWEST_LOSSES = 16, 32
+_FEWEST_LOOKS = 5  # in the same span of steps; their text is always the same
 _SHORTEST_LOSS_WINDOW, _LONGEST_LOSS_WINDOW, _LOSS_SHARE = 100, 2000, 0.2
 _ROBUST = 1.4826  # median absolute deviation of normal numbers -> standard deviation
 
@@ -137,6 +138,10 @@ class Slope:
         """Whether the loss is shown to be falling."""
         return self.high < 0
 
+    def gains(self, nats: float) -> bool:
+        """Whether the loss is shown to be falling, by more than ``nats`` in the window."""
+        return self.falling and -self.mean * self.steps > nats
+
 
 def loss_slope(steps: Sequence[float], losses: Sequence[float]) -> Slope | None:
     """Return the slope of the loss over the recent past: the last fifth of the run, but 100 to 2,000 losses.
@@ -151,8 +156,6 @@ def loss_slope(steps: Sequence[float], losses: Sequence[float]) -> Slope | None:
     Returns:
         The slope, or ``None`` with fewer than 32 losses.
     """
-    from scipy.special import stdtrit
-
     wanted = int(min(max(_SHORTEST_LOSS_WINDOW, _LOSS_SHARE * len(losses)), _LONGEST_LOSS_WINDOW))
     x, y = np.asarray(steps[-wanted:], dtype=np.float64), np.asarray(losses[-wanted:], dtype=np.float64)
     x, y = x[np.isfinite(y)], y[np.isfinite(y)]
@@ -160,15 +163,39 @@ def loss_slope(steps: Sequence[float], losses: Sequence[float]) -> Slope | None:
         return None
     groups = np.array_split(np.arange(len(y)), _GROUPS)
     gx, gy = (np.array([v[g].mean() for g in groups]) for v in (x, y))
-    centred = gx - gx.mean()
+    return _line(gx, gy, float(x[-1] - x[0]))
+
+
+def probe_slope(steps: Sequence[float], losses: Sequence[float], window: float) -> Slope | None:
+    """Return the slope of the probe's own loss over the last ``window`` steps: few values, but all of the same text.
+
+    Least squares; Student's t with ``n - 2`` degrees of freedom.
+
+    Args:
+        steps: of the looks, increasing.
+        losses: as many, finite.
+        window: how far to look back from the last of them, in steps.
+
+    Returns:
+        The slope, or ``None`` with fewer than five looks in the window.
+    """
+    x, y = np.asarray(steps, dtype=np.float64), np.asarray(losses, dtype=np.float64)
+    recent = x >= x[-1] - window if len(x) else np.zeros(0, dtype=bool)
+    x, y = x[recent], y[recent]
+    return None if len(y) < _FEWEST_LOOKS else _line(x, y, float(x[-1] - x[0]))
+
+
+def _line(x: _Array, y: _Array, steps: float) -> Slope | None:
+    from scipy.special import stdtrit
+
+    centred, free = x - x.mean(), len(x) - 2
     spread = float(centred @ centred)
     if spread == 0:
         return None
-    mean = float(centred @ gy) / spread
-    residual = gy - gy.mean() - mean * centred
-    error = float(residual @ residual / (_GROUPS - 2) / spread) ** 0.5
-    half = float(stdtrit(_GROUPS - 2, 0.975)) * error
-    return Slope(mean, mean - half, mean + half, float(x[-1] - x[0]))
+    mean = float(centred @ y) / spread
+    residual = y - y.mean() - mean * centred
+    half = float(stdtrit(free, 0.975)) * float(residual @ residual / free / spread) ** 0.5
+    return Slope(mean, mean - half, mean + half, steps)
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,15 @@ def test_red_where_the_loss_stands_still_and_yellow_where_it_falls():
     assert row.slope == pytest.approx(-0.01, rel=0.1)
 
 
+@pytest.mark.parametrize(("fall", "letter"), [(0.004, "Y"), (0.0, "R"), (2e-5, "R")], ids=["falls", "stands", "creeps"])
+def test_a_probe_that_falls_by_more_than_the_margin_is_not_red_whatever_the_noise_of_the_batches(fall, letter):
+    made = chronicle()
+    for step in range(100, 201, 10):
+        row = add(made, step, visit_of(3.0 - fall * (step - 100), alone={0: MUCH} if step == 200 else {}))
+    assert row.letters[0] == letter
+    assert row.still_falling is False  # that is about the training loss
+
+
 def test_never_red_before_the_slope_is_known():
     row = add(chronicle(count=10), 10, visit_of(alone={0: MUCH}))
     assert (row.letters[0], row.still_falling, row.slope) == ("Y", None, None)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from peelwise import alerts
 from peelwise.alerts import Change, Seen
-from peelwise.history import Slope, against_own, change_points, equivalent_steps, loss_slope, own_parts
+from peelwise.history import Slope, against_own, change_points, equivalent_steps, loss_slope, own_parts, probe_slope
 from peelwise.intervals import Paired
 from peelwise.pipeline.visit import Visit
 from peelwise.run_records import LETTERS, WHOLE_MODEL, Event, ProbeRow, Statistic, VerdictRow
@@ -183,8 +183,10 @@ class Chronicle:
             Evidence(*(kept[block].value if block in kept else None for kept in (self._alone, self._unique)))
             for block in range(self._count)
         ]
-        # Until the slope is known, training counts as going on: red says that it is not.
-        falling = slope is None or slope.falling
+        # Until the slope is known, training counts as going on: red says that it is not. Losses of small batches may be
+        # too noisy to show what the probe shows; how slow is too slow, that the margin says.
+        own = probe_slope(self._probe_losses.steps, self._probe_losses.values, slope.steps) if slope else None
+        falling = slope is None or slope.falling or (own is not None and own.gains(margin))
         return judge(evidence, margin, in_distribution=self._in_distribution, still_falling=falling)
 
     def _news(self, verdicts: list[Verdict]) -> list[VerdictRow]:
