@@ -8,16 +8,18 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 
-from peelwise import cli
+from peelwise import cli, cli_terminal
 from peelwise.pipeline import audit as pipeline
 from peelwise.pipeline import opening
 from peelwise.pipeline.audit import AuditOutcome
+from peelwise.pipeline.clock import Progress
 from peelwise.texts import reference_prose
 from stages import stage_folder
 
 QUICK = ("--tokens", "1200", "--sequence-length", "32", "--budget", "2s", "--no-controls")
-COMMANDS = ("audit", "peel", "verify", "apply", "report", "export", "watch", "serve", "demo")
+COMMANDS = ("audit", "peel", "quantcheck", "verify", "apply", "report", "export", "watch", "serve", "demo")
 
 
 @pytest.fixture
@@ -360,3 +362,16 @@ def test_peel_refuses_bad_options(options, words, run, text):
     code, out, error = run("peel", stage_folder("early"), "--text", text, *options)
     assert (code, out) == (2, "")
     assert words in error
+
+
+def test_progress_is_a_bar_on_a_terminal_and_a_line_per_stage_elsewhere(monkeypatch):
+    steps = [Progress("select", 1, 4, 5.0, 60.0), Progress("select", 2, 4, 65.0, 0.0)]
+    for terminal in (True, False):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=100, _environ={"TERM": "xterm"})
+        monkeypatch.setattr(cli_terminal, "stderr", console)
+        with cli_terminal.progress_bar() as watch:
+            for step in steps:
+                watch(step)
+        text = console.file.getvalue()
+        assert ("select (2 of 4)" in text, "finishing" in text) == (terminal, terminal)
+        assert text.count("0:05  select\n") == (0 if terminal else 1)

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,13 +14,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from peelwise import cli_live
-from peelwise.errors import OutputError, PeelwiseError, PeelwiseWarning, StoreError
+from peelwise import cli_runs
+from peelwise.cli_terminal import progress_bar, quiet_warnings, status, stderr
+from peelwise.errors import OutputError, PeelwiseError
 
 if TYPE_CHECKING:
     from peelwise.model.checkpoints import OpenedModel
-    from peelwise.pipeline.clock import Progress as Step
-    from peelwise.pipeline.clock import Watcher
     from peelwise.probes import Probe
 
 app = typer.Typer(
@@ -33,9 +29,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
 )
-app.add_typer(cli_live.app)
+app.add_typer(cli_runs.app)
 _INTERRUPTED = 130
-_err = Console(stderr=True, highlight=False)
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face folder, .gguf file, or `smollm2`.")]
 TextOption = Annotated[
@@ -45,7 +40,6 @@ TextOption = Annotated[
 FieldOption = Annotated[str, typer.Option(help="Field of .jsonl and .parquet that holds the text.")]
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a certificate.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an earlier result.")]
-HistoryArgument = Annotated[Path, typer.Argument(metavar="FILE", help="Run history, such as run.db.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 
 TokensOption = Annotated[int, typer.Option(min=1, help="Tokens of text to use at most.")]
@@ -70,11 +64,11 @@ def main() -> None:
     try:
         app()
     except PeelwiseError as error:
-        _err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        stderr.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:  # what typer makes of Ctrl-C
-            _err.print("Stopped before there was anything to report; nothing was written.")
+            stderr.print("Stopped before there was anything to report; nothing was written.")
         raise
 
 
@@ -122,7 +116,7 @@ def audit(
     draw = {"tokens": tokens, "sequence_length": sequence_length, "seed": seed, "in_distribution": in_distribution}
     how = {"device": device, "dtype": dtype, "allow_pickle": allow_pickle, "as_stored": as_stored}
     opened, probe = _open(model, text, field, draw, how)
-    with _quiet_warnings(), _progress_bar() as watcher:
+    with quiet_warnings(), progress_bar() as watcher:
         outcome = run_audit(opened.model, probe, settings, name=opened.name, source=opened.source, watcher=watcher)
     report = AuditReport(outcome.record, outcome.witness, outcome.probe)
     _save_and_print(report, out, force=force, as_json=as_json)
@@ -189,7 +183,7 @@ def peel(
         check_free(out, force=force, ours=RECORD_FILE)
     draw = {"tokens": tokens, "sequence_length": sequence_length, "seed": seed, "in_distribution": in_distribution}
     opened, probe = _open(model, text, field, draw, {"device": device, "dtype": dtype, "allow_pickle": allow_pickle})
-    with _quiet_warnings(), _progress_bar() as watcher:
+    with quiet_warnings(), progress_bar() as watcher:
         outcome = run_peel(opened.model, probe, settings, name=opened.name, source=opened.source, watcher=watcher)
     report = PeelReport(outcome.record, outcome.witness, outcome.probe)
     _save_and_print(report, out, force=force, as_json=as_json)
@@ -241,10 +235,10 @@ def quantcheck(
     opened, probe = _open(
         quantised, text, field, {"tokens": tokens, "sequence_length": sequence_length, "seed": seed}, how
     )
-    with _quiet_warnings(), _status(f"Opening {against} ..."):
+    with quiet_warnings(), status(f"Opening {against} ..."):
         parent = open_model(against, with_tokenizer=False, **how)  # type: ignore[arg-type]
     pair = (Candidate(opened.model, opened.name, opened.source), Candidate(parent.model, parent.name, parent.source))
-    with _quiet_warnings(), _progress_bar() as watcher:
+    with quiet_warnings(), progress_bar() as watcher:
         record = run_quantcheck(*pair, probe, settings, watcher)
     if out is not None:
         _write_text(out, record.to_json() + "\n")
@@ -267,7 +261,7 @@ def verify(
     """
     from peelwise import api
 
-    with _status("Recomputing the certified losses ..."):
+    with status("Recomputing the certified losses ..."):
         result = api.verify(folder, model, full=full, device=device)
     console = Console(highlight=False)
     for check in result.checks:
@@ -296,7 +290,7 @@ def apply(
     """Write a model folder with the composed witness of DIR merged, and check that its loss is the certified one."""
     from peelwise import api
 
-    with _status("Merging the witness and checking the result ..."):
+    with status("Merging the witness and checking the result ..."):
         loss = api.apply(folder, model, out, force=force)
     typer.echo(f"{out}: loss {loss:.4f} nats per token on report, as certified.")
 
@@ -313,46 +307,6 @@ def report(
     path = out or folder / "report.html"
     _write_text(path, render_html(read_any_record(folder)))
     typer.echo(f"wrote {path}")
-
-
-@app.command(epilog="Example: `peelwise export run.db --to csv --out exported`", short_help="Export a run history.")
-def export(
-    history: HistoryArgument,
-    to: Annotated[str, typer.Option(help="csv, jsonl, parquet or tensorboard.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the files, one per table.")],
-    run: Annotated[int | None, typer.Option(help="Number of one run; default: all of them.")] = None,
-    force: ForceOption = False,
-) -> None:
-    """Export the run history FILE, which may still be being written, for other programs."""
-    from peelwise.pipeline.folder import check_free, written_whole
-    from peelwise.show.export import MANIFEST
-    from peelwise.show.export import export as write
-    from peelwise.store.reader import RunReader
-
-    with RunReader(history) as reader:
-        runs = reader.runs() if run is None else [reader.run(run)]
-        if not runs:
-            raise StoreError(f"{history} holds no run yet.")
-        check_free(out, force=force, ours=MANIFEST)
-        with written_whole(out) as folder:
-            write(reader, runs, to, folder)
-    typer.echo(f"wrote {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
-
-
-@app.command(epilog="Example: `peelwise watch run.db`", short_help="Follow a run in the terminal.")
-def watch(
-    history: HistoryArgument,
-    run: Annotated[int | None, typer.Option(help="Number of the run; default: the newest.")] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Between two looks at the file.")] = 2.0,
-    once: Annotated[bool, typer.Option("--once", help="Print the present state and exit.")] = False,
-) -> None:
-    """Follow the run history FILE live: verdicts, what blocks could gain, what happened. Ctrl-C ends it."""
-    from peelwise.show.watch import watch as follow
-    from peelwise.store.reader import RunReader
-
-    console = Console(highlight=False)
-    with RunReader(history) as reader, suppress(KeyboardInterrupt):
-        follow(reader, run, console, seconds=seconds, once=once or not console.is_terminal)
 
 
 @app.callback(invoke_without_command=True)
@@ -383,7 +337,7 @@ def _open(
     from peelwise.probes import Probe
 
     documents, source = _documents(text, field)  # first, since it is quick and may be mistyped
-    with _quiet_warnings(), _status(f"Opening {model} ..."):
+    with quiet_warnings(), status(f"Opening {model} ..."):
         opened = open_model(model, **how)
         return opened, Probe.from_text(documents, require_tokenizer(opened), source=source, **draw)
 
@@ -412,61 +366,4 @@ def _print(report: Any, out: Path | None, as_json: bool) -> None:
         return
     print_record(report.record, Console(highlight=False), out)
     if out is not None and not (out / "report.html").exists():
-        _err.print('No report.html: pip install "peelwise\\[plots]", then `peelwise report`.')
-
-
-@contextmanager
-def _quiet_warnings() -> Iterator[None]:
-    """Show peelwise's own warnings as one line; other libraries' do not belong between the progress bars."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    for warning in caught:
-        if issubclass(warning.category, PeelwiseWarning):
-            _err.print(f"[yellow]warning:[/] {escape(str(warning.message))}", soft_wrap=True)
-
-
-@contextmanager
-def _status(what: str) -> Iterator[None]:
-    if not _err.is_terminal:
-        _err.print(what)
-        yield
-        return
-    with _err.status(what):
-        yield
-
-
-@contextmanager
-def _progress_bar() -> Iterator[Watcher]:
-    """Yield a watcher that draws a bar on a terminal and a line per stage elsewhere."""
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    if not _err.is_terminal:
-        yield _line_per_stage()
-        return
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}")
-    with Progress(*columns, console=_err, transient=True) as bar:
-        task = bar.add_task("starting", total=1.0, left="")
-
-        def watch(step: Step) -> None:
-            total = step.elapsed_seconds + step.left_seconds
-            detail = f" ({step.done} of {step.total})" if step.total else ""
-            left = f"at most {_minutes(step.left_seconds)} left" if step.left_seconds else "finishing"
-            bar.update(task, description=step.stage + detail, completed=step.elapsed_seconds / total, left=left)
-
-        yield watch
-
-
-def _line_per_stage() -> Watcher:
-    seen: set[str] = set()
-
-    def watch(step: Step) -> None:
-        if step.stage not in seen:
-            seen.add(step.stage)
-            _err.print(f"{_minutes(step.elapsed_seconds):>6}  {step.stage}")
-
-    return watch
-
-
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+        stderr.print('No report.html: pip install "peelwise\\[plots]", then `peelwise report`.')

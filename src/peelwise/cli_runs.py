@@ -1,4 +1,4 @@
-"""The commands that show a live page, ``peelwise serve | demo``."""
+"""The commands about run histories, ``peelwise export | watch | serve | demo``."""
 
 from __future__ import annotations
 
@@ -8,13 +8,58 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+
+from peelwise.errors import StoreError
 
 app = typer.Typer()
+
+HistoryArgument = Annotated[Path, typer.Argument(metavar="FILE", help="Run history, such as run.db.")]
 
 PortOption = Annotated[
     int | None, typer.Option(min=0, max=65535, help="Default: 8717, or a free one if it is taken; 0: any free one.")
 ]
 OpenOption = Annotated[bool, typer.Option("--open/--no-open", help="Open a browser.")]
+
+
+@app.command(epilog="Example: `peelwise export run.db --to csv --out exported`", short_help="Export a run history.")
+def export(
+    history: HistoryArgument,
+    to: Annotated[str, typer.Option(help="csv, jsonl, parquet or tensorboard.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the files, one per table.")],
+    run: Annotated[int | None, typer.Option(help="Number of one run; default: all of them.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier result.")] = False,
+) -> None:
+    """Export the run history FILE, which may still be being written, for other programs."""
+    from peelwise.pipeline.folder import check_free, written_whole
+    from peelwise.show.export import MANIFEST
+    from peelwise.show.export import export as write
+    from peelwise.store.reader import RunReader
+
+    with RunReader(history) as reader:
+        runs = reader.runs() if run is None else [reader.run(run)]
+        if not runs:
+            raise StoreError(f"{history} holds no run yet.")
+        check_free(out, force=force, ours=MANIFEST)
+        with written_whole(out) as folder:
+            write(reader, runs, to, folder)
+    typer.echo(f"wrote {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
+
+
+@app.command(epilog="Example: `peelwise watch run.db`", short_help="Follow a run in the terminal.")
+def watch(
+    history: HistoryArgument,
+    run: Annotated[int | None, typer.Option(help="Number of the run; default: the newest.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Between two looks at the file.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Print the present state and exit.")] = False,
+) -> None:
+    """Follow the run history FILE live: verdicts, what blocks could gain, what happened. Ctrl-C ends it."""
+    from peelwise.show.watch import watch as follow
+    from peelwise.store.reader import RunReader
+
+    console = Console(highlight=False)
+    with RunReader(history) as reader, suppress(KeyboardInterrupt):
+        follow(reader, run, console, seconds=seconds, once=once or not console.is_terminal)
 
 
 @app.command(
