@@ -1,6 +1,6 @@
-"""A ternary GPT stuck at a low learning rate: the loss curve, the audit, peel maps, and signals of its codes.
+"""Ternary GPTs stuck at a low learning rate: the loss curve, the audit, peel maps, and signals of their codes.
 
-    python examples/low_bit.py                      # the committed ternary models; some ten minutes on one core
+    python examples/low_bit.py                      # the committed ternary models; some fifteen minutes on one core
     python examples/low_bit.py --draw               # the figure alone, from the numbers measured before
 
 The runs are those of examples/small_gpt/low_bit.py: same tokens, same recipe, other learning rates. Each finished model
@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,14 @@ sys.path.insert(0, str(HERE))  # run from anywhere
 from small_gpt.evaluate import token_losses, token_stream, windows  # noqa: E402
 from small_gpt.text import held_out_documents, training_documents  # noqa: E402
 
-RUNS = (
+CONVERTED = ("converted-tuned", "converted-stuck")  # a full-precision model taken over into ternary, and trained on
+FROM_SCRATCH = (
     *(f"{form}-{state}" for form in ("dense", "binary", "ternary") for state in ("tuned", "stuck")),
     "ternary-cooled",
 )
-MEASURED = {"ternary-tuned": ("C2", "o"), "ternary-stuck": ("C3", "s"), "ternary-cooled": ("C4", "^")}
-COLOURS = {"dense": "k", "binary": "C0", "ternary": "C1"}
+MEASURED = (*CONVERTED, "ternary-tuned", "ternary-stuck", "ternary-cooled")
+MARKERS = {"tuned": ("C2", "o"), "stuck": ("C3", "s"), "cooled": ("C4", "^")}
+COLOURS = {"dense": "k", "binary": "C0", "ternary": "C1", "converted": "C1"}
 LINES = {"tuned": "-", "stuck": "--", "cooled": ":"}
 CONTEXT = 127  # a sequence of the probe is what the model was trained on: 128 tokens
 
@@ -187,30 +190,44 @@ def step_at(points: list[dict[str, float]], loss: float) -> float:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(7.2, 9.6), height_ratios=(3, 2.2, 2.2))
-    for run in RUNS:
-        form, state = run.split("-")
-        steps, values = zip(*((p["step"], p["held_out"]) for p in curve(run)), strict=True)
-        top.plot(steps, values, LINES[state], color=COLOURS[form], label=run)
-    top.set(xlabel="training step", ylabel="held-out loss, nats per token", ylim=(2.4, 6.3))
-    top.set_title("Same tokens, same recipe, other learning rates", fontsize=10)
-    top.legend(fontsize=8, ncols=2)
-    draw_gains(middle, results)
-    for state, line in LINES.items():
-        points = curve(f"ternary-{state}")
-        steps = [p["step"] for p in points]
-        for key, colour in (("flipped", "C0"), ("near_threshold", "C2"), ("scale_drift", "C4")):
-            label = f"{key.replace('_', ' ')}, {state}"
-            bottom.plot(steps, [max(p[key], 1e-6) for p in points], line, color=colour, label=label)
-    bottom.set(yscale="log", ylim=(1e-5, 30), xlabel="training step", ylabel="share of codes; relative change")
-    bottom.set_title("Ternary codes since the look 40 steps before", fontsize=10)
-    bottom.legend(fontsize=7, ncols=3, loc="upper center")
+    figure = plt.figure(figsize=(10.5, 9.5))
+    grid = figure.add_gridspec(3, 2, height_ratios=(3, 2.4, 2.4))
+    left, right = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
+    draw_curves(left, CONVERTED, "A trained model, taken over into ternary")
+    draw_curves(right, FROM_SCRATCH, "From scratch: same tokens, other formats and rates")
+    left, right = figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
+    draw_gains(left, results, CONVERTED)
+    draw_gains(right, results, [run for run in FROM_SCRATCH if run in MEASURED])
+    right.tick_params(labelleft=False)
+    draw_signals(figure.add_subplot(grid[2, :]))
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
 
-def draw_gains(axes: plt.Axes, results: dict[str, Any]) -> None:
+def draw_curves(axes: plt.Axes, runs: Sequence[str], title: str) -> None:
+    for run in runs:
+        form, state = run.split("-")
+        steps, values = zip(*((p["step"], p["held_out"]) for p in curve(run)), strict=True)
+        axes.plot(steps, values, LINES[state], color=COLOURS[form], label=run)
+    axes.set(xlabel="training step", ylabel="held-out loss, nats per token")
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=8, ncols=2)
+
+
+def draw_signals(axes: plt.Axes) -> None:
+    for state, line in LINES.items():
+        points = curve(f"ternary-{state}")
+        steps = [p["step"] for p in points]
+        for key, colour in (("flipped", "C0"), ("near_threshold", "C2"), ("scale_drift", "C4")):
+            label = f"{key.replace('_', ' ')}, {state}"
+            axes.plot(steps, [max(p[key], 1e-6) for p in points], line, color=colour, label=label)
+    axes.set(yscale="log", ylim=(1e-5, 30), xlabel="training step", ylabel="share of codes; relative change")
+    axes.set_title("Ternary codes from scratch, since the look 40 steps before", fontsize=10)
+    axes.legend(fontsize=7, ncols=3, loc="upper center")
+
+
+def draw_gains(axes: plt.Axes, results: dict[str, Any], runs: Sequence[str]) -> None:
     """What each construction gains: witnesses, null controls, the head."""
     rows = {
         "blocks, same bits": lambda r: r["audit"]["composed_gain"],
@@ -218,26 +235,24 @@ def draw_gains(axes: plt.Axes, results: dict[str, Any]) -> None:
         "head alone": lambda r: r["audit"]["head_alone"],
         "peel map over head control": lambda r: r["peel"]["over_head_control"],
         "control: shuffled targets": lambda r: r["audit"]["shuffled_gain"],
-        "control: untrained model": lambda r: r["audit"]["untrained_gain"],
+        "control: the untrained model's": lambda r: r["audit"]["untrained_gain"],
     }
-    there = [run for run in MEASURED if "audit" in results.get(run, {})]
-    # What no budget sufficed for has no row.
-    rows = {label: get for label, get in rows.items() if any(get(results[run]) is not None for run in there)}
+    there = [run for run in runs if "audit" in results.get(run, {})]
     for number, run in enumerate(there):
-        colour, marker = MEASURED[run]
-        place = 0.2 * (number - (len(there) - 1) / 2)
+        colour, marker = MARKERS[run.split("-")[1]]
+        place = 0.22 * (number - (len(there) - 1) / 2)
         found = [(i + place, get(results[run])) for i, get in enumerate(rows.values())]
         if not any(v for _, v in found):
             continue
         places, values = zip(*((i, v) for i, v in found if v is not None), strict=True)
         errors = [[v[0] - v[1] for v in values], [v[2] - v[0] for v in values]]
-        axes.errorbar([v[0] for v in values], places, xerr=errors, fmt=marker, color=colour, capsize=3, label=run)
+        axes.errorbar([v[0] for v in values], places, xerr=errors, fmt=marker, ms=5, color=colour, capsize=3, label=run)
         axes.axvline(results[run]["audit"]["margin"], color=colour, linestyle=":", linewidth=0.9)
     axes.axvline(0, color="0.4", linewidth=0.8)
+    axes.set(xlim=(-0.03, 0.47), xlabel="gain, nats per token, 95 %; dotted: the margins")
     axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
     axes.invert_yaxis()
-    axes.set(xlabel="gain on report, nats per token, 95 %; dotted: the margins")
-    axes.legend(fontsize=8, loc="upper right")
+    axes.legend(fontsize=8, loc="center right")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

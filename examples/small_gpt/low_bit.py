@@ -34,6 +34,7 @@ class LowBitSettings(Settings):
     middle_step: int = 1200
     evaluate_every: int = 40
     form: str = "dense"
+    start: str = ""  # stage of the full-precision model whose weights are taken over; without one, from scratch
 
 
 # Highest learning rates. Tuned: the best of 4e-3, 1e-2 and, inside a format, 2e-2 in runs of 120 steps.
@@ -45,6 +46,10 @@ RUNS = {
     for state, rate in (("tuned", tuned), ("stuck", STUCK))
 }
 # A good rate that has decayed long before the end: stuck further down.
+# The finished full-precision model taken over into ternary and trained on, and the same at a rate far too low.
+_CONVERTED = LowBitSettings(form="ternary", steps=240, early_step=240, middle_step=240, warmup=20, start="step-02400")
+RUNS["converted-tuned"] = replace(_CONVERTED, peak_rate=2e-3)
+RUNS["converted-stuck"] = replace(_CONVERTED, peak_rate=2e-5)
 RUNS["ternary-cooled"] = LowBitSettings(form="ternary", peak_rate=TUNED["ternary"], decayed_by=240, floor=0.01)
 
 
@@ -52,6 +57,7 @@ class LowBitRun(Run):
     """A training run inside a format, whose codes are watched."""
 
     settings: LowBitSettings
+    largest_rounding = 1e-2  # a latent weight next to a threshold takes another code, which is no rounding error
 
     def __init__(self, settings: LowBitSettings, resume_file: Path, fresh: bool) -> None:
         super().__init__(settings, resume_file, fresh)
@@ -59,6 +65,9 @@ class LowBitRun(Run):
         self.watch.look()
 
     def new_model(self) -> nn.Module:
+        if self.settings.start:
+            stage = HERE / "checkpoints" / self.settings.start
+            return in_format(open_model(str(stage), device="cpu", dtype="float32").model, self.settings.form)
         return in_format(super().new_model(), self.settings.form)
 
     def evaluate(self, test: Tensor) -> None:
@@ -98,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("runs", nargs="+", choices=RUNS, help="what to train", metavar="run")
-    parser.add_argument("--steps", type=int, default=LowBitSettings.steps, help="training steps of 2,048 tokens")
+    parser.add_argument("--steps", type=int, help="training steps of 2,048 tokens; default: 1200, converted 240")
     parser.add_argument("--rate", type=float, help="another highest learning rate, to try")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument(
@@ -107,10 +116,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     transformers.utils.logging.disable_progress_bar()
-    if options.steps < 1:
+    if options.steps is not None and options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")
     for name in options.runs:
-        settings = replace(RUNS[name], steps=options.steps)
+        settings = replace(RUNS[name], steps=options.steps or RUNS[name].steps)
         if options.rate:
             settings = replace(settings, peak_rate=options.rate)
         print(f"{name}: {settings.form}, rate {settings.peak_rate:g}")

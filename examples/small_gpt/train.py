@@ -29,7 +29,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 HERE = Path(__file__).resolve().parent
 END_OF_TEXT = "<|endoftext|>"
-LARGEST_ROUNDING = 1e-3  # nats per token that saving as float16 may cost
 
 
 @dataclass(frozen=True)
@@ -175,6 +174,8 @@ def learning_rate(step: int, settings: Settings) -> float:
 class Run:
     """The state of a training run: advanced step by step, saved and resumed."""
 
+    largest_rounding = 1e-3  # nats per token that saving as float16 may cost
+
     def __init__(self, settings: Settings, resume_file: Path, fresh: bool) -> None:
         self.settings, self.resume_file = settings, resume_file
         resume_file.parent.mkdir(parents=True, exist_ok=True)
@@ -267,8 +268,8 @@ def save_stage(
     tokenizer.save_pretrained(folder)
     stored = mean_loss(run.opened(folder), test)
     rounding = stored - mean_loss(run.model, test)
-    if abs(rounding) > LARGEST_ROUNDING:
-        sys.exit(f"{folder}: float16 changed the loss by {rounding:.5f} nats, more than {LARGEST_ROUNDING}.")
+    if abs(rounding) > run.largest_rounding:
+        sys.exit(f"{folder}: float16 changed the loss by {rounding:.5f} nats, more than {run.largest_rounding}.")
     return {
         "step": run.step,
         "folder": folder.name,
