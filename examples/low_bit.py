@@ -252,7 +252,8 @@ def draw_gains(axes: plt.Axes, results: dict[str, Any], runs: Sequence[str]) -> 
     axes.set(xlim=(-0.03, 0.47), xlabel="gain, nats per token, 95 %; dotted: the margins")
     axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
     axes.invert_yaxis()
-    axes.legend(fontsize=8, loc="center right")
+    if there:
+        axes.legend(fontsize=8, loc="center right")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
