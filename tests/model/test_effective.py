@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from peelwise.errors import FormatError, UnsupportedModelError
 from peelwise.formats.table import parse_format
-from peelwise.model.effective import held
+from peelwise.model.effective import held, hold_
 from peelwise.model.layers import find_blocks, is_linear
 from peelwise.nn import BinaryLinear, IntLinear, TernaryLinear, quantize_
 from zoo import ZOO
@@ -147,6 +148,61 @@ def test_torchao_weights_are_read(number: int) -> None:
     expected = ("int8:channel,symmetric", "int4:group=16,symmetric", "int4:group=16,affine", "int2:channel,symmetric")
     assert found.format.name == f"{expected[number]},scale=float32"
     torch.testing.assert_close(found.weight, _computed(model[0], 32), rtol=1e-4, atol=1e-5)
+
+
+def _assert_takes_codes(module: nn.Module) -> None:
+    """Half of its codes negated and a scale doubled: the module then computes with just that."""
+    found = held(module)
+    encoded, form = found.encoded, found.format
+    codes = encoded.codes.clone()
+    if encoded.zeros is None:
+        codes[:, ::2] *= -1
+    else:
+        codes[:, ::2] = codes[:, ::2].flip(0)
+    other = replace(encoded, codes=codes, scales=2 * encoded.scales)
+    assert not torch.equal(form.decode(other), found.weight)
+    hold_(module, other)
+    torch.testing.assert_close(held(module).weight, form.decode(other))
+    torch.testing.assert_close(_computed(module, 32), form.decode(other), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_torchao_weights_take_other_codes(number: int) -> None:
+    config = _torchao_configs()[number]
+    from torchao.quantization import quantize_ as torchao_quantize_
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 8))
+    torchao_quantize_(model, config)
+    weight = model[0].weight
+    weight.qdata.clamp_(min=weight.qdata.min() + 1)  # the lowest code has no opposite
+    _assert_takes_codes(model[0])
+
+
+@pytest.mark.parametrize("kind", ["BitLinear", "AutoBitLinear"])
+def test_bitnet_layers_take_other_codes(kind: str) -> None:
+    torch.manual_seed(0)
+    module = _bitnet(kind)
+    codes = torch.randint(-1, 2, (8, 32)).float()
+    if kind == "BitLinear":
+        from transformers.integrations.bitnet import pack_weights
+
+        module.weight = pack_weights(codes)
+    else:
+        module.weight.data = codes
+    module.weight_scale.fill_(0.37)
+    with torch.no_grad():
+        module.bias.zero_()
+    _assert_takes_codes(module)
+
+
+def test_modules_that_derive_or_hide_their_codes_take_none() -> None:
+    module = _bitnet("AutoBitLinear", online_quant=True)
+    with pytest.raises(UnsupportedModelError, match="online mode takes its scale from its latent weights"):
+        hold_(module, held(module).encoded)
+    scaled = _Scaled()
+    with pytest.raises(UnsupportedModelError, match="_Scaled cannot be given other codes"):
+        hold_(scaled, held(scaled).encoded)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

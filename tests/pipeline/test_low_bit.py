@@ -174,6 +174,58 @@ def test_a_module_that_cannot_be_given_codes_is_said_so(tmp_path) -> None:
         merged_model(certificate, model)
 
 
+def _bitnet_folder(folder) -> None:
+    """A packed checkpoint, as BitNet models are published."""
+    transformers = pytest.importorskip("transformers")
+    bitnet = pytest.importorskip("transformers.integrations.bitnet")
+    config = transformers.BitNetConfig(
+        vocab_size=97, bos_token_id=None, eos_token_id=None, hidden_size=32, intermediate_size=64,
+        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = transformers.BitNetForCausalLM(config)
+    weights = {}
+    for name, weight in model.state_dict().items():
+        if "_proj" in name:
+            scale = weight.abs().mean()
+            weights[name] = bitnet.pack_weights((weight / scale).round().clamp(-1, 1))
+            weights[name.replace("weight", "weight_scale")] = (1 / scale).reshape(1)
+        else:
+            weights[name] = weight.contiguous()
+    model.config.quantization_config = {"quant_method": "bitnet", "modules_to_not_convert": ["lm_head"]}
+    model.config.save_pretrained(folder)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _torchao_folder(folder) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    from torchao.quantization.granularity import PerGroup
+    from transformers import AutoModelForCausalLM, TorchAoConfig
+
+    ZOO["llama"]().save_pretrained(folder / "dense")
+    config = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(16))
+    model = AutoModelForCausalLM.from_pretrained(folder / "dense", quantization_config=TorchAoConfig(config))
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(("make", "form"), [(_bitnet_folder, "ternary:tensor"), (_torchao_folder, "int4:group=16")])
+def test_other_peoples_checkpoints_are_audited_verified_and_applied_at_their_bits(tmp_path, make, form) -> None:
+    torch.manual_seed(0)
+    make(tmp_path)
+    with torch.compiler.set_stance("force_eager"):  # transformers compiles the unpacking of BitNet's codes
+        report = peelwise.audit(
+            tmp_path, tiny_probe(in_distribution=True), budget="10m", joint_rounds=1, alone_rounds=1, controls=False
+        )
+        assert any("hold low-bit codes" in note and form in note for note in report.record.notes)
+        assert sum(name.startswith("composed/") and name.endswith(".codes") for name in report.witness) > 10
+        report.save(tmp_path / "certificate")
+        assert peelwise.verify(tmp_path / "certificate", tmp_path, full=True).holds
+        loss = peelwise.apply(tmp_path / "certificate", tmp_path, tmp_path / "applied")
+        assert loss == pytest.approx(report.record.loss.composed, abs=1e-4)
+        assert abs(loss - report.record.loss.current) > 1e-7  # the control: other weights
+        written = open_model(tmp_path / "applied", with_tokenizer=False).model
+        assert all(m.low_bit for block in find_blocks(written) for m in block.linears)
+
+
 def read_certificate_of(outcome, tmp_path):
     peelwise.AuditReport(outcome.record, outcome.witness, outcome.probe).save(tmp_path / "out")
     return read_certificate(tmp_path / "out")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peelwise.errors import DeviceError, FormatError, MissingExtraError, ModelError, OutputError, UnsupportedModelError
 from peelwise.model.gguf_blocks import stored_maps
 from peelwise.model.layers import find_blocks, plain_name
-from peelwise.model.sharding import own_part
+from peelwise.model.sharding import is_spread, own_part
 from peelwise.model.weight_files import brief, check_gguf, check_weights, read_config, read_tensors
 from peelwise.nn.files import FORMATS_KEY, TENSORS, hold_in, note_formats, restore_
 
@@ -168,7 +168,10 @@ def save_model(model: nn.Module, tokenizer: Any | None, folder: str | Path) -> N
     note_formats(model)
     try:
         with _quiet():
-            save(folder)
+            try:
+                save(folder)
+            except NotImplementedError:  # transformers cannot turn torchao weights that it has read back, nor need it
+                save(folder, save_original_format=False)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
     except Exception as error:  # full disk, permissions, or whatever the architecture's own saving does
@@ -383,7 +386,17 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             continue
         if tensor.is_meta:
             raise ModelError(f"{name} has no values (meta device): load or gather the weights first.")
-        yield plain_name(name), tensor.detach()
+        yield from _parts(plain_name(name), tensor.detach())
+
+
+def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield a tensor, or the plain ones (codes, scales, zero points) of which a quantised one is made."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)  # torch's protocol for tensors that wrap others
+    if flatten is None or is_spread(tensor):
+        yield name, tensor
+        return
+    for part in flatten()[0]:
+        yield from _parts(f"{name}.{part}", getattr(tensor, part))
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,11 +50,12 @@ class Held:
 
 @dataclass(frozen=True)
 class Adapter:
-    """How one kind of module is recognised and read."""
+    """How one kind of module is recognised and read, and given other codes where that is possible."""
 
     name: str
     matches: Callable[[nn.Module], bool]
     read: Callable[[Any], Held]
+    write: Callable[[Any, Encoded], None] | None = None
 
 
 def held(module: nn.Module) -> Held | None:
@@ -68,6 +70,27 @@ def held(module: nn.Module) -> Held | None:
             with torch.no_grad():
                 return adapter.read(module)
     return None
+
+
+@torch.no_grad()
+def hold_(module: nn.Module, encoded: Encoded) -> None:
+    """Let a low-bit module compute with other codes, scales and zero points of its format, in place.
+
+    Args:
+        module: one that `held` knows.
+        encoded: what it shall hold, on any device.
+
+    Raises:
+        FormatError: If the module's own ``hold_`` says so.
+        UnsupportedModelError: If modules of its kind cannot be given codes.
+    """
+    write = getattr(module, "hold_", None)
+    if not callable(write):
+        own = next((adapter.write for adapter in ADAPTERS if adapter.matches(module)), None)
+        write = None if own is None else partial(own, module)
+    if write is None:
+        raise UnsupportedModelError(f"{type(module).__name__} cannot be given other codes.")
+    write(encoded)
 
 
 def is_low_bit(module: nn.Module) -> bool:
@@ -100,6 +123,13 @@ def _read_packed_bitnet(module: Any) -> Held:
     return _ternary(codes, 1 / module.weight_scale.float())
 
 
+def _write_packed_bitnet(module: Any, encoded: Encoded) -> None:
+    assert encoded.scales is not None
+    digits = (encoded.codes + 1).to(torch.uint8).chunk(4)
+    module.weight.copy_(sum((digit << shift for digit, shift in zip(digits, (0, 2, 4, 6), strict=True)), digits[0] * 0))
+    module.weight_scale.copy_(1 / encoded.scales.reshape(-1))
+
+
 def _read_auto_bitnet(module: Any) -> Held:
     _refuse_inner_norm(module)
     weight = module.weight.detach().float()
@@ -115,6 +145,16 @@ def _read_auto_bitnet(module: Any) -> Held:
             "quantization_mode='online' if the checkpoint holds latent weights."
         )
     return _ternary(codes.to(torch.int8), module.weight_scale.float())
+
+
+def _write_auto_bitnet(module: Any, encoded: Encoded) -> None:
+    if module.online_quant:
+        raise UnsupportedModelError(
+            "AutoBitLinear in online mode takes its scale from its latent weights, so it cannot be given another."
+        )
+    assert encoded.scales is not None
+    module.weight.copy_(encoded.codes)
+    module.weight_scale.copy_(encoded.scales.reshape(-1))
 
 
 def _ternary(codes: Tensor, scale: Tensor) -> Held:
@@ -135,6 +175,16 @@ def _read_torchao(module: Any) -> Held:
     found = _integer(weight.qdata, weight.scale, weight.zero_point, bits, weight.block_size)
     check_decodes(found.encoded, weight.dequantize().float(), found.format)
     return found
+
+
+def _write_torchao(module: Any, encoded: Encoded) -> None:
+    weight = module.weight
+    assert encoded.scales is not None
+    offset = 0 if encoded.zeros is None else 2 ** (_digits(weight.target_dtype) - 1)  # our codes begin at 0 there
+    weight.qdata.copy_(encoded.codes.to(torch.int16) - offset)
+    weight.scale.copy_(encoded.scales.reshape(weight.scale.shape))
+    if encoded.zeros is not None:
+        weight.zero_point.copy_((encoded.zeros.to(torch.int16) - offset).reshape(weight.zero_point.shape))
 
 
 def _read_torchao_training(module: Any) -> Held:
@@ -212,9 +262,9 @@ def _trains_in_torchao(module: nn.Module) -> bool:
 
 ADAPTERS: tuple[Adapter, ...] = (
     Adapter("protocol", _follows_protocol, _read_protocol),
-    Adapter("BitNet, packed", _is("BitLinear", "transformers."), _read_packed_bitnet),
-    Adapter("BitNet", _is("AutoBitLinear", "transformers."), _read_auto_bitnet),
-    Adapter("torchao", _weight_is("IntxUnpackedToInt8Tensor", "Int8Tensor"), _read_torchao),
+    Adapter("BitNet, packed", _is("BitLinear", "transformers."), _read_packed_bitnet, _write_packed_bitnet),
+    Adapter("BitNet", _is("AutoBitLinear", "transformers."), _read_auto_bitnet, _write_auto_bitnet),
+    Adapter("torchao", _weight_is("IntxUnpackedToInt8Tensor", "Int8Tensor"), _read_torchao, _write_torchao),
     Adapter("torchao, in training", _trains_in_torchao, _read_torchao_training),
     Adapter("torchao, other", _weight_is(), _read_unknown_torchao),
 )

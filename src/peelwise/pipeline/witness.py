@@ -16,10 +16,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from peelwise.errors import CertificateError, FormatError
+from peelwise.errors import CertificateError, FormatError, UnsupportedModelError
 from peelwise.formats.base import Encoded
 from peelwise.formats.membership import check_member, same_support, scaled_part
-from peelwise.model.effective import Held
+from peelwise.model.effective import Held, hold_
 from peelwise.model.layers import Block, LinearMap
 from peelwise.pipeline.bench import WITNESS_DTYPE, ChangeMap
 from peelwise.pipeline.refine import Refined
@@ -103,16 +103,17 @@ def merge_(witness: Mapping[str, Tensor], kind: str, blocks: tuple[Block, ...]) 
         if held is None:
             _add(linear.module.weight, (change[:, :-1] if linear.has_bias else change), transposed=linear.transposed)
         else:
-            hold = getattr(linear.module, "hold_", None)
             encoded = codes_of(witness, kind, linear, held)
-            if not callable(hold):
-                raise CertificateError(
-                    f"{linear.name}: {type(linear.module).__name__} cannot be given other codes. They are in "
-                    "witness.safetensors; or give its class a method hold_(encoded), as peelwise.nn layers have."
-                )
             if encoded is not None:
                 on = linear.weight().device
-                hold(replace(encoded, **{p: v.to(on) for p in _PARTS if (v := getattr(encoded, p)) is not None}))
+                moved = {part: v.to(on) for part in _PARTS if (v := getattr(encoded, part)) is not None}
+                try:
+                    hold_(linear.module, replace(encoded, **moved))
+                except UnsupportedModelError as error:
+                    raise CertificateError(
+                        f"{linear.name}: {error} They are in witness.safetensors; or give its class a method "
+                        "hold_(encoded), as peelwise.nn layers have."
+                    ) from error
         if linear.has_bias:
             _add(linear.module.bias, change[:, -1], transposed=False)
     return bool(changes)
