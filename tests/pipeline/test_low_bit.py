@@ -14,10 +14,11 @@ from torch import nn
 
 import peelwise
 from audits import ONE_ROUND, Snapshot, tiny_probe
+from gguf_files import llama_of_whole_blocks, write_llama_gguf
 from peelwise.errors import CertificateError, FormatError
 from peelwise.formats.membership import check_member
 from peelwise.formats.table import parse_format
-from peelwise.model.checkpoints import open_model
+from peelwise.model.checkpoints import open_model, save_model
 from peelwise.model.layers import find_blocks
 from peelwise.nn import quantize_, save_pretrained
 from peelwise.pipeline.audit import run_audit
@@ -224,6 +225,20 @@ def test_other_peoples_checkpoints_are_audited_verified_and_applied_at_their_bit
         assert abs(loss - report.record.loss.current) > 1e-7  # the control: other weights
         written = open_model(tmp_path / "applied", with_tokenizer=False).model
         assert all(m.low_bit for block in find_blocks(written) for m in block.linears)
+
+
+def test_a_gguf_file_is_audited_at_the_bits_it_stores(tmp_path) -> None:
+    write_llama_gguf(llama_of_whole_blocks(), tmp_path / "model.gguf", "Q4_0")
+    opened = open_model(tmp_path / "model.gguf", with_tokenizer=False, as_stored=True)
+    outcome = run_audit(opened.model, tiny_probe(in_distribution=True), ONE_ROUND, source=opened.source)
+    certificate = read_certificate_of(outcome, tmp_path)
+    assert certificate.record.model.as_stored
+    assert sum(name.startswith("composed/") and name.endswith(".codes") for name in certificate.witness) > 10
+    assert peelwise.verify(tmp_path / "out", full=True).holds
+    save_model(merged_model(certificate, opened.model), None, tmp_path / "applied")  # the file has no tokenizer
+    written = open_model(tmp_path / "applied", with_tokenizer=False).model
+    assert report_loss(written, certificate) == pytest.approx(outcome.record.loss.composed, abs=1e-4)
+    assert all(m.held().format.name == "int4:group=32,symmetric" for b in find_blocks(written) for m in b.linears)
 
 
 def read_certificate_of(outcome, tmp_path):

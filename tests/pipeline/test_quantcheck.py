@@ -11,8 +11,10 @@ from torch import nn
 
 import peelwise
 from audits import Snapshot, part_of, runner_of, tiny_probe
+from gguf_files import llama_of_whole_blocks, write_llama_gguf
 from peelwise.errors import FormatError, ModelError
 from peelwise.formats.table import parse_format
+from peelwise.model.checkpoints import open_model
 from peelwise.model.layers import find_blocks
 from peelwise.nn import dense_, quantize_
 from peelwise.pipeline.quantcheck import Candidate, QuantcheckSettings, input_sums, run_quantcheck
@@ -145,3 +147,22 @@ def test_another_models_parent_is_refused(change, message: str) -> None:
     quantize_(quantised, "ternary")
     with pytest.raises(ModelError, match=message):
         _check(quantised, change(ZOO["llama"]()))
+
+
+def test_a_gguf_file_is_compared_with_its_parent_by_the_codes_it_stores(tmp_path) -> None:
+    """Rows of its query and key maps are stored in another order: taken for the parent's they would be far off."""
+    parent, file = llama_of_whole_blocks(), tmp_path / "model.gguf"
+    write_llama_gguf(parent, file, "Q4_0")
+    record = peelwise.quantcheck(file, parent, tiny_probe(in_distribution=True))
+    assert len(record.layers) == 14
+    opened = open_model(file, with_tokenizer=False).model
+    found, wanted = ({m.name: m for b in find_blocks(each) for m in b.linears} for each in (opened, parent))
+    for layer in record.layers:
+        assert layer.format == "int4:group=32,symmetric"
+        assert layer.bits_per_weight == 4.5
+        damage = found[layer.name].weight() - wanted[layer.name].weight()
+        assert damage.square().sum() < 0.02 * wanted[layer.name].weight().square().sum()
+        assert 0 < layer.error < 0.02
+        parts = layer.split
+        assert parts.price_of_precision + parts.left_on_the_table == pytest.approx(layer.error)
+        assert parts.left_on_the_table > 0

@@ -1,0 +1,57 @@
+"""A small Llama written as a complete GGUF file, which transformers opens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def llama_of_whole_blocks() -> LlamaForCausalLM:
+    """Return a random Llama all of whose widths are multiples of 32."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=97, num_key_value_heads=2, max_position_embeddings=64, **sizes)
+    ).eval()
+
+
+def write_llama_gguf(model: LlamaForCausalLM, file: Path, kind: str) -> None:
+    """Write block matrices in the blocks of ``kind``, everything else in float32, without a tokenizer."""
+    gguf = pytest.importorskip("gguf")
+    config, type_ = model.config, gguf.GGMLQuantizationType[kind]
+    heads, key_value_heads = config.num_attention_heads, config.num_key_value_heads
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        if "q_proj" in name or "k_proj" in name:
+            weight = _interleaved(weight, heads if "q_proj" in name else key_value_heads)
+        stored = names.get_name(name, try_suffixes=(".weight",))
+        data = weight.float().numpy()
+        if "_proj" in name:
+            writer.add_tensor(stored, gguf.quants.quantize(data, type_), raw_dtype=type_)
+        else:
+            writer.add_tensor(stored, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _interleaved(weight: Tensor, heads: int) -> Tensor:
+    """GGUF turns neighbouring coordinates of a head, transformers those half a head apart."""
+    d_out, d_in = weight.shape
+    return weight.reshape(heads, 2, d_out // heads // 2, d_in).swapaxes(1, 2).reshape(d_out, d_in).contiguous()
