@@ -213,3 +213,13 @@ def test_bytes_that_are_no_text_are_told(tmp_path):
     (tmp_path / RECORD_FILE).write_bytes(b"\xff\xfe\x00")
     with pytest.raises(CertificateError, match="No certificate at"):
         read_record(tmp_path)
+
+
+def test_seals_survive_fields_that_a_later_version_adds():
+    class Later(AuditRecord):
+        measured_later: float | None = None
+
+    sealed = RECORDS["whole"].sealed()
+    again = Later.model_validate(plain(sealed))
+    assert again.computed_digest() == sealed.digest
+    assert again.model_copy(update={"measured_later": 1.0}).computed_digest() != sealed.digest

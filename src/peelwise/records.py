@@ -249,8 +249,12 @@ class SealedRecord(Record):
         return self.model_dump_json(by_alias=True, indent=2)
 
     def computed_digest(self) -> str:
-        """Return the SHA-256 of the record without its digest, over JSON with sorted keys."""
-        plain = self.model_dump(mode="json", by_alias=True, exclude={"digest"})
+        """Return the SHA-256 of the record without its digest, over JSON with sorted keys.
+
+        Fields at their defaults do not count, so a field that a later version adds leaves earlier seals whole.
+        """
+        plain = self.model_dump(mode="json", by_alias=True, exclude={"digest"}, exclude_defaults=True)
+        plain |= {"schema": self.schema_version, "kind": self.kind}  # their defaults change with the version
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
     def sealed(self) -> Self:
