@@ -397,10 +397,11 @@ def test_models_and_probes_that_do_not_fit_are_refused_at_once():
 
 
 TRAININGS = """
-import os, random, signal, sys, time
+import os, sys
 sys.path[:0] = {paths!r}
 import torch, torch._dynamo, peelwise  # optimisers import the second at their first step: here it is done once for all
 from audits import tiny_probe
+from kills import killed_children
 from peelwise.store.reader import RunReader
 from test_api_monitor import loss_of, model_of
 from zoo import sample_ids
@@ -420,26 +421,13 @@ def train(name, tell):
         optimizer.zero_grad()
         os.write(tell, b".")
 
-draw = random.Random(0)
-for kill in range(kills):
-    told, tell = os.pipe()
-    child = os.fork()  # before this process has computed anything, so that the child may
-    if child == 0:
-        train(str(kill), tell)
-    os.close(tell)
-    # From before there is a model to the middle of its looks.
-    wanted, done = draw.choice([0, 1, 2, 4]), 0
-    while done < wanted:
-        done += len(os.read(told, 1))
-    time.sleep(draw.random() * 0.2)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    done += len(os.read(told, 10**6))
-    os.close(told)
+# Forked before this process has computed anything, so that the children may. From before there is a model to the
+# middle of its looks.
+for kill, done in killed_children(train, kills, wanted=[0, 1, 2, 4], seconds=lambda draw: draw.random() * 0.2):
     if not os.path.exists(path):
         continue
     with RunReader(path) as reader:
-        runs = [run for run in reader.runs() if run.info.name == str(kill)]
+        runs = [run for run in reader.runs() if run.info.name == kill]
         if not runs:
             assert done == 0, "the run itself is lost"
             continue

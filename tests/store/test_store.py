@@ -154,36 +154,28 @@ def test_readers_see_whole_records_while_it_is_written(tmp_path):
 
 
 KILLS = """
-import os, random, signal, time
+import os
+from kills import killed_children
 from peelwise.store.reader import RunReader
 from peelwise.store.writer import RunWriter
 from runs import probe_row, run_info
 from peelwise.run_records import StepRow
 path, kills = {path!r}, {kills}
-draw = random.Random(0)
-for kill in range(kills):
-    told, tell = os.pipe()
-    child = os.fork()
-    if child == 0:
-        writer = RunWriter(path, run_info(str(kill)))
-        for step in range(10**9):
-            writer.step(StepRow(step, 1.0, 0.0))
-            writer.probe(probe_row(step, kind="alone"))
-            os.write(tell, b".")
-    os.close(tell)
-    # From before the file is opened to long after, and then at any moment of a record.
-    wanted, written = draw.choice([0, 1, 3, 10]), 0
-    while written < wanted:
-        written += len(os.read(told, 1))
-    time.sleep(draw.random() ** 2 * 0.02)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    written += len(os.read(told, 10**6))
-    os.close(told)
+
+def write(name, tell):
+    writer = RunWriter(path, run_info(name))
+    for step in range(10**9):
+        writer.step(StepRow(step, 1.0, 0.0))
+        writer.probe(probe_row(step, kind="alone"))
+        os.write(tell, b".")
+
+# From before the file is opened to long after, and then at any moment of a record.
+soon = lambda draw: draw.random() ** 2 * 0.02
+for kill, written in killed_children(write, kills, wanted=[0, 1, 3, 10], seconds=soon):
     if not os.path.exists(path):
         continue
     with RunReader(path) as reader:
-        runs = [run for run in reader.runs() if run.info.name == str(kill)]
+        runs = [run for run in reader.runs() if run.info.name == kill]
         if not runs:
             assert written == 0, "the run itself is lost"
             continue
