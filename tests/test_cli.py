@@ -218,6 +218,13 @@ def test_folder_without_a_tokenizer(run, text, tmp_path):
     code, _, error = run("audit", bare, "--text", text)
     assert code == 2
     assert "has no tokenizer" in error
+    assert "--tokenizer" in error
+    code, _, error = run("audit", bare, "--text", text, "--tokenizer", bare)
+    assert code == 2
+    assert "There is no tokenizer in" in error
+    code, out, _ = run("audit", bare, "--text", text, "--tokenizer", stage_folder("early"), *QUICK, "--json")
+    assert code == 0
+    assert json.loads(out)["model"]["name"] == "bare"
 
 
 def test_ctrl_c_before_anything_is_known(run, text, tmp_path, monkeypatch):

@@ -37,6 +37,9 @@ TextOption = Annotated[
     list[str] | None,
     typer.Option("--text", metavar="FILE", help="Text: .txt, .jsonl, .parquet or - ; may be repeated."),
 ]
+TokenizerOption = Annotated[
+    Path | None, typer.Option("--tokenizer", metavar="DIR", help="Folder of the tokenizer; default: the model's.")
+]
 FieldOption = Annotated[str, typer.Option(help="Field of .jsonl and .parquet that holds the text.")]
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a certificate.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an earlier result.")]
@@ -80,6 +83,7 @@ def audit(
     model: ModelArgument,
     text: TextOption = None,
     field: FieldOption = "text",
+    tokenizer: TokenizerOption = None,
     tokens: TokensOption = 6_400,
     sequence_length: LengthOption = 128,
     budget: BudgetOption = "5m",
@@ -114,7 +118,13 @@ def audit(
     if out is not None:
         check_free(out, force=force, ours=RECORD_FILE)
     draw = {"tokens": tokens, "sequence_length": sequence_length, "seed": seed, "in_distribution": in_distribution}
-    how = {"device": device, "dtype": dtype, "allow_pickle": allow_pickle, "as_stored": as_stored}
+    how = {
+        "device": device,
+        "dtype": dtype,
+        "allow_pickle": allow_pickle,
+        "as_stored": as_stored,
+        "tokenizer": tokenizer,
+    }
     opened, probe = _open(model, text, field, draw, how)
     with quiet_warnings(), progress_bar() as watcher:
         outcome = run_audit(opened.model, probe, settings, name=opened.name, source=opened.source, watcher=watcher)
@@ -133,6 +143,7 @@ def peel(
     model: ModelArgument,
     text: TextOption = None,
     field: FieldOption = "text",
+    tokenizer: TokenizerOption = None,
     tokens: TokensOption = 6_400,
     sequence_length: LengthOption = 128,
     budget: BudgetOption = "10m",
@@ -182,7 +193,8 @@ def peel(
     if out is not None:
         check_free(out, force=force, ours=RECORD_FILE)
     draw = {"tokens": tokens, "sequence_length": sequence_length, "seed": seed, "in_distribution": in_distribution}
-    opened, probe = _open(model, text, field, draw, {"device": device, "dtype": dtype, "allow_pickle": allow_pickle})
+    how = {"device": device, "dtype": dtype, "allow_pickle": allow_pickle, "tokenizer": tokenizer}
+    opened, probe = _open(model, text, field, draw, how)
     with quiet_warnings(), progress_bar() as watcher:
         outcome = run_peel(opened.model, probe, settings, name=opened.name, source=opened.source, watcher=watcher)
     report = PeelReport(outcome.record, outcome.witness, outcome.probe)
@@ -203,6 +215,7 @@ def quantcheck(
     ] = None,
     text: TextOption = None,
     field: FieldOption = "text",
+    tokenizer: TokenizerOption = None,
     tokens: TokensOption = 6_400,
     sequence_length: LengthOption = 128,
     budget: BudgetOption = "10m",
@@ -231,7 +244,7 @@ def quantcheck(
     settings = QuantcheckSettings(parse_seconds(budget), parse_format(form) if form else None)
     if out is not None and out.exists() and not force:
         raise OutputError(f"{out} exists. Choose another --out, or replace it with --force.")
-    how = {"device": device, "dtype": dtype, "allow_pickle": allow_pickle}
+    how = {"device": device, "dtype": dtype, "allow_pickle": allow_pickle, "tokenizer": tokenizer}
     opened, probe = _open(
         quantised, text, field, {"tokens": tokens, "sequence_length": sequence_length, "seed": seed}, how
     )

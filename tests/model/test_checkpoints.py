@@ -103,7 +103,7 @@ def test_gpt2_with_tied_head_keeps_the_tie(tmp_path):
     assert opened.model.lm_head.weight is opened.model.transformer.wte.weight
     assert fingerprint(opened.model) == fingerprint(model)
     assert opened.tokenizer is None
-    with pytest.raises(ModelError, match=r"has no tokenizer.*Put tokenizer\.json"):
+    with pytest.raises(ModelError, match=r"has no tokenizer.*--tokenizer.*tokenizer\.json"):
         require_tokenizer(opened)
 
 

@@ -54,6 +54,7 @@ def open_model(
     dtype: str = "auto",
     allow_pickle: bool = False,
     with_tokenizer: bool = True,
+    tokenizer: str | Path | None = None,
     as_stored: bool = False,
 ) -> OpenedModel:
     """Open a causal language model from disk; never from the network, never with code from the checkpoint.
@@ -65,6 +66,7 @@ def open_model(
             the checkpoint asks for.
         allow_pickle: Whether ``.bin`` weights will do where there are no safetensors.
         with_tokenizer: Whether to open the tokenizer too.
+        tokenizer: The folder that has it; default: the model's.
         as_stored: Whether the linear maps of a ``.gguf`` file keep the codes that are stored, as layers of
         `peelwise.nn`.
 
@@ -84,7 +86,13 @@ def open_model(
         uses_safetensors = check_weights(path, allow_pickle=allow_pickle)
         folder, options = path, {"use_safetensors": uses_safetensors}
         _check_architecture(path, config)
-    tokenizer = _load_tokenizer(folder, options.get("gguf_file")) if with_tokenizer else None
+    words = None
+    if with_tokenizer and tokenizer is not None:
+        words = _load_tokenizer(Path(tokenizer), None)
+        if words is None:
+            raise ModelError(f"There is no tokenizer in {tokenizer}: expected a folder with tokenizer.json.")
+    elif with_tokenizer:
+        words = _load_tokenizer(folder, options.get("gguf_file"))
     model = _load_model(folder, path, number_format, options)
     _forget_gguf(model)
     if path.is_dir():
@@ -96,7 +104,7 @@ def open_model(
     except torch.OutOfMemoryError as error:
         raise DeviceError(f"{source} does not fit on {target}. Use another device or dtype bfloat16.") from error
     held = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return OpenedModel(model.eval(), tokenizer, name, str(source), str(held).removeprefix("torch."))
+    return OpenedModel(model.eval(), words, name, str(source), str(held).removeprefix("torch."))
 
 
 def require_tokenizer(opened: OpenedModel) -> Any:
@@ -107,8 +115,8 @@ def require_tokenizer(opened: OpenedModel) -> Any:
     """
     if opened.tokenizer is None:
         raise ModelError(
-            f"{opened.source} has no tokenizer, and text needs one. Put tokenizer.json beside config.json, "
-            "or give token ids."
+            f"{opened.source} has no tokenizer, and text needs one. Name its folder with --tokenizer, or put "
+            "tokenizer.json beside config.json."
         )
     return opened.tokenizer
 
