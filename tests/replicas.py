@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import peelwise
 from audits import tiny_probe
-from peelwise.errors import OptionError, OtherProcessError, StoreError, UnsupportedModelError
+from peelwise import ranks
+from peelwise.errors import OptionError, OtherProcessError, UnsupportedModelError
 from peelwise.pipeline import visit
 from zoo import ZOO, sample_ids
 
@@ -102,10 +104,22 @@ def refuse(out: Path) -> None:
     model, rank = ZOO["plain"](), distributed.get_rank()
     with pytest.raises(OptionError, match="different models or probes"):
         peelwise.Monitor(model, tiny_probe(seed=rank), store=None)
-    with pytest.raises((StoreError, OtherProcessError), match="there is no folder"):
-        peelwise.Monitor(model, tiny_probe(), store=out / "none" / "run.db")
+    with pytest.raises((OptionError, OtherProcessError), match="nonsense"):
+        peelwise.Monitor(model, tiny_probe(), store=None, loggers=["nonsense"] if rank == 0 else [])
+    with peelwise.Monitor(model, tiny_probe(), store=out / "none" / "run.db") as monitor:
+        assert not monitor.recorded
+        assert [event.kind for event in monitor.events] == ["not-recorded"] * (rank == 0)
     with pytest.raises(UnsupportedModelError, match="Call fully_shard on every block"):
         peelwise.Monitor(fully_shard(model), tiny_probe(), store=None)
+
+
+def forget() -> None:
+    """A monitor in one process only is an error, not a wait for ever; last of all, because processes then miscount."""
+    ranks._PATIENCE = timedelta(seconds=1)
+    if distributed.get_rank() == 0:
+        with pytest.raises(OptionError, match="Only 1 of 2 processes made a monitor within 1 s"):
+            peelwise.Monitor(ZOO["plain"](), tiny_probe(), store=None)
+    distributed.barrier()
 
 
 def pace() -> None:
@@ -134,4 +148,5 @@ if __name__ == "__main__":
     fail(sharded)
     refuse(folder)
     pace()
+    forget()
     distributed.destroy_process_group()

@@ -10,12 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peelwise.errors import OtherProcessError, PeelwiseError
+from peelwise.errors import OptionError, OtherProcessError, PeelwiseError
+
+_PATIENCE = timedelta(minutes=5)  # processes may still be loading their model while others are ready
+_MADE = count()  # how many times this process has called for the others
 
 
 class Ranks:
@@ -88,9 +93,25 @@ class TorchRanks(Ranks):
 
         self._distributed = distributed
         self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
+        self._wait_for_all()
         # Decisions are numbers of the processor: telling them must not wait for what a GPU still computes.
         self._control = distributed.new_group(backend="gloo")
         self._agreeing = False
+
+    def _wait_for_all(self) -> None:
+        """Raise if others do not come, which whatever is exchanged with them would wait for without end."""
+        store = self._distributed.distributed_c10d._get_default_store()
+        call = next(_MADE)
+        keys = [f"peelwise/{call}/{rank}" for rank in range(self.count)]
+        store.set(keys[self.rank], "here")
+        try:
+            store.wait(keys, _PATIENCE)
+        except RuntimeError as error:  # torch's DistStoreError among them
+            here = sum(store.check([key]) for key in keys)
+            raise OptionError(
+                f"Only {here} of {self.count} processes made a monitor within {_PATIENCE.total_seconds():.0f} s. "
+                "Make it in all of them, not only in the first: they share the work, and the first one writes."
+            ) from error
 
     def add(self, totals: Iterable[Tensor]) -> None:
         """Add up tensors over all processes, in place."""
