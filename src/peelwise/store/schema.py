@@ -10,7 +10,10 @@ from pathlib import Path
 from peelwise.errors import StoreError
 
 APPLICATION_ID = 0x7065656C  # "peel": tells our files from everybody else's
+# What a history holds; the table of profiles only repeats numbers of statistics for quick reading.
 TABLES = ("runs", "blocks", "steps", "probes", "statistics", "matrices", "verdicts", "events")
+
+_NEW_TABLE = "CREATE TABLE "
 
 # What takes a file from one schema version to the next; the file's user_version counts how many were applied.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
@@ -56,6 +59,12 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             FROM statistics JOIN probes ON probes.id = statistics.probe_id
             LEFT JOIN blocks ON blocks.run_id = probes.run_id AND blocks.block = statistics.block""",
     ),
+    # Clustered by statistic: a look appends at a few places, and all its looks are one stretch of the file.
+    (
+        """CREATE TABLE profiles (
+            name TEXT NOT NULL, kind TEXT NOT NULL, probe_id INTEGER NOT NULL REFERENCES probes, numbers BLOB NOT NULL,
+            PRIMARY KEY (name, kind, probe_id)) WITHOUT ROWID""",
+    ),
 )
 
 
@@ -76,7 +85,7 @@ def opened_for_writing(path: Path) -> sqlite3.Connection:
 
 
 def opened_for_reading(path: Path) -> sqlite3.Connection:
-    """Open a file without ever writing to it; one of an older schema is migrated in memory."""
+    """Open a file without ever writing to it; what one of an older schema lacks is made in memory."""
     address = f"{path.absolute().as_uri()}?mode=ro"
     connection = sqlite3.connect(address, uri=True, isolation_level=None)
     try:
@@ -89,7 +98,12 @@ def opened_for_reading(path: Path) -> sqlite3.Connection:
             connection.close()
             connection = sqlite3.connect(f"{address}&immutable=1", uri=True, isolation_level=None)
             version = _check_ours(connection, path)
-        if version < len(MIGRATIONS):
+        missing = [statement for script in MIGRATIONS[version:] for statement in script]
+        if version and all(statement.startswith(_NEW_TABLE) for statement in missing):
+            # Empty tables stand beside the file, which may be far too large to copy at every look.
+            for statement in missing:
+                connection.execute(statement.replace(_NEW_TABLE, "CREATE TEMPORARY TABLE ", 1))
+        elif missing:
             with closing(connection) as source:
                 connection = sqlite3.connect(":memory:", isolation_level=None)
                 source.backup(connection)

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from peelwise.errors import StoreError
 from peelwise.run_records import Event, ProbeRow, RunInfo, StepRow
+from peelwise.store import profiles
 from peelwise.store.lock import locked
 from peelwise.store.reader import Status
 from peelwise.store.schema import atomic, explained, opened_for_writing
@@ -34,6 +35,7 @@ class RunWriter:
 
     def __init__(self, path: str | Path, info: RunInfo) -> None:
         self.path = Path(path)
+        self._blocks = len(info.blocks)
         self._lock = locked(self.path)
         try:
             with explained(self.path):
@@ -78,6 +80,10 @@ class RunWriter:
             many(
                 "INSERT INTO statistics VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 [(probe_id, s.name, s.block, s.value, s.low, s.high, s.to_median, s.to_trend) for s in row.statistics],
+            )
+            many(
+                "INSERT INTO profiles VALUES (?, ?, ?, ?)",
+                [(n, kind, probe_id, numbers) for n, kind, numbers in profiles.packed(row.statistics, self._blocks)],
             )
             many(
                 "INSERT INTO matrices VALUES (?, ?, ?, ?)",

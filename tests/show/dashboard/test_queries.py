@@ -2,7 +2,9 @@
 
 import math
 import random
+import sqlite3
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -10,6 +12,7 @@ pytest.importorskip("uvicorn", reason="the live page needs starlette and uvicorn
 
 from peelwise.run_records import WHOLE_MODEL, ProbeRow, Statistic, StepRow
 from peelwise.show.dashboard import queries
+from peelwise.store import profiles
 from peelwise.store.reader import RunReader
 from peelwise.store.writer import RunWriter
 from peelwise.verdict import cloud_colour
@@ -64,10 +67,8 @@ def test_thinning_hides_no_spike_and_no_red(long_run, thinned):
     assert looks["stride"] == 10
     assert looks["letters"] == ["G?Y"] * 6 + ["GRY"] + ["G?Y"] * 3
     assert (looks["first"][-1], looks["last"][-1], looks["rows"][-1]) == (90, 94, 5)
-    cells = {(place, block): value for place, block, value in heat["cells"]}
-    assert cells[3, 1] == 9.0
-    assert cells[7, 1] == 0.05
-    assert cells[0, 1] == 1.1
+    values = heat["values"]
+    assert (values[3][1], values[7][1], values[0][1]) == (9.0, 0.05, 1.1)
     assert heat["first"] == looks["first"]
 
 
@@ -79,7 +80,7 @@ def test_a_choice_of_steps_is_shown_finer(long_run, thinned):
         assert found["loss"]["first"] == list(range(55, 65))
         assert found["now"]["step"][0] == 94  # where the run stands does not depend on what is looked at
         heat = queries.heat(reader, run, "energy", (30, 39))
-        assert [value for place, block, value in heat["cells"] if block == 1][3] == 9.0
+        assert heat["values"][3][1] == 9.0
         block = queries.block(reader, run, 1, (30, 32))
         assert [row[0] for row in block["series"]["energy"]] == [30, 31, 32]
         assert queries.overview(reader, run, (1000, 2000))["looks"]["letters"] == []
@@ -105,7 +106,6 @@ def test_the_cloud_and_statistics_nobody_told_the_page_of(tmp_path):
         assert not facts["bound_upper"]["of_blocks"]
         assert len(queries.block(reader, run, 2)["series"]["codes_flipped"]) == 4
         assert set(queries.block(reader, run, WHOLE_MODEL)["series"]) == {"bound_lower", "bound_upper", "overlap"}
-        assert found["latest"][0][:3] == ["codes_flipped", 3, 0]
 
 
 @pytest.mark.parametrize("margin", [None, 0.1])
@@ -122,6 +122,120 @@ def test_the_edges_of_the_cloud_are_where_its_colour_changes(tmp_path, margin):
             ours = "red" if loss > edges["upper"] else "green" if loss <= edges["lower"] else "yellow"
             assert ours == cloud_colour(loss, upper, lower, 0.015 if margin is None else margin)
     assert queries.cloud_edges(run, 3.0, {}) == {}
+
+
+def noisy_run(path, looks, *, red_at, spike_at):
+    """Every block's statistic is noise; block 2 is red in one look alone, and block 1 swells and shrinks in one."""
+    draw = random.Random(looks)
+    with RunWriter(path, run_info()) as writer, writer._transaction():  # one for all is quicker
+        insert = writer._insert
+        for step in range(looks):
+            letters = "GGR" if step == red_at else "GGG"
+            probe_id = insert(
+                "probes", run_id=1, step=step, time=0, kind="ranking", probe_loss=2, seconds=1, share=0, letters=letters
+            )
+            numbers = [draw.lognormvariate(0, 0.3) for _ in range(3)]
+            if step in spike_at:
+                numbers[1] = spike_at[step]
+            rows = [Statistic("energy", b, 5 * number, to_median=number) for b, number in enumerate(numbers)]
+            for s in rows:
+                insert(
+                    "statistics", probe_id=probe_id, name=s.name, block=s.block, value=s.value, to_median=s.to_median
+                )
+            for name, kind, packed in profiles.packed(rows, 3):
+                insert("profiles", name=name, kind=kind, probe_id=probe_id, numbers=packed)
+    return path
+
+
+def plain(path, column):
+    """``column`` of the energies, ``[looks][blocks]``, by the plainest SQL."""
+    with sqlite3.connect(path) as connection:
+        rows = connection.execute(f"SELECT {column} FROM statistics WHERE name = 'energy' ORDER BY probe_id, block")
+        found = [value for (value,) in rows]
+    return [found[i : i + 3] for i in range(0, len(found), 3)]
+
+
+def test_one_look_among_ten_thousand_can_be_seen(tmp_path):
+    path = noisy_run(tmp_path / "run.db", 10_000, red_at=7_654, spike_at={1_234: 300.0, 8_765: 1e-4})
+    with RunReader(path) as reader:
+        run = reader.latest()
+        looks = queries.overview(reader, run)["looks"]
+        heat = queries.heat(reader, run, "energy")
+        series = queries.block(reader, run, 1)["series"]["energy"]
+    (red,) = [place for place, letters in enumerate(looks["letters"]) if "R" in letters]
+    assert looks["letters"][red] == "GGR"
+    assert looks["first"][red] <= 7_654 <= looks["last"][red]
+    assert len(looks["letters"]) == len(heat["values"]) <= 1_200
+    values = [row[1] for row in heat["values"]]
+    assert (max(values), min(values)) == (300.0, 1e-4)
+    for step, value in ((1_234, 300.0), (8_765, 1e-4)):
+        assert values[next(i for i, last in enumerate(heat["last"]) if step <= last)] == value
+    assert len(series) <= 400
+    assert series[-1][0] == 9_999  # the newest look is always there
+    assert max(row[7] for row in series) == 1500.0
+    assert min(row[6] for row in series) == pytest.approx(5e-4)
+    # Every column is the one farthest from the median, and every place the whole range, of plain SQL's numbers.
+    to_median, value = plain(path, "to_median"), plain(path, "value")
+    for first, last, row in list(zip(heat["first"], heat["last"], heat["values"], strict=True))[::50]:
+        slow = [
+            max(column, key=lambda v: abs(math.log(v))) for column in zip(*to_median[first : last + 1], strict=True)
+        ]
+        assert row == pytest.approx(slow, rel=6e-4)  # four digits
+    for before, row in list(pairwise(series))[::20]:
+        shared = [value[step][1] for step in range(before[0] + 1, row[0] + 1)]
+        assert row[2] == shared[-1]
+        assert row[6:] == pytest.approx([min(shared), max(shared)], rel=1e-6)
+
+
+def test_what_is_not_thinned_is_what_plain_sql_says(tmp_path):
+    path = noisy_run(tmp_path / "run.db", 300, red_at=7, spike_at={})
+    with RunReader(path) as reader:
+        run = reader.latest()
+        heat = queries.heat(reader, run, "energy")
+        series = queries.block(reader, run, 2)["series"]["energy"]
+        some = queries.heat(reader, run, "energy", (100, 109))
+    to_median, value = plain(path, "to_median"), plain(path, "value")
+    assert heat["first"] == heat["last"] == list(range(300))
+    for row, slow in zip(heat["values"], to_median, strict=True):
+        assert row == [float(f"{number:.4g}") for number in slow]
+    assert [row[:3] for row in series] == [[step, 2, row[2]] for step, row in enumerate(value)]
+    assert {len(row) for row in series} == {6}  # no range: nothing shares a place
+    assert some["values"] == heat["values"][100:110]
+
+
+def test_a_file_of_schema_1_shows_the_same(tmp_path):
+    path = noisy_run(tmp_path / "run.db", 2_500, red_at=7, spike_at={77: 20.0})
+
+    def asked():
+        with RunReader(path) as reader:
+            run = reader.latest()
+            return [
+                queries.overview(reader, run),
+                queries.heat(reader, run, "energy", (5, 2_000)),
+                *(queries.block(reader, run, block) for block in (1, 2, WHOLE_MODEL, 99)),
+            ]
+
+    new = asked()
+    with sqlite3.connect(path) as connection:
+        connection.execute("DROP TABLE profiles")
+        connection.execute("PRAGMA user_version = 1")
+    connection.close()
+    before = path.read_bytes()
+    assert same(asked(), new)
+    assert path.read_bytes() == before
+    RunWriter(path, run_info("again")).close()  # brings the file up to date; the run before has no profiles
+    with RunReader(path) as reader:
+        assert same(queries.heat(reader, reader.run(1), "energy", (5, 2_000)), new[1])
+        assert queries.heat(reader, reader.run(2), "energy")["values"] == []
+
+
+def same(one, other):
+    """Whether contents are alike, numbers to six digits: those of profiles have seven."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == (pytest.approx(other, rel=1e-6) if isinstance(other, float) else other)
 
 
 def test_one_block(tmp_path):
@@ -149,7 +263,7 @@ def test_empty_and_undefined(tmp_path):
     with RunReader(path) as reader:
         found = queries.overview(reader, reader.latest())
         assert found["loss"]["mean"] == [None]
-        assert queries.heat(reader, reader.latest(), "energy")["cells"] == []
+        assert queries.heat(reader, reader.latest(), "energy")["values"] == [[None] * 3]
         assert queries.block(reader, reader.latest(), 0)["series"]["energy"] == [[0, 0, None, None, None, None]]
         assert found["events"][0]["text"] == "a\ufffdb"
         assert queries.run_facts(reader.latest(), "0.1", "f")["name"] == "\ufffdabc\ufffd"

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from peelwise.run_records import LETTERS, WHOLE_MODEL
 from peelwise.show.words import VERDICTS, clean
@@ -76,7 +77,7 @@ def run_facts(run: Run, key: str, file: str) -> Json:
 
 def overview(reader: RunReader, run: Run, between: Between = ALL_STEPS) -> Json:
     """Return everything the page shows of a run but single blocks, thinned."""
-    probes = [row for row in reader.probes(run.id) if between[0] <= row["step"] <= between[1]]
+    looks = reader.looks(run.id, between=between)
     events = reader.events(run.id)
     loss = reader.loss_bins(run.id, most=LOSS_BINS, between=between)
     names = reader.statistic_names(run.id)
@@ -85,15 +86,9 @@ def overview(reader: RunReader, run: Run, between: Between = ALL_STEPS) -> Json:
     return {
         "statistics": [statistic_facts(row) for row in names],
         "loss": loss_columns(loss),
-        "looks": look_columns(probes),
-        "bounds": cloud(reader, run, probes, between),
+        "looks": look_columns(looks),
+        "bounds": cloud(reader, run, {row["id"]: row["probe_loss"] for row in looks}, between),
         "now": now(newest_step, newest_probe),
-        "latest": [
-            [name["name"], *statistic(row)]
-            for name in names
-            if name["of_blocks"]
-            for row in reader.newest(run.id, name["name"], among=100).values()
-        ],
         "verdicts": [verdict(row) for row in _last_of_each(reader.verdicts(run.id))],
         "events": [event(row) for row in events[-EVENTS:]],
         "cursor": [
@@ -104,25 +99,27 @@ def overview(reader: RunReader, run: Run, between: Between = ALL_STEPS) -> Json:
     }
 
 
-def cloud(reader: RunReader, run: Run, probes: Iterable[sqlite3.Row], between: Between = ALL_STEPS) -> Json:
-    """Return the edges of the loss's cloud where they were measured, as ``[step, nats]`` each."""
-    losses = {row["id"]: row["probe_loss"] for row in probes}
-    found = {
-        name: {
-            row["probe_id"]: row
-            for row in reader.statistics(run.id, name, block=WHOLE_MODEL, between=between)
-            if row["probe_id"] in losses
+def cloud(reader: RunReader, run: Run, losses: Mapping[int, float], between: Between = ALL_STEPS) -> Json:
+    """Return the edges of the loss's cloud where they were measured, as ``[step, nats]`` each, thinned evenly.
+
+    Args:
+        reader: of the file.
+        run: whose margin counts.
+        losses: probe's id -> loss on the probe.
+        between: first and last step.
+    """
+    found: Json = {}
+    for edge, name in (("upper", UPPER), ("lower", LOWER)):
+        held = reader.values(run, name, WHOLE_MODEL, between=between).probe_ids
+        shown = _thinned([each for each in held.tolist() if each in losses], POINTS)
+        values = {
+            each: {row["probe_id"]: row for row in reader.at(shown, each, WHOLE_MODEL)} for each in (UPPER, LOWER)
         }
-        for name in (UPPER, LOWER)
-    }
-    edges: dict[str, list[list[Any]]] = {"upper": [], "lower": []}
-    for probe_id in sorted(found[UPPER].keys() | found[LOWER].keys()):
-        here = {name: found[name][probe_id] for name in found if probe_id in found[name]}
-        values = {name: row["value"] for name, row in here.items()}
-        step = next(iter(here.values()))["step"]
-        for edge, value in cloud_edges(run, losses[probe_id], values).items():
-            edges[edge].append([step, finite(value)])
-    return {edge: _thinned(points, POINTS) for edge, points in edges.items()}
+        found[edge] = [
+            [row["step"], finite(cloud_edges(run, losses[probe_id], _values(values, probe_id))[edge])]
+            for probe_id, row in values[name].items()
+        ]
+    return found
 
 
 def cloud_edges(run: Run, probe_loss: float, bounds: Mapping[str, float]) -> dict[str, float]:
@@ -146,19 +143,20 @@ def heat(reader: RunReader, run: Run, name: str, between: Between = ALL_STEPS) -
 
     Of the looks that share a column the one farthest from the median is shown.
     """
-    probes = [row for row in reader.probes(run.id) if between[0] <= row["step"] <= between[1]]
-    stride = _stride(len(probes), COLUMNS)
+    looks = reader.looks(run.id, between=between)
+    stride = _stride(len(looks), COLUMNS)
     facts = next((statistic_facts(row) for row in reader.statistic_names(run.id) if row["name"] == name), None)
     quotient = facts is None or facts["quotient"]
-    cells = []
-    if probes:
-        rows = reader.extremes(run.id, name, base=probes[0]["id"], stride=stride, between=between)
-        cells = [
-            [row["place"], row["block"], value]
-            for row in rows
-            if (value := _farthest(row["lowest"], row["highest"], quotient)) is not None
-        ]
-    return {"name": name, "quotient": quotient, "cells": cells} | _places(probes, stride)
+    columns = _places(looks, stride)
+    held = reader.to_median(run, name, between=between)
+    values: list[list[float | None]] = [[] for _ in columns["first"]]  # empty where no look of a column holds it
+    if len(held.probe_ids):
+        places = np.searchsorted([row["id"] for row in looks], held.probe_ids) // stride
+        starts = np.flatnonzero(np.diff(places, prepend=-1))
+        found = _rounded(_farthest(held.numbers, starts, quotient))
+        for place, row in zip(places[starts].tolist(), found, strict=True):
+            values[place] = row
+    return {"name": name, "quotient": quotient, "values": values} | columns
 
 
 def block(reader: RunReader, run: Run, index: int, between: Between = ALL_STEPS) -> Json:
@@ -167,20 +165,33 @@ def block(reader: RunReader, run: Run, index: int, between: Between = ALL_STEPS)
     Block -1 is the whole model.
     """
     held = "of_model" if index == WHOLE_MODEL else "of_blocks"
-    series = {
-        row["name"]: [
-            statistic(each)
-            for each in reader.statistics(run.id, row["name"], block=index, most=POINTS, between=between)
-        ]
-        for row in reader.statistic_names(run.id)
-        if row[held]
-    }
+    names = [row["name"] for row in reader.statistic_names(run.id) if row[held]]
+    series = {name: _series(reader, run, name, index, between) for name in names}
     return {
         "block": index,
         "series": {name: rows for name, rows in series.items() if rows},
         "matrices": _matrices(reader.matrices(run.id, index)),
         "verdicts": [verdict(row) for row in reader.verdicts(run.id) if row["block"] == index][-POINTS:],
     }
+
+
+def _series(reader: RunReader, run: Run, name: str, index: int, between: Between) -> list[list[Any]]:
+    """Return a statistic of one block at the last of the looks that share a place, with the lowest and highest of them.
+
+    Places are counted from the newest look, so that the latest numbers are always there.
+    """
+    held = reader.values(run, name, index, between=between)
+    count = len(held.probe_ids)
+    if not count:
+        return []
+    stride = _stride(count, POINTS)
+    ends = np.arange((count - 1) % stride, count, stride)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lowest, highest = (end.reduceat(held.numbers[:, 0], starts).tolist() for end in (np.minimum, np.maximum))
+    rows = reader.at(held.probe_ids[ends].tolist(), name, index)
+    if stride == 1:
+        return [statistic(row) for row in rows]
+    return [[*statistic(row), finite(low), finite(high)] for row, low, high in zip(rows, lowest, highest, strict=True)]
 
 
 def loss_columns(rows: Sequence[sqlite3.Row]) -> Json:
@@ -290,14 +301,27 @@ def _thinned(items: Sequence[Any], most: int) -> list[Any]:
     return [item for place, item in enumerate(items) if (len(items) - 1 - place) % stride == 0]
 
 
-def _farthest(lowest: float | None, highest: float | None, quotient: bool) -> float | None:
-    if lowest is None or highest is None:
-        return None
-    if quotient:
-        found = highest if highest * max(lowest, 1e-300) >= 1 else lowest
-    else:
-        found = highest if highest + lowest >= 0 else lowest
-    return None if not math.isfinite(found) else found
+def _values(rows: Mapping[str, Mapping[int, sqlite3.Row]], probe_id: int) -> dict[str, float]:
+    return {name: found[probe_id]["value"] for name, found in rows.items() if probe_id in found}
+
+
+def _farthest(numbers: NDArray[Any], starts: NDArray[np.int64], quotient: bool) -> NDArray[np.float64]:
+    """Return what is farthest from the median of the rows from each start to the next, NaN where nothing is finite."""
+    table = np.where(np.isfinite(numbers), numbers, np.nan).astype(np.float64)
+    lowest, highest = (extreme.reduceat(table, starts, axis=0) for extreme in (np.fmin, np.fmax))
+    above = highest * np.maximum(lowest, 1e-300) >= 1 if quotient else highest + lowest >= 0
+    found: NDArray[np.float64] = np.where(above, highest, lowest)
+    return found
+
+
+def _rounded(numbers: NDArray[np.float64]) -> list[list[float | None]]:
+    """Return numbers with four digits, which are short as text, and null for NaN."""
+    sizes = np.where(np.isfinite(numbers) & (numbers != 0), np.abs(numbers), 1.0)
+    scales = 10.0 ** (3 - np.floor(np.log10(sizes)))
+    short = (np.rint(numbers * scales) / scales).astype(object)
+    short[np.isnan(numbers)] = None
+    rows: list[list[float | None]] = short.tolist()
+    return rows
 
 
 def _matrices(rows: Sequence[sqlite3.Row]) -> list[Json]:

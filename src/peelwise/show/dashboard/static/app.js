@@ -1,7 +1,7 @@
 // The page: what is shown is in the address behind #, so that any view is a link; news come by one stream.
 
 import { ask, MODEL, RunData, Stream } from "./data.js";
-import { h, setText } from "./dom.js";
+import { h, setText, whenRecoloured, whenResized } from "./dom.js";
 import { RunView } from "./run.js";
 
 const UPDATE = "peelwise update";
@@ -293,7 +293,8 @@ document.addEventListener("visibilitychange", () => {
 window.addEventListener("hashchange", () => follow());
 window.addEventListener("popstate", () => follow());
 window.addEventListener("resize", () => render());
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => render());
+whenResized(render);
+whenRecoloured(render);
 element("skip").addEventListener("click", (event) => {
   event.preventDefault(); // the part behind # says what is shown
   element("runs-shown").focus();

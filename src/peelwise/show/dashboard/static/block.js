@@ -1,7 +1,7 @@
 // One block's history: every statistic with its intervals, its matrices, and why it has its verdict.
 
-import { chip, h, s, setText, Table, thinned } from "./dom.js";
-import { MODEL } from "./data.js";
+import { chip, h, s, setText, Table, thinned, width } from "./dom.js";
+import { extremes, MODEL } from "./data.js";
 import { find } from "./loss.js";
 import { area, marker, path, Plot } from "./plot.js";
 import { against, amount, integer, percent } from "./scale.js";
@@ -39,6 +39,7 @@ export class BlockPanel {
     }
     const names = [...data.statistics.keys()].filter((each) => data.block.series.has(each) && !/^bound_/.test(each));
     this.#arrange(names);
+    names.forEach((each) => width(this.plots.get(each).plot.root)); // before anything is drawn
     names.forEach((each) => this.#renderSeries(each, x));
     this.#renderMatrices();
     this.#renderHistory();
@@ -84,8 +85,7 @@ export class BlockPanel {
     const { plot, value } = this.plots.get(name);
     if (!rows.length) return;
     const medians = rows.map(([step, , v, , , m]) => [step, m === null ? null : facts.quotient ? v / m : v - m]);
-    const ends = rows.flatMap(([, , v, low, high]) => [v, low ?? v, high ?? v]);
-    let [low, high] = [Math.min(...ends), Math.max(...ends)];
+    let [low, high] = range(rows);
     const log = facts.quotient && low > 0 && high / low > 20;
     if (!facts.quotient && facts.unit) [low, high] = [Math.min(low, 0), Math.max(high, 0)];
     const room = (high - low) * 0.08 || Math.abs(high) * 0.1 || 1;
@@ -96,6 +96,7 @@ export class BlockPanel {
     const line = rows.map(([step, , v]) => [X(step), Y(v)]);
     plot.paint(
       y[0] < 0 && y[1] > 0 && s("line", { class: "zero", x1: frame.left, x2: frame.right, y1: Y(0), y2: Y(0) }),
+      shared(rows, frame),
       this.#intervals(rows, frame),
       path(medians.map(([step, m]) => [X(step), m === null || (log && m <= 0) ? null : Y(m)]), "line median"),
       path(line, "line"),
@@ -192,3 +193,22 @@ export class BlockPanel {
   }
 }
 
+// The lowest and highest that a series must show.
+function range(rows) {
+  let [low, high] = [Infinity, -Infinity];
+  for (const row of rows) {
+    for (const value of [row[2], row[3], row[4], ...extremes(row)]) {
+      if (value === null) continue;
+      low = Math.min(low, value);
+      high = Math.max(high, value);
+    }
+  }
+  return [low, high];
+}
+
+// Where looks share a place, the last is a point of the line; shaded from the lowest to the highest of them.
+function shared(rows, { X, Y }) {
+  if (!rows.some((row) => row.length > 6)) return null;
+  const ends = rows.map((row) => [X(row[0]), ...extremes(row).map((value) => Y(value ?? row[2]))]);
+  return area(ends.map(([x, , high]) => [x, high]), ends.map(([x, low]) => [x, low]), "shared");
+}

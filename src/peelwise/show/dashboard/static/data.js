@@ -80,6 +80,20 @@ function mergeHeat(quotient) {
   };
 }
 
+// The lowest and highest value of the looks that share a row of a series; a row of one look is both.
+export const extremes = ([, , value, , , , lowest = value, highest = value]) => [lowest, highest];
+
+// Every second row, the last one always there, with the lowest and highest of both.
+function halved(rows) {
+  return rows.flatMap((row, i) => {
+    if ((rows.length - 1 - i) % 2 !== 0) return [];
+    const both = [row, rows[i - 1] ?? row].map(extremes);
+    const finite = (place) => both.map((each) => each[place]).filter((value) => value !== null);
+    const ends = [Math.min(...finite(0)), Math.max(...finite(1))];
+    return [[...row.slice(0, 6), ...ends.map((value) => (Number.isFinite(value) ? value : null))]];
+  });
+}
+
 export class RunData {
   constructor(facts, range) {
     this.facts = facts;
@@ -110,8 +124,6 @@ export class RunData {
     })));
     this.bounds = found.bounds;
     this.now = found.now;
-    this.latest = new Map();
-    found.latest.forEach(([name, ...row]) => this.#remember(name, row));
     this.verdicts = new Map(found.verdicts.map((verdict) => [verdict.block, verdict]));
     this.events = found.events;
     this.told ??= found.events.at(-1)?.id ?? 0; // nobody needs to hear of what happened before they came
@@ -129,19 +141,13 @@ export class RunData {
     this.heat = null;
     if (!name) return;
     const found = await ask("heat", { run: this.key, statistic: name, ...this.#between });
-    const blank = () => new Float64Array(this.facts.blocks.length).fill(NaN);
-    const items = columns(found, () => ({ values: blank() }));
-    found.cells.forEach(([place, block, value]) => {
-      if (items[place]) items[place].values[block] = value;
-    });
+    const blocks = this.facts.blocks.length;
+    const items = columns(found, (i) => ({
+      values: Float64Array.from({ length: blocks }, (_, b) => found.values[i][b] ?? NaN),
+    }));
     const bins = new Bins(MOST_LOOKS, mergeHeat(found.quotient), found.stride, items);
     this.heat = { name, quotient: found.quotient, bins };
     this.missed.forEach((record) => this.#addHeat(record));
-  }
-
-  #remember(name, row) {
-    if (!this.latest.has(name)) this.latest.set(name, new Map());
-    this.latest.get(name).set(row[1], row);
   }
 
   #shown(step) {
@@ -163,8 +169,7 @@ export class RunData {
     const step = look.step;
     this.now.look = look;
     verdicts.forEach((verdict) => this.verdicts.set(verdict.block, verdict));
-    for (const [name, ...row] of statistics) {
-      if (row[1] >= 0) this.#remember(name, row);
+    for (const [name] of statistics) {
       if (!this.statistics.has(name)) this.unknown = true; // a statistic that was not there before
     }
     if (!this.#shown(step)) return;
@@ -194,7 +199,7 @@ export class RunData {
       if (!series.has(name)) series.set(name, []);
       const rows = series.get(name);
       rows.push(row);
-      if (rows.length > 2 * MOST_POINTS) series.set(name, rows.filter((_, i) => (rows.length - 1 - i) % 2 === 0));
+      if (rows.length > 2 * MOST_POINTS) series.set(name, halved(rows));
     }
     const own = matrices.filter((each) => each[0] === block);
     if (own.length) {

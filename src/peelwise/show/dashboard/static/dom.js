@@ -69,3 +69,39 @@ export function thinned(items, most) {
   const stride = Math.max(1, Math.ceil(items.length / most));
   return items.filter((_, i) => (items.length - 1 - i) % stride === 0);
 }
+
+// Asking for a width right after something was drawn costs a layout each time: it is asked once, and kept up.
+const widths = new WeakMap();
+let onResize = () => {};
+const observer = new ResizeObserver((entries) => {
+  const changed = entries.filter(({ target }) => widths.get(target) !== target.clientWidth);
+  changed.forEach(({ target }) => widths.set(target, target.clientWidth));
+  if (changed.length) onResize();
+});
+
+export function width(element) {
+  if (!widths.get(element)) {
+    widths.set(element, element.clientWidth);
+    observer.observe(element);
+  }
+  return widths.get(element);
+}
+
+export function whenResized(callback) {
+  onResize = callback;
+}
+
+// A colour of the style sheet, asked for once for each of the system's two settings.
+const colours = new Map();
+
+export function colour(name) {
+  if (!colours.has(name)) colours.set(name, getComputedStyle(document.documentElement).getPropertyValue(name).trim());
+  return colours.get(name);
+}
+
+export function whenRecoloured(callback) {
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+    colours.clear();
+    callback();
+  });
+}

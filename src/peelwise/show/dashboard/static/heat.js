@@ -1,6 +1,6 @@
 // The heat map: blocks by steps, in the colours and patterns of the verdicts, or one statistic against its median.
 
-import { h, setText, Table, thinned, tile } from "./dom.js";
+import { colour, h, setText, Table, thinned, tile, width as widthOf } from "./dom.js";
 import { find } from "./loss.js";
 import { follow, LEFT, RIGHT } from "./plot.js";
 import { amount, integer, linear, ticks } from "./scale.js";
@@ -57,7 +57,7 @@ export class HeatMap {
   render(data, { x, selected, statistic }) {
     Object.assign(this, { data, selected });
     this.statistic = data.heat ? data.statistics.get(statistic) : null;
-    const width = this.stage.clientWidth;
+    const width = widthOf(this.stage);
     const blocks = data.facts.blocks.length;
     if (!width || !blocks) return;
     this.row = Math.round(Math.min(26, Math.max(5, 380 / blocks)));
@@ -120,7 +120,7 @@ export class HeatMap {
     const pixels = new Uint32Array(image.data.buffer);
     const blocks = this.data.facts.blocks.length;
     const places = this.#places(width, ratio);
-    const columns = this.columns.map((column) => Array.from(column.letters, (letter) => WORST.indexOf(letter)));
+    const columns = this.columns.map(ranksOf);
     const patterns = verdictPatterns();
     const across = Uint8Array.from({ length: width }, (_, px) => Math.floor(px / ratio) & 7);
     const ranks = new Int8Array(width);
@@ -198,7 +198,7 @@ export class HeatMap {
     if (this.row < 12) return;
     context.font = `700 ${Math.min(12, this.row - 3)}px system-ui, sans-serif`;
     context.textBaseline = "middle";
-    const ink = { R: css("--page"), Y: css("--ink"), G: css("--green"), "?": css("--grey") };
+    const ink = { R: colour("--page"), Y: colour("--ink"), G: colour("--green"), "?": colour("--grey") };
     for (const [b, from, to, letter] of runs) {
       if (to - from < 15) continue;
       context.fillStyle = ink[letter];
@@ -208,7 +208,7 @@ export class HeatMap {
 
   #axes(context, width, height) {
     const blocks = this.data.facts.blocks.length;
-    context.fillStyle = css("--muted");
+    context.fillStyle = colour("--muted");
     context.font = "12px system-ui, sans-serif";
     context.textBaseline = "middle";
     context.textAlign = "right";
@@ -327,16 +327,24 @@ export class HeatMap {
   }
 }
 
+// The ranks of a column's letters, kept for the next time.
+function ranksOf(column) {
+  if (column.ranked !== column.letters) {
+    column.ranked = column.letters;
+    column.ranks = Int8Array.from(column.letters, (letter) => WORST.indexOf(letter));
+  }
+  return column.ranks;
+}
+
 const clamp = (value) => Math.max(-1, Math.min(1, value));
-const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 function rgb(name) {
-  const hex = css(name).replace("#", "");
+  const hex = colour(name).replace("#", "");
   return [0, 2, 4].map((at) => parseInt(hex.slice(at, at + 2), 16));
 }
 
-function packed(colour, page, share) {
-  const [r, g, b] = colour.map((value, i) => Math.round(value * share + page[i] * (1 - share)));
+function packed(shade, page, share) {
+  const [r, g, b] = shade.map((value, i) => Math.round(value * share + page[i] * (1 - share)));
   return ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0;
 }
 
@@ -368,9 +376,9 @@ function divergingShades() {
   const found = new Uint32Array(130);
   for (let i = 0; i <= 64; i += 1) {
     const t = i / 32 - 1;
-    const colour = t < 0 ? below : above;
-    found[2 * i] = packed(colour, page, 0.06 + 0.86 * Math.abs(t));
-    found[2 * i + 1] = packed(colour, page, 0.06 + 0.6 * Math.abs(t));
+    const shade = t < 0 ? below : above;
+    found[2 * i] = packed(shade, page, 0.06 + 0.86 * Math.abs(t));
+    found[2 * i + 1] = packed(shade, page, 0.06 + 0.6 * Math.abs(t));
   }
   return found;
 }

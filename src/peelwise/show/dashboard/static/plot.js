@@ -1,6 +1,6 @@
 // A line chart as SVG: axes, a cursor line shared with its neighbours, choosing steps by dragging.
 
-import { h, s } from "./dom.js";
+import { h, s, width as widthOf } from "./dom.js";
 import { axis, linear, logarithmic, logTicks, ticks } from "./scale.js";
 
 export const LEFT = 58;
@@ -24,7 +24,7 @@ export class Plot {
 
   // Returns the scales, or null where there is no room yet. `y` is [low, high]; `log` needs both above zero.
   frame({ x, y, log = false, unit = "" }) {
-    const width = this.root.clientWidth;
+    const width = widthOf(this.root);
     if (!width) return null;
     if (width !== this.width) {
       this.width = width;

@@ -2,7 +2,7 @@
 
 import { BlockPanel } from "./block.js";
 import { MODEL } from "./data.js";
-import { chip, h, setText } from "./dom.js";
+import { chip, h, setText, width } from "./dom.js";
 import { HeatMap } from "./heat.js";
 import { LossChart } from "./loss.js";
 import { compact, integer, nats } from "./scale.js";
@@ -112,7 +112,7 @@ export class RunView {
   // Rows of equal length, so that no last row of two blocks hangs below thirty.
   #arrangeStrip() {
     const count = this.tiles.length + 1;
-    const rows = Math.ceil(count / Math.max(1, Math.floor(this.strip.clientWidth / 27)));
+    const rows = Math.ceil(count / Math.max(1, Math.floor(width(this.strip) / 27)));
     const columns = String(Math.ceil(count / rows));
     if (this.strip.style.getPropertyValue("--columns") !== columns) this.strip.style.setProperty("--columns", columns);
   }
