@@ -443,27 +443,74 @@ def test_any_width_light_and_dark(browser, ask, width, scheme):
     page.close()
 
 
-def test_many_blocks_and_records_are_drawn_from_few_numbers(page, tmp_path):
-    path = tmp_path / "big.db"
-    blocks, looks = 60, 2_500
-    letters = "G" * 59 + "R"
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    """60 blocks by 10,000 looks: the last block is red always, block 5 in one look alone."""
+    path = tmp_path_factory.mktemp("big") / "big.db"
+    blocks, looks = 60, 10_000
+    letters = ["G" * 59 + "R"] * looks
+    letters[4_321] = "G" * 5 + "R" + "G" * 53 + "R"
     with RunWriter(path, RunInfo("big", "M", 1, tuple(f"layers.{b}" for b in range(blocks)))) as writer:
         writer._connection.execute("BEGIN")  # one transaction is quicker; readers see it at the end
         writer._connection.executemany(
             "INSERT INTO probes (run_id, step, time, kind, probe_loss, seconds, share, letters)"
             " VALUES (1, ?, 0, 'ranking', 2, 1, 0.03, ?)",
-            [(step, letters) for step in range(looks)],
+            enumerate(letters),
         )
         writer._connection.executemany(
             "INSERT INTO steps (run_id, step, time, loss, share) VALUES (1,?,0,2.0,0.03)",
             [(step,) for step in range(looks)],
         )
+        for block in (7, 8):  # one swells for one look; the other does not
+            numbers = [50.0 if block == 7 and step == 8_888 else 1.0 for step in range(looks)]
+            writer._connection.executemany(
+                "INSERT INTO statistics (probe_id, name, block, value, to_median) VALUES (?, 'energy', ?, ?, ?)",
+                [(step + 1, block, number, number) for step, number in enumerate(numbers)],
+            )
         writer._connection.execute("COMMIT")
-    with served(path) as ask:
-        opened(page, ask)
-        assert len(ask("/api/overview?run=0.1").content["looks"]["letters"]) <= 1_200
-        assert page.locator(".pick").count() == blocks + 1
-        rows = {page.locator(".pick").nth(i).bounding_box()["y"] for i in range(0, 61, 5)}
-        assert len(rows) <= 3
-        red = page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--red').trim()")
-        assert cell(page, 0.5, 0.99)[:3] == [int(red[i : i + 2], 16) for i in (1, 3, 5)]
+    with served(path) as asker:
+        yield asker
+
+
+def red_pixels(page, block, blocks):
+    """How many pixels wide a block's red is on the heat map."""
+    red = page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--red').trim()")
+    rgb = [int(red[i : i + 2], 16) for i in (1, 3, 5)]
+    script = """([y, rgb]) => { const canvas = document.querySelector('.heat-stage canvas');
+        const row = canvas.getContext('2d').getImageData(0, y * (canvas.height - 22), canvas.width, 1).data;
+        let count = 0;
+        for (let i = 0; i < row.length; i += 4) count += rgb.every((part, c) => row[i + c] === part);
+        return count }"""
+    return page.evaluate(script, [(block + 0.5) / blocks, rgb])
+
+
+def test_many_blocks_and_records_are_drawn_from_few_numbers(page, big):
+    opened(page, big)
+    assert len(big("/api/overview?run=0.1").content["looks"]["letters"]) <= 1_200
+    assert page.locator(".pick").count() == 61
+    rows = {page.locator(".pick").nth(i).bounding_box()["y"] for i in range(0, 61, 5)}
+    assert len(rows) <= 3
+    red = page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--red').trim()")
+    assert cell(page, 0.5, 0.99)[:3] == [int(red[i : i + 2], 16) for i in (1, 3, 5)]
+
+
+def test_one_red_look_among_ten_thousand_is_seen(page, big):
+    opened(page, big)
+    assert (red_pixels(page, 4, 60), red_pixels(page, 5, 60), red_pixels(page, 6, 60)) == (0, 2, 0)
+    assert "up to 9 looks share a column: the worst is shown" in page.locator(".heat figcaption").inner_text()
+    opened(page, big, "#steps=4300-4350")  # loaded again: every look has its own column
+    page.wait_for_selector("[aria-label*='by 51 columns of looks']")
+    wide = red_pixels(page, 59, 60)
+    assert red_pixels(page, 5, 60) == pytest.approx(wide / 50, abs=2)
+    assert "share a column" not in page.locator(".heat figcaption").inner_text()
+
+
+def test_one_outlier_among_ten_thousand_is_seen(page, big):
+    opened(page, big, "#show=energy&block=7")
+    page.wait_for_selector(".heat figcaption:has-text('the farthest from its median is shown')")
+    assert "Grey: from the lowest to the highest of looks that share a place" in page.locator(".block").inner_text()
+    shaded = page.locator("[data-statistic=energy] .shared").bounding_box()
+    assert shaded["height"] > 60
+    page.locator(".pick[data-block='8']").click()
+    page.wait_for_selector(".block h3:has-text('Block 8')")
+    assert page.locator("[data-statistic=energy] .shared").bounding_box()["height"] < 2

@@ -114,7 +114,7 @@ function blockOf(state, data) {
   if (data.firstBlock === undefined) {
     const letters = data.now.look?.letters ?? "";
     // Nobody has chosen a block: the first of the worst.
-    data.firstBlock = Math.max(0, ["R", "Y"].map((letter) => letters.indexOf(letter)).find((at) => at >= 0) ?? 0);
+    data.firstBlock = Math.max(0, ["R", "Y", "?"].map((letter) => letters.indexOf(letter)).find((at) => at >= 0) ?? 0);
   }
   return data.firstBlock;
 }

@@ -14,13 +14,16 @@ export class BlockPanel {
     this.title = h("h3");
     this.reason = h("p", { class: "reason" });
     this.charts = h("div", { class: "small-charts" });
+    this.shared = h(
+      "p", { class: "value" },
+      "Grey: from the lowest to the highest of looks that share a place; the line goes through the last of them.");
     this.matrices = h("div", { class: "matrices" });
     this.history = h("ol", { class: "changes" });
     this.past = h("details", { class: "numbers" }, h("summary", {}, "Verdicts of this block over time"), this.history);
     this.table = new Table("This block's numbers", ["step", "statistic", "value", "95 % interval", "against its median"]);
     this.table.rows = () => this.#rows();
     this.root = h(
-      "section", { class: "panel block" }, this.title, this.reason, this.charts, this.matrices, this.past, this.table.root);
+      "section", { class: "panel block" }, this.title, this.reason, this.charts, this.shared, this.matrices, this.past, this.table.root);
     this.plots = new Map();
   }
 
@@ -33,6 +36,7 @@ export class BlockPanel {
       this.title.replaceChildren(name, h("small", {}, ` ${long}`));
     }
     this.#renderReason();
+    this.shared.hidden = true;
     if (!data.block) {
       setText(this.matrices, "");
       return;
@@ -41,6 +45,7 @@ export class BlockPanel {
     this.#arrange(names);
     names.forEach((each) => width(this.plots.get(each).plot.root)); // before anything is drawn
     names.forEach((each) => this.#renderSeries(each, x));
+    this.shared.hidden = !names.some((each) => data.block.series.get(each).some(sharesPlace));
     this.#renderMatrices();
     this.#renderHistory();
     this.table.update();
@@ -206,9 +211,11 @@ function range(rows) {
   return [low, high];
 }
 
+const sharesPlace = (row) => row.length > 6;
+
 // Where looks share a place, the last is a point of the line; shaded from the lowest to the highest of them.
 function shared(rows, { X, Y }) {
-  if (!rows.some((row) => row.length > 6)) return null;
+  if (!rows.some(sharesPlace)) return null;
   const ends = rows.map((row) => [X(row[0]), ...extremes(row).map((value) => Y(value ?? row[2]))]);
   return area(ends.map(([x, , high]) => [x, high]), ends.map(([x, low]) => [x, low]), "shared");
 }

@@ -6,6 +6,7 @@ import { follow, LEFT, RIGHT } from "./plot.js";
 import { amount, integer, linear, ticks } from "./scale.js";
 
 const WORST = "G?YR";
+const LEAST = 2; // pixels of a red
 const FULL = 4; // a quotient of this, or of its inverse, has the full colour
 
 export class HeatMap {
@@ -126,17 +127,16 @@ export class HeatMap {
     const ranks = new Int8Array(width);
     const runs = [];
     for (let b = 0; b < blocks; b += 1) {
-      let start = 0;
-      for (let px = 0; px <= width; px += 1) {
-        let rank = -1;
-        if (px < width && places[px]) {
-          for (let i = places[px][0]; i <= places[px][1]; i += 1) rank = Math.max(rank, columns[i][b]);
-        }
-        if (px === width || (px > 0 && rank !== ranks[px - 1])) {
-          if (px > 0 && ranks[px - 1] >= 0) runs.push([b, start / ratio, px / ratio, WORST[ranks[px - 1]]]);
-          start = px;
-        }
-        if (px < width) ranks[px] = rank;
+      for (let px = 0; px < width; px += 1) {
+        ranks[px] = -1;
+        if (!places[px]) continue;
+        for (let i = places[px][0]; i <= places[px][1]; i += 1) ranks[px] = Math.max(ranks[px], columns[i][b]);
+      }
+      widenRed(ranks, Math.ceil(LEAST * ratio));
+      for (let px = 1, start = 0; px <= width; px += 1) {
+        if (px < width && ranks[px] === ranks[px - 1]) continue;
+        if (ranks[px - 1] >= 0) runs.push([b, start / ratio, px / ratio, WORST[ranks[px - 1]]]);
+        start = px;
       }
       const [top, bottom] = this.#rowsOf(b, ratio, height);
       for (let y = top; y < bottom; y += 1) {
@@ -235,12 +235,15 @@ export class HeatMap {
         "Arrow keys move, Enter selects the block, the same numbers are in the table below.",
     );
     const full = this.statistic && !this.data.heat.quotient ? this.#fullDifference().toFixed(4) : "";
-    if (this.described === name + full) return;
-    this.described = name + full;
+    const most = Math.max(1, ...this.columns.map((column) => column.rows));
+    if (this.described === `${name} ${full} ${most}`) return;
+    this.described = `${name} ${full} ${most}`;
+    const shown = this.statistic ? "farthest from its median" : "worst";
+    const shared = most > 1 ? h("span", {}, `up to ${most} looks share a column: the ${shown} is shown`) : null;
     setText(this.title, this.statistic ? `${this.statistic.title} against its own median` : "Verdicts of all blocks");
     if (!this.statistic) {
       const meaning = (word) => h("span", { class: "chip small", title: word.meaning }, tile(word), word.words);
-      this.legend.replaceChildren(...this.words.map(meaning));
+      this.legend.replaceChildren(...[...this.words.map(meaning), shared].filter(Boolean));
       return;
     }
     const [below, above] = full
@@ -249,6 +252,7 @@ export class HeatMap {
     this.legend.replaceChildren(
       h("span", { class: "key" }, below, h("i", { class: "ramp" }), above),
       h("span", {}, "below the median striped, above it plain; blank where not measured"),
+      ...[shared].filter(Boolean),
     );
   }
 
@@ -256,10 +260,10 @@ export class HeatMap {
     if (block === null || !this.columns.length) return "";
     const column = find(this.columns, step);
     const steps = column.first === column.last ? integer(column.first) : `${integer(column.first)}–${integer(column.last)}`;
-    const looks = column.rows > 1 ? `, worst of ${column.rows} looks` : "";
+    const looks = column.rows > 1 ? `, ${this.statistic ? "farthest" : "worst"} of ${column.rows} looks` : "";
     const name = `block ${block} (${this.data.facts.blocks[block]}), step ${steps}`;
     if (step < this.columns[0].first) return `block ${block}: not looked at yet`;
-    return `${name}: ${this.#value(column, block)}${this.statistic ? "" : looks}`;
+    return `${name}: ${this.#value(column, block)}${looks}`;
   }
 
   #value(column, block) {
@@ -324,6 +328,20 @@ export class HeatMap {
       return Number.isNaN(column.values[b]) ? "" : column.values[b].toPrecision(3);
     };
     return thinned(this.columns, 60).reverse().map((c) => [integer(c.first), ...names.map((_, b) => short(c, b))]);
+  }
+}
+
+// A red of one look among thousands is still seen: it takes at least so many pixels, from where it began.
+function widenRed(ranks, least) {
+  const red = WORST.indexOf("R");
+  let left = 0; // pixels that the red before may still take
+  let before = false;
+  for (let px = 0; px < ranks.length; px += 1) {
+    const now = ranks[px] === red;
+    if (now && !before) left = least;
+    if (!now && left > 0 && ranks[px] >= 0) ranks[px] = red;
+    left -= 1;
+    before = now;
   }
 }
 

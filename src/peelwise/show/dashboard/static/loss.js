@@ -69,9 +69,9 @@ export class LossChart {
 
   #cloud({ X, Y, top, bottom, right }) {
     const clip = (value) => Math.min(Math.max(Y(value), top), bottom);
-    const curve = (bound) => bound.filter(([, value]) => value !== null).map(([step, v]) => [X(step), clip(v)]);
-    const upper = curve(this.data.bounds.upper);
-    const lower = curve(this.data.bounds.lower);
+    const curve = (bound, place) => bound.filter(([, value]) => value !== null).map(([step, v]) => [X(step), place(v)]);
+    const upper = curve(this.data.bounds.upper, clip);
+    const lower = curve(this.data.bounds.lower, clip);
     const level = (points, y) => points.map(([x]) => [x, y]);
     const parts = [];
     const region = (above, below, colour) => {
@@ -91,8 +91,9 @@ export class LossChart {
     const both = lower.length > 1 ? upper.filter(([x]) => x >= lower[0][0] && x <= lower.at(-1)[0]) : [];
     if (both.length > 1) region(both, lower, "yellow");
     if (lower.length > 1) region(lower, level(lower, bottom), "green");
-    if (upper.length > 1) parts.push(path(upper, "edge red"));
-    if (lower.length > 1) parts.push(path(lower, "edge green"));
+    // An edge that is out of view is not drawn at the border, where it is not.
+    if (upper.length > 1) parts.push(path(curve(this.data.bounds.upper, Y), "edge red"));
+    if (lower.length > 1) parts.push(path(curve(this.data.bounds.lower, Y), "edge green"));
     if (lower.length <= 40) parts.push(lower.map(([x, y]) => s("circle", { class: "edge-dot", cx: x, cy: y, r: 2 })));
     return parts;
   }

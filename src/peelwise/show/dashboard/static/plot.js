@@ -1,7 +1,7 @@
 // A line chart as SVG: axes, a cursor line shared with its neighbours, choosing steps by dragging.
 
 import { h, s, width as widthOf } from "./dom.js";
-import { axis, linear, logarithmic, logTicks, ticks } from "./scale.js";
+import { axis, integer, linear, logarithmic, logTicks, ticks } from "./scale.js";
 
 export const LEFT = 58;
 export const RIGHT = 12;
@@ -45,7 +45,7 @@ export class Plot {
     ]);
     for (const value of ticks(x[0], x[1], Math.max(2, Math.floor((width - this.left) / 90)))) {
       if (!Number.isInteger(value)) continue;
-      nodes.push(s("text", { class: "tick", x: this.X(value), y: bottom + 17, "text-anchor": "middle" }, axis(value)));
+      nodes.push(s("text", { class: "tick", x: this.X(value), y: bottom + 17, "text-anchor": "middle" }, integer(value)));
     }
     if (unit) nodes.push(s("text", { class: "unit", x: this.left, y: this.top - 12 }, unit));
     this.axes.replaceChildren(...nodes);

@@ -16,7 +16,7 @@ export function ticks(low, high, count) {
   if (!(high > low)) return [low];
   const raw = (high - low) / Math.max(count, 1);
   const power = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 5, 10].map((m) => m * power).find((each) => each >= raw * 0.999);
+  const step = [1, 2, 5, 10].map((m) => m * power).find((each) => each >= raw * 0.7);
   const found = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i += 1) found.push(i * step + 0); // adding 0 makes a minus zero plain
   return found;
