@@ -140,13 +140,14 @@ class RunReader:
             (name, block),
         )
 
-    def statistic_names(self, run_id: int, *, among: int = 100) -> list[sqlite3.Row]:
-        """Return ``name, of_blocks, of_model, has_interval`` of the statistics in the ``among`` latest probes."""
+    def statistic_names(self, run_id: int, *, name: str | None = None, among: int = 100) -> list[sqlite3.Row]:
+        """Return ``name, of_blocks, of_model, has_interval`` of all statistics (or one) in the latest probes."""
         return self._rows(
-            """SELECT s.name, max(s.block) >= 0 AS of_blocks, min(s.block) < 0 AS of_model, count(s.low) > 0 AS
+            f"""SELECT s.name, max(s.block) >= 0 AS of_blocks, min(s.block) < 0 AS of_model, count(s.low) > 0 AS
             has_interval FROM (SELECT id FROM probes WHERE run_id = :run ORDER BY id DESC LIMIT :among) p
-            CROSS JOIN statistics s WHERE s.probe_id = p.id GROUP BY s.name ORDER BY s.name""",
-            {"run": run_id, "among": among},
+            CROSS JOIN statistics s WHERE s.probe_id = p.id {"" if name is None else "AND s.name = :name"}
+            GROUP BY s.name ORDER BY s.name""",
+            {"run": run_id, "among": among, "name": name},
         )
 
     def record(self, probe_id: int) -> dict[str, list[sqlite3.Row]]:

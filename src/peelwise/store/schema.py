@@ -101,6 +101,7 @@ def opened_for_reading(path: Path) -> sqlite3.Connection:
         missing = [statement for script in MIGRATIONS[version:] for statement in script]
         if version and all(statement.startswith(_NEW_TABLE) for statement in missing):
             # Empty tables stand beside the file, which may be far too large to copy at every look.
+            connection.execute("PRAGMA temp_store = MEMORY")
             for statement in missing:
                 connection.execute(statement.replace(_NEW_TABLE, "CREATE TEMPORARY TABLE ", 1))
         elif missing:

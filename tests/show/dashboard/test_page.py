@@ -443,6 +443,20 @@ def test_any_width_light_and_dark(browser, ask, width, scheme):
     page.close()
 
 
+def test_a_series_that_grows_keeps_its_extremes_and_its_newest_row(page, ask):
+    """Rows are step, block, value, interval, distance from the median, and what the place spans."""
+    opened(page, ask)
+    rows = [[step, 0, {3: 90.0, 4: -7.0, 6: None}.get(step, 1.0 + step), None, None, None] for step in range(9)]
+    halved = "async (rows) => (await import('/static/data.js')).halved(rows)"
+    once = page.evaluate(halved, rows)
+    assert [row[0] for row in once] == [0, 2, 4, 6, 8]
+    assert [row[6:] for row in once] == [[1, 1], [2, 3], [-7, 90], [6, 6], [8, 9]]
+    twice = page.evaluate(halved, once)
+    assert [row[0] for row in twice] == [0, 4, 8]
+    assert twice[1] == [4, 0, -7, None, None, None, -7, 90]
+    assert page.evaluate(halved, [[0, 0, None, None, None, None]])[0][6:] == [None, None]
+
+
 @pytest.fixture(scope="module")
 def big(tmp_path_factory):
     """60 blocks by 10,000 looks: the last block is red always, block 5 in one look alone."""

@@ -180,7 +180,7 @@ def test_one_look_among_ten_thousand_can_be_seen(tmp_path):
         slow = [
             max(column, key=lambda v: abs(math.log(v))) for column in zip(*to_median[first : last + 1], strict=True)
         ]
-        assert row == pytest.approx(slow, rel=6e-4)  # four digits
+        assert row == pytest.approx(slow, rel=6e-3)  # three digits
     for before, row in list(pairwise(series))[::20]:
         shared = [value[step][1] for step in range(before[0] + 1, row[0] + 1)]
         assert row[2] == shared[-1]
@@ -197,7 +197,7 @@ def test_what_is_not_thinned_is_what_plain_sql_says(tmp_path):
     to_median, value = plain(path, "to_median"), plain(path, "value")
     assert heat["first"] == heat["last"] == list(range(300))
     for row, slow in zip(heat["values"], to_median, strict=True):
-        assert row == [float(f"{number:.4g}") for number in slow]
+        assert row == [float(f"{number:.3g}") for number in slow]
     assert [row[:3] for row in series] == [[step, 2, row[2]] for step, row in enumerate(value)]
     assert {len(row) for row in series} == {6}  # no range: nothing shares a place
     assert some["values"] == heat["values"][100:110]

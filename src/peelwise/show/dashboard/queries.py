@@ -145,8 +145,7 @@ def heat(reader: RunReader, run: Run, name: str, between: Between = ALL_STEPS) -
     """
     looks = reader.looks(run.id, between=between)
     stride = _stride(len(looks), COLUMNS)
-    facts = next((statistic_facts(row) for row in reader.statistic_names(run.id) if row["name"] == name), None)
-    quotient = facts is None or facts["quotient"]
+    quotient = all(statistic_facts(row)["quotient"] for row in reader.statistic_names(run.id, name=name))
     columns = _places(looks, stride)
     held = reader.to_median(run, name, between=between)
     values: list[list[float | None]] = [[] for _ in columns["first"]]  # empty where no look of a column holds it
@@ -307,17 +306,17 @@ def _values(rows: Mapping[str, Mapping[int, sqlite3.Row]], probe_id: int) -> dic
 
 def _farthest(numbers: NDArray[Any], starts: NDArray[np.int64], quotient: bool) -> NDArray[np.float64]:
     """Return what is farthest from the median of the rows from each start to the next, NaN where nothing is finite."""
-    table = np.where(np.isfinite(numbers), numbers, np.nan).astype(np.float64)
-    lowest, highest = (extreme.reduceat(table, starts, axis=0) for extreme in (np.fmin, np.fmax))
+    table = np.where(np.isfinite(numbers), numbers, np.nan)
+    lowest, highest = (end.reduceat(table, starts, axis=0).astype(np.float64) for end in (np.fmin, np.fmax))
     above = highest * np.maximum(lowest, 1e-300) >= 1 if quotient else highest + lowest >= 0
     found: NDArray[np.float64] = np.where(above, highest, lowest)
     return found
 
 
 def _rounded(numbers: NDArray[np.float64]) -> list[list[float | None]]:
-    """Return numbers with four digits, which are short as text, and null for NaN."""
+    """Return numbers with the three digits that the page shows, which are short as text, and null for NaN."""
     sizes = np.where(np.isfinite(numbers) & (numbers != 0), np.abs(numbers), 1.0)
-    scales = 10.0 ** (3 - np.floor(np.log10(sizes)))
+    scales = 10.0 ** (2 - np.floor(np.log10(sizes)))
     short = (np.rint(numbers * scales) / scales).astype(object)
     short[np.isnan(numbers)] = None
     rows: list[list[float | None]] = short.tolist()

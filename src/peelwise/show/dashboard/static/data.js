@@ -1,10 +1,11 @@
 // One run as the page knows it: loaded thinned, then kept up record by record without asking again.
 
+import { WORST } from "./shades.js";
+
 const MOST_LOSS = 1000;
 const MOST_LOOKS = 1200;
 const MOST_POINTS = 400;
 const MOST_EVENTS = 300;
-const WORST = "G?YR"; // best first
 export const MODEL = -1;
 
 export async function ask(address, parameters = {}) {
@@ -77,6 +78,7 @@ function mergeHeat(quotient) {
     for (let b = 0; b < one.values.length; b += 1) {
       if (size(other.values[b]) > size(one.values[b])) one.values[b] = other.values[b];
     }
+    one.strengths = null;
   };
 }
 
@@ -84,7 +86,7 @@ function mergeHeat(quotient) {
 export const extremes = ([, , value, , , , lowest = value, highest = value]) => [lowest, highest];
 
 // Every second row, the last one always there, with the lowest and highest of both.
-function halved(rows) {
+export function halved(rows) {
   return rows.flatMap((row, i) => {
     if ((rows.length - 1 - i) % 2 !== 0) return [];
     const both = [row, rows[i - 1] ?? row].map(extremes);
@@ -141,10 +143,13 @@ export class RunData {
     this.heat = null;
     if (!name) return;
     const found = await ask("heat", { run: this.key, statistic: name, ...this.#between });
-    const blocks = this.facts.blocks.length;
-    const items = columns(found, (i) => ({
-      values: Float64Array.from({ length: blocks }, (_, b) => found.values[i][b] ?? NaN),
-    }));
+    const items = columns(found, (i) => {
+      const values = this.#blank();
+      found.values[i].forEach((value, b) => {
+        if (value !== null) values[b] = value;
+      });
+      return { values };
+    });
     const bins = new Bins(MOST_LOOKS, mergeHeat(found.quotient), found.stride, items);
     this.heat = { name, quotient: found.quotient, bins };
     this.missed.forEach((record) => this.#addHeat(record));
@@ -181,9 +186,13 @@ export class RunData {
     if (this.missed.length > 100) this.missed.shift();
   }
 
+  #blank() {
+    return new Float64Array(this.facts.blocks.length).fill(NaN);
+  }
+
   #addHeat({ look: { step }, statistics }) {
     if (step <= (this.heat.bins.items.at(-1)?.last ?? -1)) return;
-    const values = new Float64Array(this.facts.blocks.length).fill(NaN);
+    const values = this.#blank();
     for (const [name, , block, , , , toMedian] of statistics) {
       if (name === this.heat.name && block >= 0 && toMedian !== null) values[block] = toMedian;
     }

@@ -4,8 +4,8 @@ import { colour, h, setText, Table, thinned, tile, width as widthOf } from "./do
 import { find } from "./loss.js";
 import { follow, LEFT, RIGHT } from "./plot.js";
 import { amount, integer, linear, ticks } from "./scale.js";
+import { divergingShades, verdictPatterns, widenRed, WORST } from "./shades.js";
 
-const WORST = "G?YR";
 const LEAST = 2; // pixels of a red
 const FULL = 4; // a quotient of this, or of its inverse, has the full colour
 
@@ -154,8 +154,7 @@ export class HeatMap {
     const pixels = new Uint32Array(image.data.buffer);
     const places = this.#places(width, ratio);
     const blocks = this.data.facts.blocks.length;
-    const strength = this.#strength();
-    const strengths = this.columns.map((column) => Float32Array.from(column.values, strength));
+    const strengths = this.#strengths();
     const shades = divergingShades();
     const line = new Uint32Array(2 * width); // a plain row of pixels, and one of the stripes
     for (let b = 0; b < blocks; b += 1) {
@@ -181,17 +180,28 @@ export class HeatMap {
     return [];
   }
 
-  // How far a value is from its median: -1 to 1.
-  #strength() {
-    if (this.data.heat.quotient) return (v) => (v > 0 ? clamp(Math.log(v) / Math.log(FULL)) : NaN);
-    const full = this.#fullDifference();
-    return (v) => (Number.isNaN(v) ? NaN : clamp(v / full));
+  // How far every column's values are from their medians: -1 to 1, kept for the next time.
+  #strengths() {
+    const { quotient } = this.data.heat;
+    const full = quotient ? Math.log(FULL) : this.#fullDifference();
+    const strength = quotient
+      ? (v) => (v > 0 ? clamp(Math.log(v) / full) : NaN)
+      : (v) => (Number.isNaN(v) ? NaN : clamp(v / full));
+    return this.columns.map((column) => {
+      if (column.full !== full || !column.strengths) Object.assign(column, { full, strengths: column.values.map(strength) });
+      return column.strengths;
+    });
   }
 
+  // The difference that has the full colour: only the largest few lie beyond. Found again when a column is added.
   #fullDifference() {
-    const sizes = this.columns.flatMap((c) => [...c.values].filter((v) => !Number.isNaN(v)).map(Math.abs));
-    sizes.sort((a, b) => a - b);
-    return sizes[Math.floor(0.98 * (sizes.length - 1))] || 1e-9;
+    const { heat } = this.data;
+    if (heat.fullFor !== this.columns.length) {
+      const sizes = this.columns.flatMap((c) => [...c.values].filter((v) => !Number.isNaN(v)).map(Math.abs));
+      heat.full = Float64Array.from(sizes).sort()[Math.floor(0.98 * (sizes.length - 1))] || 1e-9;
+      heat.fullFor = this.columns.length;
+    }
+    return heat.full;
   }
 
   #letters(context, runs) {
@@ -331,20 +341,6 @@ export class HeatMap {
   }
 }
 
-// A red of one look among thousands is still seen: it takes at least so many pixels, from where it began.
-function widenRed(ranks, least) {
-  const red = WORST.indexOf("R");
-  let left = 0; // pixels that the red before may still take
-  let before = false;
-  for (let px = 0; px < ranks.length; px += 1) {
-    const now = ranks[px] === red;
-    if (now && !before) left = least;
-    if (!now && left > 0 && ranks[px] >= 0) ranks[px] = red;
-    left -= 1;
-    before = now;
-  }
-}
-
 // The ranks of a column's letters, kept for the next time.
 function ranksOf(column) {
   if (column.ranked !== column.letters) {
@@ -355,48 +351,3 @@ function ranksOf(column) {
 }
 
 const clamp = (value) => Math.max(-1, Math.min(1, value));
-
-function rgb(name) {
-  const hex = colour(name).replace("#", "");
-  return [0, 2, 4].map((at) => parseInt(hex.slice(at, at + 2), 16));
-}
-
-function packed(shade, page, share) {
-  const [r, g, b] = shade.map((value, i) => Math.round(value * share + page[i] * (1 - share)));
-  return ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0;
-}
-
-// The tiles' colours and patterns as squares of 8 by 8 pixels, one per rank: red plain, yellow striped, green light,
-// grey dotted.
-function verdictPatterns() {
-  const page = rgb("--page");
-  const [red, yellow, green, grey] = ["--red", "--yellow", "--green", "--grey"].map(rgb);
-  const stripes = [packed(yellow, page, 0.5), packed(yellow, page, 0.2)];
-  const [dot, blank] = [packed(grey, page, 0.75), packed(grey, page, 0.08)];
-  const [solid, light] = [packed(red, page, 1), packed(green, page, 0.26)];
-  const of = {
-    G: () => light,
-    "?": (x, y) => (x % 4 === 1 && y % 4 === 1 ? dot : blank),
-    Y: (x, y) => stripes[((x + y) >> 2) & 1],
-    R: () => solid,
-  };
-  const found = new Uint32Array(64 * WORST.length);
-  for (let rank = 0; rank < WORST.length; rank += 1) {
-    for (let at = 0; at < 64; at += 1) found[(rank << 6) | at] = of[WORST[rank]](at & 7, at >> 3);
-  }
-  return found;
-}
-
-// 65 shades from far below the median to far above it, each followed by its paler stripe.
-function divergingShades() {
-  const page = rgb("--page");
-  const [above, below] = [rgb("--mark"), rgb("--accent")];
-  const found = new Uint32Array(130);
-  for (let i = 0; i <= 64; i += 1) {
-    const t = i / 32 - 1;
-    const shade = t < 0 ? below : above;
-    found[2 * i] = packed(shade, page, 0.06 + 0.86 * Math.abs(t));
-    found[2 * i + 1] = packed(shade, page, 0.06 + 0.6 * Math.abs(t));
-  }
-  return found;
-}
