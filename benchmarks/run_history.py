@@ -85,9 +85,12 @@ def main():
         rate = fill(alone, options.probes)
         rate_shared, looks = with_readers(shared, options.probes)
         with RunReader(alone) as reader:
+            run = reader.latest()
             queries = {
-                "heat map: verdict letters of all probes": lambda: reader.probes(1),
+                "heat map: verdict letters of all probes": lambda: reader.looks(1),
+                "heat map: one statistic of all probes": lambda: reader.to_median(run, "energy"),
                 "heat map: one statistic, 500 columns": lambda: reader.statistics(1, "energy", most=500),
+                "one block's values, all probes": lambda: reader.values(run, "energy", 7),
                 "one block, all probes": lambda: reader.statistics(1, "energy", block=7),
                 "one block, 1,000 points": lambda: reader.statistics(1, "energy", block=7, most=1000),
                 "one block's matrices": lambda: reader.matrices(1, 7),

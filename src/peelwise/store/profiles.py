@@ -6,7 +6,8 @@ which lie side by side. They repeat numbers of statistics, to seven digits, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,19 +33,18 @@ class Held:
     numbers: NDArray[Any]
 
 
-def packed(statistics: Iterable[Statistic], blocks: int) -> Iterator[tuple[str, Kind, bytes]]:
-    """Yield name, kind and numbers of one look's statistics: of all blocks, and behind them of the whole model."""
-    found: dict[tuple[str, Kind], NDArray[np.float32]] = {}
+def packed(statistics: Iterable[Statistic], blocks: int) -> list[tuple[str, Kind, bytes]]:
+    """Return name, kind and numbers of one look's statistics: of all blocks, and behind them of the whole model."""
+    found: dict[tuple[str, Kind], list[float]] = {}
+    for each in statistics:
+        kinds: tuple[tuple[Kind, float | None], ...] = (("value", each.value), ("to_median", each.to_median))
+        for kind, number in kinds:
+            if number is not None and WHOLE_MODEL <= each.block < blocks:
+                if (each.name, kind) not in found:
+                    found[each.name, kind] = [math.nan] * (blocks + 1)
+                found[each.name, kind][each.block] = number
     with np.errstate(over="ignore"):  # what is beyond float32 is as good as infinite
-        for each in statistics:
-            kinds: tuple[tuple[Kind, float | None], ...] = (("value", each.value), ("to_median", each.to_median))
-            for kind, number in kinds:
-                if number is not None and WHOLE_MODEL <= each.block < blocks:
-                    if (each.name, kind) not in found:
-                        found[each.name, kind] = np.full(blocks + 1, np.nan, _STORED)
-                    found[each.name, kind][each.block] = number
-    for (name, kind), numbers in found.items():
-        yield name, kind, numbers.tobytes()
+        return [(name, kind, np.array(each).astype(_STORED).tobytes()) for (name, kind), each in found.items()]
 
 
 def cut(block: int, blocks: int) -> str:
