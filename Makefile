@@ -2,8 +2,9 @@
 PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# torch first and pinned: otherwise a dependency may pull a build of several gigabytes.
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# torch first and pinned: otherwise a dependency may pull a build of several gigabytes. Bytecode is made when a module
+# is first imported: most of what is installed never is.
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 .PHONY: demo test lint bench truth clean
 .DELETE_ON_ERROR:
