@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 import peelwise
-from common import write
+from common import earlier, write
 from peelwise.model.checkpoints import open_model
 from peelwise.records import Interval
 
@@ -93,13 +93,15 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--tokens", type=int, default=9600)
     parser.add_argument("--controls", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--add", action="store_true", help="to the results that are there")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     probe = probe_of(arguments.tokens)
     kinds = [(name, dense) for name in arguments.models for dense in (False, True)]
     rows = [peeled(name, probe, dense=dense, controls=arguments.controls) for name, dense in kinds]
     tokens = {"fit": probe.fit.tokens, "select": probe.select.tokens, "report": probe.report.tokens}
-    write("peel_formats", {"tokens": tokens, "peels": rows})
+    kept = earlier("peel_formats") if arguments.add else {}
+    write("peel_formats", {"tokens": tokens, "peels": kept.get("peels", []) + rows}, before=kept.get("command"))
 
 
 if __name__ == "__main__":

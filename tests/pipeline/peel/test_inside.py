@@ -32,6 +32,7 @@ from peelwise.pipeline.peel.fit import FitOptions, fit_block
 from peelwise.pipeline.peel.run import PeelSettings, run_peel
 from peelwise.pipeline.witness import codes_of
 from peelwise.recordfile import RECORD_FILE
+from pipeline.test_low_bit import _bitnet_folder
 from stages import CHECKPOINTS
 from zoo import ZOO
 
@@ -155,6 +156,18 @@ def test_the_direct_map_is_the_model_and_dense_references_may_leave_the_formats(
     assert free.unexplained[1] < inside.record.maps[0].unexplained[1]  # what the bits cost
     report = peelwise.PeelReport(outcome.record, outcome.witness, outcome.probe)
     assert peelwise.verify(report.save(tmp_path / "out"), model).holds
+
+
+def test_packed_weights_of_others_are_peeled_at_their_bits(tmp_path):
+    """Layers that cannot be given a weight compute with what is added behind them."""
+    torch.manual_seed(0)
+    _bitnet_folder(tmp_path)
+    with torch.compiler.set_stance("force_eager"):  # transformers compiles the unpacking of the codes
+        report = peelwise.peel(tmp_path, tiny_probe(), maps=ONE_MAP.maps, rounds=1, controls=False)
+        assert report.record.reference_formats == "ternary:tensor,scale=float32"
+        assert sum(name.endswith(".codes") for name in report.witness) > 3
+        assert report.record.loss.bound != report.record.loss.current
+        assert peelwise.verify(report.save(tmp_path / "certificate"), tmp_path).holds
 
 
 def test_a_stack_of_changed_latent_weights_is_still_read():
