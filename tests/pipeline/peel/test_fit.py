@@ -142,7 +142,11 @@ def test_a_small_cache_forgets_but_never_the_path():
     climber.climb((3, 3, 3))
     assert climber.to_fit((2, 2, 3)) == 3
     again = climber.climb((2, 2, 3))
-    assert all(torch.equal(a.changes[k], b.changes[k]) for a, b in zip(first, again, strict=True) for k in a.changes)
+    assert all(
+        torch.equal(x.state.changes[k], y.state.changes[k])
+        for x, y in zip(first, again, strict=True)
+        for k in x.state.changes
+    )
 
 
 def test_shuffling_moves_every_sequence_and_never_padding():
