@@ -28,8 +28,8 @@ class PeelReport(Report):
 
     Attributes:
         record: every number, as in ``certificate.json``.
-        witness: ``stack/<parameter>``: changes of the blocks' own parameters; ``head/bound`` and
-            ``head/control``: changes of the output head ``[v, d]``.
+        witness: ``stack/<parameter>``: changes of the blocks' own parameters; ``stack/<map>.codes``, ``.scales`` and so
+            on: what low-bit maps hold; ``head/bound`` and ``head/control``: changes of the output head ``[v, d]``.
         probe: the token sequences that were used.
     """
 
@@ -62,6 +62,7 @@ def peel(
     weighted: bool = True,
     rounds: int | None = None,
     steps: bool = True,
+    dense_references: bool = False,
     beam_width: int = 4,
     controls: bool = True,
     margin: float | None = None,
@@ -88,6 +89,8 @@ def peel(
         weighted: weight each coordinate of a station by its inverse variance; false is the plain squared error.
         rounds: most rounds of solves and steps per reference.
         steps: also move the maps that have no closed form.
+        dense_references: let references of low-bit maps leave their formats; by default they are codes and scales of
+            the same formats. The difference of the two bounds is the price of precision of the stack.
         beam_width: how many of the best maps are searched around beyond 6 blocks.
         controls: whether to run the null controls.
         margin: smallest difference that matters, nats per token; default: the larger of 0.5 % of the loss and 0.003.
@@ -113,6 +116,7 @@ def peel(
         weighted=weighted,
         rounds=rounds,
         steps=steps,
+        dense_references=dense_references,
         beam_width=beam_width,
         controls=controls,
         margin_nats=margin,

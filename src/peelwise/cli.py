@@ -153,6 +153,9 @@ def peel(
         bool, typer.Option("--weighted/--unweighted", help="Weight coordinates by their inverse variance.")
     ] = True,
     rounds: Annotated[int | None, typer.Option(min=1, help="Most rounds of fitting a block.")] = None,
+    dense_references: Annotated[
+        bool, typer.Option("--dense-references", help="Low-bit models: let references leave the formats of their maps.")
+    ] = False,
     in_distribution: InDistributionOption = False,
     margin: MarginOption = None,
     controls: ControlsOption = True,
@@ -170,6 +173,7 @@ def peel(
     """Peel MODEL (arXiv:2605.02853): what do reference blocks, fitted one after another to its stations, reach?
 
     Every map says which station each block regresses to; a light head goes on top, and the model gets the same.
+    References of low-bit maps obey the formats of these maps.
     Ctrl-C ends the peel early and reports what was finished.
     """
     from typing import cast
@@ -187,6 +191,7 @@ def peel(
         cast(Start, start),
         weighted,
         rounds,
+        dense_references=dense_references,
         controls=controls,
         margin_nats=margin,
     )

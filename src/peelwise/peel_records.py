@@ -9,6 +9,8 @@ from typing import Literal
 
 from peelwise.records import Interval, Record, SealedRecord
 
+REFERENCE_FORMATS = "reference_formats"  # among the settings: a field of its own would change the seal of older records
+
 
 class PartLosses(Record):
     """One loss on each part of the probe, nats per token."""
@@ -100,3 +102,9 @@ class PeelRecord(SealedRecord):
     maps: tuple[MapRecord, ...]
     maps_total: int
     blocks: tuple[StationRecord, ...]
+
+    @property
+    def reference_formats(self) -> str | None:
+        """The formats that references of low-bit maps obey; ``None`` where there are none, or references are dense."""
+        found = self.settings.get(REFERENCE_FORMATS)
+        return str(found) if found else None

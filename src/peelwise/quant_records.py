@@ -17,8 +17,9 @@ class LayerCheck(Record):
     """One linear map: its output error against the parent's, for the parent's inputs.
 
     ``split`` is ``None`` where the budget ended before it was solved; ``error`` is what its parts add up to.
-    ``rounded`` is the error of rounding the parent's weights to nearest with the format's own rule, and ``flipped`` the
-    share of codes that the best weights found have otherwise.
+    ``rounded`` is the error of rounding the parent's weights to nearest with the format's own rule, ``flipped`` the
+    share of codes that the best weights found have otherwise, and ``damping`` that of the sums they were found in, in
+    units of their mean diagonal. Errors are on the report part, so what is left on the table can be a little below 0.
     """
 
     name: str
@@ -28,6 +29,7 @@ class LayerCheck(Record):
     error: float
     rounded: float | None = None
     flipped: float | None = None
+    damping: float | None = None
     split: SplitRecord | None = None
 
 

@@ -16,7 +16,7 @@ from peelwise.pipeline import controls, stages
 from peelwise.pipeline.bench import Bench
 from peelwise.pipeline.clock import Watcher
 from peelwise.pipeline.findings import Findings
-from peelwise.pipeline.opening import checked_blocks, first_bench
+from peelwise.pipeline.opening import checked_blocks, first_bench, format_names
 from peelwise.pipeline.summary import Setup, summarise
 from peelwise.probes import Probe
 from peelwise.records import AuditRecord
@@ -97,11 +97,10 @@ def run_audit(
         )
         findings = Findings()
         if bench.held:
-            formats = ", ".join(sorted({held.format.name for held in bench.held.values()}))
             findings.notes.append(
-                f"{len(bench.held)} linear maps hold low-bit codes ({formats}). The witness gives them other "
-                "codes and scales of the same formats; the price of precision comes from a dense witness that is "
-                "not kept."
+                f"{len(bench.held)} linear maps hold low-bit codes ({format_names(bench.held)}). The witness gives "
+                "them other codes and scales of the same formats; the price of precision comes from a dense witness "
+                "that is not kept."
             )
         try:
             findings.complete = _stages(bench, findings, settings)

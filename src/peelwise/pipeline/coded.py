@@ -32,7 +32,7 @@ Codes = dict[LinearMap, Encoded]
 
 
 @dataclass(frozen=True)
-class _Candidate:
+class Candidate:
     """Codes and changes to try, and how they came about."""
 
     direction: str
@@ -61,24 +61,16 @@ def take_coded_round(
         after_look: called after each evaluation.
     """
     start = _dense_step(runner, select, before, proposals)
-    site = _Site(start, proposals, held)
+    site = Site(start, proposals, held)
     tokens = float(select.tokens.sum())
-    best: tuple[float, _Candidate] | None = None
-    first = _FIRST
-    for family, evaluations in ((site.flips, _EVALUATIONS), (site.projection, _EVALUATIONS // 2)):
-        tried: dict[int, float] = {}
-        at = first
-        while at not in tried and 0 <= at < len(SHARES) and len(tried) < evaluations:
-            candidate = family(SHARES[at])
-            if candidate is None:
-                break
-            with spliced(candidate.changes):
-                loss = float(runner.losses_from(select, before.start).sum()) / tokens
-            after_look()
-            tried[at] = loss
-            if loss < (best[0] if best else start.select_loss):
-                best, first = (loss, candidate), at
-            at = _next(tried, start.select_loss)
+
+    def loss_of(candidate: Candidate) -> float:
+        with spliced(candidate.changes):
+            loss = float(runner.losses_from(select, before.start).sum()) / tokens
+        after_look()
+        return loss
+
+    best = best_candidate(site, start.select_loss, loss_of)
     if best is None:
         return start if start is not before else None
     loss, candidate = best
@@ -91,6 +83,31 @@ def take_coded_round(
         flipped=site.flipped(candidate.codes),
     )
     return Refined(candidate.changes, (*start.rounds, record), loss, None, before.start, candidate.codes)
+
+
+def best_candidate(site: Site, base: float, loss_of: Callable[[Candidate], float]) -> tuple[float, Candidate] | None:
+    """Try flips, then projections, over shares of codes to flip; return the best and its loss if it is below ``base``.
+
+    Args:
+        site: makes the candidates.
+        base: the loss at the codes in use, on what chooses.
+        loss_of: the loss of a candidate there, with the real low-bit forward.
+    """
+    best: tuple[float, Candidate] | None = None
+    first = _FIRST
+    for family, evaluations in ((site.flips, _EVALUATIONS), (site.projection, _EVALUATIONS // 2)):
+        tried: dict[int, float] = {}
+        at = first
+        while at not in tried and 0 <= at < len(SHARES) and len(tried) < evaluations:
+            candidate = family(SHARES[at])
+            if candidate is None:
+                break
+            loss = loss_of(candidate)
+            tried[at] = loss
+            if loss < (best[0] if best else base):
+                best, first = (loss, candidate), at
+            at = _next(tried, base)
+    return best
 
 
 def _dense_step(runner: Runner, select: Trace, before: Refined, proposals: Proposals) -> Refined:
@@ -115,7 +132,7 @@ def _next(tried: Mapping[int, float], base: float) -> int:
     return best - 1
 
 
-class _Site:
+class Site:
     """The codes in use, the sums around them, and the candidates that can be made of both."""
 
     def __init__(self, before: Refined, proposals: Proposals, held: Mapping[LinearMap, Held]) -> None:
@@ -127,23 +144,23 @@ class _Site:
         self.codes = {m: before.codes.get(m, held[m].encoded) for m in self.local}
         self.weights = {m: held[m].format.decode(codes) for m, codes in self.codes.items()}
 
-    def projection(self, share: float) -> _Candidate | None:
+    def projection(self, share: float) -> Candidate | None:
         """Return the projections of ``W + a D``, with the ``a`` at which about ``share`` of the codes would flip."""
         step = step_for_share(self._projection_steps, share)
         codes = {}
         for linear, problem in self.local.items():
             target = self.weights[linear] + step * self._weight_step(linear)
             codes[linear] = projected(problem.S, target, self.held[linear].format, self.codes[linear])
-        return _Candidate(f"{self.direction}, projected", step, codes, self._changes(codes)) if step else None
+        return Candidate(f"{self.direction}, projected", step, codes, self._changes(codes)) if step else None
 
-    def flips(self, share: float) -> _Candidate | None:
+    def flips(self, share: float) -> Candidate | None:
         """Return the codes after flips towards ``W + a D``, with the ``a`` at which about ``share`` would flip."""
         step = step_for_share(self._flip_steps, share)
         codes = {}
         for linear, metric in self._curvatures.items():
             form, now = self.held[linear].format, self.codes[linear]
             codes[linear] = flipped(metric, step * self._weight_step(linear), form, now)
-        return _Candidate(f"{self.direction}, flips", step, codes, self._changes(codes)) if step else None
+        return Candidate(f"{self.direction}, flips", step, codes, self._changes(codes)) if step else None
 
     @cached_property
     def _curvatures(self) -> dict[LinearMap, Metric]:

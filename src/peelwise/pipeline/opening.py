@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -72,6 +73,11 @@ def held_maps(blocks: tuple[Block, ...]) -> dict[LinearMap, Held]:
     """
     found = {linear: linear.held() for block in blocks for linear in block.linears if linear.low_bit}
     return {linear: held for linear, held in found.items() if held is not None}
+
+
+def format_names(held: Mapping[LinearMap, Held]) -> str:
+    """Return the formats that low-bit maps hold, each once; empty if there are none."""
+    return ", ".join(sorted({each.format.name for each in held.values()}))
 
 
 def _check_loss(loss: float, name: str) -> None:

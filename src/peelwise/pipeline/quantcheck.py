@@ -1,19 +1,22 @@
 """A quantised model against its full-precision parent: which part of the damage the bits explain, and which they do
 not.
 
-For every linear map with the parent's weights ``T`` and inputs ``x`` of the parent on the fit tokens, ``S = E[x x^T]``:
+For every linear map with the parent's weights ``T`` and inputs ``x`` of the parent, ``S = E[x x^T]`` over a part of the
+probe:
 
     current    tr((W - T) S (W - T)^T)      the map's output error as it is quantised now
-    achieved   the same for the best codes and scales of its format that were found, never worse than those in use
+    achieved   the same for the best codes and scales of its format that were found
     relaxed    0 but for structural zeros: the parent itself
 
-and for the loss on report: the parent's, the present one, and the one with all the better codes in place.
+on report. The codes are found in ``S + damping * tr(S)/d I`` of the fit tokens, with the damping, and whether they are
+taken at all, by the error on select: few tokens leave directions in which undamped sums allow any error. And for the
+loss on report: the parent's, the present one, and the one with all the better codes in place.
 """
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from peelwise.errors import FormatError, ModelError
-from peelwise.formats.base import Format
+from peelwise.formats.base import Encoded, Format
 from peelwise.formats.recover import recover
 from peelwise.model.capture import captured
 from peelwise.model.checkpoints import fingerprint, gguf_file
@@ -39,7 +42,8 @@ from peelwise.pipeline.sweep import token_rows
 from peelwise.probes import Probe
 from peelwise.quant_records import LayerCheck, QuantcheckRecord, QuantLosses
 from peelwise.records import ModelRecord, SplitRecord
-from peelwise.references.quantized import quadratic, solve, split
+from peelwise.references.coded import damped
+from peelwise.references.quantized import lowest_on_support, quadratic, solve
 from peelwise.stats.gram import GramSum
 
 _SOLVE_SHARE = 0.9  # of the budget; the losses with the better weights come after it
@@ -55,6 +59,7 @@ class QuantcheckSettings:
         themselves.
         max_sweeps: most sweeps of coordinate descent per layer and start.
         tolerance: a sweep that lowers a layer's error by less than this part is the last.
+        dampings: of the inputs' sums that select chooses from, in units of the mean diagonal.
         micro_batch_tokens: tokens that go through a model at a time.
     """
 
@@ -62,6 +67,7 @@ class QuantcheckSettings:
     form: Format | None = None
     max_sweeps: int = 5
     tolerance: float = 0.01
+    dampings: tuple[float, ...] = (0.0, 1e-2, 1e-1, 1.0)
     micro_batch_tokens: int = MICRO_BATCH_TOKENS
 
 
@@ -110,12 +116,12 @@ def run_quantcheck(
         other.work = runner.work
         clock = Clock(settings.budget_seconds, runner.work, watcher)
         with clock.stage(LOSSES):
-            fit, whole = other.trace(probe.fit), other.trace(probe.report)
+            above_of = [other.trace(part) for part in (probe.fit, probe.select, probe.report)]
             select, report = runner.trace(probe.select), runner.trace(probe.report)
         with clock.stage("best weights of every layer"):
-            found = _solve_all(other, fit, {pairs[m]: (m, h) for m, h in held.items()}, settings, clock)
+            found = _solve_all(other, above_of, {pairs[m]: (m, h) for m, h in held.items()}, settings, clock)
         with clock.stage("losses with the best weights"):
-            loss = _losses(runner, found.changes, select, report, whole)
+            loss = _losses(runner, found.changes, select, report, above_of[-1])
         cost = clock.record(probe.fit.tokens + probe.select.tokens + probe.report.tokens, device_of(quantised.model))
     records = [_model_record(c, b, probe.seed) for c, b in ((quantised, blocks), (parent, above))]
     return QuantcheckRecord(
@@ -205,22 +211,26 @@ def _read(linear: LinearMap, form: Format) -> Held:
 
 def _solve_all(
     runner: Runner,
-    fit: Trace,
+    parts: Sequence[Trace],
     held: dict[LinearMap, tuple[LinearMap, Held]],
     settings: QuantcheckSettings,
     clock: Clock,
 ) -> _Found:
-    """Solve every map of the parent, block by block; only one block's sums are alive at a time."""
+    """Solve every map of the parent, block by block; one block's sums on all ``parts`` are alive at a time."""
     found = _Found()
     stop = _SOLVE_SHARE * clock.budget
     for done, block in enumerate(runner.blocks):
         clock.tell(done, len(runner.blocks))
-        sums = input_sums(runner, block, fit)
+        sums = [input_sums(runner, block, trace) for trace in parts]
         for twin in (m for m in block.linears if m in held):
             linear, own = held[twin]
-            if clock.elapsed > stop:
-                found.complete = False
-            found.layers.append(_checked(block, twin, linear, own, sums[twin], settings, found))
+            found.complete &= clock.elapsed <= stop
+            layer = Layer(linear.name, block.index, twin.weight().float(), own, *(each[twin] for each in sums))
+            encoded, damping = layer.best(settings) if found.complete else (None, None)
+            found.layers.append(layer.checked(encoded, damping))
+            if encoded is not None:
+                change = own.format.decode(encoded).to(layer.T) - own.weight.to(layer.T)
+                found.changes[linear] = torch.nn.functional.pad(change, (0, int(linear.has_bias)))
     return found
 
 
@@ -244,43 +254,74 @@ def input_sums(runner: Runner, block: Block, trace: Trace) -> dict[LinearMap, Te
     return {linear: means[first] for linear, first in first_of.items()}
 
 
-def _checked(
-    block: Block,
-    twin: LinearMap,
-    linear: LinearMap,
-    own: Held,
-    S: Tensor,
-    settings: QuantcheckSettings,
-    found: _Found,
-) -> LayerCheck:
-    """Return one layer's line; while there is budget left, with its parts, and its change added to the others."""
-    T = twin.weight().float()
-    weight = own.weight.to(T)
-    energy = float(quadratic(S, T).sum()) or 1.0
-    current = float(quadratic(S, weight - T).sum())
-    d_out, d_in = T.shape
-    plain = LayerCheck(
-        name=linear.name,
-        block=block.index,
-        format=own.format.name,
-        bits_per_weight=own.format.bits(d_out, d_in, own.encoded.support) / T.numel(),
-        error=current / energy,
-    )
-    if not found.complete:
-        return plain
-    effort = {"max_sweeps": settings.max_sweeps, "tolerance": settings.tolerance}
-    reference = solve(S, T, own.format, starts=[own.encoded], **effort)  # type: ignore[arg-type]
-    parts = split(reference, current)
-    found.changes[linear] = own.format.decode(reference.encoded).to(T) - weight
-    if linear.has_bias:
-        found.changes[linear] = torch.nn.functional.pad(found.changes[linear], (0, 1))
-    return plain.model_copy(
-        update={
-            "rounded": reference.rounded / energy,
-            "flipped": float((reference.encoded.codes != own.encoded.codes).sum()) / T.numel(),
-            "split": SplitRecord(**{name: value / energy for name, value in parts.model_dump().items()}),
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One map: the parent's weights ``T``, what the quantised model holds, and the sums of the parent's inputs."""
+
+    name: str
+    block: int
+    T: Tensor  # [d_out, d_in]
+    own: Held
+    fit: Tensor  # [d_in, d_in]
+    select: Tensor
+    report: Tensor
+
+    def error(self, S: Tensor, encoded: Encoded) -> float:
+        """Return ``tr((W - T) S (W - T)^T)`` of what codes stand for."""
+        return float(quadratic(S, self.own.format.decode(encoded).to(self.T) - self.T).sum())
+
+    def best(self, settings: QuantcheckSettings) -> tuple[Encoded, float]:
+        """Return the codes found and the damping of the sums they were found in; those in use if no others do better.
+
+        Every damping of the settings gets rounding with error feedback; the one that does best on select is solved.
+        """
+        form, starts = self.own.format, [self.own.encoded]
+        rough = {
+            d: self.error(self.select, solve(damped(self.fit, d), self.T, form, starts=starts, max_sweeps=0).encoded)
+            for d in settings.dampings
         }
-    )
+        damping = min(rough, key=lambda d: rough[d])
+        found = solve(
+            damped(self.fit, damping),
+            self.T,
+            form,
+            starts=starts,
+            max_sweeps=settings.max_sweeps,
+            tolerance=settings.tolerance,
+        ).encoded
+        better = self.error(self.select, found) < self.error(self.select, self.own.encoded)
+        return (found if better else self.own.encoded), damping
+
+    def checked(self, encoded: Encoded | None, damping: float | None) -> LayerCheck:
+        """Return the layer's line; with its parts if codes were looked for."""
+        T, own, S = self.T, self.own, self.report
+        energy = float(quadratic(S, T).sum()) or 1.0
+        current = self.error(S, own.encoded)
+        d_out, d_in = T.shape
+        plain = LayerCheck(
+            name=self.name,
+            block=self.block,
+            format=own.format.name,
+            bits_per_weight=own.format.bits(d_out, d_in, own.encoded.support) / T.numel(),
+            error=current / energy,
+        )
+        if encoded is None:
+            return plain
+        achieved, relaxed = self.error(S, encoded), 0.0
+        if own.encoded.support is not None:
+            relaxed = float(quadratic(S, lowest_on_support(S, T, own.encoded.support).to(T) - T).sum())
+        return plain.model_copy(
+            update={
+                "rounded": self.error(S, own.format.encode(T, own.encoded.support)) / energy,
+                "flipped": float((encoded.codes != own.encoded.codes).sum()) / T.numel(),
+                "damping": damping,
+                "split": SplitRecord(
+                    irreducible=relaxed / energy,
+                    price_of_precision=(achieved - relaxed) / energy,
+                    left_on_the_table=(current - achieved) / energy,
+                ),
+            }
+        )
 
 
 def _losses(runner: Runner, changes: ChangeMap, select: Trace, report: Trace, parent: Trace) -> QuantLosses:
@@ -327,7 +368,7 @@ def _conclusion(loss: QuantLosses, layers: list[LayerCheck]) -> str:
 def _notes(
     quantised: nn.Module, parent: nn.Module, held: dict[LinearMap, Held], found: _Found, loss: QuantLosses
 ) -> Iterator[str]:
-    yield "Sums of inputs are the parent's, on the fit tokens; errors are parts of its mean squared output."
+    yield "Inputs are the parent's; errors of layers are on report, parts of its mean squared output there."
     if not loss.kept:
         yield "The better weights of the layers do not lower the loss on select, so none of them are taken."
     if not found.complete:

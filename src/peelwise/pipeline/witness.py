@@ -4,8 +4,8 @@
     KIND/MAP.codes      the codes of a low-bit map, and beside it .scales, .zeros, .support where the format has them,
                         .bias, the change of its bias, and .format, the bytes of the format's name
 
-``KIND`` is ``composed`` or ``alone``. Codes are read strictly: whatever the format of the map could not write down is
-refused.
+``KIND`` is ``composed`` or ``alone``; ``stack`` for the codes of a peel's references. Codes are read strictly: whatever
+the format of the map could not write down is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peelwise.errors import CertificateError, FormatError, UnsupportedModelError
-from peelwise.formats.base import Encoded
+from peelwise.formats.base import Encoded, Format
 from peelwise.formats.membership import check_member, same_support, scaled_part
 from peelwise.model.effective import Held, hold_
 from peelwise.model.layers import Block, LinearMap
@@ -25,6 +25,7 @@ from peelwise.pipeline.bench import WITNESS_DTYPE, ChangeMap
 from peelwise.pipeline.refine import Refined
 
 _PARTS = ("codes", "scales", "zeros", "support")
+CODED_PARTS = (*_PARTS, "format")
 
 
 def witness_tensors(kind: str, refined: Refined, held: Mapping[LinearMap, Held]) -> dict[str, Tensor]:
@@ -35,13 +36,18 @@ def witness_tensors(kind: str, refined: Refined, held: Mapping[LinearMap, Held])
         if codes is None:
             out[name] = change.to(WITNESS_DTYPE)
             continue
-        parts = {part: getattr(codes, part) for part in _PARTS}
-        out.update({f"{name}.{part}": value for part, value in parts.items() if value is not None})
-        out[f"{name}.format"] = _as_bytes(held[linear].format.name)
+        out |= coded_tensors(name, codes, held[linear].format)
         if linear.has_bias:
             out[f"{name}.bias"] = change[:, -1].to(WITNESS_DTYPE)
     # Codes that nothing changed are those of the model, for every kind: the file wants tensors of its own.
     return {name: tensor.cpu().contiguous().clone() for name, tensor in out.items()}
+
+
+def coded_tensors(name: str, encoded: Encoded, form: Format) -> dict[str, Tensor]:
+    """Return codes, scales, zeros and support under ``name``, with the name of their format."""
+    parts = {part: getattr(encoded, part) for part in _PARTS}
+    found = {f"{name}.{part}": value for part, value in parts.items() if value is not None}
+    return found | {f"{name}.format": _as_bytes(form.name)}
 
 
 def codes_of(witness: Mapping[str, Tensor], kind: str, linear: LinearMap, held: Held) -> Encoded | None:
@@ -71,6 +77,11 @@ def codes_of(witness: Mapping[str, Tensor], kind: str, linear: LinearMap, held: 
     if shared and own is not None and encoded.scales is not None and not torch.equal(encoded.scales, own.cpu()):
         raise FormatError(f"The witness for {linear.name} changes a scale that the whole model shares.")
     return encoded
+
+
+def moved_to(encoded: Encoded, device: torch.device) -> Encoded:
+    """Return codes, scales, zeros and support on a device."""
+    return replace(encoded, **{p: v.to(device) for p in _PARTS if (v := getattr(encoded, p)) is not None})
 
 
 def changes_of(witness: Mapping[str, Tensor], kind: str, blocks: tuple[Block, ...]) -> ChangeMap:
@@ -105,10 +116,8 @@ def merge_(witness: Mapping[str, Tensor], kind: str, blocks: tuple[Block, ...]) 
         else:
             encoded = codes_of(witness, kind, linear, held)
             if encoded is not None:
-                on = linear.weight().device
-                moved = {part: v.to(on) for part in _PARTS if (v := getattr(encoded, part)) is not None}
                 try:
-                    hold_(linear.module, replace(encoded, **moved))
+                    hold_(linear.module, moved_to(encoded, linear.weight().device))
                 except UnsupportedModelError as error:
                     raise CertificateError(
                         f"{linear.name}: {error} They are in witness.safetensors; or give its class a method "

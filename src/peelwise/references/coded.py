@@ -76,7 +76,7 @@ class LocalProblem:
         """The metric of flips."""
         if self.F is None:
             return None
-        return Metric(_damped(self.S, self.input_damping), _damped(self.F, self.output_damping))
+        return Metric(damped(self.S, self.input_damping), damped(self.F, self.output_damping))
 
 
 def next_level(form: Format, encoded: Encoded, towards: Tensor) -> Tensor:
@@ -215,7 +215,8 @@ def _spread_scales(form: Format, encoded: Encoded, like: Tensor) -> Tensor:
     return _scaled(form).layout.spread(encoded.scales.to(like), *encoded.codes.shape)
 
 
-def _damped(A: Tensor, damping: float) -> Tensor:
+def damped(A: Tensor, damping: float) -> Tensor:
+    """Return ``A + damping * tr(A)/d I`` for ``A [d, d]``."""
     return A + damping * A.diagonal().mean() * torch.eye(len(A), dtype=A.dtype, device=A.device)
 
 

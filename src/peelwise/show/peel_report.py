@@ -77,6 +77,7 @@ def _hero(record: PeelRecord) -> str:
         (
             ("maps visited", f"{len(record.maps)} of {record.maps_total:,}"),
             ("start", f"{record.start}: {_START[record.start]}"),
+            *([("references", f"inside {record.reference_formats}")] if record.reference_formats else []),
             ("best map", record.maps[0].name if record.maps else "–"),
         )
     )
@@ -190,6 +191,15 @@ def _reading(record: PeelRecord) -> str:
         "The direct map, started warm, is the model itself; with the light head it is the head control.",
         "If a map beats the model with its head fitted again, on text that it was neither fitted nor chosen on, the "
         "stack of blocks is proven not to be at its optimum on this data by at least that much. " + CAVEAT,
+        *(
+            [
+                f"The model holds low-bit maps ({record.reference_formats}), and so do the references: codes and "
+                "scales of the same formats, which the certificate holds. What a map gains is gained at the same bits, "
+                "but for the head."
+            ]
+            if record.reference_formats
+            else []
+        ),
         *(f"{words.capitalize()}: {meaning}" for words, meaning in STATION_WORDS.values()),
         "The probe was declared to be training text."
         if record.probe.in_distribution

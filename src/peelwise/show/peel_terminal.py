@@ -17,6 +17,7 @@ from peelwise.show.peel_words import (
     beats_head,
     control_rows,
     control_sentence,
+    inside,
     shown_loss,
     stations,
 )
@@ -48,7 +49,10 @@ class _PeelView:
         record = self.record
         yield Text.assemble((clean(record.model.name), "bold"), (model_line(record), "dim"))
         yield Text(clean(record.conclusion), style="bold" if beats_head(record) else "")
-        yield Text(f"{len(record.maps)} of {record.maps_total:,} maps visited, {record.start} start", style="dim")
+        yield Text(
+            f"{len(record.maps)} of {record.maps_total:,} maps visited, {record.start} start{inside(record)}",
+            style="dim",
+        )
         yield _map_table(record, options.max_width >= WIDE)
         if len(record.maps) > MOST_MAPS:
             yield Text(f"and {len(record.maps) - MOST_MAPS} more maps, in the certificate and the report.", style="dim")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from peelwise.peel_records import MapRecord, PartLosses, PeelRecord
-from peelwise.show.words import NOT_IN_BUDGET
+from peelwise.show.words import NOT_IN_BUDGET, clean
 
 STATION_WORDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
@@ -38,6 +38,11 @@ def beats_head(record: PeelRecord) -> bool:
     """Whether the best map is shown to beat the model, also with its head fitted again, and the null controls."""
     over = record.loss.certified
     return over is not None and over.low > 0 and record.informative is not False
+
+
+def inside(record: PeelRecord) -> str:
+    """Return ", references inside ternary:tensor" where the references of low-bit maps obey formats, else nothing."""
+    return f", references inside {clean(record.reference_formats)}" if record.reference_formats else ""
 
 
 def control_sentence(record: PeelRecord) -> str:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from audits import Snapshot, runner_of, split_of, tiny_probe
-from peelwise.pipeline.peel.block import ReferenceBlock
+from peelwise.pipeline.peel.bench import StationBench, Target
+from peelwise.pipeline.peel.block import ReferenceBlock, State
 from peelwise.pipeline.peel.climb import Climber, partner_order, shuffled_stations
-from peelwise.pipeline.peel.fit import FitOptions, Target, _Bench, _solve, coordinate_weights, find_writers, fit_block
+from peelwise.pipeline.peel.fit import FitOptions, _solve, coordinate_weights, find_writers, fit_block
 from zoo import ZOO, sample_ids
 
 WRITERS = {
@@ -53,17 +54,17 @@ def test_a_reference_is_its_changes_and_the_model_stays(name):
     draw = torch.Generator().manual_seed(0)
     shapes = {m: (m.weight().shape[0], m.weight().shape[1] + m.has_bias) for m in reference.block.linears}
     steps = {m: torch.randn(shape, generator=draw) for m, shape in shapes.items()}
-    reference.set(reference.moved(steps, 0.1))
+    reference.set(State().moved(steps, 0.1))
     for old, new in zip(block.linears, reference.block.linears, strict=True):
         moved = 0.1 * steps[new]
         weight = moved[:, :-1] if old.has_bias else moved
         torch.testing.assert_close(new.weight(), old.weight() + weight.bfloat16().float())
         if old.has_bias:
             torch.testing.assert_close(new.bias(), old.bias() + moved[:, -1].bfloat16().float())
-    again = ReferenceBlock(block, reference.changes)
+    again = ReferenceBlock(block, reference.state)
     pairs = zip(again.block.module.parameters(), reference.block.module.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    reference.set({})
+    reference.set(State())
     pairs = zip(reference.block.module.parameters(), block.module.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     before.assert_unchanged(model)
@@ -95,7 +96,7 @@ def test_the_last_projection_is_solved_exactly_where_that_is_possible(name):
     _, other_traces = traces_of(other, probe)
     reference = ReferenceBlock(runner.blocks[0])
     (linear,) = (m for m in reference.block.linears if m.name == last.name)
-    bench = _Bench(runner, reference, traces["fit"], traces["select"], target_of(other_traces, 1))
+    bench = StationBench(runner, reference, traces["fit"], traces["select"], target_of(other_traces, 1))
     start = bench.select_error()
     assert start > 0.05
     assert _solve(bench, linear, start) < 1e-4 * start  # what damping and rounding to bfloat16 leave
@@ -125,8 +126,8 @@ def test_shared_prefixes_are_fitted_once_and_give_the_same_stack():
         expected = alone.climb(stations)
         for a, b in zip(found, expected, strict=True):
             assert a.fitted == b.fitted
-            assert a.changes.keys() == b.changes.keys()
-            assert all(torch.equal(a.changes[k], b.changes[k]) for k in a.changes)
+            assert a.state.changes.keys() == b.state.changes.keys()
+            assert all(torch.equal(a.state.changes[k], b.state.changes[k]) for k in a.state.changes)
         for x, y in zip(shared.stack.traces["report"].batches, alone.stack.traces["report"].batches, strict=True):
             assert torch.equal(x.stations[-1], y.stations[-1])
     assert shared.to_fit((2, 3, 3)) == 0
@@ -141,7 +142,11 @@ def test_a_small_cache_forgets_but_never_the_path():
     climber.climb((3, 3, 3))
     assert climber.to_fit((2, 2, 3)) == 3
     again = climber.climb((2, 2, 3))
-    assert all(torch.equal(a.changes[k], b.changes[k]) for a, b in zip(first, again, strict=True) for k in a.changes)
+    assert all(
+        torch.equal(x.state.changes[k], y.state.changes[k])
+        for x, y in zip(first, again, strict=True)
+        for k in x.state.changes
+    )
 
 
 def test_shuffling_moves_every_sequence_and_never_padding():

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from peelwise.errors import CertificateError
+from peelwise.errors import CertificateError, FormatError
 from peelwise.intervals import Paired
 from peelwise.model.checkpoints import fingerprint
 from peelwise.model.guard import untouched
@@ -26,10 +26,12 @@ from peelwise.pipeline.certificate import (
     what_changed,
 )
 from peelwise.pipeline.controls import per_sequence
-from peelwise.pipeline.peel.block import ReferenceBlock
+from peelwise.pipeline.opening import format_names, held_maps
+from peelwise.pipeline.peel.block import EFFECTIVE, Codes, ReferenceBlock, State
 from peelwise.pipeline.peel.derived import contradictions
 from peelwise.pipeline.peel.stack import Stack
 from peelwise.pipeline.peel.summary import BOUND_HEAD, CONTROL_HEAD, STACK
+from peelwise.pipeline.witness import CODED_PARTS, codes_of, moved_to
 from peelwise.probes import Probe
 from peelwise.records import Interval
 from peelwise.references.head import token_cross_entropy
@@ -60,12 +62,15 @@ def verify_peel(folder: Path, record: PeelRecord, model: nn.Module) -> Verificat
         return Verification("not the same model or data", f"{PROBE_FILE} is not the probe that was certified.")
     if fingerprint(model) != record.model.fingerprint:
         return Verification("not the same model or data", "The model's tensors are not those that were certified.")
-    tolerance = tolerance_of(model)
+    tolerance, formats = tolerance_of(model), record.reference_formats
     wrong = next(contradictions(record), None)
     if wrong:
         return Verification("does not hold", wrong, tolerance=tolerance)
     with untouched(model):
-        checks = _Recheck(record, witness, probe, model, tolerance).run()
+        try:
+            checks = _Recheck(record, witness, probe, model, tolerance).run()
+        except FormatError as error:  # references outside the formats that they are said to be of prove nothing
+            return Verification("does not hold", str(error), tolerance=tolerance)
     differing = [check for check in checks if not check.holds]
     if differing:
         first = differing[0]
@@ -75,31 +80,55 @@ def verify_peel(folder: Path, record: PeelRecord, model: nn.Module) -> Verificat
         wrong or f"{len(checks)} numbers found again.",
         checks,
         tolerance,
-        rechecked=(_LOSSES, _SELF),
+        rechecked=(_LOSSES, *([f"that references are inside {formats}"] if formats else []), _SELF),
         not_rechecked=(_UNCHECKED,),
     )
 
 
-def reference_stack(witness: Mapping[str, Tensor], blocks: tuple[Block, ...]) -> list[ReferenceBlock]:
+def reference_stack(
+    witness: Mapping[str, Tensor], blocks: tuple[Block, ...], *, inside: bool = False
+) -> list[ReferenceBlock]:
     """Return the reference blocks that a witness describes, one per block of the model.
+
+    Args:
+        witness: tensors by name.
+        blocks: of the model.
+        inside: whether low-bit maps must hold codes of their formats, strictly; else they may hold any weights.
 
     Raises:
         CertificateError: If the witness names a parameter that the blocks lack, or has another shape for it.
+        FormatError: If codes are none of a map's format, or a map leaves the format that it should be inside.
     """
-    changes = {name.removeprefix(f"{STACK}/"): c for name, c in witness.items() if name.startswith(f"{STACK}/")}
+    left = {name.removeprefix(f"{STACK}/"): c for name, c in witness.items() if name.startswith(f"{STACK}/")}
     stack = []
     for block in blocks:
-        own = {f"{block.name}.{name}": parameter for name, parameter in unwrapped(block.module).named_parameters()}
-        mine = {name: changes.pop(name) for name in own.keys() & changes.keys()}
-        for name, change in mine.items():
-            if change.shape != own[name].shape:
-                raise CertificateError(
-                    f"The witness for {name} is {tuple(change.shape)}, expected {tuple(own[name].shape)}."
-                )
-        stack.append(ReferenceBlock(block, mine))
-    if changes:
-        raise CertificateError(f"The witness names {next(iter(changes))}, which the model's blocks do not have.")
+        codes = _stored_codes(witness, block, inside=inside)
+        coded = {f"{name}.{part}" for name in codes for part in CODED_PARTS}
+        left = {name: change for name, change in left.items() if name not in coded}
+        own = {f"{block.name}.{name}": p.shape for name, p in unwrapped(block.module).named_parameters()}
+        own |= {f"{m.name}.{EFFECTIVE}": m.weight().shape for m in block.linears if m.low_bit}
+        changes = {name: left.pop(name) for name in own.keys() & left.keys()}
+        for name, change in changes.items():
+            if change.shape != own[name]:
+                raise CertificateError(f"The witness for {name} is {tuple(change.shape)}, expected {tuple(own[name])}.")
+        stack.append(ReferenceBlock(block, State(changes, codes)))
+    if left:
+        raise CertificateError(f"The witness names {next(iter(left))}, which the model's blocks do not have.")
     return stack
+
+
+def _stored_codes(witness: Mapping[str, Tensor], block: Block, *, inside: bool) -> Codes:
+    """Return the codes that a witness has for the low-bit maps of a block."""
+    found: Codes = {}
+    for linear, held in held_maps((block,)).items():
+        if inside and any(f"{STACK}/{linear.name}.{kind}" in witness for kind in ("weight", EFFECTIVE)):
+            raise FormatError(
+                f"{linear.name} holds {held.format.name}, and its reference is dense: not at the same bits."
+            )
+        encoded = codes_of(witness, STACK, linear, held)
+        if encoded is not None:
+            found[linear.name] = moved_to(encoded, held.weight.device)
+    return found
 
 
 class _Recheck:
@@ -132,7 +161,13 @@ class _Recheck:
     def _bound(self) -> Tensor:
         """Return the losses ``[sequences]`` of the stack with its head."""
         stack = Stack(self.runner, {"report": self.trace})
-        references = reference_stack(self.witness, self.runner.blocks)
+        formats = self.record.reference_formats
+        held = format_names(held_maps(self.runner.blocks))
+        if formats is not None and formats != held:
+            raise FormatError(
+                f"References are said to be inside {formats}; the model holds {held or 'no low-bit maps'}."
+            )
+        references = reference_stack(self.witness, self.runner.blocks, inside=formats is not None)
         for station, reference in zip(self.record.best_map or (), references, strict=True):
             stack.push(station, reference)
         trace = stack.traces["report"]

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from peelwise.model.layers import Block
 from peelwise.model.runner import Batch, Runner, Trace
-from peelwise.pipeline.peel.block import Changes, ReferenceBlock
-from peelwise.pipeline.peel.fit import FitOptions, Fitted, Target, coordinate_weights, fit_block
+from peelwise.pipeline.peel.bench import Target
+from peelwise.pipeline.peel.block import ReferenceBlock, State
+from peelwise.pipeline.peel.fit import FitOptions, Fitted, coordinate_weights, fit_block
 from peelwise.pipeline.peel.stack import Stack
 from peelwise.references.map_search import shared_prefix
 from peelwise.references.maps import StationMap
@@ -23,15 +24,10 @@ Shuffle = Callable[[list[Tensor]], list[Tensor]]
 
 @dataclass(frozen=True)
 class Reference:
-    """A fitted reference block, small enough to be kept: its changes and how well it hits its station."""
+    """A fitted reference block, small enough to be kept: what is not the model's, and how well it hits its station."""
 
-    changes: Changes
+    state: State
     fitted: Fitted
-
-    @property
-    def bytes(self) -> int:
-        """Size of the changes."""
-        return sum(change.numel() * change.element_size() for change in self.changes.values())
 
 
 class BudgetEndedError(Exception):
@@ -41,7 +37,7 @@ class BudgetEndedError(Exception):
 class Climber:
     """Fits reference stacks map by map. References of shared prefixes are fitted once.
 
-    Kept are the references by prefix (changes only, oldest forgotten beyond ``cache_bytes``) and the stations
+    Kept are the references by prefix (changes and codes only, oldest forgotten beyond ``cache_bytes``) and the stations
     of the present path.
 
     Args:
@@ -92,7 +88,7 @@ class Climber:
         for depth in range(self.stack.depth, len(stations)):
             prefix = stations[: depth + 1]
             known = self._references.get(prefix)
-            block = ReferenceBlock(self.runner.blocks[depth], known.changes if known else None)
+            block = ReferenceBlock(self.runner.blocks[depth], known.state if known else None, dense=self.options.dense)
             if known is None:
                 if not keep_going():
                     raise BudgetEndedError
@@ -112,7 +108,7 @@ class Climber:
 
     def _fit(self, block: ReferenceBlock, station: int) -> Reference:
         if self._fresh is not None:
-            block.set(block.from_initialisation(self._fresh[block.own.index]))
+            block.set(block.initialised(self._fresh[block.own.index]))
         fitted = fit_block(
             self.runner,
             block,
@@ -121,7 +117,7 @@ class Climber:
             self._target(station),
             self.options,
         )
-        return Reference(block.changes, fitted)
+        return Reference(block.state, fitted)
 
     def _target(self, station: int) -> Target:
         fit, select = ([b.stations[station] for b in self._traces[part].batches] for part in ("fit", "select"))
@@ -131,13 +127,13 @@ class Climber:
 
     def _remember(self, prefix: StationMap, reference: Reference) -> None:
         self._references[prefix] = reference
-        total = sum(r.bytes for r in self._references.values())
+        total = sum(r.state.bytes for r in self._references.values())
         # The oldest go first, but never those of the path that is being climbed.
         for old in list(self._references):
             if total <= self._cache_bytes:
                 break
             if prefix[: len(old)] != old:
-                total -= self._references.pop(old).bytes
+                total -= self._references.pop(old).state.bytes
 
 
 def partner_order(sequences: int, seed: int) -> Tensor:

@@ -5,14 +5,14 @@ The error is the share of the station's variance that is left unexplained, on pr
     err = mean_tokens mean_j w_j (T_j - A_j)^2,    w_j = 1 / Var(T_j)   (or 1 / mean variance, unweighted)
 
 so 1 is what predicting the mean gives. One round solves each output projection in closed form, in the order in
-which the block runs them, then takes one whitened step on all other linear maps. Every change is accepted by
-what it does to the error on select, and rounds go on until select stops improving.
+which the block runs them, then takes one whitened step on all other linear maps; low-bit maps get the codes nearest to
+these (`peelwise.pipeline.peel.inside`). Every change is accepted by what it does to the error on select, and rounds go
+on until select stops improving.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +22,11 @@ from peelwise.errors import IllConditionedWarning
 from peelwise.model.capture import captured
 from peelwise.model.layers import Block, LinearMap
 from peelwise.model.runner import Batch, Runner, Trace
+from peelwise.pipeline.peel.bench import StationBench, Target
 from peelwise.pipeline.peel.block import ReferenceBlock
-from peelwise.pipeline.search import StepChoice, search_step
-from peelwise.pipeline.sweep import block_moments, proposals_of, token_rows
-from peelwise.references.station import StationSums, best_change
-from peelwise.stats.gram import CrossSum, GramSum, Moments
+from peelwise.pipeline.peel.inside import solve_inside, step_inside
+from peelwise.pipeline.sweep import BlockProposals, proposals_of
+from peelwise.references.station import best_change
 
 # An output projection adds its output to the block's, so a nudge there comes out again nearly as it went in.
 _WRITES = 0.3
@@ -44,20 +44,13 @@ class FitOptions:
         rounds: most rounds of solves and steps.
         steps: whether the maps that do not write into the residual stream are moved too.
         tolerance: smallest relative improvement on select that is worth another round.
+        dense: whether references of low-bit maps may leave their formats.
     """
 
     rounds: int = 3
     steps: bool = True
     tolerance: float = 0.01
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a reference block regresses to: a station on fit and select, ``[b, t, d]`` per batch, and weights."""
-
-    fit: list[Tensor]
-    select: list[Tensor]
-    weights: Tensor  # [d], mean_j w_j Var_j = 1
+    dense: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,7 +92,7 @@ def fit_block(
         target: the station to hit.
         options: how hard to try.
     """
-    bench = _Bench(runner, reference, fit, select, target)
+    bench = StationBench(runner, reference, fit, select, target)
     start = error = bench.select_error()
     rounds = 0
     if start > _ENOUGH:
@@ -147,113 +140,36 @@ def find_writers(runner: Runner, block: Block, batch: Batch) -> list[LinearMap]:
     return found
 
 
-class _Bench:
-    """One block, its inputs, its target: evaluates the error and counts the work."""
-
-    def __init__(self, runner: Runner, reference: ReferenceBlock, fit: Trace, select: Trace, target: Target) -> None:
-        self.runner, self.reference = runner, reference
-        self.fit, self.select, self.target = fit, select, target
-
-    @torch.no_grad()
-    def error(self, trace: Trace, stations: list[Tensor]) -> float:
-        """Return the unexplained share on a part of the probe."""
-        total, w = 0.0, self.target.weights
-        for batch, out, wanted in self._outputs(trace, stations):
-            missing = (wanted - out)[batch.weights].double()  # [n, d]
-            total += float(missing.square().sum(0) @ w)
-        return total / float(trace.tokens.sum()) / len(w)
-
-    def select_error(self) -> float:
-        """Return the error on select, which makes every choice."""
-        return self.error(self.select, self.target.select)
-
-    @torch.no_grad()
-    def sums(self, trace: Trace, stations: list[Tensor], linear: LinearMap) -> StationSums:
-        """Return the sums of one output projection: its inputs against what the block's output lacks."""
-        S, R = GramSum(), CrossSum()
-        for batch, wanted in zip(trace.batches, stations, strict=True):
-            with captured((linear,)) as capture:
-                out = self._run(batch)
-            x = token_rows(capture.inputs[linear], batch, linear)  # [n, d_in (+1)]
-            S.update(x)
-            R.update((wanted - out)[batch.weights], x)
-        return StationSums(S.mean(), R.mean())
-
-    def moments(self, trace: Trace, stations: list[Tensor], linears: tuple[LinearMap, ...]) -> dict[LinearMap, Moments]:
-        """Return the moments of some maps, with gradients of the error."""
-        w = 2 * self.target.weights / len(self.target.weights)
-        gradients = []
-        with torch.no_grad():
-            for batch, out, wanted in self._outputs(trace, stations):
-                gradients.append((out - wanted) * w.to(out) * batch.weights[..., None])
-        part = self.part(linears)
-        return block_moments(self.runner, part, trace, [gradients], keep=True, with_F=True)[0][0]
-
-    def part(self, linears: tuple[LinearMap, ...]) -> Block:
-        """Return the reference block as if it had only these maps."""
-        block = self.reference.block
-        return Block(block.index, block.name, block.module, linears)
-
-    def search(
-        self, steps: Mapping[LinearMap, Tensor], error: float, start: float, *, slope: float, evaluations: int
-    ) -> float:
-        """Move the block by the best multiple of ``steps`` on select, or leave it; return its error.
-
-        Args:
-            steps: change per map.
-            error: on select, at step 0.
-            start: the step to try first.
-            slope: decrease of the error per unit of step at step 0.
-            evaluations: most evaluations of the error.
-        """
-        reference, before = self.reference, dict(self.reference.changes)
-
-        def error_at(step: float) -> float:
-            reference.set(before)
-            reference.set(reference.moved(steps, step))
-            return self.select_error()
-
-        choice: StepChoice = search_step(error_at, error, start, slope=slope, evaluations=evaluations)
-        reference.set(before)
-        if choice.step:
-            reference.set(reference.moved(steps, choice.step))
-        return choice.loss
-
-    def _outputs(self, trace: Trace, stations: list[Tensor]) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-        for batch, wanted in zip(trace.batches, stations, strict=True):
-            yield batch, self._run(batch), wanted
-
-    def _run(self, batch: Batch) -> Tensor:
-        block = self.reference.block
-        self.runner.work.add(self.runner.shares[block.index], float(batch.weights.sum()))
-        return self.runner.run_block(block, batch.stations[block.index], batch)
-
-
-def _solve(bench: _Bench, linear: LinearMap, error: float) -> float:
+def _solve(bench: StationBench, linear: LinearMap, error: float) -> float:
     """Solve one output projection in closed form; the step is 1 unless the rest of the block objects."""
+    fit = bench.sums(bench.fit, bench.target.fit, linear)
+    select = bench.sums(bench.select, bench.target.select, linear)
     with quiet_rank():
-        found = best_change(
-            bench.sums(bench.fit, bench.target.fit, linear),
-            bench.sums(bench.select, bench.target.select, linear),
-            bench.target.weights,
-            name=linear.name,
-        )
+        found = best_change(fit, select, bench.target.weights, name=linear.name)
     if found.decrease <= 0:
         return error
+    if linear in bench.reference.held:
+        return solve_inside(bench, linear, fit, select, found, error)
     slope = found.slope / len(bench.target.weights)
     return bench.search({linear: found.change}, error, 1.0, slope=slope, evaluations=4)
 
 
-def _step(bench: _Bench, linears: tuple[LinearMap, ...], error: float) -> float:
-    """Take one whitened step on maps that have no closed form."""
+def _step(bench: StationBench, linears: tuple[LinearMap, ...], error: float) -> float:
+    """Take one whitened step on dense maps that have no closed form, then one of codes on those inside a format."""
     with quiet_rank():
         fit = bench.moments(bench.fit, bench.target.fit, linears)
         select = bench.moments(bench.select, bench.target.select, linears)
-        proposals = proposals_of(bench.part(linears), [fit], select, ("two-sided",))[0].changes["two-sided"]
-    slope = sum(p.slope for p in proposals.values())
+        proposals = proposals_of(bench.part(linears), [fit], select, ("two-sided",))[0]
+    error = _dense_step(bench, proposals, error)
+    return step_inside(bench, proposals, error)
+
+
+def _dense_step(bench: StationBench, proposals: BlockProposals, error: float) -> float:
+    found = {m: p for m, p in proposals.changes["two-sided"].items() if m not in bench.reference.held}
+    slope = sum(p.slope for p in found.values())
     if slope <= 0:
         return error
-    steps = {linear: p.change for linear, p in proposals.items()}
+    steps = {linear: p.change for linear, p in found.items()}
     return bench.search(steps, error, _FIRST_GAIN * error / slope, slope=slope, evaluations=7)
 
 

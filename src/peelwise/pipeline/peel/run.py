@@ -12,10 +12,10 @@ from peelwise.model.checkpoints import fingerprint
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Trace
-from peelwise.peel_records import PeelRecord
+from peelwise.peel_records import REFERENCE_FORMATS, PeelRecord
 from peelwise.pipeline.bench import Bench
 from peelwise.pipeline.clock import Watcher
-from peelwise.pipeline.opening import checked_blocks, first_bench
+from peelwise.pipeline.opening import checked_blocks, first_bench, format_names, held_maps
 from peelwise.pipeline.peel import visits
 from peelwise.pipeline.peel.climb import Climber
 from peelwise.pipeline.peel.fit import FitOptions
@@ -31,6 +31,7 @@ Start = Literal["warm", "cold"]
 # those after which no further head or control is begun.
 _HEAD_SHARE, _MOST_RESERVED = 0.06, 0.45
 _HEADS_SHARE, _CONTROL_SHARE = 0.8, 0.95
+DENSE = "Low-bit maps hold {}; their references are dense, so what they gain is not at the same bits."
 _ROUNDS: dict[str, int] = {"warm": 3, "cold": 10}
 
 
@@ -45,6 +46,7 @@ class PeelSettings:
         weighted: weight coordinates of a station by their inverse variance.
         rounds: most rounds of solves and steps per reference; ``None`` for 3 warm, 10 cold.
         steps: also move the maps that have no closed form.
+        dense_references: whether references of low-bit maps may leave their formats.
         beam_width: how many of the best maps are searched around beyond six blocks.
         controls: whether to run the null controls.
         margin_nats: smallest difference that matters; ``None`` for the default.
@@ -57,6 +59,7 @@ class PeelSettings:
     weighted: bool = True
     rounds: int | None = None
     steps: bool = True
+    dense_references: bool = False
     beam_width: int = BEAM_WIDTH
     controls: bool = True
     margin_nats: float | None = None
@@ -73,11 +76,12 @@ class PeelSettings:
     @property
     def fit(self) -> FitOptions:
         """How hard each reference is fitted."""
-        return FitOptions(self.rounds or _ROUNDS[self.start], self.steps)
+        return FitOptions(self.rounds or _ROUNDS[self.start], self.steps, dense=self.dense_references)
 
-    def plain(self) -> dict[str, bool | int | float | str | None]:
-        """Return the settings as plain values for the record."""
+    def plain(self, formats: str) -> dict[str, bool | int | float | str | None]:
+        """Return the settings as plain values for the record, with the formats that references obey."""
         values = {key: getattr(self, key) for key in self.__dataclass_fields__}
+        values[REFERENCE_FORMATS] = None if self.dense_references else formats or None
         return values | {"maps": "auto" if self.maps is None else str([list(m) for m in self.maps])}
 
 
@@ -119,7 +123,8 @@ def run_peel(
     """
     blocks = checked_blocks(model, probe)
     search = MapSearch(len(blocks), settings.maps, beam_width=settings.beam_width)
-    setup = Setup(model, blocks, name, source, fingerprint(model), settings.plain(), probe.seed)
+    formats = format_names(held_maps(blocks))
+    setup = Setup(model, blocks, name, source, fingerprint(model), settings.plain(formats), probe.seed)
     with untouched(model):
         bench = first_bench(
             model,
@@ -132,6 +137,8 @@ def run_peel(
         )
         _check_stations(bench.fit, name)
         findings = PeelFindings(maps_total=search.total)
+        if formats and settings.dense_references:
+            findings.notes.append(DENSE.format(formats))
         try:
             findings.complete = _stages(bench, findings, search, settings)
         except KeyboardInterrupt:

@@ -15,6 +15,7 @@ from peelwise.pipeline.peel.derived import conclusion, informative, station_verd
 from peelwise.pipeline.peel.heads import Losses
 from peelwise.pipeline.peel.visits import PeelFindings, Visit
 from peelwise.pipeline.summary import Setup, model_record, versions
+from peelwise.pipeline.witness import coded_tensors
 from peelwise.records import Interval
 from peelwise.references.map_search import map_name, redundancy_pairs
 from peelwise.verdict import default_margin
@@ -61,7 +62,7 @@ def summarise(
         seed=setup.seed,
         versions=versions(),
     )
-    return record, _witness(findings, best)
+    return record, _witness(bench, findings, best)
 
 
 def _ranked(findings: PeelFindings) -> list[Visit]:
@@ -140,12 +141,15 @@ def _part_losses(losses: Losses) -> PartLosses:
     return PartLosses(fit=losses.fit, select=losses.select, report=losses.report)
 
 
-def _witness(findings: PeelFindings, best: Visit | None) -> dict[str, Tensor]:
-    """Return the best map's stack as changes of the model's own parameters, and the two heads' changes."""
+def _witness(bench: Bench, findings: PeelFindings, best: Visit | None) -> dict[str, Tensor]:
+    """Return the best map's stack as changes and codes of the model's own maps, and the two heads' changes."""
     out: dict[str, Tensor] = {}
+    formats = {linear.name: held.format for linear, held in bench.held.items()}
     if best is not None:
-        for reference in best.references:
-            out |= {f"{STACK}/{name}": change for name, change in reference.changes.items()}
+        for state in (reference.state for reference in best.references):
+            out |= {f"{STACK}/{name}": change for name, change in state.changes.items()}
+            for name, encoded in state.codes.items():
+                out |= coded_tensors(f"{STACK}/{name}", encoded, formats[name])
         if best.head:
             out[BOUND_HEAD] = best.head.change
     if findings.head_control:

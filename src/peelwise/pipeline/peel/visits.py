@@ -50,7 +50,7 @@ class Visit:
     @property
     def is_model(self) -> bool:
         """Whether every reference is the model's own block: the direct map, started warm."""
-        return not any(reference.changes for reference in self.references)
+        return not any(reference.state for reference in self.references)
 
 
 @dataclass
