@@ -62,7 +62,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--tokens", type=int, default=2400)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.05, 0.1])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.03, 0.05, 0.1])
     options = parser.parse_args()
     runs = [train(budget, options.seconds, options.tokens) for budget in options.budgets]
     write("monitor_share", {"probe_tokens": options.tokens, "runs": runs})

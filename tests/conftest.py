@@ -30,6 +30,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 SmallGPT = Callable[..., tuple[Any, Any]]
 
 
+# Files that take longest. They are begun first, so that no process is left alone with one of them at the end.
+LONGEST = (
+    "test_audit.py",
+    "test_low_bit.py",
+    "test_api_monitor.py",
+    "test_inside.py",
+    "test_run.py",
+    "test_replicas.py",
+    "test_quantcheck.py",
+    "test_examples.py",
+    "test_small_gpt.py",
+    "test_page.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(scope="session")
 def stored_stage() -> Callable[[str], tuple[Any, Any]]:
     """Open a stage once per session; use ``small_gpt``, which hands out copies."""

@@ -23,11 +23,14 @@ def killed_children(
         told, tell = os.pipe()
         child = os.fork()
         if child == 0:
+            os.close(told)
             work(str(kill), tell)
         os.close(tell)
         least, done = draw.choice(wanted), 0
         while done < least:
-            done += len(os.read(told, 1))
+            byte = os.read(told, 1)
+            assert byte, f"child {kill} ended by itself"
+            done += 1
         time.sleep(seconds(draw))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -400,7 +400,7 @@ TRAININGS = """
 import os, sys
 sys.path[:0] = {paths!r}
 import torch, torch._dynamo, peelwise  # optimisers import the second at their first step: here it is done once for all
-from audits import tiny_probe
+from audits import part_of, tiny_probe
 from kills import killed_children
 from peelwise.store.reader import RunReader
 from test_api_monitor import loss_of, model_of
@@ -412,7 +412,8 @@ def train(name, tell):
     model = model_of("plain")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     schedule = peelwise.every(2)
-    monitor = peelwise.Monitor(model, tiny_probe(), budget=None, schedule=schedule, store=path, name=name)
+    probe = part_of(tiny_probe(), fit=8, select=2, report=4)
+    monitor = peelwise.Monitor(model, probe, budget=None, schedule=schedule, store=path, name=name)
     for step in range(10**6):
         loss = loss_of(model, sample_ids(2, 13, seed=step))
         loss.backward()

@@ -80,11 +80,20 @@ def _docstrings(path: Path) -> Iterator[str]:
     except SyntaxError:  # lib2to3 and the like keep deliberately broken files
         return
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+    nodes = [node for node in _statements(tree) if isinstance(node, documented)]
     for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
         text = ast.get_docstring(node, clean=False)
         if text:
             yield inspect.cleandoc(text)
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield a node and the statements in it; expressions hold no documented ones, and are most of a file."""
+    yield node
+    for block in ("body", "handlers", "orelse", "finalbody", "cases"):
+        inner = getattr(node, block, ())
+        for child in inner if isinstance(inner, list) else ():
+            yield from _statements(child)
 
 
 def _is_held_out(name: str) -> bool:
