@@ -195,7 +195,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
     left, right = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
     draw_curves(left, CONVERTED, "A trained model, taken over into ternary")
     draw_curves(right, FROM_SCRATCH, "From scratch: same tokens, other formats and rates")
-    left, right = figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
+    left = figure.add_subplot(grid[1, 0])
+    right = figure.add_subplot(grid[1, 1], sharex=left)
     draw_gains(left, results, CONVERTED)
     draw_gains(right, results, [run for run in FROM_SCRATCH if run in MEASURED])
     right.tick_params(labelleft=False)
@@ -249,7 +250,7 @@ def draw_gains(axes: plt.Axes, results: dict[str, Any], runs: Sequence[str]) -> 
         axes.errorbar([v[0] for v in values], places, xerr=errors, fmt=marker, ms=5, color=colour, capsize=3, label=run)
         axes.axvline(results[run]["audit"]["margin"], color=colour, linestyle=":", linewidth=0.9)
     axes.axvline(0, color="0.4", linewidth=0.8)
-    axes.set(xlim=(-0.03, 0.47), xlabel="gain, nats per token, 95 %; dotted: the margins")
+    axes.set(xlabel="gain, nats per token, 95 %; dotted: the margins")
     axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
     axes.invert_yaxis()
     if there:
