@@ -38,16 +38,18 @@ class Plan:
         steps: of training, 1,024 bytes each.
         starved: index of the block.
         from_step: from when on it gets no gradient.
-        swelling: share by which its weights grow at every step from then on.
+        swelling: share by which its weights grow at every step from then on ..
+        until_step: .. to this one.
         rate: highest learning rate.
         probe_tokens: bytes of text that the monitor measures on.
         budget: the monitor's share of time; high, so that there is something to see within minutes.
     """
 
-    steps: int = 600
+    steps: int = 720
     starved: int = 2
-    from_step: int = 300
+    from_step: int = 400
     swelling: float = 0.004
+    until_step: int = 620
     rate: float = 4e-3
     probe_tokens: int = 7_000
     budget: float = 0.25
@@ -106,7 +108,8 @@ def train(
             with torch.no_grad():
                 for parameter in starved:
                     parameter.grad = None
-                    parameter.mul_(1 + plan.swelling)
+                    if step < plan.until_step:
+                        parameter.mul_(1 + plan.swelling)
         optimizer.step()
         monitor.step(step, loss=loss)
         optimizer.zero_grad()
@@ -114,10 +117,10 @@ def train(
 
 
 def _rate(step: int, plan: Plan) -> float:
-    """Linear warm-up, then half a cosine down to a tenth when the block is starved."""
+    """Linear warm-up, then half a cosine down to a thirtieth when the block is starved."""
     warm_up = min(1.0, (step + 1) / 50)
     done = min(1.0, step / plan.from_step)
-    return plan.rate * warm_up * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+    return plan.rate * warm_up * (1 + 29 * 0.5 * (1 + math.cos(math.pi * done))) / 30
 
 
 def demonstrate(

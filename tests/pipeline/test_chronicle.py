@@ -55,6 +55,15 @@ def test_a_probe_that_falls_by_more_than_the_margin_is_not_red_whatever_the_nois
     assert row.still_falling is False  # that is about the training loss
 
 
+def test_a_block_is_not_green_on_an_old_measurement_once_the_loss_has_risen():
+    made = chronicle()
+    assert add(made, 200, visit_of(3.0, alone={0: MUCH, 1: NOTHING})).letters == "RG??"
+    assert add(made, 210, visit_of(3.01)).letters == "RG??"  # by less than the margin
+    assert add(made, 220, visit_of(3.05)).letters == "R???"
+    assert made.wanted_first()[0] != 0
+    assert add(made, 230, visit_of(3.05, alone={1: NOTHING})).letters == "RG??"
+
+
 def test_never_red_before_the_slope_is_known():
     row = add(chronicle(count=10), 10, visit_of(alone={0: MUCH}))
     assert (row.letters[0], row.still_falling, row.slope) == ("Y", None, None)

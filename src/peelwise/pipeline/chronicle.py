@@ -39,6 +39,13 @@ class _Measured:
     loss: float
     value: Paired
 
+    def outdated(self, loss: float, margin: float) -> bool:
+        """Whether it is of another model than the one that now has ``loss`` on the probe.
+
+        Training has since gained as much as was found; or nothing was found, and the loss has since risen.
+        """
+        return self.loss - loss > max(self.value.mean, margin) or (self.value.mean < margin < loss - self.loss)
+
 
 class Chronicle:
     """Remembers losses, statistics and measurements of one run; `add` makes the row of a visit.
@@ -176,8 +183,7 @@ class Chronicle:
     def _judge(self, loss: float, slope: Slope | None) -> list[Verdict]:
         margin = default_margin(loss) if self._margin is None else self._margin
         for kept in (self._alone, self._unique):
-            # Training has since gained as much as was found: the measurement is of another model.
-            for block in [b for b, m in kept.items() if m.loss - loss > max(m.value.mean, margin)]:
+            for block in [b for b, m in kept.items() if m.outdated(loss, margin)]:
                 del kept[block]
         evidence = [
             Evidence(*(kept[block].value if block in kept else None for kept in (self._alone, self._unique)))
