@@ -97,7 +97,7 @@ def test_a_low_bit_run_trains_inside_its_format_and_keeps_the_signals_of_its_cod
 @pytest.mark.filterwarnings("ignore::peelwise.errors.PeelwiseWarning")
 def test_low_bit(tmp_path, capsys):
     example = load("low_bit")
-    small = ["--tokens", "2400", "--rounds", "1", "--budget", "4s", "--every", "64"]
+    small = ["--tokens", "2400", "--rounds", "1", "--budget", "2s", "--every", "64"]
     found = example.main(["ternary-stuck", *small, "--out", str(tmp_path), "--results", str(tmp_path)])["ternary-stuck"]
     recorded = json.loads((EXAMPLES / "small_gpt/low_bit/ternary-stuck/training.json").read_text())
     assert found["held_out"]["current"] == pytest.approx(recorded["stages"][0]["held_out_nats_per_token"], abs=0.2)

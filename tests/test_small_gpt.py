@@ -153,7 +153,7 @@ def test_damage_costs_and_stays_in_its_block(small_gpt, few_windows, healthy_los
 
 def test_training_script_leaves_a_stage_that_opens(tmp_path):
     script = CHECKPOINTS.parent / "train.py"
-    command = [sys.executable, script, "--steps", "2", "--out", tmp_path, "--threads", "1"]
+    command = [sys.executable, script, "--steps", "2", "--held-out", "8", "--out", tmp_path, "--threads", "1"]
     subprocess.run(command, check=True, capture_output=True, timeout=280)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -67,11 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     transformers.utils.logging.disable_progress_bar()  # it would overwrite the progress line
     settings = Settings(steps=options.steps, seed=options.seed)
-    train(Run(settings, options.out / "resume.pt", options.fresh), options.out)
+    train(Run(settings, options.out / "resume.pt", options.fresh), options.out, options.held_out)
     return 0
 
 
-def train(run: Run, out: Path) -> None:
+def train(run: Run, out: Path, held_out_windows: int | None = None) -> None:
     """Bring a run to its end, and write its stages and what there is to know about them."""
     settings = run.settings
     tokenizer = train_tokenizer(training_documents(), settings)
@@ -79,7 +79,7 @@ def train(run: Run, out: Path) -> None:
     stream = token_stream(tokenizer, training_documents())
     held_out = held_out_documents()
     held_out_stream = token_stream(tokenizer, held_out)
-    test = windows(held_out_stream, settings.context)
+    test = windows(held_out_stream, settings.context)[:held_out_windows]
     tokens_per_byte = len(held_out_stream) / sum(len(document.encode()) for document in held_out)
     print(f"{len(stream):,} tokens to train on, {len(held_out_stream):,} held out")
     print(f"{sum(p.numel() for p in run.model.parameters()):,} parameters, from step {run.step}")
@@ -105,6 +105,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=Settings.seed, help="seed of weights and batches")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     parser.add_argument("--out", type=Path, default=HERE / "checkpoints", help="folder of the stages")
+    parser.add_argument("--held-out", type=int, help="windows of held-out text to evaluate on, to try; default: all")
     parser.add_argument("--fresh", action="store_true", help="ignore an interrupted run in the folder")
     options = parser.parse_args(arguments)
     if options.steps < 1:
