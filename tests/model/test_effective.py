@@ -136,18 +136,23 @@ def _torchao_configs() -> list[object]:
     ]
 
 
-@pytest.mark.parametrize("number", range(4))
-def test_torchao_weights_are_read(number: int) -> None:
+def _torchao_layer(number: int) -> nn.Module:
     config = _torchao_configs()[number]
     from torchao.quantization import quantize_ as torchao_quantize_
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 8))
     torchao_quantize_(model, config)
-    found = held(model[0])
+    return model[0]
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_torchao_weights_are_read(number: int) -> None:
+    layer = _torchao_layer(number)
+    found = held(layer)
     expected = ("int8:channel,symmetric", "int4:group=16,symmetric", "int4:group=16,affine", "int2:channel,symmetric")
     assert found.format.name == f"{expected[number]},scale=float32"
-    torch.testing.assert_close(found.weight, _computed(model[0], 32), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.weight, _computed(layer, 32), rtol=1e-4, atol=1e-5)
 
 
 def _assert_takes_codes(module: nn.Module) -> None:
@@ -168,15 +173,9 @@ def _assert_takes_codes(module: nn.Module) -> None:
 
 @pytest.mark.parametrize("number", range(4))
 def test_torchao_weights_take_other_codes(number: int) -> None:
-    config = _torchao_configs()[number]
-    from torchao.quantization import quantize_ as torchao_quantize_
-
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 8))
-    torchao_quantize_(model, config)
-    weight = model[0].weight
-    weight.qdata.clamp_(min=weight.qdata.min() + 1)  # the lowest code has no opposite
-    _assert_takes_codes(model[0])
+    layer = _torchao_layer(number)
+    layer.weight.qdata.clamp_(min=layer.weight.qdata.min() + 1)  # the lowest code has no opposite
+    _assert_takes_codes(layer)
 
 
 @pytest.mark.parametrize("kind", ["BitLinear", "AutoBitLinear"])
