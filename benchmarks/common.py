@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from peelwise.pipeline.summary import versions
+from peelwise.engine.provenance import versions
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 from common import write
-from peelwise.pipeline.visit import FREE
-from peelwise.run_records import MatrixShare, ProbeRow, RunInfo, Statistic, StepRow
+from peelwise.records.run import MatrixShare, ProbeRow, RunInfo, Statistic, StepRow
 from peelwise.show.dashboard.serve import Address, Server
 from peelwise.store.writer import RunWriter
+from peelwise.tasks.monitor.measure import FREE
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 UPDATES = 30

@@ -30,13 +30,14 @@ from common import median_ratio, write
 from peelwise.formats.base import Encoded
 from peelwise.formats.scaled import Scaled
 from peelwise.formats.table import parse_format
+from peelwise.model.architectures.decoder import find_blocks
 from peelwise.model.checkpoints import open_model
 from peelwise.model.guard import untouched
-from peelwise.model.layers import LinearMap, find_blocks
-from peelwise.probes import Split
+from peelwise.model.layers import LinearMap
+from peelwise.probe.probe import Split
+from peelwise.probe.texts import reference_prose
 from peelwise.references.quantized import quadratic, shrunk, solve
 from peelwise.stats.gram import GramSum
-from peelwise.texts import reference_prose
 
 FORMATS = {"1": "binary", "1.58": "ternary:channel", "2": "int2", "3": "int3", "4": "int4"}
 MAPS = ("self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj")

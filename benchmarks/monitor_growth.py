@@ -15,10 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import peelwise
 from common import interleaved, median_ratio, write
+from peelwise.model.architectures.decoder import find_blocks
 from peelwise.model.guard import untouched
-from peelwise.model.layers import find_blocks, parameter_count
+from peelwise.model.layers import parameter_count
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner
-from peelwise.pipeline.visit import visit
+from peelwise.tasks.monitor.measure import visit
 
 KINDS = ("ranking", "alone", "joint")
 VOCABULARY, LENGTH = 512, 64

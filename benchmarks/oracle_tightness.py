@@ -15,10 +15,10 @@ from scipy.stats import spearmanr
 
 import peelwise
 from common import write
+from peelwise.model.architectures.decoder import find_blocks
 from peelwise.model.checkpoints import open_model
-from peelwise.model.layers import find_blocks
-from peelwise.probes import Probe, Split
-from peelwise.texts import reference_prose
+from peelwise.probe.probe import Probe, Split
+from peelwise.probe.texts import reference_prose
 
 STAGES = sorted((Path(__file__).parents[1] / "examples/small_gpt/checkpoints").glob("step-*"))
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 import peelwise
 from common import earlier, write
 from peelwise.model.checkpoints import open_model
-from peelwise.records import Interval
+from peelwise.records.base import Interval
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))

@@ -20,8 +20,9 @@ from transformers import PreTrainedTokenizerFast
 from common import write
 from peelwise.model.checkpoints import open_model
 from peelwise.nn import quantize_
-from peelwise.pipeline.quantcheck import Candidate, QuantcheckSettings, run_quantcheck
-from peelwise.probes import Probe, Split
+from peelwise.probe.probe import Probe, Split
+from peelwise.tasks.quantcheck.layers import Candidate, QuantcheckSettings
+from peelwise.tasks.quantcheck.run import run_quantcheck
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))

@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 
 from common import write
-from peelwise.pipeline.visit import FREE
-from peelwise.run_records import MatrixShare, ProbeRow, RunInfo, Statistic, StepRow
+from peelwise.records.run import MatrixShare, ProbeRow, RunInfo, Statistic, StepRow
 from peelwise.store.reader import RunReader
 from peelwise.store.writer import RunWriter
+from peelwise.tasks.monitor.measure import FREE
 
 BLOCKS, READERS = 60, 4
 

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peelwise.model.chain import Chain, read_chain
-from peelwise.pipeline.yes.bounds import yes_bounds
-from peelwise.pipeline.yes.samples import checked_samples
-from peelwise.pipeline.yes.streamed import StreamedStacks, StreamOptions
 from peelwise.references.least_squares import DAMPINGS
 from peelwise.references.maps import MapPlan
+from peelwise.tasks.yes.bounds import yes_bounds
+from peelwise.tasks.yes.chain import Chain, read_chain
+from peelwise.tasks.yes.samples import checked_samples
+from peelwise.tasks.yes.streamed import StreamedStacks, StreamOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))

@@ -19,7 +19,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peelwise
-from peelwise.records import AuditRecord, Interval
+from peelwise.records.audit import AuditRecord
+from peelwise.records.base import Interval
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 import peelwise
-from peelwise.intervals import paired
+from peelwise.evidence.intervals import paired
 from peelwise.model.checkpoints import open_model
 from peelwise.nn import dense_
-from peelwise.records import AuditRecord, Interval
+from peelwise.records.audit import AuditRecord
+from peelwise.records.base import Interval
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import peelwise
-from peelwise.texts import reference_prose
+from peelwise.probe.texts import reference_prose
 
 CONTEXT, BATCH, WIDTH, HEADS, BLOCKS, BYTES = 64, 16, 64, 4, 5, 256
 STARVED, TOKENS = 2, 12_000

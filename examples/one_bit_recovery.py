@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from peelwise.formats.table import parse_format
 from peelwise.nn import quantize_, share_scale_
-from peelwise.pipeline.yes.bounds import yes_bounds
-from peelwise.pipeline.yes.result import YesBounds
+from peelwise.tasks.yes.bounds import yes_bounds
+from peelwise.tasks.yes.result import YesBounds
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

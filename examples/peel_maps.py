@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peelwise
 from peelwise.model.fresh import fresh_copy
-from peelwise.peel_records import PeelRecord
+from peelwise.records.peel import PeelRecord
 from peelwise.references.map_search import direct_map, named_maps, neighbours
 
 matplotlib.use("Agg")

@@ -14,8 +14,8 @@ import matplotlib
 import torch
 from torch import Tensor, nn
 
-from peelwise.pipeline.yes.bounds import YesMonitor, yes_bounds
-from peelwise.pipeline.yes.result import YesBounds, YesRow
+from peelwise.tasks.yes.bounds import YesMonitor, yes_bounds
+from peelwise.tasks.yes.result import YesBounds, YesRow
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

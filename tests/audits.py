@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from peelwise.model.layers import Block, LinearMap, find_blocks
+from peelwise.engine.clock import Clock
+from peelwise.engine.session import Bench
+from peelwise.engine.sweep import block_moments
+from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.layers import Block, LinearMap
 from peelwise.model.runner import Runner, Trace
-from peelwise.pipeline.audit import AuditSettings
-from peelwise.pipeline.bench import Bench
-from peelwise.pipeline.clock import Clock
-from peelwise.pipeline.sweep import block_moments
-from peelwise.probes import Probe, Split
-from peelwise.records import AuditRecord
+from peelwise.probe.probe import Probe, Split
+from peelwise.records.audit import AuditRecord
 from peelwise.stats.gram import Moments
+from peelwise.tasks.audit.run import AuditSettings
 from zoo import sample_ids
 
 # Enough report sequences for an interval without a warning, and more fit tokens than any zoo map has inputs.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -32,21 +33,21 @@ SmallGPT = Callable[..., tuple[Any, Any]]
 
 # Files that take longest. They are begun first, so that no process is left alone with one of them at the end.
 LONGEST = (
-    "test_audit.py",
-    "test_low_bit.py",
-    "test_api_monitor.py",
-    "test_inside.py",
-    "test_run.py",
-    "test_replicas.py",
-    "test_quantcheck.py",
-    "test_examples.py",
-    "test_small_gpt.py",
-    "test_page.py",
+    "tasks/audit/test_run.py",
+    "tasks/audit/test_low_bit.py",
+    "api/test_monitor.py",
+    "tasks/peel/test_fit_coded.py",
+    "tasks/peel/test_run.py",
+    "distributed/test_replicas.py",
+    "tasks/quantcheck/test_run.py",
+    "examples/test_examples.py",
+    "examples/test_small_gpt.py",
+    "show/dashboard/test_page.py",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))
 
 
 @pytest.fixture(scope="session")
@@ -122,3 +123,25 @@ def audited(broken_folder: Path, training_probe: Any, tmp_path_factory: pytest.T
     probe = part_of(training_probe, fit=16, select=5, report=10)
     report = peelwise.audit(broken_folder, probe, joint_rounds=2, alone_rounds=1)
     return report, report.save(tmp_path_factory.mktemp("audited") / "certificate")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process; return exit code, standard output and standard error."""
+
+    from peelwise.cli.main import main
+
+    def run_here(*arguments: Any, stdin: str | None = None) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["peelwise", *map(str, arguments)])
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        capsys.readouterr()
+        code: Any = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run_here

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peelwise.run_records import WHOLE_MODEL, Event, MatrixShare, ProbeRow, RunInfo, Statistic, StepRow, VerdictRow
+from peelwise.records.run import WHOLE_MODEL, Event, MatrixShare, ProbeRow, RunInfo, Statistic, StepRow, VerdictRow
 from peelwise.store.writer import RunWriter
 
 BLOCKS = ("blocks.0", "blocks.1", "blocks.2")

@@ -18,8 +18,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import damage
 from peelwise.model.checkpoints import open_model
-from peelwise.probes import SHARES, Probe
-from peelwise.texts import reference_prose
+from peelwise.probe.probe import SHARES, Probe
+from peelwise.probe.texts import reference_prose
 
 Group = Literal["healthy", "after training", "during training"]
 CHECKPOINTS = ROOT / "examples" / "small_gpt" / "checkpoints"

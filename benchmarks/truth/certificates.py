@@ -23,16 +23,11 @@ import own
 import training
 from cases import KEPT_SEED, SMALL, Case, probe_of
 from common import write
-from peelwise.model.layers import find_blocks
+from peelwise.certificate.audit import changes_of, read_certificate, verify_certificate
+from peelwise.certificate.base import tolerance_of, write_certificate
+from peelwise.model.architectures.decoder import find_blocks
 from peelwise.model.runner import Runner
 from peelwise.model.splice import spliced
-from peelwise.pipeline.certificate import (
-    changes_of,
-    read_certificate,
-    tolerance_of,
-    verify_certificate,
-    write_certificate,
-)
 
 CASES = (
     Case(SMALL, "healthy", "healthy", KEPT_SEED, 2400),

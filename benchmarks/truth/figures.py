@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from typing import Any
 
-from peelwise.verdict import default_margin, stands_out
+from peelwise.evidence.verdict import default_margin, stands_out
 
 Row = dict[str, Any]
 _TIED = 1.96  # standard errors

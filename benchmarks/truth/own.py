@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peelwise.certificate.audit import changes_of
 from peelwise.errors import PeelwiseWarning
-from peelwise.intervals import paired
+from peelwise.evidence.intervals import paired
+from peelwise.model.architectures.decoder import find_blocks
 from peelwise.model.guard import untouched
-from peelwise.model.layers import find_blocks
 from peelwise.model.runner import Runner
 from peelwise.model.splice import spliced
-from peelwise.pipeline.audit import AuditOutcome, AuditSettings, run_audit
-from peelwise.pipeline.certificate import changes_of
-from peelwise.probes import Probe, Split
-from peelwise.records import AuditRecord
+from peelwise.probe.probe import Probe, Split
+from peelwise.records.audit import AuditRecord
+from peelwise.tasks.audit.run import AuditOutcome, AuditSettings, run_audit
 
 ENDLESS = 1e6  # seconds: what a busy machine would cut short could not be repeated
 

@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spectra
+from peelwise.model.architectures.decoder import find_blocks
 from peelwise.model.guard import untouched
-from peelwise.model.layers import Block, find_blocks
+from peelwise.model.layers import Block
 from peelwise.model.runner import Runner, Trace
-from peelwise.pipeline.peel.run import PeelSettings, run_peel
-from peelwise.probes import Probe
+from peelwise.probe.probe import Probe
 from peelwise.references.map_search import direct_map
 from peelwise.references.maps import map_of_subset
+from peelwise.tasks.peel.run import PeelSettings, run_peel
 
 MOST_BLOCKS_TO_PEEL = 8
 _ENDLESS = 3600.0  # seconds: a peel that the clock ended would depend on how busy the machine is

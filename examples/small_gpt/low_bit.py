@@ -20,8 +20,8 @@ from train import HERE, Run, Settings, train
 
 from peelwise.formats.signals import LowBitSignals
 from peelwise.model.checkpoints import open_model
-from peelwise.model.codewatch import CodeWatch
 from peelwise.nn import quantize_
+from peelwise.tasks.monitor.codewatch import CodeWatch
 
 
 @dataclass(frozen=True)

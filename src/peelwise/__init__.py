@@ -8,15 +8,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peelwise.api import AuditReport, apply, audit, verify
-    from peelwise.api_monitor import Monitor
-    from peelwise.api_peel import PeelReport, peel
-    from peelwise.api_quant import quantcheck
+    from peelwise.api.audit import AuditReport, audit
+    from peelwise.api.certificate import apply, verify
+    from peelwise.api.monitor import Monitor
+    from peelwise.api.peel import PeelReport, peel
+    from peelwise.api.quantcheck import quantcheck
     from peelwise.integrations.huggingface import attach as attach
-    from peelwise.pipeline.schedules import every, log_spaced
-    from peelwise.pipeline.yes.bounds import YesMonitor, yes_bounds
-    from peelwise.pipeline.yes.result import YesBounds
-    from peelwise.probes import Probe
+    from peelwise.probe.probe import Probe
+    from peelwise.tasks.monitor.schedules import every, log_spaced
+    from peelwise.tasks.yes.bounds import YesMonitor, yes_bounds
+    from peelwise.tasks.yes.result import YesBounds
 
 __all__ = [
     "AuditReport",
@@ -35,25 +36,29 @@ __all__ = [
     "yes_bounds",
 ]
 
-_YES = "peelwise.pipeline.yes"
 _HOME = {
-    "Monitor": "peelwise.api_monitor",
-    "Probe": "peelwise.probes",
-    "YesBounds": f"{_YES}.result",
-    "YesMonitor": f"{_YES}.bounds",
+    "AuditReport": "peelwise.api.audit",
+    "Monitor": "peelwise.api.monitor",
+    "PeelReport": "peelwise.api.peel",
+    "Probe": "peelwise.probe.probe",
+    "YesBounds": "peelwise.tasks.yes.result",
+    "YesMonitor": "peelwise.tasks.yes.bounds",
+    "apply": "peelwise.api.certificate",
     "attach": "peelwise.integrations.huggingface",
-    "every": "peelwise.pipeline.schedules",
-    "quantcheck": "peelwise.api_quant",
-    "log_spaced": "peelwise.pipeline.schedules",
-    "yes_bounds": f"{_YES}.bounds",
+    "audit": "peelwise.api.audit",
+    "every": "peelwise.tasks.monitor.schedules",
+    "log_spaced": "peelwise.tasks.monitor.schedules",
+    "peel": "peelwise.api.peel",
+    "quantcheck": "peelwise.api.quantcheck",
+    "verify": "peelwise.api.certificate",
+    "yes_bounds": "peelwise.tasks.yes.bounds",
 }
-_HOME |= dict.fromkeys(("PeelReport", "peel"), "peelwise.api_peel")
 
 
 def __getattr__(name: str) -> Any:
     # What needs an extra is not in __all__: "from peelwise import *" works without any.
-    if name not in __all__ and name not in _HOME:
+    if name not in _HOME:
         raise AttributeError(f"module 'peelwise' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOME.get(name, "peelwise.api")), name)
+    return getattr(import_module(_HOME[name]), name)

@@ -39,8 +39,9 @@ class DeviceError(PeelwiseError):
 class MissingExtraError(PeelwiseError):
     """An optional dependency is needed and not installed; the message carries the install command."""
 
-    def __init__(self, what: str, extra: str) -> None:
-        super().__init__(f'{what} needs an optional dependency. Run: pip install "peelwise[{extra}]"')
+    def __init__(self, what: str, extra: str, further: str = "") -> None:
+        command = f'pip install "peelwise[{extra}]"' + (f" && pip install {further}" if further else "")
+        super().__init__(f"{what} needs an optional dependency. Run: {command}")
 
 
 class OtherProcessError(PeelwiseError):

@@ -21,8 +21,8 @@ import rivals
 import spectra
 from audits import Snapshot, part_of, slow_losses, tiny_probe
 from damage import reset, sign_flip
-from peelwise.model.layers import find_blocks
-from peelwise.probes import Probe, Split
+from peelwise.model.architectures.decoder import find_blocks
+from peelwise.probe.probe import Probe, Split
 from rivals import Given
 from zoo import ZOO
 

@@ -6,8 +6,9 @@ from torch import nn
 
 from audits import Snapshot, block_of
 from peelwise.errors import UnsupportedModelError
+from peelwise.model.architectures.decoder import find_blocks
 from peelwise.model.capture import captured
-from peelwise.model.layers import Block, LinearMap, find_blocks
+from peelwise.model.layers import Block, LinearMap
 from zoo import ZOO, sample_ids
 
 # Per architecture the maps of a block that are fed one and the same tensor.

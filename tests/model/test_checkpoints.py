@@ -12,8 +12,9 @@ from torch import nn
 
 from gguf_files import llama_of_whole_blocks, write_llama_gguf
 from peelwise.errors import DeviceError, MissingExtraError, ModelError, OutputError, UnsupportedModelError
-from peelwise.model.checkpoints import check_finite, fingerprint, open_model, require_tokenizer, save_model
-from peelwise.texts import reference_prose
+from peelwise.model.checkpoints import open_model, require_tokenizer, save_model
+from peelwise.model.fingerprint import check_finite, fingerprint
+from peelwise.probe.texts import reference_prose
 
 transformers = pytest.importorskip("transformers")
 
@@ -365,7 +366,7 @@ def test_fingerprint_knows_layout_from_values_and_skips_unsaved_buffers():
 def test_fingerprint_does_not_depend_on_the_size_of_pieces(monkeypatch):
     model = tiny_llama(tied=True)
     before = fingerprint(model)
-    monkeypatch.setattr("peelwise.model.checkpoints._PIECE", 7)
+    monkeypatch.setattr("peelwise.model.fingerprint._PIECE", 7)
     assert fingerprint(model) == before
 
 

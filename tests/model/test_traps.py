@@ -19,9 +19,9 @@ from audits import (
     tiny_probe,
 )
 from peelwise.errors import ModelError, UnsupportedModelError
-from peelwise.model.checkpoints import fingerprint
+from peelwise.model.fingerprint import fingerprint
 from peelwise.model.guard import untouched
-from peelwise.pipeline.audit import run_audit
+from peelwise.tasks.audit.run import run_audit
 from plain_gpt import Block, PlainGPT
 from zoo import ZOO, sample_ids
 

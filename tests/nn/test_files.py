@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from peelwise.errors import FormatError, ModelError, OutputError
 from peelwise.formats.masked import Given, Masked
 from peelwise.formats.table import parse_format
-from peelwise.model.checkpoints import fingerprint, open_model, save_model
+from peelwise.model.checkpoints import open_model, save_model
+from peelwise.model.fingerprint import fingerprint
 from peelwise.nn import IntLinear, QuantizedLinear, dense_, quantize_, save_pretrained
 from peelwise.references.quantized import solve
 from zoo import ZOO, sample_ids

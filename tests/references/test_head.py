@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from scipy.optimize import minimize
 from torch.testing import assert_close
 
-from peelwise.intervals import paired
+from peelwise.evidence.intervals import paired
 from peelwise.references.head import _METRIC_DAMPING, _Problem, fit_head, mean_cross_entropy, token_cross_entropy
 from planted import normal
 

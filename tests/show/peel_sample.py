@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from peelwise.peel_records import MapRecord, PartLosses, PeelLossRecord, PeelRecord, StationRecord
+from peelwise.records.peel import MapRecord, PartLosses, PeelLossRecord, PeelRecord, StationRecord
 from peelwise.references.map_search import map_name
-
-from .sample import HOSTILE, interval, whole
+from show.sample import HOSTILE, interval, whole
 
 
 def _map(stations: tuple[int, ...], loss: float, *, head: bool = True) -> MapRecord:

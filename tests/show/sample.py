@@ -5,18 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 
-from peelwise.records import (
-    AuditRecord,
-    BlockRecord,
+from peelwise.records.audit import AuditRecord, BlockRecord, HeadRecord, LossRecord, MatrixRecord, RoundRecord
+from peelwise.records.base import (
     Colour,
     CostRecord,
-    HeadRecord,
     Interval,
-    LossRecord,
-    MatrixRecord,
     ModelRecord,
     ProbeRecord,
-    RoundRecord,
     SplitRecord,
     StageCost,
     WitnessRecord,

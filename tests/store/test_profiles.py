@@ -5,7 +5,7 @@ import sqlite3
 
 import numpy as np
 
-from peelwise.run_records import WHOLE_MODEL, ProbeRow, Statistic
+from peelwise.records.run import WHOLE_MODEL, ProbeRow, Statistic
 from peelwise.store import profiles
 from peelwise.store.reader import RunReader
 from peelwise.store.writer import RunWriter

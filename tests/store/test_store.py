@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from peelwise.errors import StoreError
-from peelwise.run_records import WHOLE_MODEL, Statistic, StepRow
+from peelwise.records.run import WHOLE_MODEL, Statistic, StepRow
 from peelwise.store import schema
 from peelwise.store.reader import RunReader
 from peelwise.store.writer import RunWriter
@@ -159,7 +159,7 @@ from kills import killed_children
 from peelwise.store.reader import RunReader
 from peelwise.store.writer import RunWriter
 from runs import probe_row, run_info
-from peelwise.run_records import StepRow
+from peelwise.records.run import StepRow
 path, kills = {path!r}, {kills}
 
 def write(name, tell):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from peelwise.api_monitor import Monitor
+from peelwise.api.monitor import Monitor
+from peelwise.engine.opening import checked_blocks
 from peelwise.errors import MissingExtraError, OptionError
-from peelwise.pipeline.opening import checked_blocks
-from peelwise.probes import Probe
+from peelwise.probe.probe import Probe
 
 try:
     from transformers import Trainer, TrainerCallback

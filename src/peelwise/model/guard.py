@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from peelwise.model.sharding import at_rest
+from peelwise.distributed.sharding import at_rest
 
 
 @contextmanager

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peelwise.distributed.processes import ALONE, Ranks
+from peelwise.distributed.sharding import is_spread
 from peelwise.errors import UnsupportedModelError
+from peelwise.model.architectures.decoder import find_head
 from peelwise.model.capture import Capture, captured
-from peelwise.model.layers import Block, LinearMap, find_head, unwrapped
-from peelwise.model.sharding import is_spread
-from peelwise.probes import Split
-from peelwise.ranks import ALONE, Ranks
+from peelwise.model.layers import Block, LinearMap, unwrapped
+from peelwise.probe.probe import Split
 
 MICRO_BATCH_TOKENS = 1024
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from peelwise.formats.base import Encoded, Format
 from peelwise.formats.membership import scaled_part
 from peelwise.formats.scaled import Scaled
-from peelwise.records import SplitRecord
 from peelwise.references.descent import Descent
+from peelwise.references.quantized import ErrorParts
 
 SWEEPS = 3  # from the codes in use few codes move, and most of them in the first sweep
 FLIP_ROUNDS = 60
@@ -177,7 +177,7 @@ def flipped(metric: Metric, D: Tensor, form: Format, start: Encoded, *, rounds: 
     return start
 
 
-def local_split(problem: LocalProblem, change: Tensor, form: Format, start: Encoded) -> SplitRecord:
+def local_split(problem: LocalProblem, change: Tensor, form: Format, start: Encoded) -> ErrorParts:
     """Return the parts of one map's error against its dense target, in its own objective.
 
     It is ``sum_i F_ii [(W - T) S (W - T)^T]_ii / 2``: what the local curvature says the loss is above the target's,
@@ -199,7 +199,7 @@ def local_split(problem: LocalProblem, change: Tensor, form: Format, start: Enco
 
     current = error(W)
     achieved = min(error(form.decode(projected(problem.S, T, form, start)).to(W)), current)
-    return SplitRecord(irreducible=0.0, price_of_precision=achieved, left_on_the_table=current - achieved)
+    return ErrorParts(irreducible=0.0, price_of_precision=achieved, left_on_the_table=current - achieved)
 
 
 def _moved(form: Format, encoded: Encoded, towards: Tensor, chosen: Tensor) -> Encoded:

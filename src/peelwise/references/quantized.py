@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,6 @@ from peelwise.errors import FormatError
 from peelwise.formats.base import Encoded, Format, check_matrix
 from peelwise.formats.masked import Masked
 from peelwise.formats.scaled import Scaled
-from peelwise.records import SplitRecord
 from peelwise.references.descent import Descent
 from peelwise.stats.gram import widened
 
@@ -134,7 +134,15 @@ def solve_together(
     return _best(problems, inner, candidates, supports, history)
 
 
-def split(reference: QuantizedReference, current: float, *, irreducible: float = 0.0) -> SplitRecord:
+class ErrorParts(NamedTuple):
+    """A layer's error in three parts that add up; units of the error."""
+
+    irreducible: float
+    price_of_precision: float
+    left_on_the_table: float
+
+
+def split(reference: QuantizedReference, current: float, *, irreducible: float = 0.0) -> ErrorParts:
     """Return the three parts of a layer's error; they add up to ``irreducible + current``.
 
     Args:
@@ -151,7 +159,7 @@ def split(reference: QuantizedReference, current: float, *, irreducible: float =
             f"The weights in use have an error of {current:.6g}, the reference has {reference.achieved:.6g}. "
             "Give their codes to solve as one of the starts."
         )
-    return SplitRecord(
+    return ErrorParts(
         irreducible=irreducible + reference.relaxed,
         price_of_precision=reference.achieved - reference.relaxed,
         left_on_the_table=max(left, 0.0),

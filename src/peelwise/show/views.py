@@ -6,9 +6,11 @@ from pathlib import Path
 
 from rich.console import Console, RenderableType
 
-from peelwise.peel_records import PeelRecord
-from peelwise.records import AuditRecord
-from peelwise.show import peel_report, peel_terminal, report, terminal
+from peelwise.records.audit import AuditRecord
+from peelwise.records.peel import PeelRecord
+from peelwise.show.audit import report, terminal
+from peelwise.show.peel import report as peel_report
+from peelwise.show.peel import terminal as peel_terminal
 
 AnyRecord = AuditRecord | PeelRecord
 

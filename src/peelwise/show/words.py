@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from peelwise.records import AuditRecord, BlockRecord, Colour, Interval
+from peelwise.records.audit import AuditRecord, BlockRecord
+from peelwise.records.base import Colour, Interval
 
 NOT_MEASURED = "not measured"
 NOT_IN_BUDGET = "not measured within the budget"
@@ -181,21 +182,6 @@ def duration(seconds: float) -> str:
         return f"{whole} s"
     minutes, rest = divmod(whole, 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def clean(text: str) -> str:
-    """Return ``text`` without characters that could steer a terminal or reorder a line.
-
-    A model name may come from anywhere; an escape sequence or a right-to-left override in it must not be
-    able to make one verdict look like another.
-
-    Args:
-        text: Any string of a record.
-
-    Returns:
-        The same text, white space made plain and unprintable characters replaced by U+FFFD.
-    """
-    return "".join(" " if c.isspace() else c if c.isprintable() else "\ufffd" for c in text)
 
 
 def is_interaction(unique: Interval | None) -> bool:

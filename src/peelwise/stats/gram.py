@@ -17,8 +17,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from peelwise.distributed.processes import Ranks
 from peelwise.errors import TooFewSamplesError
-from peelwise.ranks import Ranks
 from peelwise.stats.linalg import solve_dtype
 
 # Wide enough for full speed, narrow enough to skip most of the other triangle.

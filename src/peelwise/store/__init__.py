@@ -4,3 +4,8 @@ The file is in write-ahead mode, so readers never wait for the writer nor it for
 is one transaction: whatever happens to the writer, a reader sees whole records only. The tables are documented in
 docs/run-history.md for readers with plain SQL.
 """
+
+from peelwise.store.reader import RunReader
+from peelwise.store.writer import RunWriter
+
+__all__ = ["RunReader", "RunWriter"]

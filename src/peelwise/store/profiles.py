@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from peelwise.run_records import WHOLE_MODEL, Statistic
+from peelwise.records.run import WHOLE_MODEL, Statistic
 
 Kind = Literal["value", "to_median"]
 _STORED = np.dtype("<f4")

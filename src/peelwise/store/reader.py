@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from peelwise.errors import StoreError
-from peelwise.run_records import RunInfo
+from peelwise.records.run import RunInfo
 from peelwise.store import profiles
 from peelwise.store.profiles import Held, Kind
 from peelwise.store.schema import TABLES, explained, opened_for_reading

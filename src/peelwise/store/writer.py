@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from peelwise.errors import StoreError
-from peelwise.run_records import Event, ProbeRow, RunInfo, StepRow
+from peelwise.records.run import Event, ProbeRow, RunInfo, StepRow
 from peelwise.store import profiles
 from peelwise.store.lock import locked
 from peelwise.store.reader import Status

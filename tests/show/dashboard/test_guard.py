@@ -13,8 +13,7 @@ from peelwise.show.dashboard.app import static_files
 from peelwise.show.dashboard.guard import HEADERS
 from peelwise.store.reader import RunReader
 from runs import write_run
-
-from .asking import served
+from show.dashboard.asking import served
 
 ADDRESSES = (
     "/",

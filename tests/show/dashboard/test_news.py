@@ -6,14 +6,13 @@ import pytest
 
 pytest.importorskip("uvicorn", reason="the live page needs starlette and uvicorn")
 
-from peelwise.run_records import StepRow
+from peelwise.records.run import StepRow
 from peelwise.show.dashboard import news
 from peelwise.show.dashboard.news import Place, parse_places
 from peelwise.store.reader import RunReader
 from peelwise.store.writer import RunWriter
 from runs import event, probe_row, run_info, write_run
-
-from .asking import served
+from show.dashboard.asking import served
 
 
 def told(path, place):

@@ -11,11 +11,10 @@ pytest.importorskip("playwright", reason="playwright drives the browser")
 
 from playwright.sync_api import sync_playwright
 
-from peelwise.run_records import WHOLE_MODEL, MatrixShare, ProbeRow, RunInfo, Statistic, StepRow, VerdictRow
+from peelwise.records.run import WHOLE_MODEL, MatrixShare, ProbeRow, RunInfo, Statistic, StepRow, VerdictRow
 from peelwise.store.writer import RunWriter
 from runs import event, probe_row, run_info
-
-from .asking import served
+from show.dashboard.asking import served
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")

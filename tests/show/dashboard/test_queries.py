@@ -10,12 +10,12 @@ import pytest
 
 pytest.importorskip("uvicorn", reason="the live page needs starlette and uvicorn")
 
-from peelwise.run_records import WHOLE_MODEL, ProbeRow, Statistic, StepRow
+from peelwise.evidence.verdict import cloud_colour
+from peelwise.records.run import WHOLE_MODEL, ProbeRow, Statistic, StepRow
 from peelwise.show.dashboard import queries
 from peelwise.store import profiles
 from peelwise.store.reader import RunReader
 from peelwise.store.writer import RunWriter
-from peelwise.verdict import cloud_colour
 from runs import event, probe_row, run_info, write_run
 
 RANK = {letter: rank for rank, letter in enumerate("G?YR")}

@@ -13,9 +13,7 @@ pytest.importorskip("uvicorn", reason="the live page needs starlette and uvicorn
 from peelwise.errors import OptionError
 from peelwise.show.dashboard.serve import Address, Server, is_loopback
 from runs import write_run
-from test_cli import run  # noqa: F401
-
-from .asking import Asker
+from show.dashboard.asking import Asker
 
 
 @pytest.mark.parametrize(
@@ -36,7 +34,7 @@ def test_a_taken_port(tmp_path):
             Server([path], Address(port=other.getsockname()[1]))
 
 
-def test_bad_input_is_one_line(run, tmp_path):  # noqa: F811
+def test_bad_input_is_one_line(run, tmp_path):
     code, _, error = run("serve", tmp_path / "none.db", "--no-open")
     assert (code, "No run history at" in error) == (2, True)
     foreign = tmp_path / "foreign.db"
@@ -47,7 +45,7 @@ def test_bad_input_is_one_line(run, tmp_path):  # noqa: F811
     assert (code, "cannot be listened at" in error) == (2, True)
 
 
-def test_without_the_extra(run, tmp_path, monkeypatch):  # noqa: F811
+def test_without_the_extra(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     code, _, error = run("serve", write_run(tmp_path / "run.db"), "--no-open")
     assert (code, 'pip install "peelwise[dashboard]"' in error) == (2, True)
@@ -55,9 +53,7 @@ def test_without_the_extra(run, tmp_path, monkeypatch):  # noqa: F811
 
 def test_it_serves_without_torch_and_ends_at_control_c(tmp_path):
     path = write_run(tmp_path / "run.db")
-    code = (
-        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; from peelwise.cli import main; main()"
-    )
+    code = "import sys; sys.modules |= dict.fromkeys(('torch', 'transformers')); from peelwise.cli import main; main.main()"
     command = [sys.executable, "-c", code, "serve", str(path), "--port", "0", "--no-open"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:

@@ -22,11 +22,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from peelwise.errors import StoreError
-from peelwise.run_records import WHOLE_MODEL
+from peelwise.records.plain_text import clean
+from peelwise.records.run import WHOLE_MODEL
 from peelwise.show.dashboard import news, queries
 from peelwise.show.dashboard.guard import PAGE, Access, Guard
-from peelwise.show.page import style_sheet
-from peelwise.show.words import clean
+from peelwise.show.html.page import style_sheet
 from peelwise.store.reader import ALL_STEPS, Between, Run, RunReader
 
 MOST_STREAMS = 32

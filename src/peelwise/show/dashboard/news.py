@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from peelwise.run_records import WHOLE_MODEL
+from peelwise.records.plain_text import clean
+from peelwise.records.run import WHOLE_MODEL
 from peelwise.show.dashboard import queries
-from peelwise.show.words import clean
 from peelwise.store.reader import Run, RunReader
 
 # Who is farther behind than this is told to load the page's data again, which is thinned.

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from peelwise.run_records import LETTERS, WHOLE_MODEL
-from peelwise.show.words import VERDICTS, clean
+from peelwise.evidence.verdict import default_margin
+from peelwise.records.plain_text import clean
+from peelwise.records.run import LETTERS, WHOLE_MODEL
+from peelwise.show.words import VERDICTS
 from peelwise.store.reader import ALL_STEPS, Between, Run, RunReader
-from peelwise.verdict import default_margin
 
 LOSS_BINS = 1_000
 COLUMNS = 1_200  # of the heat map: about one per pixel of a wide screen
@@ -123,7 +124,7 @@ def cloud(reader: RunReader, run: Run, losses: Mapping[int, float], between: Bet
 
 
 def cloud_edges(run: Run, probe_loss: float, bounds: Mapping[str, float]) -> dict[str, float]:
-    """Return where red and green begin in one look, as `peelwise.verdict.cloud_colour` has it; red comes first.
+    """Return where red and green begin in one look, as `evidence.verdict.cloud_colour` has it; red comes first.
 
     Args:
         run: whose margin counts.

@@ -1,0 +1,1 @@
+"""The library as people use it; `peelwise` itself exports all of it."""

@@ -1,0 +1,234 @@
+"""The monitor as people use it: one object beside the training loop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+
+from peelwise.distributed.processes import ranks
+from peelwise.distributed.sharding import bare
+from peelwise.engine.provenance import versions
+from peelwise.errors import StoreError
+from peelwise.loggers.base import Logger
+from peelwise.loggers.table import logger_of
+from peelwise.model.layers import parameter_count, unwrapped
+from peelwise.probe.probe import Probe
+from peelwise.records.run import Event, ProbeRow, RunInfo, StepRow
+from peelwise.store.writer import RunWriter
+from peelwise.tasks.monitor.follower import Follower, MonitorSettings
+from peelwise.tasks.monitor.schedules import Schedule
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+log = logging.getLogger("peelwise")
+_LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "alert": logging.WARNING}
+
+
+class Monitor:
+    """Watches a model while it trains: which blocks have stopped learning, how much they could gain, what went wrong.
+
+    It takes its share of wall time and no more, changes nothing of the training (weights are the same to the bit
+    with and without it), and writes what it sees to a file that others can read meanwhile.
+
+    Where several processes train one model (DDP or ``fully_shard``), make it and call it in all of them, with the same
+    probe, at the same steps: they share the probe, and what is found is the same in all; the first one decides and
+    writes, and it alone has loggers and callbacks.
+
+    Args:
+        model: the module in training, compiled or not, in DDP or not, sharded by ``fully_shard`` or not.
+        probe: text to measure on, best from the training distribution; see `Probe`.
+        optimizer: what steps the model; with it, parameters that it does not hold or does not move are found.
+        budget: share of wall time that the monitor may take; ``None`` leaves it to ``schedule``.
+        schedule: at which steps it may look, such as `every(100)`; ``None`` for whenever the budget allows.
+        store: file of the run history, or ``None`` to keep none. A run is added to what the file holds. Where it cannot
+            be written (another writer, a newer version, no such folder), that is said once and nothing is recorded.
+        name: of the run.
+        margin: smallest recoverable loss that matters, nats per token; default: the larger of 0.5 % of the loss and
+            0.003.
+        loggers: further places for what is seen, live: ``"console"``, ``"jsonl:FILE"``, ``"tensorboard:FOLDER"``,
+            ``"wandb"``, ``"mlflow"``, ``"trackio"`` (each with ``":PROJECT"`` if you like), or objects like those of
+            `peelwise.loggers.table`.
+        on_event: called with every `Event`; all of them also go to the logger ``peelwise``.
+        on_probe: called with everything a visit found.
+
+    Raises:
+        OptionError: If an option has a value that is not allowed.
+        UnsupportedModelError: If the model cannot be measured, or is spread over processes in another way.
+        ProbeError: If the probe does not fit the model.
+
+    Attributes:
+        events: everything that was told so far.
+        last: what the latest visit found, or ``None``.
+
+    Example:
+        >>> monitor = peelwise.Monitor(model, probe, optimizer=optimizer, store="run.db")
+        >>> for step, batch in enumerate(batches):
+        ...     loss = training_step(batch)
+        ...     monitor.step(step, loss=loss)
+        ...     optimizer.zero_grad()
+        >>> monitor.close()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        probe: Probe,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        budget: float | None = 0.03,
+        schedule: Schedule | None = None,
+        store: str | Path | None = "run.db",
+        name: str | None = None,
+        margin: float | None = None,
+        loggers: Sequence[str | Logger] = (),
+        on_event: Callable[[Event], None] | None = None,
+        on_probe: Callable[[ProbeRow], None] | None = None,
+    ) -> None:
+        model, processes = bare(model), ranks()
+        settings = MonitorSettings(budget=budget, schedule=schedule, margin_nats=margin)
+        self._outlets = _Outlets(on_event, on_probe) if processes.first else _Outlets(None, None, quiet=True)
+        self._follower = Follower(model, probe, settings, self._outlets, optimizer=optimizer, ranks=processes)
+        info = RunInfo(
+            name=name or type(unwrapped(model)).__name__,
+            architecture=type(unwrapped(model)).__name__,
+            parameters=parameter_count(model),
+            blocks=tuple(block.name for block in self._follower.blocks),
+            budget=budget,
+            in_distribution=probe.in_distribution,
+            probe=probe.record().model_dump(),
+            settings={"margin": margin, "scheduled": schedule is not None},
+            versions=versions(),
+        )
+        with processes.agreeing():  # a logger that cannot be had ends all of them, not only the first
+            if processes.first:
+                self._outlets.open([logger_of(each, name) for each in loggers], store, info)
+
+    def step(self, step: int, loss: float | Tensor | None = None) -> ProbeRow | None:
+        """Tell that a training step is done; call it after the optimiser's step and before gradients are cleared.
+
+        Args:
+            step: its number.
+            loss: its training loss; a tensor costs a synchronisation on a GPU.
+
+        Returns:
+            What was found, if this was a moment to look; else ``None``.
+        """
+        if isinstance(loss, torch.Tensor):
+            loss = loss.item()  # float() of one that still has its graph warns
+        return self._follower.step(step, loss)
+
+    @property
+    def share(self) -> float:
+        """Share of wall time that the monitor has taken so far."""
+        return self._follower.share
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """Everything that was told so far, oldest first."""
+        return tuple(self._outlets.events)
+
+    @property
+    def last(self) -> ProbeRow | None:
+        """What the latest visit found."""
+        return self._outlets.last
+
+    @property
+    def recorded(self) -> bool:
+        """Whether what is seen goes to a file."""
+        return self._outlets.writer is not None
+
+    def close(self, status: Literal["finished", "failed"] = "finished") -> None:
+        """End the run in the history and close the loggers; closing again does nothing."""
+        self._outlets.close(status)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close("finished" if kind is None else "failed")
+
+
+class _Outlets:
+    """Everything that is told goes to the file, the log and the callbacks.
+
+    The file may fail at the start of a night or while a model trains for days: training goes on, and that it is not, or
+    no longer, recorded is said once.
+    """
+
+    def __init__(
+        self,
+        on_event: Callable[[Event], None] | None,
+        on_probe: Callable[[ProbeRow], None] | None,
+        *,
+        quiet: bool = False,
+    ) -> None:
+        self._loggers: list[Logger] = []
+        self._quiet = quiet  # the first process has said it
+        self.writer: RunWriter | None = None
+        self.events: list[Event] = []
+        self.last: ProbeRow | None = None
+        self._on_event, self._on_probe = on_event, on_probe
+
+    def open(self, loggers: list[Logger], store: str | Path | None, info: RunInfo) -> None:
+        self._loggers = loggers
+        if store is not None:
+            try:
+                self.writer = RunWriter(store, info)
+            except StoreError as error:
+                self._lost(0, f"the run is not recorded; training goes on. {error}")
+
+    def step(self, row: StepRow) -> None:
+        self._write(row.step, "step", row)
+
+    def probe(self, row: ProbeRow) -> None:
+        self.last = row
+        self._write(row.step, "probe", row)
+        for event in row.events:
+            self._announce(event)
+        if self._on_probe is not None:
+            self._on_probe(row)
+
+    def event(self, event: Event) -> None:
+        if not self._quiet:  # what a process sees by itself, such as its own loss
+            self._write(event.step, "event", event)
+            self._announce(event)
+
+    def close(self, status: Literal["finished", "failed"]) -> None:
+        if self.writer is not None:
+            self.writer.close(status)
+            self.writer = None
+        while self._loggers:
+            self._loggers.pop().close()
+
+    def _write(self, step: int, what: str, row: Any) -> None:
+        if self.writer is not None:
+            try:
+                getattr(self.writer, what)(row)
+            except StoreError as error:
+                writer, self.writer = self.writer, None
+                writer.close("failed")
+                self._lost(step, f"the run is no longer recorded; training goes on. {error}")
+        for logger in tuple(self._loggers):
+            try:
+                getattr(logger, what)(row)
+            except Exception as error:  # somebody else's code and disk: the training must not end of it
+                self._loggers.remove(logger)
+                self._lost(step, f"{type(logger).__name__} logs no more; training goes on. {error}")
+
+    def _lost(self, step: int, text: str) -> None:
+        self._announce(Event(step, "warning", "not-recorded", text))
+
+    def _announce(self, event: Event) -> None:
+        self.events.append(event)
+        if not self._quiet:
+            log.log(_LEVELS[event.level], "%s", event)
+        if self._on_event is not None:
+            self._on_event(event)

@@ -1,0 +1,103 @@
+"""What `audit` and `peel` return: a record to print, save and show, with the tensors that prove it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peelwise.certificate.base import write_certificate
+from peelwise.errors import MissingExtraError
+from peelwise.probe.probe import Probe
+from peelwise.records.audit import AuditRecord
+from peelwise.records.files import RECORD_FILE
+from peelwise.records.folder import check_free
+from peelwise.records.peel import PeelRecord
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from torch import Tensor
+
+
+REPORT_FILE = "report.html"
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """A record, the tensors that prove it and the probe; the parent of what `audit` and `peel` return.
+
+    Attributes:
+        record: every number, as in ``certificate.json``.
+        witness: replacement tensors by name.
+        probe: the token sequences that were used.
+    """
+
+    record: AuditRecord | PeelRecord
+    witness: dict[str, Tensor] = field(repr=False)
+    probe: Probe = field(repr=False)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=110, no_color=True, highlight=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from peelwise.show.views import render
+
+        yield render(self.record)
+
+    def to_json(self) -> str:
+        """Return the record as JSON text."""
+        return self.record.to_json()
+
+    def to_html(self) -> str:
+        """Return the report as one self-contained HTML page.
+
+        Raises:
+            MissingExtraError: Without matplotlib.
+        """
+        from peelwise.show.views import render_html
+
+        return render_html(self.record)
+
+    def save(self, folder: str | Path, *, force: bool = False) -> Path:
+        """Write certificate, witness, probe and (with matplotlib) the HTML report; whole or not at all.
+
+        Args:
+            folder: must not exist or be empty, unless ``force``.
+            force: replace an earlier result.
+
+        Raises:
+            OutputError: If the folder is taken or cannot be written.
+        """
+        path = Path(folder)
+        check_free(path, force=force, ours=RECORD_FILE)
+        write_certificate(path, self.record, self.witness, self.probe, _pages)
+        return path
+
+
+def frame(rows: list[dict[str, Any]], index: str) -> pd.DataFrame:
+    """Return rows as a pandas data frame.
+
+    Raises:
+        MissingExtraError: Without pandas.
+    """
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise MissingExtraError("A data frame", "frame") from error
+    return pd.DataFrame(rows).set_index(index)
+
+
+def _pages(record: AuditRecord | PeelRecord) -> dict[str, str]:
+    """Return the files that show the record; none without matplotlib."""
+    from peelwise.show.views import render_html
+
+    try:
+        return {REPORT_FILE: render_html(record)}
+    except MissingExtraError:
+        return {}

@@ -1,0 +1,214 @@
+"""A demonstration: a small GPT learns real text, one of its blocks is starved half way, and the live page shows it.
+
+From a certain step on one block gets no gradient any more, and its weights swell a little at every step, as they would
+under a weight decay of the wrong sign. Nothing in the block can undo that; the other blocks make up for some of it.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import threading
+import time
+import webbrowser
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peelwise.api.monitor import Monitor
+from peelwise.errors import StoreError
+from peelwise.probe.probe import Probe
+from peelwise.probe.texts import reference_prose
+from peelwise.show.dashboard.serve import Address, Server
+from peelwise.show.words import duration
+
+CONTEXT, BATCH, WIDTH, HEADS, BLOCKS, BYTES = 64, 16, 64, 4, 5, 256
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens in the demonstration.
+
+    Attributes:
+        steps: of training, 1,024 bytes each.
+        starved: index of the block.
+        from_step: from when on it gets no gradient.
+        swelling: share by which its weights grow at every step from then on ..
+        until_step: .. to this one.
+        rate: highest learning rate.
+        probe_tokens: bytes of text that the monitor measures on.
+        budget: the monitor's share of time; high, so that there is something to see within minutes.
+    """
+
+    steps: int = 720
+    starved: int = 2
+    from_step: int = 400
+    swelling: float = 0.004
+    until_step: int = 620
+    rate: float = 4e-3
+    probe_tokens: int = 7_000
+    budget: float = 0.25
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward part, each behind a norm and added to its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[batch, length, width]`` to the same."""
+        split = self.qkv(self.norm_1(x)).view(*x.shape[:2], 3, HEADS, WIDTH // HEADS)
+        q, k, v = split.permute(2, 0, 3, 1, 4)  # each [batch, heads, length, width / heads]
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).reshape(x.shape))
+        found: Tensor = x + self.down(F.gelu(self.up(self.norm_2(x))))
+        return found
+
+
+class SmallGPT(nn.Module):
+    """Byte ids ``[batch, length]`` in, logits ``[batch, length, 256]`` out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(BYTES, WIDTH), nn.Embedding(CONTEXT, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, BYTES)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return logits of the next byte at every place."""
+        x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+def train(
+    monitor: Monitor, model: SmallGPT, optimizer: torch.optim.Optimizer, stream: Tensor, plan: Plan
+) -> Iterator[int]:
+    """Train as planned, and yield the number of each step that is done."""
+    starved = list(model.blocks[plan.starved].parameters())
+    for step in range(plan.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = _rate(step, plan)
+        starts = torch.randint(len(stream) - CONTEXT, (BATCH, 1))
+        batch = stream[starts + torch.arange(CONTEXT + 1)]  # [batch, context + 1]
+        loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()  # type: ignore[no-untyped-call]
+        if step >= plan.from_step:
+            with torch.no_grad():
+                for parameter in starved:
+                    parameter.grad = None
+                    if step < plan.until_step:
+                        parameter.mul_(1 + plan.swelling)
+        optimizer.step()
+        monitor.step(step, loss=loss)
+        optimizer.zero_grad()
+        yield step
+
+
+def _rate(step: int, plan: Plan) -> float:
+    """Linear warm-up, then half a cosine down to a thirtieth when the block is starved."""
+    warm_up = min(1.0, (step + 1) / 50)
+    done = min(1.0, step / plan.from_step)
+    return plan.rate * warm_up * (1 + 29 * 0.5 * (1 + math.cos(math.pi * done))) / 30
+
+
+def demonstrate(
+    store: Path | None,
+    address: Address,
+    *,
+    browser: bool,
+    stay: bool,
+    say: Callable[[str], None],
+    plan: Plan | None = None,
+    open_browser: Callable[[str], object] = webbrowser.open,
+) -> None:
+    """Train, show the page meanwhile, and keep showing it until Ctrl-C.
+
+    Args:
+        store: file of the run history; ``None`` for one that is gone afterwards.
+        address: where the page listens.
+        browser: whether to open one.
+        stay: whether the page stays when training is done.
+        say: prints a line.
+        plan: what happens.
+        open_browser: opens an address; tests replace it.
+
+    Raises:
+        MissingExtraError: Without the extra ``dashboard``.
+        StoreError: If ``store`` cannot be written.
+        OptionError: If the address cannot be listened at.
+    """
+    plan = plan or Plan()
+    with tempfile.TemporaryDirectory(prefix="peelwise-demo-") as folder:
+        path = store or Path(folder) / "run.db"
+        with ExitStack() as open_ones:
+            monitor, steps = _prepared(path, plan)
+            open_ones.enter_context(monitor)
+            server = Server([path], address)  # reads the file, which the monitor has made
+            thread = server.beside()
+            open_ones.callback(thread.join, 5)
+            open_ones.callback(server.stop)
+            _say_what_to_see(say, server.url, plan)
+            if browser:
+                threading.Thread(target=open_browser, args=(f"{server.url}#block={plan.starved}",), daemon=True).start()
+            try:
+                _followed(steps, plan, say)
+                monitor.close()
+                if stay:
+                    say("Training is done; the page stays until Ctrl-C.")
+                    while thread.is_alive():
+                        thread.join(0.5)
+            except KeyboardInterrupt:
+                say("Ended.")
+        if store is not None:
+            say(f"The history is kept: peelwise serve {store}")
+
+
+def _prepared(path: Path, plan: Plan) -> tuple[Monitor, Iterator[int]]:
+    torch.manual_seed(0)
+    stream = torch.tensor(list("\n\n".join(reference_prose()).encode()))
+    model = SmallGPT()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=plan.rate)
+    probe = Probe.from_tokens(stream, tokens=plan.probe_tokens, sequence_length=CONTEXT, in_distribution=True)
+    monitor = Monitor(
+        model,
+        probe,
+        optimizer=optimizer,
+        budget=plan.budget,
+        store=path,
+        name=f"small GPT, block {plan.starved} starved from step {plan.from_step:,}",
+    )
+    if not monitor.recorded:  # a training would go on; this one is there to be seen
+        raise StoreError(monitor.events[-1].text)
+    return monitor, train(monitor, model, optimizer, stream, plan)
+
+
+def _say_what_to_see(say: Callable[[str], None], url: str, plan: Plan) -> None:
+    say(f"Open {url}#block={plan.starved}")
+    say(
+        f"A small GPT of {BLOCKS} blocks learns the prose of Python's reference, byte by byte, in {plan.steps:,} steps."
+    )
+    say(f"From step {plan.from_step:,} on, block {plan.starved} gets no gradient any more and its weights swell.")
+    say("See how little the loss tells, what the statistics of that block do, and the list of what happened.")
+    say("Ctrl-C ends it.")
+
+
+def _followed(steps: Iterator[int], plan: Plan, say: Callable[[str], None]) -> None:
+    began = time.monotonic()
+    for step in steps:
+        if step == plan.from_step:
+            say(f"Step {step:,}: block {plan.starved} is starved from now on.")
+        elif step and step % 100 == 0:
+            left = (time.monotonic() - began) / step * (plan.steps - step)
+            say(f"step {step:,} of {plan.steps:,}, about {duration(left)} left")

@@ -1,0 +1,55 @@
+"""The command line, ``peelwise audit | peel | quantcheck | verify | apply | report | export | watch | serve | demo``.
+
+Exit codes: 0 fine, 1 finding, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from peelwise.cli import audit, certificate, peel, quantcheck, runs
+from peelwise.cli.terminal import stderr
+from peelwise.errors import PeelwiseError
+
+app = typer.Typer(
+    name="peelwise",
+    help="Tells, block by block, how far a transformer is from what it could achieve, and proves it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
+for commands in (audit, peel, quantcheck, certificate, runs):  # in the order of --help
+    app.add_typer(commands.app)
+_INTERRUPTED = 130
+
+
+def main() -> None:
+    """Run the command line; errors a user can act on become one or two lines and exit code 2."""
+    # OpenMP threads that spin while they wait are slow on a machine that does other work too. Read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        app()
+    except PeelwiseError as error:
+        stderr.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:  # what typer makes of Ctrl-C
+            stderr.print("Stopped before there was anything to report; nothing was written.")
+        raise
+
+
+@app.callback(invoke_without_command=True)
+def version_option(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    """Print the version if asked."""
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"peelwise {installed('peelwise')}")
+        raise typer.Exit

@@ -1,0 +1,1 @@
+"""What the tasks share: a session on one model and probe, the sweep, refinement, witnesses and cost."""

@@ -1,0 +1,86 @@
+"""How an audit and a peel begin: what must be true of model and probe, and the model's own losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import nn
+
+from peelwise.distributed.processes import ALONE, Ranks
+from peelwise.engine.clock import Clock, Watcher
+from peelwise.engine.session import LOSSES, Bench
+from peelwise.errors import ModelError
+from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.fingerprint import check_finite
+from peelwise.model.layers import Block, LinearMap, context_length, vocabulary_size
+from peelwise.model.runner import Runner, check_replay
+from peelwise.model.weights.held import Held
+from peelwise.probe.probe import Probe, check_context, check_vocabulary
+
+
+def checked_blocks(model: nn.Module, probe: Probe) -> tuple[Block, ...]:
+    """Return the blocks of a model that can be measured on ``probe``.
+
+    Raises:
+        UnsupportedModelError: If the architecture cannot be measured.
+        ModelError: If the model holds NaN or Inf.
+        ProbeError: If the probe's tokens do not fit the model's vocabulary, or its sequences the context.
+    """
+    blocks = find_blocks(model)
+    size = vocabulary_size(model)
+    if size is not None:
+        check_vocabulary(probe, size)
+    limit = context_length(model)
+    if limit is not None:
+        check_context(probe, limit)
+    check_finite(model)
+    return blocks
+
+
+def first_bench(
+    model: nn.Module,
+    blocks: tuple[Block, ...],
+    probe: Probe,
+    *,
+    name: str,
+    budget_seconds: float,
+    micro_batch_tokens: int,
+    watcher: Watcher | None,
+    ranks: Ranks = ALONE,
+) -> Bench:
+    """Start the clock and measure the model as it stands on all parts of the probe.
+
+    Raises:
+        UnsupportedModelError: If calling the blocks one by one is not what the model does.
+        ModelError: If its loss is no finite number.
+    """
+    runner = Runner(model, blocks, micro_batch_tokens=micro_batch_tokens, ranks=ranks)
+    clock = Clock(budget_seconds, runner.work, watcher)
+    with clock.stage(LOSSES):
+        check_replay(runner, probe.fit)
+        traces = runner.trace(probe.fit), runner.trace(probe.select), runner.trace(probe.report)
+    for trace in traces:
+        _check_loss(trace.mean, name)
+    return Bench(runner, probe, *traces, clock=clock, seed=probe.seed, held=held_maps(blocks))
+
+
+def held_maps(blocks: tuple[Block, ...]) -> dict[LinearMap, Held]:
+    """Return what the low-bit maps of a model hold; a witness for them must be of the same formats.
+
+    Raises:
+        FormatError: If a map does not store what its format says.
+        UnsupportedModelError: If its codes cannot be read.
+    """
+    found = {linear: linear.held() for block in blocks for linear in block.linears if linear.low_bit}
+    return {linear: held for linear, held in found.items() if held is not None}
+
+
+def format_names(held: Mapping[LinearMap, Held]) -> str:
+    """Return the formats that low-bit maps hold, each once; empty if there are none."""
+    return ", ".join(sorted({each.format.name for each in held.values()}))
+
+
+def _check_loss(loss: float, name: str) -> None:
+    if not math.isfinite(loss):
+        raise ModelError(f"The loss of {name} on the probe is {loss}: its activations overflow. Try --dtype float32.")

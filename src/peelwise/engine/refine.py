@@ -1,0 +1,125 @@
+"""Refinement rounds: linearise, propose, choose direction and step on select, repeat while select improves.
+
+The same round serves one block alone, all blocks together, and the null controls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from peelwise.engine.session import ChangeMap, combined, output_change
+from peelwise.engine.sweep import BlockProposals, Direction
+from peelwise.formats.base import Encoded
+from peelwise.model.layers import LinearMap
+from peelwise.model.runner import Runner, Trace
+from peelwise.model.splice import spliced
+from peelwise.records.audit import RoundRecord
+from peelwise.references.step_search import search_step
+
+Proposals = dict[int, BlockProposals]
+
+# Where nothing is known of the right step length, the first is the one that would win so much were the loss linear.
+FIRST_GAIN_NATS = 0.05
+
+
+@dataclass(frozen=True)
+class Refined:
+    """Weight changes of some blocks after a number of rounds, and how they do.
+
+    Attributes:
+        changes: the changes of all rounds added up.
+        rounds: what was chosen in each round.
+        select_loss: nats per token on select.
+        report_losses: nats per sequence on report, or ``None`` where it was not evaluated.
+        start: the lowest block that is changed.
+        codes: of low-bit maps, what ``changes`` comes from; empty for a dense witness.
+    """
+
+    changes: ChangeMap
+    rounds: tuple[RoundRecord, ...]
+    select_loss: float
+    report_losses: Tensor | None
+    start: int
+    codes: dict[LinearMap, Encoded] = field(default_factory=dict)
+
+
+def unrefined(select: Trace, start: int = 0) -> Refined:
+    """Return the state before the first round."""
+    return Refined({}, (), select.mean, None, start)
+
+
+def take_round(
+    runner: Runner,
+    select: Trace,
+    before: Refined,
+    proposals: Proposals,
+    *,
+    output_changes: dict[Direction, float],
+    evaluations: int = 8,
+    after_look: Callable[[], None] = lambda: None,
+) -> Refined | None:
+    """Try the directions of ``proposals`` on top of ``before``; return the better, or ``None`` if none helps.
+
+    Args:
+        runner: the model, with nothing spliced in.
+        select: a trace whose stations are right up to ``before.start``.
+        before: the changes so far.
+        proposals: what the sweep proposed, linearised at ``before``.
+        output_changes: per direction the step length to try first, in units of output change; updated with the
+            one that was chosen, as a first guess for the next round or block.
+        evaluations: most evaluations of the select loss per direction.
+        after_look: called after each evaluation.
+    """
+    tokens = float(select.tokens.sum())
+    best: Refined | None = None
+    for direction in _directions(proposals):
+        unit = output_change(proposals, direction, 1.0)
+        slope = sum(p.slope for block in proposals.values() for p in block.changes[direction].values())
+        if unit == 0 or slope <= 0:
+            continue
+
+        def loss_at(step: float, direction: Direction = direction) -> float:
+            with spliced(combined(before.changes, proposals, direction, step)):
+                loss = float(runner.losses_from(select, before.start).sum()) / tokens
+            after_look()
+            return loss
+
+        start = output_changes[direction] / unit if direction in output_changes else FIRST_GAIN_NATS / slope
+        choice = search_step(
+            loss_at,
+            before.select_loss,
+            start,
+            slope=slope,
+            evaluations=evaluations,
+            beat=best.select_loss if best else math.inf,
+        )
+        if choice.step == 0:
+            continue
+        output_changes[direction] = choice.step * unit
+        if best is None or choice.loss < best.select_loss:
+            best = Refined(
+                combined(before.changes, proposals, direction, choice.step),
+                (
+                    *before.rounds,
+                    RoundRecord(
+                        direction=direction,
+                        step=choice.step,
+                        output_change=output_change(proposals, direction, choice.step),
+                        select_before=before.select_loss,
+                        select_after=choice.loss,
+                    ),
+                ),
+                choice.loss,
+                None,
+                before.start,
+            )
+    return best
+
+
+def _directions(proposals: Proposals) -> Sequence[Direction]:
+    first = next(iter(proposals.values()), None)
+    return tuple(first.changes) if first is not None else ()

@@ -1,0 +1,1 @@
+"""From numbers to what they mean: intervals, verdicts, trends, events. No torch."""

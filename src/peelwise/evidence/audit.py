@@ -1,0 +1,246 @@
+"""What follows from the numbers of a record, and whether a record agrees with itself. No model, no tensors.
+
+Verdicts, the conclusion and whether the bound is informative are functions of the recorded numbers. They are
+computed here once, so whoever checks a certificate can compute them again without running anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+
+from peelwise.evidence.intervals import Paired
+from peelwise.evidence.verdict import Evidence, Verdict, default_margin, harmful, judge, leaders
+from peelwise.records.audit import AuditRecord, BlockRecord, HeadRecord, LossRecord
+from peelwise.records.base import Interval
+
+# Sums of the same numbers in another order and precision; far below anything that is shown.
+_ROUNDING = 1e-5
+# More blocks than these that cannot be told apart point nowhere.
+_MOST_NAMED = 3
+
+
+def conclusion(
+    blocks: tuple[BlockRecord, ...], composed: Interval | None, margin: float, *, in_distribution: bool = True
+) -> str:
+    """Return a few sentences that say what was found, and no more than that.
+
+    Args:
+        blocks: with their verdicts.
+        composed: the gain of all blocks refined together.
+        margin: nats per token.
+        in_distribution: whether the text is training text; it decides which number points at a block.
+    """
+    red = [b.index for b in blocks if b.verdict == "red"]
+    yellow = [b for b in blocks if b.verdict == "yellow"]
+    together = ""
+    if composed is not None:
+        together = (
+            f" Refined together, the blocks win back {composed.mean:.3f} nats per token "
+            f"(95 % interval {composed.low:.3f} to {composed.high:.3f})."
+        )
+    harm = _better_without(blocks, margin)
+    first = _look_first(blocks, in_distribution) + harm
+    if red:
+        which = ", ".join(map(str, red[:6])) + (", ..." if len(red) > 6 else "")
+        blocks_word = "block" if len(red) == 1 else "blocks"
+        return f"{len(red)} of {len(blocks)} blocks certified under-optimised ({blocks_word} {which}).{together}{first}"
+    if yellow:
+        return (
+            f"No block is certified under-optimised; {len(yellow)} of {len(blocks)} have recoverable loss on this "
+            f"text.{together}{first}"
+        )
+    measured = sum(b.recoverable_nats is not None for b in blocks)
+    if not measured:
+        return f"No verdict yet: no block was refined alone within the budget.{together}{harm}"
+    return (
+        f"None found: of {measured} blocks refined alone (of {len(blocks)}), none is shown to have more than "
+        f"{margin:.3f} nats per token to recover.{together}{harm}"
+    )
+
+
+def _look_first(blocks: tuple[BlockRecord, ...], in_distribution: bool) -> str:
+    """Point at the block most likely at fault, if few enough cannot be told apart from it.
+
+    On training text that is the one that gains most alone; on other text all gain by adapting to it, which
+    cancels in what only one block can give (docs/truth.md).
+    """
+    unique = not in_distribution and all(b.unique_nats for b in blocks)
+    found = [b.unique_nats if unique else b.recoverable_nats for b in blocks]
+    order = leaders([None if i is None else Paired.of(i) for i in found])
+    if not all(found) or len(order) > _MOST_NAMED or len(blocks) <= len(order):
+        return ""
+    first, *tied = order
+    value = found[first]
+    what = "what only it can give" if unique else "what it gains alone"
+    others = f"; not told apart: {', '.join(map(str, sorted(tied)))}" if tied else ""
+    return f" Look first at block {first} ({what}: {value.mean if value else 0.0:.3f}{others})."
+
+
+def _better_without(blocks: tuple[BlockRecord, ...], margin: float) -> str:
+    """Name the blocks without which the model is shown to be better, by more than the margin, the worst first."""
+    removals = [block.removal_nats for block in blocks]
+    found = harmful([None if i is None else Paired.of(i) for i in removals], margin)
+    named = [f"{i} ({-r.mean:.3f} nats per token)" for i in found[:_MOST_NAMED] if (r := removals[i]) is not None]
+    return f" The model is better without block {', without block '.join(named)}." if named else ""
+
+
+def informative(losses: LossRecord) -> bool | None:
+    """Whether the composed bound beats the null controls; ``None`` if they were not run.
+
+    It must gain more than the shuffled construction could (intervals apart), and end below the untrained one.
+    """
+    gained, shuffled = losses.composed_gain, losses.shuffled_gain
+    if gained is None or losses.composed is None or shuffled is None:
+        return None
+    beats_untrained = losses.untrained is None or losses.composed < losses.untrained
+    return gained.low > max(shuffled.high, 0.0) and beats_untrained
+
+
+def tokens_needed(verdict: Verdict, report_tokens: int, report_sequences: int) -> int | None:
+    """Return how many report tokens would decide an undecided block, at the length of its sequences."""
+    needed = verdict.sequences_needed
+    return None if needed is None else round(needed * max(report_tokens / report_sequences, 1.0))
+
+
+def contradictions(record: AuditRecord, tolerance: float) -> Iterator[str]:
+    """Yield, in words, every place where the record contradicts its own numbers.
+
+    Args:
+        record: of an audit.
+        tolerance: nats per token by which losses of two implementations may differ (the head's and the model's).
+    """
+    yield from wrong_intervals(_named_intervals(record), record.probe.report_sequences)
+    yield from _losses(record.loss, tolerance)
+    yield from _head(record.head, record.loss)
+    yield from _rounds(record)
+    yield from _splits(record)
+    yield from _verdicts(record)
+    if record.informative != informative(record.loss):
+        yield instead("informative", record.informative, informative(record.loss))
+    follows = conclusion(
+        record.blocks, record.loss.composed_gain, record.margin_nats, in_distribution=record.probe.in_distribution
+    )
+    if record.conclusion != follows:
+        yield instead("conclusion", record.conclusion, follows)
+
+
+def wrong_intervals(named: Iterable[tuple[str, Interval]], sequences: int) -> Iterator[str]:
+    """Yield what is wrong with intervals over ``sequences`` report sequences: ends, method, standard error."""
+    for name, interval in named:
+        n = interval.sequences
+        if n != sequences:
+            yield instead(f"{name}.sequences", n, sequences)
+        elif n < 2 or interval.standard_error < 0 or abs(interval.skewness) > n**0.5 + _ROUNDING:
+            yield f"{name}: no {n} sequences have this standard error and skewness."
+        else:
+            follows = Paired.of(interval).interval()
+            slack = 1e-6 * interval.standard_error + 1e-12
+            for end in ("low", "high"):
+                recorded, derived = getattr(interval, end), getattr(follows, end)
+                if abs(recorded - derived) > slack:
+                    yield instead(f"{name}.{end}", recorded, derived)
+            if interval.method != follows.method:
+                yield instead(f"{name}.method", interval.method, follows.method)
+
+
+def _named_intervals(record: AuditRecord) -> Iterator[tuple[str, Interval]]:
+    loss = record.loss
+    found = {
+        "loss.composed_gain": loss.composed_gain,
+        "loss.head_control_gain": loss.head_control_gain,
+        "loss.shuffled_gain": loss.shuffled_gain,
+        "loss.untrained_gain": loss.untrained_gain,
+        "loss.price": loss.price,
+        "head.recoverable_nats": record.head.recoverable_nats if record.head else None,
+    }
+    for block in record.blocks:
+        found[f"{block.name} recoverable"] = block.recoverable_nats
+        found[f"{block.name} unique"] = block.unique_nats
+        found[f"{block.name} removal"] = block.removal_nats
+        found[f"{block.name} price"] = block.price_nats
+    yield from ((name, interval) for name, interval in found.items() if interval is not None)
+
+
+def _losses(loss: LossRecord, tolerance: float) -> Iterator[str]:
+    """A gain is the difference of the two losses that it stands beside."""
+    rows = (
+        ("composed", loss.current, loss.composed, loss.composed_gain, _ROUNDING),
+        ("shuffled", loss.current, loss.shuffled, loss.shuffled_gain, _ROUNDING),
+        ("untrained", loss.untrained_start, loss.untrained, loss.untrained_gain, _ROUNDING),
+        ("head_control", loss.current, loss.head_control, loss.head_control_gain, tolerance),
+    )
+    for name, before, after, gain, slack in rows:
+        if (after is None) != (gain is None) or (after is not None and before is None):
+            yield f"loss.{name}: a loss and its gain stand together or not at all."
+        elif before is not None and after is not None and gain is not None and abs(before - after - gain.mean) > slack:
+            start = "untrained_start" if name == "untrained" else "current"
+            yield instead(f"loss.{name}_gain.mean", gain.mean, before - after, f"loss.{start} - loss.{name}")
+
+
+def _head(head: HeadRecord | None, loss: LossRecord) -> Iterator[str]:
+    if (head is None) != (loss.head_control_gain is None):
+        yield "head: the head's reference and the head control stand together or not at all."
+    elif head is not None:
+        if head.recoverable_nats != loss.head_control_gain:
+            yield "head.recoverable_nats: it is not loss.head_control_gain, though both are the re-fitted head's."
+        if not head.relaxed - _ROUNDING <= head.achieved <= head.current + _ROUNDING:
+            yield "head: relaxed <= achieved <= current does not hold."
+
+
+def _splits(record: AuditRecord) -> Iterator[str]:
+    """The parts of a loss add up to it, and are the differences that stand beside them."""
+    loss = record.loss
+    rows = [("loss", loss.split, loss.composed_gain, loss.price)]
+    rows += [(b.name, b.split, b.recoverable_nats, b.price_nats) for b in record.blocks]
+    for name, split, gained, price in rows:
+        if split is None:
+            if price is not None:
+                yield f"{name}: a price of precision and its split stand together or not at all."
+            continue
+        total = split.irreducible + split.price_of_precision + split.left_on_the_table
+        if abs(total - loss.current) > _ROUNDING:
+            yield instead(f"{name}.split", total, loss.current, "loss.current")
+        if abs(split.left_on_the_table - (gained.mean if gained else 0.0)) > _ROUNDING:
+            yield f"{name}.split: what is left on the table is not the gain that was certified."
+        if price is None or abs(split.price_of_precision - price.mean) > _ROUNDING:
+            yield f"{name}.split: its price of precision is not the mean of the interval beside it."
+
+
+def _rounds(record: AuditRecord) -> Iterator[str]:
+    if any(r.select_after >= r.select_before for r in record.rounds):
+        yield "rounds: a round was kept that does not lower the select loss."
+    if any(abs(a.select_after - b.select_before) > _ROUNDING for a, b in pairwise(record.rounds)):
+        yield "rounds: a round does not begin where the one before ended."
+    if bool(record.rounds) != (record.loss.composed is not None):
+        yield "rounds: a composed loss needs at least one round, and a round leaves one."
+
+
+def _verdicts(record: AuditRecord) -> Iterator[str]:
+    probe, asked = record.probe, record.settings.get("margin_nats")
+    margin = default_margin(record.loss.current) if asked is None else float(asked)
+    if abs(record.margin_nats - margin) > 1e-9:
+        yield instead("margin_nats", record.margin_nats, margin)
+    if [b.index for b in record.blocks] != list(range(record.model.blocks)):
+        yield f"blocks: expected one record for each of {record.model.blocks} blocks, in order."
+    evidence = [
+        Evidence(*(None if i is None else Paired.of(i) for i in (b.recoverable_nats, b.unique_nats)))
+        for b in record.blocks
+    ]
+    verdicts = judge(evidence, record.margin_nats, in_distribution=probe.in_distribution)
+    for block, verdict in zip(record.blocks, verdicts, strict=True):
+        follows = {
+            "verdict": verdict.colour,
+            "reason": verdict.reason,
+            "interaction": verdict.interaction,
+            "tokens_needed": tokens_needed(verdict, probe.report_tokens, probe.report_sequences),
+        }
+        for name, value in follows.items():
+            if getattr(block, name) != value:
+                yield instead(f"{block.name} {name}", getattr(block, name), value)
+
+
+def instead(name: str, recorded: object, follows: object, of: str = "its other numbers") -> str:
+    """Say that a value is not the one that follows."""
+    shown = [f"{v:.6f}" if isinstance(v, float) else str(v) for v in (recorded, follows)]
+    return f"{name}: {shown[0]} was certified, {shown[1]} follows from {of}."

@@ -1,0 +1,168 @@
+"""From numbers to colours: red, yellow, green or grey, with the reason in words. No torch.
+
+Thirty blocks are thirty questions: a colour is given only where Holm's procedure over all measured blocks
+rejects the opposite, at 2.5 % on each side (95 % together). The plain 95 % interval is what is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from peelwise.evidence.intervals import Paired, holm_rejections
+from peelwise.records.base import Colour
+
+LEVEL = 0.025
+_ROBUST_DEVIATIONS = 3.0
+_FEWEST_FOR_TREND = 5
+_APART = 1.96  # standard errors
+
+CERTIFIED = "certified under-optimised"
+STILL_TRAINING = "recoverable, still training"
+FOREIGN = "recoverable on this text; adaptation and under-training cannot be told apart without training text"
+NOTHING = "nothing above the margin found"
+UNDECIDED = "undecided"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured for one block; ``None`` means not measured."""
+
+    alone: Paired | None = None
+    unique: Paired | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A colour, its reason, and how many report sequences would decide a grey one (if that is what lacks)."""
+
+    colour: Colour
+    reason: str
+    sequences_needed: int | None = None
+    interaction: bool = False
+
+
+def default_margin(loss: float) -> float:
+    """Return the margin in nats per token: the larger of 0.5 % of the loss and 0.003."""
+    return max(0.005 * loss, 0.003)
+
+
+def cloud_colour(loss: float, upper: float | None, lower: float, margin: float) -> Colour:
+    """Return the region of the loss's cloud that a loss lies in; all in nats per token on the same tokens.
+
+    Red: above ``upper``, what a model without any block reaches. Green: at or below ``lower + margin``, so that no
+    witness of the whole model is known that gains more than the margin. Yellow: between (arXiv:2410.10984 calls
+    these regions a cloud). Red comes first: early in training one step's witness may be above both.
+
+    Args:
+        loss: of the model.
+        upper: of the reference without blocks, or ``None`` where it is not known; then nothing is red.
+        lower: of the composed witness.
+        margin: smallest gain that matters.
+    """
+    if upper is not None and loss > upper:
+        return "red"
+    return "green" if loss <= lower + margin else "yellow"
+
+
+def judge(
+    evidence: Sequence[Evidence], margin: float, *, in_distribution: bool, still_falling: bool = False
+) -> list[Verdict]:
+    """Return one verdict per block.
+
+    Args:
+        evidence: per block in order of depth.
+        margin: smallest recoverable loss that matters, nats per token.
+        in_distribution: whether the probe is training text. If not, red needs a block that stands out.
+        still_falling: whether the training loss is still falling.
+    """
+    alone = [e.alone for e in evidence]
+    above = _holm([a.p_at_most(margin) if a else None for a in alone])
+    below = _holm([a.p_at_least(margin) if a else None for a in alone])
+    unique_above = _holm([e.unique.p_at_most(margin) if e.unique else None for e in evidence])
+    unique_negative = _holm([e.unique.p_at_least(0.0) if e.unique else None for e in evidence])
+    outlying = stands_out([a.mean if a else None for a in alone], margin)
+    verdicts = []
+    for i, measured in enumerate(alone):
+        verdict = _one(measured, margin, above[i], below[i], unique_above[i])
+        if verdict.colour == "red" and still_falling:
+            verdict = Verdict("yellow", STILL_TRAINING)
+        elif verdict.colour == "red" and not in_distribution and not (outlying[i] or unique_above[i]):
+            verdict = Verdict("yellow", FOREIGN)
+        if unique_negative[i]:
+            verdict = Verdict(
+                verdict.colour if verdict.colour != "green" else "grey",
+                f"{verdict.reason}; refining it beside its neighbours hurts (they interact)",
+                verdict.sequences_needed,
+                interaction=True,
+            )
+        verdicts.append(verdict)
+    return verdicts
+
+
+def _one(alone: Paired | None, margin: float, above: bool, below: bool, unique_above: bool) -> Verdict:
+    if alone is None:
+        if unique_above:
+            return Verdict("grey", "only it gives more than the margin once all are refined; not refined alone yet")
+        return Verdict("grey", f"{UNDECIDED}: not refined alone within the budget")
+    if above:
+        return Verdict("red", CERTIFIED)
+    if below:
+        return Verdict("green", NOTHING)
+    return Verdict("grey", f"{UNDECIDED}: more probe tokens needed", alone.sequences_needed(margin))
+
+
+def stands_out(values: Sequence[float | None], margin: float) -> list[bool]:
+    """Return which values lie above the trend over depth by more than three robust deviations.
+
+    The trend is Theil and Sen's line (median of pairwise slopes), the deviation 1.4826 times the median
+    absolute residual. A value must also clear the trend by ``margin``: where all agree to the digit, three
+    deviations are nothing. Fewer than five measured blocks have no trend.
+    """
+    index = np.array([i for i, v in enumerate(values) if v is not None], dtype=float)
+    found = np.array([v for v in values if v is not None], dtype=float)
+    if len(found) < _FEWEST_FOR_TREND:
+        return [False] * len(values)
+    first, second = np.triu_indices(len(found), k=1)
+    slope = np.median((found[second] - found[first]) / (index[second] - index[first]))
+    residual = found - slope * index
+    residual -= np.median(residual)
+    deviation = 1.4826 * np.median(np.abs(residual))
+    out = {int(i) for i, r in zip(index, residual, strict=True) if r > max(_ROBUST_DEVIATIONS * deviation, margin)}
+    return [i in out for i in range(len(values))]
+
+
+def leaders(values: Sequence[Paired | None]) -> list[int]:
+    """Return the block with the largest value and those that cannot be told apart from it, largest first.
+
+    Apart is more than 1.96 standard errors of both together. Blocks that were not measured do not compete.
+    """
+    known = sorted(((i, v) for i, v in enumerate(values) if v is not None), key=lambda pair: -pair[1].mean)
+    if not known:
+        return []
+    _, top = known[0]
+    return [i for i, v in known if top.mean - v.mean <= _APART * (top.standard_error**2 + v.standard_error**2) ** 0.5]
+
+
+def harmful(removals: Sequence[Paired | None], margin: float) -> list[int]:
+    """Return the blocks whose removal lowers the loss by more than the margin (Holm over all), the worst first.
+
+    Args:
+        removals: what the loss rises by without each block, nats per token.
+        margin: smallest decrease that matters.
+    """
+    shown = _holm([r.p_at_least(-margin) if r else None for r in removals])
+    found = [(r.mean, i) for i, (r, flag) in enumerate(zip(removals, shown, strict=True)) if r and flag]
+    return [i for _, i in sorted(found)]
+
+
+def _holm(p_values: Sequence[float | None]) -> list[bool]:
+    """Holm over the measured blocks; unmeasured ones are never rejected."""
+    known = [i for i, p in enumerate(p_values) if p is not None]
+    rejected = holm_rejections([p for p in p_values if p is not None], LEVEL)
+    out = [False] * len(p_values)
+    for i, flag in zip(known, rejected, strict=True):
+        out[i] = flag
+    return out

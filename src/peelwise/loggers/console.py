@@ -1,0 +1,43 @@
+"""A line for every look and every event on the console."""
+
+from __future__ import annotations
+
+import sys
+from typing import TextIO
+
+from peelwise.records.plain_text import clean
+from peelwise.records.run import LETTERS, Event, ProbeRow, StepRow
+
+
+class Console:
+    """Prints a line for every look and every event.
+
+    Args:
+        stream: where to; standard error by default, so that a program's own output stays clean.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream
+
+    def step(self, row: StepRow) -> None:
+        """Say nothing: the training has its own line for that."""
+
+    def probe(self, row: ProbeRow) -> None:
+        """Print the verdicts in one line, then the events."""
+        counts = ", ".join(f"{row.letters.count(letter)} {colour}" for colour, letter in LETTERS.items())
+        self._print(
+            f"step {row.step}: {row.probe_loss:.4f} nats on the probe, blocks {row.letters} ({counts}), "
+            f"{row.kind} in {row.seconds:.2g} s, {row.share:.1%} of the time so far"
+        )
+        for event in row.events:
+            self.event(event)
+
+    def event(self, event: Event) -> None:
+        """Print it."""
+        self._print(f"{event.level}: {clean(str(event))}")
+
+    def close(self) -> None:
+        """Nothing is held back."""
+
+    def _print(self, line: str) -> None:
+        print(line, file=self._stream or sys.stderr, flush=True)

@@ -1,0 +1,74 @@
+"""What identifies a model: a SHA-256 over its tensors; and whether all of them are finite."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from peelwise.distributed.sharding import is_spread, own_part
+from peelwise.errors import ModelError
+from peelwise.model.layers import plain_name
+
+_PIECE = 1 << 22  # elements looked at together, so that no tensor is ever copied whole
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return the SHA-256 over name, shape, dtype and bytes of every tensor of the state, sorted by name.
+
+    Tied tensors count under each of their names; buffers that are not saved do not count. The device and the
+    memory layout make no difference.
+
+    Raises:
+        ModelError: If a tensor has no values, as on the ``meta`` device.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_tensors(model)):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        for piece in _pieces(tensor):
+            digest.update(piece.cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise if any parameter or saved buffer holds NaN or infinity.
+
+    Raises:
+        ModelError: Names the first such tensor and how many of its values are affected.
+    """
+    for name, tensor in _tensors(model):
+        if not tensor.is_floating_point():
+            continue
+        bad = sum(piece.numel() - int(piece.isfinite().sum()) for piece in _pieces(own_part(tensor)))
+        if bad:
+            raise ModelError(
+                f"{name} holds {bad} of {tensor.numel()} values that are NaN or infinite. "
+                "Audit an earlier checkpoint, from before training diverged."
+            )
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):  # extra state of a module, not a weight
+            continue
+        if tensor.is_meta:
+            raise ModelError(f"{name} has no values (meta device): load or gather the weights first.")
+        yield from _parts(plain_name(name), tensor.detach())
+
+
+def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield a tensor, or the plain ones (codes, scales, zero points) of which a quantised one is made."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)  # torch's protocol for tensors that wrap others
+    if flatten is None or is_spread(tensor):
+        yield name, tensor
+        return
+    for part in flatten()[0]:
+        yield from _parts(f"{name}.{part}", getattr(tensor, part))
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    flat = tensor.contiguous().reshape(-1)
+    for start in range(0, flat.numel(), _PIECE):
+        yield flat[start : start + _PIECE]

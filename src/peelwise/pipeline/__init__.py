@@ -1,1 +1,0 @@
-"""The arrows of the design, each a function call: audit, certificate."""

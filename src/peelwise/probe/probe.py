@@ -1,0 +1,363 @@
+"""Probes: token sequences split into ``fit``, ``select`` and ``report``, with a fingerprint.
+
+Statistics come from ``fit``, every choice is made on ``select``, and every number shown is from ``report``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peelwise.errors import FewSequencesWarning, ProbeError
+from peelwise.probe.sequences import as_rows, chunk_documents, count_parts, cut, draw, encode, opening_ids
+from peelwise.probe.texts import text_of
+from peelwise.records.base import ProbeRecord
+
+PARTS = ("fit", "select", "report")
+SHARES = (0.5, 0.15, 0.35)  # of fit, select and report
+_FEW_REPORT_SEQUENCES = 8
+_CHARACTERS_PER_TOKEN = 200  # read from a data set: some fifty times what is needed, so streams end
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Sequences of token ids with right padding.
+
+    Args:
+        ids: ``[sequences, positions]`` int64; padding holds any valid id.
+        mask: ``[sequences, positions]`` bool, true at real tokens.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+    @property
+    def inputs(self) -> Tensor:
+        """What the model reads, ``[sequences, positions - 1]``."""
+        return self.ids[:, :-1]
+
+    @property
+    def targets(self) -> Tensor:
+        """What it has to predict at each position, ``[sequences, positions - 1]``."""
+        return self.ids[:, 1:]
+
+    @property
+    def weights(self) -> Tensor:
+        """Where input and target are both real, ``[sequences, positions - 1]`` bool."""
+        return self.mask[:, 1:] & self.mask[:, :-1]
+
+    @property
+    def sequences(self) -> int:
+        """Number of sequences."""
+        return self.ids.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """Number of predicted tokens."""
+        return int(self.weights.sum())
+
+    def to(self, device: torch.device | str) -> Split:
+        """Return the same split on ``device``."""
+        return Split(self.ids.to(device), self.mask.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """The text an audit looks at, split by sequence into three disjoint parts.
+
+    Args:
+        fit: Sequences for statistics.
+        select: Sequences for the choice of damping, step length and rounds.
+        report: Sequences for every number shown.
+        source: Where the text comes from, for the record.
+        in_distribution: Whether the model was trained on text of this kind.
+        seed: The seed that drew and split the sequences.
+    """
+
+    fit: Split
+    select: Split
+    report: Split
+    source: str
+    in_distribution: bool = False
+    seed: int = 0
+
+    @classmethod
+    def from_text(
+        cls,
+        text: str | Sequence[str],
+        tokenizer: Any,
+        *,
+        tokens: int | None = 12_000,
+        sequence_length: int = 128,
+        seed: int = 0,
+        in_distribution: bool = False,
+        source: str = "text",
+        shares: Sequence[float] = SHARES,
+    ) -> Probe:
+        """Tokenise documents, cut them into sequences and split those.
+
+        Sequences do not overlap or cross documents; only documents shorter than one sequence are joined, with
+        the tokenizer's end-of-text token between them. A tokenizer that opens every text with a
+        beginning-of-text token has it put in front of every sequence.
+
+        Args:
+            text: One document or several.
+            tokenizer: A Hugging Face tokenizer, or anything with ``encode(text)``.
+            tokens: Upper limit of predicted tokens in all parts together; ``None`` takes all.
+            sequence_length: Predicted tokens per sequence; a sequence has one id more.
+            seed: Draws and splits the sequences; the global generators are not touched.
+            in_distribution: Whether the model was trained on text of this kind.
+            source: Where the text comes from, for the record.
+            shares: Shares of ``fit``, ``select`` and ``report`` among the sequences.
+
+        Raises:
+            ProbeError: If the text is empty, or too short for 2 + 1 + 2 different sequences.
+        """
+        _check_sizes(tokens, sequence_length)
+        documents = [text] if isinstance(text, str) else list(text)
+        for number, document in enumerate(documents):
+            if not isinstance(document, str):
+                raise ProbeError(f"Document {number}: expected text, got {type(document).__name__}.")
+        documents = [document for document in documents if document.strip()]
+        if not documents:
+            raise ProbeError("The text is empty: expected prose or code to predict. Give more text.")
+        opening = opening_ids(tokenizer)
+        streams = [encode(tokenizer, document) for document in documents]
+        chunks = chunk_documents(streams, sequence_length + 1 - len(opening), getattr(tokenizer, "eos_token_id", None))
+        sequences = [opening + chunk for chunk in chunks]
+        if not sequences:
+            found = sum(map(len, streams))
+            raise ProbeError(
+                f"The text is too short: length {sequence_length} needs {sequence_length + 1} "
+                f"tokens, got {found}. Give more text or a shorter sequence length."
+            )
+        return cls._assemble(sequences, tokens, shares, source=source, in_distribution=in_distribution, seed=seed)
+
+    @classmethod
+    def from_tokens(
+        cls,
+        sequences: Tensor | Sequence[Sequence[int]] | Sequence[int],
+        *,
+        tokens: int | None = 12_000,
+        sequence_length: int = 128,
+        seed: int = 0,
+        in_distribution: bool = False,
+        source: str = "tokens",
+        shares: Sequence[float] = SHARES,
+    ) -> Probe:
+        """Split token ids; the other arguments are those of :meth:`from_text`.
+
+        Args:
+            sequences: Rows of ids (a matrix or ragged lists) are kept whole, whatever their length, and
+                padded on the right; one long stream is cut into sequences of ``sequence_length + 1``.
+            tokens: Upper limit of predicted tokens in all parts together; ``None`` takes all.
+            sequence_length: Predicted tokens per sequence; used for a stream only.
+            seed: Draws and splits the sequences.
+            in_distribution: Whether the model was trained on text of this kind.
+            source: Where the tokens come from, for the record.
+            shares: Shares of ``fit``, ``select`` and ``report`` among the sequences.
+
+        Raises:
+            ProbeError: If ids are no integers, negative, or too few for 2 + 1 + 2 different sequences.
+        """
+        _check_sizes(tokens, sequence_length)
+        rows = as_rows(sequences)
+        if not isinstance(rows, list):
+            rows = list(cut(rows.tolist(), sequence_length + 1))
+        rows = [row for row in rows if len(row) > 1]  # a single id predicts nothing
+        if not rows:
+            raise ProbeError(
+                f"The tokens are too few: one sequence needs {sequence_length + 1} from a stream, "
+                "or a row of at least 2. Give more tokens or a shorter sequence length."
+            )
+        return cls._assemble(rows, tokens, shares, source=source, in_distribution=in_distribution, seed=seed)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        rows: Iterable[Mapping[str, Any] | str],
+        tokenizer: Any,
+        *,
+        field: str = "text",
+        tokens: int | None = 12_000,
+        sequence_length: int = 128,
+        seed: int = 0,
+        in_distribution: bool = False,
+        source: str = "dataset",
+        shares: Sequence[float] = SHARES,
+    ) -> Probe:
+        """Read rows of a data set as documents; the other arguments are those of :meth:`from_text`.
+
+        Rows are read in order until they hold 200 characters per token asked for, so an endless stream will
+        do; with ``tokens=None`` all are read.
+
+        Raises:
+            ProbeError: If a row lacks ``field``, or for the reasons of :meth:`from_text`.
+        """
+        _check_sizes(tokens, sequence_length)
+        enough = math.inf if tokens is None else _CHARACTERS_PER_TOKEN * tokens
+        documents, characters = [], 0
+        for number, row in enumerate(rows):
+            documents.append(text_of(row, field, f"Row {number}"))
+            characters += len(documents[-1])
+            if characters >= enough:
+                break
+        return cls.from_text(
+            documents,
+            tokenizer,
+            tokens=tokens,
+            sequence_length=sequence_length,
+            seed=seed,
+            in_distribution=in_distribution,
+            source=source,
+            shares=shares,
+        )
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], *, source: str, in_distribution: bool = False, seed: int = 0
+    ) -> Probe:
+        """Restore what :meth:`to_tensors` wrote, with the same fingerprint.
+
+        Raises:
+            ProbeError: If a tensor is missing, or its shape or values cannot be a probe.
+        """
+        splits = {}
+        for part in PARTS:
+            missing = [key for key in (f"{part}.ids", f"{part}.lengths") if key not in tensors]
+            if missing:
+                raise ProbeError(f"The stored probe lacks {missing[0]!r}: expected ids and lengths of {PARTS}.")
+            ids, lengths = tensors[f"{part}.ids"].long(), tensors[f"{part}.lengths"].long()
+            fits = ids.ndim == 2 and ids.shape[1] > 1 and lengths.shape == ids.shape[:1] and ids.numel() > 0
+            if not fits or int(lengths.min()) < 2 or int(lengths.max()) > ids.shape[1] or int(ids.min()) < 0:
+                raise ProbeError(f"The stored probe is damaged: ids and lengths of {part!r} do not belong together.")
+            splits[part] = Split(ids, torch.arange(ids.shape[1]) < lengths[:, None])
+        return cls(**splits, source=source, in_distribution=in_distribution, seed=seed)
+
+    @classmethod
+    def _assemble(
+        cls,
+        sequences: list[list[int]],
+        tokens: int | None,
+        shares: Sequence[float],
+        *,
+        source: str,
+        in_distribution: bool,
+        seed: int,
+    ) -> Probe:
+        drawn = draw(sequences, tokens, seed)
+        counts = count_parts(len(drawn), shares)
+        positions = max(map(len, drawn))
+        fit, select = drawn[: counts[0]], drawn[counts[0] : counts[0] + counts[1]]
+        report = drawn[counts[0] + counts[1] :]
+        if counts[2] < _FEW_REPORT_SEQUENCES:
+            warnings.warn(
+                f"Only {counts[2]} sequences to report on, {_FEW_REPORT_SEQUENCES} or more are advised: "
+                "intervals will be wide. Give more text, more tokens or a shorter sequence length.",
+                FewSequencesWarning,
+                stacklevel=3,
+            )
+        return cls(
+            fit=_pad(fit, positions),
+            select=_pad(select, positions),
+            report=_pad(report, positions),
+            source=source,
+            in_distribution=in_distribution,
+            seed=seed,
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over names, shapes, ids and masks of the parts as little-endian int64, padding as 0."""
+        digest = hashlib.sha256()
+        for part, split in self._splits():
+            mask = split.mask.cpu().long()
+            digest.update(f"{part} {tuple(mask.shape)}\n".encode())
+            for values in (split.ids.cpu().long() * mask, mask):
+                digest.update(values.contiguous().numpy().astype("<i8", copy=False).tobytes())
+        return digest.hexdigest()
+
+    def record(self) -> ProbeRecord:
+        """Return the sizes and the fingerprint as plain values."""
+        return ProbeRecord(
+            fingerprint=self.fingerprint,
+            source=self.source,
+            sequence_length=self.fit.ids.shape[1] - 1,
+            fit_tokens=self.fit.tokens,
+            select_tokens=self.select.tokens,
+            report_tokens=self.report.tokens,
+            fit_sequences=self.fit.sequences,
+            select_sequences=self.select.sequences,
+            report_sequences=self.report.sequences,
+            in_distribution=self.in_distribution,
+        )
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return ``<part>.ids [sequences, positions]`` and ``<part>.lengths [sequences]``, int32 on CPU."""
+        tensors = {}
+        for part, split in self._splits():
+            mask = split.mask.cpu()
+            tensors[f"{part}.ids"] = (split.ids.cpu() * mask).to(torch.int32).contiguous()
+            tensors[f"{part}.lengths"] = mask.sum(dim=1).to(torch.int32)
+        return tensors
+
+    def to(self, device: torch.device | str) -> Probe:
+        """Return the same probe on ``device``."""
+        return replace(self, fit=self.fit.to(device), select=self.select.to(device), report=self.report.to(device))
+
+    def _splits(self) -> Iterator[tuple[str, Split]]:
+        yield from ((part, getattr(self, part)) for part in PARTS)
+
+
+def check_vocabulary(probe: Probe, vocab_size: int) -> None:
+    """Raise unless every real token of the probe has a row in the model's embedding.
+
+    Args:
+        probe: The probe.
+        vocab_size: Rows of the embedding.
+
+    Raises:
+        ProbeError: If an id is negative or not below ``vocab_size``.
+    """
+    for part, split in ((part, getattr(probe, part)) for part in PARTS):
+        ids = split.ids[split.mask]
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= vocab_size:
+            raise ProbeError(
+                f"Token ids must lie in 0..{vocab_size - 1}, the vocabulary of this model, got "
+                f"{low if low < 0 else high} in {part!r}. Use the tokenizer that belongs to the model."
+            )
+
+
+def check_context(probe: Probe, limit: int) -> None:
+    """Raise if a sequence of the probe is longer than the model's context of ``limit`` tokens.
+
+    Raises:
+        ProbeError: If it is.
+    """
+    longest = max(getattr(probe, part).inputs.shape[1] for part in PARTS)
+    if longest > limit:
+        raise ProbeError(f"The sequences have {longest} tokens, the model's context is {limit}. Use shorter sequences.")
+
+
+def _check_sizes(tokens: int | None, sequence_length: int) -> None:
+    if sequence_length < 1:
+        raise ProbeError(f"The sequence length must be at least 1 token, got {sequence_length}.")
+    if tokens is not None and tokens < 1:
+        raise ProbeError(f"The number of tokens must be positive, got {tokens}. Leave it out for the default.")
+
+
+def _pad(rows: list[list[int]], positions: int) -> Split:
+    ids = torch.zeros(len(rows), positions, dtype=torch.int64)  # [sequences, positions]
+    lengths = torch.tensor([len(row) for row in rows])  # [sequences]
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
+    return Split(ids, torch.arange(positions) < lengths[:, None])

@@ -1,0 +1,128 @@
+"""What an audit writes down: every number of ``certificate.json``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from peelwise.records.base import Colour, Interval, Record, SealedRecord, SplitRecord
+
+
+class MatrixRecord(Record):
+    """One linear map of a block; ``share`` is its part of the block's explained gradient energy (0..1).
+
+    Of low-bit maps also the ``format`` with its bits per weight, the share of codes that the witness of the block alone
+    changes, and ``split``, the parts of the map's error against its dense witness by the local curvature, nats per
+    token.
+    """
+
+    name: str
+    share: float
+    damping: float | None = None
+    step_weight: float | None = None
+    format: str | None = None
+    bits_per_weight: float | None = None
+    flipped: float | None = None
+    split: SplitRecord | None = None
+
+
+class BlockRecord(Record):
+    """What was found out about one block.
+
+    ``recoverable_nats`` is the block refined alone, ``unique_nats`` what only this block gives once all
+    others are refined; ``interaction`` marks a unique value that is significantly negative over all blocks
+    together: neighbours that compensate for each other.
+    ``None`` means not measured within the budget, never "nothing there".
+    ``energy`` is the gradient energy that the block's inputs explain on the fit tokens and
+    ``held_out_energy`` the part of it that survives on the select tokens (nats per unit step; a ranking).
+    ``cross_energy`` is what fit and select tokens agree on: ``energy`` without the noise of few tokens.
+    ``natural_energy`` is the same in the metric of the Kronecker-factored curvature, ``F`` and ``S``: the squared
+    norm of the natural gradient as far as it holds on select. It says where to look first.
+    ``removal_nats`` is what the loss rises by when the block is taken out, its input passed on as its output: below
+    zero, the model is better without it, which replacement weights of zero prove.
+    ``split`` takes the loss of a low-bit model apart for this block alone, with the interval of its price in
+    ``price_nats``.
+    """
+
+    index: int
+    name: str
+    verdict: Colour
+    reason: str
+    recoverable_nats: Interval | None = None
+    unique_nats: Interval | None = None
+    removal_nats: Interval | None = None
+    rounds: int = 0
+    energy: float | None = None
+    held_out_energy: float | None = None
+    cross_energy: float | None = None
+    natural_energy: float | None = None
+    gradient_norm: float | None = None
+    tokens_needed: int | None = None
+    interaction: bool = False
+    matrices: tuple[MatrixRecord, ...] = ()
+    split: SplitRecord | None = None
+    price_nats: Interval | None = None
+
+
+class HeadRecord(Record):
+    """The convex output head alone: present, best found and lower bound of the same damped objective.
+
+    ``current``, ``achieved`` and ``relaxed`` are in nats per token on the fit tokens and include the
+    quadratic penalty, which is zero at ``current``; ``recoverable_nats`` is on report.
+    """
+
+    current: float
+    achieved: float
+    relaxed: float
+    penalty: float
+    steps: int
+    recoverable_nats: Interval
+
+
+class LossRecord(Record):
+    """Losses on report. ``current`` is the model as it stands, ``composed`` with the whole witness.
+
+    Controls (``None`` = not run within the budget): ``head_control`` the model with its head re-fitted,
+    ``shuffled`` the same construction from targets permuted across sequences, ``untrained`` the same
+    construction on the same architecture at initialisation. ``dense`` is reached by all blocks refined together without
+    the formats of low-bit maps, ``price`` is what the composed witness is above it, and ``split`` says it in three
+    parts.
+    """
+
+    current: float
+    composed: float | None = None
+    head_control: float | None = None
+    shuffled: float | None = None
+    untrained: float | None = None
+    untrained_start: float | None = None
+    composed_gain: Interval | None = None
+    head_control_gain: Interval | None = None
+    shuffled_gain: Interval | None = None
+    untrained_gain: Interval | None = None
+    dense: float | None = None
+    price: Interval | None = None
+    split: SplitRecord | None = None
+
+
+class RoundRecord(Record):
+    """One joint round: which direction and step length were chosen, and the select loss that chose them.
+
+    Inside low-bit formats ``flipped`` is the share of codes that the round changed; for single flips ``step`` is the
+    least predicted decrease that was taken, nats per token.
+    """
+
+    direction: str
+    step: float
+    output_change: float
+    select_before: float
+    select_after: float
+    flipped: float | None = None
+
+
+class AuditRecord(SealedRecord):
+    """Everything one audit found."""
+
+    kind: Literal["audit"] = "audit"
+    loss: LossRecord
+    blocks: tuple[BlockRecord, ...]
+    head: HeadRecord | None = None
+    rounds: tuple[RoundRecord, ...] = ()

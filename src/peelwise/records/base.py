@@ -1,0 +1,151 @@
+"""Frozen records of plain numbers: what an audit found, as it stands in ``certificate.json``.
+
+The names of the fields are the keys of the file, and others rely on them: add, do not rename.
+All losses are in nats per token over the ``report`` part of the probe unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+
+Colour = Literal["red", "yellow", "green", "grey"]
+
+
+class Record(BaseModel):
+    """Base of all records: frozen; unknown keys of a newer writer are kept."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True, allow_inf_nan=False)
+
+
+class Interval(Record):
+    """A mean of paired differences with its 95 % interval, in the units of the differences.
+
+    An audit pairs by sequence (nats per token), a YES bound by sample (its loss); ``sequences`` is how many of
+    these units there are. ``skewness`` is that of their residuals as far as the interval allows for it.
+    """
+
+    mean: float
+    low: float
+    high: float
+    standard_error: float
+    sequences: int
+    skewness: float = 0.0
+    method: Literal["student-t", "skewness-corrected-t"]
+
+
+class SplitRecord(Record):
+    """Three parts that add up to what there is now: an error, or a loss.
+
+    Of a loss, ``irreducible`` is the lowest that a witness reached without the format, ``price_of_precision`` what the
+    best one found inside it is above that, and ``left_on_the_table`` what it gains: certified, at the same bits.
+    """
+
+    irreducible: float
+    price_of_precision: float
+    left_on_the_table: float
+
+
+class StageCost(Record):
+    """Wall time and work of one stage of the audit."""
+
+    name: str
+    wall_seconds: float
+    forward_equivalents: float
+
+
+class CostRecord(Record):
+    """The whole cost; one forward equivalent is one forward pass of the model over all probe tokens."""
+
+    forward_equivalents: float
+    wall_seconds: float
+    peak_bytes: int
+    stages: tuple[StageCost, ...] = ()
+
+
+class ModelRecord(Record):
+    """The audited model; ``fingerprint`` is SHA-256 over names, shapes, dtypes and bytes of its tensors.
+
+    ``as_stored`` says that the codes of a GGUF file were audited, not the floating-point weights they stand for.
+    """
+
+    name: str
+    fingerprint: str
+    parameters: int
+    blocks: int
+    architecture: str
+    dtype: str
+    source: str | None = None
+    as_stored: bool = False
+
+
+class ProbeRecord(Record):
+    """The text that was used, split by sequence; ``fingerprint`` is SHA-256 over token ids and splits."""
+
+    fingerprint: str
+    source: str
+    sequence_length: int
+    fit_tokens: int
+    select_tokens: int
+    report_tokens: int
+    fit_sequences: int
+    select_sequences: int
+    report_sequences: int
+    in_distribution: bool
+
+
+class WitnessRecord(Record):
+    """The file of replacement weights that belongs to this record."""
+
+    file: str
+    sha256: str
+    bytes: int
+    dtype: str
+
+
+class SealedRecord(Record):
+    """What every certificate says, whatever was measured: about what, how, at which cost, and its seal.
+
+    ``complete`` is false if the budget or the user stopped the work early. ``informative`` is ``None`` until the
+    null controls have been run. ``digest`` is the SHA-256 of the rest, so that a changed number shows; it
+    protects against accidents, not against whoever recomputes it.
+    """
+
+    schema_version: int = Field(default=SCHEMA_VERSION, alias="schema")
+    kind: str
+    created: str
+    conclusion: str
+    complete: bool
+    margin_nats: float
+    informative: bool | None
+    model: ModelRecord
+    probe: ProbeRecord
+    cost: CostRecord
+    witness: WitnessRecord | None = None
+    notes: tuple[str, ...] = ()
+    settings: dict[str, bool | int | float | str | None]
+    seed: int
+    versions: dict[str, str]
+    digest: str | None = None
+
+    def to_json(self) -> str:
+        """Return the record as indented JSON, with the key ``schema`` that readers look for."""
+        return self.model_dump_json(by_alias=True, indent=2)
+
+    def computed_digest(self) -> str:
+        """Return the SHA-256 of the record without its digest, over JSON with sorted keys.
+
+        Fields at their defaults do not count, so a field that a later version adds leaves earlier seals whole.
+        """
+        plain = self.model_dump(mode="json", by_alias=True, exclude={"digest"}, exclude_defaults=True)
+        plain |= {"schema": self.schema_version, "kind": self.kind}  # their defaults change with the version
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+    def sealed(self) -> Self:
+        """Return the record with its digest."""
+        return self.model_copy(update={"digest": self.computed_digest()})

@@ -1,0 +1,76 @@
+"""What a comparison of a quantised model with its full-precision parent found. Plain numbers, no torch.
+
+Losses are in nats per token on the report part. Errors of layers are parts of the mean squared output of the parent's
+layer.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from peelwise.records.base import SCHEMA_VERSION, CostRecord, Interval, ModelRecord, ProbeRecord, Record, SplitRecord
+
+
+class LayerCheck(Record):
+    """One linear map: its output error against the parent's, for the parent's inputs.
+
+    ``split`` is ``None`` where the budget ended before it was solved; ``error`` is what its parts add up to.
+    ``rounded`` is the error of rounding the parent's weights to nearest with the format's own rule, ``flipped`` the
+    share of codes that the best weights found have otherwise, and ``damping`` that of the sums they were found in, in
+    units of their mean diagonal. Errors are on the report part, so what is left on the table can be a little below 0.
+    """
+
+    name: str
+    block: int
+    format: str
+    bits_per_weight: float
+    error: float
+    rounded: float | None = None
+    flipped: float | None = None
+    damping: float | None = None
+    split: SplitRecord | None = None
+
+
+class QuantLosses(Record):
+    """The three losses and their paired differences.
+
+    ``best`` is the quantised model with the best weights found inside its formats. ``left`` is the gain from the
+    present codes to those, ``price`` what they are still above the parent, ``damage`` both together. ``split`` adds up
+    to ``quantised``. ``kept`` is false if the better weights did not lower the loss on select, so that ``best`` is the
+    model as it stands.
+    """
+
+    parent: float
+    quantised: float
+    best: float
+    damage: Interval
+    left: Interval
+    price: Interval
+    split: SplitRecord
+    kept: bool
+
+
+class QuantcheckRecord(Record):
+    """Everything that one comparison found."""
+
+    schema_version: int = Field(default=SCHEMA_VERSION, alias="schema")
+    kind: Literal["quantcheck"] = "quantcheck"
+    created: str
+    conclusion: str
+    complete: bool
+    quantised: ModelRecord
+    parent: ModelRecord
+    probe: ProbeRecord
+    loss: QuantLosses
+    layers: tuple[LayerCheck, ...]
+    cost: CostRecord
+    notes: tuple[str, ...] = ()
+    settings: dict[str, bool | int | float | str | None]
+    seed: int
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        """Return the record as indented JSON."""
+        return self.model_dump_json(by_alias=True, indent=2)

@@ -1,0 +1,117 @@
+"""One audit as one HTML file: no script, no network, legible on screen and paper, with or without colour."""
+
+from __future__ import annotations
+
+import math
+
+from peelwise.records.audit import AuditRecord, BlockRecord
+from peelwise.show.audit import sections
+from peelwise.show.audit.low_bit import low_bit
+from peelwise.show.html.markup import chip, esc, paragraph
+from peelwise.show.html.page import document, facts
+from peelwise.show.words import (
+    INTERACTION,
+    NOT_IN_BUDGET,
+    VERDICTS,
+    bracket,
+    control_sentence,
+    counts,
+    gain_sentence,
+    is_interaction,
+    nats,
+    with_ends,
+)
+
+MOST_IN_A_ROW = 32
+FLAG = '<em class="flag">✕</em>'
+
+
+def render_html(record: AuditRecord) -> str:
+    """Return the report of an audit as one self-contained HTML document.
+
+    Args:
+        record: What the audit found; parts that were not measured are named as such.
+
+    Returns:
+        The document, the same for the same record and the same version of matplotlib.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
+    body = "".join(
+        (
+            _header(record),
+            "<main>",
+            _verdicts(record),
+            sections.recoverable(record),
+            sections.losses(record),
+            low_bit(record),
+            sections.reading(record),
+            sections.inside(record),
+            sections.head_and_rounds(record),
+            sections.blocks(record),
+            sections.verifying(record),
+            sections.cost(record),
+            sections.origin(record),
+            "</main>",
+        )
+    )
+    return document(f"{record.model.name} – peelwise audit", body)
+
+
+def _header(record: AuditRecord) -> str:
+    return (
+        f'<header><p class="eyebrow">peelwise audit</p><h1>{esc(record.model.name)}</h1>{facts(record)}'
+        f'<p class="conclusion">{esc(record.conclusion)}</p>{_warnings(record)}</header>'
+    )
+
+
+def _warnings(record: AuditRecord) -> str:
+    lines = []
+    if not record.complete:
+        lines.append(f"Stopped early. What is missing below was {NOT_IN_BUDGET}.")
+    controlled = record.loss.shuffled is not None or record.loss.untrained is not None
+    if controlled and not record.informative:
+        lines.append(control_sentence(record))
+    return "".join(paragraph(line, "warning") for line in lines)
+
+
+def _verdicts(record: AuditRecord) -> str:
+    """The verdict strip and the one number: what a reader in a hurry should see."""
+    gain = record.loss.composed_gain
+    if gain is None or record.loss.composed is None:
+        number = f'<p class="number missing">{NOT_IN_BUDGET}</p><p class="what">the whole witness\'s gain</p>'
+    else:
+        number = (
+            f'<p class="number">{nats(gain.mean, signed=True)} <small>nats per token</small></p>'
+            f'<p class="range">95 % interval {bracket(gain)}</p>'
+            f'<p class="what">{esc(gain_sentence(record))}</p>'
+        )
+    tally = "".join(f"<li><strong>{number}</strong>{chip(colour)}</li>" for colour, number in counts(record).items())
+    odd = sum(is_interaction(block.unique_nats) for block in record.blocks)
+    if odd:
+        tally += f'<li><strong>{odd}</strong><span class="chip">{FLAG}<span>{INTERACTION}</span></span></li>'
+    cells = "".join(_cell(block) for block in record.blocks)
+    # Rows of equal length, so that no last row of two blocks hangs below thirty.
+    rows = max(1, math.ceil(len(record.blocks) / MOST_IN_A_ROW))
+    columns = max(1, math.ceil(len(record.blocks) / rows))
+    return (
+        '<section id="verdicts" class="card"><div class="hero">'
+        f'<div>{number}</div><ul class="tally">{tally}</ul></div>'
+        f'<ol class="strip" style="--columns:{columns}" aria-label="Verdict of each block, first to last">'
+        f"{cells}</ol></section>"
+    )
+
+
+def _cell(block: BlockRecord) -> str:
+    words = VERDICTS[block.verdict]
+    odd = is_interaction(block.unique_nats)
+    label = (
+        f"Block {block.index} ({block.name}): {words.words}. Alone {with_ends(block.recoverable_nats)}, "
+        f"unique {with_ends(block.unique_nats)} nats per token. {block.reason}"
+        f"{f'. {INTERACTION}' if odd else ''}"
+    )
+    return (
+        f'<li title="{esc(label)}" aria-label="{esc(label)}" data-block="{block.index}">'
+        f'<b class="tile {block.verdict}">{words.letter}</b><i>{block.index}</i>{FLAG if odd else ""}</li>'
+    )

@@ -1,0 +1,311 @@
+"""The sections of the report below the verdicts, one function each: a record in, markup out."""
+
+from __future__ import annotations
+
+from peelwise.records.audit import AuditRecord, BlockRecord
+from peelwise.records.base import Interval, SealedRecord
+from peelwise.show.audit import charts
+from peelwise.show.html.markup import chart, chip, esc, pairs, paragraph, section, table
+from peelwise.show.words import (
+    INTERACTION,
+    INTERACTION_MEANING,
+    NOT_IN_BUDGET,
+    NOT_MEASURED,
+    VERDICTS,
+    amount,
+    bracket,
+    control_sentence,
+    duration,
+    is_interaction,
+    is_measured,
+    nats,
+    percent,
+    ranking,
+    significant,
+)
+
+_MISSING = f"{NOT_IN_BUDGET[0].upper()}{NOT_IN_BUDGET[1:]}."
+
+
+def recoverable(record: AuditRecord) -> str:
+    """Show what each block can give, alone and uniquely."""
+    shapes = " · ".join(f"{words.shape} {words.short}" for words in VERDICTS.values())
+    caption = [
+        f"{esc(shapes)}. Lines are 95 % intervals; the dashed line is the margin, "
+        f"{nats(record.margin_nats)} nats per token. Neighbours can do part of each other's work, so the two "
+        "rows answer different questions."
+    ]
+    if any(block.recoverable_nats is None or block.unique_nats is None for block in record.blocks):
+        caption.append(f"Shaded: {NOT_IN_BUDGET}.")
+    odd = [str(block.index) for block in record.blocks if is_interaction(block.unique_nats)]
+    if odd:
+        caption.append(f"✕ {INTERACTION} (block {', '.join(odd)}): {INTERACTION_MEANING}.")
+    svg = charts.recoverable(record)
+    return section("recoverable", "Recoverable loss, block by block", chart(svg, "<br/>".join(caption), _MISSING))
+
+
+def losses(record: AuditRecord) -> str:
+    """Show the loss now, with the witness, and what the same construction reaches without real targets."""
+    loss = record.loss
+    start = f"from {nats(loss.untrained_start)} at initialisation" if loss.untrained_start is not None else ""
+    head_gain = None if loss.head_control is None else loss.current - loss.head_control
+    rows = (
+        ("Now", loss.current, "", "the model as it stands"),
+        ("Whole witness", loss.composed, _gain(loss.composed_gain), "all blocks refined together"),
+        (
+            "New head only",
+            loss.head_control,
+            nats(head_gain, signed=True),
+            "the model with its head fitted again",
+        ),
+        ("Shuffled targets", loss.shuffled, _gain(loss.shuffled_gain), "null control: must gain nothing"),
+        ("Untrained", loss.untrained, start, "null control: the same construction at initialisation"),
+    )
+    cells = [
+        (esc(name), _value(nats(value)), _value(gain) if value is not None else "", esc(meaning))
+        for name, value, gain, meaning in rows
+    ]
+    listing = table(("", "loss", "gain", "what it is"), cells, caption="Losses on report, nats per token", style="wide")
+    style = "good" if record.informative else "warning"
+    picture = chart(
+        charts.losses(record), "Each line starts at the loss now.", f"Witness and controls: {NOT_IN_BUDGET}."
+    )
+    return section("losses", "Loss and controls", paragraph(control_sentence(record), style), picture, listing)
+
+
+def reading(record: AuditRecord) -> str:
+    """Say what the colours mean, what is proven and what is not."""
+    meanings = "".join(
+        f"<div><dt>{chip(colour)}</dt><dd>{esc(words.meaning)}</dd></div>" for colour, words in VERDICTS.items()
+    )
+    text = (
+        "A witness is a set of replacement weights of the same shape. If it lowers the loss on text it was "
+        "neither fitted nor chosen on, the model is proven to be under-optimised on this data by at least "
+        "that much.",
+        "If none is found, nothing is proven: the words are “none found”, never “optimal”.",
+        "Unless a number says otherwise, it is measured on the report part of the probe, whose sequences "
+        "were used for nothing else. Differences are paired by sequence; verdicts are adjusted for asking "
+        "about many blocks, the intervals drawn are not.",
+        "The probe was declared to be training text."
+        if record.probe.in_distribution
+        else "The probe is not known to be training text. What can be recovered then mixes under-training "
+        "with adaptation to this text, and the two cannot be told apart without training text.",
+    )
+    points = "".join(f"<li>{esc(line)}</li>" for line in text)
+    return section("reading", "How to read this", f'<dl class="meanings">{meanings}</dl>', f"<ul>{points}</ul>")
+
+
+def inside(record: AuditRecord) -> str:
+    """Show natural energy over depth and within each block."""
+    energy = chart(
+        charts.energy(record),
+        "What a block's gradient says on tokens it was not computed from, in the metric of the loss's curvature "
+        "(values at zero are not drawn). It comes before anything is refined, and a block far above its "
+        "neighbours deserves a look. It ranks blocks; it proves nothing.",
+        _MISSING,
+    )
+    shares = chart(
+        charts.matrices(record),
+        "Stronger colour means a larger part of the block's explained energy. It tells where in "
+        "the block the step acts.",
+        _MISSING,
+    )
+    return section(
+        "inside",
+        "Inside the blocks",
+        "<h3>Energy against depth</h3>",
+        energy,
+        "<h3>Share of each matrix</h3>",
+        shares,
+    )
+
+
+def head_and_rounds(record: AuditRecord) -> str:
+    """Show the output head's three values and the joint rounds."""
+    head = record.head
+    if head is None:
+        top = paragraph(_MISSING, "missing")
+    else:
+        top = pairs(
+            (
+                ("current", nats(head.current)),
+                ("achieved by a witness", nats(head.achieved)),
+                ("relaxed: no head is below this", nats(head.relaxed)),
+                ("recoverable on report", _gain(head.recoverable_nats)),
+            )
+        ) + paragraph(
+            "The head alone is a convex problem, so its optimum is known from both sides. The first three "
+            "values are on the fit tokens; achieved and relaxed are of the penalised objective "
+            f"(penalty {nats(head.penalty)}). {head.steps} steps.",
+            "small",
+        )
+    picture = chart(charts.rounds(record), "Rounds are chosen on select and reported elsewhere.", _MISSING)
+    return section(
+        "head",
+        "Output head and joint rounds",
+        "<h3>Output head alone</h3>",
+        top,
+        "<h3>Joint rounds</h3>",
+        picture,
+        _rounds_table(record),
+    )
+
+
+def blocks(record: AuditRecord) -> str:
+    """Show every number of every block."""
+    titles = (
+        "block",
+        "verdict",
+        "alone",
+        "unique",
+        "taken out",
+        "natural energy",
+        "gradient",
+        "rounds",
+        "largest share",
+    )
+    listing = table(titles, [_block_row(block) for block in record.blocks], caption="Every block", style="blocks")
+    return section("blocks", "Every block in numbers", listing)
+
+
+def verifying(record: SealedRecord) -> str:
+    """Say how somebody who trusts nobody can check the certificate."""
+    steps = paragraph(
+        "With the certificate folder, the model and the probe text, one pass recomputes the losses with the "
+        "replacement weights in place and compares them with this record. No trust in the search is needed."
+    )
+    command = "<pre><code>peelwise verify DIR</code></pre>"
+    if record.witness is None:
+        return section("verify", "How to verify", steps, command, paragraph(f"Replacement weights: {NOT_IN_BUDGET}."))
+    witness = record.witness
+    files = pairs(
+        (
+            ("replacement weights", witness.file),
+            ("size", f"{amount(witness.bytes, 1024, 'B')}, {witness.dtype}"),
+            ("SHA-256", witness.sha256),
+        )
+    )
+    return section("verify", "How to verify", steps, command, files)
+
+
+def cost(record: SealedRecord) -> str:
+    """Show what the audit cost, stage by stage."""
+    total = record.cost
+    longest = max((stage.wall_seconds for stage in total.stages), default=0.0) or 1.0
+    rows = [
+        (
+            esc(stage.name),
+            esc(duration(stage.wall_seconds)),
+            f"{stage.forward_equivalents:.1f}",
+            f'<span class="bar" style="width:{100 * stage.wall_seconds / longest:.0f}%"></span>',
+        )
+        for stage in total.stages
+    ]
+    sentence = paragraph(
+        f"{duration(total.wall_seconds)}, {total.forward_equivalents:.1f} forward passes over the probe, "
+        f"peak memory {amount(total.peak_bytes, 1024, 'B')}."
+    )
+    titles = ("stage", "wall time", "forward passes", "")
+    return section(
+        "cost",
+        "What it cost",
+        sentence,
+        table(titles, rows, caption="Cost per stage", style="wide") if rows else "",
+    )
+
+
+def origin(record: SealedRecord) -> str:
+    """Show what exactly was audited, on which text, with which settings and versions."""
+    model, probe = record.model, record.probe
+    about = (
+        ("model", model.name),
+        ("source", model.source or "not stated"),
+        ("fingerprint", model.fingerprint),
+        ("probe", probe.source),
+        ("probe fingerprint", probe.fingerprint),
+        ("fit", f"{probe.fit_tokens:,} tokens in {probe.fit_sequences:,} sequences"),
+        ("select", f"{probe.select_tokens:,} tokens in {probe.select_sequences:,} sequences"),
+        ("report", f"{probe.report_tokens:,} tokens in {probe.report_sequences:,} sequences"),
+        ("sequence length", f"{probe.sequence_length:,}"),
+        ("seed", record.seed),
+    )
+    settings = [(name, "not set" if value is None else value) for name, value in sorted(record.settings.items())]
+    notes = "".join(f"<li>{esc(note)}</li>" for note in record.notes)
+    return section(
+        "origin",
+        "What was audited",
+        f"<h3>Notes</h3><ul>{notes}</ul>" if notes else "",
+        pairs(about),
+        "<h3>Settings</h3>",
+        pairs(settings),
+        "<h3>Versions</h3>",
+        pairs(sorted(record.versions.items())),
+    )
+
+
+def _rounds_table(record: AuditRecord) -> str:
+    rows = [
+        (
+            str(place),
+            esc(one.direction),
+            significant(one.step),
+            significant(one.output_change),
+            nats(one.select_before),
+            nats(one.select_after),
+        )
+        for place, one in enumerate(record.rounds, start=1)
+    ]
+    titles = ("round", "direction", "step", "output change", "select before", "select after")
+    return table(titles, rows, caption="What each joint round chose") if rows else ""
+
+
+def _block_row(block: BlockRecord) -> tuple[str, ...]:
+    return (
+        f"{block.index}<small>{esc(block.name).replace('.', '.<wbr/>')}</small>",
+        f"{chip(block.verdict, VERDICTS[block.verdict].short)}<small>{esc(_reason(block))}</small>",
+        _interval(block.recoverable_nats),
+        _interval(block.unique_nats),
+        _taken_out(block.removal_nats),
+        _value(significant(ranking(block))),
+        _value(significant(block.gradient_norm)),
+        str(block.rounds) if is_measured(block) else _value(NOT_MEASURED),
+        _largest_share(block),
+    )
+
+
+def _reason(block: BlockRecord) -> str:
+    """Return the reason, with the tokens a decision would need unless the reason names them already."""
+    if block.tokens_needed is None or f"{block.tokens_needed:,}" in block.reason:
+        return block.reason
+    return f"{block.reason}; about {block.tokens_needed:,} report tokens would decide"
+
+
+def _largest_share(block: BlockRecord) -> str:
+    if not block.matrices:
+        return _value(NOT_MEASURED)
+    largest = max(block.matrices, key=lambda matrix: matrix.share)
+    return f"{percent(largest.share)}<small>{esc(largest.name).replace('.', '.<wbr/>')}</small>"
+
+
+def _interval(interval: Interval | None) -> str:
+    if interval is None:
+        return _value(NOT_MEASURED)
+    flag = f'<small class="flag">✕ {INTERACTION}</small>' if is_interaction(interval) else ""
+    return f"{nats(interval.mean, signed=True)}<small>{bracket(interval)}</small>{flag}"
+
+
+def _taken_out(interval: Interval | None) -> str:
+    """What the loss rises by without the block; no flag, negative means something else here."""
+    return (
+        _value(NOT_MEASURED)
+        if interval is None
+        else f"{nats(interval.mean, signed=True)}<small>{bracket(interval)}</small>"
+    )
+
+
+def _gain(interval: Interval | None) -> str:
+    return NOT_MEASURED if interval is None else f"{nats(interval.mean, signed=True)} {bracket(interval)}"
+
+
+def _value(text: str) -> str:
+    return f'<span class="missing">{esc(text)}</span>' if text == NOT_MEASURED else esc(text)

@@ -1,0 +1,1 @@
+"""Pages: one self-contained file, escaped text, charts as inline SVG."""

@@ -1,0 +1,1 @@
+"""A peel on the terminal and as a page."""

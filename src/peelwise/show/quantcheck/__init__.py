@@ -1,0 +1,1 @@
+"""A comparison of a quantised model with its parent on the terminal."""

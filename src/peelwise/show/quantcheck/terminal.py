@@ -1,0 +1,106 @@
+"""A comparison of a quantised model with its parent, on the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from peelwise.records.plain_text import clean
+from peelwise.records.quantcheck import LayerCheck, QuantcheckRecord
+from peelwise.show.audit.terminal import print_view
+from peelwise.show.words import NOT_IN_BUDGET, bracket, duration, nats
+
+MOST_LAYERS = 24
+
+
+def render(record: QuantcheckRecord, most: int | None = MOST_LAYERS) -> RenderableType:
+    """Return the view: the loss in three parts, and the layers with most left on the table.
+
+    Args:
+        record: what was found.
+        most: how many layers to list; ``None`` for all of them.
+    """
+    lines: list[RenderableType] = [
+        Text.assemble(
+            (clean(record.quantised.name), "bold"), (" against ", "dim"), (clean(record.parent.name), "bold")
+        ),
+        Text(clean(record.conclusion)),
+        Text("\nLoss on report, nats per token", style="bold"),
+        Padding(_losses(record), (0, 0, 0, 1)),
+        *_layers(record, most),
+        Text(""),
+        *(Text(f"Note: {clean(note)}") for note in record.notes),
+        Text(f"Cost: {duration(record.cost.wall_seconds)}.", style="dim"),
+    ]
+    return Group(*lines)
+
+
+def print_record(record: QuantcheckRecord, console: Console, most: int | None = MOST_LAYERS) -> None:
+    """Print the view, in plain characters where the terminal cannot show others."""
+    print_view(render(record, most), console)
+
+
+def _losses(record: QuantcheckRecord) -> Table:
+    loss = record.loss
+    rows = (
+        ("parent (irreducible)", nats(loss.split.irreducible), "", ""),
+        (
+            "price of precision",
+            f"≤ {nats(loss.split.price_of_precision)}",
+            bracket(loss.price),
+            "at most due to the bits",
+        ),
+        ("left on the table", nats(loss.split.left_on_the_table), bracket(loss.left), "certified, at the same bits"),
+        ("quantised", nats(loss.quantised), "", "the three parts add up to it"),
+        ("best weights found", nats(loss.best), "", ""),
+    )
+    table = Table(box=None, padding=(0, 1), show_header=False, pad_edge=False)
+    for justify in ("left", "right", "left", "left"):
+        table.add_column(justify=justify)
+    for name, value, interval, meaning in rows:
+        style = "bold" if name == "left on the table" else ""
+        table.add_row(Text(name, style), Text(value, style), Text(interval), Text(meaning, style="dim"))
+    return table
+
+
+def _layers(record: QuantcheckRecord, most: int | None) -> list[RenderableType]:
+    solved = sorted((layer for layer in record.layers if layer.split), key=_left, reverse=True)
+    shown = solved if most is None else solved[:most]
+    table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
+    table.add_column("block", justify="right", no_wrap=True)
+    table.add_column("layer", overflow="fold")
+    table.add_column("format", no_wrap=True)
+    for title in ("bits", "error", "price\nat most", "left", "codes\nother"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for layer in shown:
+        assert layer.split is not None
+        table.add_row(
+            str(layer.block),
+            clean(layer.name.partition(f".{layer.block}.")[2] or layer.name),
+            layer.format,
+            f"{layer.bits_per_weight:.2f}",
+            _percent(layer.error),
+            _percent(layer.split.price_of_precision + layer.split.irreducible),
+            _percent(layer.split.left_on_the_table),
+            _percent(layer.flipped),
+        )
+    title = "\nOutput error of each layer, in percent of the parent's output"
+    lines: list[RenderableType] = [Text(title, style="bold"), table]
+    if len(solved) > len(shown):
+        lines.append(
+            Text(f"The {len(shown)} with most left; all {len(solved)} with --all or in the JSON.", style="dim")
+        )
+    missing = len(record.layers) - len(solved)
+    if missing:
+        lines.append(Text(f"{missing} more layers: {NOT_IN_BUDGET}.", style="bold yellow"))
+    return lines
+
+
+def _left(layer: LayerCheck) -> float:
+    return layer.split.left_on_the_table if layer.split else 0.0
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.3g}"

@@ -1,0 +1,1 @@
+"""A run history on the terminal."""

@@ -1,0 +1,53 @@
+"""What an audit has found so far. Every field is replaced whole, so that it is valid whenever work stops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from peelwise.engine.refine import Proposals, Refined
+from peelwise.evidence.intervals import Paired
+from peelwise.records.audit import HeadRecord
+
+
+@dataclass
+class Control:
+    """A null control: the loss on report it ends at, and its own gain there."""
+
+    loss: float
+    gain: Paired
+    start: float | None = None
+
+
+@dataclass
+class Findings:
+    """Filled stage by stage.
+
+    Attributes:
+        proposals: of the first sweep, linearised at the model as it stands.
+        shuffled_proposals: of the same sweep, made for permuted targets; ``None`` where the control is not run or done.
+        composed: all blocks refined together, evaluated on report.
+        removed: per block, report losses ``[sequences]`` of the model as it stands with the block taken out.
+        without: per block, report losses ``[sequences]`` of the composed witness without that block.
+        alone: per block, the block refined by itself, evaluated on report.
+        dense_composed, dense_alone: the same for a low-bit model without its formats: what the bits are compared with.
+        head, head_gain, shuffled, untrained: the head's reference and the null controls.
+        notes: what a reader should know, in sentences.
+        complete: whether every planned stage ran to its end.
+    """
+
+    proposals: Proposals = field(default_factory=dict)
+    shuffled_proposals: Proposals | None = None
+    composed: Refined | None = None
+    removed: dict[int, Tensor] = field(default_factory=dict)
+    without: dict[int, Tensor] = field(default_factory=dict)
+    alone: dict[int, Refined] = field(default_factory=dict)
+    dense_composed: Refined | None = None
+    dense_alone: dict[int, Refined] = field(default_factory=dict)
+    head: HeadRecord | None = None
+    head_control: Control | None = None
+    shuffled: Control | None = None
+    untrained: Control | None = None
+    notes: list[str] = field(default_factory=list)
+    complete: bool = False

@@ -1,0 +1,158 @@
+"""Audit one model at one moment: every arrow of the design is one call here."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from peelwise.engine.clock import Watcher
+from peelwise.engine.opening import checked_blocks, first_bench, format_names
+from peelwise.engine.permute import permuted_targets
+from peelwise.engine.provenance import Setup
+from peelwise.engine.session import Bench
+from peelwise.errors import IllConditionedWarning, PeelwiseWarning
+from peelwise.model.fingerprint import fingerprint
+from peelwise.model.guard import untouched
+from peelwise.model.runner import MICRO_BATCH_TOKENS
+from peelwise.model.splice import frozen
+from peelwise.probe.probe import Probe
+from peelwise.records.audit import AuditRecord
+from peelwise.tasks.audit import controls, stages
+from peelwise.tasks.audit.findings import Findings
+from peelwise.tasks.audit.summary import summarise
+
+# Stages are cut short so that the next ones get their turn: no further joint round and no untrained control is begun
+# after these parts of the budget; leaving one out gets a part of what is left, the head one of the whole.
+_REMOVAL_SHARE, _JOINT_SHARE, _CONTROL_SHARE, _UNIQUE_SHARE, _HEAD_SHARE = 0.1, 0.4, 0.8, 0.6, 0.02
+
+
+@dataclass(frozen=True)
+class AuditSettings:
+    """What a user may choose about an audit.
+
+    Attributes:
+        budget_seconds: wall time; what is finished by then is reported.
+        joint_rounds, alone_rounds: most rounds of refinement together and alone.
+        margin_nats: smallest recoverable loss that matters; ``None`` for the default (METHOD section 7).
+        controls: whether to run the null controls.
+        micro_batch_tokens: tokens that go through the model at a time.
+    """
+
+    budget_seconds: float = 300.0
+    joint_rounds: int = 4
+    alone_rounds: int = 4
+    margin_nats: float | None = None
+    controls: bool = True
+    micro_batch_tokens: int = MICRO_BATCH_TOKENS
+
+
+@dataclass(frozen=True)
+class AuditOutcome:
+    """The record of an audit and the tensors that prove it, by name of the witness file."""
+
+    record: AuditRecord
+    witness: dict[str, Tensor]
+    probe: Probe
+
+
+def run_audit(
+    model: nn.Module,
+    probe: Probe,
+    settings: AuditSettings,
+    *,
+    name: str = "model",
+    source: str | None = None,
+    watcher: Watcher | None = None,
+) -> AuditOutcome:
+    """Audit ``model`` on ``probe`` and leave the model exactly as it was.
+
+    Ctrl-C ends the audit early with what was finished, once the model's own losses are known.
+
+    Args:
+        model: a decoder-only language model; see `find_blocks`.
+        probe: the text, split in three.
+        settings: budget and limits.
+        name: the model's name in the record.
+        source: where it was opened from, for ``verify``.
+        watcher: told about progress.
+
+    Raises:
+        UnsupportedModelError: If the architecture cannot be audited.
+        ModelError: If the model holds NaN or Inf, or its loss is not finite.
+        ProbeError: If the probe's tokens do not fit the model's vocabulary, or its sequences the context.
+    """
+    blocks = checked_blocks(model, probe)
+    setup = Setup(model, blocks, name, source, fingerprint(model), settings_dict(settings), probe.seed)
+    linears = [linear for block in blocks for linear in block.linears]
+    with untouched(model), frozen(linears), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", IllConditionedWarning)
+        bench = first_bench(
+            model,
+            blocks,
+            probe,
+            name=name,
+            budget_seconds=settings.budget_seconds,
+            micro_batch_tokens=settings.micro_batch_tokens,
+            watcher=watcher,
+        )
+        findings = Findings()
+        if bench.held:
+            findings.notes.append(
+                f"{len(bench.held)} linear maps hold low-bit codes ({format_names(bench.held)}). The witness gives "
+                "them other codes and scales of the same formats; the price of precision comes from a dense witness "
+                "that is not kept."
+            )
+        try:
+            findings.complete = _stages(bench, findings, settings)
+        except KeyboardInterrupt:
+            findings.notes.append("Stopped by the user; what was finished by then is reported.")
+        record, witness = summarise(bench, findings, setup, settings.margin_nats)
+    record = _with_warnings(record, caught)
+    return AuditOutcome(record, witness, probe)
+
+
+def _stages(bench: Bench, findings: Findings, settings: AuditSettings) -> bool:
+    """Run the stages in the order of what they are worth; return whether all of them ended by themselves."""
+    null = permuted_targets(bench.fit, bench.seed) if settings.controls else None
+    complete = stages.first_sweep(bench, findings, null=null)
+    complete &= stages.take_out(bench, findings, share=_REMOVAL_SHARE)
+    complete &= stages.joint_rounds(bench, findings, rounds=settings.joint_rounds, share=_JOINT_SHARE)
+    controls.shuffled_control(bench, findings)
+    complete &= stages.leave_one_out(bench, findings, share=_UNIQUE_SHARE)
+    if settings.controls:
+        clock = bench.clock
+        affordable = clock.elapsed < _CONTROL_SHARE * clock.budget
+        if affordable:
+            controls.untrained_control(bench, findings)
+        controls.head_reference(bench, findings, share=_HEAD_SHARE)
+        complete &= affordable
+    complete &= stages.refine_alone(bench, findings, rounds=settings.alone_rounds)
+    if not complete:
+        findings.notes.append("The budget ended before every stage; a larger --budget measures the rest.")
+    return complete
+
+
+def settings_dict(settings: AuditSettings) -> dict[str, bool | int | float | str | None]:
+    """Return the settings as plain values for the record."""
+    return {key: getattr(settings, key) for key in settings.__dataclass_fields__}
+
+
+def _with_warnings(record: AuditRecord, caught: list[warnings.WarningMessage]) -> AuditRecord:
+    """Put peelwise's own warnings into the record's notes once, and hand on all others."""
+    own = [w for w in caught if issubclass(w.category, PeelwiseWarning)]
+    for other in caught:
+        if other not in own:
+            warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+    if not own:
+        return record
+    # Each round may find the same again.
+    messages = list(dict.fromkeys(str(w.message) for w in own))
+    note = messages[0] if len(messages) == 1 else f"{messages[0]} (And {len(messages) - 1} more like it.)"
+    return replace_notes(record, note)
+
+
+def replace_notes(record: AuditRecord, note: str) -> AuditRecord:
+    """Return the record with one more note."""
+    return record.model_copy(update={"notes": (*record.notes, note)})

@@ -1,0 +1,270 @@
+"""What a monitor remembers of a run, and the rows it makes of each visit: statistics, verdicts, events."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from peelwise.evidence import events as alerts
+from peelwise.evidence.events import Change, Seen
+from peelwise.evidence.intervals import Paired
+from peelwise.evidence.trends import (
+    Slope,
+    against_own,
+    change_points,
+    equivalent_steps,
+    loss_slope,
+    own_parts,
+    probe_slope,
+)
+from peelwise.evidence.verdict import Evidence, Verdict, default_margin, judge
+from peelwise.records.run import LETTERS, WHOLE_MODEL, Event, ProbeRow, Statistic, VerdictRow
+from peelwise.tasks.monitor.measure import Visit
+
+_WATCHED = ("natural_energy", "energy", "gradient_norm")  # whose changes of level are told
+_SMALLEST_CHANGE = math.log(1.5)
+_LOOKED_BACK = 200  # visits in which changes are looked for
+_REMEMBERED_LOSSES = 20_000
+
+
+@dataclass
+class _Series:
+    steps: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+
+    def add(self, step: int, value: float) -> None:
+        self.steps.append(step)
+        self.values.append(value)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A difference, when it was measured, and the probe's loss at that time."""
+
+    step: int
+    loss: float
+    value: Paired
+
+    def outdated(self, loss: float, margin: float) -> bool:
+        """Whether it is of another model than the one that now has ``loss`` on the probe.
+
+        Training has since gained as much as was found; or nothing was found, and the loss has since risen.
+        """
+        return self.loss - loss > max(self.value.mean, margin) or (self.value.mean < margin < loss - self.loss)
+
+
+class Chronicle:
+    """Remembers losses, statistics and measurements of one run; `add` makes the row of a visit.
+
+    Args:
+        blocks: number of blocks.
+        margin: nats per token that matter, or ``None`` for the default.
+        in_distribution: whether the probe is training text.
+    """
+
+    def __init__(self, blocks: int, *, margin: float | None, in_distribution: bool) -> None:
+        self._count, self._margin, self._in_distribution = blocks, margin, in_distribution
+        self._losses = _Series()
+        self._probe_losses = _Series()
+        self._series: defaultdict[tuple[str, int], _Series] = defaultdict(_Series)
+        self._alone: dict[int, _Measured] = {}
+        self._unique: dict[int, _Measured] = {}
+        self._verdicts: dict[int, tuple[Verdict, int | None]] = {}
+        self._red_since: dict[int, int] = {}
+        self._told: dict[int, int] = {}  # block -> how long it had been red when that was last said
+        self._changes: list[tuple[int, Change]] = []
+        self._upper: float | None = None
+
+    def loss(self, step: int, value: float) -> None:
+        """Remember a training loss."""
+        self._losses.add(step, value)
+        if len(self._losses.steps) > 2 * _REMEMBERED_LOSSES:
+            del self._losses.steps[:_REMEMBERED_LOSSES], self._losses.values[:_REMEMBERED_LOSSES]
+
+    def slope(self) -> Slope | None:
+        """Return the slope of the training loss; of the probe's where no training loss was ever given."""
+        series = self._losses if self._losses.steps else self._probe_losses
+        return loss_slope(series.steps, series.values)
+
+    def wanted_first(self) -> list[int]:
+        """Return the blocks in the order in which they should be refined alone next.
+
+        Never measured ones come first, those with most natural energy before the others; then those whose level
+        changed since they were measured; then the ones measured longest ago.
+        """
+        changed = {block for block, change in self._changes if change.by_step > self._step_of(block)}
+
+        def rank(block: int) -> tuple[bool, bool, float, float]:
+            energy = self._series["natural_energy", block].values[-1:]
+            measured = block in self._alone
+            return measured, block not in changed, self._step_of(block), -energy[0] if energy else 0.0
+
+        return sorted(range(self._count), key=rank)
+
+    def add(
+        self, step: int, visit: Visit, *, seconds: float, share: float, seen: Mapping[int, Seen] | None = None
+    ) -> ProbeRow:
+        """Return the row of a visit.
+
+        Args:
+            step: of the training.
+            visit: what was found.
+            seconds: what it took.
+            share: the monitor's share of wall time so far.
+            seen: what else is known of blocks, for suggestions.
+        """
+        self._probe_losses.add(step, visit.loss)
+        slope = self.slope()
+        statistics = [*self._free(step, visit), *self._measured(step, visit, slope), *self._cloud(visit)]
+        changes = self._new_changes(step)
+        verdicts = self._judge(visit.loss, slope)
+        # Asked before the row's own verdicts replace the last ones.
+        news = self._news(verdicts)
+        events = [
+            *(alerts.changed(step, block, change) for block, change in changes),
+            *self._red_events(step, verdicts, slope, seen or {}),
+        ]
+        return ProbeRow(
+            step,
+            visit.kind,
+            visit.loss,
+            seconds,
+            share,
+            "".join(LETTERS[verdict.colour] for verdict in verdicts),
+            slope=slope.mean if slope else None,
+            slope_low=slope.low if slope else None,
+            slope_high=slope.high if slope else None,
+            still_falling=slope.falling if slope else None,
+            statistics=tuple(statistics),
+            matrices=visit.matrices,
+            verdicts=tuple(news),
+            events=tuple(events),
+        )
+
+    def _step_of(self, block: int) -> float:
+        return self._alone[block].step if block in self._alone else -math.inf
+
+    def _free(self, step: int, visit: Visit) -> list[Statistic]:
+        """Return the statistics of the sweep against their own history."""
+        rows = []
+        for name, values in visit.free.items():
+            for block, value in enumerate(values):
+                series = self._series[name, block]
+                series.add(step, value)
+                to_median, to_trend = against_own(series.steps, series.values, quotient=True)
+                rows.append(Statistic(name, block, value, to_median=to_median, to_trend=to_trend))
+        return rows
+
+    def _measured(self, step: int, visit: Visit, slope: Slope | None) -> list[Statistic]:
+        """Return the paired differences with their intervals, and what they are worth in steps."""
+        rows = []
+        for name, found, kept in (
+            ("recoverable", visit.alone, self._alone),
+            ("unique", visit.unique, self._unique),
+            ("composed", {} if visit.composed is None else {WHOLE_MODEL: visit.composed}, {}),
+        ):
+            for block, value in found.items():
+                kept[block] = _Measured(step, visit.loss, value)
+                interval = value.interval()
+                series = self._series[name, block]
+                series.add(step, value.mean)
+                to_median, to_trend = against_own(series.steps, series.values, quotient=False)
+                rows.append(Statistic(name, block, value.mean, interval.low, interval.high, to_median, to_trend))
+                worth = equivalent_steps(interval, slope) if slope and name == "recoverable" else None
+                if worth is not None and worth.mean is not None:
+                    rows.append(Statistic("equivalent_steps", block, worth.mean, worth.low, worth.high))
+        return rows
+
+    def _cloud(self, visit: Visit) -> Iterator[Statistic]:
+        """Yield the edges of the loss's cloud: the upper one as last measured, the lower one where it is measured."""
+        self._upper = visit.upper if visit.upper is not None else self._upper
+        if self._upper is not None:
+            yield Statistic("bound_upper", WHOLE_MODEL, self._upper)
+        if visit.kind == "joint":
+            # The model as it stands is a witness too: one that does worse on report moves no edge.
+            gain = visit.composed.interval() if visit.composed is not None else None
+            gains = (gain.mean, gain.high, gain.low) if gain is not None else (0.0, 0.0, 0.0)
+            yield Statistic("bound_lower", WHOLE_MODEL, *(visit.loss - max(nats, 0.0) for nats in gains))
+
+    def _judge(self, loss: float, slope: Slope | None) -> list[Verdict]:
+        margin = default_margin(loss) if self._margin is None else self._margin
+        for kept in (self._alone, self._unique):
+            for block in [b for b, m in kept.items() if m.outdated(loss, margin)]:
+                del kept[block]
+        evidence = [
+            Evidence(*(kept[block].value if block in kept else None for kept in (self._alone, self._unique)))
+            for block in range(self._count)
+        ]
+        # Until the slope is known, training counts as going on: red says that it is not. Losses of small batches may be
+        # too noisy to show what the probe shows; how slow is too slow, that the margin says.
+        own = probe_slope(self._probe_losses.steps, self._probe_losses.values, slope.steps) if slope else None
+        falling = slope is None or slope.falling or (own is not None and own.gains(margin))
+        return judge(evidence, margin, in_distribution=self._in_distribution, still_falling=falling)
+
+    def _news(self, verdicts: list[Verdict]) -> list[VerdictRow]:
+        """Return the rows of blocks whose verdict changed, and remember all."""
+        rows = []
+        for block, verdict in enumerate(verdicts):
+            measured = self._alone[block].step if block in self._alone else None
+            before, _ = self._verdicts.get(block, (None, None))
+            if before is None or (before.colour, before.reason) != (verdict.colour, verdict.reason):
+                rows.append(VerdictRow(block, verdict.colour, verdict.reason, measured))
+            self._verdicts[block] = verdict, measured
+        return rows
+
+    def _new_changes(self, step: int) -> list[tuple[int, Change]]:
+        """Return changes of level that were not told before; one per block, the clearer statistic first."""
+        found = []
+        for name in _WATCHED:
+            rows = [self._series[name, block] for block in range(self._count)]
+            recent = [row.values[-_LOOKED_BACK:] for row in rows]
+            steps = rows[0].steps[-_LOOKED_BACK:]
+            if min(map(min, recent)) <= 0:
+                continue
+            for point in change_points(own_parts(recent), smallest=_SMALLEST_CHANGE):
+                change = Change(name, math.exp(point.size), steps[point.index - 1], steps[point.index])
+                found.append((point.deviations, point.series, change))
+        new = []
+        for _, block, change in sorted(found, key=lambda item: -item[0]):
+            # As visits come in, the date of a change may move by one of them.
+            near = (_near(change, told, self._probe_losses.steps) for b, told in self._changes if b == block)
+            if not any(near):
+                self._changes.append((block, change))
+                new.append((block, change))
+        return new
+
+    def _red_events(
+        self, step: int, verdicts: list[Verdict], slope: Slope | None, seen: Mapping[int, Seen]
+    ) -> list[Event]:
+        """Return an event where a block turned red, has been for twice as long as last said, or no longer is."""
+        events = []
+        for block, verdict in enumerate(verdicts):
+            if verdict.colour != "red":
+                if block in self._red_since:
+                    since = self._red_since.pop(block)
+                    del self._told[block]
+                    events.append(alerts.no_longer_red(step, block, verdict.colour, since))
+                continue
+            since = self._red_since.setdefault(block, step)
+            lasted = step - since
+            if block in self._told and lasted < 2 * max(self._told[block], 1):
+                continue
+            self._told[block] = lasted
+            measured = self._alone[block]
+            gain = measured.value.interval()
+            worth = equivalent_steps(gain, slope) if slope else None
+            facts = self._with_change(block, seen.get(block, Seen()))
+            events.append(alerts.turned_red(step, block, gain, worth, since=since, measured=measured.step, seen=facts))
+        return events
+
+    def _with_change(self, block: int, seen: Seen) -> Seen:
+        changes = [change for b, change in self._changes if b == block]
+        return replace(seen, change=max(changes, key=lambda c: c.by_step)) if changes else seen
+
+
+def _near(one: Change, other: Change, steps: list[int]) -> bool:
+    """Whether two dates are within three visits of each other."""
+    between = sum(min(one.by_step, other.by_step) < s <= max(one.by_step, other.by_step) for s in steps)
+    return between <= 3

@@ -1,0 +1,330 @@
+"""Follow a training run: decide when to look, look, and hand what was found to a recorder.
+
+step -> vitals -> affordable? -> visit -> chronicle -> recorder
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from peelwise.distributed.processes import ALONE, Ranks
+from peelwise.distributed.sharding import check_blocks
+from peelwise.engine.opening import checked_blocks
+from peelwise.errors import OptionError, OtherProcessError, PeelwiseError
+from peelwise.evidence.events import Seen
+from peelwise.model.guard import untouched
+from peelwise.model.layers import Block, device_of, unwrapped
+from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner, check_replay
+from peelwise.probe.probe import Probe, Split
+from peelwise.records.run import Event, Level, ProbeKind, ProbeRow, StepRow
+from peelwise.tasks.monitor.chronicle import Chronicle
+from peelwise.tasks.monitor.code_signals import CodeSignals
+from peelwise.tasks.monitor.measure import Visit, visit
+from peelwise.tasks.monitor.schedules import Schedule, affordable, every, log_spaced
+from peelwise.tasks.monitor.vitals import ADVICE, Complaint, Finding, Vitals, in_words
+
+_log = logging.getLogger("peelwise")
+
+# Rankings date what changes, refining tells how much there is to gain, a joint round what only one block can give.
+PLAN: tuple[ProbeKind, ...] = ("ranking", "alone", "ranking", "joint", "ranking", "alone")
+# What a kind costs in forward passes over the probe, as long as it was never measured.
+_FIRST_GUESS: dict[ProbeKind, float] = {"ranking": 5.0, "alone": 10.0, "joint": 12.0}
+_CHECKS_PER_DECADE, _CHECKS_EVERY = 5, 100
+_UNTRAINED: dict[Complaint, str] = {
+    "frozen": "has frozen parameters",
+    "not-optimised": "has parameters that are not in the optimiser",
+    "zero-rate": "has a learning rate of zero",
+    "not-updated": "has parameters that are not updated",
+    "no-gradient": "has parameters that get no gradient",
+}
+
+
+class Recorder(Protocol):
+    """Where rows go as soon as they exist."""
+
+    def step(self, row: StepRow) -> None:
+        """Take one training step."""
+
+    def probe(self, row: ProbeRow) -> None:
+        """Take everything one visit found."""
+
+    def event(self, event: Event) -> None:
+        """Take one event that belongs to no visit."""
+
+
+@dataclass(frozen=True)
+class MonitorSettings:
+    """What a user may choose about a monitor.
+
+    Attributes:
+        budget: share of wall time it may take, or ``None`` for no limit.
+        schedule: steps at which it may look, or ``None`` for all of them.
+        margin_nats: smallest recoverable loss that matters; ``None`` for the default.
+        micro_batch_tokens: tokens that go through the model at a time.
+        plan: kinds of visits, in turn.
+    """
+
+    budget: float | None = 0.03
+    schedule: Schedule | None = None
+    margin_nats: float | None = None
+    micro_batch_tokens: int = MICRO_BATCH_TOKENS
+    plan: Sequence[ProbeKind] = PLAN
+
+
+class Follower:
+    """Follows one training run; `step` is all there is to call.
+
+    Args:
+        model: the module in training, compiled or not.
+        probe: text to measure on.
+        settings: budget and schedule.
+        recorder: takes every row.
+        optimizer: what steps the model, for the checks that need no probe.
+        ranks: the processes that train it together, all of which make a follower and step it. The first one decides
+            when to look and what that means; the others share the work and hear the result.
+
+    Raises:
+        OptionError: If neither budget nor schedule limits it, or the budget is no share.
+        UnsupportedModelError: If the model cannot be measured.
+        ProbeError: If the probe does not fit it.
+
+    Attributes:
+        spent: seconds taken so far, the making of it included.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        probe: Probe,
+        settings: MonitorSettings,
+        recorder: Recorder,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        began = time.monotonic()
+        _check(settings)
+        self._model, self._probe, self._settings, self._recorder = model, probe, settings, recorder
+        self._ranks = ranks
+        with ranks.agreeing():
+            self.blocks: tuple[Block, ...] = checked_blocks(model, probe)
+            check_blocks({block.name: unwrapped(block.module) for block in self.blocks})
+            _check_same(ranks, model, probe)
+            self._costs = self._guessed_costs()
+        self._chronicle = Chronicle(
+            len(self.blocks), margin=settings.margin_nats, in_distribution=probe.in_distribution
+        )
+        self._codes = CodeSignals(model, self.blocks)
+        self._vitals = Vitals(model, self.blocks, optimizer, ranks)
+        self._vitals_due = log_spaced(_CHECKS_PER_DECADE), every(_CHECKS_EVERY)
+        self._findings: list[Finding] = []
+        self._told: set[object] = set()
+        self._visits = self._checks = 0
+        self._broken = False
+        self.spent = time.monotonic() - began
+        self._start: float | None = None
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the first step, and those that it took to get ready."""
+        return 0.0 if self._start is None else time.monotonic() - self._start
+
+    @property
+    def share(self) -> float:
+        """Share of wall time taken so far."""
+        return self.spent / self.elapsed if self.elapsed > 0 else 0.0
+
+    def step(self, step: int, loss: float | None = None) -> ProbeRow | None:
+        """Note a training step, look if it is time to, and return what was found then.
+
+        Args:
+            step: number of the step, after its update.
+            loss: training loss of the step.
+        """
+        began = time.monotonic()
+        if self._start is None:
+            self._start = began - self.spent
+        try:
+            return self._step(step, loss, began)
+        finally:
+            self.spent += time.monotonic() - began
+
+    def _step(self, step: int, loss: float | None, began: float) -> ProbeRow | None:
+        if loss is not None:
+            self._chronicle.loss(step, loss)
+            if not math.isfinite(loss):
+                self._tell(step, "alert", "non-finite", f"the training loss is {loss}.", ADVICE["non-finite"])
+        self._recorder.step(StepRow(step, loss if loss is None or math.isfinite(loss) else None, self.share))
+        kind = self._due(step)
+        if kind is not None or any(due(step) for due in self._vitals_due):
+            self._check_vitals(step)
+        return None if kind is None else self._look(step, kind, began)
+
+    def _due(self, step: int) -> ProbeKind | None:
+        """Return the kind of visit to make now, if any: the first process's clock decides."""
+        settings, kind = self._settings, self._settings.plan[self._visits % len(self._settings.plan)]
+        if self._broken or (settings.schedule is not None and not settings.schedule(step)):
+            return None
+        if settings.budget is None:
+            return kind
+        now = affordable(self.spent, self._costs[kind], self.elapsed, settings.budget)
+        return kind if self._ranks.told_number(int(now)) else None
+
+    def _look(self, step: int, kind: ProbeKind, began: float) -> ProbeRow | None:
+        _wait_for(self._model)  # what training has queued on a device is not the monitor's time
+        start = time.monotonic()
+        self._visits += 1
+        order = self._ranks.told(self._chronicle.wanted_first())
+        try:
+            found = visit(
+                self._model,
+                self.blocks,
+                self._probe,
+                kind,
+                order,
+                micro_batch_tokens=self._settings.micro_batch_tokens,
+                ranks=self._ranks,
+            )
+        except Exception as error:  # whatever goes wrong here, the training must not end of it
+            self._costs[kind] = time.monotonic() - start
+            self._tell_failure(step, error)
+            return None
+        now = time.monotonic()
+        self._costs[kind] = now - start
+        share = (self.spent + now - began) / max(self.elapsed, 1e-9)
+        row: ProbeRow = self._ranks.told(self._row(step, found, now - start, share) if self._ranks.first else None)
+        row = self._codes.noted(row)
+        self._recorder.probe(row)
+        self._tell_cost(step, kind)
+        if found.notes:
+            self._tell(step, "info", "few-tokens", found.notes[0], once="notes")
+        return row
+
+    def _row(self, step: int, found: Visit, seconds: float, share: float) -> ProbeRow:
+        return self._chronicle.add(step, found, seconds=seconds, share=share, seen=self._seen())
+
+    def _check_vitals(self, step: int) -> None:
+        self._findings = self._vitals.check()
+        self._checks += 1
+        for finding in self._findings:
+            self._tell(
+                step,
+                "alert" if finding.kind == "non-finite" else "warning",
+                finding.kind,
+                in_words(finding),
+                ADVICE[finding.kind],
+                block=finding.blocks[0] if len(finding.blocks) == 1 else None,
+                # A fault that goes away and comes back is told again; one that only spreads is, too.
+                once=(finding.kind, finding.names),
+            )
+        self._told -= {key for key in self._told if isinstance(key, tuple) and key not in self._present()}
+        if self._checks == 3 and not self._vitals.saw_gradients:
+            words = "there were no gradients at any check, so they were not looked at."
+            advice = "Call step() after the optimiser's step and before its zero_grad()."
+            self._tell(step, "info", "no-gradients-seen", words, advice)
+
+    def _present(self) -> set[object]:
+        return {(finding.kind, finding.names) for finding in self._findings}
+
+    def _seen(self) -> dict[int, Seen]:
+        rates = self._vitals.rates()
+        known = [rate for rate in rates if rate is not None]
+        usual = median(known) if known else 0.0
+        why: defaultdict[int, str] = defaultdict(str)
+        dead: defaultdict[int, str] = defaultdict(str)
+        for finding in self._findings:
+            for block in finding.blocks:
+                why[block] = why[block] or _UNTRAINED.get(finding.kind, "")
+                if finding.kind == "dead-units":
+                    dead[block] = dead[block] or f"{finding.detail} of {finding.names[0]} got no gradient"
+        ratios = [rate / usual if rate is not None and usual > 0 else None for rate in rates]
+        clipped = self._vitals.clipped_to
+        return {
+            block.index: Seen(why[block.index], ratio, None, dead[block.index], clipped)
+            for block, ratio in zip(self.blocks, ratios, strict=True)
+        }
+
+    def _tell_failure(self, step: int, error: Exception) -> None:
+        """Say that a visit failed; after an error that nobody foresaw, make no more of them."""
+        words = str(error) if isinstance(error, PeelwiseError) else f"{type(error).__name__}: {error}"
+        foreseen = error.foreseen if isinstance(error, OtherProcessError) else isinstance(error, PeelwiseError)
+        if not self._ranks.every(foreseen):
+            self._broken = True
+            words += " No further attempt is made."
+            _log.debug("visit at step %d", step, exc_info=error)
+        self._tell(step, "warning", "not-measured", f"the model could not be measured: {words}", once=type(error))
+
+    def _tell_cost(self, step: int, kind: ProbeKind) -> None:
+        budget, seconds = self._settings.budget, self._costs[kind]
+        if budget is not None and self._visits == 1:
+            words = (
+                f"one look takes {seconds:.2g} s; a budget of {budget:.1%} allows one every {seconds / budget:.2g} s."
+            )
+            self._tell(step, "info", "cost", words, "A smaller probe is looked at more often.")
+
+    def _tell(
+        self,
+        step: int,
+        level: Level,
+        kind: str,
+        text: str,
+        advice: str = "",
+        *,
+        block: int | None = None,
+        once: object = None,
+    ) -> None:
+        """Hand on an event, the same one once."""
+        key = once if once is not None else kind
+        if key not in self._told:
+            self._told.add(key)
+            self._recorder.event(Event(step, level, kind, text, block, suggestion=advice))
+
+    def _guessed_costs(self) -> dict[ProbeKind, float]:
+        """Check that the model can be run block by block, and guess from that what a visit will cost."""
+        tokens = self._settings.micro_batch_tokens
+        runner = Runner(self._model, self.blocks, micro_batch_tokens=tokens, ranks=self._ranks)
+        fit, parts = self._probe.fit, (self._probe.fit, self._probe.select, self._probe.report)
+        rows = max(1, tokens // fit.inputs.shape[1])
+        with untouched(self._model):
+            check_replay(runner, fit)  # which also warms up
+            start = time.monotonic()
+            some = runner.trace(Split(fit.ids[:rows], fit.mask[:rows]))
+            seconds = time.monotonic() - start
+        forward = seconds * sum(part.tokens for part in parts) / float(some.tokens.sum())
+        return {kind: forward * passes for kind, passes in _FIRST_GUESS.items()}
+
+
+def _check(settings: MonitorSettings) -> None:
+    budget = settings.budget
+    if budget is not None and not 0 < budget <= 1:
+        raise OptionError(f"The budget is a share of wall time above 0 and up to 1, got {budget}. The default is 0.03.")
+    if budget is None and settings.schedule is None:
+        raise OptionError("With budget=None a schedule must say when to look, such as schedule=every(100).")
+    if not settings.plan:
+        raise OptionError("The plan of visits is empty; leave it out for the default.")
+
+
+def _check_same(ranks: Ranks, model: nn.Module, probe: Probe) -> None:
+    """Check that all processes hold the same model and probe."""
+    own = [(name, tuple(p.shape)) for name, p in model.named_parameters()], probe.fingerprint
+    if not ranks.every(ranks.told(own) == own):
+        raise OptionError(
+            "The processes hold different models or probes, which is not supported (pipeline parallel?). "
+            "Make the same probe, with the same seed, in all of them."
+        )
+
+
+def _wait_for(model: nn.Module) -> None:
+    device = device_of(model)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,149 @@
+"""One visit of a monitor: measure a model in training at one moment, with the stages of an audit."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from peelwise.distributed.processes import ALONE, Ranks
+from peelwise.engine.heads import without_blocks
+from peelwise.engine.opening import first_bench
+from peelwise.engine.session import Bench, gain
+from peelwise.engine.sweep import sweep
+from peelwise.errors import IllConditionedWarning, PeelwiseWarning
+from peelwise.evidence.intervals import Paired
+from peelwise.model.guard import untouched
+from peelwise.model.layers import Block
+from peelwise.model.splice import frozen
+from peelwise.probe.probe import Probe
+from peelwise.records.run import MatrixShare, ProbeKind
+from peelwise.tasks.audit import stages
+from peelwise.tasks.audit.findings import Findings
+from peelwise.tasks.audit.loss_parts import matrices_of
+from peelwise.tasks.audit.summary import evidence_of
+
+# What a sweep tells of every block for nothing more.
+FREE = ("energy", "natural_energy", "gradient_norm")
+_EVALUATIONS = 5  # of the select loss, in one round of one block, as a rule
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What one visit found.
+
+    Attributes:
+        kind: what was done.
+        loss: nats per token on the probe's report part.
+        free: statistic -> one value per block, from the sweep alone.
+        alone, unique: per block what was measured, paired by report sequence.
+        composed: what one joint round gains.
+        upper: nats per token of a reference without any block, where it was made.
+        matrices: shares of the matrices of the blocks that were refined.
+        notes: what peelwise warned of.
+    """
+
+    kind: ProbeKind
+    loss: float
+    free: dict[str, list[float]]
+    alone: dict[int, Paired] = field(default_factory=dict)
+    unique: dict[int, Paired] = field(default_factory=dict)
+    composed: Paired | None = None
+    upper: float | None = None
+    matrices: tuple[MatrixShare, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def visit(
+    model: nn.Module,
+    blocks: tuple[Block, ...],
+    probe: Probe,
+    kind: ProbeKind,
+    order: Sequence[int],
+    *,
+    micro_batch_tokens: int,
+    ranks: Ranks = ALONE,
+) -> Visit:
+    """Measure ``model`` as it stands and leave it, and every random state, exactly as they were.
+
+    Args:
+        model: in training.
+        blocks: its blocks.
+        probe: the text.
+        kind: ``ranking``: one sweep, free statistics only. ``alone``: the sweep, and for about as long again one
+            round for blocks by themselves. ``joint``: the sweep, one round of all together, each left out once, and for
+            no longer than all of that the reference without blocks.
+        order: blocks for ``alone``, those that are wanted most first; at least one is refined.
+        micro_batch_tokens: tokens that go through the model at a time.
+        ranks: the processes that share the work; what is found is the same in all of them.
+
+    Raises:
+        PeelwiseError: If the model cannot be measured, such as when its loss is no finite number.
+    """
+    linears = [linear for block in blocks for linear in block.linears]
+    with (
+        ranks.agreeing(),
+        untouched(model),
+        frozen(linears),
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always", IllConditionedWarning)
+        bench = first_bench(
+            model,
+            blocks,
+            probe,
+            name="the model",
+            budget_seconds=math.inf,
+            micro_batch_tokens=micro_batch_tokens,
+            watcher=None,
+            ranks=ranks,
+        )
+        (proposals,) = sweep(bench.runner, bench.fit, bench.select)
+        found, upper = Findings(proposals=proposals), None
+        if kind == "alone":
+            found.proposals = {index: proposals[index] for index in ranks.told(_affordable(bench, order))}
+            stages.refine_alone(bench, found, rounds=1)
+        elif kind == "joint":
+            stages.joint_rounds(bench, found, rounds=1, share=1.0)
+            stages.leave_one_out(bench, found, share=1.0)
+            upper = without_blocks(bench, seconds=bench.clock.elapsed)
+    for other in caught:
+        # What the model's own code warns of, training has said already, and would be said again at every look.
+        if issubclass(other.category, PeelwiseWarning) and not issubclass(other.category, IllConditionedWarning):
+            warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+    evidence = {block.index: evidence_of(bench, found, block.index) for block in blocks}
+    composed = found.composed
+    refined = [] if kind == "ranking" else [block for block in blocks if block.index in found.proposals]
+    return Visit(
+        kind,
+        bench.report.mean,
+        {name: [getattr(proposals[block.index], name) for block in blocks] for name in FREE},
+        {index: e.alone for index, e in evidence.items() if e.alone is not None},
+        {index: e.unique for index, e in evidence.items() if e.unique is not None},
+        None
+        if composed is None or composed.report_losses is None
+        else gain(bench.report.losses, composed.report_losses, bench.report),
+        upper,
+        tuple(
+            MatrixShare(block.index, matrix.name, matrix.share)
+            for block in refined
+            for matrix in matrices_of(block, proposals[block.index])
+        ),
+        tuple(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, IllConditionedWarning))),
+    )
+
+
+def _affordable(bench: Bench, order: Sequence[int]) -> list[int]:
+    """Return the first of ``order`` whose refinement takes about as long as all that came before it."""
+    tokens = _EVALUATIONS * float(bench.select.tokens.sum()) + float(bench.report.tokens.sum())
+    left = bench.clock.elapsed
+    chosen: list[int] = []
+    for index in order:
+        left -= bench.seconds_for(bench.share_from(index) * tokens)
+        if left < 0 and chosen:
+            break
+        chosen.append(index)
+    return chosen

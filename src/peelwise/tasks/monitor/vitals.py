@@ -1,0 +1,210 @@
+"""Checks of a training run that need no probe: is every parameter reached, stepped and finite?
+
+They read flags, the optimiser's groups, version counters and gradients; nothing is run and nothing is written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from peelwise.distributed.processes import ALONE, Ranks
+from peelwise.distributed.sharding import is_spread, own_part
+from peelwise.model.layers import Block, LinearMap, plain_name
+
+Complaint = Literal["frozen", "not-optimised", "zero-rate", "not-updated", "no-gradient", "non-finite", "dead-units"]
+
+_CHECKS_FOR_DEAD = 3  # a unit that got no gradient at so many checks in a row is called dead
+_DEAD_SHARE = 0.1  # of a map's outputs; a few dead units are nothing unusual
+_NAMED = 3
+_SAME_NORMS, _SAME = 4, 1e-3  # so many norms in a row that differ by less than a thousandth are no chance
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, with the parameters (or maps) it is wrong with, in the order of the model."""
+
+    kind: Complaint
+    names: tuple[str, ...]
+    blocks: tuple[int, ...]
+    total: int
+    detail: str = ""
+
+
+class Vitals:
+    """Looks at parameters, gradients and optimiser at every `check`, and remembers what it saw before.
+
+    Args:
+        model: the module in training.
+        blocks: its blocks.
+        optimizer: whatever steps it, or ``None`` if that is not known.
+        ranks: the processes that train it, each of which looks at its own part of a gradient; all check at once.
+
+    Attributes:
+        saw_gradients: whether any check found gradients; if never, it is called after they are cleared.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        optimizer: torch.optim.Optimizer | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self._ranks = ranks
+        self._parameters = {plain_name(name): p for name, p in model.named_parameters()}
+        self._blocks = blocks
+        self._optimizer = optimizer
+        self._versions: dict[str, int] = {}
+        self._still: dict[str, int] = {}
+        self._zero_rate_before: set[str] = set()
+        self._silent: dict[LinearMap, Tensor] = {}  # per map [d_out]: checks in a row without a gradient
+        self._norms: list[float] = []  # of all gradients together, at the latest checks
+        self.saw_gradients = False
+
+    @property
+    def clipped_to(self) -> float | None:
+        """The norm that all gradients together had at each of the latest checks, or ``None`` if it varied."""
+        norms = self._norms
+        same = len(norms) == _SAME_NORMS and 0 < max(norms) < min(norms) * (1 + _SAME)
+        return norms[-1] if same else None
+
+    def check(self) -> list[Finding]:
+        """Return what is wrong now."""
+        trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
+        found = [self._finding("frozen", (n for n in self._parameters if n not in trained))]
+        groups = self._groups()
+        if groups is not None:
+            missing = [name for name, p in trained.items() if id(p) not in groups]
+            found.append(self._finding("not-optimised", missing))
+            found.append(self._finding("zero-rate", self._zero_rates(trained, groups)))
+            trained = {name: p for name, p in trained.items() if name not in missing}
+        with_gradient = {name: p for name, p in trained.items() if p.grad is not None}
+        if with_gradient:
+            self.saw_gradients = True
+            found.append(self._finding("no-gradient", (n for n in trained if n not in with_gradient)))
+            found.append(self._finding("non-finite", self._non_finite(with_gradient)))
+            found.extend(self._dead())
+            self._norms = [*self._norms, _norm(with_gradient)][-_SAME_NORMS:]
+        # Where gradients tell why, a parameter that stands still needs no second mention.
+        named = {name for finding in found if finding for name in finding.names}
+        found.append(self._finding("not-updated", (n for n in self._standing(trained) if n not in named)))
+        return [finding for finding in found if finding is not None]
+
+    def rates(self) -> list[float | None]:
+        """Return the learning rate of every block (the mean over its maps), ``None`` where it is not known."""
+        groups = self._groups()
+        if groups is None:
+            return [None] * len(self._blocks)
+        rates = []
+        for block in self._blocks:
+            found = [groups[id(p)] for p in block.module.parameters() if id(p) in groups and p.dim() > 1]
+            rates.append(sum(found) / len(found) if found else None)
+        return rates
+
+    def _groups(self) -> dict[int, float] | None:
+        """Return id of a parameter -> its learning rate."""
+        if self._optimizer is None:
+            return None
+        return {id(p): float(group["lr"]) for group in self._optimizer.param_groups for p in group["params"]}
+
+    def _zero_rates(self, trained: dict[str, nn.Parameter], groups: dict[int, float]) -> list[str]:
+        """Return parameters whose rate is zero while others' is not, or that had none at the last check either."""
+        zero = {name for name, p in trained.items() if groups.get(id(p)) == 0.0}
+        others_move = any(rate != 0.0 for rate in groups.values())
+        found = [n for n in trained if n in zero and (others_move or n in self._zero_rate_before)]
+        self._zero_rate_before = zero
+        return found
+
+    def _standing(self, trained: dict[str, nn.Parameter]) -> list[str]:
+        """Return parameters that were not written at the last two checks while others were."""
+        versions = {name: p._version for name, p in trained.items()}
+        moved = {name for name, v in versions.items() if v != self._versions.get(name, v)}
+        if moved:
+            for name in versions:
+                still = name in self._versions and name not in moved
+                self._still[name] = self._still.get(name, 0) + 1 if still else 0
+        self._versions = versions
+        return [name for name in trained if self._still.get(name, 0) >= 2]
+
+    def _dead(self) -> Iterator[Finding]:
+        maps, counts = [], []
+        for block in self._blocks:
+            for linear in block.linears:
+                gradient = getattr(linear.module.weight, "grad", None)
+                if not isinstance(gradient, Tensor) or gradient.is_sparse or gradient.dim() != 2:
+                    continue
+                spread = is_spread(gradient)
+                if spread and linear.transposed:
+                    continue  # its outputs lie in every process's part
+                silent = (own_part(gradient) == 0).all(dim=0 if linear.transposed else 1)  # [d_out, or this part of it]
+                before = self._silent.get(linear)
+                rows = silent.int() if before is None else (before + 1) * silent
+                self._silent[linear] = rows
+                maps.append((block, linear))
+                # What is whole in every process is counted by the first.
+                own = spread or self._ranks.first
+                counts += [int((rows >= _CHECKS_FOR_DEAD).sum()) * own, len(rows) * own]
+        counts = self._ranks.summed(counts)
+        for (block, linear), dead, outputs in zip(maps, counts[::2], counts[1::2], strict=True):
+            if dead >= _DEAD_SHARE * outputs and dead:
+                detail = f"{dead} of {outputs} outputs"
+                yield Finding("dead-units", (linear.name,), (block.index,), outputs, detail)
+
+    def _non_finite(self, parameters: dict[str, nn.Parameter]) -> list[str]:
+        parts = {
+            name: own_part(p.grad) for name, p in parameters.items() if p.grad is not None and not p.grad.is_sparse
+        }
+        held = [part for part in parts.values() if part.numel()]
+        norms = iter(torch._foreach_norm(held, ord=math.inf) if held else [])
+        bad = self._ranks.summed(
+            [int(part.numel() > 0 and not bool(next(norms).isfinite())) for part in parts.values()]
+        )
+        return [name for name, count in zip(parts, bad, strict=True) if count]
+
+    def _finding(self, kind: Complaint, names: Iterable[str]) -> Finding | None:
+        found = tuple(names)
+        if not found:
+            return None
+        blocks = tuple(b.index for b in self._blocks if any(name.startswith(f"{b.name}.") for name in found))
+        return Finding(kind, found, blocks, len(self._parameters))
+
+
+def _norm(parameters: dict[str, nn.Parameter]) -> float:
+    """Return the Euclidean norm of all gradients together; no number where a process holds only its part of them."""
+    gradients = [p.grad for p in parameters.values() if p.grad is not None and not p.grad.is_sparse]
+    if any(is_spread(gradient) for gradient in gradients):
+        return math.nan
+    return float(sum(norm.double().square() for norm in torch._foreach_norm(gradients))) ** 0.5 if gradients else 0.0
+
+
+def in_words(finding: Finding) -> str:
+    """Return what is wrong, in one sentence."""
+    count = len(finding.names)
+    names = ", ".join(finding.names[:_NAMED]) + (", ..." if count > _NAMED else "")
+    what = f"{count} of {finding.total} parameters" if count > 1 else "1 parameter"
+    return {
+        "frozen": f"{what} frozen (requires_grad is False): {names}.",
+        "not-optimised": f"{what} not in the optimiser: {names}.",
+        "zero-rate": f"{what} with a learning rate of zero: {names}.",
+        "not-updated": f"{what} not written by the optimiser while others were: {names}.",
+        "no-gradient": f"{what} without a gradient: {names}.",
+        "non-finite": f"{what} with a gradient that is infinite or no number: {names}.",
+        "dead-units": f"{names}: {finding.detail} got no gradient at {_CHECKS_FOR_DEAD} checks in a row.",
+    }[finding.kind]
+
+
+ADVICE: dict[Complaint, str] = {
+    "frozen": "If that is not meant, set requires_grad_(True).",
+    "not-optimised": "If that is not meant, give them to the optimiser.",
+    "zero-rate": "If that is not meant, look at the optimiser's groups and the schedule.",
+    "not-updated": "See whether the loss depends on them.",
+    "no-gradient": "See whether the loss depends on them.",
+    "non-finite": "Lower the learning rate, clip the gradient's norm, or scale the loss, and look at the last batches.",
+    "dead-units": "A smaller learning rate, other initial weights or another activation may bring them back.",
+}

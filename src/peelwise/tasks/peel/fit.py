@@ -1,0 +1,178 @@
+"""Fit one reference block to a station: closed-form solves of its output projections, steps on the rest.
+
+The error is the share of the station's variance that is left unexplained, on predicted tokens:
+
+    err = mean_tokens mean_j w_j (T_j - A_j)^2,    w_j = 1 / Var(T_j)   (or 1 / mean variance, unweighted)
+
+so 1 is what predicting the mean gives. One round solves each output projection in closed form, in the order in
+which the block runs them, then takes one whitened step on all other linear maps; low-bit maps get the codes nearest to
+these (`peelwise.tasks.peel.fit_coded`). Every change is accepted by what it does to the error on select, and rounds go
+on until select stops improving.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peelwise.engine.sweep import BlockProposals, proposals_of
+from peelwise.errors import IllConditionedWarning
+from peelwise.model.capture import captured
+from peelwise.model.layers import Block, LinearMap
+from peelwise.model.runner import Batch, Runner, Trace
+from peelwise.references.station import best_change
+from peelwise.tasks.peel.fit_coded import solve_inside, step_inside
+from peelwise.tasks.peel.reference_block import ReferenceBlock
+from peelwise.tasks.peel.station_error import StationBench, Target
+
+# An output projection adds its output to the block's, so a nudge there comes out again nearly as it went in.
+_WRITES = 0.3
+_NUDGE = 1e-2
+_FIRST_GAIN = 0.2  # the first step tried is the one that would win this part of the error, were the error linear
+_ENOUGH = 1e-9  # unexplained share below which a block already is its target
+_FLOOR = 1e-4  # least variance of a coordinate, in units of the mean: dead coordinates are not worth infinitely much
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How hard a reference block is fitted.
+
+    Attributes:
+        rounds: most rounds of solves and steps.
+        steps: whether the maps that do not write into the residual stream are moved too.
+        tolerance: smallest relative improvement on select that is worth another round.
+        dense: whether references of low-bit maps may leave their formats.
+    """
+
+    rounds: int = 3
+    steps: bool = True
+    tolerance: float = 0.01
+    dense: bool = False
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How well a reference block hits its station: unexplained share of its variance, on fit and select."""
+
+    fit_error: float
+    select_error: float
+    start_error: float
+    rounds: int
+
+
+def coordinate_weights(trace: Trace, stations: list[Tensor], *, weighted: bool) -> Tensor:
+    """Return ``w [d]``, float64: inverse variance of each coordinate of a station over the predicted tokens.
+
+    Args:
+        trace: says which tokens are predicted.
+        stations: the station, one ``[b, t, d]`` per batch.
+        weighted: false gives every coordinate the inverse of the mean variance, the plain squared error.
+    """
+    n, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for batch, station in zip(trace.batches, stations, strict=True):
+        rows = station[batch.weights].double()  # [n, d]
+        n, total, squares = n + len(rows), total + rows.sum(0), squares + rows.square().sum(0)
+    variance = (squares / n - (total / n).square()).clamp_min(0.0)  # [d]
+    mean = variance.mean().clamp_min(torch.finfo(torch.float64).tiny)
+    return 1.0 / variance.clamp_min(_FLOOR * mean) if weighted else torch.ones_like(variance) / mean
+
+
+def fit_block(
+    runner: Runner, reference: ReferenceBlock, fit: Trace, select: Trace, target: Target, options: FitOptions
+) -> Fitted:
+    """Fit ``reference`` in place; its input is the last station that ``fit`` and ``select`` hold.
+
+    Args:
+        runner: of the model, for the way its blocks are called.
+        reference: the block, at its start.
+        fit, select: traces of the reference stack up to and including the block's input.
+        target: the station to hit.
+        options: how hard to try.
+    """
+    bench = StationBench(runner, reference, fit, select, target)
+    start = error = bench.select_error()
+    rounds = 0
+    if start > _ENOUGH:
+        writers = find_writers(runner, reference.block, fit.batches[0])
+        while rounds < options.rounds:
+            before, rounds = error, rounds + 1
+            for linear in writers:
+                error = _solve(bench, linear, error)
+            others = tuple(m for m in reference.block.linears if m not in writers)
+            if options.steps and others:
+                error = _step(bench, others, error)
+            if error > (1 - options.tolerance) * before:
+                break
+    return Fitted(bench.error(fit, target.fit), error, start, rounds)
+
+
+@torch.no_grad()
+def find_writers(runner: Runner, block: Block, batch: Batch) -> list[LinearMap]:
+    """Return the maps that write into the residual stream, in the order in which they run.
+
+    A small random nudge ``delta`` is added to a map's output. Where the map's output is added to the block's,
+    the block's output changes by ``delta`` and little else; any other map scatters it:
+
+        cos(delta, change of the block's output) > 0.3
+    """
+    hidden = batch.stations[block.index]
+    with captured(block.linears) as capture:
+        plain = runner.run_block(block, hidden, batch)
+    scale = _NUDGE * float(plain.float().std())
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for linear, y in capture.outputs.items():
+        if y.numel() != plain.numel() or y.shape[-1] != plain.shape[-1]:
+            continue
+        delta = (scale * torch.randn(y.shape, generator=generator)).to(y)
+        handle = linear.module.register_forward_hook(lambda _m, _x, out, d=delta: out + d)
+        try:
+            change = (runner.run_block(block, hidden, batch) - plain).double().flatten()
+        finally:
+            handle.remove()
+        pushed = delta.double().flatten()
+        norm = float(change.norm() * pushed.norm())
+        if norm > 0 and float(pushed @ change) / norm > _WRITES:
+            found.append(linear)
+    return found
+
+
+def _solve(bench: StationBench, linear: LinearMap, error: float) -> float:
+    """Solve one output projection in closed form; the step is 1 unless the rest of the block objects."""
+    fit = bench.sums(bench.fit, bench.target.fit, linear)
+    select = bench.sums(bench.select, bench.target.select, linear)
+    with quiet_rank():
+        found = best_change(fit, select, bench.target.weights, name=linear.name)
+    if found.decrease <= 0:
+        return error
+    if linear in bench.reference.held:
+        return solve_inside(bench, linear, fit, select, found, error)
+    slope = found.slope / len(bench.target.weights)
+    return bench.search({linear: found.change}, error, 1.0, slope=slope, evaluations=4)
+
+
+def _step(bench: StationBench, linears: tuple[LinearMap, ...], error: float) -> float:
+    """Take one whitened step on dense maps that have no closed form, then one of codes on those inside a format."""
+    with quiet_rank():
+        fit = bench.moments(bench.fit, bench.target.fit, linears)
+        select = bench.moments(bench.select, bench.target.select, linears)
+        proposals = proposals_of(bench.part(linears), [fit], select, ("two-sided",))[0]
+    error = _dense_step(bench, proposals, error)
+    return step_inside(bench, proposals, error)
+
+
+def _dense_step(bench: StationBench, proposals: BlockProposals, error: float) -> float:
+    found = {m: p for m, p in proposals.changes["two-sided"].items() if m not in bench.reference.held}
+    slope = sum(p.slope for p in found.values())
+    if slope <= 0:
+        return error
+    steps = {linear: p.change for linear, p in found.items()}
+    return bench.search(steps, error, _FIRST_GAIN * error / slope, slope=slope, evaluations=7)
+
+
+def quiet_rank() -> warnings.catch_warnings[None]:
+    """Return a context in which rank deficiency is no finding: a reference says nothing about the model's layers."""
+    return warnings.catch_warnings(action="ignore", category=IllConditionedWarning)

@@ -1,0 +1,202 @@
+"""Peel one model at one moment: fit stacks of reference blocks along station maps, and see what they reach."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from peelwise.engine.clock import Watcher
+from peelwise.engine.opening import checked_blocks, first_bench, format_names, held_maps
+from peelwise.engine.provenance import Setup
+from peelwise.engine.session import Bench
+from peelwise.errors import OptionError, UnsupportedModelError
+from peelwise.model.fingerprint import fingerprint
+from peelwise.model.guard import untouched
+from peelwise.model.layers import Block
+from peelwise.model.runner import MICRO_BATCH_TOKENS, Trace
+from peelwise.probe.probe import Probe
+from peelwise.records.peel import REFERENCE_FORMATS, PeelRecord
+from peelwise.references.map_search import BEAM_WIDTH, MapSearch
+from peelwise.tasks.peel import stages as visits
+from peelwise.tasks.peel.climber import Climber
+from peelwise.tasks.peel.fit import FitOptions
+from peelwise.tasks.peel.stages import PeelFindings
+from peelwise.tasks.peel.summary import summarise
+
+Start = Literal["warm", "cold"]
+
+# The part of the budget that the head control may take; the part that maps leave to heads and controls at most;
+# those after which no further head or control is begun.
+_HEAD_SHARE, _MOST_RESERVED = 0.06, 0.45
+_HEADS_SHARE, _CONTROL_SHARE = 0.8, 0.95
+DENSE = "Low-bit maps hold {}; their references are dense, so what they gain is not at the same bits."
+_ROUNDS: dict[str, int] = {"warm": 3, "cold": 10}
+
+
+@dataclass(frozen=True)
+class PeelSettings:
+    """What a user may choose about a peel.
+
+    Attributes:
+        budget_seconds: wall time; what is finished by then is reported.
+        maps: maps to visit, stations counted from 1; ``None`` for all up to six blocks, families and beam beyond.
+        start: reference blocks start from the block's own weights, or from initialisation.
+        weighted: weight coordinates of a station by their inverse variance.
+        rounds: most rounds of solves and steps per reference; ``None`` for 3 warm, 10 cold.
+        steps: also move the maps that have no closed form.
+        dense_references: whether references of low-bit maps may leave their formats.
+        beam_width: how many of the best maps are searched around beyond six blocks.
+        controls: whether to run the null controls.
+        margin_nats: smallest difference that matters; ``None`` for the default.
+        micro_batch_tokens: tokens that go through the model at a time.
+    """
+
+    budget_seconds: float = 600.0
+    maps: tuple[tuple[int, ...], ...] | None = None
+    start: Start = "warm"
+    weighted: bool = True
+    rounds: int | None = None
+    steps: bool = True
+    dense_references: bool = False
+    beam_width: int = BEAM_WIDTH
+    controls: bool = True
+    margin_nats: float | None = None
+    micro_batch_tokens: int = MICRO_BATCH_TOKENS
+
+    def __post_init__(self) -> None:
+        if self.start not in _ROUNDS:
+            raise OptionError(f'start: expected "warm" or "cold", got {self.start!r}.')
+        for name in ("rounds", "beam_width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"{name}: expected at least 1, got {value}. Leave it out for the default.")
+
+    @property
+    def fit(self) -> FitOptions:
+        """How hard each reference is fitted."""
+        return FitOptions(self.rounds or _ROUNDS[self.start], self.steps, dense=self.dense_references)
+
+    def plain(self, formats: str) -> dict[str, bool | int | float | str | None]:
+        """Return the settings as plain values for the record, with the formats that references obey."""
+        values = {key: getattr(self, key) for key in self.__dataclass_fields__}
+        values[REFERENCE_FORMATS] = None if self.dense_references else formats or None
+        return values | {"maps": "auto" if self.maps is None else str([list(m) for m in self.maps])}
+
+
+@dataclass(frozen=True)
+class PeelOutcome:
+    """The record of a peel, and the reference stack and heads that prove it, by name of the witness file."""
+
+    record: PeelRecord
+    witness: dict[str, Tensor]
+    probe: Probe
+
+
+def run_peel(
+    model: nn.Module,
+    probe: Probe,
+    settings: PeelSettings,
+    *,
+    name: str = "model",
+    source: str | None = None,
+    watcher: Watcher | None = None,
+) -> PeelOutcome:
+    """Peel ``model`` on ``probe`` and leave the model exactly as it was (arXiv:2605.02853).
+
+    Ctrl-C ends the peel early with what was finished, once the model's own losses are known.
+
+    Args:
+        model: a decoder-only language model; see `find_blocks`.
+        probe: the text, split in three.
+        settings: budget, maps and limits.
+        name: the model's name in the record.
+        source: where it was opened from, for ``verify``.
+        watcher: told about progress.
+
+    Raises:
+        UnsupportedModelError: If the architecture cannot be peeled.
+        ModelError: If the model holds NaN or Inf, or its loss is not finite.
+        ProbeError: If the probe's tokens do not fit the model's vocabulary, or its sequences the context.
+        MapError: If a map has the wrong length, decreases or points backwards.
+    """
+    blocks = checked_blocks(model, probe)
+    search = MapSearch(len(blocks), settings.maps, beam_width=settings.beam_width)
+    formats = format_names(held_maps(blocks))
+    setup = Setup(model, blocks, name, source, fingerprint(model), settings.plain(formats), probe.seed)
+    with untouched(model):
+        bench = first_bench(
+            model,
+            blocks,
+            probe,
+            name=name,
+            budget_seconds=settings.budget_seconds,
+            micro_batch_tokens=settings.micro_batch_tokens,
+            watcher=watcher,
+        )
+        _check_stations(bench.fit, name)
+        findings = PeelFindings(maps_total=search.total)
+        if formats and settings.dense_references:
+            findings.notes.append(DENSE.format(formats))
+        try:
+            findings.complete = _stages(bench, findings, search, settings)
+        except KeyboardInterrupt:
+            findings.notes.append("Stopped by the user; what was finished by then is reported.")
+        record, witness = summarise(bench, findings, setup, settings.margin_nats, settings.start)
+    return PeelOutcome(record, witness, probe)
+
+
+def _stages(bench: Bench, findings: PeelFindings, search: MapSearch, settings: PeelSettings) -> bool:
+    """Run the stages in the order of what they are worth; return whether all of them ended by themselves."""
+    options, weighted = settings.fit, settings.weighted
+    heads_share = _HEADS_SHARE if settings.controls else _CONTROL_SHARE
+    visits.fit_head_control(bench, findings, share=_HEAD_SHARE)
+    climber = Climber(
+        bench.runner,
+        {"fit": bench.fit, "select": bench.select, "report": bench.report},
+        options,
+        weighted=weighted,
+        fresh=_fresh(bench, settings),
+    )
+    complete = visits.visit_maps(
+        bench, findings, search, climber, controls=settings.controls, most_reserved=_MOST_RESERVED
+    )
+    complete &= visits.fit_heads(bench, findings, climber, share=heads_share)
+    if settings.controls and findings.visits:
+        complete &= _controls(bench, findings, options, weighted=weighted)
+    if not complete:
+        findings.notes.append("The budget ended before every map and control; a larger --budget visits the rest.")
+    return complete
+
+
+def _controls(bench: Bench, findings: PeelFindings, options: FitOptions, *, weighted: bool) -> bool:
+    """Run the null controls of the best map that the budget still allows; return whether all were run."""
+    clock, done = bench.clock, True
+    for control in (visits.shuffled_control, visits.untrained_control):
+        if clock.elapsed < _CONTROL_SHARE * clock.budget:
+            control(bench, findings, options, weighted=weighted)
+        else:
+            done = False
+    return done
+
+
+def _fresh(bench: Bench, settings: PeelSettings) -> tuple[Block, ...] | None:
+    if settings.start == "warm":
+        return None
+    fresh = visits.initialised_blocks(bench.runner.model, bench.seed)
+    if fresh is None:
+        raise UnsupportedModelError(
+            'start="cold": the model cannot be initialised again (no configuration and no reset_parameters). '
+            'Use start="warm".'
+        )
+    return fresh
+
+
+def _check_stations(trace: Trace, name: str) -> None:
+    widths = [tuple(station.shape[-1:]) for station in trace.batches[0].stations]
+    if len(set(widths)) > 1:
+        raise UnsupportedModelError(
+            f"Not yet: the stations of {name} have different widths {[w[0] for w in widths]}; a block can only "
+            "regress to a station of its own width. Audit the model instead."
+        )

@@ -1,0 +1,248 @@
+"""The stages of a peel after the model's own losses are known: maps, heads, controls. Each leaves its result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from peelwise.engine.heads import MAX_STEPS, FittedHead, Losses, Targets, light_head, own_head_losses
+from peelwise.engine.permute import shuffled_labels, shuffled_stations
+from peelwise.engine.session import Bench
+from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.fresh import fresh_copy
+from peelwise.model.layers import Block
+from peelwise.model.runner import Runner, Trace
+from peelwise.references.map_search import MapSearch
+from peelwise.references.maps import StationMap
+from peelwise.tasks.peel.climber import BudgetEndedError, Climber, Reference
+from peelwise.tasks.peel.fit import FitOptions
+
+NO_HEAD = (
+    "The output head cannot be fitted (none found, or the logits are changed behind it): bounds are with the "
+    "model's own head, and there is no head control."
+)
+NO_FRESH = (
+    "The model cannot be initialised again (no configuration and no reset_parameters), so there is no untrained "
+    "control."
+)
+HEADS_OF_LARGE = 4
+_LARGE_HEAD = 0.15  # share of blocks and head together from which a fitted head per map costs too much
+
+
+@dataclass
+class Visit:
+    """What one map reached. ``head`` is ``None`` until a head was fitted on its stack."""
+
+    stations: StationMap
+    references: list[Reference]
+    own: Losses
+    head: FittedHead | None
+    blocks_fitted: int
+    wall_seconds: float
+    token_forwards: float
+
+    @property
+    def losses(self) -> Losses:
+        """Losses with the fitted head, or with the model's own."""
+        return self.head.losses if self.head else self.own
+
+    @property
+    def is_model(self) -> bool:
+        """Whether every reference is the model's own block: the direct map, started warm."""
+        return not any(reference.state for reference in self.references)
+
+
+@dataclass
+class PeelFindings:
+    """Filled stage by stage; valid whenever work stops."""
+
+    visits: dict[StationMap, Visit] = field(default_factory=dict)
+    head_control: FittedHead | None = None
+    shuffled: Losses | None = None
+    untrained: Losses | None = None
+    head_steps: int = MAX_STEPS
+    notes: list[str] = field(default_factory=list)
+    maps_total: int = 0
+    complete: bool = False
+
+    def best(self) -> Visit | None:
+        """Return the map with the lowest loss on select; only those with a fitted head if any has one."""
+        return min(self.comparable(), key=lambda v: (v.losses.select, -len(set(v.stations))), default=None)
+
+    def comparable(self) -> list[Visit]:
+        """Return the visits whose losses were measured in the same way."""
+        with_head = [visit for visit in self.visits.values() if visit.head]
+        return with_head or list(self.visits.values())
+
+
+def fit_head_control(bench: Bench, findings: PeelFindings, *, share: float) -> None:
+    """Fit the head on the model itself, within ``share`` of the budget: what every map has to beat.
+
+    Where the time ends it early, the maps' heads get as many steps as it took and no more.
+    """
+    clock = bench.clock
+    stop = clock.elapsed + share * clock.budget
+    with clock.stage("head control"):
+        findings.head_control = light_head(bench.runner, _traces(bench), keep_going=lambda: clock.elapsed < stop)
+    if findings.head_control is None:
+        findings.notes.append(NO_HEAD)
+    elif clock.elapsed >= stop:
+        findings.head_steps = max(findings.head_control.steps, 1)
+        findings.notes.append(f"Every head was given {findings.head_steps} steps, what the budget allows.")
+
+
+def visit_maps(
+    bench: Bench, findings: PeelFindings, search: MapSearch, climber: Climber, *, controls: bool, most_reserved: float
+) -> bool:
+    """Visit map after map until none is left or the rest of the budget is needed for heads and controls.
+
+    Args:
+        bench: model and traces.
+        findings: ``visits`` is filled.
+        search: says which map is next.
+        climber: builds the stacks.
+        controls: whether time for them is kept.
+        most_reserved: part of the budget that is kept at most, so that maps always get their turn.
+
+    Returns whether the search ended by itself: no map that it wanted to visit was out of reach.
+    """
+    clock, pace = bench.clock, Pace()
+    every_head = fits_every_head(bench.runner) and findings.head_control is not None
+
+    def stop() -> float:
+        return clock.budget - min(_reserve(bench, pace, controls=controls), most_reserved * clock.budget)
+
+    def affordable(stations: StationMap) -> bool:
+        return clock.elapsed + pace.seconds(climber.to_fit(stations)) < stop()
+
+    with clock.stage("peel maps"):
+        while (stations := search.following(affordable)) is not None:
+            clock.tell(len(findings.visits), search.total)
+            findings.maps_total = search.total
+            try:
+                visit = _visit(bench, climber, stations, lambda: clock.elapsed < stop(), pace)
+            except BudgetEndedError:
+                findings.notes.append(f"The budget ended inside map {list(stations)}; a larger one finishes it.")
+                return False
+            if visit.is_model:
+                visit.head = findings.head_control
+            elif every_head:
+                visit.head = light_head(bench.runner, climber.stack.traces, max_steps=findings.head_steps)
+            findings.visits[stations] = visit
+            search.tell(stations, visit.losses.select)
+    findings.maps_total = search.total
+    return search.refused == 0
+
+
+def fit_heads(bench: Bench, findings: PeelFindings, climber: Climber, *, share: float) -> bool:
+    """Where heads are large, fit them on the stacks that do best with the model's own; return whether all were."""
+    if findings.head_control is None or fits_every_head(bench.runner):
+        return True
+    clock, spent = bench.clock, bench.clock.stages["head control"][0]
+    ranked = sorted(findings.visits.values(), key=lambda v: v.own.select)[:HEADS_OF_LARGE]
+    with clock.stage("light heads"):
+        for done, visit in enumerate(v for v in ranked if v.head is None):
+            clock.tell(done, len(ranked))
+            if clock.elapsed + spent > share * clock.budget:
+                return False
+            climber.climb(visit.stations)
+            visit.head = light_head(bench.runner, climber.stack.traces, max_steps=findings.head_steps)
+    findings.notes.append(
+        f"The vocabulary is large, so heads were fitted for the {len(ranked)} best maps only; the others are shown "
+        "with the model's own head."
+    )
+    return True
+
+
+def shuffled_control(bench: Bench, findings: PeelFindings, options: FitOptions, *, weighted: bool) -> None:
+    """Build the best map again from stations and labels of the fit tokens permuted across sequences."""
+    if findings.best() is None:
+        return
+    with bench.clock.stage("control: shuffled targets"):
+        climber = Climber(
+            bench.runner,
+            _traces(bench),
+            options,
+            weighted=weighted,
+            shuffle=shuffled_stations(bench.fit, bench.seed),
+        )
+        findings.shuffled = _built(bench, findings, climber, shuffled_labels(bench.fit, bench.seed))
+
+
+def untrained_control(bench: Bench, findings: PeelFindings, options: FitOptions, *, weighted: bool) -> None:
+    """Build the best map on the same architecture at initialisation, with its own stations."""
+    if findings.best() is None:
+        return
+    with bench.clock.stage("control: untrained"):
+        fresh = fresh_copy(bench.runner.model, bench.seed)
+        if fresh is None:
+            findings.notes.append(NO_FRESH)
+            return
+        runner = Runner(fresh, find_blocks(fresh), micro_batch_tokens=bench.runner.micro_batch_tokens)
+        runner.work = bench.runner.work
+        probe = bench.probe
+        traces = {part: runner.trace(getattr(probe, part)) for part in ("fit", "select", "report")}
+        findings.untrained = _built(bench, findings, Climber(runner, traces, options, weighted=weighted), None)
+
+
+def initialised_blocks(model: nn.Module, seed: int) -> tuple[Block, ...] | None:
+    """Return the blocks of the same architecture at initialisation, for a cold start, or ``None``."""
+    fresh = fresh_copy(model, seed)
+    return None if fresh is None else find_blocks(fresh)
+
+
+def fits_every_head(runner: Runner) -> bool:
+    """Whether the head is small enough to be fitted on every map's stack."""
+    return runner.head_share < _LARGE_HEAD
+
+
+def _reserve(bench: Bench, pace: Pace, *, controls: bool) -> float:
+    """Estimate the seconds that heads and controls will take; a control fits every block of a map anew."""
+    head, _ = bench.clock.stages["head control"]
+    opening, _ = bench.clock.stages["losses of the model as it stands"]
+    heads = 0.0 if fits_every_head(bench.runner) else HEADS_OF_LARGE * head
+    return heads + (2 * (pace.seconds(len(bench.runner.blocks)) + head) + opening if controls else 0.0)
+
+
+class Pace:
+    """How long fitting a reference has taken so far."""
+
+    def __init__(self) -> None:
+        self._seconds, self._fits = 0.0, 0
+
+    def add(self, seconds: float, fits: int) -> None:
+        """Note that ``fits`` references took so long."""
+        if fits:
+            self._seconds, self._fits = self._seconds + seconds, self._fits + fits
+
+    def seconds(self, fits: int) -> float:
+        """Estimate how long so many take."""
+        return fits * self._seconds / self._fits if self._fits else 0.0
+
+
+def _visit(bench: Bench, climber: Climber, stations: StationMap, keep_going: Callable[[], bool], pace: Pace) -> Visit:
+    began, worked, to_fit = time.monotonic(), bench.clock.work.token_forwards, climber.to_fit(stations)
+    references = climber.climb(stations, keep_going=keep_going)
+    seconds = time.monotonic() - began
+    pace.add(seconds, to_fit)
+    own = own_head_losses(bench.runner, climber.stack.traces)
+    worked = bench.clock.work.token_forwards - worked
+    return Visit(stations, references, own, None, to_fit, seconds, worked)
+
+
+def _built(bench: Bench, findings: PeelFindings, climber: Climber, targets: Targets | None) -> Losses:
+    """Return what a control's construction of the best map reaches, with the same kind of head."""
+    best = findings.best()
+    assert best is not None
+    total = len(best.stations)
+    climber.climb(best.stations, after_block=lambda done: bench.clock.tell(done, total))
+    runner, traces = climber.runner, climber.stack.traces
+    head = light_head(runner, traces, targets=targets, max_steps=findings.head_steps) if best.head else None
+    return head.losses if head else own_head_losses(runner, traces)
+
+
+def _traces(bench: Bench) -> dict[str, Trace]:
+    return {"fit": bench.fit, "select": bench.select, "report": bench.report}

@@ -1,0 +1,1 @@
+"""A quantised model against its full-precision parent."""

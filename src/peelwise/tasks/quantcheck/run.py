@@ -1,0 +1,210 @@
+"""A quantised model against its full-precision parent: which part of the damage the bits explain, and which they do
+not.
+
+For every linear map with the parent's weights ``T`` and inputs ``x`` of the parent, ``S = E[x x^T]`` over a part of the
+probe:
+
+    current    tr((W - T) S (W - T)^T)      the map's output error as it is quantised now
+    achieved   the same for the best codes and scales of its format that were found
+    relaxed    0 but for structural zeros: the parent itself
+
+on report. The codes are found in ``S + damping * tr(S)/d I`` of the fit tokens, with the damping, and whether they are
+taken at all, by the error on select: few tokens leave directions in which undamped sums allow any error. And for the
+loss on report: the parent's, the present one, and the one with all the better codes in place.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from peelwise.engine.clock import Clock, Watcher
+from peelwise.engine.opening import checked_blocks
+from peelwise.engine.provenance import Setup, model_record, versions
+from peelwise.engine.session import LOSSES, ChangeMap, gain
+from peelwise.model.fingerprint import fingerprint
+from peelwise.model.guard import untouched
+from peelwise.model.layers import Block, LinearMap, device_of
+from peelwise.model.runner import Runner, Trace
+from peelwise.model.splice import spliced
+from peelwise.model.weights.held import Held
+from peelwise.probe.probe import Probe
+from peelwise.records.base import ModelRecord, SplitRecord
+from peelwise.records.quantcheck import LayerCheck, QuantcheckRecord, QuantLosses
+from peelwise.tasks.quantcheck.layers import Candidate, Layer, QuantcheckSettings, held_of, input_sums, matched
+
+_SOLVE_SHARE = 0.9  # of the budget; the losses with the better weights come after it
+
+
+@dataclass
+class _Found:
+    layers: list[LayerCheck] = field(default_factory=list)
+    changes: ChangeMap = field(default_factory=dict)
+    complete: bool = True
+
+
+def run_quantcheck(
+    quantised: Candidate,
+    parent: Candidate,
+    probe: Probe,
+    settings: QuantcheckSettings,
+    watcher: Watcher | None = None,
+) -> QuantcheckRecord:
+    """Compare the two and leave both as they were.
+
+    Args:
+        quantised: the model whose bits are in question.
+        parent: the model that it was made from.
+        probe: the text: fit for the inputs' sums, select to accept the better weights, report for every loss shown.
+        settings: budget and effort.
+        watcher: told about progress.
+
+    Raises:
+        ModelError: If the parent has other layers, shapes or another vocabulary.
+        FormatError: If no layer is quantised, or one does not hold what its format says.
+    """
+    blocks, above = checked_blocks(quantised.model, probe), checked_blocks(parent.model, probe)
+    pairs = matched(quantised, parent, blocks, above)
+    held = held_of(quantised, blocks, settings.form)
+    with untouched(quantised.model), untouched(parent.model):
+        runner = Runner(quantised.model, blocks, micro_batch_tokens=settings.micro_batch_tokens)
+        other = Runner(parent.model, above, micro_batch_tokens=settings.micro_batch_tokens)
+        other.work = runner.work
+        clock = Clock(settings.budget_seconds, runner.work, watcher)
+        with clock.stage(LOSSES):
+            above_of = [other.trace(part) for part in (probe.fit, probe.select, probe.report)]
+            select, report = runner.trace(probe.select), runner.trace(probe.report)
+        with clock.stage("best weights of every layer"):
+            found = _solve_all(other, above_of, {pairs[m]: (m, h) for m, h in held.items()}, settings, clock)
+        with clock.stage("losses with the best weights"):
+            loss = _losses(runner, found.changes, select, report, above_of[-1])
+        cost = clock.record(probe.fit.tokens + probe.select.tokens + probe.report.tokens, device_of(quantised.model))
+    records = [_model_record(c, b, probe.seed) for c, b in ((quantised, blocks), (parent, above))]
+    return QuantcheckRecord(
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        conclusion=_conclusion(loss, found.layers),
+        complete=found.complete,
+        quantised=records[0],
+        parent=records[1],
+        probe=probe.record(),
+        loss=loss,
+        layers=tuple(found.layers),
+        cost=cost,
+        notes=tuple(_notes(quantised.model, parent.model, held, found, loss)),
+        settings={
+            "budget_seconds": settings.budget_seconds,
+            "form": settings.form.name if settings.form else None,
+            "max_sweeps": settings.max_sweeps,
+            "tolerance": settings.tolerance,
+        },
+        seed=probe.seed,
+        versions=versions(),
+    )
+
+
+def _solve_all(
+    runner: Runner,
+    parts: Sequence[Trace],
+    held: dict[LinearMap, tuple[LinearMap, Held]],
+    settings: QuantcheckSettings,
+    clock: Clock,
+) -> _Found:
+    """Solve every map of the parent, block by block; one block's sums on all ``parts`` are alive at a time."""
+    found = _Found()
+    stop = _SOLVE_SHARE * clock.budget
+    for done, block in enumerate(runner.blocks):
+        clock.tell(done, len(runner.blocks))
+        sums = [input_sums(runner, block, trace) for trace in parts]
+        for twin in (m for m in block.linears if m in held):
+            linear, own = held[twin]
+            found.complete &= clock.elapsed <= stop
+            layer = Layer(linear.name, block.index, twin.weight().float(), own, *(each[twin] for each in sums))
+            encoded, damping = layer.best(settings) if found.complete else (None, None)
+            found.layers.append(layer.checked(encoded, damping))
+            if encoded is not None:
+                change = own.format.decode(encoded).to(layer.T) - own.weight.to(layer.T)
+                found.changes[linear] = torch.nn.functional.pad(change, (0, int(linear.has_bias)))
+    return found
+
+
+def _losses(runner: Runner, changes: ChangeMap, select: Trace, report: Trace, parent: Trace) -> QuantLosses:
+    """Return the losses on report; the better weights are taken only if they lower the loss on select."""
+    best, kept = report.losses, False
+    with ExitStack() as stack:
+        stack.enter_context(spliced(changes))
+        after = float(runner.losses_from(select, 0).sum() / select.tokens.sum())
+        kept = after < select.mean
+        if kept:
+            best = runner.losses_from(report, 0)
+    mean = float(best.sum() / report.tokens.sum())
+    return QuantLosses(
+        parent=parent.mean,
+        quantised=report.mean,
+        best=mean,
+        damage=gain(report.losses, parent.losses, report).interval(),
+        left=gain(report.losses, best, report).interval(),
+        price=gain(best, parent.losses, report).interval(),
+        split=SplitRecord(
+            irreducible=parent.mean, price_of_precision=mean - parent.mean, left_on_the_table=report.mean - mean
+        ),
+        kept=kept,
+    )
+
+
+def _conclusion(loss: QuantLosses, layers: list[LayerCheck]) -> str:
+    damage, left = loss.damage, loss.left
+    if damage.low <= 0:
+        return f"Quantising costs {damage.mean:+.4f} nats per token here, which is not shown to be anything."
+    part = f"{100 * left.mean / damage.mean:.0f} % of the damage" if damage.mean > 0 else "of it"
+    if left.low > 0:
+        return (
+            f"Quantising costs {damage.mean:.4f} nats per token, of which {left.mean:.4f} ({part}) are left on the "
+            "table: other codes and scales of the same formats win them back on text they were not fitted on."
+        )
+    solved = sum(layer.split is not None for layer in layers)
+    return (
+        f"Quantising costs {damage.mean:.4f} nats per token. The best weights found inside the formats ({solved} of "
+        f"{len(layers)} layers) are not shown to win anything back."
+    )
+
+
+def _notes(
+    quantised: nn.Module, parent: nn.Module, held: dict[LinearMap, Held], found: _Found, loss: QuantLosses
+) -> Iterator[str]:
+    yield "Inputs are the parent's; errors of layers are on report, parts of its mean squared output there."
+    if not loss.kept:
+        yield "The better weights of the layers do not lower the loss on select, so none of them are taken."
+    if not found.complete:
+        yield "The budget ended before every layer was solved; a larger --budget measures the rest."
+    others = _other_differences(quantised, parent, held)
+    if others:
+        yield (
+            f"{len(others)} other tensors differ too, such as {others[0]} (embedding, norms, head): what they cost "
+            "counts as price of precision."
+        )
+
+
+def _other_differences(quantised: nn.Module, parent: nn.Module, held: dict[LinearMap, Held]) -> list[str]:
+    """Return the parameters outside the quantised maps that are not the parent's."""
+    inside = {f"{linear.name}.weight" for linear in held}
+    theirs = dict(parent.named_parameters())
+    return [
+        name
+        for name, parameter in quantised.named_parameters()
+        if name not in inside
+        and name in theirs
+        and (
+            parameter.shape != theirs[name].shape
+            or not torch.equal(parameter.detach().float(), theirs[name].detach().float().to(parameter.device))
+        )
+    ]
+
+
+def _model_record(candidate: Candidate, blocks: tuple[Block, ...], seed: int) -> ModelRecord:
+    model = candidate.model
+    return model_record(Setup(model, blocks, candidate.name, candidate.source, fingerprint(model), {}, seed))

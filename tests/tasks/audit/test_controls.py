@@ -1,0 +1,142 @@
+"""Null controls: what they do, and that they tell something from nothing."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from audits import bench_of, runner_of
+from peelwise.engine.permute import permuted_targets
+from peelwise.model.fresh import fresh_copy
+from peelwise.model.guard import untouched
+from peelwise.probe.probe import Probe
+from peelwise.tasks.audit.controls import head_reference, shuffled_control, untrained_control
+from peelwise.tasks.audit.findings import Findings
+from peelwise.tasks.audit.stages import first_sweep
+from plain_gpt import PlainGPT
+from zoo import VOCABULARY, ZOO, sample_ids
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 10_000])
+def test_shuffled_targets_are_whole_sequences_of_others(micro_batch_tokens):
+    bench = bench_of(ZOO["plain"](), micro_batch_tokens=micro_batch_tokens)
+    look = permuted_targets(bench.fit, seed=0)
+    moved = torch.cat([look(batch, position) for position, batch in enumerate(bench.fit.batches)])
+    own = bench.probe.fit.targets
+    assert not any(torch.equal(a, b) for a, b in zip(moved, own, strict=True))
+    assert sorted(moved.tolist()) == sorted(own.tolist())
+
+
+def test_shuffled_targets_change_with_the_seed_only():
+    bench = bench_of(ZOO["plain"]())
+    first, again, other = (permuted_targets(bench.fit, seed)(bench.fit.batches[0], 0) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "plain"])
+def test_untrained_copy_is_the_architecture_at_initialisation(name):
+    model = ZOO[name]().to(torch.bfloat16)
+    before = copy.deepcopy(model.state_dict())
+    with untouched(model):
+        fresh, again = fresh_copy(model, 3), fresh_copy(model, 3)
+    shapes = {key: (value.shape, value.dtype) for key, value in model.state_dict().items()}
+    assert {key: (value.shape, value.dtype) for key, value in fresh.state_dict().items()} == shapes
+    assert not any(p.requires_grad for p in fresh.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), again.parameters(), strict=True))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    changed = [not torch.equal(before[key], value) for key, value in fresh.state_dict().items() if value.dim() > 1]
+    assert all(changed)
+
+
+def test_model_that_cannot_be_initialised_again_leaves_a_note():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return self.gain * x
+
+    model = ZOO["plain"]()
+    model.norm = nn.Sequential(model.norm, Odd())
+    findings = Findings()
+    untrained_control(bench_of(model), findings)
+    assert findings.untrained is None
+    assert "untrained control was left out" in findings.notes[0]
+
+
+def test_controls_start_where_they_should():
+    bench, findings = bench_of(ZOO["plain"]()), Findings()
+    with untouched(bench.runner.model):
+        first_sweep(bench, findings, null=permuted_targets(bench.fit, bench.seed))
+        shuffled_control(bench, findings)
+        untrained_control(bench, findings)
+    assert findings.shuffled.start == bench.report.mean
+    assert findings.untrained.start != bench.report.mean
+    for control in (findings.shuffled, findings.untrained):
+        assert control.loss == pytest.approx(control.start - control.gain.mean)
+
+
+# -- the head: a convex toy, where the truth is known ------------------------------------------------------
+
+
+def toy(trained: bool):
+    """A model whose head alone predicts a noisy function of the present token: ``trained`` to its minimum or not."""
+    torch.manual_seed(0)
+    model = PlainGPT(width=16, blocks=1, heads=2)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attention.out.weight.zero_()
+            block.feed_forward[2].weight.zero_()
+        model.positions.weight.zero_()
+        model.head.weight.mul_(0.1)
+    ids = sample_ids(160, 17) % 8  # eight tokens only: enough of each to know the minimum
+    ids[:, 1::2] = torch.where(torch.rand(160, 8) < 0.8, (ids[:, :-1:2] + 1) % 8, ids[:, 1::2])
+    probe = Probe.from_tokens(ids)
+    if trained:
+        runner = runner_of(model)
+        x, y, _ = runner.head_inputs(runner.trace(probe.fit))
+        head = model.head.requires_grad_(True)
+        solver = torch.optim.LBFGS(head.parameters(), lr=1, max_iter=200, line_search_fn="strong_wolfe")
+
+        def loss():
+            solver.zero_grad()
+            value = nn.functional.cross_entropy(head(x), y)
+            value.backward()
+            return value
+
+        solver.step(loss)
+    return model.requires_grad_(False), probe
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_at_the_minimum_of_a_convex_toy_nothing_is_recoverable(trained):
+    model, probe = toy(trained)
+    bench, findings = bench_of(model, probe), Findings()
+    head_reference(bench, findings)
+    gained = findings.head.recoverable_nats
+    assert findings.head.relaxed <= findings.head.achieved <= findings.head.current
+    if trained:
+        assert findings.head.current - findings.head.relaxed < 0.01
+        assert abs(gained.mean) < 0.01
+    else:  # the control: the same toy before its head was fitted
+        assert gained.low > 0.5
+        assert findings.head_control.loss == pytest.approx(bench.report.mean - gained.mean)
+
+
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        (lambda model: setattr(model, "head", nn.ConstantPad1d((0, VOCABULARY - 48), 0.0)), "No output head"),
+        (lambda model: model.register_forward_hook(lambda *a: 0.5 * a[2]), "changes its logits behind the head"),
+    ],
+)
+def test_head_that_is_not_this_problem_leaves_a_note(change, note):
+    model = ZOO["plain"]()
+    change(model)
+    findings = Findings()
+    head_reference(bench_of(model), findings)
+    assert findings.head is None
+    assert note in findings.notes[0]

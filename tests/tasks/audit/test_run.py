@@ -1,0 +1,331 @@
+"""Whole audits: every architecture, every way of stopping, and a damage that must be found."""
+
+import dataclasses
+import math
+import time
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+import damage
+from audits import ONE_ROUND, Snapshot, flat, numbers, part_of, tiny_probe
+from peelwise.certificate.audit import verify_certificate
+from peelwise.certificate.base import write_certificate
+from peelwise.errors import ProbeError, UnsupportedModelError
+from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.runner import Runner
+from peelwise.probe.probe import Probe
+from peelwise.records.audit import AuditRecord
+from peelwise.tasks.audit.run import AuditSettings, run_audit
+from zoo import BLOCKS, UNSUPPORTED, VOCABULARY, ZOO, sample_ids
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_architecture_is_audited_and_left_alone(name):
+    model = ZOO[name]()
+    before = Snapshot.of(model)
+    outcome = run_audit(model, tiny_probe(), ONE_ROUND, name=name)
+    before.assert_unchanged(model)
+    record = outcome.record
+    assert record.complete
+    assert len(record.blocks) == BLOCKS
+    assert all(math.isfinite(value) for _, value in flat(record.model_dump()) if isinstance(value, float))
+    assert all(block.recoverable_nats and block.energy > 0 for block in record.blocks)
+    assert all(sum(m.share for m in b.matrices) == pytest.approx(1) for b in record.blocks if b.held_out_energy > 0)
+    assert None not in (record.loss.shuffled, record.loss.untrained, record.informative if record.loss.composed else 0)
+    assert (record.head is None) == (name == "gemma2")  # its logits are capped behind the head
+    assert all(tensor.isfinite().all() for tensor in outcome.witness.values())
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_models_are_refused_and_left_alone(name):
+    model = UNSUPPORTED[name]()
+    before = Snapshot.of(model)
+    with pytest.raises(UnsupportedModelError):
+        run_audit(model, tiny_probe(), ONE_ROUND)
+    before.assert_unchanged(model)
+
+
+# -- the same numbers --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def outcome():
+    return run_audit(ZOO["llama"](), tiny_probe(), ONE_ROUND)
+
+
+def test_same_seed_same_record(outcome):
+    again = run_audit(ZOO["llama"](), tiny_probe(), ONE_ROUND)
+    assert numbers(again.record) == numbers(outcome.record)
+    assert all(torch.equal(again.witness[name], tensor) for name, tensor in outcome.witness.items())
+    other = run_audit(ZOO["llama"](), tiny_probe(seed=1), ONE_ROUND)
+    assert numbers(other.record) != numbers(outcome.record)
+
+
+def test_micro_batches_do_not_matter(stored_stage, training_probe):
+    """On text that the model knows: on random tokens, steps are chosen by differences as small as rounding."""
+    model, _ = stored_stage("middle")
+    probe = part_of(training_probe, fit=12, select=4, report=10)
+    settings = dataclasses.replace(ONE_ROUND, controls=False)
+    small, whole = (
+        dict(flat(numbers(run_audit(model, probe, dataclasses.replace(settings, micro_batch_tokens=n)).record)))
+        for n in (1, 100_000)
+    )
+    assert small.keys() == whole.keys()
+    for path, value in small.items():
+        rounding = 1e-2 if path.endswith("skewness") else 1e-5  # a pure number of order 1, and nats
+        close = pytest.approx(whole[path], rel=1e-3, abs=rounding) if isinstance(value, float) else whole[path]
+        assert value == close, path
+
+
+def test_padding_does_not_reach_the_record():
+    """Sequences of one length, and the same again with one longer sequence in the part that only reports."""
+    rows = sample_ids(40, 17).tolist()
+    plain = Probe.from_tokens(rows, seed=0)
+    longer = dataclasses.replace(
+        plain, **{part: padded(getattr(plain, part), 9) for part in ("fit", "select", "report")}
+    )
+    first, second = (run_audit(ZOO["llama"](), probe, ONE_ROUND).record for probe in (plain, longer))
+    assert second.probe.report_tokens == first.probe.report_tokens
+    for name in ("current", "composed", "shuffled", "head_control"):
+        assert getattr(second.loss, name) == pytest.approx(getattr(first.loss, name), abs=1e-4), name
+    for a, b in zip(first.blocks, second.blocks, strict=True):
+        assert b.energy == pytest.approx(a.energy, rel=1e-3)
+        assert b.recoverable_nats.mean == pytest.approx(a.recoverable_nats.mean, abs=1e-4)
+
+
+def padded(split, extra):
+    """Return a split with ``extra`` positions of padding, whose ids are no more likely than others."""
+    more = torch.full((split.sequences, extra), VOCABULARY - 1)
+    return dataclasses.replace(
+        split,
+        ids=torch.cat([split.ids, more], dim=1),
+        mask=torch.cat([split.mask, torch.zeros_like(more, dtype=torch.bool)], dim=1),
+    )
+
+
+# -- stopping ------------------------------------------------------------------------------------------------
+
+STAGES = [
+    "statistics of all blocks",
+    "taking blocks out",
+    "joint rounds",
+    "control: shuffled targets",
+    "leaving one block out",
+    "control: untrained",
+    "output head",
+    "refining blocks alone",
+]
+FIRST = "losses of the model as it stands"
+
+
+class Stopper:
+    """A watcher that raises at the last report of progress of a stage (``at=-1``) or at its first (``at=0``)."""
+
+    def __init__(self, stage, at, error, reports):
+        self.stage, self.error = stage, error
+        self.countdown = range(reports)[at] if stage else -1
+
+    def __call__(self, progress):
+        if progress.stage == self.stage:
+            if self.countdown == 0:
+                raise self.error
+            self.countdown -= 1
+
+
+@pytest.fixture(scope="module")
+def reports_per_stage():
+    seen: list[str] = []
+    run_audit(ZOO["plain"](), tiny_probe(), ONE_ROUND, watcher=lambda progress: seen.append(progress.stage))
+    assert list(dict.fromkeys(seen)) == [FIRST, *STAGES]
+    return {stage: seen.count(stage) for stage in seen}
+
+
+@pytest.mark.parametrize("at", [0, -1])
+@pytest.mark.parametrize("stage", STAGES)
+def test_ctrl_c_leaves_a_valid_report_of_what_was_finished(stage, at, reports_per_stage, tmp_path):
+    model = ZOO["plain"]()
+    before = Snapshot.of(model)
+    stopper = Stopper(stage, at, KeyboardInterrupt, reports_per_stage[stage])
+    outcome = run_audit(model, tiny_probe(), ONE_ROUND, watcher=stopper)
+    before.assert_unchanged(model)
+    record = outcome.record
+    assert not record.complete
+    assert "Stopped by the user" in record.notes[0]
+    reached = STAGES.index(stage)
+    assert (record.blocks[0].energy is None) == (reached == 0)
+    assert all((b.unique_nats is None) for b in record.blocks) or reached >= STAGES.index("leaving one block out")
+    write_certificate(tmp_path / "stopped", record, outcome.witness, outcome.probe)
+    assert AuditRecord.model_validate_json(record.to_json()) == record
+    assert verify_certificate(tmp_path / "stopped", model, full=True).holds
+
+
+@pytest.mark.parametrize("stage", [FIRST, *STAGES])
+def test_an_error_is_passed_on_and_nothing_stays_behind(stage, reports_per_stage):
+    model = ZOO["plain"]().train()
+    before = Snapshot.of(model)
+    with pytest.raises(RuntimeError, match="in the way"):
+        run_audit(
+            model,
+            tiny_probe(),
+            ONE_ROUND,
+            watcher=Stopper(stage, -1, RuntimeError("in the way"), reports_per_stage[stage]),
+        )
+    before.assert_unchanged(model)
+
+
+def test_ctrl_c_before_the_model_is_known_reports_nothing():
+    model = ZOO["plain"]()
+    before = Snapshot.of(model)
+    with pytest.raises(KeyboardInterrupt):
+        run_audit(model, tiny_probe(), ONE_ROUND, watcher=Stopper(FIRST, 0, KeyboardInterrupt, 1))
+    before.assert_unchanged(model)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("calls", [1, 8, 12, 30, 60])
+def test_stopped_inside_a_forward_pass(calls, error):
+    """Here weights are spliced in at the moment it happens, most of the time."""
+    model, seen = ZOO["plain"](), []
+
+    def count(*_):
+        seen.append(1)
+        if len(seen) == calls:
+            raise error
+
+    model.head.register_forward_hook(count)
+    before = Snapshot.of(model)
+    passed_on = error is RuntimeError or calls == 1  # Ctrl-C once the model's own losses are known is no error
+    with pytest.raises(error) if passed_on else nullcontext():
+        outcome = run_audit(model, tiny_probe(), ONE_ROUND)
+        assert not outcome.record.complete
+    assert len(seen) == calls
+    before.assert_unchanged(model)
+
+
+def test_a_budget_that_is_too_small_is_said_and_reported(tmp_path):
+    settings = dataclasses.replace(ONE_ROUND, budget_seconds=1e-3, joint_rounds=4)
+    model = ZOO["llama"]()
+    outcome = run_audit(model, tiny_probe(), settings)
+    record = outcome.record
+    assert not record.complete
+    assert "larger --budget" in record.notes[-1]
+    assert len(record.rounds) == 0
+    assert all(b.verdict == "grey" and b.recoverable_nats is None and b.energy is None for b in record.blocks)
+    write_certificate(tmp_path / "nothing", record, outcome.witness, outcome.probe)
+    assert verify_certificate(tmp_path / "nothing", model).holds
+
+
+def test_a_budget_spent_within_the_sweep_leaves_the_upper_blocks_measured():
+    def spend(progress):
+        if progress.stage == "statistics of all blocks" and progress.done == 2:
+            time.sleep(max(progress.left_seconds, 0.0))
+
+    settings = dataclasses.replace(ONE_ROUND, budget_seconds=3.0)
+    record = run_audit(ZOO["llama"](), tiny_probe(), settings, watcher=spend).record
+    assert not record.complete
+    assert [block.energy is None for block in record.blocks] == [True] * (BLOCKS - 2) + [False] * 2
+    assert record.blocks[0].matrices == ()
+    assert record.blocks[0].unique_nats is None
+
+
+# -- what it is given ----------------------------------------------------------------------------------------
+
+
+def test_fewer_tokens_than_inputs_leave_a_note_and_a_valid_result():
+    record = run_audit(ZOO["llama"](), tiny_probe(length=2), ONE_ROUND).record
+    (note,) = [note for note in record.notes if "rank deficient" in note]
+    assert "28 fit tokens for 48 inputs" in note
+    assert "(And 11 more like it.)" in note  # one for each of 3 x 4 inputs, whatever the number of rounds
+    assert all(math.isfinite(value) for _, value in flat(record.model_dump()) if isinstance(value, float))
+
+
+def test_enough_tokens_leave_no_note(outcome):
+    assert outcome.record.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("probe", "words"),
+    [
+        (lambda: tiny_probe(length=200), r"200 tokens, the model's context is 128"),
+        (lambda: Probe.from_tokens(sample_ids(28, 17) + 1), r"0\.\.96, the vocabulary of this model, got 97"),
+    ],
+)
+def test_probe_that_does_not_fit_the_model(probe, words):
+    with pytest.raises(ProbeError, match=words):
+        run_audit(ZOO["gpt2"](), probe(), ONE_ROUND)
+
+
+# -- the theorem, with a control -----------------------------------------------------------------------------
+
+DAMAGES = {
+    "sign flip": (damage.sign_flip, 3),
+    "noise": (lambda model, block: damage.noise(model, block, 1.0), 4),
+}
+DEPTH = AuditSettings(budget_seconds=600.0, joint_rounds=2, alone_rounds=0, controls=False)
+
+
+@pytest.fixture(scope="module")
+def healthy(stored_stage, training_probe):
+    return run_audit(stored_stage("final")[0], training_probe, DEPTH).record
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_block_is_found(name, healthy, small_gpt, training_probe):
+    """Statistic: ``unique``, what only one block gives back once all are refined together.
+
+    A block in the middle of the stack: damage in block 1 is given back by block 0 as well.
+    """
+    break_block, index = DAMAGES[name]
+    damaged = break_block(small_gpt("final")[0], index)
+    record = run_audit(damaged, training_probe, DEPTH).record
+    gained = record.loss.composed_gain
+    assert record.loss.current > healthy.loss.current + 0.3
+    assert gained.low > record.margin_nats
+    assert gained.low > healthy.loss.composed_gain.high + 0.1 if healthy.loss.composed_gain else gained.low > 0.1
+    first = max(record.blocks, key=lambda block: block.unique_nats.mean)
+    at_fault = record.blocks[index]
+    assert first is at_fault or (abs(first.index - index) == 1 and at_fault.unique_nats.high >= first.unique_nats.low)
+    assert at_fault.unique_nats.low > record.margin_nats
+    distant = [block for block in record.blocks if abs(block.index - index) > 1]
+    assert all(block.unique_nats.mean < at_fault.unique_nats.low for block in distant)
+    # Natural energy says so before anything is refined, where it was not so.
+    assert max(record.blocks, key=lambda block: block.natural_energy) is at_fault
+    assert at_fault.natural_energy > 3 * healthy.blocks[index].natural_energy
+    # So does taking it out: damage as heavy as this does harm, and the conclusion names it.
+    assert min(record.blocks, key=lambda block: block.removal_nats.mean) is at_fault
+    assert at_fault.removal_nats.high < -record.margin_nats
+    assert f"The model is better without block {index} (" in record.conclusion
+
+
+@pytest.mark.parametrize("name", ["stale", "scale 0.7", "scale 1.3", "reset"])
+def test_lighter_damage_is_certified_in_its_block_or_beside_it(name, healthy, small_gpt, training_probe):
+    """A stale block costs only 0.1 nats, which its neighbours can give back as well: there intervals decide."""
+    index = 3
+    damaged = damage.STANDARD[name](small_gpt("final")[0], index, small_gpt("early")[0])
+    record = run_audit(damaged, training_probe, DEPTH).record
+    assert record.loss.current > healthy.loss.current
+    assert record.loss.composed_gain.low > record.margin_nats
+    first = max(record.blocks, key=lambda block: block.unique_nats.mean)
+    at_fault = record.blocks[index]
+    assert first is at_fault or (abs(first.index - index) == 1 and at_fault.unique_nats.high >= first.unique_nats.low)
+
+
+def test_the_healthy_model_has_no_block_at_fault(healthy):
+    """The control: the same audit, where nothing is broken."""
+    assert healthy.loss.composed_gain is None or healthy.loss.composed_gain.low < healthy.margin_nats
+    measured = [block.unique_nats for block in healthy.blocks if block.unique_nats]
+    assert all(unique.low < healthy.margin_nats for unique in measured)
+    assert all(block.removal_nats.low > 0 for block in healthy.blocks)
+
+
+def test_a_block_taken_out_is_a_block_whose_outputs_are_zero(small_gpt, training_probe):
+    """So removal is a witness too, of the same shape: it can be checked with weights of zero."""
+    model = small_gpt("final")[0]
+    runner = Runner(model, find_blocks(model))
+    with torch.no_grad():
+        without = runner.losses_without(runner.trace(training_probe.select), 2)
+        model.model.layers[2].self_attn.o_proj.weight.zero_()
+        model.model.layers[2].mlp.down_proj.weight.zero_()
+        assert torch.allclose(without, runner.trace(training_probe.select).losses, rtol=1e-6)

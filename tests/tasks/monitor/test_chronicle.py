@@ -1,0 +1,195 @@
+"""From visits to rows: verdicts over time, changes of level, events, and what measurements are worth."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from peelwise.evidence.events import Seen
+from peelwise.evidence.intervals import Paired
+from peelwise.records.run import WHOLE_MODEL, MatrixShare
+from peelwise.tasks.monitor.chronicle import Chronicle
+from peelwise.tasks.monitor.measure import Visit
+
+BLOCKS = 4
+MUCH, NOTHING = Paired(0.05, 0.004, 40), Paired(0.001, 0.001, 40)
+
+
+def visit_of(loss=3.0, *, energies=(1.0,) * BLOCKS, alone=None, unique=None):
+    free = {
+        "energy": list(energies),
+        "natural_energy": [e / 2 for e in energies],
+        "gradient_norm": [e**0.5 for e in energies],
+    }
+    return Visit("alone", loss, free, alone or {}, unique or {}, None, None, (MatrixShare(0, "out", 1.0),))
+
+
+def chronicle(losses="flat", count=200, **options):
+    made = Chronicle(BLOCKS, **({"margin": None, "in_distribution": True} | options))
+    noise = np.random.default_rng(0).normal(scale=0.05, size=count)
+    for step in range(count):
+        made.loss(step, 3.0 + noise[step] - (0.01 * step if losses == "falling" else 0.0))
+    return made
+
+
+def add(made, step, visit, **options):
+    return made.add(step, visit, **({"seconds": 1.0, "share": 0.03} | options))
+
+
+def test_red_where_the_loss_stands_still_and_yellow_where_it_falls():
+    row = add(chronicle(), 200, visit_of(alone={0: MUCH, 1: NOTHING}))
+    assert row.letters == "RG??"
+    assert (row.still_falling, row.slope_low < 0 < row.slope_high) == (False, True)
+    row = add(chronicle("falling"), 200, visit_of(alone={0: MUCH, 1: NOTHING}))
+    assert row.letters == "YG??"
+    assert row.still_falling is True
+    assert row.slope == pytest.approx(-0.01, rel=0.1)
+
+
+@pytest.mark.parametrize(("fall", "letter"), [(0.004, "Y"), (0.0, "R"), (2e-5, "R")], ids=["falls", "stands", "creeps"])
+def test_a_probe_that_falls_by_more_than_the_margin_is_not_red_whatever_the_noise_of_the_batches(fall, letter):
+    made = chronicle()
+    for step in range(100, 201, 10):
+        row = add(made, step, visit_of(3.0 - fall * (step - 100), alone={0: MUCH} if step == 200 else {}))
+    assert row.letters[0] == letter
+    assert row.still_falling is False  # that is about the training loss
+
+
+def test_a_block_is_not_green_on_an_old_measurement_once_the_loss_has_risen():
+    made = chronicle()
+    assert add(made, 200, visit_of(3.0, alone={0: MUCH, 1: NOTHING})).letters == "RG??"
+    assert add(made, 210, visit_of(3.01)).letters == "RG??"  # by less than the margin
+    assert add(made, 220, visit_of(3.05)).letters == "R???"
+    assert made.wanted_first()[0] != 0
+    assert add(made, 230, visit_of(3.05, alone={1: NOTHING})).letters == "RG??"
+
+
+def test_never_red_before_the_slope_is_known():
+    row = add(chronicle(count=10), 10, visit_of(alone={0: MUCH}))
+    assert (row.letters[0], row.still_falling, row.slope) == ("Y", None, None)
+
+
+def test_the_probes_own_loss_serves_where_no_other_is_given():
+    made = Chronicle(BLOCKS, margin=None, in_distribution=True)
+    for step in range(40):
+        row = add(made, step, visit_of(5.0 - 0.02 * step))
+    assert row.slope == pytest.approx(-0.02)
+
+
+def test_equivalent_steps_are_recorded_while_the_loss_falls():
+    row = add(chronicle("falling"), 200, visit_of(alone={0: MUCH}))
+    (worth,) = [s for s in row.statistics if s.name == "equivalent_steps"]
+    assert worth.block == 0
+    assert worth.low < worth.value < worth.high
+    assert worth.value == pytest.approx(0.05 / -row.slope)
+    flat = add(chronicle(), 200, visit_of(alone={0: MUCH}))
+    assert not [s for s in flat.statistics if s.name == "equivalent_steps"]
+
+
+def test_red_is_told_when_it_begins_when_it_has_doubled_and_when_it_ends():
+    made, told = chronicle(), {}
+    for step in range(200, 1201, 50):
+        row = add(made, step, visit_of(alone={2: MUCH if step < 1100 else NOTHING}))
+        assert len(row.events) <= 1
+        if row.events:
+            told[step] = row.events[0]
+    assert list(told) == [200, 250, 300, 400, 600, 1000, 1100]
+    assert told[200].text.startswith("block 2 turned red: 0.050 +- 0.008 nats recoverable, ")
+    assert told[600].text.startswith("block 2 red for 400 steps")
+    assert told[1100].kind == "no-longer-red"
+
+
+def test_red_is_told_again_after_it_had_ended_and_once_at_one_step():
+    made = chronicle()
+    told = [
+        len(add(made, step, visit_of(alone={2: gain})).events)
+        for step, gain in ((200, MUCH), (200, MUCH), (210, NOTHING), (220, MUCH), (221, MUCH), (222, MUCH))
+    ]
+    assert told == [1, 0, 1, 1, 0, 1]
+
+
+def test_an_event_says_what_else_is_known_of_the_block():
+    seen = {2: Seen("has frozen parameters"), 3: Seen("", 0.01)}
+    row = add(chronicle(), 200, visit_of(alone={2: MUCH, 3: MUCH}), seen=seen)
+    assert ["frozen" in row.events[0].suggestion, "learning rate is 0.01" in row.events[1].suggestion] == [True, True]
+
+
+def test_verdict_rows_only_where_one_changes():
+    made = chronicle()
+    first = add(made, 200, visit_of(alone={0: MUCH}))
+    change = first.verdicts[0]
+    assert (change.block, change.colour, change.measured_step) == (0, "red", 200)
+    assert len(first.verdicts) == BLOCKS
+    assert add(made, 210, visit_of()).verdicts == ()
+    (change,) = add(made, 220, visit_of(alone={1: NOTHING})).verdicts
+    assert (change.block, change.colour, change.measured_step) == (1, "green", 220)
+
+
+def test_a_measurement_lasts_until_training_has_gained_as_much():
+    made = chronicle("falling")
+    assert add(made, 200, visit_of(3.0, alone={0: MUCH})).letters[0] == "Y"
+    assert add(made, 210, visit_of(2.96)).letters[0] == "Y"
+    assert add(made, 220, visit_of(2.94)).letters[0] == "?"
+
+
+def test_foreign_text_needs_a_block_that_stands_out():
+    row = add(chronicle(in_distribution=False), 200, visit_of(alone=dict.fromkeys(range(BLOCKS), MUCH)))
+    assert row.letters == "YYYY"
+
+
+def test_the_clouds_edges_are_those_of_the_reference_without_blocks_and_of_the_composed_witness():
+    def edges(made, visit):
+        return {s.name: s for s in add(made, 200, visit).statistics if s.name.startswith("bound")}
+
+    made, joint = chronicle(), replace(visit_of(3.0), kind="joint", composed=MUCH, upper=3.4)
+    assert edges(made, visit_of()) == {}
+    found = edges(made, joint)
+    assert all(edge.block == WHOLE_MODEL for edge in found.values())
+    assert (found["bound_upper"].value, found["bound_upper"].low) == (3.4, None)
+    lower, gain = found["bound_lower"], MUCH.interval()
+    assert lower.value == pytest.approx(2.95)
+    assert (3.0 - lower.high, 3.0 - lower.low) == (pytest.approx(gain.low), pytest.approx(gain.high))
+    assert list(edges(made, visit_of(2.9))) == ["bound_upper"]  # as last measured; the lower one is the model's own
+    worse = edges(made, replace(joint, composed=Paired(-0.05, 0.004, 40)))["bound_lower"]
+    none = edges(made, replace(joint, composed=None, upper=None))
+    assert [(e.value, e.low, e.high) for e in (worse, none["bound_lower"])] == [(3.0, 3.0, 3.0)] * 2
+    assert none["bound_upper"].value == 3.4
+
+
+def test_statistics_against_their_own_history():
+    made = chronicle()
+    for step in range(0, 100, 10):
+        row = add(made, step, visit_of(energies=(2.0**-step, 1.0, 1.0, 3.0 if step == 90 else 1.0)))
+    found = {(s.name, s.block): s for s in row.statistics}
+    assert found["energy", 0].to_trend == pytest.approx(1.0)
+    assert found["energy", 0].to_median < 0.01
+    assert found["energy", 3].to_median == pytest.approx(3.0)
+    assert found["gradient_norm", 3].to_trend == pytest.approx(3.0**0.5)
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0, 0.2])
+def test_a_change_of_level_is_told_once_with_its_date(factor):
+    made, draw, told = chronicle(), np.random.default_rng(0), []
+    for step in range(0, 300, 10):
+        energies = np.exp(0.05 * draw.normal(size=BLOCKS)) * (0.5 if step > 150 else 1.0)  # all fall together
+        energies[1] *= factor if step >= 200 else 1.0
+        told += add(made, step, visit_of(energies=energies)).events
+    if factor == 1.0:  # the control
+        assert told == []
+    else:
+        (event,) = told
+        assert (event.kind, event.block, event.since_step, event.step) == ("change", 1, 200, 210)
+        assert "between steps 190 and 200" in event.text
+        assert ("rose" if factor > 1 else "fell") in event.text
+
+
+def test_blocks_are_refined_in_turn_and_changed_ones_first():
+    made = chronicle()
+    add(made, 0, visit_of(energies=(1.0, 4.0, 2.0, 3.0)))
+    assert made.wanted_first() == [1, 3, 2, 0]
+    add(made, 10, visit_of(alone={1: NOTHING, 3: NOTHING}))
+    add(made, 20, visit_of(alone={2: NOTHING, 0: NOTHING}))
+    assert made.wanted_first() == [1, 3, 0, 2]
+    for step in range(30, 300, 10):
+        add(made, step, visit_of(energies=(1.0, 1.0, 1.0 if step < 200 else 9.0, 1.0)))
+    assert made.wanted_first() == [2, 1, 3, 0]
