@@ -60,7 +60,7 @@ def test_version(run):
 @pytest.mark.parametrize("arguments", [["--help"], ["audit", "--help"], ["--version"], ["report", "DIR"]])
 def test_without_torch(arguments, certificate):
     """``--help`` and ``report`` work where torch would not even import."""
-    code = "import sys; sys.modules |= dict.fromkeys(('torch', 'transformers')); from peelwise.cli import main; main.main()"
+    code = "import sys; sys.modules.update(torch=None, transformers=None); import peelwise.cli.main as m; m.main()"
     arguments = [str(certificate) if argument == "DIR" else argument for argument in arguments]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -111,9 +111,7 @@ def test_command_line_refusals_leave_nothing(arguments, words, run, run_db, tmp_
 
 @pytest.mark.parametrize(("form", "missing"), [("parquet", "pyarrow"), ("tensorboard", "tensorboard")])
 def test_without_the_library_the_error_says_what_to_install(form, missing, run_db, tmp_path):
-    code = (
-        f"import sys; sys.modules |= dict.fromkeys(({missing!r}, 'torch')); from peelwise.cli import main; main.main()"
-    )
+    code = f"import sys; sys.modules |= dict.fromkeys(({missing!r}, 'torch')); import peelwise.cli.main as m; m.main()"
     command = [sys.executable, "-c", code, "export", str(run_db), "--to", form, "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, f'pip install "peelwise[{form}]"' in done.stderr) == (2, True), done.stderr

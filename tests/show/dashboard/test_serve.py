@@ -53,7 +53,7 @@ def test_without_the_extra(run, tmp_path, monkeypatch):
 
 def test_it_serves_without_torch_and_ends_at_control_c(tmp_path):
     path = write_run(tmp_path / "run.db")
-    code = "import sys; sys.modules |= dict.fromkeys(('torch', 'transformers')); from peelwise.cli import main; main.main()"
+    code = "import sys; sys.modules.update(torch=None, transformers=None); import peelwise.cli.main as m; m.main()"
     command = [sys.executable, "-c", code, "serve", str(path), "--port", "0", "--no-open"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
