@@ -17,7 +17,7 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 from common import write
-from peelwise.records.run import MatrixShare, ProbeRow, RunInfo, Statistic, StepRow
+from peelwise.records.run import MatrixShare, Measurement, RunInfo, Statistic, StepRow
 from peelwise.show.dashboard.serve import Address, Server
 from peelwise.store.writer import RunWriter
 from peelwise.tasks.monitor.measure import FREE
@@ -48,14 +48,14 @@ def row(step, blocks):
     rows += [Statistic("recoverable", block, 0.01, 0.005, 0.015, 0.001, 0.0) for block in refined]
     matrices = tuple(MatrixShare(block, f"matrix_{m}", 1 / 7) for block in refined for m in range(7))
     letters = "".join("GGGGYGR?"[(b * 7 + step // 90) % 8] for b in range(blocks))
-    return ProbeRow(step, "alone", 2 + 9 / (9 + step), 1.0, 0.03, letters, statistics=tuple(rows), matrices=matrices)
+    return Measurement(step, "alone", 2 + 9 / (9 + step), 1.0, 0.03, letters, statistics=tuple(rows), matrices=matrices)
 
 
 def filled(path, blocks, probes):
     writer = RunWriter(path, RunInfo("run", "Model", 1, tuple(f"layers.{b}" for b in range(blocks)), budget=0.03))
     for step in range(probes):
         writer.step(StepRow(step, 2 + 9 / (9 + step), 0.03))
-        writer.probe(row(step, blocks))
+        writer.measurement(row(step, blocks))
     return writer
 
 
@@ -79,7 +79,7 @@ def followed(page, writer, blocks, first):
     for step in range(first, first + UPDATES):
         before = page.evaluate("window.seen.length")
         writer.step(StepRow(step, 2.0, 0.03))
-        writer.probe(row(step, blocks))
+        writer.measurement(row(step, blocks))
         start = time.perf_counter()
         while page.evaluate("window.seen.length") == before:
             time.sleep(0.005)

@@ -33,7 +33,7 @@ from peelwise.formats.table import parse_format
 from peelwise.model.architectures.decoder import find_blocks
 from peelwise.model.checkpoints import open_model
 from peelwise.model.guard import untouched
-from peelwise.model.layers import LinearMap
+from peelwise.model.layers import LinearLayer
 from peelwise.probe.probe import Split
 from peelwise.probe.texts import reference_prose
 from peelwise.references.quantized import quadratic, shrunk, solve
@@ -73,12 +73,12 @@ def layers(source: str, tokens: int) -> list[Layer]:
     return [Layer(m.name, m.weight().clone(), own[m], other[m]) for m in maps]
 
 
-def moments(model: torch.nn.Module, maps: list[LinearMap], split: Split) -> dict[LinearMap, Tensor]:
+def moments(model: torch.nn.Module, maps: list[LinearLayer], split: Split) -> dict[LinearLayer, Tensor]:
     """Return ``E[x x^T]`` of every map over a split."""
     sums = {m: GramSum() for m in maps}
     weights: Tensor = split.weights
 
-    def keep(m: LinearMap) -> Callable[..., None]:
+    def keep(m: LinearLayer) -> Callable[..., None]:
         def after(module: torch.nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
             sums[m].update(args[0][weights].double())
 

@@ -19,7 +19,7 @@ from peelwise.model.architectures.decoder import find_blocks
 from peelwise.model.guard import untouched
 from peelwise.model.layers import parameter_count
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner
-from peelwise.tasks.monitor.measure import visit
+from peelwise.tasks.monitor.measure import measure as measure_model
 
 KINDS = ("ranking", "alone", "joint")
 VOCABULARY, LENGTH = 512, 64
@@ -54,7 +54,8 @@ def measure(size, tokens, repetitions):
     probe = peelwise.Probe.from_tokens(ids, tokens=tokens, sequence_length=LENGTH, in_distribution=True)
     order = list(range(len(blocks)))
     works = {
-        kind: partial(visit, model, blocks, probe, kind, order, micro_batch_tokens=MICRO_BATCH_TOKENS) for kind in KINDS
+        kind: partial(measure_model, model, blocks, probe, kind, order, micro_batch_tokens=MICRO_BATCH_TOKENS)
+        for kind in KINDS
     }
     times = interleaved({"forward": partial(forward, model, blocks, probe), **works}, repetitions)
     return {

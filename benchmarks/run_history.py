@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from common import write
-from peelwise.records.run import MatrixShare, ProbeRow, RunInfo, Statistic, StepRow
+from peelwise.records.run import MatrixShare, Measurement, RunInfo, Statistic, StepRow
 from peelwise.store.reader import RunReader
 from peelwise.store.writer import RunWriter
 from peelwise.tasks.monitor.measure import FREE
@@ -28,7 +28,7 @@ def row(step):
     refined = [(4 * step + k) % BLOCKS for k in range(4)]
     rows += [Statistic("recoverable", block, 0.01, 0.005, 0.015, 0.001, 0.0) for block in refined]
     matrices = tuple(MatrixShare(block, f"matrix_{m}", 1 / 7) for block in refined for m in range(7))
-    return ProbeRow(step, "alone", 2.0, 1.0, 0.03, "RYG?" * 15, statistics=tuple(rows), matrices=matrices)
+    return Measurement(step, "alone", 2.0, 1.0, 0.03, "RYG?" * 15, statistics=tuple(rows), matrices=matrices)
 
 
 def fill(path, probes):
@@ -38,7 +38,7 @@ def fill(path, probes):
         start = time.process_time()
         for step, each in enumerate(rows):
             writer.step(StepRow(step, 2.0, 0.03))
-            writer.probe(each)
+            writer.measurement(each)
         return 2 * probes / (time.process_time() - start)
 
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from peelwise.engine.clock import Clock
-from peelwise.engine.session import Bench
+from peelwise.engine.session import Session
 from peelwise.engine.sweep import block_moments
 from peelwise.model.architectures.decoder import find_blocks
-from peelwise.model.layers import Block, LinearMap
+from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.runner import Runner, Trace
 from peelwise.probe.probe import Probe, Split
 from peelwise.records.audit import AuditRecord
@@ -59,12 +59,12 @@ def runner_of(model: nn.Module, **options: Any) -> Runner:
     return Runner(model.requires_grad_(False), find_blocks(model), **options)
 
 
-def bench_of(model: nn.Module, probe: Probe | None = None, **options: Any) -> Bench:
+def session_of(model: nn.Module, probe: Probe | None = None, **options: Any) -> Session:
     """Return what the stages of an audit work on, with ten minutes on its clock."""
     probe = probe or tiny_probe()
     runner = runner_of(model, **options)
     traces = [runner.trace(split) for split in (probe.fit, probe.select, probe.report)]
-    return Bench(runner, probe, *traces, clock=Clock(600.0, runner.work), seed=probe.seed)
+    return Session(runner, probe, *traces, clock=Clock(600.0, runner.work), seed=probe.seed)
 
 
 def slow_losses(model: nn.Module, rows: list[list[int]]) -> Tensor:
@@ -81,9 +81,9 @@ def slow_moments(model: nn.Module, rows: list[list[int]]) -> dict[str, Moments]:
     """Return S, C, F of every map in float64: S and F from what hooks see, C from the parameters' own ``.grad``."""
     model = copy.deepcopy(model).double().requires_grad_(True)
     maps = [linear for block in find_blocks(model) for linear in block.linears]
-    seen: dict[LinearMap, list[tuple[Tensor, Tensor]]] = {linear: [] for linear in maps}
+    seen: dict[LinearLayer, list[tuple[Tensor, Tensor]]] = {linear: [] for linear in maps}
 
-    def keep(linear: LinearMap) -> Any:
+    def keep(linear: LinearLayer) -> Any:
         def after(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
             y.retain_grad()
             seen[linear].append((args[0].detach(), y))
@@ -143,7 +143,7 @@ def random_changes(model: nn.Module, strength: float = 0.3, dtype: torch.dtype =
 
 
 @torch.no_grad()
-def written(model: nn.Module, changes: dict[LinearMap, Tensor], scale: float = 1.0) -> nn.Module:
+def written(model: nn.Module, changes: dict[LinearLayer, Tensor], scale: float = 1.0) -> nn.Module:
     """Return a copy of a model with the changes written into its parameters: what a splice must equal."""
     out = copy.deepcopy(model)
     for block in find_blocks(out):
@@ -229,7 +229,7 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def block_of(blocks: tuple[Block, ...], name: str) -> LinearMap:
+def block_of(blocks: tuple[Block, ...], name: str) -> LinearLayer:
     """Return the one map whose name ends in ``name`` in the first block."""
     (found,) = (linear for linear in blocks[0].linears if linear.name.endswith(name))
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peelwise.records.run import WHOLE_MODEL, Event, MatrixShare, ProbeRow, RunInfo, Statistic, StepRow, VerdictRow
+from peelwise.records.run import WHOLE_MODEL, Event, MatrixShare, Measurement, RunInfo, Statistic, StepRow, VerdictRow
 from peelwise.store.writer import RunWriter
 
 BLOCKS = ("blocks.0", "blocks.1", "blocks.2")
@@ -25,7 +25,7 @@ def run_info(name: str = "run", blocks: tuple[str, ...] = BLOCKS) -> RunInfo:
     )
 
 
-def probe_row(step: int, *, kind="ranking", events: tuple[Event, ...] = (), letters: str = "RG?") -> ProbeRow:
+def measurement_row(step: int, *, kind="ranking", events: tuple[Event, ...] = (), letters: str = "RG?") -> Measurement:
     """Return a probe whose every number can be told from its step, block and name."""
     statistics = [
         Statistic(name, block, step + block / 10 + place / 100, to_median=1.5)
@@ -36,7 +36,7 @@ def probe_row(step: int, *, kind="ranking", events: tuple[Event, ...] = (), lett
         statistics.append(Statistic("recoverable", 1, 0.03, 0.02, 0.04))
         statistics.append(Statistic("bound_upper", WHOLE_MODEL, 2.99))
         statistics.append(Statistic("bound_lower", WHOLE_MODEL, 2.9 - step / 1000, 2.88, 2.92))
-    return ProbeRow(
+    return Measurement(
         step,
         kind,
         probe_loss=3.0 - step / 1000,
@@ -67,5 +67,5 @@ def write_run(path: Path, steps: int = 40, every: int = 10, name: str = "run") -
             if step % every == 0:
                 last = step + every >= steps
                 kind = "alone" if step % (2 * every) else "ranking"
-                writer.probe(probe_row(step, kind=kind, events=(event(step),) if last else ()))
+                writer.measurement(measurement_row(step, kind=kind, events=(event(step),) if last else ()))
     return path

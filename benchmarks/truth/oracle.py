@@ -157,7 +157,7 @@ def compared(case: Case) -> dict[str, Any]:
         whole = sum(truth["gains"])
         found["share_of_gain"] = sum(found["gains"]) / whole if whole > SOMETHING else None
         found["share_of_cost"] = found["token_passes"] / truth["token_passes"]
-        found["rank_correlation"] = ranks(found["gains"], truth["gains"])
+        found["rank_correlation"] = processes(found["gains"], truth["gains"])
         references.append(found)
         print(case.name, {key: found[key] for key in ("fit_tokens", "share_of_gain", "share_of_cost")}, flush=True)
     return {"oracle": truth, "fresh_tokens": fresh.tokens, "references": references}
@@ -178,10 +178,10 @@ def ranks_of_all(cases: list[dict[str, Any]]) -> list[float]:
     """Return per reference the rank correlation with the oracle over the blocks of all models."""
     truth = [gain for case in cases for gain in case["oracle"]["gains"]]
     found = [[g for case in cases for g in case["references"][i]["gains"]] for i in range(len(REFERENCES))]
-    return [ranks(gains, truth) for gains in found]
+    return [processes(gains, truth) for gains in found]
 
 
-def ranks(found: list[float], truth: list[float]) -> float | None:
+def processes(found: list[float], truth: list[float]) -> float | None:
     """Return Spearman's correlation, or nothing where all are alike."""
     return float(spearmanr(found, truth).statistic) if len(set(found)) > 1 < len(set(truth)) else None
 

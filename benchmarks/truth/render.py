@@ -226,7 +226,7 @@ def goals(summary: dict[str, Any], rows: Sequence[Row]) -> str:
     cheap = [f for f in every if f["share_of_cost"] <= 0.05 and f["share_of_gain"] is not None]
     by_case = [[f for f in case["references"] if f in cheap] for case in _result("oracle")["cases"]]
     tight = [max((f["share_of_gain"] for f in found), default=0.0) for found in by_case]
-    ranks = _result("oracle")["rank_correlation_of_all_blocks"]
+    processes = _result("oracle")["rank_correlation_of_all_blocks"]
     fits = [found["fit_tokens"] for found in _result("oracle")["cases"][0]["references"]]
     held = _result("certificates")["rows"]
     lines = [
@@ -241,7 +241,7 @@ def goals(summary: dict[str, Any], rows: Sequence[Row]) -> str:
         [
             "rank correlation with the oracle, blocks of all these models, by fit tokens (rounds differ)",
             "0.85",
-            ", ".join(f"{rank:.2f} ({tokens:,})" for rank, tokens in zip(ranks, fits, strict=True)),
+            ", ".join(f"{rank:.2f} ({tokens:,})" for rank, tokens in zip(processes, fits, strict=True)),
         ],
         [
             "certificates that hold under other settings",

@@ -21,7 +21,7 @@ from damage import sign_flip
 from peelwise.errors import OptionError, ProbeError, UnsupportedModelError
 from peelwise.records.run import COLOURS
 from peelwise.store.reader import RunReader
-from peelwise.tasks.monitor import measure as visit
+from peelwise.tasks.monitor import measure as measuring
 from peelwise.tasks.monitor.follower import Follower, MonitorSettings
 from zoo import BLOCKS, ZOO, sample_ids
 
@@ -179,7 +179,7 @@ def test_a_monitor_that_is_not_careful_would_change_training(monkeypatch):
         yield
         model.train().requires_grad_(True)
 
-    monkeypatch.setattr(visit, "untouched", careless)
+    monkeypatch.setattr(measuring, "untouched", careless)
     found, _ = train(model_of("plain"), monitor=scheduled())
     with pytest.raises(AssertionError):
         assert_same(found, expected)
@@ -463,7 +463,7 @@ class Rows:
 
     def step(self, row): ...
 
-    def probe(self, row):
+    def measurement(self, row):
         self.rows.append(row)
 
     def event(self, event): ...
@@ -473,7 +473,7 @@ def test_a_damaged_block_turns_red_when_the_loss_stands_still_and_a_healthy_mode
     small_gpt, training_probe, monkeypatch
 ):
     """Both kinds of faults at once: what the block could gain, and that nothing trains it."""
-    monkeypatch.setattr(visit, "_affordable", lambda bench, order: list(order))  # on a busy machine not all are
+    monkeypatch.setattr(measuring, "_affordable", lambda session, order: list(order))  # on a busy machine not all are
     probe = part_of(training_probe, fit=16, select=5, report=10)
     settings = MonitorSettings(budget=None, schedule=lambda step: step == 40, plan=("alone",))
     noise, letters = np.random.default_rng(0).normal(scale=0.05, size=41), {}

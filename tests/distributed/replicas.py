@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import peelwise
 from audits import tiny_probe
-from peelwise.distributed import processes as ranks
+from peelwise.distributed import processes
 from peelwise.errors import OptionError, OtherProcessError, UnsupportedModelError
-from peelwise.tasks.monitor import measure as visit
+from peelwise.tasks.monitor import measure as measuring
 from zoo import ZOO, sample_ids
 
 STEPS = 7
@@ -71,7 +71,7 @@ def train(wrap, out: Path, *, watched: bool) -> dict[str, torch.Tensor]:
 
 def look(wrap) -> list:
     """Look at a model that stands still, in float64; how many blocks are refined is left to no clock."""
-    visit._affordable = lambda bench, order: list(order)
+    measuring._affordable = lambda session, order: list(order)
     model = wrap(ZOO["plain"]().double())
     with peelwise.Monitor(model, tiny_probe(), budget=None, schedule=peelwise.every(1), store=None) as monitor:
         return [monitor.step(step) for step in range(4)]
@@ -79,7 +79,7 @@ def look(wrap) -> list:
 
 def fail(wrap) -> None:
     """One process fails in the middle of a look: all give it up and go on, and none waits for it."""
-    kept, rank = visit.sweep, distributed.get_rank()
+    kept, rank = measuring.sweep, distributed.get_rank()
 
     def broken(*args, **options):
         if rank == 1:
@@ -88,11 +88,11 @@ def fail(wrap) -> None:
 
     model = wrap(ZOO["plain"]())
     with peelwise.Monitor(model, tiny_probe(), budget=None, schedule=peelwise.every(1), store=None) as monitor:
-        visit.sweep = broken
+        measuring.sweep = broken
         try:
             assert monitor.step(0) is None
         finally:
-            visit.sweep = kept
+            measuring.sweep = kept
         assert monitor.step(1) is None
         if rank == 0:
             (event,) = [event for event in monitor.events if event.kind == "not-measured"]
@@ -115,7 +115,7 @@ def refuse(out: Path) -> None:
 
 def forget() -> None:
     """A monitor in one process only is an error, not a wait for ever; last of all, because processes then miscount."""
-    ranks._PATIENCE = timedelta(seconds=1)
+    processes._PATIENCE = timedelta(seconds=1)
     if distributed.get_rank() == 0:
         with pytest.raises(OptionError, match="Only 1 of 2 processes made a monitor within 1 s"):
             peelwise.Monitor(ZOO["plain"](), tiny_probe(), store=None)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from audits import split_of
-from peelwise.distributed.processes import ALONE, Ranks
+from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.engine.sweep import sweep
 from peelwise.errors import OtherProcessError
 from peelwise.model.architectures.decoder import find_blocks
@@ -17,7 +17,7 @@ from zoo import ZOO, sample_ids
 pytestmark = pytest.mark.filterwarnings("ignore::peelwise.errors.IllConditionedWarning")
 
 
-class Threads(Ranks):
+class Threads(Processes):
     """One of two threads that meet at a barrier."""
 
     count = 2
@@ -32,21 +32,21 @@ class Threads(Ranks):
         self._barrier.wait(60)
         return found
 
-    def add(self, totals):
+    def all_reduce_(self, totals):
         totals = list(totals)
         for total, others in zip(totals, zip(*self._exchanged([t.clone() for t in totals]), strict=True), strict=True):
             total.copy_(sum(others))
 
-    def joined(self, rows):
+    def all_gather(self, rows):
         return torch.cat(self._exchanged(rows))
 
-    def told(self, value):
+    def broadcast(self, value):
         return self._exchanged(value)[0]
 
 
-def swept(model, split, ranks):
+def swept(model, split, processes):
     model.requires_grad_(False)
-    runner = Runner(model, find_blocks(model), micro_batch_tokens=40, ranks=ranks)
+    runner = Runner(model, find_blocks(model), micro_batch_tokens=40, processes=processes)
     trace = runner.trace(split)
     (found,) = sweep(runner, trace, trace)
     return trace, runner.losses_from(trace, 1), found
@@ -58,14 +58,14 @@ def test_shares_are_equal_and_in_order(sequences):
     parts = [Threads(rank, barrier, table).part(sequences) for rank in (0, 1)]
     assert len(parts[0]) == len(parts[1])
     assert [place for part in parts for place in part if place is not None] == list(range(sequences))
-    assert ALONE.part(sequences) == list(range(sequences))
+    assert ONE_PROCESS.part(sequences) == list(range(sequences))
 
 
 @pytest.mark.parametrize("name", ["plain", "llama"])
 @pytest.mark.parametrize("lengths", [(13, 9, 13, 6, 11), (12,)], ids=["ragged", "fewer than processes"])
 def test_what_two_find_is_what_one_finds(name, lengths):
     split = split_of([sample_ids(1, length, seed=length).flatten().tolist() for length in lengths])
-    trace, losses, expected = swept(ZOO[name](), split, ALONE)
+    trace, losses, expected = swept(ZOO[name](), split, ONE_PROCESS)
     table, barrier, models = {}, threading.Barrier(2), (ZOO[name](), ZOO[name]())
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(lambda rank: swept(models[rank], split, Threads(rank, barrier, table)), (0, 1)))

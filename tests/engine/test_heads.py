@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from audits import bench_of
+from audits import session_of
 from peelwise.engine.heads import without_blocks
 from peelwise.model.guard import untouched
 from peelwise.probe.probe import Probe
@@ -25,7 +25,7 @@ def chain(length=3000, followers=2):
 def bound(model, ids):
     probe = Probe.from_tokens(ids, tokens=len(ids), sequence_length=32, in_distribution=True)
     with untouched(model):
-        return without_blocks(bench_of(model, probe), seconds=60.0)
+        return without_blocks(session_of(model, probe), seconds=60.0)
 
 
 def test_it_knows_the_last_token_and_nothing_else():
@@ -56,5 +56,5 @@ def test_no_time_is_a_looser_bound():
     model = ZOO["plain"]()
     probe = Probe.from_tokens(chain(1200), tokens=1200, sequence_length=32, in_distribution=True)
     with untouched(model):
-        cut = without_blocks(bench_of(model, probe), seconds=0.0)
+        cut = without_blocks(session_of(model, probe), seconds=0.0)
     assert cut == pytest.approx(torch.tensor(VOCABULARY).log().item())

@@ -15,13 +15,13 @@ from peelwise.loggers.jsonl import JsonLines
 from peelwise.loggers.table import LOGGERS, logger_of
 from peelwise.loggers.tensorboard import TensorBoard
 from peelwise.records.run import StepRow
-from runs import event, probe_row
+from runs import event, measurement_row
 from zoo import ZOO
 
 ROWS = [
     ("step", StepRow(0, None, 0.0)),
     ("step", StepRow(1, 3.5, 0.02)),
-    ("probe", probe_row(1, kind="alone", events=(event(1),))),
+    ("measurement", measurement_row(1, kind="alone", events=(event(1),))),
     ("event", event(2, text="it is \x1b[31mfrozen")),
 ]
 
@@ -48,7 +48,8 @@ def test_json_lines_are_whole_at_once(tmp_path):
     logger = tell(JsonLines(path))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     logger.close()
-    assert lines == [json.loads(json.dumps({"row": kind, **asdict(row)})) for kind, row in ROWS]
+    named = {"measurement": "probe"}  # the file keeps the word that files people have use
+    assert lines == [json.loads(json.dumps({"row": named.get(kind, kind), **asdict(row)})) for kind, row in ROWS]
     tell(JsonLines(path)).close()
     assert len(path.read_text().splitlines()) == 2 * len(ROWS)  # a run that goes on is appended
     with pytest.raises(OutputError, match="cannot be written"):
@@ -62,7 +63,7 @@ def test_tensorboard(tmp_path):
     events = EventAccumulator(str(tmp_path)).Reload()
     found = {tag: [(e.step, round(e.value, 5)) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     expected = {
-        tag: [(1, pytest.approx(value, abs=1e-5))] for tag, value in probe_row(1, kind="alone").scalars().items()
+        tag: [(1, pytest.approx(value, abs=1e-5))] for tag, value in measurement_row(1, kind="alone").scalars().items()
     }
     assert found == expected | {"peelwise/loss": [(1, 3.5)], "peelwise/share": [(0, 0.0), (1, 0.02)]}
     texts = [(e.step, e.tensor_proto.string_val[0].decode()) for e in events.Tensors("peelwise/events")]
@@ -79,7 +80,7 @@ def test_unknown_loggers(what):
 
 def test_a_monitor_tells_its_loggers_and_outlives_them(tmp_path, capsys):
     class Broken(JsonLines):
-        def probe(self, row):
+        def measurement(self, row):
             raise OSError("no space left")
 
     broken = Broken(tmp_path / "broken.jsonl")

@@ -12,9 +12,9 @@ from peelwise.loggers.mlflow import MLflow
 from peelwise.loggers.table import logger_of
 from peelwise.loggers.trackio import Trackio
 from peelwise.loggers.wandb import WeightsAndBiases
-from runs import event, probe_row
+from runs import event, measurement_row
 
-LOOK = probe_row(1, kind="alone").scalars()
+LOOK = measurement_row(1, kind="alone").scalars()
 EXPECTED = [(0, {"peelwise/share": 0.0}), (1, {"peelwise/share": 0.02, "peelwise/loss": 3.5}), (1, LOOK)]
 
 
@@ -86,7 +86,7 @@ def test_weights_and_biases_in_a_run_that_goes_on(wandb, tmp_path):
         for step in range(3):
             logger.step(ROWS[1][1])
             if step == 1:
-                logger.probe(ROWS[2][1])
+                logger.measurement(ROWS[2][1])
             run.log({"theirs": step}, step=step)
         logger.event(event(3, level="info"))
         logger.close()

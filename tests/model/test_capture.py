@@ -8,7 +8,7 @@ from audits import Snapshot, block_of
 from peelwise.errors import UnsupportedModelError
 from peelwise.model.architectures.decoder import find_blocks
 from peelwise.model.capture import captured
-from peelwise.model.layers import Block, LinearMap
+from peelwise.model.layers import Block, LinearLayer
 from zoo import ZOO, sample_ids
 
 # Per architecture the maps of a block that are fed one and the same tensor.
@@ -38,7 +38,7 @@ class Twice(nn.Module):
 
 
 def maps_of(module):
-    return [LinearMap(name, child, False) for name, child in module.named_children()]
+    return [LinearLayer(name, child, False) for name, child in module.named_children()]
 
 
 def test_maps_of_one_input_share_a_sum_only_where_both_or_neither_has_a_bias():
@@ -58,7 +58,7 @@ def test_groups_of_real_blocks(name):
     blocks = find_blocks(model)
     with captured(blocks[0].linears) as capture:
         model(sample_ids())
-    groups: dict[LinearMap, set[LinearMap]] = {}
+    groups: dict[LinearLayer, set[LinearLayer]] = {}
     for linear, first in capture.groups.items():
         groups.setdefault(first, set()).add(linear)
     expected = [{block_of(blocks, name) for name in names} for names in SHARED[name]]

@@ -6,7 +6,7 @@ from torch import nn
 
 from audits import Snapshot, random_changes, written
 from peelwise.model import splice
-from peelwise.model.layers import LinearMap
+from peelwise.model.layers import LinearLayer
 from peelwise.model.splice import spliced
 from zoo import ZOO, sample_ids
 
@@ -62,7 +62,7 @@ def test_a_change_too_small_for_bf16_weights_still_acts():
     linear.weight.copy_(torch.tensor([1.0, -1.0]).repeat(32))
     x, step = torch.ones(1, 64).bfloat16(), 2.0**-9  # 1 + 2^-9 is 1 in bf16
     assert float(nn.functional.linear(x, linear.weight + step)) == 0.0
-    with spliced({LinearMap("map", linear, False): torch.full((1, 64), step)}):
+    with spliced({LinearLayer("map", linear, False): torch.full((1, 64), step)}):
         assert float(linear(x)) == 64 * step
 
 
@@ -70,7 +70,7 @@ def test_a_change_too_small_for_bf16_weights_still_acts():
 def test_nested_splices_add_up(dtype):
     linear, x = nn.Linear(5, 3).to(dtype), torch.ones(2, 5, dtype=dtype)
     change, own = torch.full((3, 6), 0.5), linear(x)
-    m = LinearMap("map", linear, False)
+    m = LinearLayer("map", linear, False)
     with spliced({m: change}):
         with spliced({m: change}, 2.0):
             torch.testing.assert_close(linear(x), own + 9.0, rtol=2e-2, atol=2e-2)
@@ -83,7 +83,7 @@ def test_keyword_input(path, monkeypatch):
     if path == "hooked":
         only_hooks(monkeypatch)
     linear, x = nn.Linear(5, 3), torch.ones(2, 5)
-    with spliced({LinearMap("map", linear, False): torch.ones(3, 6)}):
+    with spliced({LinearLayer("map", linear, False): torch.ones(3, 6)}):
         torch.testing.assert_close(linear(input=x), linear(x), rtol=0, atol=0)
 
 
@@ -94,7 +94,7 @@ def test_somebody_elses_forward_and_hooks_are_kept():
     seen = []
     linear.register_forward_hook(lambda module, args, y: seen.append(y))
     before = Snapshot.of(linear)
-    with spliced({LinearMap("map", linear, False): torch.ones(3, 6)}):
+    with spliced({LinearLayer("map", linear, False): torch.ones(3, 6)}):
         torch.testing.assert_close(linear(x), 10 * own + 6)
     before.assert_unchanged(linear)
     torch.testing.assert_close(linear(x), 10 * own)

@@ -5,7 +5,7 @@ import sqlite3
 
 import numpy as np
 
-from peelwise.records.run import WHOLE_MODEL, ProbeRow, Statistic
+from peelwise.records.run import WHOLE_MODEL, Measurement, Statistic
 from peelwise.store import profiles
 from peelwise.store.reader import RunReader
 from peelwise.store.writer import RunWriter
@@ -24,8 +24,10 @@ def test_numbers_of_all_blocks_and_of_the_whole_model():
 
 def test_a_run_without_blocks_and_looks_without_numbers(tmp_path):
     with RunWriter(tmp_path / "run.db", run_info(blocks=())) as writer:
-        writer.probe(ProbeRow(0, "ranking", 2.0, 0.1, 0.0, ""))
-        writer.probe(ProbeRow(1, "ranking", 2.0, 0.1, 0.0, "", statistics=(Statistic("composed", WHOLE_MODEL, 1.0),)))
+        writer.measurement(Measurement(0, "ranking", 2.0, 0.1, 0.0, ""))
+        writer.measurement(
+            Measurement(1, "ranking", 2.0, 0.1, 0.0, "", statistics=(Statistic("composed", WHOLE_MODEL, 1.0),))
+        )
     with RunReader(tmp_path / "run.db") as reader:
         run = reader.latest()
         assert reader.values(run, "composed", WHOLE_MODEL).numbers.tolist() == [[1.0]]
@@ -36,7 +38,9 @@ def test_a_run_without_blocks_and_looks_without_numbers(tmp_path):
 def test_only_the_steps_that_are_wanted_also_where_they_came_back(tmp_path):
     with RunWriter(tmp_path / "run.db", run_info()) as writer:
         for step in (0, 100, 2, 101):
-            writer.probe(ProbeRow(step, "ranking", 2.0, 0.1, 0.0, "RG?", statistics=(Statistic("energy", 1, step),)))
+            writer.measurement(
+                Measurement(step, "ranking", 2.0, 0.1, 0.0, "RG?", statistics=(Statistic("energy", 1, step),))
+            )
     with RunReader(tmp_path / "run.db") as reader:
         run = reader.latest()
         assert reader.values(run, "energy", 1).numbers[:, 0].tolist() == [0, 100, 2, 101]

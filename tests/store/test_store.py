@@ -18,7 +18,7 @@ from peelwise.records.run import WHOLE_MODEL, Statistic, StepRow
 from peelwise.store import schema
 from peelwise.store.reader import RunReader
 from peelwise.store.writer import RunWriter
-from runs import BLOCKS, STATISTICS, event, probe_row, run_info, write_run
+from runs import BLOCKS, STATISTICS, event, measurement_row, run_info, write_run
 
 PAGE = Path(__file__).parents[2] / "docs" / "run-history.md"
 
@@ -125,10 +125,10 @@ def test_every_table_and_column_is_documented(run_db):
 
 
 def test_statistics_of_the_whole_model(tmp_path):
-    row = probe_row(0)
+    row = measurement_row(0)
     row = replace(row, statistics=(*row.statistics, Statistic("composed", WHOLE_MODEL, 0.1, 0.05, 0.15)))
     with RunWriter(tmp_path / "run.db", run_info()) as writer:
-        writer.probe(row)
+        writer.measurement(row)
     with sqlite3.connect(tmp_path / "run.db") as connection:
         found = connection.execute("SELECT block, block_name, value, letter FROM history WHERE statistic = 'composed'")
         assert found.fetchall() == [(-1, None, 0.1, "")]
@@ -141,12 +141,12 @@ def test_readers_see_whole_records_while_it_is_written(tmp_path):
     path = tmp_path / "run.db"
     with RunWriter(path, run_info()) as writer, RunReader(path) as reader:
         assert reader.latest().status == "running"
-        writer.probe(probe_row(0))
-        writer.probe(probe_row(1))
+        writer.measurement(measurement_row(0))
+        writer.measurement(measurement_row(1))
         assert [row["step"] for row in reader.probes(1)] == [0, 1]
-        twice = probe_row(2)
+        twice = measurement_row(2)
         with pytest.raises(StoreError, match="UNIQUE"):
-            writer.probe(replace(twice, statistics=twice.statistics * 2))
+            writer.measurement(replace(twice, statistics=twice.statistics * 2))
         assert [row["step"] for row in reader.probes(1)] == [0, 1]
         writer.step(StepRow(1, None, 0.0))
         assert values(reader.steps(1), "step", "loss") == [(1, None)]
@@ -158,7 +158,7 @@ import os
 from kills import killed_children
 from peelwise.store.reader import RunReader
 from peelwise.store.writer import RunWriter
-from runs import probe_row, run_info
+from runs import measurement_row, run_info
 from peelwise.records.run import StepRow
 path, kills = {path!r}, {kills}
 
@@ -166,7 +166,7 @@ def write(name, tell):
     writer = RunWriter(path, run_info(name))
     for step in range(10**9):
         writer.step(StepRow(step, 1.0, 0.0))
-        writer.probe(probe_row(step, kind="alone"))
+        writer.measurement(measurement_row(step, kind="alone"))
         os.write(tell, b".")
 
 # From before the file is opened to long after, and then at any moment of a record.
@@ -226,7 +226,7 @@ def test_a_full_disk_is_said_and_what_was_written_stays(tmp_path):
         words = rf"{path} cannot be written: (database or disk is full|disk I/O error)"
         with pytest.raises(StoreError, match=words):  # noqa: PT012
             for written in range(10_000):
-                writer.probe(probe_row(written))
+                writer.measurement(measurement_row(written))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert written > 10

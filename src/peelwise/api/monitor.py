@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 
-from peelwise.distributed.processes import ranks
-from peelwise.distributed.sharding import bare
+from peelwise.distributed.processes import current_processes
+from peelwise.distributed.sharding import unwrap_ddp
 from peelwise.engine.provenance import versions
 from peelwise.errors import StoreError
 from peelwise.loggers.base import Logger
 from peelwise.loggers.table import logger_of
 from peelwise.model.layers import parameter_count, unwrapped
 from peelwise.probe.probe import Probe
-from peelwise.records.run import Event, ProbeRow, RunInfo, StepRow
+from peelwise.records.run import Event, Measurement, RunInfo, StepRow
 from peelwise.store.writer import RunWriter
 from peelwise.tasks.monitor.follower import Follower, MonitorSettings
 from peelwise.tasks.monitor.schedules import Schedule
@@ -55,7 +55,7 @@ class Monitor:
             ``"wandb"``, ``"mlflow"``, ``"trackio"`` (each with ``":PROJECT"`` if you like), or objects like those of
             `peelwise.loggers.table`.
         on_event: called with every `Event`; all of them also go to the logger ``peelwise``.
-        on_probe: called with everything a visit found.
+        on_measurement: called with everything a measurement found.
 
     Raises:
         OptionError: If an option has a value that is not allowed.
@@ -64,7 +64,7 @@ class Monitor:
 
     Attributes:
         events: everything that was told so far.
-        last: what the latest visit found, or ``None``.
+        last: what the latest measurement found, or ``None``.
 
     Example:
         >>> monitor = peelwise.Monitor(model, probe, optimizer=optimizer, store="run.db")
@@ -88,12 +88,12 @@ class Monitor:
         margin: float | None = None,
         loggers: Sequence[str | Logger] = (),
         on_event: Callable[[Event], None] | None = None,
-        on_probe: Callable[[ProbeRow], None] | None = None,
+        on_measurement: Callable[[Measurement], None] | None = None,
     ) -> None:
-        model, processes = bare(model), ranks()
+        model, processes = unwrap_ddp(model), current_processes()
         settings = MonitorSettings(budget=budget, schedule=schedule, margin_nats=margin)
-        self._outlets = _Outlets(on_event, on_probe) if processes.first else _Outlets(None, None, quiet=True)
-        self._follower = Follower(model, probe, settings, self._outlets, optimizer=optimizer, ranks=processes)
+        self._outlets = _Outlets(on_event, on_measurement) if processes.is_main else _Outlets(None, None, quiet=True)
+        self._follower = Follower(model, probe, settings, self._outlets, optimizer=optimizer, processes=processes)
         info = RunInfo(
             name=name or type(unwrapped(model)).__name__,
             architecture=type(unwrapped(model)).__name__,
@@ -106,10 +106,10 @@ class Monitor:
             versions=versions(),
         )
         with processes.agreeing():  # a logger that cannot be had ends all of them, not only the first
-            if processes.first:
+            if processes.is_main:
                 self._outlets.open([logger_of(each, name) for each in loggers], store, info)
 
-    def step(self, step: int, loss: float | Tensor | None = None) -> ProbeRow | None:
+    def step(self, step: int, loss: float | Tensor | None = None) -> Measurement | None:
         """Tell that a training step is done; call it after the optimiser's step and before gradients are cleared.
 
         Args:
@@ -134,8 +134,8 @@ class Monitor:
         return tuple(self._outlets.events)
 
     @property
-    def last(self) -> ProbeRow | None:
-        """What the latest visit found."""
+    def last(self) -> Measurement | None:
+        """What the latest measurement found."""
         return self._outlets.last
 
     @property
@@ -166,7 +166,7 @@ class _Outlets:
     def __init__(
         self,
         on_event: Callable[[Event], None] | None,
-        on_probe: Callable[[ProbeRow], None] | None,
+        on_measurement: Callable[[Measurement], None] | None,
         *,
         quiet: bool = False,
     ) -> None:
@@ -174,8 +174,8 @@ class _Outlets:
         self._quiet = quiet  # the first process has said it
         self.writer: RunWriter | None = None
         self.events: list[Event] = []
-        self.last: ProbeRow | None = None
-        self._on_event, self._on_probe = on_event, on_probe
+        self.last: Measurement | None = None
+        self._on_event, self._on_probe = on_event, on_measurement
 
     def open(self, loggers: list[Logger], store: str | Path | None, info: RunInfo) -> None:
         self._loggers = loggers
@@ -188,9 +188,9 @@ class _Outlets:
     def step(self, row: StepRow) -> None:
         self._write(row.step, "step", row)
 
-    def probe(self, row: ProbeRow) -> None:
+    def measurement(self, row: Measurement) -> None:
         self.last = row
-        self._write(row.step, "probe", row)
+        self._write(row.step, "measurement", row)
         for event in row.events:
             self._announce(event)
         if self._on_probe is not None:

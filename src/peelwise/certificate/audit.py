@@ -18,7 +18,7 @@ from peelwise.certificate.base import (
     tolerance_of,
     what_changed,
 )
-from peelwise.engine.session import ChangeMap, gain
+from peelwise.engine.session import Changes, gain
 from peelwise.engine.witness import changes_of, merge_
 from peelwise.errors import CertificateError, FormatError
 from peelwise.evidence.audit import contradictions
@@ -166,7 +166,7 @@ class _Recheck:
             self._removal()
         return tuple(self.checks)
 
-    def _unique(self, composed: ChangeMap, after: Trace) -> None:
+    def _unique(self, composed: Changes, after: Trace) -> None:
         for block, recorded in zip(self.blocks, self.record.blocks, strict=True):
             if recorded.unique_nats is None:
                 continue

@@ -18,7 +18,7 @@ from peelwise.certificate.base import (
     what_changed,
 )
 from peelwise.engine.heads import per_sequence
-from peelwise.engine.opening import format_names, held_maps
+from peelwise.engine.opening import format_names, low_bit_layers
 from peelwise.engine.session import gain
 from peelwise.engine.witness import CODED_PARTS, codes_of, moved_to
 from peelwise.errors import CertificateError, FormatError
@@ -121,7 +121,7 @@ def reference_stack(
 def _stored_codes(witness: Mapping[str, Tensor], block: Block, *, inside: bool) -> Codes:
     """Return the codes that a witness has for the low-bit maps of a block."""
     found: Codes = {}
-    for linear, held in held_maps((block,)).items():
+    for linear, held in low_bit_layers((block,)).items():
         if inside and any(f"{STACK}/{linear.name}.{kind}" in witness for kind in ("weight", EFFECTIVE)):
             raise FormatError(
                 f"{linear.name} holds {held.format.name}, and its reference is dense: not at the same bits."
@@ -163,7 +163,7 @@ class _Recheck:
         """Return the losses ``[sequences]`` of the stack with its head."""
         stack = Stack(self.runner, {"report": self.trace})
         formats = self.record.reference_formats
-        held = format_names(held_maps(self.runner.blocks))
+        held = format_names(low_bit_layers(self.runner.blocks))
         if formats is not None and formats != held:
             raise FormatError(
                 f"References are said to be inside {formats}; the model holds {held or 'no low-bit maps'}."

@@ -23,13 +23,13 @@ _PATIENCE = timedelta(minutes=5)  # processes may still be loading their model w
 _MADE = count()  # how many times this process has called for the others
 
 
-class Ranks:
+class Processes:
     """One process by itself: nothing to add, nobody to tell."""
 
     rank, count = 0, 1
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that decides and writes."""
         return self.rank == 0
 
@@ -42,34 +42,34 @@ class Ranks:
         mine = range(self.rank * each, (self.rank + 1) * each)
         return [place if place < sequences else None for place in mine]
 
-    def add(self, totals: Iterable[Tensor]) -> None:
+    def all_reduce_(self, totals: Iterable[Tensor]) -> None:
         """Add up tensors over all processes, in place."""
 
-    def joined(self, rows: Tensor) -> Tensor:
+    def all_gather(self, rows: Tensor) -> Tensor:
         """Return the rows of all processes, one process after another."""
         return rows
 
-    def every(self, yes: bool) -> bool:
+    def all_true(self, yes: bool) -> bool:
         """Return whether all processes say yes."""
         return yes
 
-    def summed(self, numbers: Sequence[int]) -> list[int]:
+    def all_sum(self, numbers: Sequence[int]) -> list[int]:
         """Return whole numbers added up over all processes."""
         return list(numbers)
 
-    def meet(self) -> None:
+    def check_peers(self) -> None:
         """Wait for the others, unless one of them has failed; before they exchange something in a way of their own.
 
         Raises:
             OtherProcessError: If one has failed, inside of `agreeing`.
         """
 
-    def told(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return what the first process says."""
         return value
 
-    def told_number(self, value: int) -> int:
-        """Return the number that the first process says; a shorter way than `told`, for every step."""
+    def broadcast_number(self, value: int) -> int:
+        """Return the number that the first process says; a shorter way than `broadcast`, for every step."""
         return value
 
     @contextmanager
@@ -82,10 +82,10 @@ class Ranks:
         yield
 
 
-ALONE = Ranks()
+ONE_PROCESS = Processes()
 
 
-class TorchRanks(Ranks):
+class TorchProcesses(Processes):
     """The processes of ``torch.distributed``, all of which call the same methods in the same order."""
 
     def __init__(self) -> None:
@@ -113,15 +113,15 @@ class TorchRanks(Ranks):
                 "Make it in all of them, not only in the first: they share the work, and the first one writes."
             ) from error
 
-    def add(self, totals: Iterable[Tensor]) -> None:
+    def all_reduce_(self, totals: Iterable[Tensor]) -> None:
         """Add up tensors over all processes, in place."""
-        self.meet()
+        self.check_peers()
         for total in totals:
             self._distributed.all_reduce(total)
 
-    def joined(self, rows: Tensor) -> Tensor:
+    def all_gather(self, rows: Tensor) -> Tensor:
         """Return the rows of all processes, one process after another."""
-        self.meet()
+        self.check_peers()
         counts: list[Any] = [None] * self.count
         self._distributed.all_gather_object(counts, len(rows), group=self._control)
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
@@ -130,27 +130,27 @@ class TorchRanks(Ranks):
         self._distributed.all_gather(found, padded)
         return torch.cat([each[:count] for each, count in zip(found, counts, strict=True)])
 
-    def every(self, yes: bool) -> bool:
+    def all_true(self, yes: bool) -> bool:
         """Return whether all processes say yes."""
-        self.meet()
+        self.check_peers()
         return not self._anybody(not yes)
 
-    def summed(self, numbers: Sequence[int]) -> list[int]:
+    def all_sum(self, numbers: Sequence[int]) -> list[int]:
         """Return whole numbers added up over all processes."""
-        self.meet()
+        self.check_peers()
         totals = torch.tensor(list(numbers), dtype=torch.int64)
         self._distributed.all_reduce(totals, group=self._control)
         return [int(total) for total in totals]
 
-    def told(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return what the first process says."""
-        self.meet()
-        values = [value if self.first else None]
+        self.check_peers()
+        values = [value if self.is_main else None]
         self._distributed.broadcast_object_list(values, src=0, group=self._control)
         return values[0]
 
-    def told_number(self, value: int) -> int:
-        """Return the number that the first process says; a shorter way than `told`, for every step."""
+    def broadcast_number(self, value: int) -> int:
+        """Return the number that the first process says; a shorter way than `broadcast`, for every step."""
         number = torch.tensor([value])
         self._distributed.broadcast(number, src=0, group=self._control)
         return int(number)
@@ -161,7 +161,7 @@ class TorchRanks(Ranks):
         self._agreeing = True
         try:
             yield
-            self.meet()
+            self.check_peers()
         except OtherProcessError:
             raise
         except Exception as error:
@@ -171,7 +171,7 @@ class TorchRanks(Ranks):
         finally:
             self._agreeing = False
 
-    def meet(self) -> None:
+    def check_peers(self) -> None:
         """Wait for the others, unless one of them has failed."""
         if self._agreeing and self._anybody(False):
             self._agreeing = False
@@ -190,9 +190,9 @@ class TorchRanks(Ranks):
         return [None if reason is None else OtherProcessError(*reason) for reason in reasons]
 
 
-def ranks() -> Ranks:
+def current_processes() -> Processes:
     """Return the processes that train together, or this one alone; to be called in all of them at once."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        return TorchRanks()
-    return ALONE
+        return TorchProcesses()
+    return ONE_PROCESS

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peelwise.errors import UnsupportedModelError
 
 
-def bare(model: nn.Module) -> nn.Module:
+def unwrap_ddp(model: nn.Module) -> nn.Module:
     """Return the model without the wrapper that keeps replicas in step (DDP).
 
     Raises:
@@ -23,7 +23,7 @@ def bare(model: nn.Module) -> nn.Module:
         raise UnsupportedModelError("Not yet: models in FullyShardedDataParallel (FSDP1). Use fully_shard (FSDP2).")
     gathered = {id(p) for module in model.modules() if _gathers(module) for p in module.parameters()}
     for name, parameter in model.named_parameters():
-        if not is_spread(parameter):
+        if not is_sharded(parameter):
             continue
         placements = [placement for placement in _placements(parameter) if placement.is_shard()]
         if id(parameter) not in gathered or len(placements) > 1:
@@ -42,21 +42,21 @@ def check_blocks(blocks: Mapping[str, nn.Module]) -> None:
     """
     for name, module in blocks.items():
         gathered = {id(p) for inner in module.modules() if _gathers(inner) for p in inner.parameters()}
-        if any(is_spread(p) and id(p) not in gathered for p in module.parameters()):
+        if any(is_sharded(p) and id(p) not in gathered for p in module.parameters()):
             raise UnsupportedModelError(
                 f"{name} is sharded only together with others, and cannot be run by itself. "
                 "Call fully_shard on every block, then on the model."
             )
 
 
-def is_spread(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     """Whether this process holds only a part of a tensor (a DTensor)."""
     return hasattr(tensor, "placements")
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that this process holds: all of it, unless it is spread."""
-    return tensor.to_local() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from peelwise.engine.session import WITNESS_DTYPE, Bench
+from peelwise.engine.session import WITNESS_DTYPE, Session
 from peelwise.model.runner import Batch, Runner, Trace
 from peelwise.references.head import fit_head, token_cross_entropy
 from peelwise.stats.gram import with_ones
@@ -121,7 +121,7 @@ _COPIES = 15  # of the head are alive in its fit: iterate, gradient, and six pai
 _MOST_BYTES = 2 * 2**30
 
 
-def without_blocks(bench: Bench, *, seconds: float) -> float | None:
+def without_blocks(session: Session, *, seconds: float) -> float | None:
     """Return the report loss of a new head on station ``H_0``, in nats per token.
 
     Softmax regression from zero on what the head would see were there no block: the model's own embedding and final
@@ -129,20 +129,20 @@ def without_blocks(bench: Bench, *, seconds: float) -> float | None:
     reference, so a fit that is cut short is only a looser (higher) one.
 
     Args:
-        bench: model and traces.
+        session: model and traces.
         seconds: after which no further iteration is begun.
 
     Returns:
         The loss; ``None`` where no head was found, where the model changes its logits behind it, or where the fit
         would take more than 2 GiB of memory.
     """
-    head = bench.runner.head
+    head = session.runner.head
     if not isinstance(head, nn.Linear) or _COPIES * 4 * head.in_features * head.out_features > _MOST_BYTES:
         return None
-    stop = bench.clock.elapsed + seconds
+    stop = session.clock.elapsed + seconds
     parts = []
-    for trace in (bench.fit, bench.select, bench.report):
-        x, y, agree = bench.runner.head_inputs(trace, station=0)
+    for trace in (session.fit, session.select, session.report):
+        x, y, agree = session.runner.head_inputs(trace, station=0)
         if not bool(agree):
             return None
         parts.append((with_ones(x) if head.bias is not None else x, y))
@@ -153,9 +153,9 @@ def without_blocks(bench: Bench, *, seconds: float) -> float | None:
         return x.new_zeros(x.shape[0], vocabulary)
 
     with torch.no_grad():
-        reference = fit_head(fit, select, nothing, penalty=_PENALTY, keep_going=lambda: bench.clock.elapsed < stop)
+        reference = fit_head(fit, select, nothing, penalty=_PENALTY, keep_going=lambda: session.clock.elapsed < stop)
         loss = float(token_cross_entropy(*report, nothing, reference.change).mean())
     # Every process has all rows and fits for itself, but when its time is over hangs on its clock.
-    loss = float(bench.runner.ranks.told(loss))
-    bench.runner.work.add(bench.runner.head_share, 3.0 * (reference.steps + 1) * len(fit[1]))
+    loss = float(session.runner.processes.broadcast(loss))
+    session.runner.work.add(session.runner.head_share, 3.0 * (reference.steps + 1) * len(fit[1]))
     return loss

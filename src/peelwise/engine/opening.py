@@ -7,13 +7,13 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from peelwise.distributed.processes import ALONE, Ranks
+from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.engine.clock import Clock, Watcher
-from peelwise.engine.session import LOSSES, Bench
+from peelwise.engine.session import LOSSES, Session
 from peelwise.errors import ModelError
 from peelwise.model.architectures.decoder import find_blocks
 from peelwise.model.fingerprint import check_finite
-from peelwise.model.layers import Block, LinearMap, context_length, vocabulary_size
+from peelwise.model.layers import Block, LinearLayer, context_length, vocabulary_size
 from peelwise.model.runner import Runner, check_replay
 from peelwise.model.weights.held import Held
 from peelwise.probe.probe import Probe, check_context, check_vocabulary
@@ -38,7 +38,7 @@ def checked_blocks(model: nn.Module, probe: Probe) -> tuple[Block, ...]:
     return blocks
 
 
-def first_bench(
+def open_session(
     model: nn.Module,
     blocks: tuple[Block, ...],
     probe: Probe,
@@ -47,25 +47,25 @@ def first_bench(
     budget_seconds: float,
     micro_batch_tokens: int,
     watcher: Watcher | None,
-    ranks: Ranks = ALONE,
-) -> Bench:
+    processes: Processes = ONE_PROCESS,
+) -> Session:
     """Start the clock and measure the model as it stands on all parts of the probe.
 
     Raises:
         UnsupportedModelError: If calling the blocks one by one is not what the model does.
         ModelError: If its loss is no finite number.
     """
-    runner = Runner(model, blocks, micro_batch_tokens=micro_batch_tokens, ranks=ranks)
+    runner = Runner(model, blocks, micro_batch_tokens=micro_batch_tokens, processes=processes)
     clock = Clock(budget_seconds, runner.work, watcher)
     with clock.stage(LOSSES):
         check_replay(runner, probe.fit)
         traces = runner.trace(probe.fit), runner.trace(probe.select), runner.trace(probe.report)
     for trace in traces:
         _check_loss(trace.mean, name)
-    return Bench(runner, probe, *traces, clock=clock, seed=probe.seed, held=held_maps(blocks))
+    return Session(runner, probe, *traces, clock=clock, seed=probe.seed, held=low_bit_layers(blocks))
 
 
-def held_maps(blocks: tuple[Block, ...]) -> dict[LinearMap, Held]:
+def low_bit_layers(blocks: tuple[Block, ...]) -> dict[LinearLayer, Held]:
     """Return what the low-bit maps of a model hold; a witness for them must be of the same formats.
 
     Raises:
@@ -76,7 +76,7 @@ def held_maps(blocks: tuple[Block, ...]) -> dict[LinearMap, Held]:
     return {linear: held for linear, held in found.items() if held is not None}
 
 
-def format_names(held: Mapping[LinearMap, Held]) -> str:
+def format_names(held: Mapping[LinearLayer, Held]) -> str:
     """Return the formats that low-bit maps hold, each once; empty if there are none."""
     return ", ".join(sorted({each.format.name for each in held.values()}))
 

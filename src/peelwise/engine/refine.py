@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from peelwise.engine.session import ChangeMap, combined, output_change
+from peelwise.engine.session import Changes, combined, output_change
 from peelwise.engine.sweep import BlockProposals, Direction
 from peelwise.formats.base import Encoded
-from peelwise.model.layers import LinearMap
+from peelwise.model.layers import LinearLayer
 from peelwise.model.runner import Runner, Trace
 from peelwise.model.splice import spliced
 from peelwise.records.audit import RoundRecord
@@ -39,12 +39,12 @@ class Refined:
         codes: of low-bit maps, what ``changes`` comes from; empty for a dense witness.
     """
 
-    changes: ChangeMap
+    changes: Changes
     rounds: tuple[RoundRecord, ...]
     select_loss: float
     report_losses: Tensor | None
     start: int
-    codes: dict[LinearMap, Encoded] = field(default_factory=dict)
+    codes: dict[LinearLayer, Encoded] = field(default_factory=dict)
 
 
 def unrefined(select: Trace, start: int = 0) -> Refined:
@@ -60,7 +60,7 @@ def take_round(
     *,
     output_changes: dict[Direction, float],
     evaluations: int = 8,
-    after_look: Callable[[], None] = lambda: None,
+    after_evaluation: Callable[[], None] = lambda: None,
 ) -> Refined | None:
     """Try the directions of ``proposals`` on top of ``before``; return the better, or ``None`` if none helps.
 
@@ -72,7 +72,7 @@ def take_round(
         output_changes: per direction the step length to try first, in units of output change; updated with the
             one that was chosen, as a first guess for the next round or block.
         evaluations: most evaluations of the select loss per direction.
-        after_look: called after each evaluation.
+        after_evaluation: called after each evaluation.
     """
     tokens = float(select.tokens.sum())
     best: Refined | None = None
@@ -85,7 +85,7 @@ def take_round(
         def loss_at(step: float, direction: Direction = direction) -> float:
             with spliced(combined(before.changes, proposals, direction, step)):
                 loss = float(runner.losses_from(select, before.start).sum()) / tokens
-            after_look()
+            after_evaluation()
             return loss
 
         start = output_changes[direction] / unit if direction in output_changes else FIRST_GAIN_NATS / slope

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from peelwise.engine.refine import Proposals, Refined, take_round
-from peelwise.engine.session import ChangeMap, rounded
+from peelwise.engine.session import Changes, rounded
 from peelwise.formats.base import Encoded
-from peelwise.model.layers import LinearMap
+from peelwise.model.layers import LinearLayer
 from peelwise.model.runner import Runner, Trace
 from peelwise.model.splice import spliced
 from peelwise.model.weights.held import Held
@@ -28,7 +28,7 @@ SHARES = tuple(10 ** (-k / 2) for k in range(10, 0, -1))  # 1e-5 .. 0.3
 _FIRST = SHARES.index(1e-2)
 _EVALUATIONS = 6  # most of the select loss for flips; half as many for projections, which start where flips ended
 
-Codes = dict[LinearMap, Encoded]
+Codes = dict[LinearLayer, Encoded]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Candidate:
     direction: str
     step: float
     codes: Codes
-    changes: ChangeMap
+    changes: Changes
 
 
 def take_coded_round(
@@ -46,9 +46,9 @@ def take_coded_round(
     select: Trace,
     before: Refined,
     proposals: Proposals,
-    held: Mapping[LinearMap, Held],
+    held: Mapping[LinearLayer, Held],
     *,
-    after_look: Callable[[], None] = lambda: None,
+    after_evaluation: Callable[[], None] = lambda: None,
 ) -> Refined | None:
     """Try projections and flips on top of ``before``; return the better, or ``None`` if none helps on select.
 
@@ -58,7 +58,7 @@ def take_coded_round(
         before: the codes and changes so far.
         proposals: what the sweep proposed, linearised at ``before``.
         held: what every low-bit map of the model holds.
-        after_look: called after each evaluation.
+        after_evaluation: called after each evaluation.
     """
     start = _dense_step(runner, select, before, proposals)
     site = Site(start, proposals, held)
@@ -67,7 +67,7 @@ def take_coded_round(
     def loss_of(candidate: Candidate) -> float:
         with spliced(candidate.changes):
             loss = float(runner.losses_from(select, before.start).sum()) / tokens
-        after_look()
+        after_evaluation()
         return loss
 
     best = best_candidate(site, start.select_loss, loss_of)
@@ -135,9 +135,9 @@ def _next(tried: Mapping[int, float], base: float) -> int:
 class Site:
     """The codes in use, the sums around them, and the candidates that can be made of both."""
 
-    def __init__(self, before: Refined, proposals: Proposals, held: Mapping[LinearMap, Held]) -> None:
+    def __init__(self, before: Refined, proposals: Proposals, held: Mapping[LinearLayer, Held]) -> None:
         self.before, self.held = before, held
-        self.local: dict[LinearMap, LocalProblem] = {m: p for b in proposals.values() for m, p in b.local.items()}
+        self.local: dict[LinearLayer, LocalProblem] = {m: p for b in proposals.values() for m, p in b.local.items()}
         changes = [block.changes for block in proposals.values()]
         self.direction = next(iter(changes[0]))
         self.steps = {m: p.change.float() for each in changes for m, p in each[self.direction].items()}
@@ -163,7 +163,7 @@ class Site:
         return Candidate(f"{self.direction}, flips", step, codes, self._changes(codes)) if step else None
 
     @cached_property
-    def _curvatures(self) -> dict[LinearMap, Metric]:
+    def _curvatures(self) -> dict[LinearLayer, Metric]:
         found = {linear: problem.curvature for linear, problem in self.local.items()}
         return {linear: metric for linear, metric in found.items() if metric is not None}
 
@@ -175,7 +175,7 @@ class Site:
     def _flip_steps(self) -> list[Tensor]:
         return self._steps(self._curvatures)
 
-    def _steps(self, metrics: Mapping[LinearMap, Metric]) -> list[Tensor]:
+    def _steps(self, metrics: Mapping[LinearLayer, Metric]) -> list[Tensor]:
         return [
             flip_steps(metric, self._weight_step(linear), self.held[linear].format, self.codes[linear])
             for linear, metric in metrics.items()
@@ -194,17 +194,17 @@ class Site:
             total += float(((change @ problem.S) * change).sum())
         return float(max(total, 0.0) ** 0.5)
 
-    def _weight_step(self, linear: LinearMap) -> Tensor:
+    def _weight_step(self, linear: LinearLayer) -> Tensor:
         return self.steps[linear][:, :-1] if linear.has_bias else self.steps[linear]
 
-    def _moved(self, linear: LinearMap, codes: Codes) -> Tensor:
+    def _moved(self, linear: LinearLayer, codes: Codes) -> Tensor:
         return self.held[linear].format.decode(codes[linear]) - self.weights[linear]
 
-    def _changes(self, codes: Codes) -> ChangeMap:
+    def _changes(self, codes: Codes) -> Changes:
         """Return the changes against the model itself."""
         return self.before.changes | {linear: self._coded_change(linear, codes) for linear in codes}
 
-    def _coded_change(self, linear: LinearMap, codes: Codes) -> Tensor:
+    def _coded_change(self, linear: LinearLayer, codes: Codes) -> Tensor:
         held = self.held[linear]
         weight = held.format.decode(codes[linear]) - held.weight
         if not linear.has_bias:

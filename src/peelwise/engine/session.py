@@ -11,7 +11,7 @@ from torch import Tensor
 from peelwise.engine.clock import Clock
 from peelwise.engine.sweep import BlockProposals, Direction
 from peelwise.evidence.intervals import Paired, paired
-from peelwise.model.layers import LinearMap
+from peelwise.model.layers import LinearLayer
 from peelwise.model.runner import Runner, Trace
 from peelwise.model.weights.held import Held
 from peelwise.probe.probe import Probe
@@ -25,11 +25,11 @@ FORWARD_STAGES = LOSSES, REMOVED, WITHOUT = (
     "leaving one block out",
 )
 
-ChangeMap = dict[LinearMap, Tensor]
+Changes = dict[LinearLayer, Tensor]
 
 
 @dataclass
-class Bench:
+class Session:
     """One model, one probe, the model's own stations and losses on its three parts, and the clock.
 
     ``held`` is what low-bit maps hold: their witness is of the same formats.
@@ -42,7 +42,7 @@ class Bench:
     report: Trace
     clock: Clock
     seed: int
-    held: dict[LinearMap, Held] = field(default_factory=dict)
+    held: dict[LinearLayer, Held] = field(default_factory=dict)
 
     def seconds_for(self, token_forwards: float) -> float:
         """Estimate the seconds that so many token passes take, from the latest stage that was nothing else."""
@@ -61,11 +61,11 @@ def gain(before: Tensor, after: Tensor, trace: Trace) -> Paired:
 
 
 def combined(
-    changes: Mapping[LinearMap, Tensor],
+    changes: Mapping[LinearLayer, Tensor],
     proposals: Mapping[int, BlockProposals],
     direction: Direction,
     step: float,
-) -> ChangeMap:
+) -> Changes:
     """Return ``changes + step * proposals``, rounded to the number format that the witness is stored in.
 
     Rounding before anything is evaluated makes the certified numbers those of the stored file.

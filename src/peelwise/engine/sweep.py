@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peelwise.errors import IllConditionedWarning, ModelError, UnsupportedModelError
-from peelwise.model.layers import Block, LinearMap
+from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.runner import Batch, Runner, Trace
 from peelwise.references.coded import LocalProblem
 from peelwise.references.whitened import InputWhitened, Proposal, two_sided
@@ -43,13 +43,13 @@ class BlockProposals:
     """
 
     index: int
-    changes: dict[Direction, dict[LinearMap, Proposal]]
+    changes: dict[Direction, dict[LinearLayer, Proposal]]
     energy: float
     held_out_energy: float
     cross_energy: float
     natural_energy: float | None
     gradient_norm: float
-    local: dict[LinearMap, LocalProblem] = field(default_factory=dict)
+    local: dict[LinearLayer, LocalProblem] = field(default_factory=dict)
 
     @property
     def ranking(self) -> float:
@@ -105,7 +105,7 @@ def sweep(
 
 def block_moments(
     runner: Runner, block: Block, trace: Trace, above: Sequence[list[Tensor]], *, keep: bool, with_F: bool
-) -> tuple[list[dict[LinearMap, Moments]], list[list[Tensor]]]:
+) -> tuple[list[dict[LinearLayer, Moments]], list[list[Tensor]]]:
     """Pass gradients through one block, adding up the moments of its maps over all micro-batches.
 
     Args:
@@ -119,10 +119,10 @@ def block_moments(
     Returns:
         For each set of targets the moments of every map, which share ``S``, and the gradients at the block's input.
     """
-    S: dict[LinearMap, GramSum] = {}
-    C: list[dict[LinearMap, CrossSum]] = [{} for _ in above]
-    F: list[dict[LinearMap, GramSum]] = [{} for _ in above]
-    groups: dict[LinearMap, LinearMap] = {}
+    S: dict[LinearLayer, GramSum] = {}
+    C: list[dict[LinearLayer, CrossSum]] = [{} for _ in above]
+    F: list[dict[LinearLayer, GramSum]] = [{} for _ in above]
+    groups: dict[LinearLayer, LinearLayer] = {}
     below: list[list[Tensor]] = [[] for _ in above]
     for batch, *gradients in zip(trace.batches, *above, strict=True):
         capture, results = runner.block_gradients(block, batch, gradients)
@@ -141,7 +141,7 @@ def block_moments(
                 if with_F:
                     F_sums.setdefault(linear, GramSum()).update(g)
     of_gradients = [total for sums in C for total in sums.values()]
-    all_reduce([*S.values(), *of_gradients, *(total for sums in F for total in sums.values())], runner.ranks)
+    all_reduce([*S.values(), *of_gradients, *(total for sums in F for total in sums.values())], runner.processes)
     means = {first: total.mean() for first, total in S.items()}
     moments = [
         {
@@ -155,7 +155,7 @@ def block_moments(
     return moments, below
 
 
-def _finite_mean(total: CrossSum, linear: LinearMap) -> Tensor:
+def _finite_mean(total: CrossSum, linear: LinearLayer) -> Tensor:
     mean = total.mean()
     if not bool(mean.isfinite().all()):
         dtype = str(linear.weight().dtype).removeprefix("torch.")
@@ -163,7 +163,7 @@ def _finite_mean(total: CrossSum, linear: LinearMap) -> Tensor:
     return mean
 
 
-def token_rows(x: Tensor, batch: Batch, linear: LinearMap, *, ones: bool = True) -> Tensor:
+def token_rows(x: Tensor, batch: Batch, linear: LinearLayer, *, ones: bool = True) -> Tensor:
     """Return the rows of predicted tokens ``[n, d]``, with a column of ones if the map has a bias."""
     if x.shape[:-1] != batch.weights.shape:
         x_rows = x.reshape(-1, x.shape[-1])
@@ -178,8 +178,8 @@ def token_rows(x: Tensor, batch: Batch, linear: LinearMap, *, ones: bool = True)
 
 def proposals_of(
     block: Block,
-    fits: Sequence[dict[LinearMap, Moments]],
-    select: dict[LinearMap, Moments],
+    fits: Sequence[dict[LinearLayer, Moments]],
+    select: dict[LinearLayer, Moments],
     directions: Sequence[Direction],
 ) -> list[BlockProposals]:
     """Return for each set of targets what the moments of one block's maps propose.
@@ -209,7 +209,7 @@ def proposals_of(
             whitened[linear] = reference.propose(
                 moments.C, select[linear].C, rotated=rotated, rotated_select=rotated_select[linear]
             )
-        changes: dict[Direction, dict[LinearMap, Proposal]] = {}
+        changes: dict[Direction, dict[LinearLayer, Proposal]] = {}
         # The one that is better as a rule comes first: a search of the other is cut short when it cannot win.
         if "two-sided" in directions:
             changes["two-sided"] = {m: two_sided(fit[m], select[m], whitened[m], name=m.name) for m in fit}
@@ -231,9 +231,9 @@ def proposals_of(
 
 
 def _local(
-    linear: LinearMap,
+    linear: LinearLayer,
     moments: Moments,
-    changes: dict[Direction, dict[LinearMap, Proposal]],
+    changes: dict[Direction, dict[LinearLayer, Proposal]],
     shared: dict[int, Tensor],
 ) -> LocalProblem:
     """Return the sums of one low-bit map without the column of its bias; maps that share an input share ``S``."""
@@ -247,9 +247,9 @@ def _local(
 
 def _agreed(runner: Runner, made: list[BlockProposals]) -> list[BlockProposals]:
     """Return the proposals with the first process's numbers: what is tried next hangs on them to the last bit."""
-    if runner.ranks.count == 1:
+    if runner.processes.count == 1:
         return made
-    numbers = runner.ranks.told([_numbers(each) for each in made])
+    numbers = runner.processes.broadcast([_numbers(each) for each in made])
     agreed = []
     for each, (own, of_maps) in zip(made, numbers, strict=True):
         changes = {
@@ -269,12 +269,12 @@ def _numbers(made: BlockProposals) -> tuple[dict[str, Any], dict[Direction, list
     return own, of_maps
 
 
-def _compact(proposals: dict[LinearMap, Proposal]) -> dict[LinearMap, Proposal]:
+def _compact(proposals: dict[LinearLayer, Proposal]) -> dict[LinearLayer, Proposal]:
     """Return the proposals in half precision: those of all blocks are alive together."""
     return {linear: replace(p, change=p.change.to(PROPOSAL_DTYPE)) for linear, p in proposals.items()}
 
 
-def _warn_of_rank(linear: LinearMap, moments: Moments, spectrum: Spectrum) -> None:
+def _warn_of_rank(linear: LinearLayer, moments: Moments, spectrum: Spectrum) -> None:
     """Warn where tokens are too few; inputs that lack directions by nature (behind a norm) are no reason to."""
     d = moments.S.shape[0]
     if moments.n < d:

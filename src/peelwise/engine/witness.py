@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from peelwise.engine.refine import Refined
-from peelwise.engine.session import WITNESS_DTYPE, ChangeMap
+from peelwise.engine.session import WITNESS_DTYPE, Changes
 from peelwise.errors import CertificateError, FormatError, UnsupportedModelError
 from peelwise.formats.base import Encoded, Format
 from peelwise.formats.membership import check_member, same_support, scaled_part
-from peelwise.model.layers import Block, LinearMap
+from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.weights.held import Held
 from peelwise.model.weights.table import hold_
 
@@ -29,7 +29,7 @@ _PARTS = ("codes", "scales", "zeros", "support")
 CODED_PARTS = (*_PARTS, "format")
 
 
-def witness_tensors(kind: str, refined: Refined, held: Mapping[LinearMap, Held]) -> dict[str, Tensor]:
+def witness_tensors(kind: str, refined: Refined, held: Mapping[LinearLayer, Held]) -> dict[str, Tensor]:
     """Return what is stored of a refinement, in the number formats that it was evaluated in."""
     out: dict[str, Tensor] = {}
     for linear, change in refined.changes.items():
@@ -51,7 +51,7 @@ def coded_tensors(name: str, encoded: Encoded, form: Format) -> dict[str, Tensor
     return found | {f"{name}.format": _as_bytes(form.name)}
 
 
-def codes_of(witness: Mapping[str, Tensor], kind: str, linear: LinearMap, held: Held) -> Encoded | None:
+def codes_of(witness: Mapping[str, Tensor], kind: str, linear: LinearLayer, held: Held) -> Encoded | None:
     """Return the codes stored for a low-bit map, or ``None`` if the witness leaves it as it is.
 
     Raises:
@@ -85,14 +85,14 @@ def moved_to(encoded: Encoded, device: torch.device) -> Encoded:
     return replace(encoded, **{p: v.to(device) for p in _PARTS if (v := getattr(encoded, p)) is not None})
 
 
-def changes_of(witness: Mapping[str, Tensor], kind: str, blocks: tuple[Block, ...]) -> ChangeMap:
+def changes_of(witness: Mapping[str, Tensor], kind: str, blocks: tuple[Block, ...]) -> Changes:
     """Return the changes stored under ``kind`` for the maps of ``blocks``, float32, on their device.
 
     Raises:
         CertificateError: If a change has another shape than its map.
         FormatError: If a low-bit map would leave its format.
     """
-    changes: ChangeMap = {}
+    changes: Changes = {}
     for linear in (m for block in blocks for m in block.linears):
         held = linear.held() if linear.low_bit else None
         change = _dense(witness, kind, linear) if held is None else _coded(witness, kind, linear, held)
@@ -129,7 +129,7 @@ def merge_(witness: Mapping[str, Tensor], kind: str, blocks: tuple[Block, ...]) 
     return bool(changes)
 
 
-def _dense(witness: Mapping[str, Tensor], kind: str, linear: LinearMap) -> Tensor | None:
+def _dense(witness: Mapping[str, Tensor], kind: str, linear: LinearLayer) -> Tensor | None:
     stored = witness.get(f"{kind}/{linear.name}")
     if stored is None:
         if f"{kind}/{linear.name}.codes" in witness:
@@ -142,7 +142,7 @@ def _dense(witness: Mapping[str, Tensor], kind: str, linear: LinearMap) -> Tenso
     return stored.float().to(linear.weight().device)
 
 
-def _coded(witness: Mapping[str, Tensor], kind: str, linear: LinearMap, held: Held) -> Tensor | None:
+def _coded(witness: Mapping[str, Tensor], kind: str, linear: LinearLayer, held: Held) -> Tensor | None:
     encoded = codes_of(witness, kind, linear, held)
     if encoded is None:
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from peelwise.records.run import Event, ProbeRow, StepRow
+from peelwise.records.run import Event, Measurement, StepRow
 
 PROJECT = "peelwise"  # what a run of its own belongs to, where nothing else is said
 
@@ -15,7 +15,7 @@ class Logger(Protocol):
     def step(self, row: StepRow) -> None:
         """Take one training step."""
 
-    def probe(self, row: ProbeRow) -> None:
+    def measurement(self, row: Measurement) -> None:
         """Take what one look found, its events included."""
 
     def event(self, event: Event) -> None:

@@ -6,7 +6,7 @@ import sys
 from typing import TextIO
 
 from peelwise.records.plain_text import clean
-from peelwise.records.run import LETTERS, Event, ProbeRow, StepRow
+from peelwise.records.run import LETTERS, Event, Measurement, StepRow
 
 
 class Console:
@@ -22,7 +22,7 @@ class Console:
     def step(self, row: StepRow) -> None:
         """Say nothing: the training has its own line for that."""
 
-    def probe(self, row: ProbeRow) -> None:
+    def measurement(self, row: Measurement) -> None:
         """Print the verdicts in one line, then the events."""
         counts = ", ".join(f"{row.letters.count(letter)} {colour}" for colour, letter in LETTERS.items())
         self._print(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peelwise.errors import OutputError
-from peelwise.records.run import Event, ProbeRow, StepRow
+from peelwise.records.run import Event, Measurement, StepRow
 
 
 class JsonLines:
@@ -28,7 +28,7 @@ class JsonLines:
         """Append a step."""
         self._write("step", asdict(row))
 
-    def probe(self, row: ProbeRow) -> None:
+    def measurement(self, row: Measurement) -> None:
         """Append a probe with everything that belongs to it."""
         self._write("probe", asdict(row))
 

@@ -8,7 +8,7 @@ from typing import Any
 from peelwise.errors import MissingExtraError
 from peelwise.loggers.base import PROJECT
 from peelwise.records.plain_text import clean
-from peelwise.records.run import Event, ProbeRow, StepRow
+from peelwise.records.run import Event, Measurement, StepRow
 
 _AT_ONCE, _SECONDS = 500, 5.0  # what MLflow gets in one call, and how old it may be by then
 
@@ -44,7 +44,7 @@ class MLflow:
         if time.monotonic() - self._sent > _SECONDS or len(self._waiting) >= _AT_ONCE:
             self._send()
 
-    def probe(self, row: ProbeRow) -> None:
+    def measurement(self, row: Measurement) -> None:
         """Log the numbers of a look."""
         self._add(row.step, row.scalars())
         self._send()

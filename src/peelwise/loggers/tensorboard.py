@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peelwise.errors import MissingExtraError
-from peelwise.records.run import Event, ProbeRow, StepRow
+from peelwise.records.run import Event, Measurement, StepRow
 
 
 class TensorBoard:
@@ -31,7 +31,7 @@ class TensorBoard:
         """Write the loss and the share of time."""
         self._scalars(row.step, row.scalars())
 
-    def probe(self, row: ProbeRow) -> None:
+    def measurement(self, row: Measurement) -> None:
         """Write the numbers of a look."""
         self._scalars(row.step, row.scalars())
         for event in row.events:

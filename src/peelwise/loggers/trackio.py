@@ -7,7 +7,7 @@ from typing import Any
 from peelwise.errors import MissingExtraError
 from peelwise.loggers.base import PROJECT
 from peelwise.records.plain_text import clean
-from peelwise.records.run import Event, Level, ProbeRow, StepRow
+from peelwise.records.run import Event, Level, Measurement, StepRow
 
 
 class Trackio:
@@ -38,7 +38,7 @@ class Trackio:
         """Log the loss and the share of time."""
         self._run.log(row.scalars(), step=row.step)
 
-    def probe(self, row: ProbeRow) -> None:
+    def measurement(self, row: Measurement) -> None:
         """Log the numbers of a look."""
         self._run.log(row.scalars(), step=row.step)
         for event in row.events:

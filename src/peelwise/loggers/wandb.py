@@ -11,7 +11,7 @@ from typing import Any
 from peelwise.errors import MissingExtraError
 from peelwise.loggers.base import PROJECT
 from peelwise.records.plain_text import clean
-from peelwise.records.run import Event, ProbeRow, StepRow
+from peelwise.records.run import Event, Measurement, StepRow
 
 _STEP = "peelwise/step"
 
@@ -47,7 +47,7 @@ class WeightsAndBiases:
         if not self._joined:
             self._log(row.step, row.scalars())
 
-    def probe(self, row: ProbeRow) -> None:
+    def measurement(self, row: Measurement) -> None:
         """Log the numbers of a look."""
         self._log(row.step, {"peelwise/share": row.share, **row.scalars()})
         for event in row.events:

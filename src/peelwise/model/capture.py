@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peelwise.errors import UnsupportedModelError
-from peelwise.model.layers import LinearMap
+from peelwise.model.layers import LinearLayer
 
 
 @dataclass
@@ -23,22 +23,22 @@ class Capture:
         groups: per map, the name of the first map that was fed the very same tensor.
     """
 
-    inputs: dict[LinearMap, Tensor] = field(default_factory=dict)
-    outputs: dict[LinearMap, Tensor] = field(default_factory=dict)
-    groups: dict[LinearMap, LinearMap] = field(default_factory=dict)
+    inputs: dict[LinearLayer, Tensor] = field(default_factory=dict)
+    outputs: dict[LinearLayer, Tensor] = field(default_factory=dict)
+    groups: dict[LinearLayer, LinearLayer] = field(default_factory=dict)
 
 
 @contextmanager
-def captured(linears: Sequence[LinearMap]) -> Iterator[Capture]:
+def captured(linears: Sequence[LinearLayer]) -> Iterator[Capture]:
     """Record into the yielded `Capture` while the context is open, and leave no hook behind.
 
     Close it before the backward pass: activation checkpointing runs forward hooks again there.
     """
     capture = Capture()
-    first_with: dict[int, LinearMap] = {}
+    first_with: dict[int, LinearLayer] = {}
     handles = []
 
-    def record(linear: LinearMap, x: Tensor, y: Tensor) -> None:
+    def record(linear: LinearLayer, x: Tensor, y: Tensor) -> None:
         if linear in capture.inputs:
             raise UnsupportedModelError(f"Not yet: {linear.name} runs more than once per forward pass.")
         first = first_with.setdefault(id(x), linear)
@@ -48,7 +48,7 @@ def captured(linears: Sequence[LinearMap]) -> Iterator[Capture]:
         capture.inputs[linear] = x
         capture.outputs[linear] = y
 
-    def hook(linear: LinearMap) -> Any:
+    def hook(linear: LinearLayer) -> Any:
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             record(linear, x, y)

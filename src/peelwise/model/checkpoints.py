@@ -18,7 +18,7 @@ from torch import nn
 from peelwise.errors import DeviceError, FormatError, MissingExtraError, ModelError, OutputError, UnsupportedModelError
 from peelwise.model.architectures.decoder import find_blocks
 from peelwise.model.checkpoint_files import brief, check_gguf, check_weights, read_config, read_tensors
-from peelwise.model.weights.gguf import stored_maps
+from peelwise.model.weights.gguf import stored_layers
 from peelwise.nn.files import FORMATS_KEY, TENSORS, hold_in, note_formats, restore_
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -276,7 +276,7 @@ def _hold_stored(model: nn.Module, path: Path) -> None:
     """Let every linear map that a GGUF file stores in codes compute with these codes; same weights to the bit."""
     if path.is_dir():
         raise ModelError(f"{path} is a folder: only the blocks of a .gguf file can be taken as stored.")
-    stored = stored_maps(path, find_blocks(model))
+    stored = stored_layers(path, find_blocks(model))
     for linear, held in stored.items():
         if isinstance(linear.module, nn.Linear):
             hold_in(model, linear.name, held.format, held.encoded)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from peelwise.distributed.sharding import is_spread, own_part
+from peelwise.distributed.sharding import is_sharded, local_shard
 from peelwise.errors import ModelError
 from peelwise.model.layers import plain_name
 
@@ -41,7 +41,7 @@ def check_finite(model: nn.Module) -> None:
     for name, tensor in _tensors(model):
         if not tensor.is_floating_point():
             continue
-        bad = sum(piece.numel() - int(piece.isfinite().sum()) for piece in _pieces(own_part(tensor)))
+        bad = sum(piece.numel() - int(piece.isfinite().sum()) for piece in _pieces(local_shard(tensor)))
         if bad:
             raise ModelError(
                 f"{name} holds {bad} of {tensor.numel()} values that are NaN or infinite. "
@@ -61,7 +61,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Yield a tensor, or the plain ones (codes, scales, zero points) of which a quantised one is made."""
     flatten = getattr(tensor, "__tensor_flatten__", None)  # torch's protocol for tensors that wrap others
-    if flatten is None or is_spread(tensor):
+    if flatten is None or is_sharded(tensor):
         yield name, tensor
         return
     for part in flatten()[0]:

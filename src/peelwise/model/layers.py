@@ -14,7 +14,7 @@ from peelwise.model.weights.table import held, is_low_bit
 
 
 @dataclass(frozen=True, eq=False)
-class LinearMap:
+class LinearLayer:
     """One linear map ``y = x W^T + b`` of a block, whatever way its module stores ``W``."""
 
     name: str  # full name in the model
@@ -63,7 +63,7 @@ class Block:
     index: int
     name: str
     module: nn.Module
-    linears: tuple[LinearMap, ...]
+    linears: tuple[LinearLayer, ...]
 
 
 def vocabulary_size(model: nn.Module) -> int | None:
@@ -103,11 +103,11 @@ def _is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
-def linear_maps(module: nn.Module, prefix: str) -> Iterator[LinearMap]:
+def linear_layers(module: nn.Module, prefix: str) -> Iterator[LinearLayer]:
     """Yield the linear maps inside of a module, named from the model's root."""
     for name, child in module.named_modules():
         if is_linear(child):
-            yield LinearMap(f"{prefix}.{plain_name(name)}", child, _is_transposed(child))
+            yield LinearLayer(f"{prefix}.{plain_name(name)}", child, _is_transposed(child))
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peelwise.distributed.processes import ALONE, Ranks
-from peelwise.distributed.sharding import is_spread
+from peelwise.distributed.processes import ONE_PROCESS, Processes
+from peelwise.distributed.sharding import is_sharded
 from peelwise.errors import UnsupportedModelError
 from peelwise.model.architectures.decoder import find_head
 from peelwise.model.capture import Capture, captured
-from peelwise.model.layers import Block, LinearMap, unwrapped
+from peelwise.model.layers import Block, LinearLayer, unwrapped
 from peelwise.probe.probe import Split
 
 MICRO_BATCH_TOKENS = 1024
@@ -75,7 +75,7 @@ class Runner:
         model: any decoder-only language model whose blocks feed each other.
         blocks: its blocks, from `find_blocks`.
         micro_batch_tokens: tokens that go through the model at a time; results do not depend on it.
-        ranks: the processes that share the work; all of them call the same methods in the same order.
+        processes: the processes that share the work; all of them call the same methods in the same order.
     """
 
     def __init__(
@@ -84,10 +84,10 @@ class Runner:
         blocks: Sequence[Block],
         *,
         micro_batch_tokens: int = MICRO_BATCH_TOKENS,
-        ranks: Ranks = ALONE,
+        processes: Processes = ONE_PROCESS,
     ) -> None:
-        self.model, self.ranks = unwrapped(model), ranks
-        self._spread = ranks.count > 1 and any(is_spread(p) for p in model.parameters())
+        self.model, self.processes = unwrapped(model), processes
+        self._spread = processes.count > 1 and any(is_sharded(p) for p in model.parameters())
         self.blocks = tuple(blocks)
         self.head = find_head(self.model, self.blocks)
         self.micro_batch_tokens = micro_batch_tokens
@@ -141,7 +141,7 @@ class Runner:
 
     def _of_all(self, losses: list[Tensor], sequences: int) -> Tensor:
         """Return the losses of all processes' sequences, in their order, without those that only fill up."""
-        return self.ranks.joined(torch.cat(losses))[:sequences]
+        return self.processes.all_gather(torch.cat(losses))[:sequences]
 
     def run_block(self, block: Block, hidden: Tensor, batch: Batch) -> Tensor:
         """Call one block as the model called it, and return its hidden state ``[b, t, d]``."""
@@ -173,7 +173,7 @@ class Runner:
 
     def block_gradients(
         self, block: Block, batch: Batch, gradients: Sequence[Tensor]
-    ) -> tuple[Capture, list[tuple[Tensor, dict[LinearMap, Tensor]]]]:
+    ) -> tuple[Capture, list[tuple[Tensor, dict[LinearLayer, Tensor]]]]:
         """Pass gradients back through one block; several share its forward pass.
 
         Args:
@@ -230,14 +230,18 @@ class Runner:
         finally:
             handle.remove()
         self.work.add(self.head_share, float(trace.tokens.sum()))
-        if not self.ranks.every(agree):
+        if not self.processes.all_true(agree):
             return torch.empty(0), torch.empty(0), torch.tensor(False)
-        return self.ranks.joined(torch.cat(inputs)), self.ranks.joined(torch.cat(targets)), torch.tensor(True)
+        return (
+            self.processes.all_gather(torch.cat(inputs)),
+            self.processes.all_gather(torch.cat(targets)),
+            torch.tensor(True),
+        )
 
     def _meet(self) -> None:
         """See that nobody has failed before a sharded model waits for all processes, which has no such way out."""
         if self._spread:
-            self.ranks.meet()
+            self.processes.check_peers()
 
     def _call(self, batch: Batch) -> Tensor:
         """Run the model's own forward and return its logits ``[b, t, vocabulary]``."""
@@ -292,7 +296,7 @@ class Runner:
     def _batches(self, split: Split) -> Iterator[Batch]:
         device = next(self.model.parameters()).device
         per_batch = max(1, self.micro_batch_tokens // max(split.inputs.shape[1], 1))
-        part = self.ranks.part(split.sequences)
+        part = self.processes.part(split.sequences)
         for start in range(0, len(part), per_batch):
             places = part[start : start + per_batch]
             rows = torch.tensor([0 if place is None else place for place in places])

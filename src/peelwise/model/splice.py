@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peelwise.model.layers import LinearMap
+from peelwise.model.layers import LinearLayer
 from peelwise.nn.linear import QuantizedLinear
 
-Changes = Mapping[LinearMap, Tensor]  # each [d_out, d_in], one more column where the map has a bias
+Changes = Mapping[LinearLayer, Tensor]  # each [d_out, d_in], one more column where the map has a bias
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def spliced(changes: Changes, scale: float = 1.0) -> Iterator[None]:
 
 
 @contextmanager
-def frozen(linears: Iterable[LinearMap]) -> Iterator[None]:
+def frozen(linears: Iterable[LinearLayer]) -> Iterator[None]:
     """Run with the effective weights of our own low-bit layers computed once, not at every call.
 
     For contexts in which no weight changes. A splice inside takes the place of this one.
@@ -69,7 +69,7 @@ def _replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[Non
             module.__dict__["forward"] = before
 
 
-def _plain(linear: LinearMap) -> bool:
+def _plain(linear: LinearLayer) -> bool:
     module, weight = linear.module, linear.module.weight
     ours = type(module) is nn.Linear or linear.transposed or isinstance(module, QuantizedLinear)
     return (
@@ -81,7 +81,7 @@ def _plain(linear: LinearMap) -> bool:
     )
 
 
-def _parts(linear: LinearMap, change: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+def _parts(linear: LinearLayer, change: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
     """Split a change into the part of the weight and the part of the bias, scaled."""
     if linear.has_bias:
         return change[:, :-1] * scale, change[:, -1] * scale
@@ -89,7 +89,7 @@ def _parts(linear: LinearMap, change: Tensor, scale: float) -> tuple[Tensor, Ten
 
 
 @contextmanager
-def _merged(linear: LinearMap, change: Tensor, scale: float) -> Iterator[None]:
+def _merged(linear: LinearLayer, change: Tensor, scale: float) -> Iterator[None]:
     weight_change, bias_change = _parts(linear, change, scale)
     own, own_bias = _own(linear)
     weight = own + weight_change.to(own)  # [d_out, d_in]
@@ -103,14 +103,14 @@ def _merged(linear: LinearMap, change: Tensor, scale: float) -> Iterator[None]:
         yield
 
 
-def _own(linear: LinearMap) -> tuple[Tensor, Tensor | None]:
+def _own(linear: LinearLayer) -> tuple[Tensor, Tensor | None]:
     """Return weight and bias without computing frozen ones again."""
     present = linear.module.__dict__.get("forward")
     return (present.weight, present.bias) if isinstance(present, _Frozen) else (linear.weight(), linear.bias())
 
 
 @contextmanager
-def _hooked(linear: LinearMap, change: Tensor, scale: float) -> Iterator[None]:
+def _hooked(linear: LinearLayer, change: Tensor, scale: float) -> Iterator[None]:
     weight_change, bias_change = _parts(linear, change, scale)
     handle = linear.module.register_forward_hook(_adder(weight_change.float(), bias_change), with_kwargs=True)
     try:

@@ -13,7 +13,7 @@ from peelwise.records.base import Colour
 
 WHOLE_MODEL = -1  # the block of statistics that belong to all blocks together
 
-ProbeKind = Literal["ranking", "alone", "joint"]
+MeasurementKind = Literal["ranking", "alone", "joint"]
 Level = Literal["info", "warning", "alert"]
 
 # What goes to other people's trackers.
@@ -130,7 +130,7 @@ class Event:
 
 
 @dataclass(frozen=True)
-class ProbeRow:
+class Measurement:
     """Everything one probe of the model found; stored in one transaction.
 
     Attributes:
@@ -146,7 +146,7 @@ class ProbeRow:
     """
 
     step: int
-    kind: ProbeKind
+    kind: MeasurementKind
     probe_loss: float
     seconds: float
     share: float

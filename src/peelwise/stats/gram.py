@@ -17,7 +17,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from peelwise.distributed.processes import Ranks
+from peelwise.distributed.processes import Processes
 from peelwise.errors import TooFewSamplesError
 from peelwise.stats.linalg import solve_dtype
 
@@ -123,12 +123,12 @@ class RegressionSum(_Sum):
         return RegressionSums(self.n, *(total.clone() for total in self.totals))
 
 
-def all_reduce(sums: Sequence[GramSum | CrossSum], ranks: Ranks) -> None:
+def all_reduce(sums: Sequence[GramSum | CrossSum], processes: Processes) -> None:
     """Let every one of ``sums`` hold the rows that all processes have seen; each has seen a batch, if an empty one."""
-    if ranks.count == 1:
+    if processes.count == 1:
         return
     counts = [each.totals[0].new_tensor(float(each.n)) for each in sums]
-    ranks.add([*counts, *(total for each in sums for total in each.totals)])
+    processes.all_reduce_([*counts, *(total for each in sums for total in each.totals)])
     for each, count in zip(sums, counts, strict=True):
         each.n = int(count)
 

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from peelwise.errors import StoreError
-from peelwise.records.run import Event, ProbeRow, RunInfo, StepRow
+from peelwise.records.run import Event, Measurement, RunInfo, StepRow
 from peelwise.store import profiles
 from peelwise.store.lock import locked
 from peelwise.store.reader import Status
@@ -54,7 +54,7 @@ class RunWriter:
         with self._transaction():
             self._insert("steps", run_id=self.run_id, step=row.step, time=time.time(), loss=row.loss, share=row.share)
 
-    def probe(self, row: ProbeRow) -> int:
+    def measurement(self, row: Measurement) -> int:
         """Write everything a probe found, as one transaction; return its id.
 
         Raises:

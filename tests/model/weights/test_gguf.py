@@ -9,7 +9,7 @@ import torch
 from peelwise.errors import FormatError, ModelError, UnsupportedModelError
 from peelwise.formats.table import parse_format
 from peelwise.model.architectures.decoder import find_blocks
-from peelwise.model.weights.gguf import BLOCK_FORMATS, read_blocks, stored_maps
+from peelwise.model.weights.gguf import BLOCK_FORMATS, read_blocks, stored_layers
 from peelwise.nn.files import hold_in
 from zoo import ZOO
 
@@ -57,7 +57,7 @@ def _written(folder: Path, kind: str, *, permuted: bool = False) -> tuple[Path, 
 @pytest.mark.parametrize("permuted", [False, True])
 def test_every_map_of_a_file_is_found_with_the_very_weights_of_the_model(tmp_path: Path, permuted: bool) -> None:
     file, blocks = _written(tmp_path, "Q4_1", permuted=permuted)
-    found = stored_maps(file, blocks)
+    found = stored_layers(file, blocks)
     assert len(found) == sum(len(block.linears) for block in blocks)
     for linear, held in found.items():
         assert held.format == parse_format("int4:group=32,minimum")
@@ -68,7 +68,7 @@ def test_every_map_of_a_file_is_found_with_the_very_weights_of_the_model(tmp_pat
 def test_a_layer_can_compute_with_the_codes_of_the_file(tmp_path: Path, kind: str) -> None:
     file, blocks = _written(tmp_path, kind)
     for block in blocks[:1]:
-        stored = {m: h for m, h in stored_maps(file, blocks).items() if m in block.linears}
+        stored = {m: h for m, h in stored_layers(file, blocks).items() if m in block.linears}
         for linear, held in stored.items():
             name = linear.name.removeprefix(f"{block.name}.")
             hold_in(block.module, name, held.format, held.encoded)
@@ -81,20 +81,20 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
     file, blocks = _written(tmp_path, "Q8_0")
     blocks[1].linears[3].module.weight.data[0, 0] += 1
     with pytest.raises(FormatError, match=rf"does not store the weights of {blocks[1].linears[3].name}"):
-        stored_maps(file, blocks)
+        stored_layers(file, blocks)
     with pytest.raises(FormatError, match="holds no tensor for"):
-        stored_maps(file, find_blocks(ZOO["gpt2"]()))
+        stored_layers(file, find_blocks(ZOO["gpt2"]()))
 
 
 def test_other_block_formats_are_declined_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, blocks = _written(tmp_path, "Q5_0")
     monkeypatch.delitem(BLOCK_FORMATS, "Q5_0")
     with pytest.raises(UnsupportedModelError, match="stored as Q5_0"):
-        stored_maps(file, blocks)
+        stored_layers(file, blocks)
 
 
 def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
     file, blocks = _written(tmp_path, "Q4_0")
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ModelError, match="damaged"):
-        stored_maps(file, blocks)
+        stored_layers(file, blocks)

@@ -11,7 +11,7 @@ from peelwise.show.dashboard import news
 from peelwise.show.dashboard.news import Place, parse_places
 from peelwise.store.reader import RunReader
 from peelwise.store.writer import RunWriter
-from runs import event, probe_row, run_info, write_run
+from runs import event, measurement_row, run_info, write_run
 from show.dashboard.asking import served
 
 
@@ -41,11 +41,11 @@ def test_a_probe_is_one_message_with_everything(tmp_path):
     path = tmp_path / "run.db"
     with RunWriter(path, run_info()) as writer:
         writer.step(StepRow(7, 2.5, 0.01))
-        writer.probe(probe_row(7, kind="alone", events=(event(7),)))
+        writer.measurement(measurement_row(7, kind="alone", events=(event(7),)))
     steps, probe, events = told(path, Place("0.1"))
     assert (steps.kind, steps.content["rows"][0][:3]) == ("steps", [7, 2.5, 0.01])
     assert (probe.kind, probe.content["look"]["letters"]) == ("probe", "RG?")
-    assert len(probe.content["statistics"]) == len(probe_row(7, kind="alone").statistics)
+    assert len(probe.content["statistics"]) == len(measurement_row(7, kind="alone").statistics)
     assert ["recoverable", 7, 1, 0.03, 0.02, 0.04, None] in probe.content["statistics"]
     assert probe.content["matrices"] == [[1, "attention.out", 0.7], [1, "feed_forward.0", 0.3]]
     assert probe.content["verdicts"][0]["colour"] == "red"
@@ -77,7 +77,7 @@ def test_the_stream_goes_on_where_it_was(tmp_path):
         assert listed["files"][0]["runs"][0]["status"] == "running"
         for step in range(1, 4):  # while nobody listens
             writer.step(StepRow(step, 3.0, 0.0))
-        writer.probe(probe_row(3))
+        writer.measurement(measurement_row(3))
         found = ask.messages("0.1@0.0.0", 3, last=place)  # as a browser does by itself
         assert [kind for _, kind, _ in found] == ["steps", "probe", "runs"]
         assert [row[0] for row in found[0][2]["rows"]] == [1, 2, 3]

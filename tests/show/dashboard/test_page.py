@@ -11,9 +11,9 @@ pytest.importorskip("playwright", reason="playwright drives the browser")
 
 from playwright.sync_api import sync_playwright
 
-from peelwise.records.run import WHOLE_MODEL, MatrixShare, ProbeRow, RunInfo, Statistic, StepRow, VerdictRow
+from peelwise.records.run import WHOLE_MODEL, MatrixShare, Measurement, RunInfo, Statistic, StepRow, VerdictRow
 from peelwise.store.writer import RunWriter
-from runs import event, probe_row, run_info
+from runs import event, measurement_row, run_info
 from show.dashboard.asking import served
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -58,7 +58,7 @@ def history(tmp_path_factory):
             for step in range(200):
                 writer.step(StepRow(step, 4.0 - step / 100, 0.02))
                 if step % 10 == 9:
-                    writer.probe(look(step, cloud, "RG?" if step > 100 else "Y?G"))
+                    writer.measurement(look(step, cloud, "RG?" if step > 100 else "Y?G"))
             writer.event(event(120, text="block 0 turned red"))
             writer.event(event(150, text="no gradient", level="warning", block=2))
     return path
@@ -73,7 +73,7 @@ def look(step, cloud, letters):
         MatrixShare(b, f"blocks.{b}.{name}", share) for b in range(3) for name, share in (("out", 0.7), ("up", 0.3))
     )
     verdicts = (VerdictRow(0, "red", "0.05 nats lie above the margin", step),) if step == 109 else ()
-    return ProbeRow(
+    return Measurement(
         step,
         "alone",
         4.1 - step / 100,
@@ -290,19 +290,19 @@ def test_it_follows_live_and_tells_of_alerts(page, tmp_path):
         page.on("request", lambda request: loads.append(request.url))
         for step in range(1, 30):
             writer.step(StepRow(step, 4.0 - step / 100, 0.01))
-        writer.probe(probe_row(29, kind="alone", events=(event(29, text="block 0 is in need"),)))
+        writer.measurement(measurement_row(29, kind="alone", events=(event(29, text="block 0 is in need"),)))
         page.wait_for_selector(".event:has-text('block 0 is in need')")
         assert page.locator("#spoken").inner_text() == "Alert at step 29: block 0 is in need"
         assert page.get_by_role("radio", name="Block 0, blocks.0: certified under-optimised").count() == 1
         page.wait_for_selector("[data-statistic=energy]")
         loads.clear()
-        writer.probe(probe_row(39, kind="alone"))
+        writer.measurement(measurement_row(39, kind="alone"))
         page.wait_for_selector("[data-statistic=energy] .value:has-text('at step 39')")
         assert loads == []  # what came was enough to draw it
         page.locator("#colour-by").focus()
         page.evaluate("document.querySelector('article').dataset.kept = 'yes'")
         rows = tuple(Statistic("unheard_of", b, 1.0) for b in range(3))
-        writer.probe(ProbeRow(49, "ranking", 2.0, 0.1, 0.0, "RG?", statistics=rows))
+        writer.measurement(Measurement(49, "ranking", 2.0, 0.1, 0.0, "RG?", statistics=rows))
         page.wait_for_selector("[data-statistic=unheard_of] h4:has-text('Unheard of')")
         assert page.locator("article[data-kept=yes]").count() == 1  # nobody loses their place
         assert page.evaluate("document.activeElement.id") == "colour-by"
@@ -357,7 +357,7 @@ def test_what_a_history_holds_does_nothing_on_the_page(page, tmp_path):
         matrices = (MatrixShare(0, HOSTILE, 1.0),)
         happened = (event(0, text=HOSTILE, suggestion=HOSTILE, kind=HOSTILE),)
         writer.probe(
-            ProbeRow(
+            Measurement(
                 0,
                 "ranking",
                 1.0,

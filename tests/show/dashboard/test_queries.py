@@ -11,12 +11,12 @@ import pytest
 pytest.importorskip("uvicorn", reason="the live page needs starlette and uvicorn")
 
 from peelwise.evidence.verdict import cloud_colour
-from peelwise.records.run import WHOLE_MODEL, ProbeRow, Statistic, StepRow
+from peelwise.records.run import WHOLE_MODEL, Measurement, Statistic, StepRow
 from peelwise.show.dashboard import queries
 from peelwise.store import profiles
 from peelwise.store.reader import RunReader
 from peelwise.store.writer import RunWriter
-from runs import event, probe_row, run_info, write_run
+from runs import event, measurement_row, run_info, write_run
 
 RANK = {letter: rank for rank, letter in enumerate("G?YR")}
 
@@ -49,7 +49,7 @@ def long_run(tmp_path):
             to_median = {33: 9.0, 71: 0.05}.get(step, 1.1)
             rows = [Statistic("energy", b, 1.0, to_median=to_median if b == 1 else 1.0) for b in range(3)]
             letters = "GRG" if step == 60 else "G?Y"
-            writer.probe(ProbeRow(step, "ranking", 2.0, 0.1, 0.03, letters, statistics=tuple(rows)))
+            writer.measurement(Measurement(step, "ranking", 2.0, 0.1, 0.03, letters, statistics=tuple(rows)))
     return path
 
 
@@ -94,7 +94,7 @@ def test_the_cloud_and_statistics_nobody_told_the_page_of(tmp_path):
             rows += [Statistic("drift", 0, 1.0, low=0.5, high=1.5), Statistic("overlap", WHOLE_MODEL, 0.5)]
             if step % 2:
                 rows += [Statistic("bound_upper", WHOLE_MODEL, 3.0 + step), Statistic("bound_lower", WHOLE_MODEL, 2.0)]
-            writer.probe(ProbeRow(step, "ranking", 2.5, 0.1, 0.03, "RG?", statistics=tuple(rows)))
+            writer.measurement(Measurement(step, "ranking", 2.5, 0.1, 0.03, "RG?", statistics=tuple(rows)))
     with RunReader(path) as reader:
         run = reader.latest()
         found = queries.overview(reader, run)
@@ -259,7 +259,7 @@ def test_empty_and_undefined(tmp_path):
         writer.step(StepRow(0, None, 0.0))
         writer.event(event(0, text="a\u202eb"))
         rows = (Statistic("energy", 0, math.inf, to_median=math.inf),)
-        writer.probe(ProbeRow(0, "ranking", 2.0, 0.1, 0.0, "RG?", statistics=rows))
+        writer.measurement(Measurement(0, "ranking", 2.0, 0.1, 0.0, "RG?", statistics=rows))
     with RunReader(path) as reader:
         found = queries.overview(reader, reader.latest())
         assert found["loss"]["mean"] == [None]
@@ -267,4 +267,4 @@ def test_empty_and_undefined(tmp_path):
         assert queries.block(reader, reader.latest(), 0)["series"]["energy"] == [[0, 0, None, None, None, None]]
         assert found["events"][0]["text"] == "a\ufffdb"
         assert queries.run_facts(reader.latest(), "0.1", "f")["name"] == "\ufffdabc\ufffd"
-    assert probe_row(0).letters == "RG?"
+    assert measurement_row(0).letters == "RG?"

@@ -9,7 +9,7 @@ from peelwise.records.run import RunInfo, StepRow
 from peelwise.show.runs.watch import view, watch
 from peelwise.store.reader import RunReader
 from peelwise.store.writer import RunWriter
-from runs import event, probe_row, run_info, write_run
+from runs import event, measurement_row, run_info, write_run
 
 
 def drawn(path, width=140):
@@ -41,7 +41,7 @@ def test_before_the_first_look_and_with_hostile_names(tmp_path):
         assert "[red]x[/red], run 1, running" in drawn(path)
         assert "No look at the model yet" in drawn(path)
         writer.step(StepRow(0, None, 0.0))
-        writer.probe(probe_row(0))
+        writer.measurement(measurement_row(0))
         assert "[b]0[/b]" in drawn(path)
         assert "\x1b" not in drawn(path)
 
@@ -75,5 +75,5 @@ def test_sixty_blocks(tmp_path):
     path = tmp_path / "run.db"
     with RunWriter(path, RunInfo("big", "M", 1, tuple(f"layers.{i}" for i in range(60)))) as writer:
         writer.step(StepRow(0, 1.0, 0.0))
-        writer.probe(probe_row(0, letters="RYG?" * 15))
+        writer.measurement(measurement_row(0, letters="RYG?" * 15))
     assert drawn(path).count("yellow") == 15

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from audits import bench_of, runner_of
+from audits import runner_of, session_of
 from peelwise.engine.permute import permuted_targets
 from peelwise.model.fresh import fresh_copy
 from peelwise.model.guard import untouched
@@ -20,17 +20,17 @@ from zoo import VOCABULARY, ZOO, sample_ids
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 10_000])
 def test_shuffled_targets_are_whole_sequences_of_others(micro_batch_tokens):
-    bench = bench_of(ZOO["plain"](), micro_batch_tokens=micro_batch_tokens)
-    look = permuted_targets(bench.fit, seed=0)
-    moved = torch.cat([look(batch, position) for position, batch in enumerate(bench.fit.batches)])
-    own = bench.probe.fit.targets
+    session = session_of(ZOO["plain"](), micro_batch_tokens=micro_batch_tokens)
+    look = permuted_targets(session.fit, seed=0)
+    moved = torch.cat([look(batch, position) for position, batch in enumerate(session.fit.batches)])
+    own = session.probe.fit.targets
     assert not any(torch.equal(a, b) for a, b in zip(moved, own, strict=True))
     assert sorted(moved.tolist()) == sorted(own.tolist())
 
 
 def test_shuffled_targets_change_with_the_seed_only():
-    bench = bench_of(ZOO["plain"]())
-    first, again, other = (permuted_targets(bench.fit, seed)(bench.fit.batches[0], 0) for seed in (1, 1, 2))
+    session = session_of(ZOO["plain"]())
+    first, again, other = (permuted_targets(session.fit, seed)(session.fit.batches[0], 0) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -62,19 +62,19 @@ def test_model_that_cannot_be_initialised_again_leaves_a_note():
     model = ZOO["plain"]()
     model.norm = nn.Sequential(model.norm, Odd())
     findings = Findings()
-    untrained_control(bench_of(model), findings)
+    untrained_control(session_of(model), findings)
     assert findings.untrained is None
     assert "untrained control was left out" in findings.notes[0]
 
 
 def test_controls_start_where_they_should():
-    bench, findings = bench_of(ZOO["plain"]()), Findings()
-    with untouched(bench.runner.model):
-        first_sweep(bench, findings, null=permuted_targets(bench.fit, bench.seed))
-        shuffled_control(bench, findings)
-        untrained_control(bench, findings)
-    assert findings.shuffled.start == bench.report.mean
-    assert findings.untrained.start != bench.report.mean
+    session, findings = session_of(ZOO["plain"]()), Findings()
+    with untouched(session.runner.model):
+        first_sweep(session, findings, null=permuted_targets(session.fit, session.seed))
+        shuffled_control(session, findings)
+        untrained_control(session, findings)
+    assert findings.shuffled.start == session.report.mean
+    assert findings.untrained.start != session.report.mean
     for control in (findings.shuffled, findings.untrained):
         assert control.loss == pytest.approx(control.start - control.gain.mean)
 
@@ -114,8 +114,8 @@ def toy(trained: bool):
 @pytest.mark.parametrize("trained", [True, False])
 def test_at_the_minimum_of_a_convex_toy_nothing_is_recoverable(trained):
     model, probe = toy(trained)
-    bench, findings = bench_of(model, probe), Findings()
-    head_reference(bench, findings)
+    session, findings = session_of(model, probe), Findings()
+    head_reference(session, findings)
     gained = findings.head.recoverable_nats
     assert findings.head.relaxed <= findings.head.achieved <= findings.head.current
     if trained:
@@ -123,7 +123,7 @@ def test_at_the_minimum_of_a_convex_toy_nothing_is_recoverable(trained):
         assert abs(gained.mean) < 0.01
     else:  # the control: the same toy before its head was fitted
         assert gained.low > 0.5
-        assert findings.head_control.loss == pytest.approx(bench.report.mean - gained.mean)
+        assert findings.head_control.loss == pytest.approx(session.report.mean - gained.mean)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +137,6 @@ def test_head_that_is_not_this_problem_leaves_a_note(change, note):
     model = ZOO["plain"]()
     change(model)
     findings = Findings()
-    head_reference(bench_of(model), findings)
+    head_reference(session_of(model), findings)
     assert findings.head is None
     assert note in findings.notes[0]

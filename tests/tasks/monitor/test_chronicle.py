@@ -9,7 +9,7 @@ from peelwise.evidence.events import Seen
 from peelwise.evidence.intervals import Paired
 from peelwise.records.run import WHOLE_MODEL, MatrixShare
 from peelwise.tasks.monitor.chronicle import Chronicle
-from peelwise.tasks.monitor.measure import Visit
+from peelwise.tasks.monitor.measure import Measured
 
 BLOCKS = 4
 MUCH, NOTHING = Paired(0.05, 0.004, 40), Paired(0.001, 0.001, 40)
@@ -21,7 +21,7 @@ def visit_of(loss=3.0, *, energies=(1.0,) * BLOCKS, alone=None, unique=None):
         "natural_energy": [e / 2 for e in energies],
         "gradient_norm": [e**0.5 for e in energies],
     }
-    return Visit("alone", loss, free, alone or {}, unique or {}, None, None, (MatrixShare(0, "out", 1.0),))
+    return Measured("alone", loss, free, alone or {}, unique or {}, None, None, (MatrixShare(0, "out", 1.0),))
 
 
 def chronicle(losses="flat", count=200, **options):
@@ -32,8 +32,8 @@ def chronicle(losses="flat", count=200, **options):
     return made
 
 
-def add(made, step, visit, **options):
-    return made.add(step, visit, **({"seconds": 1.0, "share": 0.03} | options))
+def add(made, step, measured, **options):
+    return made.add(step, measured, **({"seconds": 1.0, "share": 0.03} | options))
 
 
 def test_red_where_the_loss_stands_still_and_yellow_where_it_falls():
@@ -138,8 +138,8 @@ def test_foreign_text_needs_a_block_that_stands_out():
 
 
 def test_the_clouds_edges_are_those_of_the_reference_without_blocks_and_of_the_composed_witness():
-    def edges(made, visit):
-        return {s.name: s for s in add(made, 200, visit).statistics if s.name.startswith("bound")}
+    def edges(made, measured):
+        return {s.name: s for s in add(made, 200, measured).statistics if s.name.startswith("bound")}
 
     made, joint = chronicle(), replace(visit_of(3.0), kind="joint", composed=MUCH, upper=3.4)
     assert edges(made, visit_of()) == {}

@@ -8,17 +8,17 @@ import peelwise
 from audits import tiny_probe
 from peelwise.model.architectures.decoder import find_blocks
 from peelwise.nn import quantize_
-from peelwise.records.run import ProbeRow
+from peelwise.records.run import Measurement
 from peelwise.store.reader import RunReader
 from peelwise.tasks.monitor.code_signals import SIGNALS, CodeSignals
 from zoo import ZOO, sample_ids
 
 
-def _row(step: int) -> ProbeRow:
-    return ProbeRow(step, "ranking", 2.0, 0.1, 0.01, "???")
+def _row(step: int) -> Measurement:
+    return Measurement(step, "ranking", 2.0, 0.1, 0.01, "???")
 
 
-def _values(row: ProbeRow) -> dict[tuple[str, int], float]:
+def _values(row: Measurement) -> dict[tuple[str, int], float]:
     return {(s.name, s.block): s.value for s in row.statistics}
 
 

@@ -12,7 +12,7 @@ from peelwise.engine.permute import partner_order, shuffled_stations
 from peelwise.tasks.peel.climber import Climber
 from peelwise.tasks.peel.fit import FitOptions, _solve, coordinate_weights, find_writers, fit_block
 from peelwise.tasks.peel.reference_block import ReferenceBlock, State
-from peelwise.tasks.peel.station_error import StationBench, Target
+from peelwise.tasks.peel.station_error import StationError, Target
 from zoo import ZOO, sample_ids
 
 WRITERS = {
@@ -97,11 +97,11 @@ def test_the_last_projection_is_solved_exactly_where_that_is_possible(name):
     _, other_traces = traces_of(other, probe)
     reference = ReferenceBlock(runner.blocks[0])
     (linear,) = (m for m in reference.block.linears if m.name == last.name)
-    bench = StationBench(runner, reference, traces["fit"], traces["select"], target_of(other_traces, 1))
-    start = bench.select_error()
+    problem = StationError(runner, reference, traces["fit"], traces["select"], target_of(other_traces, 1))
+    start = problem.select_error()
     assert start > 0.05
-    assert _solve(bench, linear, start) < 1e-4 * start  # what damping and rounding to bfloat16 leave
-    assert bench.select_error() < 1e-4 * start
+    assert _solve(problem, linear, start) < 1e-4 * start  # what damping and rounding to bfloat16 leave
+    assert problem.select_error() < 1e-4 * start
 
 
 def test_more_rounds_and_steps_only_help_on_select():

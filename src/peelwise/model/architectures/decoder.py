@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from peelwise.errors import UnsupportedModelError
-from peelwise.model.layers import Block, is_linear, linear_maps, plain_name, unwrapped
+from peelwise.model.layers import Block, is_linear, linear_layers, plain_name, unwrapped
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -29,7 +29,7 @@ def find_blocks(model: nn.Module) -> tuple[Block, ...]:
     _refuse_encoder_decoder(model, candidates)
     name = plain_name(name)
     blocks = tuple(
-        Block(index, f"{name}.{index}", module, tuple(linear_maps(unwrapped(module), f"{name}.{index}")))
+        Block(index, f"{name}.{index}", module, tuple(linear_layers(unwrapped(module), f"{name}.{index}")))
         for index, module in enumerate(modules)
     )
     for block in blocks:

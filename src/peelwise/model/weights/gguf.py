@@ -18,7 +18,7 @@ from peelwise.errors import FormatError, MissingExtraError, UnsupportedModelErro
 from peelwise.formats.base import Encoded, Format
 from peelwise.formats.table import parse_format
 from peelwise.model.checkpoint_files import check_gguf
-from peelwise.model.layers import Block, LinearMap
+from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.weights.held import Held
 
 _Bytes = NDArray[np.uint8]
@@ -26,7 +26,7 @@ _Bytes = NDArray[np.uint8]
 _Parts = tuple[NDArray[np.float16], NDArray[np.float16] | None, NDArray[np.int16]]
 
 
-def stored_maps(file: str | Path, blocks: Sequence[Block]) -> dict[LinearMap, Held]:
+def stored_layers(file: str | Path, blocks: Sequence[Block]) -> dict[LinearLayer, Held]:
     """Return what a GGUF file holds for every linear map of a model that was opened from it.
 
     Rows are in the order of the model's own weights: some converters keep those of queries and keys in another.
@@ -105,7 +105,7 @@ def _names(gguf: Any, reader: Any, blocks: int) -> Any:
     return gguf.get_tensor_name_map(known[architecture], blocks)
 
 
-def _in_row_order(encoded: Encoded, form: Format, linear: LinearMap, path: Path) -> Encoded:
+def _in_row_order(encoded: Encoded, form: Format, linear: LinearLayer, path: Path) -> Encoded:
     """Return the codes with rows in the order of the map's weight, found by comparing the rows themselves."""
     there, here = form.decode(encoded), linear.weight().float().cpu()
     if torch.equal(there, here):

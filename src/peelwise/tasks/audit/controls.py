@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from peelwise.engine.heads import per_sequence
-from peelwise.engine.opening import held_maps
+from peelwise.engine.opening import low_bit_layers
 from peelwise.engine.refine import Proposals, unrefined
 from peelwise.engine.rounds import improved
-from peelwise.engine.session import Bench, gain
+from peelwise.engine.session import Session, gain
 from peelwise.engine.sweep import sweep
 from peelwise.errors import IllConditionedWarning
 from peelwise.model.architectures.decoder import find_blocks
@@ -25,24 +25,24 @@ from peelwise.references.head import fit_head, token_cross_entropy
 from peelwise.tasks.audit.findings import Control, Findings
 
 
-def head_reference(bench: Bench, findings: Findings, *, share: float = 1.0) -> None:
+def head_reference(session: Session, findings: Findings, *, share: float = 1.0) -> None:
     """Fit the convex output head on the fit tokens; it is a reference and the head control at once.
 
     It takes at most ``share`` of the whole budget; stopped early, its lower bound is only looser.
     """
-    runner, clock = bench.runner, bench.clock
+    runner, clock = session.runner, session.clock
     head = runner.head
     if head is None:
         findings.notes.append("No output head was found, so there is no head control.")
         return
     with clock.stage("output head"):
         # Some models (soft-capped logits) compute something behind the head; then it is not this problem.
-        fit_x, fit_y, agree = runner.head_inputs(bench.fit)
+        fit_x, fit_y, agree = runner.head_inputs(session.fit)
         if not bool(agree):
             findings.notes.append("The model changes its logits behind the head, so there is no head control.")
             return
-        select_x, select_y, _ = runner.head_inputs(bench.select)
-        report_x, report_y, _ = runner.head_inputs(bench.report)
+        select_x, select_y, _ = runner.head_inputs(session.select)
+        report_x, report_y, _ = runner.head_inputs(session.report)
         dtype = next(head.parameters()).dtype
 
         stop = clock.elapsed + share * clock.budget
@@ -61,7 +61,7 @@ def head_reference(bench: Bench, findings: Findings, *, share: float = 1.0) -> N
             before = token_cross_entropy(report_x, report_y, logits)
             after = token_cross_entropy(report_x, report_y, logits, reference.change)
         runner.work.add(runner.head_share, 3.0 * (reference.steps + 1) * len(fit_y))
-    difference = gain(per_sequence(before, bench.report), per_sequence(after, bench.report), bench.report)
+    difference = gain(per_sequence(before, session.report), per_sequence(after, session.report), session.report)
     findings.head_control = Control(float(after.mean()), difference)
     findings.head = HeadRecord(
         current=reference.current,
@@ -73,21 +73,21 @@ def head_reference(bench: Bench, findings: Findings, *, share: float = 1.0) -> N
     )
 
 
-def shuffled_control(bench: Bench, findings: Findings) -> None:
+def shuffled_control(session: Session, findings: Findings) -> None:
     """Take one joint step along the proposals for targets permuted across sequences: inputs without their labels."""
     proposals, findings.shuffled_proposals = findings.shuffled_proposals, None
     if proposals is not None:
-        with bench.clock.stage("control: shuffled targets"):
-            findings.shuffled = _joint_step(bench, proposals)
+        with session.clock.stage("control: shuffled targets"):
+            findings.shuffled = _joint_step(session, proposals)
 
 
-def untrained_control(bench: Bench, findings: Findings) -> None:
+def untrained_control(session: Session, findings: Findings) -> None:
     """Run one joint round on the same architecture at initialisation, on a third of the fit and select tokens.
 
     An untrained model is a long way above any trained one, so fewer tokens lose nothing of the comparison.
     """
-    with bench.clock.stage("control: untrained"):
-        fresh = fresh_copy(bench.runner.model, bench.seed)
+    with session.clock.stage("control: untrained"):
+        fresh = fresh_copy(session.runner.model, session.seed)
         if fresh is None:
             findings.notes.append(
                 "The untrained control was left out: the model cannot be initialised again "
@@ -95,11 +95,11 @@ def untrained_control(bench: Bench, findings: Findings) -> None:
             )
             return
         blocks = find_blocks(fresh)
-        runner = Runner(fresh, blocks, micro_batch_tokens=bench.runner.micro_batch_tokens)
-        runner.work = bench.runner.work
-        fit, select = runner.trace(_third(bench.probe.fit)), runner.trace(_third(bench.probe.select))
-        report = runner.trace(bench.probe.report)
-        own = replace(bench, runner=runner, fit=fit, select=select, report=report, held=held_maps(blocks))
+        runner = Runner(fresh, blocks, micro_batch_tokens=session.runner.micro_batch_tokens)
+        runner.work = session.runner.work
+        fit, select = runner.trace(_third(session.probe.fit)), runner.trace(_third(session.probe.select))
+        report = runner.trace(session.probe.report)
+        own = replace(session, runner=runner, fit=fit, select=select, report=report, held=low_bit_layers(blocks))
         with warnings.catch_warnings():
             # Rank deficiency in a control is no finding about the model.
             warnings.simplefilter("ignore", IllConditionedWarning)
@@ -108,7 +108,7 @@ def untrained_control(bench: Bench, findings: Findings) -> None:
                 fit,
                 select,
                 directions=("input-whitened",),
-                after_block=lambda done: bench.clock.tell(done, len(runner.blocks)),
+                after_block=lambda done: session.clock.tell(done, len(runner.blocks)),
             )
         findings.untrained = _joint_step(own, proposals)
 
@@ -118,14 +118,14 @@ def _third(split: Split) -> Split:
     return Split(split.ids[:few], split.mask[:few])
 
 
-def _joint_step(bench: Bench, proposals: Proposals) -> Control:
+def _joint_step(session: Session, proposals: Proposals) -> Control:
     """Return what one joint step along ``proposals`` gains on report."""
-    runner = bench.runner
-    better = improved(bench, unrefined(bench.select), proposals, output_changes={}, evaluations=6)
-    after = bench.report.losses
+    runner = session.runner
+    better = improved(session, unrefined(session.select), proposals, output_changes={}, evaluations=6)
+    after = session.report.losses
     if better is not None:
         with spliced(better.changes):
-            after = runner.losses_from(bench.report, 0)
-    tokens = float(bench.report.tokens.sum())
-    difference = gain(bench.report.losses, after, bench.report)
-    return Control(float(after.sum()) / tokens, difference, bench.report.mean)
+            after = runner.losses_from(session.report, 0)
+    tokens = float(session.report.tokens.sum())
+    difference = gain(session.report.losses, after, session.report)
+    return Control(float(after.sum()) / tokens, difference, session.report.mean)

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from peelwise.engine.refine import Refined
-from peelwise.engine.session import Bench, gain
+from peelwise.engine.session import Session, gain
 from peelwise.engine.sweep import BlockProposals
-from peelwise.model.layers import Block, LinearMap
+from peelwise.model.layers import Block, LinearLayer
 from peelwise.records.audit import MatrixRecord
 from peelwise.records.base import Interval, SplitRecord
 from peelwise.references.coded import local_split
 from peelwise.tasks.audit.findings import Findings
 
 
-def split_of(bench: Bench, inside: Refined | None, dense: Refined | None) -> tuple[SplitRecord, Interval] | None:
+def split_of(session: Session, inside: Refined | None, dense: Refined | None) -> tuple[SplitRecord, Interval] | None:
     """Return the loss on report in three parts that add up to it, and the interval of the price of precision.
 
     A matrix of a format is a dense matrix too: where select likes the witness inside the formats better, it stands for
     both, and the price is 0. The choice is made on select, so on report a part may be a little below 0.
 
     Args:
-        bench: the model's own losses.
+        session: the model's own losses.
         inside: the witness inside the formats, evaluated on report.
         dense: the one without them.
     """
@@ -27,13 +27,13 @@ def split_of(bench: Bench, inside: Refined | None, dense: Refined | None) -> tup
         return None
     lowest = dense if dense.select_loss < inside.select_loss else inside
     assert lowest.report_losses is not None
-    tokens = float(bench.report.tokens.sum())
-    price = gain(inside.report_losses, lowest.report_losses, bench.report).interval()
+    tokens = float(session.report.tokens.sum())
+    price = gain(inside.report_losses, lowest.report_losses, session.report).interval()
     irreducible, achieved = (float(losses.sum()) / tokens for losses in (lowest.report_losses, inside.report_losses))
     parts = SplitRecord(
         irreducible=irreducible,
         price_of_precision=achieved - irreducible,
-        left_on_the_table=bench.report.mean - achieved,
+        left_on_the_table=session.report.mean - achieved,
     )
     return parts, price
 
@@ -56,16 +56,18 @@ def matrices_of(block: Block, proposals: BlockProposals | None) -> tuple[MatrixR
     )
 
 
-def coded_matrices(bench: Bench, findings: Findings, block: Block) -> tuple[MatrixRecord, ...]:
+def coded_matrices(session: Session, findings: Findings, block: Block) -> tuple[MatrixRecord, ...]:
     """Return `matrices_of` with format, flipped codes and own error of every low-bit map."""
     proposals = findings.proposals.get(block.index)
     plain = matrices_of(block, proposals)
     linears = [m for m in block.linears if proposals is not None and m in proposals.changes["input-whitened"]]
-    return tuple(_coded(bench, findings, block, m, record) for m, record in zip(linears, plain, strict=True))
+    return tuple(_coded(session, findings, block, m, record) for m, record in zip(linears, plain, strict=True))
 
 
-def _coded(bench: Bench, findings: Findings, block: Block, linear: LinearMap, record: MatrixRecord) -> MatrixRecord:
-    held = bench.held.get(linear)
+def _coded(
+    session: Session, findings: Findings, block: Block, linear: LinearLayer, record: MatrixRecord
+) -> MatrixRecord:
+    held = session.held.get(linear)
     if held is None:
         return record
     form, codes = held.format, held.encoded.codes

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from peelwise.engine.clock import Watcher
-from peelwise.engine.opening import checked_blocks, first_bench, format_names
+from peelwise.engine.opening import checked_blocks, format_names, open_session
 from peelwise.engine.permute import permuted_targets
 from peelwise.engine.provenance import Setup
-from peelwise.engine.session import Bench
+from peelwise.engine.session import Session
 from peelwise.errors import IllConditionedWarning, PeelwiseWarning
 from peelwise.model.fingerprint import fingerprint
 from peelwise.model.guard import untouched
@@ -88,7 +88,7 @@ def run_audit(
     linears = [linear for block in blocks for linear in block.linears]
     with untouched(model), frozen(linears), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", IllConditionedWarning)
-        bench = first_bench(
+        session = open_session(
             model,
             blocks,
             probe,
@@ -98,37 +98,37 @@ def run_audit(
             watcher=watcher,
         )
         findings = Findings()
-        if bench.held:
+        if session.held:
             findings.notes.append(
-                f"{len(bench.held)} linear maps hold low-bit codes ({format_names(bench.held)}). The witness gives "
+                f"{len(session.held)} linear maps hold low-bit codes ({format_names(session.held)}). The witness gives "
                 "them other codes and scales of the same formats; the price of precision comes from a dense witness "
                 "that is not kept."
             )
         try:
-            findings.complete = _stages(bench, findings, settings)
+            findings.complete = _stages(session, findings, settings)
         except KeyboardInterrupt:
             findings.notes.append("Stopped by the user; what was finished by then is reported.")
-        record, witness = summarise(bench, findings, setup, settings.margin_nats)
+        record, witness = summarise(session, findings, setup, settings.margin_nats)
     record = _with_warnings(record, caught)
     return AuditOutcome(record, witness, probe)
 
 
-def _stages(bench: Bench, findings: Findings, settings: AuditSettings) -> bool:
+def _stages(session: Session, findings: Findings, settings: AuditSettings) -> bool:
     """Run the stages in the order of what they are worth; return whether all of them ended by themselves."""
-    null = permuted_targets(bench.fit, bench.seed) if settings.controls else None
-    complete = stages.first_sweep(bench, findings, null=null)
-    complete &= stages.take_out(bench, findings, share=_REMOVAL_SHARE)
-    complete &= stages.joint_rounds(bench, findings, rounds=settings.joint_rounds, share=_JOINT_SHARE)
-    controls.shuffled_control(bench, findings)
-    complete &= stages.leave_one_out(bench, findings, share=_UNIQUE_SHARE)
+    null = permuted_targets(session.fit, session.seed) if settings.controls else None
+    complete = stages.first_sweep(session, findings, null=null)
+    complete &= stages.take_out(session, findings, share=_REMOVAL_SHARE)
+    complete &= stages.joint_rounds(session, findings, rounds=settings.joint_rounds, share=_JOINT_SHARE)
+    controls.shuffled_control(session, findings)
+    complete &= stages.leave_one_out(session, findings, share=_UNIQUE_SHARE)
     if settings.controls:
-        clock = bench.clock
+        clock = session.clock
         affordable = clock.elapsed < _CONTROL_SHARE * clock.budget
         if affordable:
-            controls.untrained_control(bench, findings)
-        controls.head_reference(bench, findings, share=_HEAD_SHARE)
+            controls.untrained_control(session, findings)
+        controls.head_reference(session, findings, share=_HEAD_SHARE)
         complete &= affordable
-    complete &= stages.refine_alone(bench, findings, rounds=settings.alone_rounds)
+    complete &= stages.refine_alone(session, findings, rounds=settings.alone_rounds)
     if not complete:
         findings.notes.append("The budget ended before every stage; a larger --budget measures the rest.")
     return complete

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from peelwise.engine.refine import Refined, unrefined
 from peelwise.engine.rounds import Kind, improved, kinds
-from peelwise.engine.session import REMOVED, WITHOUT, Bench
+from peelwise.engine.session import REMOVED, WITHOUT, Session
 from peelwise.engine.sweep import Direction, Targets, sweep
 from peelwise.model.splice import spliced
 from peelwise.tasks.audit.findings import Findings
@@ -16,32 +16,32 @@ _JOINT: dict[Kind, str] = {"certified": "joint rounds", "dense": "joint rounds w
 _USUAL_EVALUATIONS = 5
 
 
-def first_sweep(bench: Bench, findings: Findings, *, null: Targets | None = None) -> bool:
+def first_sweep(session: Session, findings: Findings, *, null: Targets | None = None) -> bool:
     """Make the proposals of all blocks, linearised at the model as it stands: the free ranking.
 
     It goes down from the last block, and ends early only when the whole budget is spent.
 
     Args:
-        bench: model and traces.
+        session: model and traces.
         findings: gets the proposals.
         null: targets of the shuffled control, whose proposals are made in the same pass, from the same sums of inputs.
 
     Returns whether every block was reached.
     """
-    with bench.clock.stage("statistics of all blocks"):
+    with session.clock.stage("statistics of all blocks"):
         findings.proposals, *others = sweep(
-            bench.runner,
-            bench.fit,
-            bench.select,
+            session.runner,
+            session.fit,
+            session.select,
             targets=[None] if null is None else [None, null],
-            after_block=lambda done: bench.clock.tell(done, len(bench.runner.blocks)),
-            keep_going=lambda: bench.clock.left > 0,
+            after_block=lambda done: session.clock.tell(done, len(session.runner.blocks)),
+            keep_going=lambda: session.clock.left > 0,
         )
         findings.shuffled_proposals = others[0] if others else None
-    return len(findings.proposals) == len(bench.runner.blocks)
+    return len(findings.proposals) == len(session.runner.blocks)
 
 
-def take_out(bench: Bench, findings: Findings, *, share: float) -> bool:
+def take_out(session: Session, findings: Findings, *, share: float) -> bool:
     """Measure the loss on report with each block taken out, its input passed on as its output (arXiv:1605.06431).
 
     On a deep model and foreign text, where all blocks gain by adapting, it points at the block at fault best
@@ -49,43 +49,43 @@ def take_out(bench: Bench, findings: Findings, *, share: float) -> bool:
 
     Returns whether ``share`` of the whole budget allowed it.
     """
-    blocks, clock = bench.runner.blocks, bench.clock
-    passes = sum(bench.share_from(block.index + 1) for block in blocks)
-    if bench.seconds_for(passes * float(bench.report.tokens.sum())) > min(share * clock.budget, clock.left):
+    blocks, clock = session.runner.blocks, session.clock
+    passes = sum(session.share_from(block.index + 1) for block in blocks)
+    if session.seconds_for(passes * float(session.report.tokens.sum())) > min(share * clock.budget, clock.left):
         return False
     with clock.stage(REMOVED):
         found = {}
         for block in blocks:
             clock.tell(block.index, len(blocks))
-            found[block.index] = bench.runner.losses_without(bench.report, block.index)
+            found[block.index] = session.runner.losses_without(session.report, block.index)
         findings.removed = found
     return True
 
 
-def joint_rounds(bench: Bench, findings: Findings, *, rounds: int, share: float) -> bool:
+def joint_rounds(session: Session, findings: Findings, *, rounds: int, share: float) -> bool:
     """Refine all blocks together, round after round, while select improves and the time share lasts.
 
     Args:
-        bench: model and traces.
+        session: model and traces.
         findings: ``composed`` is replaced after each round; ``dense_composed`` too where there are low-bit maps.
         rounds: most rounds.
         share: part of the whole budget after which no further round is begun.
 
     Returns whether the rounds ended by themselves.
     """
-    going = {kind: unrefined(bench.select) for kind in kinds(bench)}
+    going = {kind: unrefined(session.select) for kind in kinds(session)}
     output_changes: dict[Direction, float] = {}
     for number in range(rounds):
         for kind, state in list(going.items()):
-            with bench.clock.stage(_JOINT[kind]):
-                if number > 0 and not _affordable_round(bench, share):
+            with session.clock.stage(_JOINT[kind]):
+                if number > 0 and not _affordable_round(session, share):
                     return False
-                bench.clock.tell(number + 1, rounds)
-                better = _joint_round(bench, findings, state, kind, output_changes)
+                session.clock.tell(number + 1, rounds)
+                better = _joint_round(session, findings, state, kind, output_changes)
                 if better is None:
                     del going[kind]
                     if kind == "dense" and not state.rounds:  # tried, and no better than the model as it stands
-                        findings.dense_composed = replace(state, report_losses=bench.report.losses)
+                        findings.dense_composed = replace(state, report_losses=session.report.losses)
                     continue
                 going[kind] = better
                 if kind == "certified":
@@ -96,27 +96,27 @@ def joint_rounds(bench: Bench, findings: Findings, *, rounds: int, share: float)
 
 
 def _joint_round(
-    bench: Bench, findings: Findings, before: Refined, kind: Kind, output_changes: dict[Direction, float]
+    session: Session, findings: Findings, before: Refined, kind: Kind, output_changes: dict[Direction, float]
 ) -> Refined | None:
     """Take one round of all blocks together, linearised at ``before``, and evaluate it on report."""
     proposals = findings.proposals
     if before.rounds:
         with spliced(before.changes):
-            fit, select = bench.runner.refreshed(bench.fit), bench.runner.refreshed(bench.select)
+            fit, select = session.runner.refreshed(session.fit), session.runner.refreshed(session.select)
             (proposals,) = sweep(
-                bench.runner,
+                session.runner,
                 fit,
                 select,
-                after_block=lambda done: bench.clock.tell(done, len(bench.runner.blocks)),
+                after_block=lambda done: session.clock.tell(done, len(session.runner.blocks)),
             )
-    better = improved(bench, before, proposals, kind, output_changes=output_changes)
+    better = improved(session, before, proposals, kind, output_changes=output_changes)
     if better is None:
         return None
     with spliced(better.changes):
-        return replace(better, report_losses=bench.runner.losses_from(bench.report, 0))
+        return replace(better, report_losses=session.runner.losses_from(session.report, 0))
 
 
-def leave_one_out(bench: Bench, findings: Findings, *, share: float) -> bool:
+def leave_one_out(session: Session, findings: Findings, *, share: float) -> bool:
     """Measure what only each block gives: the composed witness without it, on report, most energy first.
 
     Returns whether every block was measured before ``share`` of the time left was used.
@@ -124,16 +124,16 @@ def leave_one_out(bench: Bench, findings: Findings, *, share: float) -> bool:
     composed = findings.composed
     if composed is None:
         return True
-    runner, clock = bench.runner, bench.clock
-    tokens = float(bench.report.tokens.sum())
+    runner, clock = session.runner, session.clock
+    tokens = float(session.report.tokens.sum())
     stop = clock.elapsed + share * max(clock.left, 0.0)
     with clock.stage(WITHOUT):
         with spliced(composed.changes):
-            refined = runner.refreshed(bench.report)
+            refined = runner.refreshed(session.report)
         order = by_energy(findings)
         for done, index in enumerate(order):
             clock.tell(done, len(order))
-            needed = bench.seconds_for(bench.share_from(index) * tokens)
+            needed = session.seconds_for(session.share_from(index) * tokens)
             if clock.elapsed + needed > stop:
                 return False
             own = set(runner.blocks[index].linears)
@@ -145,21 +145,21 @@ def leave_one_out(bench: Bench, findings: Findings, *, share: float) -> bool:
     return True
 
 
-def refine_alone(bench: Bench, findings: Findings, *, rounds: int) -> bool:
+def refine_alone(session: Session, findings: Findings, *, rounds: int) -> bool:
     """Refine blocks by themselves, the most promising first, one round each before anybody's next.
 
     Returns whether every block was refined until select stopped improving or ``rounds`` were taken.
     """
     output_changes: dict[Direction, float] = {}
-    going = dict.fromkeys(_promising(findings), kinds(bench))
-    with bench.clock.stage("refining blocks alone"):
+    going = dict.fromkeys(_promising(findings), kinds(session))
+    with session.clock.stage("refining blocks alone"):
         for number in range(rounds):
             still: dict[int, tuple[Kind, ...]] = {}
             for done, (index, open_kinds) in enumerate(going.items()):
-                bench.clock.tell(done, len(going))
-                if not bench.clock.affords(len(open_kinds) * _alone_seconds(bench, index, number)):
+                session.clock.tell(done, len(going))
+                if not session.clock.affords(len(open_kinds) * _alone_seconds(session, index, number)):
                     return False
-                found = tuple(k for k in open_kinds if _alone_round(bench, findings, index, k, output_changes))
+                found = tuple(k for k in open_kinds if _alone_round(session, findings, index, k, output_changes))
                 if found:
                     still[index] = found
             going = dict(sorted(still.items(), key=lambda item: findings.alone[item[0]].select_loss))
@@ -182,40 +182,40 @@ def _promising(findings: Findings) -> list[int]:
 
 
 def _alone_round(
-    bench: Bench, findings: Findings, index: int, kind: Kind, output_changes: dict[Direction, float]
+    session: Session, findings: Findings, index: int, kind: Kind, output_changes: dict[Direction, float]
 ) -> bool:
     """Take one more round of a block by itself; return whether it helped on select."""
     into = findings.alone if kind == "certified" else findings.dense_alone
-    before = into.get(index) or unrefined(bench.select, index)
+    before = into.get(index) or unrefined(session.select, index)
     proposals = {index: findings.proposals[index]}
     if before.rounds:
         with spliced(before.changes):
-            fit = bench.runner.refreshed(bench.fit, index)
-            select = bench.runner.refreshed(bench.select, index)
-            (proposals,) = sweep(bench.runner, fit, select, only=[index])
-    better = improved(bench, before, proposals, kind, output_changes=output_changes, evaluations=6)
+            fit = session.runner.refreshed(session.fit, index)
+            select = session.runner.refreshed(session.select, index)
+            (proposals,) = sweep(session.runner, fit, select, only=[index])
+    better = improved(session, before, proposals, kind, output_changes=output_changes, evaluations=6)
     if better is None:
         # No step helped on select: the witness is the block as it stands, and it gains nothing.
-        into.setdefault(index, replace(before, report_losses=bench.report.losses))
+        into.setdefault(index, replace(before, report_losses=session.report.losses))
         return False
     with spliced(better.changes):
-        into[index] = replace(better, report_losses=bench.runner.losses_from(bench.report, index))
+        into[index] = replace(better, report_losses=session.runner.losses_from(session.report, index))
     return True
 
 
-def _alone_seconds(bench: Bench, index: int, number: int) -> float:
-    share = bench.share_from(index)
-    select, report = float(bench.select.tokens.sum()), float(bench.report.tokens.sum())
-    seconds = bench.seconds_for(share * (_USUAL_EVALUATIONS * select + report))
+def _alone_seconds(session: Session, index: int, number: int) -> float:
+    share = session.share_from(index)
+    select, report = float(session.select.tokens.sum()), float(session.report.tokens.sum())
+    seconds = session.seconds_for(share * (_USUAL_EVALUATIONS * select + report))
     if number == 0:
         return seconds
-    sums, _ = bench.clock.stages["statistics of all blocks"]
-    again = bench.seconds_for(4 * share * (select + float(bench.fit.tokens.sum())))
-    return seconds + again + sums / len(bench.runner.blocks)
+    sums, _ = session.clock.stages["statistics of all blocks"]
+    again = session.seconds_for(4 * share * (select + float(session.fit.tokens.sum())))
+    return seconds + again + sums / len(session.runner.blocks)
 
 
-def _affordable_round(bench: Bench, share: float) -> bool:
-    clock = bench.clock
+def _affordable_round(session: Session, share: float) -> bool:
+    clock = session.clock
     seconds, _ = clock.stages["statistics of all blocks"]
-    evaluations = bench.seconds_for(_USUAL_EVALUATIONS * float(bench.select.tokens.sum()))
+    evaluations = session.seconds_for(_USUAL_EVALUATIONS * float(session.select.tokens.sum()))
     return clock.elapsed + seconds + evaluations <= share * clock.budget

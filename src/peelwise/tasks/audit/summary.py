@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peelwise.engine.provenance import Setup, model_record, versions
 from peelwise.engine.refine import unrefined
-from peelwise.engine.session import Bench, gain
+from peelwise.engine.session import Session, gain
 from peelwise.engine.witness import witness_tensors
 from peelwise.evidence.audit import conclusion, informative, tokens_needed
 from peelwise.evidence.intervals import Paired
@@ -22,62 +22,64 @@ from peelwise.tasks.audit.loss_parts import coded_matrices, matrices_of, split_o
 
 
 def summarise(
-    bench: Bench, findings: Findings, setup: Setup, margin: float | None
+    session: Session, findings: Findings, setup: Setup, margin: float | None
 ) -> tuple[AuditRecord, dict[str, Tensor]]:
     """Return the record of everything found, and the witness tensors by name.
 
     Args:
-        bench: the model's own losses and the clock.
+        session: the model's own losses and the clock.
         findings: what the stages left.
         setup: what was audited.
         margin: nats per token, or ``None`` for the default.
     """
-    current = bench.report.mean
+    current = session.report.mean
     margin = default_margin(current) if margin is None else margin
-    evidence = [evidence_of(bench, findings, block.index) for block in setup.blocks]
-    verdicts = judge(evidence, margin, in_distribution=bench.probe.in_distribution)
-    losses = _losses(bench, findings)
+    evidence = [evidence_of(session, findings, block.index) for block in setup.blocks]
+    verdicts = judge(evidence, margin, in_distribution=session.probe.in_distribution)
+    losses = _losses(session, findings)
     blocks = tuple(
-        _block_record(bench, findings, block, e, v)
+        _block_record(session, findings, block, e, v)
         for block, e, v in zip(setup.blocks, evidence, verdicts, strict=True)
     )
     record = AuditRecord(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        conclusion=conclusion(blocks, losses.composed_gain, margin, in_distribution=bench.probe.in_distribution),
+        conclusion=conclusion(blocks, losses.composed_gain, margin, in_distribution=session.probe.in_distribution),
         complete=findings.complete,
         margin_nats=margin,
         informative=informative(losses),
         model=model_record(setup),
-        probe=bench.probe.record(),
+        probe=session.probe.record(),
         loss=losses,
         blocks=blocks,
         head=findings.head,
         rounds=findings.composed.rounds if findings.composed else (),
-        cost=bench.clock.record(_probe_tokens(bench), device_of(setup.model)),
+        cost=session.clock.record(_probe_tokens(session), device_of(setup.model)),
         notes=tuple(findings.notes),
         settings=setup.settings,
         seed=setup.seed,
         versions=versions(),
     )
-    return record, _witness(bench, findings)
+    return record, _witness(session, findings)
 
 
-def evidence_of(bench: Bench, findings: Findings, index: int) -> Evidence:
+def evidence_of(session: Session, findings: Findings, index: int) -> Evidence:
     """Return what was measured of one block on report."""
     alone = findings.alone.get(index)
     measured = None
     if alone is not None and alone.report_losses is not None:
-        measured = gain(bench.report.losses, alone.report_losses, bench.report)
+        measured = gain(session.report.losses, alone.report_losses, session.report)
     unique = None
     composed = findings.composed
     if index in findings.without and composed is not None and composed.report_losses is not None:
-        unique = gain(findings.without[index], composed.report_losses, bench.report)
+        unique = gain(findings.without[index], composed.report_losses, session.report)
     return Evidence(measured, unique)
 
 
-def _block_record(bench: Bench, findings: Findings, block: Block, evidence: Evidence, verdict: Verdict) -> BlockRecord:
+def _block_record(
+    session: Session, findings: Findings, block: Block, evidence: Evidence, verdict: Verdict
+) -> BlockRecord:
     proposals = findings.proposals.get(block.index)
-    parts = split_of(bench, findings.alone.get(block.index), findings.dense_alone.get(block.index))
+    parts = split_of(session, findings.alone.get(block.index), findings.dense_alone.get(block.index))
     return BlockRecord(
         index=block.index,
         name=block.name,
@@ -85,37 +87,37 @@ def _block_record(bench: Bench, findings: Findings, block: Block, evidence: Evid
         reason=verdict.reason,
         recoverable_nats=_interval(evidence.alone),
         unique_nats=_interval(evidence.unique),
-        removal_nats=_removal(bench, findings, block.index),
+        removal_nats=_removal(session, findings, block.index),
         rounds=len(findings.alone[block.index].rounds) if block.index in findings.alone else 0,
         energy=proposals.energy if proposals else None,
         held_out_energy=proposals.held_out_energy if proposals else None,
         cross_energy=proposals.cross_energy if proposals else None,
         natural_energy=proposals.natural_energy if proposals else None,
         gradient_norm=proposals.gradient_norm if proposals else None,
-        tokens_needed=tokens_needed(verdict, bench.probe.report.tokens, bench.probe.report.sequences),
+        tokens_needed=tokens_needed(verdict, session.probe.report.tokens, session.probe.report.sequences),
         interaction=verdict.interaction,
-        matrices=coded_matrices(bench, findings, block) if bench.held else matrices_of(block, proposals),
+        matrices=coded_matrices(session, findings, block) if session.held else matrices_of(block, proposals),
         split=parts[0] if parts else None,
         price_nats=parts[1] if parts else None,
     )
 
 
-def _removal(bench: Bench, findings: Findings, index: int) -> Interval | None:
+def _removal(session: Session, findings: Findings, index: int) -> Interval | None:
     losses = findings.removed.get(index)
-    return None if losses is None else gain(losses, bench.report.losses, bench.report).interval()
+    return None if losses is None else gain(losses, session.report.losses, session.report).interval()
 
 
-def _losses(bench: Bench, findings: Findings) -> LossRecord:
-    composed, tokens = findings.composed, float(bench.report.tokens.sum())
+def _losses(session: Session, findings: Findings) -> LossRecord:
+    composed, tokens = findings.composed, float(session.report.tokens.sum())
     value, composed_gain = None, None
     if composed is not None and composed.report_losses is not None:
         value = float(composed.report_losses.sum()) / tokens
-        composed_gain = gain(bench.report.losses, composed.report_losses, bench.report).interval()
-    inside = composed or replace(unrefined(bench.select), report_losses=bench.report.losses)
-    parts = split_of(bench, inside, findings.dense_composed)
+        composed_gain = gain(session.report.losses, composed.report_losses, session.report).interval()
+    inside = composed or replace(unrefined(session.select), report_losses=session.report.losses)
+    parts = split_of(session, inside, findings.dense_composed)
     head, shuffled, untrained = findings.head_control, findings.shuffled, findings.untrained
     return LossRecord(
-        current=bench.report.mean,
+        current=session.report.mean,
         composed=value,
         head_control=head.loss if head else None,
         shuffled=shuffled.loss if shuffled else None,
@@ -139,15 +141,15 @@ def _control_interval(control: Control | None) -> Interval | None:
     return None if control is None else control.gain.interval()
 
 
-def _probe_tokens(bench: Bench) -> int:
-    return bench.probe.fit.tokens + bench.probe.select.tokens + bench.probe.report.tokens
+def _probe_tokens(session: Session) -> int:
+    return session.probe.fit.tokens + session.probe.select.tokens + session.probe.report.tokens
 
 
-def _witness(bench: Bench, findings: Findings) -> dict[str, Tensor]:
+def _witness(session: Session, findings: Findings) -> dict[str, Tensor]:
     """Return what was found of all blocks together and of each alone, as it was evaluated."""
     out: dict[str, Tensor] = {}
     if findings.composed is not None:
-        out.update(witness_tensors("composed", findings.composed, bench.held))
+        out.update(witness_tensors("composed", findings.composed, session.held))
     for refined in findings.alone.values():
-        out.update(witness_tensors("alone", refined, bench.held))
+        out.update(witness_tensors("alone", refined, session.held))
     return out

@@ -1,4 +1,4 @@
-"""What a monitor remembers of a run, and the rows it makes of each visit: statistics, verdicts, events."""
+"""What a monitor remembers of a run, and the rows it makes of each measured: statistics, verdicts, events."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from peelwise.evidence.trends import (
     probe_slope,
 )
 from peelwise.evidence.verdict import Evidence, Verdict, default_margin, judge
-from peelwise.records.run import LETTERS, WHOLE_MODEL, Event, ProbeRow, Statistic, VerdictRow
-from peelwise.tasks.monitor.measure import Visit
+from peelwise.records.run import LETTERS, WHOLE_MODEL, Event, Measurement, Statistic, VerdictRow
+from peelwise.tasks.monitor.measure import Measured
 
 _WATCHED = ("natural_energy", "energy", "gradient_norm")  # whose changes of level are told
 _SMALLEST_CHANGE = math.log(1.5)
-_LOOKED_BACK = 200  # visits in which changes are looked for
+_LOOKED_BACK = 200  # measurements in which changes are looked for
 _REMEMBERED_LOSSES = 20_000
 
 
@@ -56,7 +56,7 @@ class _Measured:
 
 
 class Chronicle:
-    """Remembers losses, statistics and measurements of one run; `add` makes the row of a visit.
+    """Remembers losses, statistics and measurements of one run; `add` makes the row of a measured.
 
     Args:
         blocks: number of blocks.
@@ -104,32 +104,32 @@ class Chronicle:
         return sorted(range(self._count), key=rank)
 
     def add(
-        self, step: int, visit: Visit, *, seconds: float, share: float, seen: Mapping[int, Seen] | None = None
-    ) -> ProbeRow:
-        """Return the row of a visit.
+        self, step: int, measured: Measured, *, seconds: float, share: float, seen: Mapping[int, Seen] | None = None
+    ) -> Measurement:
+        """Return the row of a measured.
 
         Args:
             step: of the training.
-            visit: what was found.
+            measured: what was found.
             seconds: what it took.
             share: the monitor's share of wall time so far.
             seen: what else is known of blocks, for suggestions.
         """
-        self._probe_losses.add(step, visit.loss)
+        self._probe_losses.add(step, measured.loss)
         slope = self.slope()
-        statistics = [*self._free(step, visit), *self._measured(step, visit, slope), *self._cloud(visit)]
+        statistics = [*self._free(step, measured), *self._measured(step, measured, slope), *self._cloud(measured)]
         changes = self._new_changes(step)
-        verdicts = self._judge(visit.loss, slope)
+        verdicts = self._judge(measured.loss, slope)
         # Asked before the row's own verdicts replace the last ones.
         news = self._news(verdicts)
         events = [
             *(alerts.changed(step, block, change) for block, change in changes),
             *self._red_events(step, verdicts, slope, seen or {}),
         ]
-        return ProbeRow(
+        return Measurement(
             step,
-            visit.kind,
-            visit.loss,
+            measured.kind,
+            measured.loss,
             seconds,
             share,
             "".join(LETTERS[verdict.colour] for verdict in verdicts),
@@ -138,7 +138,7 @@ class Chronicle:
             slope_high=slope.high if slope else None,
             still_falling=slope.falling if slope else None,
             statistics=tuple(statistics),
-            matrices=visit.matrices,
+            matrices=measured.matrices,
             verdicts=tuple(news),
             events=tuple(events),
         )
@@ -146,10 +146,10 @@ class Chronicle:
     def _step_of(self, block: int) -> float:
         return self._alone[block].step if block in self._alone else -math.inf
 
-    def _free(self, step: int, visit: Visit) -> list[Statistic]:
+    def _free(self, step: int, measured: Measured) -> list[Statistic]:
         """Return the statistics of the sweep against their own history."""
         rows = []
-        for name, values in visit.free.items():
+        for name, values in measured.free.items():
             for block, value in enumerate(values):
                 series = self._series[name, block]
                 series.add(step, value)
@@ -157,16 +157,16 @@ class Chronicle:
                 rows.append(Statistic(name, block, value, to_median=to_median, to_trend=to_trend))
         return rows
 
-    def _measured(self, step: int, visit: Visit, slope: Slope | None) -> list[Statistic]:
+    def _measured(self, step: int, measured: Measured, slope: Slope | None) -> list[Statistic]:
         """Return the paired differences with their intervals, and what they are worth in steps."""
         rows = []
         for name, found, kept in (
-            ("recoverable", visit.alone, self._alone),
-            ("unique", visit.unique, self._unique),
-            ("composed", {} if visit.composed is None else {WHOLE_MODEL: visit.composed}, {}),
+            ("recoverable", measured.alone, self._alone),
+            ("unique", measured.unique, self._unique),
+            ("composed", {} if measured.composed is None else {WHOLE_MODEL: measured.composed}, {}),
         ):
             for block, value in found.items():
-                kept[block] = _Measured(step, visit.loss, value)
+                kept[block] = _Measured(step, measured.loss, value)
                 interval = value.interval()
                 series = self._series[name, block]
                 series.add(step, value.mean)
@@ -177,16 +177,16 @@ class Chronicle:
                     rows.append(Statistic("equivalent_steps", block, worth.mean, worth.low, worth.high))
         return rows
 
-    def _cloud(self, visit: Visit) -> Iterator[Statistic]:
+    def _cloud(self, measured: Measured) -> Iterator[Statistic]:
         """Yield the edges of the loss's cloud: the upper one as last measured, the lower one where it is measured."""
-        self._upper = visit.upper if visit.upper is not None else self._upper
+        self._upper = measured.upper if measured.upper is not None else self._upper
         if self._upper is not None:
             yield Statistic("bound_upper", WHOLE_MODEL, self._upper)
-        if visit.kind == "joint":
+        if measured.kind == "joint":
             # The model as it stands is a witness too: one that does worse on report moves no edge.
-            gain = visit.composed.interval() if visit.composed is not None else None
+            gain = measured.composed.interval() if measured.composed is not None else None
             gains = (gain.mean, gain.high, gain.low) if gain is not None else (0.0, 0.0, 0.0)
-            yield Statistic("bound_lower", WHOLE_MODEL, *(visit.loss - max(nats, 0.0) for nats in gains))
+            yield Statistic("bound_lower", WHOLE_MODEL, *(measured.loss - max(nats, 0.0) for nats in gains))
 
     def _judge(self, loss: float, slope: Slope | None) -> list[Verdict]:
         margin = default_margin(loss) if self._margin is None else self._margin
@@ -228,7 +228,7 @@ class Chronicle:
                 found.append((point.deviations, point.series, change))
         new = []
         for _, block, change in sorted(found, key=lambda item: -item[0]):
-            # As visits come in, the date of a change may move by one of them.
+            # As measurements come in, the date of a change may move by one of them.
             near = (_near(change, told, self._probe_losses.steps) for b, told in self._changes if b == block)
             if not any(near):
                 self._changes.append((block, change))
@@ -265,6 +265,6 @@ class Chronicle:
 
 
 def _near(one: Change, other: Change, steps: list[int]) -> bool:
-    """Whether two dates are within three visits of each other."""
+    """Whether two dates are within three measurements of each other."""
     between = sum(min(one.by_step, other.by_step) < s <= max(one.by_step, other.by_step) for s in steps)
     return between <= 3

@@ -9,7 +9,7 @@ from torch import nn
 
 from peelwise.formats.signals import LowBitSignals
 from peelwise.model.layers import Block
-from peelwise.records.run import Event, ProbeRow, Statistic
+from peelwise.records.run import Event, Measurement, Statistic
 from peelwise.tasks.monitor.codewatch import CodeWatch
 
 # Names in the run history; means over the block's layers, but for the number of dead outputs.
@@ -36,7 +36,7 @@ class CodeSignals:
         if self._watch is not None:
             self._watch.look()  # what the first look is compared with
 
-    def noted(self, row: ProbeRow) -> ProbeRow:
+    def noted(self, row: Measurement) -> Measurement:
         """Return the row of a look with the signals of every low-bit block, and events, each told once."""
         if self._watch is None:
             return row

@@ -1,6 +1,6 @@
 """Follow a training run: decide when to look, look, and hand what was found to a recorder.
 
-step -> vitals -> affordable? -> visit -> chronicle -> recorder
+step -> vitals -> affordable? -> measurement -> chronicle -> recorder
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from peelwise.distributed.processes import ALONE, Ranks
+from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.distributed.sharding import check_blocks
 from peelwise.engine.opening import checked_blocks
 from peelwise.errors import OptionError, OtherProcessError, PeelwiseError
@@ -26,19 +26,19 @@ from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, device_of, unwrapped
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner, check_replay
 from peelwise.probe.probe import Probe, Split
-from peelwise.records.run import Event, Level, ProbeKind, ProbeRow, StepRow
+from peelwise.records.run import Event, Level, Measurement, MeasurementKind, StepRow
 from peelwise.tasks.monitor.chronicle import Chronicle
 from peelwise.tasks.monitor.code_signals import CodeSignals
-from peelwise.tasks.monitor.measure import Visit, visit
+from peelwise.tasks.monitor.measure import Measured, measure
 from peelwise.tasks.monitor.schedules import Schedule, affordable, every, log_spaced
 from peelwise.tasks.monitor.vitals import ADVICE, Complaint, Finding, Vitals, in_words
 
 _log = logging.getLogger("peelwise")
 
 # Rankings date what changes, refining tells how much there is to gain, a joint round what only one block can give.
-PLAN: tuple[ProbeKind, ...] = ("ranking", "alone", "ranking", "joint", "ranking", "alone")
+PLAN: tuple[MeasurementKind, ...] = ("ranking", "alone", "ranking", "joint", "ranking", "alone")
 # What a kind costs in forward passes over the probe, as long as it was never measured.
-_FIRST_GUESS: dict[ProbeKind, float] = {"ranking": 5.0, "alone": 10.0, "joint": 12.0}
+_FIRST_GUESS: dict[MeasurementKind, float] = {"ranking": 5.0, "alone": 10.0, "joint": 12.0}
 _CHECKS_PER_DECADE, _CHECKS_EVERY = 5, 100
 _UNTRAINED: dict[Complaint, str] = {
     "frozen": "has frozen parameters",
@@ -55,11 +55,11 @@ class Recorder(Protocol):
     def step(self, row: StepRow) -> None:
         """Take one training step."""
 
-    def probe(self, row: ProbeRow) -> None:
-        """Take everything one visit found."""
+    def measurement(self, row: Measurement) -> None:
+        """Take everything one measurement found."""
 
     def event(self, event: Event) -> None:
-        """Take one event that belongs to no visit."""
+        """Take one event that belongs to no measurement."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ class MonitorSettings:
         schedule: steps at which it may look, or ``None`` for all of them.
         margin_nats: smallest recoverable loss that matters; ``None`` for the default.
         micro_batch_tokens: tokens that go through the model at a time.
-        plan: kinds of visits, in turn.
+        plan: kinds of measurements, in turn.
     """
 
     budget: float | None = 0.03
     schedule: Schedule | None = None
     margin_nats: float | None = None
     micro_batch_tokens: int = MICRO_BATCH_TOKENS
-    plan: Sequence[ProbeKind] = PLAN
+    plan: Sequence[MeasurementKind] = PLAN
 
 
 class Follower:
@@ -90,7 +90,7 @@ class Follower:
         settings: budget and schedule.
         recorder: takes every row.
         optimizer: what steps the model, for the checks that need no probe.
-        ranks: the processes that train it together, all of which make a follower and step it. The first one decides
+        processes: the processes that train it together, all of which make a follower and step it. The first one decides
             when to look and what that means; the others share the work and hear the result.
 
     Raises:
@@ -110,26 +110,26 @@ class Follower:
         recorder: Recorder,
         *,
         optimizer: torch.optim.Optimizer | None = None,
-        ranks: Ranks = ALONE,
+        processes: Processes = ONE_PROCESS,
     ) -> None:
         began = time.monotonic()
         _check(settings)
         self._model, self._probe, self._settings, self._recorder = model, probe, settings, recorder
-        self._ranks = ranks
-        with ranks.agreeing():
+        self._processes = processes
+        with processes.agreeing():
             self.blocks: tuple[Block, ...] = checked_blocks(model, probe)
             check_blocks({block.name: unwrapped(block.module) for block in self.blocks})
-            _check_same(ranks, model, probe)
+            _check_same(processes, model, probe)
             self._costs = self._guessed_costs()
         self._chronicle = Chronicle(
             len(self.blocks), margin=settings.margin_nats, in_distribution=probe.in_distribution
         )
         self._codes = CodeSignals(model, self.blocks)
-        self._vitals = Vitals(model, self.blocks, optimizer, ranks)
+        self._vitals = Vitals(model, self.blocks, optimizer, processes)
         self._vitals_due = log_spaced(_CHECKS_PER_DECADE), every(_CHECKS_EVERY)
         self._findings: list[Finding] = []
         self._told: set[object] = set()
-        self._visits = self._checks = 0
+        self._measurements = self._checks = 0
         self._broken = False
         self.spent = time.monotonic() - began
         self._start: float | None = None
@@ -144,7 +144,7 @@ class Follower:
         """Share of wall time taken so far."""
         return self.spent / self.elapsed if self.elapsed > 0 else 0.0
 
-    def step(self, step: int, loss: float | None = None) -> ProbeRow | None:
+    def step(self, step: int, loss: float | None = None) -> Measurement | None:
         """Note a training step, look if it is time to, and return what was found then.
 
         Args:
@@ -159,7 +159,7 @@ class Follower:
         finally:
             self.spent += time.monotonic() - began
 
-    def _step(self, step: int, loss: float | None, began: float) -> ProbeRow | None:
+    def _step(self, step: int, loss: float | None, began: float) -> Measurement | None:
         if loss is not None:
             self._chronicle.loss(step, loss)
             if not math.isfinite(loss):
@@ -168,32 +168,32 @@ class Follower:
         kind = self._due(step)
         if kind is not None or any(due(step) for due in self._vitals_due):
             self._check_vitals(step)
-        return None if kind is None else self._look(step, kind, began)
+        return None if kind is None else self._measure(step, kind, began)
 
-    def _due(self, step: int) -> ProbeKind | None:
-        """Return the kind of visit to make now, if any: the first process's clock decides."""
-        settings, kind = self._settings, self._settings.plan[self._visits % len(self._settings.plan)]
+    def _due(self, step: int) -> MeasurementKind | None:
+        """Return the kind of measurement to make now, if any: the first process's clock decides."""
+        settings, kind = self._settings, self._settings.plan[self._measurements % len(self._settings.plan)]
         if self._broken or (settings.schedule is not None and not settings.schedule(step)):
             return None
         if settings.budget is None:
             return kind
         now = affordable(self.spent, self._costs[kind], self.elapsed, settings.budget)
-        return kind if self._ranks.told_number(int(now)) else None
+        return kind if self._processes.broadcast_number(int(now)) else None
 
-    def _look(self, step: int, kind: ProbeKind, began: float) -> ProbeRow | None:
+    def _measure(self, step: int, kind: MeasurementKind, began: float) -> Measurement | None:
         _wait_for(self._model)  # what training has queued on a device is not the monitor's time
         start = time.monotonic()
-        self._visits += 1
-        order = self._ranks.told(self._chronicle.wanted_first())
+        self._measurements += 1
+        order = self._processes.broadcast(self._chronicle.wanted_first())
         try:
-            found = visit(
+            found = measure(
                 self._model,
                 self.blocks,
                 self._probe,
                 kind,
                 order,
                 micro_batch_tokens=self._settings.micro_batch_tokens,
-                ranks=self._ranks,
+                processes=self._processes,
             )
         except Exception as error:  # whatever goes wrong here, the training must not end of it
             self._costs[kind] = time.monotonic() - start
@@ -202,15 +202,17 @@ class Follower:
         now = time.monotonic()
         self._costs[kind] = now - start
         share = (self.spent + now - began) / max(self.elapsed, 1e-9)
-        row: ProbeRow = self._ranks.told(self._row(step, found, now - start, share) if self._ranks.first else None)
+        row: Measurement = self._processes.broadcast(
+            self._row(step, found, now - start, share) if self._processes.is_main else None
+        )
         row = self._codes.noted(row)
-        self._recorder.probe(row)
+        self._recorder.measurement(row)
         self._tell_cost(step, kind)
         if found.notes:
             self._tell(step, "info", "few-tokens", found.notes[0], once="notes")
         return row
 
-    def _row(self, step: int, found: Visit, seconds: float, share: float) -> ProbeRow:
+    def _row(self, step: int, found: Measured, seconds: float, share: float) -> Measurement:
         return self._chronicle.add(step, found, seconds=seconds, share=share, seen=self._seen())
 
     def _check_vitals(self, step: int) -> None:
@@ -255,18 +257,18 @@ class Follower:
         }
 
     def _tell_failure(self, step: int, error: Exception) -> None:
-        """Say that a visit failed; after an error that nobody foresaw, make no more of them."""
+        """Say that a measurement failed; after an error that nobody foresaw, make no more of them."""
         words = str(error) if isinstance(error, PeelwiseError) else f"{type(error).__name__}: {error}"
         foreseen = error.foreseen if isinstance(error, OtherProcessError) else isinstance(error, PeelwiseError)
-        if not self._ranks.every(foreseen):
+        if not self._processes.all_true(foreseen):
             self._broken = True
             words += " No further attempt is made."
-            _log.debug("visit at step %d", step, exc_info=error)
+            _log.debug("measurement at step %d", step, exc_info=error)
         self._tell(step, "warning", "not-measured", f"the model could not be measured: {words}", once=type(error))
 
-    def _tell_cost(self, step: int, kind: ProbeKind) -> None:
+    def _tell_cost(self, step: int, kind: MeasurementKind) -> None:
         budget, seconds = self._settings.budget, self._costs[kind]
-        if budget is not None and self._visits == 1:
+        if budget is not None and self._measurements == 1:
             words = (
                 f"one look takes {seconds:.2g} s; a budget of {budget:.1%} allows one every {seconds / budget:.2g} s."
             )
@@ -289,10 +291,10 @@ class Follower:
             self._told.add(key)
             self._recorder.event(Event(step, level, kind, text, block, suggestion=advice))
 
-    def _guessed_costs(self) -> dict[ProbeKind, float]:
-        """Check that the model can be run block by block, and guess from that what a visit will cost."""
+    def _guessed_costs(self) -> dict[MeasurementKind, float]:
+        """Check that the model can be run block by block, and guess from that what a measurement will cost."""
         tokens = self._settings.micro_batch_tokens
-        runner = Runner(self._model, self.blocks, micro_batch_tokens=tokens, ranks=self._ranks)
+        runner = Runner(self._model, self.blocks, micro_batch_tokens=tokens, processes=self._processes)
         fit, parts = self._probe.fit, (self._probe.fit, self._probe.select, self._probe.report)
         rows = max(1, tokens // fit.inputs.shape[1])
         with untouched(self._model):
@@ -311,13 +313,13 @@ def _check(settings: MonitorSettings) -> None:
     if budget is None and settings.schedule is None:
         raise OptionError("With budget=None a schedule must say when to look, such as schedule=every(100).")
     if not settings.plan:
-        raise OptionError("The plan of visits is empty; leave it out for the default.")
+        raise OptionError("The plan of measurements is empty; leave it out for the default.")
 
 
-def _check_same(ranks: Ranks, model: nn.Module, probe: Probe) -> None:
+def _check_same(processes: Processes, model: nn.Module, probe: Probe) -> None:
     """Check that all processes hold the same model and probe."""
     own = [(name, tuple(p.shape)) for name, p in model.named_parameters()], probe.fingerprint
-    if not ranks.every(ranks.told(own) == own):
+    if not processes.all_true(processes.broadcast(own) == own):
         raise OptionError(
             "The processes hold different models or probes, which is not supported (pipeline parallel?). "
             "Make the same probe, with the same seed, in all of them."

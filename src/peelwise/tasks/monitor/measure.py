@@ -1,4 +1,4 @@
-"""One visit of a monitor: measure a model in training at one moment, with the stages of an audit."""
+"""One measurement of a monitor: measure a model in training at one moment, with the stages of an audit."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from peelwise.distributed.processes import ALONE, Ranks
+from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.engine.heads import without_blocks
-from peelwise.engine.opening import first_bench
-from peelwise.engine.session import Bench, gain
+from peelwise.engine.opening import open_session
+from peelwise.engine.session import Session, gain
 from peelwise.engine.sweep import sweep
 from peelwise.errors import IllConditionedWarning, PeelwiseWarning
 from peelwise.evidence.intervals import Paired
@@ -20,7 +20,7 @@ from peelwise.model.guard import untouched
 from peelwise.model.layers import Block
 from peelwise.model.splice import frozen
 from peelwise.probe.probe import Probe
-from peelwise.records.run import MatrixShare, ProbeKind
+from peelwise.records.run import MatrixShare, MeasurementKind
 from peelwise.tasks.audit import stages
 from peelwise.tasks.audit.findings import Findings
 from peelwise.tasks.audit.loss_parts import matrices_of
@@ -32,8 +32,8 @@ _EVALUATIONS = 5  # of the select loss, in one round of one block, as a rule
 
 
 @dataclass(frozen=True)
-class Visit:
-    """What one visit found.
+class Measured:
+    """What one measurement found.
 
     Attributes:
         kind: what was done.
@@ -46,7 +46,7 @@ class Visit:
         notes: what peelwise warned of.
     """
 
-    kind: ProbeKind
+    kind: MeasurementKind
     loss: float
     free: dict[str, list[float]]
     alone: dict[int, Paired] = field(default_factory=dict)
@@ -57,16 +57,16 @@ class Visit:
     notes: tuple[str, ...] = ()
 
 
-def visit(
+def measure(
     model: nn.Module,
     blocks: tuple[Block, ...],
     probe: Probe,
-    kind: ProbeKind,
+    kind: MeasurementKind,
     order: Sequence[int],
     *,
     micro_batch_tokens: int,
-    ranks: Ranks = ALONE,
-) -> Visit:
+    processes: Processes = ONE_PROCESS,
+) -> Measured:
     """Measure ``model`` as it stands and leave it, and every random state, exactly as they were.
 
     Args:
@@ -78,20 +78,20 @@ def visit(
             no longer than all of that the reference without blocks.
         order: blocks for ``alone``, those that are wanted most first; at least one is refined.
         micro_batch_tokens: tokens that go through the model at a time.
-        ranks: the processes that share the work; what is found is the same in all of them.
+        processes: the processes that share the work; what is found is the same in all of them.
 
     Raises:
         PeelwiseError: If the model cannot be measured, such as when its loss is no finite number.
     """
     linears = [linear for block in blocks for linear in block.linears]
     with (
-        ranks.agreeing(),
+        processes.agreeing(),
         untouched(model),
         frozen(linears),
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always", IllConditionedWarning)
-        bench = first_bench(
+        session = open_session(
             model,
             blocks,
             probe,
@@ -99,33 +99,33 @@ def visit(
             budget_seconds=math.inf,
             micro_batch_tokens=micro_batch_tokens,
             watcher=None,
-            ranks=ranks,
+            processes=processes,
         )
-        (proposals,) = sweep(bench.runner, bench.fit, bench.select)
+        (proposals,) = sweep(session.runner, session.fit, session.select)
         found, upper = Findings(proposals=proposals), None
         if kind == "alone":
-            found.proposals = {index: proposals[index] for index in ranks.told(_affordable(bench, order))}
-            stages.refine_alone(bench, found, rounds=1)
+            found.proposals = {index: proposals[index] for index in processes.broadcast(_affordable(session, order))}
+            stages.refine_alone(session, found, rounds=1)
         elif kind == "joint":
-            stages.joint_rounds(bench, found, rounds=1, share=1.0)
-            stages.leave_one_out(bench, found, share=1.0)
-            upper = without_blocks(bench, seconds=bench.clock.elapsed)
+            stages.joint_rounds(session, found, rounds=1, share=1.0)
+            stages.leave_one_out(session, found, share=1.0)
+            upper = without_blocks(session, seconds=session.clock.elapsed)
     for other in caught:
         # What the model's own code warns of, training has said already, and would be said again at every look.
         if issubclass(other.category, PeelwiseWarning) and not issubclass(other.category, IllConditionedWarning):
             warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
-    evidence = {block.index: evidence_of(bench, found, block.index) for block in blocks}
+    evidence = {block.index: evidence_of(session, found, block.index) for block in blocks}
     composed = found.composed
     refined = [] if kind == "ranking" else [block for block in blocks if block.index in found.proposals]
-    return Visit(
+    return Measured(
         kind,
-        bench.report.mean,
+        session.report.mean,
         {name: [getattr(proposals[block.index], name) for block in blocks] for name in FREE},
         {index: e.alone for index, e in evidence.items() if e.alone is not None},
         {index: e.unique for index, e in evidence.items() if e.unique is not None},
         None
         if composed is None or composed.report_losses is None
-        else gain(bench.report.losses, composed.report_losses, bench.report),
+        else gain(session.report.losses, composed.report_losses, session.report),
         upper,
         tuple(
             MatrixShare(block.index, matrix.name, matrix.share)
@@ -136,13 +136,13 @@ def visit(
     )
 
 
-def _affordable(bench: Bench, order: Sequence[int]) -> list[int]:
+def _affordable(session: Session, order: Sequence[int]) -> list[int]:
     """Return the first of ``order`` whose refinement takes about as long as all that came before it."""
-    tokens = _EVALUATIONS * float(bench.select.tokens.sum()) + float(bench.report.tokens.sum())
-    left = bench.clock.elapsed
+    tokens = _EVALUATIONS * float(session.select.tokens.sum()) + float(session.report.tokens.sum())
+    left = session.clock.elapsed
     chosen: list[int] = []
     for index in order:
-        left -= bench.seconds_for(bench.share_from(index) * tokens)
+        left -= session.seconds_for(session.share_from(index) * tokens)
         if left < 0 and chosen:
             break
         chosen.append(index)

@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from peelwise.distributed.processes import ALONE, Ranks
-from peelwise.distributed.sharding import is_spread, own_part
-from peelwise.model.layers import Block, LinearMap, plain_name
+from peelwise.distributed.processes import ONE_PROCESS, Processes
+from peelwise.distributed.sharding import is_sharded, local_shard
+from peelwise.model.layers import Block, LinearLayer, plain_name
 
 Complaint = Literal["frozen", "not-optimised", "zero-rate", "not-updated", "no-gradient", "non-finite", "dead-units"]
 
@@ -43,7 +43,7 @@ class Vitals:
         model: the module in training.
         blocks: its blocks.
         optimizer: whatever steps it, or ``None`` if that is not known.
-        ranks: the processes that train it, each of which looks at its own part of a gradient; all check at once.
+        processes: the processes that train it, each of which looks at its own part of a gradient; all check at once.
 
     Attributes:
         saw_gradients: whether any check found gradients; if never, it is called after they are cleared.
@@ -54,16 +54,16 @@ class Vitals:
         model: nn.Module,
         blocks: Sequence[Block],
         optimizer: torch.optim.Optimizer | None = None,
-        ranks: Ranks = ALONE,
+        processes: Processes = ONE_PROCESS,
     ) -> None:
-        self._ranks = ranks
+        self._processes = processes
         self._parameters = {plain_name(name): p for name, p in model.named_parameters()}
         self._blocks = blocks
         self._optimizer = optimizer
         self._versions: dict[str, int] = {}
         self._still: dict[str, int] = {}
         self._zero_rate_before: set[str] = set()
-        self._silent: dict[LinearMap, Tensor] = {}  # per map [d_out]: checks in a row without a gradient
+        self._silent: dict[LinearLayer, Tensor] = {}  # per map [d_out]: checks in a row without a gradient
         self._norms: list[float] = []  # of all gradients together, at the latest checks
         self.saw_gradients = False
 
@@ -139,18 +139,20 @@ class Vitals:
                 gradient = getattr(linear.module.weight, "grad", None)
                 if not isinstance(gradient, Tensor) or gradient.is_sparse or gradient.dim() != 2:
                     continue
-                spread = is_spread(gradient)
+                spread = is_sharded(gradient)
                 if spread and linear.transposed:
                     continue  # its outputs lie in every process's part
-                silent = (own_part(gradient) == 0).all(dim=0 if linear.transposed else 1)  # [d_out, or this part of it]
+                silent = (local_shard(gradient) == 0).all(
+                    dim=0 if linear.transposed else 1
+                )  # [d_out, or this part of it]
                 before = self._silent.get(linear)
                 rows = silent.int() if before is None else (before + 1) * silent
                 self._silent[linear] = rows
                 maps.append((block, linear))
                 # What is whole in every process is counted by the first.
-                own = spread or self._ranks.first
+                own = spread or self._processes.is_main
                 counts += [int((rows >= _CHECKS_FOR_DEAD).sum()) * own, len(rows) * own]
-        counts = self._ranks.summed(counts)
+        counts = self._processes.all_sum(counts)
         for (block, linear), dead, outputs in zip(maps, counts[::2], counts[1::2], strict=True):
             if dead >= _DEAD_SHARE * outputs and dead:
                 detail = f"{dead} of {outputs} outputs"
@@ -158,11 +160,11 @@ class Vitals:
 
     def _non_finite(self, parameters: dict[str, nn.Parameter]) -> list[str]:
         parts = {
-            name: own_part(p.grad) for name, p in parameters.items() if p.grad is not None and not p.grad.is_sparse
+            name: local_shard(p.grad) for name, p in parameters.items() if p.grad is not None and not p.grad.is_sparse
         }
         held = [part for part in parts.values() if part.numel()]
         norms = iter(torch._foreach_norm(held, ord=math.inf) if held else [])
-        bad = self._ranks.summed(
+        bad = self._processes.all_sum(
             [int(part.numel() > 0 and not bool(next(norms).isfinite())) for part in parts.values()]
         )
         return [name for name, count in zip(parts, bad, strict=True) if count]
@@ -178,7 +180,7 @@ class Vitals:
 def _norm(parameters: dict[str, nn.Parameter]) -> float:
     """Return the Euclidean norm of all gradients together; no number where a process holds only its part of them."""
     gradients = [p.grad for p in parameters.values() if p.grad is not None and not p.grad.is_sparse]
-    if any(is_spread(gradient) for gradient in gradients):
+    if any(is_sharded(gradient) for gradient in gradients):
         return math.nan
     return float(sum(norm.double().square() for norm in torch._foreach_norm(gradients))) ** 0.5 if gradients else 0.0
 

@@ -21,12 +21,12 @@ from torch import Tensor
 from peelwise.engine.sweep import BlockProposals, proposals_of
 from peelwise.errors import IllConditionedWarning
 from peelwise.model.capture import captured
-from peelwise.model.layers import Block, LinearMap
+from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.runner import Batch, Runner, Trace
 from peelwise.references.station import best_change
 from peelwise.tasks.peel.fit_coded import solve_inside, step_inside
 from peelwise.tasks.peel.reference_block import ReferenceBlock
-from peelwise.tasks.peel.station_error import StationBench, Target
+from peelwise.tasks.peel.station_error import StationError, Target
 
 # An output projection adds its output to the block's, so a nudge there comes out again nearly as it went in.
 _WRITES = 0.3
@@ -92,25 +92,25 @@ def fit_block(
         target: the station to hit.
         options: how hard to try.
     """
-    bench = StationBench(runner, reference, fit, select, target)
-    start = error = bench.select_error()
+    problem = StationError(runner, reference, fit, select, target)
+    start = error = problem.select_error()
     rounds = 0
     if start > _ENOUGH:
         writers = find_writers(runner, reference.block, fit.batches[0])
         while rounds < options.rounds:
             before, rounds = error, rounds + 1
             for linear in writers:
-                error = _solve(bench, linear, error)
+                error = _solve(problem, linear, error)
             others = tuple(m for m in reference.block.linears if m not in writers)
             if options.steps and others:
-                error = _step(bench, others, error)
+                error = _step(problem, others, error)
             if error > (1 - options.tolerance) * before:
                 break
-    return Fitted(bench.error(fit, target.fit), error, start, rounds)
+    return Fitted(problem.error(fit, target.fit), error, start, rounds)
 
 
 @torch.no_grad()
-def find_writers(runner: Runner, block: Block, batch: Batch) -> list[LinearMap]:
+def find_writers(runner: Runner, block: Block, batch: Batch) -> list[LinearLayer]:
     """Return the maps that write into the residual stream, in the order in which they run.
 
     A small random nudge ``delta`` is added to a map's output. Where the map's output is added to the block's,
@@ -140,37 +140,37 @@ def find_writers(runner: Runner, block: Block, batch: Batch) -> list[LinearMap]:
     return found
 
 
-def _solve(bench: StationBench, linear: LinearMap, error: float) -> float:
+def _solve(problem: StationError, linear: LinearLayer, error: float) -> float:
     """Solve one output projection in closed form; the step is 1 unless the rest of the block objects."""
-    fit = bench.sums(bench.fit, bench.target.fit, linear)
-    select = bench.sums(bench.select, bench.target.select, linear)
+    fit = problem.sums(problem.fit, problem.target.fit, linear)
+    select = problem.sums(problem.select, problem.target.select, linear)
     with quiet_rank():
-        found = best_change(fit, select, bench.target.weights, name=linear.name)
+        found = best_change(fit, select, problem.target.weights, name=linear.name)
     if found.decrease <= 0:
         return error
-    if linear in bench.reference.held:
-        return solve_inside(bench, linear, fit, select, found, error)
-    slope = found.slope / len(bench.target.weights)
-    return bench.search({linear: found.change}, error, 1.0, slope=slope, evaluations=4)
+    if linear in problem.reference.held:
+        return solve_inside(problem, linear, fit, select, found, error)
+    slope = found.slope / len(problem.target.weights)
+    return problem.search({linear: found.change}, error, 1.0, slope=slope, evaluations=4)
 
 
-def _step(bench: StationBench, linears: tuple[LinearMap, ...], error: float) -> float:
+def _step(problem: StationError, linears: tuple[LinearLayer, ...], error: float) -> float:
     """Take one whitened step on dense maps that have no closed form, then one of codes on those inside a format."""
     with quiet_rank():
-        fit = bench.moments(bench.fit, bench.target.fit, linears)
-        select = bench.moments(bench.select, bench.target.select, linears)
-        proposals = proposals_of(bench.part(linears), [fit], select, ("two-sided",))[0]
-    error = _dense_step(bench, proposals, error)
-    return step_inside(bench, proposals, error)
+        fit = problem.moments(problem.fit, problem.target.fit, linears)
+        select = problem.moments(problem.select, problem.target.select, linears)
+        proposals = proposals_of(problem.part(linears), [fit], select, ("two-sided",))[0]
+    error = _dense_step(problem, proposals, error)
+    return step_inside(problem, proposals, error)
 
 
-def _dense_step(bench: StationBench, proposals: BlockProposals, error: float) -> float:
-    found = {m: p for m, p in proposals.changes["two-sided"].items() if m not in bench.reference.held}
+def _dense_step(problem: StationError, proposals: BlockProposals, error: float) -> float:
+    found = {m: p for m, p in proposals.changes["two-sided"].items() if m not in problem.reference.held}
     slope = sum(p.slope for p in found.values())
     if slope <= 0:
         return error
     steps = {linear: p.change for linear, p in found.items()}
-    return bench.search(steps, error, _FIRST_GAIN * error / slope, slope=slope, evaluations=7)
+    return problem.search(steps, error, _FIRST_GAIN * error / slope, slope=slope, evaluations=7)
 
 
 def quiet_rank() -> warnings.catch_warnings[None]:

@@ -9,16 +9,16 @@ from __future__ import annotations
 from peelwise.engine.refine import Refined
 from peelwise.engine.refine_coded import Candidate, Site, best_candidate
 from peelwise.engine.sweep import BlockProposals
-from peelwise.model.layers import LinearMap
+from peelwise.model.layers import LinearLayer
 from peelwise.references.coded_station import coded_changes
 from peelwise.references.station import StationChange, StationSums
 from peelwise.tasks.peel.reference_block import State
-from peelwise.tasks.peel.station_error import StationBench
+from peelwise.tasks.peel.station_error import StationError
 
 
 def solve_inside(
-    bench: StationBench,
-    linear: LinearMap,
+    problem: StationError,
+    linear: LinearLayer,
     fit: StationSums,
     select: StationSums,
     found: StationChange,
@@ -29,35 +29,35 @@ def solve_inside(
     What the sums say of select leaves out the way through the rest of the block, so each candidate is put in place.
 
     Args:
-        bench: the block.
+        problem: the block.
         linear: the projection.
         fit, select: its sums.
         found: the dense least-squares change that the codes are to come near.
         error: on select, now.
     """
-    reference = bench.reference
+    reference = problem.reference
     form, now = reference.held[linear].format, reference.codes(linear)
     best, at = error, reference.state
     kept = at
-    for candidate in coded_changes(fit.S, found, form, now, select, bench.target.weights):
+    for candidate in coded_changes(fit.S, found, form, now, select, problem.target.weights):
         biases = {linear: candidate.change[:, -1]} if linear.has_bias else {}
         state = at.recoded({linear: candidate.encoded}, biases)
-        after = bench.error_at(state)
+        after = problem.error_at(state)
         if after < best:
             best, kept = after, state
     reference.set(kept)
     return best
 
 
-def step_inside(bench: StationBench, proposals: BlockProposals, error: float) -> float:
+def step_inside(problem: StationError, proposals: BlockProposals, error: float) -> float:
     """Take the flips or the projection of a whitened step that lower the error on select most; return the error.
 
     Args:
-        bench: the block.
+        problem: the block.
         proposals: dense steps of its maps and the sums around them; those of maps without a format are left alone.
         error: on select, now.
     """
-    reference, before = bench.reference, bench.reference.state
+    reference, before = problem.reference, problem.reference.state
     if not proposals.local or not reference.held:
         return error
     codes = {linear: reference.codes(linear) for linear in proposals.local}
@@ -67,6 +67,6 @@ def step_inside(bench: StationBench, proposals: BlockProposals, error: float) ->
         biases = {m: change[:, -1] for m, change in candidate.changes.items() if m.has_bias}
         return before.recoded(candidate.codes, biases)
 
-    best = best_candidate(site, error, lambda candidate: bench.error_at(state_of(candidate)))
+    best = best_candidate(site, error, lambda candidate: problem.error_at(state_of(candidate)))
     reference.set(before if best is None else state_of(best[1]))
     return error if best is None else best[0]

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from peelwise.engine.opening import held_maps
+from peelwise.engine.opening import low_bit_layers
 from peelwise.engine.session import WITNESS_DTYPE
 from peelwise.formats.base import Encoded
 from peelwise.formats.membership import scaled_part
-from peelwise.model.layers import Block, LinearMap, unwrapped
+from peelwise.model.layers import Block, LinearLayer, unwrapped
 from peelwise.model.splice import spliced
 from peelwise.model.weights.held import Held
 
@@ -46,7 +46,7 @@ class State:
         codes = [t for c in self.codes.values() for t in (c.codes, c.scales, c.zeros) if t is not None]
         return sum(t.numel() * t.element_size() for t in (*self.changes.values(), *codes))
 
-    def moved(self, steps: Mapping[LinearMap, Tensor], scale: float) -> State:
+    def moved(self, steps: Mapping[LinearLayer, Tensor], scale: float) -> State:
         """Return this state plus ``scale`` times a step per dense map, ``[d_out, d_in (+1)]`` each."""
         out = dict(self.changes)
         for linear, step in steps.items():
@@ -58,7 +58,7 @@ class State:
                 _add(out, f"{linear.name}.{kind}", scale * part)
         return State(out, self.codes)
 
-    def recoded(self, codes: Mapping[LinearMap, Encoded], biases: Mapping[LinearMap, Tensor]) -> State:
+    def recoded(self, codes: Mapping[LinearLayer, Encoded], biases: Mapping[LinearLayer, Tensor]) -> State:
         """Return this state with other codes, and steps of biases ``[d_out]`` beside them."""
         changes = dict(self.changes)
         for linear, bias in biases.items():
@@ -83,11 +83,11 @@ class ReferenceBlock:
         module = copy.deepcopy(unwrapped(own.module)).requires_grad_(False).eval()
         self.own = own
         linears = tuple(
-            LinearMap(m.name, module.get_submodule(m.name.removeprefix(f"{own.name}.")), m.transposed)
+            LinearLayer(m.name, module.get_submodule(m.name.removeprefix(f"{own.name}.")), m.transposed)
             for m in own.linears
         )
         self.block = Block(own.index, own.name, module, linears)
-        self.held: dict[LinearMap, Held] = {} if dense else held_maps((self.block,))
+        self.held: dict[LinearLayer, Held] = {} if dense else low_bit_layers((self.block,))
         self.state = State()
         self._spliced = ExitStack()
         self._originals = dict(_named_parameters(own.name, unwrapped(own.module)))
@@ -95,7 +95,7 @@ class ReferenceBlock:
         if state is not None:
             self.set(state)
 
-    def codes(self, linear: LinearMap) -> Encoded:
+    def codes(self, linear: LinearLayer) -> Encoded:
         """Return the codes that a low-bit map of the reference is at."""
         return self.state.codes.get(linear.name, self.held[linear].encoded)
 
@@ -127,7 +127,7 @@ class ReferenceBlock:
                 changes[f"{linear.name}.{EFFECTIVE}"] = other.weight().float() - own.weight().float()
         return State(changes, codes)
 
-    def _weight_changes(self) -> dict[LinearMap, Tensor]:
+    def _weight_changes(self) -> dict[LinearLayer, Tensor]:
         """Return what the low-bit maps add to the weights that they compute with."""
         out = {}
         for linear in self.block.linears:
@@ -155,7 +155,7 @@ def _rounded(weight: Tensor, held: Held) -> Encoded:
     return inner.quantized(weight.float(), own.scales, own.zeros, own.support)
 
 
-def _latent(linear: LinearMap) -> Tensor:
+def _latent(linear: LinearLayer) -> Tensor:
     held = linear.held()
     return linear.weight() if held is None or held.latent is None else held.latent
 

@@ -8,9 +8,9 @@ from typing import Literal
 from torch import Tensor, nn
 
 from peelwise.engine.clock import Watcher
-from peelwise.engine.opening import checked_blocks, first_bench, format_names, held_maps
+from peelwise.engine.opening import checked_blocks, format_names, low_bit_layers, open_session
 from peelwise.engine.provenance import Setup
-from peelwise.engine.session import Bench
+from peelwise.engine.session import Session
 from peelwise.errors import OptionError, UnsupportedModelError
 from peelwise.model.fingerprint import fingerprint
 from peelwise.model.guard import untouched
@@ -123,10 +123,10 @@ def run_peel(
     """
     blocks = checked_blocks(model, probe)
     search = MapSearch(len(blocks), settings.maps, beam_width=settings.beam_width)
-    formats = format_names(held_maps(blocks))
+    formats = format_names(low_bit_layers(blocks))
     setup = Setup(model, blocks, name, source, fingerprint(model), settings.plain(formats), probe.seed)
     with untouched(model):
-        bench = first_bench(
+        session = open_session(
             model,
             blocks,
             probe,
@@ -135,56 +135,56 @@ def run_peel(
             micro_batch_tokens=settings.micro_batch_tokens,
             watcher=watcher,
         )
-        _check_stations(bench.fit, name)
+        _check_stations(session.fit, name)
         findings = PeelFindings(maps_total=search.total)
         if formats and settings.dense_references:
             findings.notes.append(DENSE.format(formats))
         try:
-            findings.complete = _stages(bench, findings, search, settings)
+            findings.complete = _stages(session, findings, search, settings)
         except KeyboardInterrupt:
             findings.notes.append("Stopped by the user; what was finished by then is reported.")
-        record, witness = summarise(bench, findings, setup, settings.margin_nats, settings.start)
+        record, witness = summarise(session, findings, setup, settings.margin_nats, settings.start)
     return PeelOutcome(record, witness, probe)
 
 
-def _stages(bench: Bench, findings: PeelFindings, search: MapSearch, settings: PeelSettings) -> bool:
+def _stages(session: Session, findings: PeelFindings, search: MapSearch, settings: PeelSettings) -> bool:
     """Run the stages in the order of what they are worth; return whether all of them ended by themselves."""
     options, weighted = settings.fit, settings.weighted
     heads_share = _HEADS_SHARE if settings.controls else _CONTROL_SHARE
-    visits.fit_head_control(bench, findings, share=_HEAD_SHARE)
+    visits.fit_head_control(session, findings, share=_HEAD_SHARE)
     climber = Climber(
-        bench.runner,
-        {"fit": bench.fit, "select": bench.select, "report": bench.report},
+        session.runner,
+        {"fit": session.fit, "select": session.select, "report": session.report},
         options,
         weighted=weighted,
-        fresh=_fresh(bench, settings),
+        fresh=_fresh(session, settings),
     )
     complete = visits.visit_maps(
-        bench, findings, search, climber, controls=settings.controls, most_reserved=_MOST_RESERVED
+        session, findings, search, climber, controls=settings.controls, most_reserved=_MOST_RESERVED
     )
-    complete &= visits.fit_heads(bench, findings, climber, share=heads_share)
+    complete &= visits.fit_heads(session, findings, climber, share=heads_share)
     if settings.controls and findings.visits:
-        complete &= _controls(bench, findings, options, weighted=weighted)
+        complete &= _controls(session, findings, options, weighted=weighted)
     if not complete:
         findings.notes.append("The budget ended before every map and control; a larger --budget visits the rest.")
     return complete
 
 
-def _controls(bench: Bench, findings: PeelFindings, options: FitOptions, *, weighted: bool) -> bool:
+def _controls(session: Session, findings: PeelFindings, options: FitOptions, *, weighted: bool) -> bool:
     """Run the null controls of the best map that the budget still allows; return whether all were run."""
-    clock, done = bench.clock, True
+    clock, done = session.clock, True
     for control in (visits.shuffled_control, visits.untrained_control):
         if clock.elapsed < _CONTROL_SHARE * clock.budget:
-            control(bench, findings, options, weighted=weighted)
+            control(session, findings, options, weighted=weighted)
         else:
             done = False
     return done
 
 
-def _fresh(bench: Bench, settings: PeelSettings) -> tuple[Block, ...] | None:
+def _fresh(session: Session, settings: PeelSettings) -> tuple[Block, ...] | None:
     if settings.start == "warm":
         return None
-    fresh = visits.initialised_blocks(bench.runner.model, bench.seed)
+    fresh = visits.initialised_blocks(session.runner.model, session.seed)
     if fresh is None:
         raise UnsupportedModelError(
             'start="cold": the model cannot be initialised again (no configuration and no reset_parameters). '

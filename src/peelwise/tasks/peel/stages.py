@@ -10,7 +10,7 @@ from torch import nn
 
 from peelwise.engine.heads import MAX_STEPS, FittedHead, Losses, Targets, light_head, own_head_losses
 from peelwise.engine.permute import shuffled_labels, shuffled_stations
-from peelwise.engine.session import Bench
+from peelwise.engine.session import Session
 from peelwise.model.architectures.decoder import find_blocks
 from peelwise.model.fresh import fresh_copy
 from peelwise.model.layers import Block
@@ -33,7 +33,7 @@ _LARGE_HEAD = 0.15  # share of blocks and head together from which a fitted head
 
 
 @dataclass
-class Visit:
+class MapVisit:
     """What one map reached. ``head`` is ``None`` until a head was fitted on its stack."""
 
     stations: StationMap
@@ -59,7 +59,7 @@ class Visit:
 class PeelFindings:
     """Filled stage by stage; valid whenever work stops."""
 
-    visits: dict[StationMap, Visit] = field(default_factory=dict)
+    visits: dict[StationMap, MapVisit] = field(default_factory=dict)
     head_control: FittedHead | None = None
     shuffled: Losses | None = None
     untrained: Losses | None = None
@@ -68,25 +68,25 @@ class PeelFindings:
     maps_total: int = 0
     complete: bool = False
 
-    def best(self) -> Visit | None:
+    def best(self) -> MapVisit | None:
         """Return the map with the lowest loss on select; only those with a fitted head if any has one."""
         return min(self.comparable(), key=lambda v: (v.losses.select, -len(set(v.stations))), default=None)
 
-    def comparable(self) -> list[Visit]:
+    def comparable(self) -> list[MapVisit]:
         """Return the visits whose losses were measured in the same way."""
         with_head = [visit for visit in self.visits.values() if visit.head]
         return with_head or list(self.visits.values())
 
 
-def fit_head_control(bench: Bench, findings: PeelFindings, *, share: float) -> None:
+def fit_head_control(session: Session, findings: PeelFindings, *, share: float) -> None:
     """Fit the head on the model itself, within ``share`` of the budget: what every map has to beat.
 
     Where the time ends it early, the maps' heads get as many steps as it took and no more.
     """
-    clock = bench.clock
+    clock = session.clock
     stop = clock.elapsed + share * clock.budget
     with clock.stage("head control"):
-        findings.head_control = light_head(bench.runner, _traces(bench), keep_going=lambda: clock.elapsed < stop)
+        findings.head_control = light_head(session.runner, _traces(session), keep_going=lambda: clock.elapsed < stop)
     if findings.head_control is None:
         findings.notes.append(NO_HEAD)
     elif clock.elapsed >= stop:
@@ -95,12 +95,18 @@ def fit_head_control(bench: Bench, findings: PeelFindings, *, share: float) -> N
 
 
 def visit_maps(
-    bench: Bench, findings: PeelFindings, search: MapSearch, climber: Climber, *, controls: bool, most_reserved: float
+    session: Session,
+    findings: PeelFindings,
+    search: MapSearch,
+    climber: Climber,
+    *,
+    controls: bool,
+    most_reserved: float,
 ) -> bool:
-    """Visit map after map until none is left or the rest of the budget is needed for heads and controls.
+    """MapVisit map after map until none is left or the rest of the budget is needed for heads and controls.
 
     Args:
-        bench: model and traces.
+        session: model and traces.
         findings: ``visits`` is filled.
         search: says which map is next.
         climber: builds the stacks.
@@ -109,11 +115,11 @@ def visit_maps(
 
     Returns whether the search ended by itself: no map that it wanted to visit was out of reach.
     """
-    clock, pace = bench.clock, Pace()
-    every_head = fits_every_head(bench.runner) and findings.head_control is not None
+    clock, pace = session.clock, Pace()
+    every_head = fits_every_head(session.runner) and findings.head_control is not None
 
     def stop() -> float:
-        return clock.budget - min(_reserve(bench, pace, controls=controls), most_reserved * clock.budget)
+        return clock.budget - min(_reserve(session, pace, controls=controls), most_reserved * clock.budget)
 
     def affordable(stations: StationMap) -> bool:
         return clock.elapsed + pace.seconds(climber.to_fit(stations)) < stop()
@@ -123,25 +129,25 @@ def visit_maps(
             clock.tell(len(findings.visits), search.total)
             findings.maps_total = search.total
             try:
-                visit = _visit(bench, climber, stations, lambda: clock.elapsed < stop(), pace)
+                visit = _visit(session, climber, stations, lambda: clock.elapsed < stop(), pace)
             except BudgetEndedError:
                 findings.notes.append(f"The budget ended inside map {list(stations)}; a larger one finishes it.")
                 return False
             if visit.is_model:
                 visit.head = findings.head_control
             elif every_head:
-                visit.head = light_head(bench.runner, climber.stack.traces, max_steps=findings.head_steps)
+                visit.head = light_head(session.runner, climber.stack.traces, max_steps=findings.head_steps)
             findings.visits[stations] = visit
             search.tell(stations, visit.losses.select)
     findings.maps_total = search.total
     return search.refused == 0
 
 
-def fit_heads(bench: Bench, findings: PeelFindings, climber: Climber, *, share: float) -> bool:
+def fit_heads(session: Session, findings: PeelFindings, climber: Climber, *, share: float) -> bool:
     """Where heads are large, fit them on the stacks that do best with the model's own; return whether all were."""
-    if findings.head_control is None or fits_every_head(bench.runner):
+    if findings.head_control is None or fits_every_head(session.runner):
         return True
-    clock, spent = bench.clock, bench.clock.stages["head control"][0]
+    clock, spent = session.clock, session.clock.stages["head control"][0]
     ranked = sorted(findings.visits.values(), key=lambda v: v.own.select)[:HEADS_OF_LARGE]
     with clock.stage("light heads"):
         for done, visit in enumerate(v for v in ranked if v.head is None):
@@ -149,7 +155,7 @@ def fit_heads(bench: Bench, findings: PeelFindings, climber: Climber, *, share: 
             if clock.elapsed + spent > share * clock.budget:
                 return False
             climber.climb(visit.stations)
-            visit.head = light_head(bench.runner, climber.stack.traces, max_steps=findings.head_steps)
+            visit.head = light_head(session.runner, climber.stack.traces, max_steps=findings.head_steps)
     findings.notes.append(
         f"The vocabulary is large, so heads were fitted for the {len(ranked)} best maps only; the others are shown "
         "with the model's own head."
@@ -157,35 +163,35 @@ def fit_heads(bench: Bench, findings: PeelFindings, climber: Climber, *, share: 
     return True
 
 
-def shuffled_control(bench: Bench, findings: PeelFindings, options: FitOptions, *, weighted: bool) -> None:
+def shuffled_control(session: Session, findings: PeelFindings, options: FitOptions, *, weighted: bool) -> None:
     """Build the best map again from stations and labels of the fit tokens permuted across sequences."""
     if findings.best() is None:
         return
-    with bench.clock.stage("control: shuffled targets"):
+    with session.clock.stage("control: shuffled targets"):
         climber = Climber(
-            bench.runner,
-            _traces(bench),
+            session.runner,
+            _traces(session),
             options,
             weighted=weighted,
-            shuffle=shuffled_stations(bench.fit, bench.seed),
+            shuffle=shuffled_stations(session.fit, session.seed),
         )
-        findings.shuffled = _built(bench, findings, climber, shuffled_labels(bench.fit, bench.seed))
+        findings.shuffled = _built(session, findings, climber, shuffled_labels(session.fit, session.seed))
 
 
-def untrained_control(bench: Bench, findings: PeelFindings, options: FitOptions, *, weighted: bool) -> None:
+def untrained_control(session: Session, findings: PeelFindings, options: FitOptions, *, weighted: bool) -> None:
     """Build the best map on the same architecture at initialisation, with its own stations."""
     if findings.best() is None:
         return
-    with bench.clock.stage("control: untrained"):
-        fresh = fresh_copy(bench.runner.model, bench.seed)
+    with session.clock.stage("control: untrained"):
+        fresh = fresh_copy(session.runner.model, session.seed)
         if fresh is None:
             findings.notes.append(NO_FRESH)
             return
-        runner = Runner(fresh, find_blocks(fresh), micro_batch_tokens=bench.runner.micro_batch_tokens)
-        runner.work = bench.runner.work
-        probe = bench.probe
+        runner = Runner(fresh, find_blocks(fresh), micro_batch_tokens=session.runner.micro_batch_tokens)
+        runner.work = session.runner.work
+        probe = session.probe
         traces = {part: runner.trace(getattr(probe, part)) for part in ("fit", "select", "report")}
-        findings.untrained = _built(bench, findings, Climber(runner, traces, options, weighted=weighted), None)
+        findings.untrained = _built(session, findings, Climber(runner, traces, options, weighted=weighted), None)
 
 
 def initialised_blocks(model: nn.Module, seed: int) -> tuple[Block, ...] | None:
@@ -199,12 +205,12 @@ def fits_every_head(runner: Runner) -> bool:
     return runner.head_share < _LARGE_HEAD
 
 
-def _reserve(bench: Bench, pace: Pace, *, controls: bool) -> float:
+def _reserve(session: Session, pace: Pace, *, controls: bool) -> float:
     """Estimate the seconds that heads and controls will take; a control fits every block of a map anew."""
-    head, _ = bench.clock.stages["head control"]
-    opening, _ = bench.clock.stages["losses of the model as it stands"]
-    heads = 0.0 if fits_every_head(bench.runner) else HEADS_OF_LARGE * head
-    return heads + (2 * (pace.seconds(len(bench.runner.blocks)) + head) + opening if controls else 0.0)
+    head, _ = session.clock.stages["head control"]
+    opening, _ = session.clock.stages["losses of the model as it stands"]
+    heads = 0.0 if fits_every_head(session.runner) else HEADS_OF_LARGE * head
+    return heads + (2 * (pace.seconds(len(session.runner.blocks)) + head) + opening if controls else 0.0)
 
 
 class Pace:
@@ -223,26 +229,28 @@ class Pace:
         return fits * self._seconds / self._fits if self._fits else 0.0
 
 
-def _visit(bench: Bench, climber: Climber, stations: StationMap, keep_going: Callable[[], bool], pace: Pace) -> Visit:
-    began, worked, to_fit = time.monotonic(), bench.clock.work.token_forwards, climber.to_fit(stations)
+def _visit(
+    session: Session, climber: Climber, stations: StationMap, keep_going: Callable[[], bool], pace: Pace
+) -> MapVisit:
+    began, worked, to_fit = time.monotonic(), session.clock.work.token_forwards, climber.to_fit(stations)
     references = climber.climb(stations, keep_going=keep_going)
     seconds = time.monotonic() - began
     pace.add(seconds, to_fit)
-    own = own_head_losses(bench.runner, climber.stack.traces)
-    worked = bench.clock.work.token_forwards - worked
-    return Visit(stations, references, own, None, to_fit, seconds, worked)
+    own = own_head_losses(session.runner, climber.stack.traces)
+    worked = session.clock.work.token_forwards - worked
+    return MapVisit(stations, references, own, None, to_fit, seconds, worked)
 
 
-def _built(bench: Bench, findings: PeelFindings, climber: Climber, targets: Targets | None) -> Losses:
+def _built(session: Session, findings: PeelFindings, climber: Climber, targets: Targets | None) -> Losses:
     """Return what a control's construction of the best map reaches, with the same kind of head."""
     best = findings.best()
     assert best is not None
     total = len(best.stations)
-    climber.climb(best.stations, after_block=lambda done: bench.clock.tell(done, total))
+    climber.climb(best.stations, after_block=lambda done: session.clock.tell(done, total))
     runner, traces = climber.runner, climber.stack.traces
     head = light_head(runner, traces, targets=targets, max_steps=findings.head_steps) if best.head else None
     return head.losses if head else own_head_losses(runner, traces)
 
 
-def _traces(bench: Bench) -> dict[str, Trace]:
-    return {"fit": bench.fit, "select": bench.select, "report": bench.report}
+def _traces(session: Session) -> dict[str, Trace]:
+    return {"fit": session.fit, "select": session.select, "report": session.report}

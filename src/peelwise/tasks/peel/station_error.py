@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peelwise.engine.sweep import block_moments, token_rows
 from peelwise.model.capture import captured
-from peelwise.model.layers import Block, LinearMap
+from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.runner import Batch, Runner, Trace
 from peelwise.references.station import StationSums
 from peelwise.references.step_search import search_step
@@ -27,7 +27,7 @@ class Target:
     weights: Tensor  # [d], mean_j w_j Var_j = 1
 
 
-class StationBench:
+class StationError:
     """One block, its inputs, its target: evaluates the error and counts the work."""
 
     def __init__(self, runner: Runner, reference: ReferenceBlock, fit: Trace, select: Trace, target: Target) -> None:
@@ -48,7 +48,7 @@ class StationBench:
         return self.error(self.select, self.target.select)
 
     @torch.no_grad()
-    def sums(self, trace: Trace, stations: list[Tensor], linear: LinearMap) -> StationSums:
+    def sums(self, trace: Trace, stations: list[Tensor], linear: LinearLayer) -> StationSums:
         """Return the sums of one output projection: its inputs against what the block's output lacks."""
         S, R = GramSum(), CrossSum()
         for batch, wanted in zip(trace.batches, stations, strict=True):
@@ -59,7 +59,9 @@ class StationBench:
             R.update((wanted - out)[batch.weights], x)
         return StationSums(S.mean(), R.mean())
 
-    def moments(self, trace: Trace, stations: list[Tensor], linears: tuple[LinearMap, ...]) -> dict[LinearMap, Moments]:
+    def moments(
+        self, trace: Trace, stations: list[Tensor], linears: tuple[LinearLayer, ...]
+    ) -> dict[LinearLayer, Moments]:
         """Return the moments of some maps, with gradients of the error."""
         w = 2 * self.target.weights / len(self.target.weights)
         gradients = []
@@ -69,13 +71,13 @@ class StationBench:
         part = self.part(linears)
         return block_moments(self.runner, part, trace, [gradients], keep=True, with_F=True)[0][0]
 
-    def part(self, linears: tuple[LinearMap, ...]) -> Block:
+    def part(self, linears: tuple[LinearLayer, ...]) -> Block:
         """Return the reference block as if it had only these maps."""
         block = self.reference.block
         return Block(block.index, block.name, block.module, linears)
 
     def search(
-        self, steps: Mapping[LinearMap, Tensor], error: float, start: float, *, slope: float, evaluations: int
+        self, steps: Mapping[LinearLayer, Tensor], error: float, start: float, *, slope: float, evaluations: int
     ) -> float:
         """Move the block by the best multiple of ``steps`` on select, or leave it; return its error.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peelwise.engine.heads import Losses
 from peelwise.engine.provenance import Setup, model_record, versions
-from peelwise.engine.session import Bench, gain
+from peelwise.engine.session import Session, gain
 from peelwise.engine.witness import coded_tensors
 from peelwise.evidence.intervals import Paired
 from peelwise.evidence.peel import conclusion, informative, station_verdict
@@ -18,30 +18,30 @@ from peelwise.model.layers import Block, device_of
 from peelwise.records.base import Interval
 from peelwise.records.peel import MapRecord, PartLosses, PeelLossRecord, PeelRecord, StationRecord
 from peelwise.references.map_search import map_name, redundancy_pairs
-from peelwise.tasks.peel.stages import PeelFindings, Visit
+from peelwise.tasks.peel.stages import MapVisit, PeelFindings
 
 STACK, BOUND_HEAD, CONTROL_HEAD = "stack", "head/bound", "head/control"
 
 
 def summarise(
-    bench: Bench, findings: PeelFindings, setup: Setup, margin: float | None, start: Literal["warm", "cold"]
+    session: Session, findings: PeelFindings, setup: Setup, margin: float | None, start: Literal["warm", "cold"]
 ) -> tuple[PeelRecord, dict[str, Tensor]]:
     """Return the record of everything found, and the witness tensors by name.
 
     Args:
-        bench: the model's own losses and the clock.
+        session: the model's own losses and the clock.
         findings: what the stages left.
         setup: what was peeled.
         margin: nats per token, or ``None`` for the default.
         start: where reference blocks started from.
     """
-    margin = default_margin(bench.report.mean) if margin is None else margin
+    margin = default_margin(session.report.mean) if margin is None else margin
     best = findings.best()
-    losses = _losses(bench, findings, best)
-    maps = tuple(_map_record(bench, findings, v) for v in _ranked(findings))
-    blocks = tuple(_station_record(bench, findings, block, margin) for block in setup.blocks[:-1])
+    losses = _losses(session, findings, best)
+    maps = tuple(_map_record(session, findings, v) for v in _ranked(findings))
+    blocks = tuple(_station_record(session, findings, block, margin) for block in setup.blocks[:-1])
     believed = informative(losses)
-    probe = bench.probe
+    probe = session.probe
     record = PeelRecord(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         conclusion=conclusion(losses, maps, blocks, informative=believed),
@@ -56,30 +56,30 @@ def summarise(
         maps=maps,
         maps_total=max(findings.maps_total, len(maps)),
         blocks=blocks,
-        cost=bench.clock.record(probe.fit.tokens + probe.select.tokens + probe.report.tokens, device_of(setup.model)),
+        cost=session.clock.record(probe.fit.tokens + probe.select.tokens + probe.report.tokens, device_of(setup.model)),
         notes=tuple(findings.notes),
         settings=setup.settings,
         seed=setup.seed,
         versions=versions(),
     )
-    return record, _witness(bench, findings, best)
+    return record, _witness(session, findings, best)
 
 
-def _ranked(findings: PeelFindings) -> list[Visit]:
+def _ranked(findings: PeelFindings) -> list[MapVisit]:
     """Maps with a fitted head first, best first; they are chosen on select, so they are ranked on select."""
     return sorted(findings.visits.values(), key=lambda v: (v.head is None, v.losses.select, -len(set(v.stations))))
 
 
-def _map_record(bench: Bench, findings: PeelFindings, visit: Visit) -> MapRecord:
-    tokens = float(bench.probe.fit.tokens + bench.probe.select.tokens + bench.probe.report.tokens)
+def _map_record(session: Session, findings: PeelFindings, visit: MapVisit) -> MapRecord:
+    tokens = float(session.probe.fit.tokens + session.probe.select.tokens + session.probe.report.tokens)
     control = findings.head_control
     return MapRecord(
         stations=visit.stations,
         name=map_name(visit.stations),
         own_head=_part_losses(visit.own),
         loss=_part_losses(visit.head.losses) if visit.head else None,
-        gain_over_model=_gain(bench, bench.report.losses, visit.losses.report_sequences).interval(),
-        gain_over_head=_gain(bench, control.losses.report_sequences, visit.losses.report_sequences).interval()
+        gain_over_model=_gain(session, session.report.losses, visit.losses.report_sequences).interval(),
+        gain_over_head=_gain(session, control.losses.report_sequences, visit.losses.report_sequences).interval()
         if control and visit.head
         else None,
         unexplained=tuple(reference.fitted.select_error for reference in visit.references),
@@ -89,16 +89,16 @@ def _map_record(bench: Bench, findings: PeelFindings, visit: Visit) -> MapRecord
     )
 
 
-def _station_record(bench: Bench, findings: PeelFindings, block: Block, margin: float) -> StationRecord:
+def _station_record(session: Session, findings: PeelFindings, block: Block, margin: float) -> StationRecord:
     station = block.index + 1
     # With few heads, the model's own head is the one yardstick that every map was measured with.
     alike = findings.comparable() if len(findings.comparable()) == len(findings.visits) else None
     found = {v.stations: v.losses if alike else v.own for v in findings.visits.values()}
-    pair = redundancy_pairs({m: losses.select for m, losses in found.items()}, len(bench.runner.blocks)).get(station)
+    pair = redundancy_pairs({m: losses.select for m, losses in found.items()}, len(session.runner.blocks)).get(station)
     if pair is None:
         return StationRecord(index=block.index, station=station, name=block.name)
     having, lacking = pair
-    lost = _gain(bench, found[lacking].report_sequences, found[having].report_sequences).interval()
+    lost = _gain(session, found[lacking].report_sequences, found[having].report_sequences).interval()
     return StationRecord(
         index=block.index,
         station=station,
@@ -110,41 +110,41 @@ def _station_record(bench: Bench, findings: PeelFindings, block: Block, margin: 
     )
 
 
-def _losses(bench: Bench, findings: PeelFindings, best: Visit | None) -> PeelLossRecord:
-    current, control = bench.report.losses, findings.head_control
+def _losses(session: Session, findings: PeelFindings, best: MapVisit | None) -> PeelLossRecord:
+    current, control = session.report.losses, findings.head_control
     head = control.losses.report_sequences if control else None
     bound = best.losses.report_sequences if best else None
     shuffled, untrained = findings.shuffled, findings.untrained
     return PeelLossRecord(
-        current=bench.report.mean,
+        current=session.report.mean,
         head_control=control.losses.report if control else None,
         bound=best.losses.report if best else None,
         shuffled=shuffled.report if shuffled else None,
         untrained=untrained.report if untrained else None,
-        head_control_gain=_difference(bench, current, head),
-        bound_gain=_difference(bench, current, bound),
-        over_head_control=_difference(bench, head, bound),
-        over_shuffled=_difference(bench, shuffled.report_sequences if shuffled else None, bound),
-        over_untrained=_difference(bench, untrained.report_sequences if untrained else None, bound),
+        head_control_gain=_difference(session, current, head),
+        bound_gain=_difference(session, current, bound),
+        over_head_control=_difference(session, head, bound),
+        over_shuffled=_difference(session, shuffled.report_sequences if shuffled else None, bound),
+        over_untrained=_difference(session, untrained.report_sequences if untrained else None, bound),
     )
 
 
-def _difference(bench: Bench, before: Tensor | None, after: Tensor | None) -> Interval | None:
-    return None if before is None or after is None else _gain(bench, before, after).interval()
+def _difference(session: Session, before: Tensor | None, after: Tensor | None) -> Interval | None:
+    return None if before is None or after is None else _gain(session, before, after).interval()
 
 
-def _gain(bench: Bench, before: Tensor, after: Tensor) -> Paired:
-    return gain(before, after, bench.report)
+def _gain(session: Session, before: Tensor, after: Tensor) -> Paired:
+    return gain(before, after, session.report)
 
 
 def _part_losses(losses: Losses) -> PartLosses:
     return PartLosses(fit=losses.fit, select=losses.select, report=losses.report)
 
 
-def _witness(bench: Bench, findings: PeelFindings, best: Visit | None) -> dict[str, Tensor]:
+def _witness(session: Session, findings: PeelFindings, best: MapVisit | None) -> dict[str, Tensor]:
     """Return the best map's stack as changes and codes of the model's own maps, and the two heads' changes."""
     out: dict[str, Tensor] = {}
-    formats = {linear.name: held.format for linear, held in bench.held.items()}
+    formats = {linear.name: held.format for linear, held in session.held.items()}
     if best is not None:
         for state in (reference.state for reference in best.references):
             out |= {f"{STACK}/{name}": change for name, change in state.changes.items()}

@@ -13,9 +13,9 @@ from peelwise.formats.base import Encoded, Format
 from peelwise.formats.recover import recover
 from peelwise.model.capture import captured
 from peelwise.model.checkpoints import gguf_file
-from peelwise.model.layers import Block, LinearMap, vocabulary_size
+from peelwise.model.layers import Block, LinearLayer, vocabulary_size
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner, Trace
-from peelwise.model.weights.gguf import stored_maps
+from peelwise.model.weights.gguf import stored_layers
 from peelwise.model.weights.held import Held
 from peelwise.records.base import SplitRecord
 from peelwise.records.quantcheck import LayerCheck
@@ -57,7 +57,7 @@ class Candidate:
 
 def matched(
     quantised: Candidate, parent: Candidate, blocks: tuple[Block, ...], above: tuple[Block, ...]
-) -> dict[LinearMap, LinearMap]:
+) -> dict[LinearLayer, LinearLayer]:
     """Return the parent's map of every map of the quantised model.
 
     Raises:
@@ -90,7 +90,7 @@ def matched(
     return pairs
 
 
-def held_of(quantised: Candidate, blocks: tuple[Block, ...], form: Format | None) -> dict[LinearMap, Held]:
+def held_of(quantised: Candidate, blocks: tuple[Block, ...], form: Format | None) -> dict[LinearLayer, Held]:
     """Return what the quantised model's maps hold: by their modules, in their GGUF file, or read from plain weights.
 
     Raises:
@@ -100,7 +100,7 @@ def held_of(quantised: Candidate, blocks: tuple[Block, ...], form: Format | None
     found = {m: h for m in linears if m.low_bit and (h := m.held()) is not None}
     file = gguf_file(quantised.source)
     if not found and file is not None:
-        found = stored_maps(file, blocks)
+        found = stored_layers(file, blocks)
     if not found and form is not None:
         found = {linear: _read(linear, form) for linear in linears}
     if not found:
@@ -111,7 +111,7 @@ def held_of(quantised: Candidate, blocks: tuple[Block, ...], form: Format | None
     return found
 
 
-def _read(linear: LinearMap, form: Format) -> Held:
+def _read(linear: LinearLayer, form: Format) -> Held:
     try:
         return Held(form, recover(linear.weight(), form))
     except FormatError as error:
@@ -119,13 +119,13 @@ def _read(linear: LinearMap, form: Format) -> Held:
 
 
 @torch.no_grad()
-def input_sums(runner: Runner, block: Block, trace: Trace) -> dict[LinearMap, Tensor]:
+def input_sums(runner: Runner, block: Block, trace: Trace) -> dict[LinearLayer, Tensor]:
     """Return ``S = E[x x^T] [d_in, d_in]`` of every map of a block over the predicted tokens, float32.
 
     Maps that share an input share the tensor. A bias is the same in both models, so no column of ones is added.
     """
-    totals: dict[LinearMap, GramSum] = {}
-    first_of: dict[LinearMap, LinearMap] = {}
+    totals: dict[LinearLayer, GramSum] = {}
+    first_of: dict[LinearLayer, LinearLayer] = {}
     for batch in trace.batches:
         with captured(block.linears) as capture:
             runner.run_block(block, batch.stations[block.index], batch)

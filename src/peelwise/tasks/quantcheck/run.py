@@ -26,10 +26,10 @@ from torch import nn
 from peelwise.engine.clock import Clock, Watcher
 from peelwise.engine.opening import checked_blocks
 from peelwise.engine.provenance import Setup, model_record, versions
-from peelwise.engine.session import LOSSES, ChangeMap, gain
+from peelwise.engine.session import LOSSES, Changes, gain
 from peelwise.model.fingerprint import fingerprint
 from peelwise.model.guard import untouched
-from peelwise.model.layers import Block, LinearMap, device_of
+from peelwise.model.layers import Block, LinearLayer, device_of
 from peelwise.model.runner import Runner, Trace
 from peelwise.model.splice import spliced
 from peelwise.model.weights.held import Held
@@ -44,7 +44,7 @@ _SOLVE_SHARE = 0.9  # of the budget; the losses with the better weights come aft
 @dataclass
 class _Found:
     layers: list[LayerCheck] = field(default_factory=list)
-    changes: ChangeMap = field(default_factory=dict)
+    changes: Changes = field(default_factory=dict)
     complete: bool = True
 
 
@@ -110,7 +110,7 @@ def run_quantcheck(
 def _solve_all(
     runner: Runner,
     parts: Sequence[Trace],
-    held: dict[LinearMap, tuple[LinearMap, Held]],
+    held: dict[LinearLayer, tuple[LinearLayer, Held]],
     settings: QuantcheckSettings,
     clock: Clock,
 ) -> _Found:
@@ -132,7 +132,7 @@ def _solve_all(
     return found
 
 
-def _losses(runner: Runner, changes: ChangeMap, select: Trace, report: Trace, parent: Trace) -> QuantLosses:
+def _losses(runner: Runner, changes: Changes, select: Trace, report: Trace, parent: Trace) -> QuantLosses:
     """Return the losses on report; the better weights are taken only if they lower the loss on select."""
     best, kept = report.losses, False
     with ExitStack() as stack:
@@ -174,7 +174,7 @@ def _conclusion(loss: QuantLosses, layers: list[LayerCheck]) -> str:
 
 
 def _notes(
-    quantised: nn.Module, parent: nn.Module, held: dict[LinearMap, Held], found: _Found, loss: QuantLosses
+    quantised: nn.Module, parent: nn.Module, held: dict[LinearLayer, Held], found: _Found, loss: QuantLosses
 ) -> Iterator[str]:
     yield "Inputs are the parent's; errors of layers are on report, parts of its mean squared output there."
     if not loss.kept:
@@ -189,7 +189,7 @@ def _notes(
         )
 
 
-def _other_differences(quantised: nn.Module, parent: nn.Module, held: dict[LinearMap, Held]) -> list[str]:
+def _other_differences(quantised: nn.Module, parent: nn.Module, held: dict[LinearLayer, Held]) -> list[str]:
     """Return the parameters outside the quantised maps that are not the parent's."""
     inside = {f"{linear.name}.weight" for linear in held}
     theirs = dict(parent.named_parameters())
