@@ -87,7 +87,7 @@ def main():
         with RunReader(alone) as reader:
             run = reader.latest()
             queries = {
-                "heat map: verdict letters of all probes": lambda: reader.looks(1),
+                "heat map: verdict letters of all probes": lambda: reader.measurements(1),
                 "heat map: one statistic of all probes": lambda: reader.to_median(run, "energy"),
                 "heat map: one statistic, 500 columns": lambda: reader.statistics(1, "energy", most=500),
                 "one block's values, all probes": lambda: reader.values(run, "energy", 7),

@@ -33,7 +33,7 @@ class StoreError(PeelwiseError):
 
 
 class DeviceError(PeelwiseError):
-    """The device or number format asked for is not available on this machine."""
+    """The device or dtype asked for is not available on this machine."""
 
 
 class MissingExtraError(PeelwiseError):

@@ -180,10 +180,10 @@ def test_misspelt_formats_are_refused(text: str, message: str) -> None:
         ("binary:blocks=5", _matrix(), r"blocks=5 does not divide a matrix of \[6, 12\]"),
         ("int4:keep=2:5", _matrix(), "5 does not divide the 12 inputs"),
         ("binary:band=-1", _matrix(), "negative"),
-        ("int4", torch.full((2, 2), math.nan), "NaN or infinite"),
+        ("int4", torch.full((2, 2), math.nan), "NaN or Inf"),
         ("int4", torch.ones(3), "matrix"),
         ("dense", torch.ones(0, 3), "matrix"),
-        ("binary", torch.full((2, 2), 1e6), "does not fit the number format .* Use scale=float32"),
+        ("binary", torch.full((2, 2), 1e6), "does not fit the dtype .* Use scale=float32"),
     ],
 )
 def test_matrices_that_do_not_go_with_the_format_are_refused(name: str, W: Tensor, message: str) -> None:

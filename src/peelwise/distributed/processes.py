@@ -1,9 +1,9 @@
 """Processes that train one model together share the work on a probe: each takes some of its sequences.
 
-Everything that a look adds up or compares passes through here: sums are added over all processes, losses are put in the
-order in which one process alone would have them, and numbers that decide what is done next come from the first
-process, so that all of them take the same path. A process that fails says so at the place where it would have met the
-others, and all of them give the look up; nobody waits for somebody who is not coming.
+Everything that a measurement adds up or compares passes through here: sums are added over all processes, losses are
+put in the order in which one process alone would have them, and numbers that decide what is done next come from the
+first process, so that all of them take the same path. A process that fails says so at the place where it would have
+met the others, and all of them give the measurement up; nobody waits for somebody who is not coming.
 """
 
 from __future__ import annotations

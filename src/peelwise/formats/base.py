@@ -17,9 +17,9 @@ class Encoded:
 
     Attributes:
         codes: ``[d_out, d_in]``, integers; the values themselves for `Dense`.
-        scales: ``[rows, groups]`` in the number format they are stored in; ``None`` for `Dense`. ``rows`` is
+        scales: ``[rows, groups]`` in the dtype they are stored in; ``None`` for `Dense`. ``rows`` is
             ``d_out``, or 1 if one scale serves the whole matrix.
-        zeros: as ``scales``: zero points (integers) or minima (same number format as the scales), or ``None``.
+        zeros: as ``scales``: zero points (integers) or minima (same dtype as the scales), or ``None``.
         support: ``[d_out, d_in]`` bool, false where the weight is a structural zero; ``None`` if there are none.
     """
 
@@ -50,14 +50,12 @@ class Format(ABC):
 
         Raises:
             FormatError: If ``W`` is no finite matrix, its shape does not go with the format, or a scale is too large
-                for the number format that it is stored in.
+                for the dtype that it is stored in.
         """
         check_matrix(W, support)
         encoded = self.rounded(W, support)
         if encoded.scales is not None and not bool(encoded.scales.isfinite().all()):
-            raise FormatError(
-                f"{self.name}: a scale does not fit the number format it is stored in. Use scale=float32."
-            )
+            raise FormatError(f"{self.name}: a scale does not fit the dtype it is stored in. Use scale=float32.")
         return encoded
 
     @abstractmethod
@@ -92,7 +90,7 @@ def check_matrix(W: Tensor, support: Tensor | None) -> None:
     if W.dim() != 2 or W.numel() == 0:
         raise FormatError(f"A format holds a matrix [d_out, d_in], got shape {tuple(W.shape)}. Flatten or skip it.")
     if not bool(W.isfinite().all()):
-        raise FormatError("The matrix holds NaN or infinite values, which no format can write down. Repair it first.")
+        raise FormatError("The matrix holds NaN or Inf, which no format can write down. Repair it first.")
     if support is not None:
         check_support(support, (W.shape[0], W.shape[1]))
 

@@ -1,4 +1,4 @@
-"""Every matrix, in one floating-point number format."""
+"""Every matrix, in one floating-point dtype."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from peelwise.formats.base import Encoded, Format
 
 @dataclass(frozen=True)
 class Dense(Format):
-    """Any matrix; ``dtype`` is the number format of its values."""
+    """Any matrix; ``dtype`` is the dtype of its values."""
 
     dtype: torch.dtype = torch.float32
 
     @property
     def name(self) -> str:
-        """``dense``, with the number format unless it is float32."""
+        """``dense``, with the dtype unless it is float32."""
         return "dense" if self.dtype == torch.float32 else f"dense:{str(self.dtype).removeprefix('torch.')}"
 
     def rounded(self, W: Tensor, support: Tensor | None = None) -> Encoded:
-        """Round to the number format; see `Format.rounded`."""
+        """Round to the dtype; see `Format.rounded`."""
         return Encoded((W if support is None else W * support).to(self.dtype), support=support)
 
     def decode(self, encoded: Encoded) -> Tensor:

@@ -70,7 +70,7 @@ def _check_stored(values: Tensor, form: Scaled, shape: tuple[int, int], what: st
         dtype = str(form.scale_dtype).removeprefix("torch.")
         raise FormatError(f"{form.name}: expected {what} {shape} in {dtype}, got {_said(values)}.")
     if not bool(values.isfinite().all()):
-        raise FormatError(f"{form.name}: {what} hold NaN or infinite values.")
+        raise FormatError(f"{form.name}: {what} hold NaN or Inf.")
 
 
 def same_support(a: Tensor | None, b: Tensor | None) -> bool:

@@ -1,7 +1,7 @@
 """Find the codes and scales of a matrix that is known to obey a format, from its values alone.
 
 The rule for the scale differs from library to library, but the spacing of the values in use gives it away. Any codes
-and scales that give the very same matrix will do. Eight bits rounded to bfloat16 are too many to be told apart.
+and scales that give the very same matrix will do. Eight bits rounded to bfloat16 are too many to be distinguishable.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def recover(W: Tensor, form: Format) -> Encoded:
 
 
 def check_decodes(encoded: Encoded, W: Tensor, form: Format) -> None:
-    """Refuse codes that do not stand for the weights in use ``W``, up to the rounding of their number format.
+    """Refuse codes that do not stand for the weights in use ``W``, up to the rounding of their dtype.
 
     Raises:
         FormatError: With the largest difference.

@@ -56,7 +56,7 @@ class Scaled(Format):
 
     Attributes:
         layout: which weights share a scale.
-        scale_dtype: the number format that scales and minima are stored in; they are rounded to it.
+        scale_dtype: the dtype that scales and minima are stored in; they are rounded to it.
     """
 
     layout: Layout

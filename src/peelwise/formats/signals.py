@@ -21,13 +21,13 @@ NEAR = 0.05  # of the distance between two levels
 
 @dataclass(frozen=True)
 class LowBitSignals:
-    """What is seen of one layer at one look; shares are of its weights, structural zeros left out.
+    """What is seen of one layer in one measurement; shares are of its weights, structural zeros left out.
 
     Attributes:
-        flipped: share of codes that differ from the look before; ``None`` at the first look.
+        flipped: share of codes that differ from the measurement before; ``None`` at the first measurement.
         near_threshold: share of latent weights within `NEAR` level distances of a threshold between two codes: those
             that a small step can flip.
-        scale_drift: mean of ``|s - s_before| / |s_before|`` over scales; ``None`` at the first look.
+        scale_drift: mean of ``|s - s_before| / |s_before|`` over scales; ``None`` at the first measurement.
         dead_rows: outputs all of whose weights are zero.
     """
 
@@ -37,14 +37,14 @@ class LowBitSignals:
     dead_rows: int
 
 
-def look(form: Format, latent: Tensor, now: Encoded, before: Encoded | None = None) -> LowBitSignals:
+def measure(form: Format, latent: Tensor, now: Encoded, before: Encoded | None = None) -> LowBitSignals:
     """Return the signals of one layer.
 
     Args:
         form: its format.
         latent: its latent weight ``[d_out, d_in]``.
         now: its codes.
-        before: its codes at the look before, of the same format.
+        before: its codes at the measurement before, of the same format.
     """
     on = torch.ones_like(now.codes, dtype=torch.bool) if now.support is None else now.support
     weights = float(on.sum())

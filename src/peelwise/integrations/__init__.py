@@ -1,1 +1,1 @@
-"""An event of somebody else's trainer in, `Monitor.step` out, and nothing else."""
+"""Events of third-party trainers in, `Monitor.step` out, and nothing else."""

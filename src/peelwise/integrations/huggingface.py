@@ -47,7 +47,7 @@ class PeelwiseCallback(TrainerCallback):  # type: ignore[misc]
             self._loss = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **found: Any) -> None:
-        """Take the loss, which the trainer tells only here, and add the numbers of a new visit to the logs."""
+        """Take the loss, which the trainer tells only here, and add the numbers of a new measurement to the logs."""
         if self.monitor is None or logs is None or "loss" not in logs:
             return
         self._loss = float(logs["loss"])

@@ -1,4 +1,4 @@
-"""Record what enters and leaves the linear maps of a block while it runs. No mathematics here."""
+"""Record what enters and leaves the linear layers of a block while it runs. No mathematics here."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from peelwise.model.layers import LinearLayer
 
 @dataclass
 class Capture:
-    """Inputs and outputs of linear maps during one forward; maps fed by one tensor share a group.
+    """Inputs and outputs of linear layers during one forward; layers fed by one tensor share a group.
 
     Attributes:
-        inputs: per map, the input ``[..., d_in]`` detached.
-        outputs: per map, the output ``[..., d_out]``, still in the graph.
-        groups: per map, the name of the first map that was fed the very same tensor.
+        inputs: per layer, the input ``[..., d_in]`` detached.
+        outputs: per layer, the output ``[..., d_out]``, still in the graph.
+        groups: per layer, the name of the first layer that was fed the very same tensor.
     """
 
     inputs: dict[LinearLayer, Tensor] = field(default_factory=dict)

@@ -34,7 +34,7 @@ class OpenedModel:
         tokenizer: Its tokenizer, ``None`` if the folder has none.
         name: A short name for people.
         source: Where it was opened from, as given.
-        dtype: The number format of its weights, such as ``"float32"``.
+        dtype: The dtype of its weights, such as ``"float32"``.
     """
 
     model: nn.Module
@@ -64,12 +64,12 @@ def open_model(
         allow_pickle: Whether ``.bin`` weights will do where there are no safetensors.
         with_tokenizer: Whether to open the tokenizer too.
         tokenizer: The folder that has it; default: the model's.
-        as_stored: Whether the linear maps of a ``.gguf`` file keep the codes that are stored, as layers of
+        as_stored: Whether the linear layers of a ``.gguf`` file keep the codes that are stored, as layers of
         `peelwise.nn`.
 
     Raises:
         ModelError: If it cannot be found, is damaged, incomplete, or needs code of its own.
-        DeviceError: If the device or number format is unknown, absent or too small.
+        DeviceError: If the device or dtype is unknown, absent or too small.
         MissingExtraError: If transformers, gguf or the packaged model is not installed.
     """
     target = _device(device)
@@ -273,7 +273,7 @@ def gguf_file(source: str | Path | None) -> Path | None:
 
 
 def _hold_stored(model: nn.Module, path: Path) -> None:
-    """Let every linear map that a GGUF file stores in codes compute with these codes; same weights to the bit."""
+    """Let every linear layer that a GGUF file stores in codes compute with these codes; same weights to the bit."""
     if path.is_dir():
         raise ModelError(f"{path} is a folder: only the blocks of a .gguf file can be taken as stored.")
     stored = stored_layers(path, find_blocks(model))

@@ -33,7 +33,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raise if any parameter or saved buffer holds NaN or infinity.
+    """Raise if any parameter or saved buffer holds NaN or Inf.
 
     Raises:
         ModelError: Names the first such tensor and how many of its values are affected.
@@ -44,7 +44,7 @@ def check_finite(model: nn.Module) -> None:
         bad = sum(piece.numel() - int(piece.isfinite().sum()) for piece in _pieces(local_shard(tensor)))
         if bad:
             raise ModelError(
-                f"{name} holds {bad} of {tensor.numel()} values that are NaN or infinite. "
+                f"{name} holds {bad} of {tensor.numel()} values that are NaN or Inf. "
                 "Audit an earlier checkpoint, from before training diverged."
             )
 

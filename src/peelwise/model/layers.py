@@ -1,4 +1,4 @@
-"""All knowledge of architectures: which modules are the blocks, the linear maps in them, and the head."""
+"""All knowledge of architectures: which modules are the blocks, the linear layers in them, and the head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peelwise.model.weights.table import held, is_low_bit
 
 @dataclass(frozen=True, eq=False)
 class LinearLayer:
-    """One linear map ``y = x W^T + b`` of a block, whatever way its module stores ``W``."""
+    """One linear layer ``y = x W^T + b`` of a block, whatever way its module stores ``W``."""
 
     name: str  # full name in the model
     module: nn.Module
@@ -23,25 +23,25 @@ class LinearLayer:
 
     @property
     def has_bias(self) -> bool:
-        """Whether the map adds a bias; then its change has one more column."""
+        """Whether the layer adds a bias; then its change has one more column."""
         return isinstance(getattr(self.module, "bias", None), Tensor)
 
     @property
     def low_bit(self) -> bool:
-        """Whether the map computes with weights of a low-bit format."""
+        """Whether the layer computes with weights of a low-bit format."""
         return is_low_bit(self.module)
 
     def held(self) -> Held | None:
-        """Return codes, scales and format of a low-bit map, ``None`` for any other; see `peelwise.model.weights`."""
+        """Return codes, scales and format of a low-bit layer, ``None`` for any other; see `peelwise.model.weights`."""
         try:
             return held(self.module)
         except (FormatError, UnsupportedModelError) as error:
             raise type(error)(f"{self.name}: {error}") from error
 
     def weight(self) -> Tensor:
-        """Return the weight that the map computes with, ``[d_out, d_in]``, never to be written.
+        """Return the weight that the layer computes with, ``[d_out, d_in]``, never to be written.
 
-        A view of the parameter, or what the codes of a low-bit map stand for.
+        A view of the parameter, or what the codes of a low-bit layer stand for.
         """
         found = self.held()
         if found is not None:
@@ -58,7 +58,7 @@ class LinearLayer:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One transformer block and its linear maps, in the order of their registration."""
+    """One transformer block and its linear layers, in the order of their registration."""
 
     index: int
     name: str
@@ -94,7 +94,7 @@ def plain_name(name: str) -> str:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module is a linear map that can be audited: ``nn.Linear``, transformers' Conv1D, or a low-bit one."""
+    """Whether the module is a linear layer that can be audited: ``nn.Linear``, Conv1D, or a low-bit one."""
     return isinstance(module, nn.Linear) or _is_transposed(module) or is_low_bit(module)
 
 
@@ -104,7 +104,7 @@ def _is_transposed(module: nn.Module) -> bool:
 
 
 def linear_layers(module: nn.Module, prefix: str) -> Iterator[LinearLayer]:
-    """Yield the linear maps inside of a module, named from the model's root."""
+    """Yield the linear layers inside of a module, named from the model's root."""
     for name, child in module.named_modules():
         if is_linear(child):
             yield LinearLayer(f"{prefix}.{plain_name(name)}", child, _is_transposed(child))

@@ -182,7 +182,7 @@ class Runner:
             gradients: gradients at the block's output, each ``[b, t, d]``.
 
         Returns:
-            What its linear maps saw, and for each gradient the one at its input and those at each map's output.
+            What its linear layers saw, and for each gradient the one at its input and those at each layer's output.
         """
         hidden = batch.stations[block.index].detach().requires_grad_(True)
         with torch.enable_grad():

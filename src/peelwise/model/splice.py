@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from peelwise.model.layers import LinearLayer
 from peelwise.nn.linear import QuantizedLinear
 
-Changes = Mapping[LinearLayer, Tensor]  # each [d_out, d_in], one more column where the map has a bias
+Changes = Mapping[LinearLayer, Tensor]  # each [d_out, d_in], one more column where the layer has a bias
 
 
 @contextmanager
 def spliced(changes: Changes, scale: float = 1.0) -> Iterator[None]:
-    """Run with ``y = x (W + scale D)^T + b + scale d`` in every map of ``changes``, inside the context.
+    """Run with ``y = x (W + scale D)^T + b + scale d`` in every layer of ``changes``, inside the context.
 
-    A float32 map computes the sum of weights once and multiplies once; any other (half precision,
-    quantised, sharded, or with a forward of somebody else's) gets ``x D^T`` added by a hook, in float32.
+    A float32 layer computes the sum of weights once and multiplies once; any other (half precision,
+    quantised, sharded, or with a third-party forward) gets ``x D^T`` added by a hook, in float32.
     Parameters are never written, and nothing stays behind when the context ends, however it ends.
     """
     with ExitStack() as stack:
@@ -44,7 +44,7 @@ def frozen(linears: Iterable[LinearLayer]) -> Iterator[None]:
 
 
 class _Frozen:
-    """The forward of a linear map with given weights.
+    """The forward of a linear layer with given weights.
 
     A splice wraps it, so that a splice inside a splice is not taken for one inside `frozen`: these add up.
     """
@@ -129,6 +129,6 @@ def _adder(weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
 
 
 def _input(args: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
-    """Return the one input of a map, however it was given."""
+    """Return the one input of a layer, however it was given."""
     x: Tensor = args[0] if args else next(iter(named.values()))
     return x

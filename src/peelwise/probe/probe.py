@@ -71,7 +71,7 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """The text an audit looks at, split by sequence into three disjoint parts.
+    """The text an audit measures on, split by sequence into three disjoint parts.
 
     Args:
         fit: Sequences for statistics.

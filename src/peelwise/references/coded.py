@@ -1,6 +1,6 @@
-"""Better codes for a label-driven step: what a low-bit map can do about the loss without leaving its format.
+"""Better codes for a label-driven step: what a low-bit layer can do about the loss without leaving its format.
 
-A sweep gives every map a dense direction ``D`` and the sums around its weights ``W``. Two ways lead from the codes in
+A sweep gives every layer a dense direction ``D`` and the sums around its weights ``W``. Two ways lead from the codes in
 use to codes near ``T = W + a D``; which codes are taken is decided by the real loss, elsewhere:
 
     projection   lowest  tr((W' - T) S (W' - T)^T), by coordinate descent from the codes in use, scales re-fitted
@@ -51,13 +51,13 @@ class Metric:
 
 @dataclass(frozen=True, eq=False)
 class LocalProblem:
-    """What a sweep knows of the loss around one map's weights, on the fit tokens, float32.
+    """What a sweep knows of the loss around one layer's weights, on the fit tokens, float32.
 
     Attributes:
         S: ``E[x x^T] [d_in, d_in]``.
         F: ``E[g g^T] [d_out, d_out]``; ``None`` where it was not added up.
-        input_damping, output_damping: of the map's direction, in units of the mean diagonals.
-        mean: ``E[x] [d_in]`` where the map has a bias, else ``None``.
+        input_damping, output_damping: of the layer's direction, in units of the mean diagonals.
+        mean: ``E[x] [d_in]`` where the layer has a bias, else ``None``.
     """
 
     S: Tensor
@@ -178,7 +178,7 @@ def flipped(metric: Metric, D: Tensor, form: Format, start: Encoded, *, rounds: 
 
 
 def local_split(problem: LocalProblem, change: Tensor, form: Format, start: Encoded) -> ErrorParts:
-    """Return the parts of one map's error against its dense target, in its own objective.
+    """Return the parts of one layer's error against its dense target, in its own objective.
 
     It is ``sum_i F_ii [(W - T) S (W - T)^T]_ii / 2``: what the local curvature says the loss is above the target's,
     nats per token. No target of a label-driven step is out of a dense matrix's reach, so nothing of it is irreducible.

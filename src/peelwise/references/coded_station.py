@@ -1,4 +1,4 @@
-"""The reference of a low-bit map that writes into the residual stream: codes near the least-squares solution.
+"""The reference of a low-bit layer that writes into the residual stream: codes near the least-squares solution.
 
 `peelwise.references.station` finds the change ``D`` after which nothing linear is missing. With ``T = W + D`` and the
 damped second moment ``S' = S + damping * tr(S)/d I`` that made it, codes and scales of the format are sought with
@@ -30,7 +30,7 @@ MAX_SWEEPS, TOLERANCE = 5, 1e-2
 
 @dataclass(frozen=True, eq=False)
 class CodedChange:
-    """Codes of a map, and what they change.
+    """Codes of a layer, and what they change.
 
     Attributes:
         encoded: codes, scales and offsets.
@@ -83,7 +83,7 @@ def without_bias(S: Tensor, d_in: int) -> tuple[Tensor, Tensor | None]:
 
     Args:
         S: ``[d_in (+1), d_in (+1)]``, damped.
-        d_in: inputs of the map.
+        d_in: inputs of the layer.
     """
     if len(S) == d_in:
         return S, None

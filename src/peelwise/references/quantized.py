@@ -194,7 +194,7 @@ def _check(S: Tensor, T: Tensor) -> None:
     if tuple(S.shape) != (T.shape[1], T.shape[1]):
         raise FormatError(f"S: expected [{T.shape[1]}, {T.shape[1]}] for these inputs, got {tuple(S.shape)}.")
     if not bool(S.isfinite().all()):
-        raise FormatError("S holds NaN or infinite values. Repair the model's activations first.")
+        raise FormatError("S holds NaN or Inf. Repair the model's activations first.")
 
 
 def _support(form: Format, T: Tensor, starts: Sequence[Encoded]) -> Tensor | None:

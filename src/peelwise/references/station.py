@@ -1,6 +1,6 @@
-"""The closed-form reference of a map that writes into the residual stream: ridge regression of what is missing.
+"""The closed-form reference of a layer that writes into the residual stream: ridge regression of what is missing.
 
-Where a block's output depends on a linear map only through ``out + x D^T``, ``x`` its inputs and ``D`` a change
+Where a block's output depends on a linear layer only through ``out + x D^T``, ``x`` its inputs and ``D`` a change
 of its weight, the best change for a target station ``T`` is least squares of the residual ``r = T - out``:
 
     D = argmin  sum |r - D x|^2 + damping * tr(S)/d * |D|^2  =  R (S + damping * tr(S)/d I)^-1

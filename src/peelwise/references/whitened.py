@@ -1,4 +1,4 @@
-"""Label-driven directions: the weight changes that one pass of gradients proposes for a linear map.
+"""Label-driven directions: the weight changes that one pass of gradients proposes for a linear layer.
 
 With ``S = E[x x^T]``, ``C = E[g x^T]`` and ``F = E[g g^T]`` (g: gradient of a token's loss at the output):
 
@@ -35,7 +35,7 @@ _LEAST_OUTPUT_DAMPING = 0.03
 
 @dataclass(frozen=True)
 class Proposal:
-    """A weight change for one linear map, calibrated on the select tokens.
+    """A weight change for one linear layer, calibrated on the select tokens.
 
     Attributes:
         change: ``w D [d_out, d_in]``, float32; its scale is that of the gradient, so a step length is
@@ -56,7 +56,7 @@ class Proposal:
 
 
 class InputWhitened:
-    """Input-whitened proposals for all maps that share one input; one eigen-decomposition serves every damping.
+    """Input-whitened proposals for all layers that share one input; one eigen-decomposition serves every damping.
 
     The decomposition is in float32 and only chooses the damping; what is proposed is solved in float64 and
     calibrated as it is.
@@ -64,7 +64,7 @@ class InputWhitened:
     Args:
         S: ``E[x x^T] [d_in, d_in]`` on the fit tokens.
         S_select: the same on the select tokens.
-        name: a map with this input, for warnings.
+        name: a layer with this input, for warnings.
     """
 
     def __init__(self, S: Tensor, S_select: Tensor, *, name: str = "matrix") -> None:
@@ -104,7 +104,7 @@ class InputWhitened:
         return float((overlap / self.spectrum.damped(damping)).sum())
 
     def propose(self, C: Tensor, C_select: Tensor, *, rotated: Tensor, rotated_select: Tensor) -> Proposal:
-        """Return the proposal for one map, with the damping that the select tokens like best.
+        """Return the proposal for one layer, with the damping that the select tokens like best.
 
         Args:
             C: ``E[g x^T] [d_out, d_in]`` on the fit tokens.
@@ -132,7 +132,7 @@ class InputWhitened:
 
 
 def input_whitened(fit: Moments, select: Moments) -> Proposal:
-    """Return the input-whitened proposal of one map from its moments; see `InputWhitened`."""
+    """Return the input-whitened proposal of one layer from its moments; see `InputWhitened`."""
     reference = InputWhitened(fit.S, select.S)
     return reference.propose(
         fit.C, select.C, rotated=reference.rotate(fit.C), rotated_select=reference.rotate(select.C)

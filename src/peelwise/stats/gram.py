@@ -1,6 +1,6 @@
 """Streaming sums over rows: the second moments that every reference is made of.
 
-For a linear map ``y = x W^T`` with inputs ``x [n, d_in]`` and gradients ``g = d loss / d y [n, d_out]``:
+For a linear layer ``y = x W^T`` with inputs ``x [n, d_in]`` and gradients ``g = d loss / d y [n, d_out]``:
 
     S = E[x x^T]  [d_in, d_in]      C = E[g x^T]  [d_out, d_in]      F = E[g g^T]  [d_out, d_out]
 

@@ -16,7 +16,7 @@ from peelwise.records.run import tag
 from peelwise.store.reader import Run, RunReader
 from peelwise.store.schema import TABLES
 
-MANIFEST = "export.json"  # tells an earlier export from a folder of somebody else's
+MANIFEST = "export.json"  # tells an earlier export from a third-party folder
 _ROWS_AT_A_TIME = 10_000
 
 Rows = Iterator[sqlite3.Row]

@@ -1,6 +1,6 @@
-"""One statistic of all blocks in one short row per look: for numbers what a look's letters are for verdicts.
+"""One statistic of all blocks in one short row per measurement: for numbers what letters are for verdicts.
 
-A map of 60 blocks by 10,000 looks takes 600,000 rows of `statistics`, which lie scattered, or 10,000 of `profiles`,
+A heat map of 60 blocks by 10,000 measurements takes 600,000 scattered rows of `statistics`, or 10,000 of `profiles`,
 which lie side by side. They repeat numbers of statistics, to seven digits, and hold nothing of their own.
 """
 
@@ -22,11 +22,11 @@ _STORED = np.dtype("<f4")
 
 @dataclass(frozen=True)
 class Held:
-    """Numbers of one statistic over the looks that hold it, in the order of the looks.
+    """Numbers of one statistic over the measurements that hold it, in the order of the measurements.
 
     Attributes:
-        probe_ids: of the looks, ``[looks]``.
-        numbers: ``[looks, blocks]``; NaN where a block has none.
+        probe_ids: of the measurements, ``[measurements]``.
+        numbers: ``[measurements, blocks]``; NaN where a block has none.
     """
 
     probe_ids: NDArray[np.int64]
@@ -34,7 +34,7 @@ class Held:
 
 
 def packed(statistics: Iterable[Statistic], blocks: int) -> list[tuple[str, Kind, bytes]]:
-    """Return name, kind and numbers of one look's statistics: of all blocks, and behind them of the whole model."""
+    """Return name, kind and numbers of one measurement's statistics: of all blocks, then of the whole model."""
     found: dict[tuple[str, Kind], list[float]] = {}
     for each in statistics:
         kinds: tuple[tuple[Kind, float | None], ...] = (("value", each.value), ("to_median", each.to_median))
@@ -73,6 +73,6 @@ def of_statistics(rows: Sequence[tuple[int, int, float]], width: int) -> Held:
 
 
 def held(probe_ids: NDArray[np.int64], numbers: NDArray[Any]) -> Held:
-    """Return those looks that hold anything."""
+    """Return those measurements that hold anything."""
     there = ~np.isnan(numbers).all(axis=1)
     return Held(probe_ids[there], numbers[there])

@@ -106,7 +106,7 @@ class RunReader:
             {"run": run_id, "most": _at_most(most), "first": between[0], "end": between[1]},
         )
 
-    def looks(self, run_id: int, *, between: Between = ALL_STEPS) -> list[sqlite3.Row]:
+    def measurements(self, run_id: int, *, between: Between = ALL_STEPS) -> list[sqlite3.Row]:
         """Return ``id, step, probe_loss, letters`` of all probes: what a map of verdicts needs."""
         return self._rows(
             "SELECT id, step, probe_loss, letters FROM probes WHERE run_id = ? AND step BETWEEN ? AND ? ORDER BY id",
@@ -114,7 +114,7 @@ class RunReader:
         )
 
     def to_median(self, run: Run, name: str, *, between: Between = ALL_STEPS) -> Held:
-        """Return how far a statistic of every block is from its own running median, over all looks that tell."""
+        """Return how far a statistic of every block is from its own running median, over all measurements that tell."""
         blocks = len(run.info.blocks)
         if self._has_profiles(run.id):
             found = self._packed(run.id, name, "to_median", "numbers", between)
@@ -124,7 +124,7 @@ class RunReader:
         return profiles.of_statistics(self._plain(run.id, name, "s.block, s.to_median", told, between), blocks)
 
     def values(self, run: Run, name: str, block: int, *, between: Between = ALL_STEPS) -> Held:
-        """Return one block's values of a statistic, over all looks that hold it."""
+        """Return one block's values of a statistic, over all measurements that hold it."""
         if self._has_profiles(run.id):
             cut = profiles.cut(block, len(run.info.blocks))
             return profiles.of_profiles(self._packed(run.id, name, "value", cut, between), 1)
@@ -248,7 +248,7 @@ class RunReader:
         self.close()
 
     def _has_profiles(self, run_id: int) -> bool:
-        """Whether a run was written with them; one writer writes a run, so its first look tells of all."""
+        """Whether a run was written with them; one writer writes a run, so its first measurement tells of all."""
         found = self._rows(
             """SELECT 1 FROM statistics s JOIN profiles f ON f.name = s.name AND f.kind = 'value' AND
             f.probe_id = s.probe_id WHERE s.probe_id = (SELECT min(id) FROM probes WHERE run_id = ?) LIMIT 1""",
@@ -257,7 +257,7 @@ class RunReader:
         return bool(found)
 
     def _packed(self, run_id: int, name: str, kind: Kind, column: str, between: Between) -> list[tuple[int, bytes]]:
-        # Looks of a run follow each other without a gap: one stretch of the file. Steps may come back after a restart.
+        # Measurements of a run follow each other without a gap in the file. Steps may come back after a restart.
         whole = between == ALL_STEPS
         return self._tuples(
             f"""WITH own AS (SELECT id FROM probes WHERE run_id = ? AND step BETWEEN ? AND ?)

@@ -59,7 +59,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             FROM statistics JOIN probes ON probes.id = statistics.probe_id
             LEFT JOIN blocks ON blocks.run_id = probes.run_id AND blocks.block = statistics.block""",
     ),
-    # Clustered by statistic: a look appends at a few places, and all its looks are one stretch of the file.
+    # Clustered by statistic: a measurement appends at a few places; a statistic is one stretch of the file.
     (
         """CREATE TABLE profiles (
             name TEXT NOT NULL, kind TEXT NOT NULL, probe_id INTEGER NOT NULL REFERENCES probes, numbers BLOB NOT NULL,
@@ -100,7 +100,7 @@ def opened_for_reading(path: Path) -> sqlite3.Connection:
             version = _check_ours(connection, path)
         missing = [statement for script in MIGRATIONS[version:] for statement in script]
         if version and all(statement.startswith(_NEW_TABLE) for statement in missing):
-            # Empty tables stand beside the file, which may be far too large to copy at every look.
+            # Empty tables stand beside the file, which may be far too large to copy at every reading.
             connection.execute("PRAGMA temp_store = MEMORY")
             for statement in missing:
                 connection.execute(statement.replace(_NEW_TABLE, "CREATE TEMPORARY TABLE ", 1))

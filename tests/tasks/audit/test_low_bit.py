@@ -149,7 +149,7 @@ def _flip_many(tensors) -> None:
         (_flip_many, "was certified"),
         (lambda t: t[_first(t, "up_proj.scales")].mul_(3), "was certified"),
         (lambda t: t[_first(t, ".codes")][0].fill_(2), "code 2 is none of its 3 codes"),
-        (lambda t: t[_first(t, ".scales")].fill_(float("nan")), "NaN or infinite"),
+        (lambda t: t[_first(t, ".scales")].fill_(float("nan")), "NaN or Inf"),
         (lambda t: t.update({_first(t, ".scales"): t[_first(t, ".scales")].float()}), "expected scales .* in float16"),
         (lambda t: t.update({_first(t, ".format"): t[_first(t, ".format")][:-1]}), "holds ternary:tensor, the witness"),
         (lambda t: t.update({_first(t, ".codes")[:-6]: torch.zeros(3, 3)}), "dense: not at the same bits"),

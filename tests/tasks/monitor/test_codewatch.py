@@ -22,13 +22,13 @@ def test_a_watch_tells_a_run_that_moves_from_one_that_does_not() -> None:
     model = ZOO["plain"]()
     swapped = quantize_(model, "ternary")
     watch = CodeWatch(model)
-    first = watch.look()
+    first = watch.measure()
     assert list(first) == swapped
     assert all(signals.flipped is None for signals in first.values())
     _step(model, 1e-7)
-    stuck = watch.look()
+    stuck = watch.measure()
     _step(model, 0.3)
-    moving = watch.look()
+    moving = watch.measure()
     assert sum(s.flipped for s in stuck.values()) < 0.01 * sum(s.flipped for s in moving.values())
     assert sum(s.scale_drift for s in stuck.values()) < 0.1 * sum(s.scale_drift for s in moving.values())
 
@@ -39,7 +39,7 @@ def test_rows_that_died_are_counted() -> None:
     layer = model.get_submodule(name)
     with torch.no_grad():
         layer.weight[:3] *= 1e-3
-    assert CodeWatch(model).look()[name].dead_rows == 3
+    assert CodeWatch(model).measure()[name].dead_rows == 3
 
 
 def test_looking_changes_nothing() -> None:
@@ -47,7 +47,7 @@ def test_looking_changes_nothing() -> None:
     quantize_(model, "int2:affine")
     before = Snapshot.of(model)
     watch = CodeWatch(model)
-    watch.look()
-    watch.look()
+    watch.measure()
+    watch.measure()
     before.assert_unchanged(model)
-    assert CodeWatch(ZOO["plain"]()).look() == {}
+    assert CodeWatch(ZOO["plain"]()).measure() == {}

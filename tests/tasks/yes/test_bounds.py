@@ -277,7 +277,7 @@ _LABELS = torch.arange(60) % 6
         ([5, 6, 6], _X, _Y, {"maps": "all"}, OptionError, "maps: "),
         ([5, 90, 6], _X, _Y, {"damping": 0.0}, TooFewSamplesError, r"damping: .*n >= 91 .*damping > 0"),
         ([5, 6, 6], _X, _Y, {"damping": -1.0}, OptionError, "damping: "),
-        ([5, 6, 6], _X, _NAN, {}, ProbeError, "y: NaN or infinite values, first in row 7"),
+        ([5, 6, 6], _X, _NAN, {}, ProbeError, "y: NaN or Inf, first in row 7"),
         ([5, 6, 6], _X, _Y[:, :3], {}, ProbeError, r"y: expected \[60, 6\].*\[60, 3\]"),
         ([5, 6, 6], _X, _LABELS, {}, ProbeError, r"y: .*float.*got int64 \[60\].*cross_entropy"),
         ([5, 6, 6], _X, _Y, {"loss": "cross_entropy"}, ProbeError, r"y: .*int64 .*y\.long\(\)"),

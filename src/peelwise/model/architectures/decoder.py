@@ -16,7 +16,7 @@ _RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
 
 
 def find_blocks(model: nn.Module) -> tuple[Block, ...]:
-    """Return the decoder blocks of ``model``: the largest ``ModuleList`` of one class with linear maps.
+    """Return the decoder blocks of ``model``: the largest ``ModuleList`` of one class with linear layers.
 
     Raises:
         UnsupportedModelError: If there is none, or the blocks hold a kind of layer that peelwise cannot
@@ -38,7 +38,7 @@ def find_blocks(model: nn.Module) -> tuple[Block, ...]:
 
 
 def find_head(model: nn.Module, blocks: tuple[Block, ...]) -> nn.Module | None:
-    """Return the output head: what transformers calls it, or the last linear map outside the blocks."""
+    """Return the output head: what transformers calls it, or the last linear layer outside the blocks."""
     getter = getattr(model, "get_output_embeddings", None)
     if callable(getter):
         head = getter()
@@ -49,7 +49,7 @@ def find_head(model: nn.Module, blocks: tuple[Block, ...]) -> nn.Module | None:
 
 
 def _candidate_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    """Yield outermost ``ModuleList``s whose items are of one class and hold a linear map."""
+    """Yield outermost ``ModuleList``s whose items are of one class and hold a linear layer."""
     taken: list[str] = []
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") for outer in taken):

@@ -1,4 +1,4 @@
-"""Codes and scales of GGUF files as they are stored, for the linear maps of the model opened from the same file.
+"""Codes and scales of GGUF files as they are stored, for the linear layers of the model opened from the same file.
 
 A block is 32 neighbouring inputs (256 in ternary types) with a float16 scale, perhaps a float16 minimum, and codes of
 two, four, five or eight bits. Layouts are those of the ggml project; the reader is the ``gguf`` package.
@@ -27,7 +27,7 @@ _Parts = tuple[NDArray[np.float16], NDArray[np.float16] | None, NDArray[np.int16
 
 
 def stored_layers(file: str | Path, blocks: Sequence[Block]) -> dict[LinearLayer, Held]:
-    """Return what a GGUF file holds for every linear map of a model that was opened from it.
+    """Return what a GGUF file holds for every linear layer of a model that was opened from it.
 
     Rows are in the order of the model's own weights: some converters keep those of queries and keys in another.
 
@@ -36,12 +36,12 @@ def stored_layers(file: str | Path, blocks: Sequence[Block]) -> dict[LinearLayer
         blocks: of the opened (dequantised) model; see `find_blocks`.
 
     Returns:
-        Per map, format and codes; maps stored as floating-point numbers are left out.
+        Per layer, format and codes; layers stored as floating-point numbers are left out.
 
     Raises:
         ModelError: If the file is damaged.
         FormatError: If the file does not hold the weights of the model.
-        UnsupportedModelError: If a map is stored in a block format that is not read yet.
+        UnsupportedModelError: If a layer is stored in a block format that is not read yet.
         MissingExtraError: Without the gguf package.
     """
     path = Path(file)
@@ -106,7 +106,7 @@ def _names(gguf: Any, reader: Any, blocks: int) -> Any:
 
 
 def _in_row_order(encoded: Encoded, form: Format, linear: LinearLayer, path: Path) -> Encoded:
-    """Return the codes with rows in the order of the map's weight, found by comparing the rows themselves."""
+    """Return the codes with rows in the order of the layer's weight, found by comparing the rows themselves."""
     there, here = form.decode(encoded), linear.weight().float().cpu()
     if torch.equal(there, here):
         return encoded

@@ -13,7 +13,7 @@ from peelwise.formats.base import Encoded, Format
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """What a low-bit linear map holds.
+    """What a low-bit linear layer holds.
 
     Attributes:
         format: the format that its weights obey.

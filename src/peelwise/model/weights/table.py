@@ -1,4 +1,4 @@
-"""The weights that a linear map computes with, and the codes that it stores: one small adapter per kind of module.
+"""The weights that a linear layer computes with, and the codes that it stores: one small adapter per kind of module.
 
 A module says so itself by a method ``effective_weight()`` that returns ``[d_out, d_in]`` and an attribute ``format``
 (a `Format` or its name); ``encoded()`` may hand out its codes, otherwise they are read from the values. Other people's

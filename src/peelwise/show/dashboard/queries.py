@@ -78,7 +78,7 @@ def run_facts(run: Run, key: str, file: str) -> Json:
 
 def overview(reader: RunReader, run: Run, between: Between = ALL_STEPS) -> Json:
     """Return everything the page shows of a run but single blocks, thinned."""
-    looks = reader.looks(run.id, between=between)
+    looks = reader.measurements(run.id, between=between)
     events = reader.events(run.id)
     loss = reader.loss_bins(run.id, most=LOSS_BINS, between=between)
     names = reader.statistic_names(run.id)
@@ -144,7 +144,7 @@ def heat(reader: RunReader, run: Run, name: str, between: Between = ALL_STEPS) -
 
     Of the looks that share a column the one farthest from the median is shown.
     """
-    looks = reader.looks(run.id, between=between)
+    looks = reader.measurements(run.id, between=between)
     stride = _stride(len(looks), COLUMNS)
     quotient = all(statistic_facts(row)["quotient"] for row in reader.statistic_names(run.id, name=name))
     columns = _places(looks, stride)

@@ -1,4 +1,4 @@
-"""Signals of the low-bit layers of a run, beside each of a monitor's looks: per block, with events."""
+"""Signals of the low-bit layers of a run, beside each of a monitor's measurements: per block, with events."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peelwise.tasks.monitor.codewatch import CodeWatch
 # Names in the run history; means over the block's layers, but for the number of dead outputs.
 SIGNALS = ("codes_flipped", "near_threshold", "scale_drift", "dead_rows")
 _STILL = 1e-5  # of a block's codes: next to none has flipped since the last look
-_AGAIN = 2  # looks in a row
+_AGAIN = 2  # measurements in a row
 
 
 class CodeSignals:
@@ -34,13 +34,13 @@ class CodeSignals:
         self._still = [0] * len(blocks)
         self._told: set[tuple[str, int]] = set()
         if self._watch is not None:
-            self._watch.look()  # what the first look is compared with
+            self._watch.measure()  # what the first measurement is compared with
 
     def noted(self, row: Measurement) -> Measurement:
         """Return the row of a look with the signals of every low-bit block, and events, each told once."""
         if self._watch is None:
             return row
-        found = self._watch.look()
+        found = self._watch.measure()
         statistics, events = list(row.statistics), list(row.events)
         for block in self._blocks:
             own = {name: s for name, s in found.items() if name.startswith(f"{block.name}.")}
@@ -58,7 +58,7 @@ class CodeSignals:
                 step,
                 "warning",
                 "codes-still",
-                f"block {at}: next to none of its codes flipped between {_AGAIN + 1} looks.",
+                f"block {at}: next to none of its codes flipped between {_AGAIN + 1} measurements.",
                 at,
                 suggestion="Latent weights move less than it takes to cross a threshold: a larger learning rate may "
                 "help. Whether other codes would do better is told by its verdict, or by peelwise audit.",

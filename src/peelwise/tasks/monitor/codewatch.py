@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peelwise.formats.base import Encoded
-from peelwise.formats.signals import LowBitSignals, look
+from peelwise.formats.signals import LowBitSignals, measure
 from peelwise.model.layers import plain_name, unwrapped
 from peelwise.model.weights.table import held
 
@@ -23,7 +23,7 @@ class CodeWatch:
 
     Example:
         >>> watch = CodeWatch(model)
-        >>> watch.look()["model.layers.0.mlp.down_proj"].near_threshold
+        >>> watch.measure()["model.layers.0.mlp.down_proj"].near_threshold
         0.06
     """
 
@@ -32,8 +32,8 @@ class CodeWatch:
         self._before: dict[str, Encoded] = {}
 
     @torch.no_grad()
-    def look(self) -> dict[str, LowBitSignals]:
-        """Return the signals of every layer by its name, against the look before."""
+    def measure(self) -> dict[str, LowBitSignals]:
+        """Return the signals of every layer by its name, against the measurement before."""
         found: dict[str, LowBitSignals] = {}
         codes: dict[str, Encoded] = {}
         for name, module in self._model.named_modules():
@@ -42,7 +42,7 @@ class CodeWatch:
                 continue
             name = plain_name(name)
             encoded = _in_memory(now.encoded)
-            found[name] = look(now.format, now.latent.cpu(), encoded, self._before.get(name))
+            found[name] = measure(now.format, now.latent.cpu(), encoded, self._before.get(name))
             codes[name] = encoded
         self._before = codes
         return found

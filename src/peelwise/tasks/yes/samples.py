@@ -168,7 +168,7 @@ def _check_finite(name: str, values: Tensor) -> None:
         good = torch.isfinite(values[start : start + 65536])
         if not bool(good.all()):
             row = start + int((~good).flatten(1).any(1).nonzero()[0])
-            raise ProbeError(f"{name}: NaN or infinite values, first in row {row}. Remove or repair these samples.")
+            raise ProbeError(f"{name}: NaN or Inf, first in row {row}. Remove or repair these samples.")
 
 
 def _seen(value: object) -> str:
