@@ -1,7 +1,6 @@
 """The page in a real browser, clicked and typed through."""
 
 import re
-import shutil
 import time
 
 import pytest
@@ -16,17 +15,15 @@ from peelwise.store.writer import RunWriter
 from runs import event, probe_row, run_info
 from show.dashboard.asking import served
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 HOSTILE = '<img src=x onerror="window.harm=1"><script>window.harm=1</script>{{harm}}'
 
 
 @pytest.fixture(scope="module")
-def browser():
+def browser(chromium):
     with sync_playwright() as driver:
         # The browser's own calls home stay on this machine too.
         quiet = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"]
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=quiet)
+        browser = driver.chromium.launch(executable_path=chromium, args=quiet)
         yield browser
         browser.close()
 

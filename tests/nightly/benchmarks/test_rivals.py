@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "truth"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks" / "truth"))
 
 import rivals
 import spectra
