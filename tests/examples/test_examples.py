@@ -104,7 +104,8 @@ def test_low_bit(tmp_path, capsys):
     recorded = json.loads((EXAMPLES / "small_gpt/low_bit/ternary-stuck/training.json").read_text())
     assert found["held_out"]["current"] == pytest.approx(recorded["stages"][0]["held_out_nats_per_token"], abs=0.2)
     assert len(found["audit"]["verdicts"]) == 6
-    assert "proves nothing" in found["peel"]["conclusion"] or found["peel"]["bound"] is None
+    visited = found["peel"]["bound"] is not None  # not on a busy machine
+    assert found["peel"]["conclusion"].startswith("None found: of " if visited else "No verdict yet")
     assert (tmp_path / "low-bit-training.svg").stat().st_size > 20_000
 
 

@@ -1,4 +1,4 @@
-"""What is released works where nothing else is: wheel and sdist, each in an empty environment, and the README's first example."""
+"""What is released works where nothing else is: wheel and sdist, and the README's first example."""
 
 from __future__ import annotations
 
