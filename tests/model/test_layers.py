@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from peelwise.errors import UnsupportedModelError
-from peelwise.model.architectures.decoder import find_blocks, find_head
+from peelwise.model.architectures import find_blocks, find_head
 from peelwise.model.layers import is_linear, parameter_count, unwrapped, vocabulary_size
 from plain_gpt import PlainGPT
 from zoo import BLOCKS, UNSUPPORTED, VOCABULARY, ZOO, sample_ids
