@@ -21,7 +21,7 @@ import rivals
 import spectra
 from audits import Snapshot, part_of, slow_losses, tiny_probe
 from damage import reset, sign_flip
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.probe.probe import Probe, Split
 from rivals import Given
 from zoo import ZOO

@@ -21,7 +21,7 @@ from peelwise.errors import CertificateError, FormatError
 from peelwise.evidence.audit import contradictions
 from peelwise.formats.membership import check_member
 from peelwise.formats.table import parse_format
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.model.checkpoints import open_model, save_model
 from peelwise.nn import quantize_, save_pretrained
 from peelwise.tasks.audit.run import run_audit
