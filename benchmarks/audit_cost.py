@@ -18,7 +18,7 @@ import peelwise
 from common import earlier, interleaved, median_ratio, write
 from peelwise.engine.refine import take_round, unrefined
 from peelwise.engine.sweep import block_moments, sweep
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.model.checkpoints import open_model
 from peelwise.model.guard import untouched
 from peelwise.model.runner import Runner, Trace

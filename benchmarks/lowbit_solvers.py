@@ -30,7 +30,7 @@ from common import median_ratio, write
 from peelwise.formats.base import Encoded
 from peelwise.formats.scaled import Scaled
 from peelwise.formats.table import parse_format
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.model.checkpoints import open_model
 from peelwise.model.guard import untouched
 from peelwise.model.layers import LinearLayer

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import peelwise
 from common import interleaved, median_ratio, write
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.model.guard import untouched
 from peelwise.model.layers import parameter_count
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner

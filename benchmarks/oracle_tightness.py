@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 
 import peelwise
 from common import write
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.model.checkpoints import open_model
 from peelwise.probe.probe import Probe, Split
 from peelwise.probe.texts import reference_prose

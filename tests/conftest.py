@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,29 +26,29 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
+TESTS = Path(__file__).resolve().parent
+
 # Tests write `from small_gpt.text import ...`.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.insert(0, str(TESTS.parent / "examples"))
 
 SmallGPT = Callable[..., tuple[Any, Any]]
 
 
-# Files that take longest. They are begun first, so that no process is left alone with one of them at the end.
-LONGEST = (
-    "tasks/audit/test_run.py",
-    "tasks/audit/test_low_bit.py",
-    "api/test_monitor.py",
-    "tasks/peel/test_fit_coded.py",
-    "tasks/peel/test_run.py",
-    "distributed/test_replicas.py",
-    "tasks/quantcheck/test_run.py",
-    "examples/test_examples.py",
-    "examples/test_small_gpt.py",
-    "show/dashboard/test_page.py",
-)
+# What a test needs shows in the fixtures that it asks for, its own or those of its fixtures, and in its top folder.
+NEEDS = {"stored_stage": "trained", "chromium": "browser"}
+# Whole runs of a product are slow, wherever they are started from.
+FOLDERS = dict.fromkeys(("api", "certificate", "cli", "distributed", "examples", "integrations", "tasks"), "slow")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))
+    """Mark what ``make check`` leaves to ``make test``, and begin with what takes long."""
+    for item in items:
+        needed = {NEEDS[name] for name in getattr(item, "fixturenames", ()) if name in NEEDS}
+        for marker in needed | {FOLDERS.get(item.path.relative_to(TESTS).parts[0])} - {None}:
+            item.add_marker(marker)
+    # A file is one process's work: long ones are begun first, so that no process is left alone with one at the end.
+    long = {item.path for item in items if any(item.get_closest_marker(m) for m in ("slow", "trained", "browser"))}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(scope="session")
@@ -123,6 +124,13 @@ def audited(broken_folder: Path, training_probe: Any, tmp_path_factory: pytest.T
     probe = part_of(training_probe, fit=16, select=5, report=10)
     report = peelwise.audit(broken_folder, probe, joint_rounds=2, alone_rounds=1)
     return report, report.save(tmp_path_factory.mktemp("audited") / "certificate")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Return the path of the browser of this machine."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    return found or pytest.skip("chromium is not installed")
 
 
 @pytest.fixture

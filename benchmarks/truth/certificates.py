@@ -25,7 +25,7 @@ from cases import KEPT_SEED, SMALL, Case, probe_of
 from common import write
 from peelwise.certificate.audit import changes_of, read_certificate, verify_certificate
 from peelwise.certificate.base import tolerance_of, write_certificate
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.model.runner import Runner
 from peelwise.model.splice import spliced
 

@@ -26,7 +26,7 @@ import own
 import training
 from cases import KEPT_SEED, SMALL, Case, probe_of
 from common import environment
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.model.runner import Runner
 from peelwise.probe.probe import SHARES, Probe, Split
 from render import rounded

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peelwise.certificate.audit import changes_of
 from peelwise.errors import PeelwiseWarning
 from peelwise.evidence.intervals import paired
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.model.guard import untouched
 from peelwise.model.runner import Runner
 from peelwise.model.splice import spliced

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spectra
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block
 from peelwise.model.runner import Runner, Trace

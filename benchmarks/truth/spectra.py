@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 
 WARNINGS = ("under-trained", "over-trained")
 INSTALL = "pip install -r benchmarks/truth/requirements.txt -c constraints.txt"

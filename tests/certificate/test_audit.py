@@ -15,7 +15,7 @@ from peelwise.certificate.audit import changes_of, merged_model, read_certificat
 from peelwise.certificate.base import PROBE_FILE, WITNESS_FILE, tolerance_of, write_certificate
 from peelwise.errors import CertificateError, PeelwiseError
 from peelwise.evidence.audit import conclusion
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.model.checkpoints import open_model
 from peelwise.records.audit import AuditRecord
 from peelwise.records.files import RECORD_FILE

@@ -10,7 +10,7 @@ from audits import split_of
 from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.engine.sweep import sweep
 from peelwise.errors import OtherProcessError
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.model.runner import Runner
 from zoo import ZOO, sample_ids
 

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ def planted(rng, n, noise=NOISES["normal"]):
     return tokens * TRUTH + 0.2 * np.sqrt(tokens) * noise(rng, n), tokens
 
 
+@functools.cache  # the same draws are asked more than one question
 def simulated(n, noise=NOISES["normal"], simulations=SIMULATIONS):
     rng = np.random.default_rng(n)
     return [paired(*planted(rng, n, noise)) for _ in range(simulations)]

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -102,7 +104,8 @@ def test_low_bit(tmp_path, capsys):
     recorded = json.loads((EXAMPLES / "small_gpt/low_bit/ternary-stuck/training.json").read_text())
     assert found["held_out"]["current"] == pytest.approx(recorded["stages"][0]["held_out_nats_per_token"], abs=0.2)
     assert len(found["audit"]["verdicts"]) == 6
-    assert "proves nothing" in found["peel"]["conclusion"] or found["peel"]["bound"] is None
+    visited = found["peel"]["bound"] is not None  # not on a busy machine
+    assert found["peel"]["conclusion"].startswith("None found: of " if visited else "No verdict yet")
     assert (tmp_path / "low-bit-training.svg").stat().st_size > 20_000
 
 
@@ -117,3 +120,24 @@ def test_nats_are_worth_the_steps_that_a_curve_needs_for_them():
     assert worth["on_the_tuned_curve"] == pytest.approx(4)
     assert example.step_at(tuned, 1.0) == 40  # never reached: the last step
     assert example.step_at(tuned, 5.0) == 0
+
+
+def run(name, *arguments):
+    """Run an example as its reader does and return what it printed."""
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent / "src")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_peel_maps(tmp_path):
+    printed = run("peel_maps", "--quick", "--tokens", 900, "--out", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"peel-training.svg", "peel-damage.svg"}
+    assert "over head control" in printed
+
+
+def test_yes_bounds(tmp_path):
+    printed = run("yes_bounds", "--quick", "--out", tmp_path)
+    assert "step 30" in printed
+    assert {path.name for path in tmp_path.iterdir()} == {"yes-published.svg", "yes-default.svg", "yes-depth.svg"}

@@ -57,6 +57,7 @@ def test_json_lines_are_whole_at_once(tmp_path):
 
 
 def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     tell(TensorBoard(tmp_path)).close()
@@ -79,6 +80,8 @@ def test_unknown_loggers(what):
 
 
 def test_a_monitor_tells_its_loggers_and_outlives_them(tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+
     class Broken(JsonLines):
         def measurement(self, row):
             raise OSError("no space left")

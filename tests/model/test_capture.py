@@ -6,7 +6,7 @@ from torch import nn
 
 from audits import Snapshot, block_of
 from peelwise.errors import UnsupportedModelError
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.model.capture import captured
 from peelwise.model.layers import Block, LinearLayer
 from zoo import ZOO, sample_ids

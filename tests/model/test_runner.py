@@ -6,7 +6,7 @@ from torch import nn
 
 from audits import ragged_rows, random_changes, runner_of, slow_losses, split_of, tiny_probe, written
 from peelwise.errors import UnsupportedModelError
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.model.runner import Runner, check_replay
 from peelwise.model.splice import spliced
 from plain_gpt import PlainGPT

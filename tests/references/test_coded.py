@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,7 +126,19 @@ def test_the_parts_of_a_layer_add_up_to_its_present_error(name: str) -> None:
     problem = LocalProblem(metric.S, metric.M, 0.1, 0.1)
     split = local_split(problem, D, form, encoded)
     now = sum(0.5 * float(metric.M[i, i]) * float(D[i] @ metric.S @ D[i]) for i in range(6))
-    assert split.irreducible == 0
-    assert split.price_of_precision >= 0
-    assert split.left_on_the_table >= 0
     assert split.price_of_precision + split.left_on_the_table == pytest.approx(now, rel=1e-5)
+    assert split.price_of_precision > 0  # the target is in no format
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_target_inside_the_format_costs_nothing_but_the_codes_that_are_not_used(name: str) -> None:
+    form, encoded, metric, _ = _problem(name)
+    levels = (form.inner if hasattr(form, "inner") else form).levels
+    better = encoded.codes.clone()
+    better[better == levels.low] += levels.step
+    D = form.decode(replace(encoded, codes=better)) - form.decode(encoded)
+    split = local_split(LocalProblem(metric.S, metric.M, 0.1, 0.1), D, form, encoded)
+    now = sum(0.5 * float(metric.M[i, i]) * float(D[i] @ metric.S @ D[i]) for i in range(6))
+    assert now > 0.01
+    assert split.left_on_the_table == pytest.approx(now, rel=1e-5)
+    assert split.price_of_precision == pytest.approx(0, abs=1e-5 * now)

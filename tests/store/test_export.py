@@ -13,6 +13,8 @@ from peelwise.store.reader import RunReader
 from peelwise.store.schema import TABLES
 from runs import write_run
 
+LIBRARIES = {"parquet": "pyarrow", "tensorboard": "tensorboard"}
+
 
 @pytest.fixture(scope="module")
 def run_db(tmp_path_factory):
@@ -53,7 +55,7 @@ def test_json_lines(exported, run_db):
 
 
 def test_parquet(exported, run_db):
-    from pyarrow import parquet
+    parquet = pytest.importorskip("pyarrow.parquet")
 
     folder = exported("parquet")
     for table in TABLES:
@@ -61,6 +63,7 @@ def test_parquet(exported, run_db):
 
 
 def test_tensorboard(exported, run_db):
+    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = exported("tensorboard")
@@ -83,6 +86,7 @@ def test_an_unknown_format_is_named(exported):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_command_line(form, run, run_db, tmp_path):
+    pytest.importorskip(LIBRARIES.get(form, "json"))
     out = tmp_path / "exported"
     code, printed, _ = run("export", run_db, "--to", form, "--out", out)
     assert (code, json.loads((out / MANIFEST).read_text())["runs"]) == (0, [1, 2])
@@ -109,7 +113,7 @@ def test_command_line_refusals_leave_nothing(arguments, words, run, run_db, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("form", "missing"), [("parquet", "pyarrow"), ("tensorboard", "tensorboard")])
+@pytest.mark.parametrize(("form", "missing"), LIBRARIES.items())
 def test_without_the_library_the_error_says_what_to_install(form, missing, run_db, tmp_path):
     code = f"import sys; sys.modules |= dict.fromkeys(({missing!r}, 'torch')); import peelwise.cli.main as m; m.main()"
     command = [sys.executable, "-c", code, "export", str(run_db), "--to", form, "--out", str(tmp_path / "out")]

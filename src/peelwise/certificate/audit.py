@@ -24,7 +24,7 @@ from peelwise.errors import CertificateError, FormatError
 from peelwise.evidence.audit import contradictions
 from peelwise.evidence.intervals import Paired
 from peelwise.evidence.verdict import Evidence, judge
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.model.fingerprint import fingerprint
 from peelwise.model.guard import untouched
 from peelwise.model.layers import parameter_count

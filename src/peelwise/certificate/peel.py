@@ -24,7 +24,7 @@ from peelwise.engine.witness import CODED_PARTS, codes_of, moved_to
 from peelwise.errors import CertificateError, FormatError
 from peelwise.evidence.intervals import Paired
 from peelwise.evidence.peel import contradictions
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.model.fingerprint import fingerprint
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, unwrapped

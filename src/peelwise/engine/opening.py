@@ -11,7 +11,7 @@ from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.engine.clock import Clock, Watcher
 from peelwise.engine.session import LOSSES, Session
 from peelwise.errors import ModelError
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.model.fingerprint import check_finite
 from peelwise.model.layers import Block, LinearLayer, context_length, vocabulary_size
 from peelwise.model.runner import Runner, check_replay

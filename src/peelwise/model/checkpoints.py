@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from peelwise.errors import DeviceError, FormatError, MissingExtraError, ModelError, OutputError, UnsupportedModelError
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.model.checkpoint_files import brief, check_gguf, check_weights, read_config, read_tensors
 from peelwise.model.weights.gguf import stored_layers
 from peelwise.nn.files import FORMATS_KEY, TENSORS, hold_in, note_formats, restore_

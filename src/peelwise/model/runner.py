@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.distributed.sharding import is_sharded
 from peelwise.errors import UnsupportedModelError
-from peelwise.model.architectures.decoder import find_head
+from peelwise.model.architectures import find_head
 from peelwise.model.capture import Capture, captured
 from peelwise.model.layers import Block, LinearLayer, unwrapped
 from peelwise.probe.probe import Split

@@ -8,7 +8,7 @@ import torch
 
 from peelwise.errors import FormatError, ModelError, UnsupportedModelError
 from peelwise.formats.table import parse_format
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.model.weights.gguf import BLOCK_FORMATS, read_blocks, stored_layers
 from peelwise.nn.files import hold_in
 from zoo import ZOO

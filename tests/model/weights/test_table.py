@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peelwise.errors import FormatError, UnsupportedModelError
 from peelwise.formats.table import parse_format
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.model.layers import is_linear
 from peelwise.model.weights.table import held, hold_
 from peelwise.nn import BinaryLinear, IntLinear, TernaryLinear, quantize_

@@ -13,7 +13,7 @@ from audits import ONE_ROUND, Snapshot, flat, numbers, part_of, tiny_probe
 from peelwise.certificate.audit import verify_certificate
 from peelwise.certificate.base import write_certificate
 from peelwise.errors import ProbeError, UnsupportedModelError
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.model.runner import Runner
 from peelwise.probe.probe import Probe
 from peelwise.records.audit import AuditRecord

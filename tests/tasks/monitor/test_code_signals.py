@@ -6,7 +6,7 @@ import torch
 
 import peelwise
 from audits import tiny_probe
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.nn import quantize_
 from peelwise.records.run import Measurement
 from peelwise.store.reader import RunReader

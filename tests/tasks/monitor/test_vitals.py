@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.tasks.monitor.vitals import ADVICE, Vitals, in_words
 from zoo import ZOO, sample_ids
 

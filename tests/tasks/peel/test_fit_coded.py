@@ -22,7 +22,7 @@ from peelwise.certificate.peel import reference_stack
 from peelwise.engine.witness import codes_of
 from peelwise.errors import CertificateError
 from peelwise.formats.membership import check_member
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.model.checkpoints import open_model
 from peelwise.model.fresh import fresh_copy
 from peelwise.nn import quantize_

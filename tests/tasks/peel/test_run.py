@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -272,12 +269,3 @@ def test_no_cold_start_without_a_way_to_initialise():
     model.blocks[0].norm_1.reset_parameters = None
     with pytest.raises(UnsupportedModelError, match='start="warm"'):
         peelwise.peel(model, tiny_probe(), start="cold")
-
-
-def test_the_example_makes_its_figures(tmp_path):
-    root = Path(__file__).resolve().parents[3]
-    command = [sys.executable, str(root / "examples" / "peel_maps.py"), "--quick", "--tokens", "900"]
-    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"peel-training.svg", "peel-damage.svg"}
-    assert "over head control" in done.stdout

@@ -14,7 +14,7 @@ from audits import Snapshot, part_of, runner_of, tiny_probe
 from gguf_files import llama_of_whole_blocks, write_llama_gguf
 from peelwise.errors import FormatError, ModelError
 from peelwise.formats.table import parse_format
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.model.checkpoints import open_model
 from peelwise.model.weights.held import Held
 from peelwise.nn import dense_, quantize_

@@ -1,12 +1,8 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -320,13 +316,3 @@ def test_a_network_that_is_no_chain_is_named(net: nn.Module, words: str) -> None
 def test_published_mode_needs_relu() -> None:
     with pytest.raises(UnsupportedModelError, match=r'needs ReLU.*mode="default"'):
         yes_bounds(_net([5, 6, 6], nn.Tanh), _X, _Y, mode="published")
-
-
-def test_the_example_runs_and_draws(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    root = Path(__file__).resolve().parents[3]
-    command = [sys.executable, str(root / "examples" / "yes_bounds.py"), "--quick", "--out", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(root / "src")}
-    text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    assert "step 30" in text
-    assert {p.name for p in tmp_path.iterdir()} == {"yes-published.svg", "yes-default.svg", "yes-depth.svg"}

@@ -1,1 +1,6 @@
-"""What is known of architectures: where the blocks of a model are, and what cannot be measured."""
+"""What is known of architectures: where the blocks of a model are; a file each, and one table."""
+
+from peelwise.model.architectures.decoder import find_head
+from peelwise.model.architectures.table import ARCHITECTURES, find_blocks
+
+__all__ = ["ARCHITECTURES", "find_blocks", "find_head"]

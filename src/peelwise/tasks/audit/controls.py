@@ -15,7 +15,7 @@ from peelwise.engine.rounds import improved
 from peelwise.engine.session import Session, gain
 from peelwise.engine.sweep import sweep
 from peelwise.errors import IllConditionedWarning
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.model.fresh import fresh_copy
 from peelwise.model.runner import Runner
 from peelwise.model.splice import spliced

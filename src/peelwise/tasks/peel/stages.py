@@ -11,7 +11,7 @@ from torch import nn
 from peelwise.engine.heads import MAX_STEPS, FittedHead, Losses, Targets, light_head, own_head_losses
 from peelwise.engine.permute import shuffled_labels, shuffled_stations
 from peelwise.engine.session import Session
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.model.fresh import fresh_copy
 from peelwise.model.layers import Block
 from peelwise.model.runner import Runner, Trace

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "truth"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks" / "truth"))
 
 import cases
 import figures

@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "truth"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks" / "truth"))
 
 import rivals
 import spectra
 from audits import Snapshot, part_of, slow_losses, tiny_probe
 from damage import reset, sign_flip
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.probe.probe import Probe, Split
 from rivals import Given
 from zoo import ZOO
