@@ -62,7 +62,7 @@ def start_page(root: Path) -> str:
         raise PluginError(f"README.md has no line {FIRST_SCREEN!r}; the start page ends there.")
     first = moved(readme.split(FIRST_SCREEN)[0], "README.md", "index.md")
     further = (root / "docs" / "site" / "start.md.in").read_text("utf-8")
-    return f"---\ntitle: peelwise\nhide: [navigation]\n---\n\n{first}\n{further}"
+    return f"---\ntitle: peelwise\nhide: [toc]\n---\n\n{first}\n{further}"
 
 
 def commands(root: Path) -> str:
@@ -77,4 +77,6 @@ def commands(root: Path) -> str:
         )
     finally:
         sys.path.remove(str(root / "src"))
-    return text.replace("```console", "```{ .console .no-copy }").replace("## `peelwise ", "## `peelwise ")
+    for name in command.commands:
+        text = text.replace(f"* `{name}`: ", f"* [`{name}`](#peelwise-{name}): ", 1)
+    return text.replace("```console", "```{ .console .no-copy }")
