@@ -95,7 +95,9 @@ def draw(records: dict[str, AuditRecord], path: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
             if title != "healthy":
                 axis.axvspan(DAMAGED - 0.5, DAMAGED + 0.5, color="0.9", linewidth=0, zorder=0)
-    for axis, label in zip(axes[:, 0], ("natural-gradient score", "solo gain, nats", "marginal gain, nats"), strict=True):
+    for axis, label in zip(
+        axes[:, 0], ("natural-gradient score", "solo gain, nats", "marginal gain, nats"), strict=True
+    ):
         axis.set_ylabel(label, fontsize=9)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})

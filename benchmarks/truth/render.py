@@ -187,7 +187,11 @@ def coverage(summary: dict[str, Any], rows: Sequence[Row]) -> str:
     return table(
         ["witness", "intervals", "agree with fresh text", "lower end holds", "fresh gain below the middle"],
         [
-            [{"alone": "solo"}.get(what, what), str(f["intervals"]), *(percent(f[key]) for key in ("covered", "low_end_holds", "fresh_below"))]
+            [
+                {"alone": "solo"}.get(what, what),
+                str(f["intervals"]),
+                *(percent(f[key]) for key in ("covered", "low_end_holds", "fresh_below")),
+            ]
             for what, f in _result("coverage")["coverage"].items()
         ],
     )
@@ -315,7 +319,7 @@ def draw(summary: dict[str, Any]) -> None:
     ]
     if not panels:
         return
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.6), squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.6 * len(panels), 4.6), squeeze=False)
     for axis, (title, chosen) in zip(axes[0], panels, strict=True):
         most = max(int(each["cases"]) for each in chosen.values())
         order = sorted(chosen, key=lambda name: [chosen[name][key] for key in ("first_or_tied", "first", "cases")])

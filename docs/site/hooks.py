@@ -28,7 +28,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made from other files."""
     root = Path(config.config_file_path).parent
     texts = {page: (root / source).read_text("utf-8") for source, page in PAGES.items()}
-    texts = {page: moved(text, source, page) for (source, page), text in zip(PAGES.items(), texts.values(), strict=True)}
+    texts = {
+        page: moved(text, source, page) for (source, page), text in zip(PAGES.items(), texts.values(), strict=True)
+    }
     texts["index.md"] = start_page(root)
     texts["commands.md"] = commands(root)
     for page, text in texts.items():
