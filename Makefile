@@ -1,4 +1,4 @@
-# Two commands for a newcomer: `make demo` and `make test`; for a contributor, `make check` after every edit.
+# Two commands for a newcomer: `make demo-audit` and `make test`; for a contributor, `make check` after every edit.
 # Needs Python 3.11 or newer and make, nothing else.
 PYTHON ?= python3
 VENV   ?= .venv
@@ -24,7 +24,7 @@ $(BIN)/mypy
 $(BIN)/lint-imports
 endef
 
-.PHONY: demo check test nightly lowest lint bench truth clean
+.PHONY: demo-audit check test nightly lowest lint docs bench truth clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -54,7 +54,14 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.torch
 	$(SMOLLM2)
 	@touch $@
 
-demo: $(VENV)/.demo
+# What the extra `docs` names, without peelwise itself: the build reads src/ and needs no torch.
+$(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing what peelwise[docs] needs ..."
+	$(INSTALL) typer rich pydantic $$($(BIN)/python -c \
+	  "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	@touch $@
+
+demo-audit: $(VENV)/.demo
 	$(BIN)/peelwise audit smollm2 --tokens 5120 --budget 510s --out out/demo --force
 
 lint: $(VENV)/.check
@@ -82,6 +89,10 @@ lowest: constraints-lowest.txt
 $(VENV)/.lowest: pyproject.toml $(VENV)/.torch
 	$(INSTALL) -e ".[check,frame,gguf,parquet,tensorboard]"
 	@touch $@
+
+# The documentation in out/site, without a network. A broken link or reference is an error (mkdocs.yml).
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/audit_cost.py

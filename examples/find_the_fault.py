@@ -79,7 +79,7 @@ def training_probe(tokens: int) -> peelwise.Probe:
 
 
 def draw(records: dict[str, AuditRecord], path: Path) -> None:
-    """A column per case; a row each for natural energy, alone and unique; bars in the colours of the verdicts."""
+    """A column per case; rows: natural-gradient score, solo gain, marginal gain; bars in the colours of the verdicts."""
     figure, axes = plt.subplots(3, len(records), figsize=(2.5 * len(records), 6.2), squeeze=False, sharex=True)
     for column, (title, record) in zip(axes.T, records.items(), strict=True):
         places = [block.index for block in record.blocks]
@@ -95,7 +95,9 @@ def draw(records: dict[str, AuditRecord], path: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
             if title != "healthy":
                 axis.axvspan(DAMAGED - 0.5, DAMAGED + 0.5, color="0.9", linewidth=0, zorder=0)
-    for axis, label in zip(axes[:, 0], ("natural energy", "alone, nats", "unique, nats"), strict=True):
+    for axis, label in zip(
+        axes[:, 0], ("natural-gradient score", "solo gain, nats", "marginal gain, nats"), strict=True
+    ):
         axis.set_ylabel(label, fontsize=9)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
@@ -115,9 +117,9 @@ def tell(title: str, record: AuditRecord) -> None:
     """Print what the page quotes."""
     print(f"\n{title}: loss {record.loss.current:.4f}. {record.conclusion}")
     for block in record.blocks:
-        alone, unique = shown(block.recoverable_nats), shown(block.unique_nats)
-        energy = f"natural {block.natural_energy:7.3f}"
-        print(f"  block {block.index} {block.verdict:6} {energy}  alone {alone}  unique {unique}")
+        solo, marginal = shown(block.recoverable_nats), shown(block.unique_nats)
+        score = f"natural-gradient score {block.natural_energy:7.3f}"
+        print(f"  block {block.index} {block.verdict:6} {score}  solo gain {solo}  marginal gain {marginal}")
 
 
 def shown(one: Interval | None) -> str:

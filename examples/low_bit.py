@@ -41,7 +41,7 @@ sys.path.insert(0, str(HERE))  # run from anywhere
 from small_gpt.evaluate import token_losses, token_stream, windows  # noqa: E402
 from small_gpt.text import held_out_documents, training_documents  # noqa: E402
 
-CONVERTED = ("converted-tuned", "converted-stuck")  # a full-precision model taken over into ternary, and trained on
+CONVERTED = ("converted-tuned", "converted-stuck")  # a full-precision model converted to ternary and fine-tuned
 FROM_SCRATCH = (
     *(f"{form}-{state}" for form in ("dense", "binary", "ternary") for state in ("tuned", "stuck")),
     "ternary-cooled",
@@ -194,7 +194,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure = plt.figure(figsize=(10.5, 9.5))
     grid = figure.add_gridspec(3, 2, height_ratios=(3, 2.4, 2.4))
     left, right = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
-    draw_curves(left, CONVERTED, "A trained model, taken over into ternary")
+    draw_curves(left, CONVERTED, "A trained model, converted to ternary and fine-tuned")
     draw_curves(right, FROM_SCRATCH, "From scratch: same tokens, other formats and rates")
     left = figure.add_subplot(grid[1, 0])
     right = figure.add_subplot(grid[1, 1], sharex=left)
@@ -225,7 +225,7 @@ def draw_signals(axes: plt.Axes) -> None:
             label = f"{key.replace('_', ' ')}, {state}"
             axes.plot(steps, [max(p[key], 1e-6) for p in points], line, color=colour, label=label)
     axes.set(yscale="log", ylim=(1e-5, 30), xlabel="training step", ylabel="share of codes; relative change")
-    axes.set_title("Ternary codes from scratch, since the look 40 steps before", fontsize=10)
+    axes.set_title("Ternary codes from scratch: changes in the last 40 steps", fontsize=10)
     axes.legend(fontsize=7, ncols=3, loc="upper center")
 
 

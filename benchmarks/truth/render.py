@@ -26,6 +26,15 @@ RESULTS = ROOT / "benchmarks" / "results" / "truth"
 PAGE = ROOT / "docs" / "truth.md"
 FIGURE = ROOT / "docs" / "figures" / "truth-localisation.svg"
 OURS, RIVAL = "#2f6db5", "#a9a9a9"
+SHOWN_AS = {  # names on the page of the keys in cases.json, which stay
+    "peelwise: alone": "peelwise: solo gain",
+    "peelwise: unique": "peelwise: marginal gain",
+    "peelwise: natural energy": "peelwise: natural-gradient score",
+    "peelwise: energy": "peelwise: input-whitened score",
+    "peelwise: held-out energy": "peelwise: held-out input-whitened score",
+    "peelwise: cross energy": "peelwise: cross input-whitened score",
+    "removal": "ablation",
+}
 NEEDS = {rival.name: rival.needs for rival in RIVALS}  # ours need data, all of them
 
 
@@ -65,6 +74,12 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def shown(name: str) -> str:
+    """Return a statistic's name on the page, ours in bold."""
+    label = SHOWN_AS.get(name, name)
+    return f"**{label}**" if name.startswith("peelwise") else label
+
+
 def variant_table(family: str, variant: str) -> Callable[[dict[str, Any], Sequence[Row]], str]:
     """Return what makes the table of statistics seen against depth or history, the best first."""
 
@@ -75,7 +90,7 @@ def variant_table(family: str, variant: str) -> Callable[[dict[str, Any], Sequen
         order = sorted(chosen, key=lambda name: -chosen[name]["area_under_curve"])
         lines = [
             [
-                f"**{name}**" if name.startswith("peelwise") else name,
+                shown(name),
                 *(percent(chosen[name][key]) for key in ("first", "within_one")),
                 f"{chosen[name]['area_under_curve']:.2f}",
                 str(chosen[name]["cases"]),
@@ -98,7 +113,7 @@ def localisation_table(family: str, group: str) -> Callable[[dict[str, Any], Seq
         order = sorted(chosen, key=lambda name: -chosen[name]["area_under_curve"])
         lines = [
             [
-                f"**{name}**" if name.startswith("peelwise") else name,
+                shown(name),
                 *(percent(chosen[name][key]) for key in ("first", "first_or_tied", "within_one")),
                 f"{chosen[name]['area_under_curve']:.2f}",
                 percent(chosen[name]["flagged"]),
@@ -140,7 +155,7 @@ def kinds_table(family: str) -> Callable[[dict[str, Any], Sequence[Row]], str]:
                 right = sum(is_tied(scores_of(row)[name], errors_of(row, name), row["block"]) for row in told)
                 cells.append(f"{right}/{len(told)}" if told else "-")
             lines.append([kind, f"{costs[0]:.3f} to {costs[-1]:.3f}", f"{len(faults)}/{len(cases)}", *cells])
-        return table(["fault", "costs, nats", "real faults", *names], lines)
+        return table(["fault", "costs, nats", "real faults", *(SHOWN_AS.get(name, name) for name in names)], lines)
 
     return make
 
@@ -164,7 +179,7 @@ def alarms(summary: dict[str, Any], rows: Sequence[Row]) -> str:
             cells = [str(colours.get(c, 0)) for c in ("red", "yellow", "green", "grey")]
             checked = f"{told['red']['wrong']} of {told['red']['checked']}"
             lines.append([family, what, *cells, checked])
-    return table(["model", "cases", "red", "yellow", "green", "grey", "red not borne out by fresh text"], lines)
+    return table(["model", "cases", "red", "yellow", "green", "grey", "red not confirmed on fresh text"], lines)
 
 
 def coverage(summary: dict[str, Any], rows: Sequence[Row]) -> str:
@@ -172,7 +187,11 @@ def coverage(summary: dict[str, Any], rows: Sequence[Row]) -> str:
     return table(
         ["witness", "intervals", "agree with fresh text", "lower end holds", "fresh gain below the middle"],
         [
-            [what, str(f["intervals"]), *(percent(f[key]) for key in ("covered", "low_end_holds", "fresh_below"))]
+            [
+                {"alone": "solo"}.get(what, what),
+                str(f["intervals"]),
+                *(percent(f[key]) for key in ("covered", "low_end_holds", "fresh_below")),
+            ]
             for what, f in _result("coverage")["coverage"].items()
         ],
     )
@@ -217,7 +236,7 @@ def _result(name: str) -> dict[str, Any]:
 
 
 def goals(summary: dict[str, Any], rows: Sequence[Row]) -> str:
-    """Make the table of goals and what was reached, with ``alone`` on the small GPT damaged after training."""
+    """Make the table of goals and what was reached, with the solo gain on the small GPT damaged after training."""
     small = summary["families"]["small GPT"]
     best = small["localisation"]["after training"]["peelwise: alone"]
     red = small["verdicts"]["healthy, finished"]["colours"]
@@ -230,8 +249,8 @@ def goals(summary: dict[str, Any], rows: Sequence[Row]) -> str:
     fits = [found["fit_tokens"] for found in _result("oracle")["cases"][0]["references"]]
     held = _result("certificates")["rows"]
     lines = [
-        ["block at fault first or tied (`alone`)", "90 %", counted(best, "first_or_tied")],
-        ["first within one block (`alone`)", "98 %", counted(best, "within_one")],
+        ["block at fault first or tied (solo gain)", "90 %", counted(best, "first_or_tied")],
+        ["first within one block (solo gain)", "98 %", counted(best, "within_one")],
         ["red blocks in finished healthy models", "at most 2 %", f"{red.get('red', 0)} of {blocks}"],
         [
             "share of the oracle's gain at 5 % of its cost or less, per model",
@@ -300,7 +319,7 @@ def draw(summary: dict[str, Any]) -> None:
     ]
     if not panels:
         return
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.6), squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.6 * len(panels), 4.6), squeeze=False)
     for axis, (title, chosen) in zip(axes[0], panels, strict=True):
         most = max(int(each["cases"]) for each in chosen.values())
         order = sorted(chosen, key=lambda name: [chosen[name][key] for key in ("first_or_tied", "first", "cases")])
@@ -308,7 +327,7 @@ def draw(summary: dict[str, Any]) -> None:
         tied = axis.barh(range(len(order)), [100 * chosen[n]["first_or_tied"] for n in order], color=colours, alpha=0.4)
         axis.barh(range(len(order)), [100 * chosen[name]["first"] for name in order], color=colours)
         axis.bar_label(tied, fmt="%.0f", padding=3, fontsize=8)
-        labels = [name.removeprefix("peelwise: ") for name in order]
+        labels = [SHOWN_AS.get(name, name).removeprefix("peelwise: ") for name in order]
         asked = [int(chosen[name]["cases"]) for name in order]
         axis.set_yticks(
             range(len(order)),
