@@ -79,7 +79,7 @@ def training_probe(tokens: int) -> peelwise.Probe:
 
 
 def draw(records: dict[str, AuditRecord], path: Path) -> None:
-    """A column per case; rows: natural-gradient score, solo gain, marginal gain; bars in the colours of the verdicts."""
+    """A column per case; rows: natural-gradient score, solo gain, marginal gain; bars in colours of verdicts."""
     figure, axes = plt.subplots(3, len(records), figsize=(2.5 * len(records), 6.2), squeeze=False, sharex=True)
     for column, (title, record) in zip(axes.T, records.items(), strict=True):
         places = [block.index for block in record.blocks]
