@@ -34,9 +34,9 @@ class Signal:
         watched: whether a lasting change against all other blocks is an event; for positive signals of a sweep.
         tracked: whether it goes to live loggers and trackers.
         kind: what it is computed from, which also says what ``function`` is given; it is shown with its kind.
-        function: ``module:name`` of what computes it for one linear layer: of an `engine.signals.LayerSums` in the kinds
-            of `SWEPT`, of a `formats.signals.LowBitSignals` for ``codes``. ``None`` from it: there is none here. Empty
-            where the task that measures the signal makes its row.
+        function: ``module:name`` of what computes it for one linear layer, from an `engine.signals.LayerSums` in the
+            kinds of `SWEPT`, from a `formats.signals.LowBitSignals` in ``codes``; it returns ``None`` where there is
+            none. Empty where the task that measures the signal makes its row itself.
         over_layers: how a block's value is made from those of its linear layers.
         heading: of a narrow column; empty for the title.
         form: how the terminal prints a value.
@@ -90,7 +90,7 @@ _ROWS = (
         "removal",
         "ablation (block skipped)",
         NATS,
-        "What the loss rises by when the block is skipped, its input passed on; below zero, the model is better without.",
+        "What the loss rises by when the block is skipped; below zero, the model is better without it.",
         quotient=False,
         kind="refinement",
         heading="ablation",
@@ -112,8 +112,8 @@ _ROWS = (
         "natural_energy",
         "natural-gradient score (held-out)",
         "nats per unit step",
-        "Squared norm of the gradient in the metric of the Kronecker-factored curvature, as far as the direction holds on "
-        "held-out tokens; what ranks blocks before anything is refined.",
+        "Squared norm of the gradient in the metric of the Kronecker-factored curvature, as far as the direction holds "
+        "on held-out tokens; it ranks blocks before anything is refined.",
         watched=True,
         tracked=True,
         function="peelwise.engine.signals:natural_energy",
@@ -150,8 +150,8 @@ _ROWS = (
         "cross_energy",
         "input-whitened score (cross)",
         "nats per unit step",
-        "The input-whitened score that two sets of tokens agree on, `tr(C (S + 0.1)⁻¹ C_sᵀ)`: free of noise on average, "
-        "and negative at times.",
+        "The input-whitened score that two sets of tokens agree on, `tr(C (S + 0.1)⁻¹ C_sᵀ)`: free of noise on "
+        "average, and negative at times.",
         quotient=False,
         function="peelwise.engine.signals:cross_energy",
         in_history=False,
@@ -171,8 +171,8 @@ _ROWS = (
         "near_threshold",
         "weights near a threshold",
         "of its weights",
-        "Share of latent weights within 5 % of a level distance of a threshold between two codes: those that a small step "
-        "can flip; mean over the block's layers.",
+        "Share of latent weights within 5 % of a level distance of a threshold between two codes: those that a small "
+        "step can flip; mean over the block's layers.",
         kind="codes",
         function="peelwise.tasks.monitor.code_signals:near_threshold",
         over_layers="mean",

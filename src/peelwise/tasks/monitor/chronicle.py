@@ -91,8 +91,8 @@ class Chronicle:
     def wanted_first(self) -> list[int]:
         """Return the blocks in the order in which they should be refined alone next.
 
-        Never measured ones come first, those with the highest natural-gradient score before the others; then those whose level
-        changed since they were measured; then the ones measured longest ago.
+        Never measured ones come first, those with the highest natural-gradient score before the others; then those
+        whose level changed since they were measured; then the ones measured longest ago.
         """
         changed = {block for block, change in self._changes if change.by_step > self._step_of(block)}
 
