@@ -18,12 +18,13 @@ from playwright.sync_api import sync_playwright
 
 from common import write
 from peelwise.records.run import MatrixShare, Measurement, RunInfo, Statistic, StepRow
+from peelwise.records.signals import SWEPT, of_kinds
 from peelwise.show.dashboard.serve import Address, Server
 from peelwise.store.writer import RunWriter
-from peelwise.tasks.monitor.measure import FREE
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 UPDATES = 30
+FREE = [signal.name for signal in of_kinds(SWEPT) if signal.in_history]
 WATCH = """() => { window.seen = []; window.frames_ = []; let last = performance.now();
     const note = (list) => window.seen.push(...list.getEntriesByName('peelwise update').map((e) => e.duration));
     new PerformanceObserver(note).observe({ entryTypes: ['measure'] });

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from common import write
 from peelwise.records.run import MatrixShare, Measurement, RunInfo, Statistic, StepRow
+from peelwise.records.signals import SWEPT, of_kinds
 from peelwise.store.reader import RunReader
 from peelwise.store.writer import RunWriter
-from peelwise.tasks.monitor.measure import FREE
 
 BLOCKS, READERS = 60, 4
+FREE = [signal.name for signal in of_kinds(SWEPT) if signal.in_history]
 
 
 def row(step):

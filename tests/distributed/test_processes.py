@@ -75,7 +75,7 @@ def test_what_two_find_is_what_one_finds(name, lengths):
         assert torch.allclose(found_losses, losses, rtol=1e-5)
         for block, proposals in expected.items():
             for number in ("energy", "natural_energy", "gradient_norm", "cross_energy"):
-                assert getattr(found[block], number) == pytest.approx(getattr(proposals, number), rel=1e-3), number
+                assert found[block].signals[number] == pytest.approx(proposals.signals[number], rel=1e-3), number
     first, second = (
         {(b, d): [p.slope for p in maps.values()] for b, made in each.items() for d, maps in made.changes.items()}
         for _, _, each in both

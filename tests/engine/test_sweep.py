@@ -82,8 +82,8 @@ def test_free_statistics_are_those_of_their_definition(swept):
             damped = m.S + 0.1 * m.S.trace() / len(m.S) * torch.eye(len(m.S), dtype=m.S.dtype)
             energy += float((m.C @ torch.linalg.inv(damped) @ m.C.T).trace())
             norm += float(m.C.square().sum())
-        assert found[block.index].energy == pytest.approx(energy, rel=1e-6)
-        assert found[block.index].gradient_norm == pytest.approx(norm**0.5, rel=1e-6)
+        assert found[block.index].signals["energy"] == pytest.approx(energy, rel=1e-6)
+        assert found[block.index].signals["gradient_norm"] == pytest.approx(norm**0.5, rel=1e-6)
 
 
 def test_only_some_blocks(swept):
@@ -92,7 +92,7 @@ def test_only_some_blocks(swept):
     (found,) = sweep(runner, fit, select, only=[1], directions=["input-whitened"], after_block=seen.append)
     assert list(found) == [1]
     assert seen == [1, 2]  # the lowest block is not reached
-    assert found[1].energy == whole[1].energy
+    assert found[1].signals["energy"] == whole[1].signals["energy"]
     assert set(found[1].changes) == {"input-whitened"}
 
 
@@ -111,10 +111,10 @@ def test_a_small_step_along_the_proposal_lowers_the_fit_loss_by_its_slope(swept)
 def test_other_targets_give_other_directions(swept):
     runner, fit, select, whole = swept
     same, other = sweep(runner, fit, select, targets=[None, lambda batch, position: batch.targets.flip(0)])
-    assert other[0].energy != pytest.approx(whole[0].energy, rel=1e-3)
-    assert same[0].energy == whole[0].energy
+    assert other[0].signals["energy"] != pytest.approx(whole[0].signals["energy"], rel=1e-3)
+    assert same[0].signals["energy"] == whole[0].signals["energy"]
     (alone,) = sweep(runner, fit, select, targets=[lambda batch, position: batch.targets.flip(0)])
-    assert alone[0].energy == other[0].energy
+    assert alone[0].signals["energy"] == other[0].signals["energy"]
 
 
 def test_too_few_tokens_are_named_and_give_finite_proposals():

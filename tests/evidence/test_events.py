@@ -46,7 +46,7 @@ RISE = Change("energy", 2.34, 380, 400)
     [
         (Seen("has frozen parameters", 0.1, RISE), "It has frozen parameters; see whether that is meant."),
         (Seen("", 0.1, RISE), "Its learning rate is 0.1 of the other blocks'; raise it."),
-        (Seen("", 1.0, RISE), "Its explained gradient energy rose 2.3 times around step 400: look at"),
+        (Seen("", 1.0, RISE), "Its input-whitened score rose 2.3 times around step 400: look at"),
         (Seen("", 1.0, Change("energy", 0.4, 380, 400)), "No cause was seen."),
         (
             Seen("", 1.0, RISE, "3 of 16 outputs of out got no gradient"),
@@ -65,7 +65,7 @@ def test_advice_fits_what_was_seen(seen, words):
 def test_changes_are_dated():
     up, down = changed(420, 3, RISE), changed(420, 3, Change("gradient_norm", 0.5, 380, 400))
     assert up.text == (
-        "block 3: its explained gradient energy rose 2.3 times between steps 380 and 400, against what all blocks did, "
+        "block 3: its input-whitened score rose 2.3 times between steps 380 and 400, against what all blocks did, "
         "and stays there."
     )
     assert "gradient norm fell 2.0 times" in down.text

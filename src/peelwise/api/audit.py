@@ -96,4 +96,5 @@ def _row(block: dict[str, Any]) -> dict[str, Any]:
     for key in ("recoverable", "unique"):
         interval = block[f"{key}_nats"] or {}
         plain |= {f"{key}_{part}": interval.get(part) for part in ("mean", "low", "high")}
+    plain |= block["signals"]
     return plain

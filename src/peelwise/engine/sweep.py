@@ -13,9 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from peelwise.engine.signals import LayerSums, of_block, of_layer
 from peelwise.errors import IllConditionedWarning, ModelError, UnsupportedModelError
 from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.runner import Batch, Runner, Trace
+from peelwise.records.signals import RANKED_BY, SWEPT
 from peelwise.references.coded import LocalProblem
 from peelwise.references.whitened import InputWhitened, Proposal, two_sided
 from peelwise.stats.gram import CrossSum, GramSum, Moments, all_reduce, widened, with_ones
@@ -30,31 +32,23 @@ Targets = Callable[[Batch, int], Tensor]
 
 @dataclass(frozen=True)
 class BlockProposals:
-    """What one sweep proposes for one block, and the free statistics that rank it.
+    """What one sweep proposes for one block, and the signals that rank it.
 
     Attributes:
         changes: per direction and map, the calibrated proposal.
-        energy: gradient energy explained by the inputs in sample, summed over maps.
-        held_out_energy: what of the input-whitened proposal holds on select, summed over maps.
-        cross_energy: the energy that fit and select tokens agree on, summed over maps; free of noise on average.
-        natural_energy: what of the two-sided proposal holds on select, summed over maps; ``None`` if it was not made.
-        gradient_norm: Frobenius norm of the mean gradient of all maps.
+        signals: by name, the signals of the block that a sweep gives (`records.signals.SWEPT`).
         local: per low-bit map, the sums that better codes are found from; as large as the maps themselves.
     """
 
     index: int
     changes: dict[Direction, dict[LinearLayer, Proposal]]
-    energy: float
-    held_out_energy: float
-    cross_energy: float
-    natural_energy: float | None
-    gradient_norm: float
+    signals: dict[str, float]
     local: dict[LinearLayer, LocalProblem] = field(default_factory=dict)
 
     @property
     def ranking(self) -> float:
-        """What ranks blocks before anything is evaluated: natural energy, or held-out energy where it was not made."""
-        return self.held_out_energy if self.natural_energy is None else self.natural_energy
+        """What ranks blocks before anything is evaluated; where the two-sided direction was not made, the other's."""
+        return self.signals.get(RANKED_BY, self.signals["held_out_energy"])
 
 
 def sweep(
@@ -200,30 +194,39 @@ def proposals_of(
     made = []
     shared: dict[int, Tensor] = {}
     for fit in fits:
-        energy, cross_energy, whitened = 0.0, 0.0, {}
+        whitened: dict[LinearLayer, Proposal] = {}
+        natural: dict[LinearLayer, Proposal] = {}
+        signals = []
         for linear, moments in fit.items():
             reference = references[id(moments.S)]
             rotated = reference.rotate(moments.C)
-            energy += reference.energy(rotated)
-            cross_energy += reference.cross_energy(rotated, rotated_select[linear])
             whitened[linear] = reference.propose(
                 moments.C, select[linear].C, rotated=rotated, rotated_select=rotated_select[linear]
             )
+            if "two-sided" in directions:
+                natural[linear] = two_sided(moments, select[linear], whitened[linear], name=linear.name)
+            sums = LayerSums(
+                linear,
+                moments,
+                select[linear],
+                reference,
+                rotated,
+                rotated_select[linear],
+                whitened[linear],
+                natural.get(linear),
+            )
+            signals.append(of_layer(SWEPT, sums))
         changes: dict[Direction, dict[LinearLayer, Proposal]] = {}
         # The one that is better as a rule comes first: a search of the other is cut short when it cannot win.
         if "two-sided" in directions:
-            changes["two-sided"] = {m: two_sided(fit[m], select[m], whitened[m], name=m.name) for m in fit}
+            changes["two-sided"] = natural
         if "input-whitened" in directions:
             changes["input-whitened"] = whitened
         made.append(
             BlockProposals(
                 block.index,
                 {direction: _compact(proposals) for direction, proposals in changes.items()},
-                energy=energy,
-                held_out_energy=sum(p.energy for p in whitened.values()),
-                cross_energy=cross_energy,
-                natural_energy=sum(p.energy for p in changes["two-sided"].values()) if "two-sided" in changes else None,
-                gradient_norm=sum(float(m.C.square().sum()) for m in fit.values()) ** 0.5,
+                of_block(SWEPT, signals),
                 local={m: _local(m, moments, changes, shared) for m, moments in fit.items() if m.low_bit},
             )
         )

@@ -7,13 +7,9 @@ from dataclasses import dataclass
 from peelwise.evidence.trends import EquivalentSteps
 from peelwise.records.base import Interval
 from peelwise.records.run import Event
+from peelwise.records.signals import title_of
 
 _SLOW = 0.5  # a learning rate below this part of the other blocks' is worth a word
-_WRITTEN = {
-    "energy": "explained gradient energy",
-    "natural_energy": "natural energy",
-    "gradient_norm": "gradient norm",
-}
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,7 @@ def changed(step: int, block: int, change: Change) -> Event:
     times = change.times if up else 1 / change.times
     when = f"between steps {change.after_step} and {change.by_step}"
     text = (
-        f"block {block}: its {_WRITTEN.get(change.statistic, change.statistic)} {'rose' if up else 'fell'} {times:.1f} "
+        f"block {block}: its {title_of(change.statistic)} {'rose' if up else 'fell'} {times:.1f} "
         f"times {when}, against what all blocks did, and stays there."
     )
     return Event(step, "warning", "change", text, block, change.by_step, f"See what changed {when}.")
@@ -97,7 +93,7 @@ def red_advice(seen: Seen) -> str:
     change = seen.change
     if change is not None and change.times > 1:
         return (
-            f"Its {_WRITTEN.get(change.statistic, change.statistic)} rose {change.times:.1f} times around step "
+            f"Its {title_of(change.statistic)} rose {change.times:.1f} times around step "
             f"{change.by_step}: look at the data and the updates of that time; clipping the gradient's norm, or "
             "re-initialising the block, may help."
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from peelwise.records.base import Colour, Interval, Record, SealedRecord, SplitRecord
 
 
@@ -32,11 +34,8 @@ class BlockRecord(Record):
     others are refined; ``interaction`` marks a unique value that is significantly negative over all blocks
     together: neighbours that compensate for each other.
     ``None`` means not measured within the budget, never "nothing there".
-    ``energy`` is the gradient energy that the block's inputs explain on the fit tokens and
-    ``held_out_energy`` the part of it that survives on the select tokens (nats per unit step; a ranking).
-    ``cross_energy`` is what fit and select tokens agree on: ``energy`` without the noise of few tokens.
-    ``natural_energy`` is the same in the metric of the Kronecker-factored curvature, ``F`` and ``S``: the squared
-    norm of the natural gradient as far as it holds on select. It says where to look first.
+    ``energy`` to ``gradient_norm`` are the signals of a sweep that have a field of their own since earlier versions;
+    ``signals`` holds all others by name. What they mean is in `records.signals.SIGNALS` (docs/signals.md).
     ``removal_nats`` is what the loss rises by when the block is taken out, its input passed on as its output: below
     zero, the model is better without it, which replacement weights of zero prove.
     ``split`` takes the loss of a low-bit model apart for this block alone, with the interval of its price in
@@ -56,6 +55,7 @@ class BlockRecord(Record):
     cross_energy: float | None = None
     natural_energy: float | None = None
     gradient_norm: float | None = None
+    signals: dict[str, float] = Field(default_factory=dict)
     tokens_needed: int | None = None
     interaction: bool = False
     matrices: tuple[MatrixRecord, ...] = ()

@@ -10,14 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from peelwise.records.base import Colour
+from peelwise.records.signals import SIGNALS
 
 WHOLE_MODEL = -1  # the block of statistics that belong to all blocks together
 
 MeasurementKind = Literal["ranking", "alone", "joint"]
 Level = Literal["info", "warning", "alert"]
-
-# What goes to other people's trackers.
-TRACKED = ("natural_energy", "recoverable", "unique", "composed", "bound_upper", "bound_lower", "equivalent_steps")
 
 # One letter per block in depth order, so that a heat map needs one short text per record.
 LETTERS: dict[Colour, str] = {"red": "R", "yellow": "Y", "green": "G", "grey": "?"}
@@ -67,11 +65,11 @@ class Statistic:
     """One number of one block at one record, with its 95 % interval where it has one.
 
     Attributes:
-        name: such as ``energy``; see docs/run-history.md for all of them.
+        name: such as ``energy``; all of them are in `records.signals.SIGNALS` (docs/signals.md).
         block: index, or ``WHOLE_MODEL``.
         value, low, high: the number and its interval.
-        to_median, to_trend: the number against its own running median and trend; a quotient for energies and norms,
-            a difference for nats.
+        to_median, to_trend: the number against its own running median and trend; a quotient or a
+            difference, as its row of the table says.
     """
 
     name: str
@@ -164,7 +162,8 @@ class Measurement:
         """Return what trackers want: the probe's loss, how many blocks have which colour, and numbers per block."""
         found = {"peelwise/probe_loss": self.probe_loss}
         found |= {f"peelwise/blocks_{colour}": float(self.letters.count(letter)) for colour, letter in LETTERS.items()}
-        return found | {tag(s.name, s.block): s.value for s in self.statistics if s.name in TRACKED}
+        tracked = {name for name, signal in SIGNALS.items() if signal.tracked}
+        return found | {tag(s.name, s.block): s.value for s in self.statistics if s.name in tracked}
 
 
 def tag(name: str, block: int) -> str:

@@ -130,7 +130,7 @@ def bracket(interval: Interval | None) -> str:
 
 
 def ranking(block: BlockRecord) -> float | None:
-    """Return what ranks blocks before anything is evaluated: natural energy, in older records the plain energy."""
+    """Return what ranks blocks before anything is evaluated: `RANKED_BY`, in older records the plain energy."""
     return block.energy if block.natural_energy is None else block.natural_energy
 
 

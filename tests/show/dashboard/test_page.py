@@ -157,7 +157,7 @@ def test_a_link_shows_the_same_view_again(page, ask):
     view = "#runs=0.2,0.1&block=2&show=energy&steps=50-149"
     opened(page, ask, view)
     assert page.get_by_role("article").count() == 2
-    assert page.locator(".heat h3").all_inner_texts() == ["Explained gradient energy against its own median"] * 2
+    assert page.locator(".heat h3").all_inner_texts() == ["Input-whitened score against its own median"] * 2
     assert page.locator(".block h3").first.inner_text().startswith("Block 2")
     assert page.locator("#first-step").input_value() == "50"
     assert page.locator("#colour-by").input_value() == "energy"
@@ -229,7 +229,7 @@ def test_what_a_screen_reader_is_told(page, ask):
         'radio "Block 0, blocks.0: certified under-optimised" [checked]',
         "Loss over steps. Training loss 2.0100 at step 199.",
         "Heat map of 3 blocks by 20 columns of looks. Now 1 red, 0 yellow, 1 green, 1 grey.",
-        "Recoverable, refined alone of 20 looks. Latest: +0.0100",
+        "Solo gain of 20 looks. Latest: +0.0100",
         "alert:",
     ):
         assert words in tree, (words, tree)

@@ -9,8 +9,9 @@ from audits import tiny_probe
 from peelwise.model.architectures import find_blocks
 from peelwise.nn import quantize_
 from peelwise.records.run import Measurement
+from peelwise.records.signals import of_kinds
 from peelwise.store.reader import RunReader
-from peelwise.tasks.monitor.code_signals import SIGNALS, CodeSignals
+from peelwise.tasks.monitor.code_signals import CodeSignals
 from zoo import ZOO, sample_ids
 
 
@@ -37,7 +38,7 @@ def test_codes_that_stand_still_and_dead_outputs_are_told_once_and_flips_are_cou
     assert abs(flipped - float((codes[:, :12] != 0).sum()) / codes.numel() / 7) < 1e-6
     assert _values(second)["codes_flipped", 1] == 0
     assert _values(first)["dead_rows", 2] == 5
-    assert {name for name, _ in _values(first)} == set(SIGNALS)
+    assert {name for name, _ in _values(first)} == {signal.name for signal in of_kinds(["codes"])}
     assert [(e.kind, e.block) for e in first.events] == [("dead-rows", 2)]
     assert "5 outputs of mlp.gate_proj have no weight but zero" in first.events[0].text
     assert ("codes-still", 0) in [(e.kind, e.block) for e in second.events]

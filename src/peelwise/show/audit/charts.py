@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from peelwise.records.audit import AuditRecord, BlockRecord, MatrixRecord
 from peelwise.records.base import Colour, Interval
+from peelwise.records.signals import RANKED_BY, SIGNALS
 from peelwise.show.html.svg import COLOURS, draw, safe_label
 from peelwise.show.words import NOT_IN_BUDGET, VERDICTS, is_interaction, is_measured, nats, ranking
 
@@ -111,10 +112,11 @@ def energy(record: AuditRecord) -> str:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_ylabel("natural energy (log)")
+        axes.set_ylabel(f"{SIGNALS[RANKED_BY].column} (log)")
         _depth_axis(axes, record.blocks)
 
-    return draw("energy", "Natural energy of each block", (_width(len(record.blocks)), 260), paint)
+    title = f"{SIGNALS[RANKED_BY].column.capitalize()} of each block"
+    return draw("energy", title, (_width(len(record.blocks)), 260), paint)
 
 
 def rounds(record: AuditRecord) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from peelwise.records.audit import AuditRecord, BlockRecord
 from peelwise.records.base import Interval, SealedRecord
+from peelwise.records.signals import RANKED_BY, SIGNALS
 from peelwise.show.audit import charts
 from peelwise.show.html.markup import chart, chip, esc, pairs, paragraph, section, table
 from peelwise.show.words import (
@@ -24,6 +25,8 @@ from peelwise.show.words import (
     significant,
 )
 
+# The signals of the table of blocks; their cells differ, so each is written out in `_block_row`.
+_COLUMNS = ("recoverable", "unique", "removal", RANKED_BY, "gradient_norm")
 _MISSING = f"{NOT_IN_BUDGET[0].upper()}{NOT_IN_BUDGET[1:]}."
 
 
@@ -96,7 +99,7 @@ def reading(record: AuditRecord) -> str:
 
 
 def inside(record: AuditRecord) -> str:
-    """Show natural energy over depth and within each block."""
+    """Show what ranks blocks over depth, and the share of each matrix within its block."""
     energy = chart(
         charts.energy(record),
         "What a block's gradient says on tokens it was not computed from, in the metric of the loss's curvature "
@@ -106,14 +109,14 @@ def inside(record: AuditRecord) -> str:
     )
     shares = chart(
         charts.matrices(record),
-        "Stronger colour means a larger part of the block's explained energy. It tells where in "
+        "Stronger colour means a larger part of the block's input-whitened score. It tells where in "
         "the block the step acts.",
         _MISSING,
     )
     return section(
         "inside",
         "Inside the blocks",
-        "<h3>Energy against depth</h3>",
+        f"<h3>{esc(SIGNALS[RANKED_BY].column.capitalize())} against depth</h3>",
         energy,
         "<h3>Share of each matrix</h3>",
         shares,
@@ -156,16 +159,12 @@ def blocks(record: AuditRecord) -> str:
     titles = (
         "block",
         "verdict",
-        "alone",
-        "unique",
-        "taken out",
-        "natural energy",
-        "gradient",
+        *(SIGNALS[name].column for name in _COLUMNS),
         "rounds",
         "largest share",
     )
     listing = table(titles, [_block_row(block) for block in record.blocks], caption="Every block", style="blocks")
-    return section("blocks", "Every block in numbers", listing)
+    return section("blocks", "Every block in numbers", listing, _further_signals(record))
 
 
 def verifying(record: SealedRecord) -> str:
@@ -271,6 +270,17 @@ def _block_row(block: BlockRecord) -> tuple[str, ...]:
         str(block.rounds) if is_measured(block) else _value(NOT_MEASURED),
         _largest_share(block),
     )
+
+
+def _further_signals(record: AuditRecord) -> str:
+    """Show the signals that have no column of their own, in the order of the table of signals."""
+    found = {name for block in record.blocks for name in block.signals}
+    names = [name for name in SIGNALS if name in found]
+    rows = [
+        (str(block.index), *(_value(significant(block.signals.get(name))) for name in names)) for block in record.blocks
+    ]
+    titles = ("block", *(SIGNALS[name].column for name in names))
+    return table(titles, rows, caption="Further signals of every block", style="wide") if names else ""
 
 
 def _reason(block: BlockRecord) -> str:

@@ -18,6 +18,7 @@ from rich.text import Text
 from peelwise.records.audit import AuditRecord, BlockRecord
 from peelwise.records.base import Interval, SealedRecord
 from peelwise.records.plain_text import clean
+from peelwise.records.signals import RANKED_BY, SIGNALS
 from peelwise.show.audit.low_bit import terminal_view
 from peelwise.show.words import (
     INTERACTION,
@@ -125,11 +126,11 @@ def _block_table(record: AuditRecord, wide: bool) -> Table:
     table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
     table.add_column("block", justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
-    table.add_column("alone\nnats/token", justify="right", no_wrap=True)
-    table.add_column("unique\nnats/token", justify="right", min_width=23, max_width=23)
+    table.add_column(f"{SIGNALS['recoverable'].column}\nnats/token", justify="right", no_wrap=True)
+    table.add_column(f"{SIGNALS['unique'].column}\nnats/token", justify="right", min_width=23, max_width=23)
     if wide:
-        table.add_column("taken out\nnats/token", justify="right", no_wrap=True)
-        table.add_column("natural\nenergy", no_wrap=True)
+        table.add_column(f"{SIGNALS['removal'].column}\nnats/token", justify="right", no_wrap=True)
+        table.add_column(SIGNALS[RANKED_BY].column.replace("-", "-\n").replace(" ", "\n"), no_wrap=True)
         table.add_column("rounds", justify="right", no_wrap=True)
     energies = [value for block in record.blocks if (value := ranking(block)) is not None and value > 0]
     ends = (min(energies), max(energies)) if energies else (1.0, 1.0)

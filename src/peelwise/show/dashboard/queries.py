@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from peelwise.evidence.verdict import default_margin
 from peelwise.records.plain_text import clean
 from peelwise.records.run import LETTERS, WHOLE_MODEL
+from peelwise.records.signals import SIGNALS
 from peelwise.show.words import VERDICTS
 from peelwise.store.reader import ALL_STEPS, Between, Run, RunReader
 
@@ -31,18 +32,6 @@ _WORST_LAST = "".join(LETTERS[colour] for colour in ("green", "grey", "yellow", 
 _RANK = np.zeros(256, np.uint8)
 _RANK[np.frombuffer(_WORST_LAST.encode(), np.uint8)] = np.arange(len(_WORST_LAST), dtype=np.uint8)
 _LETTER = np.frombuffer(_WORST_LAST.encode(), np.uint8)
-
-_NATS = ("recoverable", "unique", "composed", UPPER, LOWER)
-_TITLES = {
-    "recoverable": "Recoverable, refined alone",
-    "unique": "Unique: only this block can give it",
-    "composed": "Recoverable, all blocks together",
-    "equivalent_steps": "Recoverable, in steps of training",
-    "natural_energy": "Natural energy",
-    "energy": "Explained gradient energy",
-    "gradient_norm": "Gradient norm",
-}
-_FIRST = tuple(_TITLES)
 
 Json = dict[str, Any]
 Row = sqlite3.Row | Mapping[str, Any]
@@ -257,16 +246,22 @@ def event(row: sqlite3.Row) -> Json:
 
 
 def statistic_facts(row: sqlite3.Row) -> Json:
-    """Return how a statistic is called and compared; one that nobody told this page of is shown by its own name."""
+    """Return how a statistic is called and compared; one that is not in the table of signals has its own name.
+
+    ``in_cloud`` says that it is drawn with the loss, and needs no chart of its own.
+    """
     name = row["name"]
-    nats = name in _NATS or bool(row["has_interval"])
+    known = SIGNALS.get(name)
+    title = known.title if known else clean(name).replace("_", " ")
     return {
         "name": name,
-        "title": _TITLES.get(name) or clean(name).replace("_", " ").capitalize(),
-        "unit": "nats per token" if name in _NATS else "steps" if name == "equivalent_steps" else "",
-        "quotient": not nats,
+        "title": title[:1].upper() + title[1:],
+        "unit": known.unit if known else "",
+        "meaning": known.meaning if known else "",
+        "quotient": known.quotient if known else not row["has_interval"],
         "of_blocks": bool(row["of_blocks"]),
-        "place": _FIRST.index(name) if name in _FIRST else len(_FIRST),
+        "in_cloud": name in (UPPER, LOWER),
+        "place": list(SIGNALS).index(name) if known else len(SIGNALS),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 
 from rich.console import Console, Group, RenderableType
@@ -14,19 +14,20 @@ from rich.text import Text
 
 from peelwise.records.plain_text import clean
 from peelwise.records.run import COLOURS
+from peelwise.records.signals import NATS, Kind, Signal, of_kinds
 from peelwise.store.reader import Run, RunReader
 
 _STYLES = {"red": "bold red", "yellow": "yellow", "green": "green", "grey": "dim"}
 _LEVELS = {"alert": "bold red", "warning": "yellow", "info": "dim"}
 _EVENTS = 6
-_OWN_COLUMNS = (("recoverable", "alone"), ("unique", "unique"), ("equivalent_steps", "steps"))
-_FREE_COLUMNS = (("natural_energy", "natural energy"), ("energy", "energy"), ("gradient_norm", "gradient norm"))
-
-_CODE_COLUMNS = (
-    ("codes_flipped", "flipped", "{:.3%}"),
-    ("near_threshold", "near a threshold", "{:.1%}"),
-    ("scale_drift", "scale drift", "{:.2%}"),
-    ("dead_rows", "dead outputs", "{:.0f}"),
+_REFINED_WITHIN = 500  # measurements
+_COLUMNS = 6  # of signals beside each other
+# The tables in their order, each of some kinds of signals: the first has the verdicts too.
+_TABLES: tuple[tuple[str, tuple[Kind, ...]], ...] = (
+    ("", ("refinement", "backward")),
+    ("forward", ("forward",)),
+    ("weights", ("weights",)),
+    ("codes since the measurement before", ("codes",)),
 )
 
 
@@ -62,7 +63,7 @@ def watch(
 
 def view(reader: RunReader, run: Run) -> RenderableType:
     """Return the present state of a run."""
-    parts: list[RenderableType] = [_headline(reader, run), _blocks(reader, run), *_codes(reader, run)]
+    parts: list[RenderableType] = [_headline(reader, run), *_blocks(reader, run)]
     events = reader.events(run.id)[-_EVENTS:]
     parts += [_event(row["step"], row["level"], row["text"], row["suggestion"]) for row in events]
     return Group(*parts)
@@ -89,62 +90,62 @@ def _headline(reader: RunReader, run: Run) -> Text:
     return Text(" | ".join(words))
 
 
-def _blocks(reader: RunReader, run: Run) -> RenderableType:
+def _blocks(reader: RunReader, run: Run) -> list[RenderableType]:
+    """Return the verdicts and the newest signals of every block, as many tables as they need."""
     probes = reader.probes(run.id, most=1)
     if not probes:
-        return Text("No look at the model yet: the first comes when the budget allows.", style="dim")
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("block", "verdict"):
+        return [Text("No look at the model yet: the first comes when the budget allows.", style="dim")]
+    tables: list[RenderableType] = []
+    for title, kinds in _TABLES:
+        newest = {signal: _newest(reader, run, signal) for signal in of_kinds(kinds) if signal.in_history}
+        shown = [signal for signal, rows in newest.items() if any(block >= 0 for block in rows)]
+        if not tables:
+            tables.append(_table(run, title, {each: newest[each] for each in shown[:_COLUMNS]}, probes[-1]["letters"]))
+            shown = shown[_COLUMNS:]
+        for start in range(0, len(shown), _COLUMNS):
+            tables.append(_table(run, title, {each: newest[each] for each in shown[start : start + _COLUMNS]}))
+    return tables
+
+
+def _newest(reader: RunReader, run: Run, signal: Signal) -> dict[int, sqlite3.Row]:
+    """Return a signal's newest row per block; all but refined ones are in every measurement, so a few of those do."""
+    return reader.newest(run.id, signal.name, among=_REFINED_WITHIN if signal.kind == "refinement" else 20)
+
+
+def _table(run: Run, title: str, newest: Mapping[Signal, Mapping[int, sqlite3.Row]], letters: str = "") -> Table:
+    """Return a table of blocks by signals; with ``letters``, of all blocks and their verdicts."""
+    table = Table(box=None, header_style="bold", pad_edge=False, title=title or None, title_justify="left")
+    for name in ("block", "verdict") if letters else ("block",):
         table.add_column(name)
-    for _, title in _OWN_COLUMNS + _FREE_COLUMNS:
-        table.add_column(title, justify="right")
-    own = {name: reader.newest(run.id, name) for name, _ in _OWN_COLUMNS}
-    free = {name: reader.newest(run.id, name) for name, _ in _FREE_COLUMNS}
-    for block, (name, letter) in enumerate(zip(run.info.blocks, probes[-1]["letters"], strict=True)):
-        colour = COLOURS[letter]
-        cells: list[Text] = [_interval(own[key].get(block), key) for key, _ in _OWN_COLUMNS]
-        cells += [_free(free[key].get(block)) for key, _ in _FREE_COLUMNS]
-        table.add_row(Text(clean(name)), Text(f"{letter} {colour}", style=_STYLES[colour]), *cells)
+    for signal in newest:
+        table.add_column(signal.column, justify="right")
+    for block, name in enumerate(run.info.blocks):
+        if letters:
+            colour = COLOURS[letters[block]]
+            verdict = [Text(f"{letters[block]} {colour}", style=_STYLES[colour])]
+        elif any(block in rows for rows in newest.values()):
+            verdict = []
+        else:
+            continue
+        table.add_row(Text(clean(name)), *verdict, *(_cell(signal, rows.get(block)) for signal, rows in newest.items()))
     return table
 
 
-def _codes(reader: RunReader, run: Run) -> list[RenderableType]:
-    """Return the signals of low-bit blocks, as last looked at; nothing for a run without any."""
-    newest = {name: reader.newest(run.id, name) for name, _, _ in _CODE_COLUMNS}
-    if not newest["codes_flipped"]:
-        return []
-    table = Table(
-        box=None, header_style="bold", pad_edge=False, title="codes since the look before", title_justify="left"
-    )
-    table.add_column("block")
-    for _, title, _ in _CODE_COLUMNS:
-        table.add_column(title, justify="right")
-    for block in sorted(newest["codes_flipped"]):
-        cells = [
-            form.format(newest[name][block]["value"]) if block in newest[name] else ""
-            for name, _, form in _CODE_COLUMNS
-        ]
-        table.add_row(clean(run.info.blocks[block]), *cells)
-    return [table]
+def _cell(signal: Signal, row: sqlite3.Row | None) -> Text:
+    """Return a value: a refined one with its interval and step, which may be older than the latest look.
 
-
-def _interval(row: sqlite3.Row | None, name: str) -> Text:
-    """Return a measured number with its step: it may be older than the latest look."""
+    Any other is followed by how many times its running median it is, where that is worth a word.
+    """
     if row is None:
         return Text("")
-    value = f"{row['value']:,.0f}" if name == "equivalent_steps" else f"{row['value']:+.4f}"
-    half = "" if name == "equivalent_steps" else f" +- {(row['high'] - row['low']) / 2:.4f}"
-    return Text(f"{value}{half} @{row['step']:,}")
-
-
-def _free(row: sqlite3.Row | None) -> Text:
-    """Return a free statistic, and how many times its running median it is where that is worth a word."""
-    if row is None:
-        return Text("")
+    value = signal.form.format(row["value"])
+    if signal.kind == "refinement":
+        half = f" +- {(row['high'] - row['low']) / 2:.4f}" if signal.unit == NATS and row["low"] is not None else ""
+        return Text(f"{value}{half} @{row['step']:,}")
     times = row["to_median"]
-    if times is None or 0.67 < times < 1.5:
-        return Text(f"{row['value']:.3g}")
-    return Text(f"{row['value']:.3g} (x{times:.2g})", style="yellow" if times > 1 else "")
+    if not signal.quotient or times is None or 0.67 < times < 1.5:
+        return Text(value)
+    return Text(f"{value} (x{times:.2g})", style="yellow" if times > 1 else "")
 
 
 def _event(step: int, level: str, text: str, suggestion: str) -> Text:

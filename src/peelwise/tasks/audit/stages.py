@@ -167,7 +167,7 @@ def refine_alone(session: Session, findings: Findings, *, rounds: int) -> bool:
 
 
 def by_energy(findings: Findings) -> list[int]:
-    """Return block indices, most natural energy first: where the fault most often is (docs/truth.md)."""
+    """Return block indices, highest natural-gradient score first: there the fault most often is (docs/truth.md)."""
     return sorted(findings.proposals, key=lambda i: -findings.proposals[i].ranking)
 
 

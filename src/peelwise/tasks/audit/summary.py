@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -89,17 +90,19 @@ def _block_record(
         unique_nats=_interval(evidence.unique),
         removal_nats=_removal(session, findings, block.index),
         rounds=len(findings.alone[block.index].rounds) if block.index in findings.alone else 0,
-        energy=proposals.energy if proposals else None,
-        held_out_energy=proposals.held_out_energy if proposals else None,
-        cross_energy=proposals.cross_energy if proposals else None,
-        natural_energy=proposals.natural_energy if proposals else None,
-        gradient_norm=proposals.gradient_norm if proposals else None,
+        **_signals(proposals.signals if proposals else {}),
         tokens_needed=tokens_needed(verdict, session.probe.report.tokens, session.probe.report.sequences),
         interaction=verdict.interaction,
         matrices=coded_matrices(session, findings, block) if session.held else matrices_of(block, proposals),
         split=parts[0] if parts else None,
         price_nats=parts[1] if parts else None,
     )
+
+
+def _signals(found: dict[str, float]) -> dict[str, Any]:
+    """Return a block's signals by the record's fields: those that have one of their own, and all others together."""
+    own = {name: value for name, value in found.items() if name in BlockRecord.model_fields}
+    return own | {"signals": {name: value for name, value in found.items() if name not in own}}
 
 
 def _removal(session: Session, findings: Findings, index: int) -> Interval | None:

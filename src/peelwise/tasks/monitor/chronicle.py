@@ -21,9 +21,9 @@ from peelwise.evidence.trends import (
 )
 from peelwise.evidence.verdict import Evidence, Verdict, default_margin, judge
 from peelwise.records.run import LETTERS, WHOLE_MODEL, Event, Measurement, Statistic, VerdictRow
+from peelwise.records.signals import RANKED_BY, SIGNALS
 from peelwise.tasks.monitor.measure import Measured
 
-_WATCHED = ("natural_energy", "energy", "gradient_norm")  # whose changes of level are told
 _SMALLEST_CHANGE = math.log(1.5)
 _LOOKED_BACK = 200  # measurements in which changes are looked for
 _REMEMBERED_LOSSES = 20_000
@@ -91,15 +91,15 @@ class Chronicle:
     def wanted_first(self) -> list[int]:
         """Return the blocks in the order in which they should be refined alone next.
 
-        Never measured ones come first, those with most natural energy before the others; then those whose level
-        changed since they were measured; then the ones measured longest ago.
+        Never measured ones come first, those with the highest natural-gradient score before the others; then those
+        whose level changed since they were measured; then the ones measured longest ago.
         """
         changed = {block for block, change in self._changes if change.by_step > self._step_of(block)}
 
         def rank(block: int) -> tuple[bool, bool, float, float]:
-            energy = self._series["natural_energy", block].values[-1:]
+            score = self._series[RANKED_BY, block].values[-1:]
             measured = block in self._alone
-            return measured, block not in changed, self._step_of(block), -energy[0] if energy else 0.0
+            return measured, block not in changed, self._step_of(block), -score[0] if score else 0.0
 
         return sorted(range(self._count), key=rank)
 
@@ -147,15 +147,19 @@ class Chronicle:
         return self._alone[block].step if block in self._alone else -math.inf
 
     def _free(self, step: int, measured: Measured) -> list[Statistic]:
-        """Return the statistics of the sweep against their own history."""
-        rows = []
-        for name, values in measured.free.items():
-            for block, value in enumerate(values):
-                series = self._series[name, block]
-                series.add(step, value)
-                to_median, to_trend = against_own(series.steps, series.values, quotient=True)
-                rows.append(Statistic(name, block, value, to_median=to_median, to_trend=to_trend))
-        return rows
+        """Return the signals of the sweep against their own history."""
+        return [
+            Statistic(name, block, value, None, None, *self._against_own(step, name, block, value))
+            for name, values in measured.free.items()
+            for block, value in enumerate(values)
+            if value is not None
+        ]
+
+    def _against_own(self, step: int, name: str, block: int, value: float) -> tuple[float | None, float | None]:
+        """Remember a value, and return it against the running median and trend of its own."""
+        series = self._series[name, block]
+        series.add(step, value)
+        return against_own(series.steps, series.values, quotient=SIGNALS[name].quotient)
 
     def _measured(self, step: int, measured: Measured, slope: Slope | None) -> list[Statistic]:
         """Return the paired differences with their intervals, and what they are worth in steps."""
@@ -168,10 +172,8 @@ class Chronicle:
             for block, value in found.items():
                 kept[block] = _Measured(step, measured.loss, value)
                 interval = value.interval()
-                series = self._series[name, block]
-                series.add(step, value.mean)
-                to_median, to_trend = against_own(series.steps, series.values, quotient=False)
-                rows.append(Statistic(name, block, value.mean, interval.low, interval.high, to_median, to_trend))
+                compared = self._against_own(step, name, block, value.mean)
+                rows.append(Statistic(name, block, value.mean, interval.low, interval.high, *compared))
                 worth = equivalent_steps(interval, slope) if slope and name == "recoverable" else None
                 if worth is not None and worth.mean is not None:
                     rows.append(Statistic("equivalent_steps", block, worth.mean, worth.low, worth.high))
@@ -217,11 +219,12 @@ class Chronicle:
     def _new_changes(self, step: int) -> list[tuple[int, Change]]:
         """Return changes of level that were not told before; one per block, the clearer statistic first."""
         found = []
-        for name in _WATCHED:
+        for name in (signal.name for signal in SIGNALS.values() if signal.watched):
             rows = [self._series[name, block] for block in range(self._count)]
             recent = [row.values[-_LOOKED_BACK:] for row in rows]
             steps = rows[0].steps[-_LOOKED_BACK:]
-            if min(map(min, recent)) <= 0:
+            # Blocks are compared with each other, by logarithms: all must have it, at all times, and above zero.
+            if not steps or any(row.steps[-_LOOKED_BACK:] != steps for row in rows) or min(map(min, recent)) <= 0:
                 continue
             for point in change_points(own_parts(recent), smallest=_SMALLEST_CHANGE):
                 change = Change(name, math.exp(point.size), steps[point.index - 1], steps[point.index])

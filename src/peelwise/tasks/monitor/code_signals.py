@@ -7,13 +7,14 @@ from dataclasses import replace
 
 from torch import nn
 
+from peelwise.engine.signals import of_block, of_layer
 from peelwise.formats.signals import LowBitSignals
 from peelwise.model.layers import Block
 from peelwise.records.run import Event, Measurement, Statistic
+from peelwise.records.signals import SIGNALS, Kind
 from peelwise.tasks.monitor.codewatch import CodeWatch
 
-# Names in the run history; means over the block's layers, but for the number of dead outputs.
-SIGNALS = ("codes_flipped", "near_threshold", "scale_drift", "dead_rows")
+_KINDS: tuple[Kind, ...] = ("codes",)
 _STILL = 1e-5  # of a block's codes: next to none has flipped since the last look
 _AGAIN = 2  # measurements in a row
 
@@ -45,8 +46,8 @@ class CodeSignals:
         for block in self._blocks:
             own = {name: s for name, s in found.items() if name.startswith(f"{block.name}.")}
             if own:
-                values = _of_block(list(own.values()))
-                statistics += [Statistic(name, block.index, v) for name, v in values.items()]
+                values = of_block(_KINDS, [of_layer(_KINDS, each) for each in own.values()])
+                statistics += [Statistic(n, block.index, v) for n, v in values.items() if SIGNALS[n].in_history]
                 events += self._events(row.step, block, own, values["codes_flipped"])
         return replace(row, statistics=tuple(statistics), events=tuple(events))
 
@@ -81,15 +82,21 @@ class CodeSignals:
         return new
 
 
-def _of_block(signals: list[LowBitSignals]) -> dict[str, float]:
-    """Return the signals of a block: means over its layers, and the sum of its dead outputs."""
+def codes_flipped(of: LowBitSignals) -> float:
+    """Return the share of codes that changed since the look before; none at the first look."""
+    return of.flipped or 0.0
 
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
 
-    return {
-        "codes_flipped": mean([s.flipped or 0.0 for s in signals]),
-        "near_threshold": mean([s.near_threshold for s in signals]),
-        "scale_drift": mean([s.scale_drift or 0.0 for s in signals]),
-        "dead_rows": float(sum(s.dead_rows for s in signals)),
-    }
+def near_threshold(of: LowBitSignals) -> float:
+    """Return the share of latent weights that a small step can flip."""
+    return of.near_threshold
+
+
+def scale_drift(of: LowBitSignals) -> float:
+    """Return the mean relative change of the scales since the look before."""
+    return of.scale_drift or 0.0
+
+
+def dead_rows(of: LowBitSignals) -> float:
+    """Return the number of outputs all of whose weights are zero."""
+    return float(of.dead_rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -21,13 +21,12 @@ from peelwise.model.layers import Block
 from peelwise.model.splice import frozen
 from peelwise.probe.probe import Probe
 from peelwise.records.run import MatrixShare, MeasurementKind
+from peelwise.records.signals import SWEPT, of_kinds
 from peelwise.tasks.audit import stages
 from peelwise.tasks.audit.findings import Findings
 from peelwise.tasks.audit.loss_parts import matrices_of
 from peelwise.tasks.audit.summary import evidence_of
 
-# What a sweep tells of every block for nothing more.
-FREE = ("energy", "natural_energy", "gradient_norm")
 _EVALUATIONS = 5  # of the select loss, in one round of one block, as a rule
 
 
@@ -38,7 +37,7 @@ class Measured:
     Attributes:
         kind: what was done.
         loss: nats per token on the probe's report part.
-        free: statistic -> one value per block, from the sweep alone.
+        free: signal of the sweep -> one value per block, ``None`` where a block has none.
         alone, unique: per block what was measured, paired by report sequence.
         composed: what one joint round gains.
         upper: nats per token of a reference without any block, where it was made.
@@ -48,7 +47,7 @@ class Measured:
 
     kind: MeasurementKind
     loss: float
-    free: dict[str, list[float]]
+    free: Mapping[str, Sequence[float | None]]
     alone: dict[int, Paired] = field(default_factory=dict)
     unique: dict[int, Paired] = field(default_factory=dict)
     composed: Paired | None = None
@@ -120,7 +119,11 @@ def measure(
     return Measured(
         kind,
         session.report.mean,
-        {name: [getattr(proposals[block.index], name) for block in blocks] for name in FREE},
+        {
+            signal.name: [proposals[block.index].signals.get(signal.name) for block in blocks]
+            for signal in of_kinds(SWEPT)
+            if signal.in_history
+        },
         {index: e.alone for index, e in evidence.items() if e.alone is not None},
         {index: e.unique for index, e in evidence.items() if e.unique is not None},
         None

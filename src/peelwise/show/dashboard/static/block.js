@@ -41,7 +41,7 @@ export class BlockPanel {
       setText(this.matrices, "");
       return;
     }
-    const names = [...data.statistics.keys()].filter((each) => data.block.series.has(each) && !/^bound_/.test(each));
+    const names = [...data.statistics.keys()].filter((each) => data.block.series.has(each) && !data.statistics.get(each).in_cloud);
     this.#arrange(names);
     names.forEach((each) => width(this.plots.get(each).plot.root)); // before anything is drawn
     names.forEach((each) => this.#renderSeries(each, x));
@@ -75,7 +75,7 @@ export class BlockPanel {
       if (!this.plots.has(name)) {
         const plot = new Plot({ height: 150, label: name, left: 52, top: 12 });
         const value = h("p", { class: "value" });
-        const title = h("h4", {}, this.data.statistics.get(name).title);
+        const title = h("h4", { title: this.data.statistics.get(name).meaning }, this.data.statistics.get(name).title);
         const root = h("figure", { class: "small-chart", "data-statistic": name }, title, value, plot.root);
         this.plots.set(name, { plot, value, root });
       }
@@ -164,7 +164,7 @@ export class BlockPanel {
     const head = ["matrix", "", "share", "usually"].map((text) => h("th", { scope: "col" }, text));
     this.matrices.replaceChildren(
       h("h4", {}, "Its matrices"),
-      h("p", { class: "value" }, `share of the block's explained gradient energy at step ${integer(found[0].step)}`),
+      h("p", { class: "value" }, `share of the block's input-whitened score at step ${integer(found[0].step)}`),
       h("table", {}, h("caption", {}, "Shares of the block's matrices"), h("thead", {}, h("tr", {}, head)), h("tbody", {}, rows)),
     );
   }

@@ -257,7 +257,7 @@ export class HeatMap {
       return;
     }
     const [below, above] = full
-      ? [`\u2212${full}`, `+${full} nats per token`]
+      ? [`\u2212${full}`, `+${full} ${this.statistic.unit}`]
       : [`a quarter of its median`, `${FULL} times its median`];
     this.legend.replaceChildren(
       h("span", { class: "key" }, below, h("i", { class: "ramp" }), above),

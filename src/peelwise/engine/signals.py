@@ -1,0 +1,98 @@
+"""Signals that a sweep gives for nothing more: small functions of what it knows of one linear layer.
+
+A new one is a function here (or anywhere) and a row of `records.signals.SIGNALS` that names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import Any
+
+from torch import Tensor
+
+from peelwise.model.layers import LinearLayer
+from peelwise.records.signals import Kind, OverLayers, Signal, of_kinds
+from peelwise.references.whitened import InputWhitened, Proposal
+from peelwise.stats.gram import Moments
+
+_OVER_LAYERS: dict[OverLayers, Callable[[Sequence[float]], float]] = {
+    "sum": lambda values: float(sum(values)),
+    "root of sum": lambda values: float(sum(values)) ** 0.5,
+    "mean": lambda values: sum(values) / len(values),
+    "largest": max,
+}
+
+
+@dataclass(frozen=True)
+class LayerSums:
+    """What a sweep knows of one linear layer, alive only until the next one's turn.
+
+    Attributes:
+        linear: the layer, with its weight and bias.
+        fit, select: means over tokens: ``C [d_out, d_in]`` of its gradient, ``S [d_in, d_in]`` of its inputs, and
+            ``F [d_out, d_out]`` of its outputs' gradients where the two-sided direction is made.
+        reference: the decomposition of ``S``.
+        rotated, rotated_select: both ``C`` in the eigenbasis of ``S``.
+        whitened, two_sided: the calibrated proposals.
+    """
+
+    linear: LinearLayer
+    fit: Moments
+    select: Moments
+    reference: InputWhitened
+    rotated: Tensor
+    rotated_select: Tensor
+    whitened: Proposal
+    two_sided: Proposal | None
+
+
+def natural_energy(of: LayerSums) -> float | None:
+    """Return what of the two-sided proposal holds on select; none where it was not made."""
+    return None if of.two_sided is None else of.two_sided.energy
+
+
+def energy(of: LayerSums) -> float:
+    """Return the gradient energy that the inputs explain, in sample."""
+    return of.reference.energy(of.rotated)
+
+
+def held_out_energy(of: LayerSums) -> float:
+    """Return what of the input-whitened proposal holds on select."""
+    return of.whitened.energy
+
+
+def cross_energy(of: LayerSums) -> float:
+    """Return the energy that fit and select tokens agree on."""
+    return of.reference.cross_energy(of.rotated, of.rotated_select)
+
+
+def gradient_norm(of: LayerSums) -> float:
+    """Return the squared Frobenius norm of the mean gradient; a block's norm is the root of the sum."""
+    return float(of.fit.C.square().sum())
+
+
+def of_layer(kinds: Collection[Kind], layer: Any) -> dict[str, float | None]:
+    """Return the signals of some kinds for one linear layer.
+
+    Args:
+        kinds: those whose functions take such a ``layer``.
+        layer: a `LayerSums`, or what the functions of these kinds are given.
+    """
+    return {signal.name: _function(signal)(layer) for signal in of_kinds(kinds) if signal.function}
+
+
+def of_block(kinds: Collection[Kind], layers: Sequence[dict[str, float | None]]) -> dict[str, float]:
+    """Return a block's signals from those of its linear layers, `of_layer` each; without those that no layer has."""
+    found = {}
+    for signal in of_kinds(kinds):
+        values = [value for layer in layers if (value := layer.get(signal.name)) is not None]
+        if values:
+            found[signal.name] = _OVER_LAYERS[signal.over_layers](values)
+    return found
+
+
+def _function(signal: Signal) -> Callable[[Any], float | None]:
+    function: Callable[[Any], float | None] = resolve_name(signal.function)
+    return function

@@ -1,0 +1,55 @@
+"""The page about signals, docs/signals.md, made from their table. No torch."""
+
+from __future__ import annotations
+
+from peelwise.records.signals import Kind, Signal, of_kinds
+
+_HEAD = """# The signals: every number of a block, what it means and how it is compared
+
+Made from the table in `src/peelwise/records/signals.py` by `python -m peelwise.show.signals > docs/signals.md`. Names
+are those of the [run history](run-history.md), of trackers (`peelwise/NAME/block_07`) and, where no older key exists,
+of certificates; they stay. Titles are for people.
+
+*Compared*: what `to_median` and `to_trend` hold in the run history, a quotient (2 means twice as much) or a difference;
+of codes, steps and the edges of the cloud both are null. *Event*: a lasting change against all other blocks is told,
+see [monitor](monitor.md). *Trackers*: it goes to live loggers too.
+"""
+_KINDS: dict[Kind, str] = {
+    "refinement": "Measured by refining blocks, on the report part, with 95 % intervals",
+    "backward": "From the gradients of one sweep, free",
+    "forward": "From the inputs of a block's layers, free",
+    "weights": "From the weights, free",
+    "codes": "From the codes of low-bit layers in training, free",
+    "model": "Of the whole model (block -1)",
+}
+_TITLES = "| name | title | unit | meaning | compared | event | trackers | certificate only |"
+
+
+def page() -> str:
+    """Return the whole page as Markdown."""
+    parts = [_HEAD]
+    for kind, title in _KINDS.items():
+        rows = of_kinds([kind])
+        if rows:
+            lines = [f"## {title}", "", _TITLES, "|" + "---|" * _TITLES.count(" | ") + "---|", *map(_row, rows)]
+            parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def _row(signal: Signal) -> str:
+    compared = "quotient" if signal.quotient else "difference"
+    marks = ("yes" if each else "" for each in (signal.watched, signal.tracked))
+    cells = (
+        f"`{signal.name}`",
+        signal.title,
+        signal.unit,
+        signal.meaning,
+        compared,
+        *marks,
+        "" if signal.in_history else "yes",
+    )
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")
+
+
+if __name__ == "__main__":
+    print(page(), end="")
