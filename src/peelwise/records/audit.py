@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from peelwise.records.base import Colour, Interval, Record, SealedRecord, SplitRecord
+from peelwise.records.codes import Reason
 
 
 class MatrixRecord(Record):
@@ -28,6 +29,7 @@ class MatrixRecord(Record):
 class BlockRecord(Record):
     """What was found out about one block.
 
+    ``reason_code`` says why it has its colour; records of old have a sentence under ``reason`` instead.
     ``recoverable_nats`` is the block refined alone, ``unique_nats`` what only this block gives once all
     others are refined; ``interaction`` marks a unique value that is significantly negative over all blocks
     together: neighbours that compensate for each other.
@@ -46,7 +48,7 @@ class BlockRecord(Record):
     index: int
     name: str
     verdict: Colour
-    reason: str
+    reason_code: Reason | None = None
     recoverable_nats: Interval | None = None
     unique_nats: Interval | None = None
     removal_nats: Interval | None = None
@@ -118,10 +120,36 @@ class RoundRecord(Record):
     flipped: float | None = None
 
 
+class LookFirst(Record):
+    """The block to look at first, and those that are not distinguishable from it.
+
+    ``by`` says which number decides: the solo gain on training text, the marginal gain on other text.
+    """
+
+    block: int
+    by: Literal["solo", "marginal"]
+    tied: tuple[int, ...] = ()
+
+
+class AuditConclusion(Record):
+    """What follows from the numbers of all blocks together.
+
+    ``case`` is the first of these that applies, and ``blocks`` are those that it holds for: some blocks are
+    ``certified`` (red), some gains are ``recoverable`` (yellow), blocks were refined by themselves and ``none-found``, or
+    nothing was refined: ``not-measured``. Without the ``harmful`` blocks (the worst first) the model is better.
+    """
+
+    case: Literal["certified", "recoverable", "none-found", "not-measured"]
+    blocks: tuple[int, ...] = ()
+    look_first: LookFirst | None = None
+    harmful: tuple[int, ...] = ()
+
+
 class AuditRecord(SealedRecord):
     """Everything one audit found."""
 
     kind: Literal["audit"] = "audit"
+    conclusion: AuditConclusion | str | None = None
     loss: LossRecord
     blocks: tuple[BlockRecord, ...]
     head: HeadRecord | None = None

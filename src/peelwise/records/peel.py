@@ -92,10 +92,22 @@ class PeelLossRecord(Record):
         return min(gains, key=lambda gain: gain.low, default=None)
 
 
+class PeelConclusion(Record):
+    """What follows from the numbers of a peel: whether the best map beats what it has to, and which blocks stand out.
+
+    A bound that beats the model, but not the null controls, is ``uninformative``.
+    """
+
+    case: Literal["certified", "uninformative", "none-found", "not-measured"]
+    redundant: tuple[int, ...] = ()
+    misleading: tuple[int, ...] = ()
+
+
 class PeelRecord(SealedRecord):
     """Everything one peel found; it is informative if the bound beats both null controls."""
 
     kind: Literal["peel"] = "peel"
+    conclusion: PeelConclusion | str | None = None
     start: Literal["warm", "cold"]
     loss: PeelLossRecord
     best_map: tuple[int, ...] | None = None

@@ -19,6 +19,7 @@ from peelwise.records.audit import AuditRecord, BlockRecord
 from peelwise.records.base import Interval, SealedRecord
 from peelwise.records.plain_text import clean
 from peelwise.show.audit.low_bit import terminal_view
+from peelwise.show.audit.words import conclusion, reasons
 from peelwise.show.words import (
     INTERACTION,
     INTERACTION_MEANING,
@@ -33,6 +34,7 @@ from peelwise.show.words import (
     is_interaction,
     is_measured,
     nats,
+    note_words,
     ranking,
     with_ends,
 )
@@ -95,7 +97,7 @@ class _AuditView:
         record = self.record
         wide = options.max_width >= WIDE
         yield Text.assemble((clean(record.model.name), "bold"), (model_line(record), "dim"))
-        yield Text(clean(record.conclusion))
+        yield Text(clean(conclusion(record)))
         yield Text(_counts_line(record), style="dim")
         yield _block_table(record, wide)
         yield Text("Intervals are 95 % for each block; verdicts hold for all together (Holm).", style="dim")
@@ -110,7 +112,7 @@ class _AuditView:
 
 
 def model_line(record: SealedRecord) -> str:
-    """Return the model's size and number format, to stand behind its name."""
+    """Return the model's size and dtype, to stand behind its name."""
     model = record.model
     return f"  {amount(model.parameters)} parameters, {model.blocks} blocks, {clean(model.dtype)}"
 
@@ -125,11 +127,11 @@ def _block_table(record: AuditRecord, wide: bool) -> Table:
     table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
     table.add_column("block", justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
-    table.add_column("alone\nnats/token", justify="right", no_wrap=True)
-    table.add_column("unique\nnats/token", justify="right", min_width=23, max_width=23)
+    table.add_column("solo gain\nnats/token", justify="right", no_wrap=True)
+    table.add_column("marginal gain\nnats/token", justify="right", min_width=23, max_width=23)
     if wide:
-        table.add_column("taken out\nnats/token", justify="right", no_wrap=True)
-        table.add_column("natural\nenergy", no_wrap=True)
+        table.add_column("ablation\nnats/token", justify="right", no_wrap=True)
+        table.add_column("natural-\ngradient\nscore", no_wrap=True)
         table.add_column("rounds", justify="right", no_wrap=True)
     energies = [value for block in record.blocks if (value := ranking(block)) is not None and value > 0]
     ends = (min(energies), max(energies)) if energies else (1.0, 1.0)
@@ -180,9 +182,10 @@ def _energy_bar(energy: float | None, ends: tuple[float, float]) -> Text:
 def _why(record: AuditRecord) -> Text:
     """Give the reasons for what was certified; of the other verdicts the words say enough."""
     red = [block for block in record.blocks if block.verdict == "red"]
-    lines = [f"\nBlock {block.index}: {clean(block.reason)}." for block in red[:MOST_REASONS]]
+    said = dict(zip((block.index for block in record.blocks), reasons(record), strict=True))
+    lines = [f"\nBlock {block.index}: {clean(said[block.index])}." for block in red[:MOST_REASONS]]
     if len(red) > MOST_REASONS:
-        lines.append(f"\nand {len(red) - MOST_REASONS} more blocks; the reasons are in the certificate.")
+        lines.append(f"\nand {len(red) - MOST_REASONS} more blocks; the certificate holds the reasons.")
     return Text("".join(lines) + ("\n" if red else ""), style="red")
 
 
@@ -206,9 +209,9 @@ def _losses(record: AuditRecord) -> RenderableType:
         bold = "bold" if name in ("now", "composed witness") else ""
         table.add_row(Text(name, style=bold), Text(nats(value), style=bold or "dim"), Text(remark))
     if record.head is not None:
-        head = f"head alone: can give {with_ends(record.head.recoverable_nats)}"
+        head = f"head by itself: gain {with_ends(record.head.recoverable_nats)}"
     else:
-        head = f"head alone: {NOT_IN_BUDGET}"
+        head = f"head by itself: {NOT_IN_BUDGET}"
     title = Text("Loss on report, nats per token", style="bold")
     style = "" if record.informative else "bold yellow"
     return Group(title, Padding(table, (0, 0, 0, 1)), Text(f" {head}"), Text(control_sentence(record), style))
@@ -221,7 +224,7 @@ def _closing(record: AuditRecord, folder: str | None) -> RenderableType:
         lines.append(Text.assemble((nats(gain.mean, signed=True), "bold"), f" {bracket(gain)} {gain_sentence(record)}"))
     if not record.complete:
         lines.append(Text(f"Stopped early: what is missing was {NOT_IN_BUDGET}.", style="bold yellow"))
-    lines += [Text(f"Note: {clean(note)}") for note in record.notes]
+    lines += [Text(f"Note: {clean(note_words(note))}") for note in record.notes]
     return Group(*lines, *footer(record, folder))
 
 

@@ -10,7 +10,15 @@ from peelwise.show.audit import sections
 from peelwise.show.html.markup import chart, esc, pairs, paragraph, section, table
 from peelwise.show.html.page import document, facts
 from peelwise.show.peel import charts as peel_charts
-from peelwise.show.peel.words import CAVEAT, STATION_WORDS, beats_head, control_rows, control_sentence, stations
+from peelwise.show.peel.words import (
+    CAVEAT,
+    STATION_WORDS,
+    beats_head,
+    conclusion,
+    control_rows,
+    control_sentence,
+    stations,
+)
 from peelwise.show.words import NOT_IN_BUDGET, NOT_MEASURED, bracket, duration, nats
 
 _MOST_IN_A_ROW = 32
@@ -53,7 +61,7 @@ def _header(record: PeelRecord) -> str:
         warnings.append(control_sentence(record))
     return (
         f'<header><p class="eyebrow">peelwise peel</p><h1>{esc(record.model.name)}</h1>{facts(record)}'
-        f'<p class="conclusion">{esc(record.conclusion)}</p>'
+        f'<p class="conclusion">{esc(conclusion(record))}</p>'
         f"{''.join(paragraph(line, 'warning') for line in warnings)}</header>"
     )
 
