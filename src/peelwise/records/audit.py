@@ -135,8 +135,8 @@ class AuditConclusion(Record):
     """What follows from the numbers of all blocks together.
 
     ``case`` is the first of these that applies, and ``blocks`` are those that it holds for: some blocks are
-    ``certified`` (red), some gains are ``recoverable`` (yellow), blocks were refined by themselves and ``none-found``, or
-    nothing was refined: ``not-measured``. Without the ``harmful`` blocks (the worst first) the model is better.
+    ``certified`` (red), some gains are ``recoverable`` (yellow), blocks were refined by themselves and ``none-found``,
+    or nothing was refined: ``not-measured``. Without the ``harmful`` blocks (the worst first) the model is better.
     """
 
     case: Literal["certified", "recoverable", "none-found", "not-measured"]
