@@ -17,7 +17,7 @@ from peelwise.records.base import Interval
 
 # Sums of the same numbers in another order and precision; far below anything that is shown.
 _ROUNDING = 1e-5
-# More blocks than these that cannot be told apart point nowhere.
+# More blocks than these that are not distinguishable point nowhere.
 _MOST_NAMED = 3
 
 

@@ -136,7 +136,7 @@ def stands_out(values: Sequence[float | None], margin: float) -> list[bool]:
 
 
 def leaders(values: Sequence[Paired | None]) -> list[int]:
-    """Return the block with the largest value and those that cannot be told apart from it, largest first.
+    """Return the block with the largest value and those that are not distinguishable from it, largest first.
 
     Apart is more than 1.96 standard errors of both together. Blocks that were not measured do not compete.
     """

@@ -9,11 +9,11 @@ from peelwise.records.codes import Reason
 
 
 class MatrixRecord(Record):
-    """One linear map of a block; ``share`` is its part of the block's explained gradient energy (0..1).
+    """One linear layer of a block; ``share`` is its part of the block's input-whitened score (0..1).
 
-    Of low-bit maps also the ``format`` with its bits per weight, the share of codes that the witness of the block alone
-    changes, and ``split``, the parts of the map's error against its dense witness by the local curvature, nats per
-    token.
+    Of low-bit layers also the ``format`` with its bits per weight, the share of codes that the witness of the block by
+    itself changes, and ``split``, the parts of the layer's error against its dense witness by the local curvature, in
+    nats per token.
     """
 
     name: str
@@ -30,17 +30,17 @@ class BlockRecord(Record):
     """What was found out about one block.
 
     ``reason_code`` says why it has its colour; records of old have a sentence under ``reason`` instead.
-    ``recoverable_nats`` is the block refined alone, ``unique_nats`` what only this block gives once all
-    others are refined; ``interaction`` marks a unique value that is significantly negative over all blocks
-    together: neighbours that compensate for each other.
-    ``None`` means not measured within the budget, never "nothing there".
-    ``energy`` is the gradient energy that the block's inputs explain on the fit tokens and
-    ``held_out_energy`` the part of it that survives on the select tokens (nats per unit step; a ranking).
-    ``cross_energy`` is what fit and select tokens agree on: ``energy`` without the noise of few tokens.
-    ``natural_energy`` is the same in the metric of the Kronecker-factored curvature, ``F`` and ``S``: the squared
-    norm of the natural gradient as far as it holds on select. It says where to look first.
-    ``removal_nats`` is what the loss rises by when the block is taken out, its input passed on as its output: below
-    zero, the model is better without it, which replacement weights of zero prove.
+    Keys are older than the words that are shown. ``recoverable_nats`` is the **solo gain**: the block refined by
+    itself. ``unique_nats`` is the **marginal gain** (leave-one-out): what only this block gives once all others are
+    refined. ``interaction`` marks one that is significantly negative over all blocks together: neighbours that
+    compensate for each other. ``None`` means not measured within the budget, never "nothing there".
+    ``natural_energy`` is the **natural-gradient score**: the squared norm of the natural gradient, in the metric of the
+    Kronecker-factored curvature ``F`` and ``S``, as far as it holds on select. It says where to look first.
+    ``energy`` is the **input-whitened score**: the gradient energy that the block's inputs explain on the fit tokens
+    (nats per unit step); ``held_out_energy`` is the part of it that survives on the select tokens, ``cross_energy``
+    what fit and select tokens agree on, without the noise of few tokens.
+    ``removal_nats`` is the **ablation**: what the loss rises by when the block is skipped, its input passed on as its
+    output. Below zero, the model is better without it, which replacement weights of zero prove.
     ``split`` takes the loss of a low-bit model apart for this block alone, with the interval of its price in
     ``price_nats``.
     """
@@ -86,7 +86,7 @@ class LossRecord(Record):
     Controls (``None`` = not run within the budget): ``head_control`` the model with its head re-fitted,
     ``shuffled`` the same construction from targets permuted across sequences, ``untrained`` the same
     construction on the same architecture at initialisation. ``dense`` is reached by all blocks refined together without
-    the formats of low-bit maps, ``price`` is what the composed witness is above it, and ``split`` says it in three
+    the formats of low-bit layers, ``price`` is what the composed witness is above it, and ``split`` says it in three
     parts.
     """
 

@@ -34,12 +34,12 @@ class Note(Record):
     ``budget-ended``        before everything was done
     ``low-bit``             ``layers`` that hold codes, of which ``formats``
     ``no-head``             none was found
-    ``logits-changed``      behind the head, so that it cannot be fitted again
+    ``logits-changed``      behind the head, so that it cannot be re-fitted
     ``not-initialised``     the model cannot be initialised again, so there is no untrained control
     ``few-fit-tokens``      ``tokens`` for the ``inputs`` of ``layer``, ``rank`` of its sum; ``more`` like it
     ``more-damping``        ``used`` instead of ``damping`` for the ``size`` of ``layer``; ``more`` like it
     ``dense-references``    of low-bit layers that hold ``formats``
-    ``no-head-fit``         the head of a peel cannot be fitted again
+    ``no-head-fit``         the head of a peel cannot be re-fitted
     ``head-steps``          every head of a peel got so many ``steps``
     ``map-unfinished``      the budget ended inside ``map``
     ``few-heads``           only so many ``heads`` were fitted, as the vocabulary is large
@@ -75,8 +75,9 @@ class Interval(Record):
 class SplitRecord(Record):
     """Three parts that add up to what there is now: an error, or a loss.
 
-    Of a loss, ``irreducible`` is the lowest that a witness reached without the format, ``price_of_precision`` what the
-    best one found inside it is above that, and ``left_on_the_table`` what it gains: certified, at the same bits.
+    Of a loss, ``irreducible`` is the lowest that a witness reached without the format; ``price_of_precision``, the
+    **quantisation gap (upper bound)**, what the best one found inside it is above that; ``left_on_the_table`` what it
+    gains, certified: what is **recoverable at the same bit width**.
     """
 
     irreducible: float

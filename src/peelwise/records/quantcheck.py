@@ -23,7 +23,7 @@ from peelwise.records.base import (
 
 
 class LayerCheck(Record):
-    """One linear map: its output error against the parent's, for the parent's inputs.
+    """One linear layer: its output error against the parent's, for the parent's inputs.
 
     ``split`` is ``None`` where the budget ended before it was solved; ``error`` is what its parts add up to.
     ``rounded`` is the error of rounding the parent's weights to nearest with the format's own rule, ``flipped`` the

@@ -1,4 +1,6 @@
-"""The words, letters, shapes and number formats that every view shares, so that no two views disagree.
+"""The words, letters, shapes and formats of numbers that every view shares, so that no two views disagree.
+
+Here are the words of the codes of `peelwise.records.codes`; records hold none.
 
 A verdict is shown in three ways: by letter, by shape and by colour (hue *and* lightness), because about
 one reader in twenty cannot tell red from green, and a printed page often has no colour at all.
@@ -272,7 +274,7 @@ def duration(seconds: float) -> str:
 
 
 def is_interaction(unique: Interval | None) -> bool:
-    """Return whether a unique recoverable loss is significantly negative."""
+    """Return whether a marginal gain is significantly negative."""
     return unique is not None and unique.high < 0
 
 

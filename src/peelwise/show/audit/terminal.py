@@ -40,8 +40,9 @@ from peelwise.show.words import (
 )
 
 WIDE = 108
-_DECIMALS = 3  # in the table of blocks, where two columns of intervals have to fit beside each other
 """From this many columns on, verdicts are written out in full."""
+_WITH_ROUNDS = 124
+_DECIMALS = 3  # in the table of blocks, where two columns of intervals have to fit beside each other
 
 MOST_REASONS = 5
 BAR_CELLS = 8
@@ -95,11 +96,10 @@ class _AuditView:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         record = self.record
-        wide = options.max_width >= WIDE
         yield Text.assemble((clean(record.model.name), "bold"), (model_line(record), "dim"))
         yield Text(clean(conclusion(record)))
         yield Text(_counts_line(record), style="dim")
-        yield _block_table(record, wide)
+        yield _block_table(record, options.max_width)
         yield Text("Intervals are 95 % for each block; verdicts hold for all together (Holm).", style="dim")
         if any(is_interaction(block.unique_nats) for block in record.blocks):
             yield Text(f"\n{INTERACTION}: {INTERACTION_MEANING}.", style="magenta")
@@ -123,7 +123,8 @@ def _counts_line(record: AuditRecord) -> str:
     )
 
 
-def _block_table(record: AuditRecord, wide: bool) -> Table:
+def _block_table(record: AuditRecord, width: int) -> Table:
+    wide, widest = width >= WIDE, width >= _WITH_ROUNDS
     table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
     table.add_column("block", justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
@@ -132,17 +133,18 @@ def _block_table(record: AuditRecord, wide: bool) -> Table:
     if wide:
         table.add_column("ablation\nnats/token", justify="right", no_wrap=True)
         table.add_column("natural-\ngradient\nscore", no_wrap=True)
+    if widest:
         table.add_column("rounds", justify="right", no_wrap=True)
     energies = [value for block in record.blocks if (value := ranking(block)) is not None and value > 0]
     ends = (min(energies), max(energies)) if energies else (1.0, 1.0)
     for block in record.blocks:
-        rounds = Text(str(block.rounds) if is_measured(block) else "–")
         table.add_row(
             str(block.index),
             _verdict(block, wide),
             _measured(block.recoverable_nats),
             _unique(block.unique_nats),
-            *([_removal(block.removal_nats), _energy_bar(ranking(block), ends), rounds] if wide else []),
+            *([_removal(block.removal_nats), _energy_bar(ranking(block), ends)] if wide else []),
+            *([Text(str(block.rounds) if is_measured(block) else "–")] if widest else []),
         )
     return table
 

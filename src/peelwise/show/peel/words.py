@@ -20,7 +20,7 @@ STATION_WORDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "not measured": ("not measured", "No map with it, or none without it, was visited."),
     }
 )
-CAVEAT = "A map that beats the model proves; none found proves nothing. None of them says which matrix to blame."
+CAVEAT = "A map that beats the model proves; none found proves nothing. No map says which linear layer to blame."
 
 
 def conclusion(record: PeelRecord) -> str:
@@ -65,13 +65,13 @@ def shown_loss(one: MapRecord) -> PartLosses:
 
 
 def beats_head(record: PeelRecord) -> bool:
-    """Whether the best map is shown to beat the model, also with its head fitted again, and the null controls."""
+    """Whether the best map is shown to beat the model, also with its head re-fitted, and the null controls."""
     over = record.loss.certified
     return over is not None and over.low > 0 and record.informative is not False
 
 
 def inside(record: PeelRecord) -> str:
-    """Return ", references inside ternary:tensor" where the references of low-bit maps obey formats, else nothing."""
+    """Return ", references inside ternary:tensor" where the references of low-bit layers obey formats, else nothing."""
     return f", references inside {clean(record.reference_formats)}" if record.reference_formats else ""
 
 
