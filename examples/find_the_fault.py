@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import peelwise
 from peelwise.records.audit import AuditRecord
 from peelwise.records.base import Interval
+from peelwise.show.views import conclusion
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -115,7 +116,7 @@ def with_interval(axis: plt.Axes, found: list[Interval | None], colours: list[st
 
 def tell(title: str, record: AuditRecord) -> None:
     """Print what the page quotes."""
-    print(f"\n{title}: loss {record.loss.current:.4f}. {record.conclusion}")
+    print(f"\n{title}: loss {record.loss.current:.4f}. {conclusion(record)}")
     for block in record.blocks:
         solo, marginal = shown(block.recoverable_nats), shown(block.unique_nats)
         score = f"natural-gradient score {block.natural_energy:7.3f}"

@@ -87,7 +87,7 @@ def measure(folder: Path, run: str, options: argparse.Namespace) -> dict[str, An
         "over_head_control": of(loss.over_head_control),
         "shuffled": loss.shuffled,
         "untrained": loss.untrained,
-        "conclusion": peel.record.conclusion,
+        "conclusion": peel.conclusion,
     }
     return found
 

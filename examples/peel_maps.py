@@ -20,6 +20,7 @@ import peelwise
 from peelwise.model.fresh import fresh_copy
 from peelwise.records.peel import PeelRecord
 from peelwise.references.map_search import direct_map, named_maps, neighbours
+from peelwise.show.views import conclusion
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -116,7 +117,7 @@ def save(figure: plt.Figure, axes: plt.Axes, path: Path) -> None:
 def tell(title: str, record: PeelRecord) -> None:
     """Print what the page quotes."""
     loss = record.loss
-    print(f"\n{title}: {record.conclusion}")
+    print(f"\n{title}: {conclusion(record)}")
     print(f"  model {loss.current:.4f}, head control {loss.head_control:.4f}, bound {loss.bound:.4f} {record.best_map}")
     over = loss.over_head_control
     print(

@@ -188,8 +188,8 @@ def seconds(rows: Iterable[Row]) -> dict[str, float]:
     for row in rows:
         stages = row["own"]["seconds"]
         so_far = 0.0
-        for stage, names in STAGES:
-            so_far += stages.get(stage, 0.0)
+        for stage, of_old, names in STAGES:
+            so_far += stages.get(stage, stages.get(of_old, 0.0))
             for name in names:
                 if f"{_OURS}{name}" in scores_of(row):
                     taken.setdefault(f"{_OURS}{name}", []).append(so_far)
@@ -199,12 +199,13 @@ def seconds(rows: Iterable[Row]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("losses of the model as it stands", ()),
-    ("statistics of all blocks", ("natural energy", "cross energy", "held-out energy", "energy")),
-    ("joint rounds", ()),
-    ("leaving one block out", ("unique",)),
-    ("refining blocks alone", ("alone",)),
+# Code of a stage, what the results of older versions call it, and the scores that are known behind it.
+STAGES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("losses", "losses of the model as it stands", ()),
+    ("statistics", "statistics of all blocks", ("natural energy", "cross energy", "held-out energy", "energy")),
+    ("joint-rounds", "joint rounds", ()),
+    ("leave-one-out", "leaving one block out", ("unique",)),
+    ("solo-rounds", "refining blocks alone", ("alone",)),
 )
 
 

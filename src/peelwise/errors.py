@@ -73,7 +73,17 @@ class PeelwiseWarning(UserWarning):
 
 
 class IllConditionedWarning(PeelwiseWarning):
-    """A matrix was rank deficient or badly conditioned, and more damping than asked for was used."""
+    """A matrix was rank deficient or badly conditioned, and more damping than asked for was used.
+
+    Args:
+        text: what is said.
+        code: of a remark in a record, see `peelwise.records.codes`.
+        values: the numbers and names in the text.
+    """
+
+    def __init__(self, text: str, code: str = "", **values: int | float | str) -> None:
+        super().__init__(text)
+        self.code, self.values = code, values
 
 
 class FewSequencesWarning(PeelwiseWarning):

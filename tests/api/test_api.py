@@ -72,7 +72,7 @@ def test_report_prints_every_block(audited):
     assert text == str(report)
     assert "\x1b" not in text
     assert max(map(len, text.splitlines())) <= 110
-    assert report.record.conclusion[:40] in text
+    assert report.conclusion[:40] in text
     assert f"{report.record.loss.current:.3f}" in text
 
 

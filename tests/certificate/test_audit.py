@@ -14,11 +14,12 @@ from audits import ONE_ROUND, Snapshot, slow_losses, tiny_probe, written
 from peelwise.certificate.audit import changes_of, merged_model, read_certificate, report_loss, verify_certificate
 from peelwise.certificate.base import PROBE_FILE, WITNESS_FILE, tolerance_of, write_certificate
 from peelwise.errors import CertificateError, PeelwiseError
-from peelwise.evidence.audit import conclusion
+from peelwise.evidence.audit import conclusion_of
 from peelwise.model.architectures import find_blocks
 from peelwise.model.checkpoints import open_model
 from peelwise.records.audit import AuditRecord
 from peelwise.records.files import RECORD_FILE
+from peelwise.show.audit import words
 from peelwise.tasks.audit.run import run_audit
 from zoo import ZOO
 
@@ -107,16 +108,18 @@ NUMBERS = {
 }
 
 
-@pytest.mark.parametrize("path", [*NUMBERS, "loss.shuffled", "conclusion", "cost.wall_seconds", "blocks.0.energy"])
+@pytest.mark.parametrize("path", [*NUMBERS, "loss.shuffled", "conclusion.case", "cost.wall_seconds", "blocks.0.energy"])
 def test_a_changed_number_breaks_the_seal(path, folder, model):
-    edited(folder, path, NUMBERS.get(path, "all is well" if path == "conclusion" else 0.001), reseal=False)
+    edited(folder, path, NUMBERS.get(path, "not-measured" if path == "conclusion.case" else 0.001), reseal=False)
     result = verify_certificate(folder, model)
     assert result.status == "does not hold"
     assert "changed after it was written" in result.reason
 
 
-WORDS = {  # beside the numbers: what is derived from them, and what stands beside them
-    "conclusion": "all is well",
+CLAIMS = {  # beside the numbers: what is derived from them, and what stands beside them
+    "conclusion.case": "not-measured",
+    "conclusion.blocks": [0],
+    "conclusion.harmful": [1],
     "informative": False,
     "loss.shuffled": 0.001,
     "loss.untrained": 0.001,
@@ -130,7 +133,7 @@ WORDS = {  # beside the numbers: what is derived from them, and what stands besi
     "head.relaxed": 1.0,
     "rounds.0.select_after": 0.001,
     "rounds.1.select_after": 1.0,
-    "blocks.2.reason": "nothing above the margin found",
+    "blocks.2.reason_code": "nothing-above-margin",
     "blocks.2.interaction": None,  # the other way round
     "blocks.2.index": 3,
     "blocks.2.tokens_needed": 1_000_000,
@@ -141,11 +144,11 @@ WORDS = {  # beside the numbers: what is derived from them, and what stands besi
 }
 
 
-@pytest.mark.parametrize("path", [*NUMBERS, *WORDS])
+@pytest.mark.parametrize("path", [*NUMBERS, *CLAIMS])
 def test_a_record_that_contradicts_itself_is_found_without_a_pass(path, folder, model):
     record = read_certificate(folder).record
     assert "green" not in {block.verdict for block in record.blocks}  # or the forged colour would be no forgery
-    forged = {**NUMBERS, **WORDS}[path]
+    forged = {**NUMBERS, **CLAIMS}[path]
     edited(folder, path, not record.blocks[2].interaction if forged is None else forged, reseal=True)
     result = verify_certificate(folder, model)
     assert result.status == "does not hold"
@@ -188,17 +191,7 @@ def with_shuffled(record, by):
 )
 def test_a_record_forged_without_contradiction_is_found_by_recomputing(forge, quick, full, folder, model):
     record = forge(read_certificate(folder).record, 0.001)
-    blocks = record.blocks
-    record = record.model_copy(
-        update={
-            "conclusion": conclusion(
-                blocks,
-                record.loss.composed_gain,
-                record.margin_nats,
-                in_distribution=record.probe.in_distribution,
-            )
-        }
-    ).sealed()
+    record = record.model_copy(update={"conclusion": conclusion_of(record)}).sealed()
     (folder / RECORD_FILE).write_text(record.to_json())
     for whole, found in ((False, quick), (True, full)):
         result = verify_certificate(folder, model, full=whole)
@@ -268,6 +261,24 @@ def test_one_weight_of_the_model(audited, model):
     with torch.no_grad():
         changed.model.norm.weight[0] = changed.model.norm.weight[0] + 1e-6
     assert verify_certificate(audited[1], changed).status == OTHER
+
+
+def test_sentences_of_old_are_neither_compared_nor_believed(folder, model):
+    """A record of old says in words what the codes say now; other words change nothing, and are not shown."""
+    content = json.loads((folder / RECORD_FILE).read_text())
+    content["conclusion"] = "All is well."
+    for block in content["blocks"]:
+        del block["reason_code"]
+        block["reason"] = "All is well."
+    record = AuditRecord.model_validate(content).sealed()
+    (folder / RECORD_FILE).write_text(record.to_json())
+    assert verify_certificate(folder, model).holds
+    assert "All is well." in (folder / RECORD_FILE).read_text()
+    before = record.model_copy(update={"conclusion": conclusion_of(record)})
+    assert words.conclusion(record) == words.conclusion(before)
+    assert "All is well." not in (words.conclusion(record), *words.reasons(record))
+    edited(folder, "blocks.2.verdict", "green", reseal=True)
+    assert not verify_certificate(folder, model).holds  # the control: what the words stood for is compared
 
 
 # -- folders that are no certificate ---------------------------------------------------------------------------

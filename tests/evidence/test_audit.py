@@ -1,10 +1,10 @@
-"""Words and flags follow from numbers; that forged records are found is in test_certificate.py."""
+"""Codes and flags follow from numbers; that forged records are found is in test_certificate.py."""
 
 import pytest
 
 from peelwise.evidence.audit import conclusion, contradictions, informative, tokens_needed
 from peelwise.evidence.verdict import Verdict
-from peelwise.records.audit import BlockRecord, LossRecord
+from peelwise.records.audit import AuditConclusion, BlockRecord, LookFirst, LossRecord
 from peelwise.records.base import Interval
 from show.sample import whole
 
@@ -20,57 +20,42 @@ def interval(mean, half=0.01):
 def blocks(colours, measured=True):
     alone = interval(0.02) if measured else None
     return tuple(
-        BlockRecord(index=i, name=f"layers.{i}", verdict=colour, reason="", recoverable_nats=alone)
+        BlockRecord(index=i, name=f"layers.{i}", verdict=colour, recoverable_nats=alone)
         for i, colour in enumerate(colours)
     )
 
 
-SENTENCES = {
-    "one red": (blocks(["grey", "red", "yellow"]), "1 of 3 blocks certified under-optimised (block 1)."),
-    "two red": (blocks(["red", "red"]), "2 of 2 blocks certified under-optimised (blocks 0, 1)."),
-    "many red": (blocks(["red"] * 8), "8 of 8 blocks certified under-optimised (blocks 0, 1, 2, 3, 4, 5, ...)."),
-    "yellow": (
-        blocks(["yellow", "grey"]),
-        "No block is certified under-optimised; 1 of 2 have recoverable loss on this text.",
-    ),
-    "none": (
-        blocks(["grey", "green"]),
-        "None found: of 2 blocks refined alone (of 2), none is shown to have more than 0.010 nats per token "
-        "to recover.",
-    ),
-    "unmeasured": (blocks(["grey"], measured=False), "No verdict yet: no block was refined alone within the budget."),
+CASES = {
+    "one red": (blocks(["grey", "red", "yellow"]), "certified", (1,)),
+    "many red": (blocks(["red"] * 8), "certified", tuple(range(8))),
+    "yellow": (blocks(["yellow", "grey"]), "recoverable", (0,)),
+    "none": (blocks(["grey", "green"]), "none-found", (0, 1)),
+    "unmeasured": (blocks(["grey"], measured=False), "not-measured", ()),
 }
 
 
-@pytest.mark.parametrize(("found", "sentence"), SENTENCES.values(), ids=SENTENCES)
-def test_the_conclusion_says_what_was_found_and_no_more(found, sentence):
-    assert conclusion(found, None, MARGIN) == sentence
-    together = conclusion(found, interval(0.25), MARGIN)
-    assert together == (
-        f"{sentence} Refined together, the blocks win back 0.250 nats per token (95 % interval 0.240 to 0.260)."
-    )
+@pytest.mark.parametrize(("found", "case", "indices"), CASES.values(), ids=CASES)
+def test_the_conclusion_holds_what_was_found_and_no_more(found, case, indices):
+    assert conclusion(found, MARGIN) == AuditConclusion(case=case, blocks=indices)
 
 
-def test_the_conclusion_names_the_blocks_without_which_the_model_is_better():
+def test_the_conclusion_holds_the_blocks_without_which_the_model_is_better():
     removals = [interval(x) for x in (0.4, -0.2, 0.0, -0.3, -0.005)]
     found = tuple(b.model_copy(update={"removal_nats": r}) for b, r in zip(blocks(["grey"] * 5), removals, strict=True))
-    harm = " The model is better without block 3 (0.300 nats per token), without block 1 (0.200 nats per token)."
-    assert conclusion(found, None, MARGIN) == conclusion(blocks(["grey"] * 5), None, MARGIN) + harm
+    assert conclusion(found, MARGIN).harmful == (3, 1)
 
 
 def told(alone, unique, colour="red"):
     return tuple(
-        BlockRecord(index=i, name="", verdict=colour, reason="", recoverable_nats=interval(a), unique_nats=interval(u))
+        BlockRecord(index=i, name="", verdict=colour, recoverable_nats=interval(a), unique_nats=interval(u))
         for i, (a, u) in enumerate(zip(alone, unique, strict=True))
     )
 
 
 def test_the_conclusion_points_at_the_block_to_look_at_first():
     found = told([0.1, 0.3, 0.31, 0.1], [0.2, 0.0, 0.0, 0.0])
-    on_training_text = conclusion(found, None, MARGIN, in_distribution=True)
-    assert on_training_text.endswith(" Look first at block 2 (what it gains alone: 0.310; not told apart: 1).")
-    elsewhere = conclusion(found, None, MARGIN, in_distribution=False)
-    assert elsewhere.endswith(" Look first at block 0 (what only it can give: 0.200).")
+    assert conclusion(found, MARGIN, in_distribution=True).look_first == LookFirst(block=2, by="solo", tied=(1,))
+    assert conclusion(found, MARGIN, in_distribution=False).look_first == LookFirst(block=0, by="marginal")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +64,7 @@ def test_the_conclusion_points_at_the_block_to_look_at_first():
     ids=["many alike", "all alike", "no verdict"],
 )
 def test_where_nothing_sticks_out_it_points_nowhere(found):
-    assert "Look first" not in conclusion(found, None, MARGIN)
+    assert conclusion(found, MARGIN).look_first is None
 
 
 @pytest.mark.parametrize(
@@ -106,12 +91,20 @@ def test_a_bound_is_informative_if_it_beats_its_controls(gain, shuffled, untrain
 
 
 def test_tokens_needed_are_sequences_of_the_probe_s_length():
-    assert tokens_needed(Verdict("grey", "", 50), 1000, 10) == 5000
-    assert tokens_needed(Verdict("red", ""), 1000, 10) is None
+    assert tokens_needed(Verdict("grey", "more-tokens", 50), 1000, 10) == 5000
+    assert tokens_needed(Verdict("red", "above-margin"), 1000, 10) is None
 
 
 def test_numbers_that_were_made_up_one_by_one_contradict_each_other():
-    found = list(contradictions(whole(3), 3e-4))
+    made_up = AuditConclusion(case="certified", blocks=(0,))
+    found = list(contradictions(whole(3).model_copy(update={"conclusion": made_up}), 3e-4))
     assert len(found) > 5
     assert any(words.startswith("conclusion: ") for words in found)
     assert all(words.endswith(".") and "\n" not in words for words in found)
+
+
+def test_a_sentence_in_a_record_of_old_is_no_contradiction():
+    """Rewording it must not break a certificate; the control is above."""
+    record = whole(3)
+    said = list(contradictions(record.model_copy(update={"conclusion": "All is well, in other words."}), 3e-4))
+    assert said == list(contradictions(record.model_copy(update={"conclusion": None}), 3e-4))

@@ -1,10 +1,24 @@
 """What a monitor says: no more than was seen."""
 
+from typing import get_args
+
 import pytest
 
-from peelwise.evidence.events import Change, Seen, changed, no_longer_red, red_advice, turned_red
+from peelwise.evidence.events import (
+    Change,
+    Complaint,
+    Finding,
+    Seen,
+    changed,
+    few_tokens,
+    no_longer_red,
+    red_advice,
+    turned_red,
+    wrong,
+)
 from peelwise.evidence.intervals import Paired
 from peelwise.evidence.trends import EquivalentSteps
+from peelwise.records.base import note
 
 GAIN = Paired(0.031, 0.002, 20).interval()
 
@@ -44,17 +58,17 @@ RISE = Change("energy", 2.34, 380, 400)
 @pytest.mark.parametrize(
     ("seen", "words"),
     [
-        (Seen("has frozen parameters", 0.1, RISE), "It has frozen parameters; see whether that is meant."),
-        (Seen("", 0.1, RISE), "Its learning rate is 0.1 of the other blocks'; raise it."),
-        (Seen("", 1.0, RISE), "Its input-whitened score rose 2.3 times around step 400: look at"),
-        (Seen("", 1.0, Change("energy", 0.4, 380, 400)), "No cause was seen."),
+        (Seen("frozen", 0.1, RISE), "It has frozen parameters; check whether that is meant."),
+        (Seen(None, 0.1, RISE), "Its learning rate is 0.1 of the other blocks'; raise it."),
+        (Seen(None, 1.0, RISE), "Its input-whitened score rose 2.3 times around step 400: look at"),
+        (Seen(None, 1.0, Change("energy", 0.4, 380, 400)), "No cause was seen."),
         (
-            Seen("", 1.0, RISE, "3 of 16 outputs of out got no gradient"),
-            "3 of 16 outputs of out got no gradient; re-init",
+            Seen(None, 1.0, RISE, Finding("dead-units", ("out",), (7,), 16, 3)),
+            "3 of 16 outputs of out get no gradient; re-init",
         ),
-        (Seen("", 1.0, None, "", 0.9999), "The norm of all gradients was 1 at every check of late, as clipping"),
-        (Seen("", 1.0, RISE, "", 1.0), "rose 2.3 times around step 400"),
-        (Seen("", None), "which of them does was not measured."),
+        (Seen(None, 1.0, None, None, 0.9999), "The norm of all gradients was 1 at every check of late, as clipping"),
+        (Seen(None, 1.0, RISE, None, 1.0), "rose 2.3 times around step 400"),
+        (Seen(None, None), "which of them does was not measured."),
     ],
 )
 def test_advice_fits_what_was_seen(seen, words):
@@ -79,3 +93,21 @@ def test_no_longer_red(colour, words):
     event = no_longer_red(600, 7, colour, 100)
     assert words in event.text
     assert (event.level, event.since_step) == ("info", 100)
+
+
+@pytest.mark.parametrize("kind", get_args(Complaint))
+def test_every_complaint_has_a_sentence_and_a_suggestion(kind):
+    event = wrong(5, Finding(kind, ("a", "b", "c", "d"), (0,), 9, 3))
+    assert (event.kind, event.block, event.level == "alert") == (kind, 0, kind == "non-finite")
+    assert event.text.endswith(".")
+    assert "a, b, c, .." in event.text
+    assert event.suggestion.endswith(".")
+
+
+def test_few_tokens_are_told_with_their_numbers():
+    values = {"layer": "up", "tokens": 21, "inputs": 48, "rank": 20}
+    assert "21 fit tokens are few for the 48 inputs of up" in few_tokens(3, note("few-fit-tokens", **values)).text
+    assert (
+        "damping 0.1 instead of 0"
+        in few_tokens(3, note("more-damping", layer="up", size=4, damping=0.0, used=0.1)).text
+    )

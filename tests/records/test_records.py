@@ -95,13 +95,13 @@ def test_the_schema_stands_under_its_key():
 
 @pytest.mark.parametrize("colour", ["red", "yellow", "green", "grey"])
 def test_the_four_colours_are_verdicts(colour):
-    assert BlockRecord(index=0, name="a", verdict=colour, reason="").verdict == colour
+    assert BlockRecord(index=0, name="a", verdict=colour).verdict == colour
 
 
 @pytest.mark.parametrize("colour", ["blue", "Red", "optimal", ""])
 def test_nothing_else_is(colour):
     with pytest.raises(ValidationError):
-        BlockRecord(index=0, name="a", verdict=colour, reason="")
+        BlockRecord(index=0, name="a", verdict=colour)
 
 
 @pytest.mark.parametrize(("owner", "field"), [("", "seed"), ("loss", "current"), ("model", "name")])
@@ -143,7 +143,7 @@ def test_the_digest_changes_with_every_single_value():
     free = [
         (path, value)
         for path, value in leaves(tree)
-        if value is not None and path[-1] not in ("digest", "kind", "verdict", "method")
+        if value is not None and path[-1] not in ("digest", "kind", "verdict", "reason_code", "method")
     ]
     same = [
         path

@@ -46,7 +46,6 @@ def peel_record(blocks: int = 6, **changes: object) -> PeelRecord:
             for name in ("created", "complete", "margin_nats", "probe", "cost", "notes", "settings", "seed", "versions")
         },
         schema_version=base.schema_version,
-        conclusion="The stack of blocks is certified under-optimised.",
         informative=True,
         start="warm",
         model=base.model.model_copy(update={"blocks": blocks}),
@@ -83,7 +82,6 @@ def unmeasured_record() -> PeelRecord:
             "best_map": None,
             "blocks": blocks,
             "loss": PeelLossRecord(current=2.87),
-            "conclusion": "No verdict yet: no map was visited within the budget.",
         }
     )
 

@@ -11,11 +11,14 @@ from peelwise.records.base import (
     CostRecord,
     Interval,
     ModelRecord,
+    Note,
     ProbeRecord,
     SplitRecord,
     StageCost,
     WitnessRecord,
+    note,
 )
+from peelwise.records.codes import Reason
 
 MATRICES = (
     "self_attn.q_proj",
@@ -40,17 +43,14 @@ def interval(mean: float, half: float) -> Interval:
     )
 
 
-def _verdict(index: int) -> tuple[Colour, str]:
+def _verdict(index: int) -> tuple[Colour, Reason]:
     if index == 15:
-        return (
-            "red",
-            "unique +0.0213 [+0.0175, +0.0251] lies above the margin and the block stands out from its depth",
-        )
+        return "red", "above-margin"
     if index in (12, 13):
-        return "yellow", "recoverable on this text; adaptation and under-training cannot be told apart"
+        return "yellow", "foreign-text"
     if index in (0, 5, 22):
-        return "grey", "the interval covers the margin: about 96,000 report tokens would decide"
-    return "green", "nothing above the margin of 0.0144 nats found"
+        return "grey", "more-tokens"
+    return "green", "nothing-above-margin"
 
 
 def block(index: int, *, low_bit: bool = False) -> BlockRecord:
@@ -69,7 +69,7 @@ def block(index: int, *, low_bit: bool = False) -> BlockRecord:
         index=index,
         name=f"model.layers.{index}",
         verdict=colour,
-        reason=reason,
+        reason_code=reason,
         recoverable_nats=interval(alone, 0.012 if colour == "grey" else 0.0038),
         unique_nats=interval(unique, 0.011 if colour == "grey" else 0.0038),
         rounds=4,
@@ -87,11 +87,11 @@ def block(index: int, *, low_bit: bool = False) -> BlockRecord:
 
 def _stages() -> tuple[StageCost, ...]:
     return (
-        StageCost(name="current loss", wall_seconds=9.8, forward_equivalents=1.0),
-        StageCost(name="blocks alone", wall_seconds=141.0, forward_equivalents=22.4),
-        StageCost(name="joint rounds", wall_seconds=62.5, forward_equivalents=11.3),
-        StageCost(name="leave one out", wall_seconds=98.2, forward_equivalents=17.6),
-        StageCost(name="controls", wall_seconds=44.0, forward_equivalents=8.1),
+        StageCost(name="losses", wall_seconds=9.8, forward_equivalents=1.0),
+        StageCost(name="solo-rounds", wall_seconds=141.0, forward_equivalents=22.4),
+        StageCost(name="joint-rounds", wall_seconds=62.5, forward_equivalents=11.3),
+        StageCost(name="leave-one-out", wall_seconds=98.2, forward_equivalents=17.6),
+        StageCost(name="shuffled-control", wall_seconds=44.0, forward_equivalents=8.1),
     )
 
 
@@ -128,8 +128,6 @@ def whole(blocks: int = 30, *, low_bit: bool = False) -> AuditRecord:
     """A finished audit: block 15 certified, block 14 negative when left out, three undecided."""
     return AuditRecord(
         created="2026-03-14T09:26:53Z",
-        conclusion="Block 15 is certified under-optimised: it alone can give 0.0213 nats per token that no "
-        "other block can. Nothing above the margin was found in 24 of the other 29 blocks.",
         complete=True,
         margin_nats=0.0144,
         informative=True,
@@ -165,7 +163,7 @@ def whole(blocks: int = 30, *, low_bit: bool = False) -> AuditRecord:
         rounds=_rounds(),
         cost=CostRecord(forward_equivalents=60.4, wall_seconds=355.5, peak_bytes=1_932_735_283, stages=_stages()),
         witness=WitnessRecord(file="witness.safetensors", sha256="9c" * 32, bytes=212_336_640, dtype="bfloat16"),
-        notes=("Block 0 was damped ten times more than the others, because its inputs are the embeddings.",),
+        notes=(note("more-damping", layer="model.layers.0.mlp.up_proj", size=576, damping=0.1, used=1.0),),
         settings={
             "budget_seconds": 600,
             "damping": 0.1,
@@ -185,14 +183,13 @@ def partial() -> AuditRecord:
     blocks = tuple(
         one.model_copy(update={"unique_nats": None})
         if one.index < 2
-        else BlockRecord(index=one.index, name=one.name, verdict="grey", reason="not measured within the budget")
+        else BlockRecord(index=one.index, name=one.name, verdict="grey", reason_code="not-refined")
         for one in record.blocks
     )
     return record.model_copy(
         update={
             "complete": False,
             "informative": False,
-            "conclusion": "The budget ended after 2 of 6 blocks; no block was certified.",
             "blocks": blocks,
             "loss": LossRecord(current=2.8741),
             "head": None,
@@ -207,8 +204,7 @@ def unmeasured() -> AuditRecord:
     """An audit stopped before its first block."""
     record = partial()
     blocks = tuple(
-        BlockRecord(index=one.index, name=one.name, verdict="grey", reason="not measured within the budget")
-        for one in record.blocks
+        BlockRecord(index=one.index, name=one.name, verdict="grey", reason_code="not-refined") for one in record.blocks
     )
     return record.model_copy(update={"blocks": blocks})
 
@@ -218,7 +214,7 @@ def hostile() -> AuditRecord:
     record = whole(3)
     matrices = (MatrixRecord(name=HOSTILE, share=0.7), MatrixRecord(name="名前.$\\frac", share=0.3))
     blocks = tuple(
-        one.model_copy(update={"name": HOSTILE, "reason": HOSTILE, "matrices": matrices}) for one in record.blocks
+        one.model_copy(update={"name": HOSTILE, "reason_code": None, "matrices": matrices}) for one in record.blocks
     )
     return record.model_copy(
         update={
@@ -234,7 +230,7 @@ def hostile() -> AuditRecord:
                 update={"stages": (StageCost(name=HOSTILE, wall_seconds=1, forward_equivalents=1),)}
             ),
             "witness": WitnessRecord(file=HOSTILE, sha256=HOSTILE, bytes=1, dtype=HOSTILE),
-            "notes": (HOSTILE,),
+            "notes": (HOSTILE, Note(code=HOSTILE, values={HOSTILE: HOSTILE}), note("map-unfinished", map=HOSTILE)),
             "settings": {HOSTILE: HOSTILE},
             "versions": {HOSTILE: HOSTILE},
         }

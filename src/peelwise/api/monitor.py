@@ -14,6 +14,7 @@ from peelwise.distributed.processes import current_processes
 from peelwise.distributed.sharding import unwrap_ddp
 from peelwise.engine.provenance import versions
 from peelwise.errors import StoreError
+from peelwise.evidence.events import not_recorded
 from peelwise.loggers.base import Logger
 from peelwise.loggers.table import logger_of
 from peelwise.model.layers import parameter_count, unwrapped
@@ -183,7 +184,7 @@ class _Outlets:
             try:
                 self.writer = RunWriter(store, info)
             except StoreError as error:
-                self._lost(0, f"the run is not recorded; training goes on. {error}")
+                self._announce(not_recorded(0, error, begun=False))
 
     def step(self, row: StepRow) -> None:
         self._write(row.step, "step", row)
@@ -215,16 +216,13 @@ class _Outlets:
             except StoreError as error:
                 writer, self.writer = self.writer, None
                 writer.close("failed")
-                self._lost(step, f"the run is no longer recorded; training goes on. {error}")
+                self._announce(not_recorded(step, error))
         for logger in tuple(self._loggers):
             try:
                 getattr(logger, what)(row)
-            except Exception as error:  # somebody else's code and disk: the training must not end of it
+            except Exception as error:  # third-party code and disk: the training must not end of it
                 self._loggers.remove(logger)
-                self._lost(step, f"{type(logger).__name__} logs no more; training goes on. {error}")
-
-    def _lost(self, step: int, text: str) -> None:
-        self._announce(Event(step, "warning", "not-recorded", text))
+                self._announce(not_recorded(step, error, type(logger).__name__))
 
     def _announce(self, event: Event) -> None:
         self.events.append(event)

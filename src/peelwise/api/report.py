@@ -50,6 +50,13 @@ class Report:
 
         yield render(self.record)
 
+    @property
+    def conclusion(self) -> str:
+        """What was found, in a few sentences that follow from the record's numbers."""
+        from peelwise.show.views import conclusion
+
+        return conclusion(self.record)
+
     def to_json(self) -> str:
         """Return the record as JSON text."""
         return self.record.to_json()

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from peelwise.errors import PeelwiseWarning
+from peelwise.show.words import stage_words
 
 if TYPE_CHECKING:
     from peelwise.engine.clock import Progress as Step
@@ -57,7 +58,9 @@ def progress_bar() -> Iterator[Watcher]:
             total = step.elapsed_seconds + step.left_seconds
             detail = f" ({step.done} of {step.total})" if step.total else ""
             left = f"at most {_minutes(step.left_seconds)} left" if step.left_seconds else "finishing"
-            bar.update(task, description=step.stage + detail, completed=step.elapsed_seconds / total, left=left)
+            bar.update(
+                task, description=stage_words(step.stage) + detail, completed=step.elapsed_seconds / total, left=left
+            )
 
         yield watch
 
@@ -68,7 +71,7 @@ def _line_per_stage() -> Watcher:
     def watch(step: Step) -> None:
         if step.stage not in seen:
             seen.add(step.stage)
-            stderr.print(f"{_minutes(step.elapsed_seconds):>6}  {step.stage}")
+            stderr.print(f"{_minutes(step.elapsed_seconds):>6}  {stage_words(step.stage)}")
 
     return watch
 

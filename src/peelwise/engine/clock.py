@@ -13,13 +13,14 @@ import torch
 
 from peelwise.model.runner import Work
 from peelwise.records.base import CostRecord, StageCost
+from peelwise.records.codes import Stage
 
 
 @dataclass(frozen=True)
 class Progress:
     """One report of progress: the stage, how far it is, and the seconds used and left at most."""
 
-    stage: str
+    stage: Stage
     done: int
     total: int
     elapsed_seconds: float
@@ -43,8 +44,8 @@ class Clock:
         self.work = work
         self._watcher = watcher
         self._start = time.monotonic()
-        self._stage = ""
-        self.stages: dict[str, tuple[float, float]] = {}  # name -> seconds, token forwards
+        self._stage: Stage = "losses"
+        self.stages: dict[Stage, tuple[float, float]] = {}  # name -> seconds, token forwards
 
     @property
     def elapsed(self) -> float:
@@ -66,7 +67,7 @@ class Clock:
             self._watcher(Progress(self._stage, done, total, self.elapsed, max(self.left, 0.0)))
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: Stage) -> Iterator[None]:
         """Charge everything inside to ``name``; a name used again adds up."""
         began, worked, outer = time.monotonic(), self.work.token_forwards, self._stage
         self._stage = name

@@ -15,15 +15,15 @@ from peelwise.model.layers import LinearLayer
 from peelwise.model.runner import Runner, Trace
 from peelwise.model.weights.held import Held
 from peelwise.probe.probe import Probe
+from peelwise.records.codes import Stage
 
 WITNESS_DTYPE = torch.bfloat16
 
 # Stages that only run the model forwards, in the order they come in; they tell what a pass takes.
-FORWARD_STAGES = LOSSES, REMOVED, WITHOUT = (
-    "losses of the model as it stands",
-    "taking blocks out",
-    "leaving one block out",
-)
+LOSSES: Stage = "losses"
+REMOVED: Stage = "ablation"
+WITHOUT: Stage = "leave-one-out"
+FORWARD_STAGES = LOSSES, REMOVED, WITHOUT
 
 Changes = dict[LinearLayer, Tensor]
 

@@ -281,9 +281,15 @@ def _warn_of_rank(linear: LinearLayer, moments: Moments, spectrum: Spectrum) -> 
     """Warn where tokens are too few; inputs that lack directions by nature (behind a norm) are no reason to."""
     d = moments.S.shape[0]
     if moments.n < d:
-        warnings.warn(
+        rank = spectrum.rank()
+        text = (
             f"{linear.name}: {moments.n} fit tokens for {d} inputs make its [{d}, {d}] sum rank deficient (rank "
-            f"{spectrum.rank()}). Damping keeps the result valid; more fit tokens would sharpen it.",
-            IllConditionedWarning,
-            stacklevel=2,
+            f"{rank}). Damping keeps the result valid; more fit tokens would sharpen it."
         )
+        values: dict[str, int | float | str] = {
+            "layer": linear.name,
+            "tokens": int(moments.n),
+            "inputs": d,
+            "rank": int(rank),
+        }
+        warnings.warn(IllConditionedWarning(text, "few-fit-tokens", **values), stacklevel=2)

@@ -6,83 +6,59 @@ computed here once, so whoever checks a certificate can compute them again witho
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
+from typing import Literal
 
 from peelwise.evidence.intervals import Paired
 from peelwise.evidence.verdict import Evidence, Verdict, default_margin, harmful, judge, leaders
-from peelwise.records.audit import AuditRecord, BlockRecord, HeadRecord, LossRecord
+from peelwise.records.audit import AuditConclusion, AuditRecord, BlockRecord, HeadRecord, LookFirst, LossRecord
 from peelwise.records.base import Interval
 
 # Sums of the same numbers in another order and precision; far below anything that is shown.
 _ROUNDING = 1e-5
-# More blocks than these that cannot be told apart point nowhere.
+# More blocks than these that are not distinguishable point nowhere.
 _MOST_NAMED = 3
 
 
-def conclusion(
-    blocks: tuple[BlockRecord, ...], composed: Interval | None, margin: float, *, in_distribution: bool = True
-) -> str:
-    """Return a few sentences that say what was found, and no more than that.
+def conclusion(blocks: Sequence[BlockRecord], margin: float, *, in_distribution: bool = True) -> AuditConclusion:
+    """Return what follows for all blocks together, and no more than that.
 
     Args:
         blocks: with their verdicts.
-        composed: the gain of all blocks refined together.
         margin: nats per token.
         in_distribution: whether the text is training text; it decides which number points at a block.
     """
-    red = [b.index for b in blocks if b.verdict == "red"]
-    yellow = [b for b in blocks if b.verdict == "yellow"]
-    together = ""
-    if composed is not None:
-        together = (
-            f" Refined together, the blocks win back {composed.mean:.3f} nats per token "
-            f"(95 % interval {composed.low:.3f} to {composed.high:.3f})."
-        )
-    harm = _better_without(blocks, margin)
-    first = _look_first(blocks, in_distribution) + harm
-    if red:
-        which = ", ".join(map(str, red[:6])) + (", ..." if len(red) > 6 else "")
-        blocks_word = "block" if len(red) == 1 else "blocks"
-        return f"{len(red)} of {len(blocks)} blocks certified under-optimised ({blocks_word} {which}).{together}{first}"
-    if yellow:
-        return (
-            f"No block is certified under-optimised; {len(yellow)} of {len(blocks)} have recoverable loss on this "
-            f"text.{together}{first}"
-        )
-    measured = sum(b.recoverable_nats is not None for b in blocks)
-    if not measured:
-        return f"No verdict yet: no block was refined alone within the budget.{together}{harm}"
-    return (
-        f"None found: of {measured} blocks refined alone (of {len(blocks)}), none is shown to have more than "
-        f"{margin:.3f} nats per token to recover.{together}{harm}"
-    )
+    red = tuple(b.index for b in blocks if b.verdict == "red")
+    yellow = tuple(b.index for b in blocks if b.verdict == "yellow")
+    measured = tuple(b.index for b in blocks if b.recoverable_nats is not None)
+    removals = [None if b.removal_nats is None else Paired.of(b.removal_nats) for b in blocks]
+    worse = tuple(blocks[i].index for i in harmful(removals, margin))
+    if red or yellow:
+        first = _look_first(blocks, in_distribution)
+        case: Literal["certified", "recoverable"] = "certified" if red else "recoverable"
+        return AuditConclusion(case=case, blocks=red or yellow, look_first=first, harmful=worse)
+    return AuditConclusion(case="none-found" if measured else "not-measured", blocks=measured, harmful=worse)
 
 
-def _look_first(blocks: tuple[BlockRecord, ...], in_distribution: bool) -> str:
-    """Point at the block most likely at fault, if few enough cannot be told apart from it.
+def conclusion_of(record: AuditRecord) -> AuditConclusion:
+    """Return the conclusion that follows from a record's numbers."""
+    return conclusion(record.blocks, record.margin_nats, in_distribution=record.probe.in_distribution)
 
-    On training text that is the one that gains most alone; on other text all gain by adapting to it, which
-    cancels in what only one block can give (docs/truth.md).
+
+def _look_first(blocks: Sequence[BlockRecord], in_distribution: bool) -> LookFirst | None:
+    """Return the block most likely at fault, if few enough are not distinguishable from it.
+
+    On training text that is the one with the largest solo gain; on other text all gain by adapting to it, which
+    cancels in the marginal gain (docs/truth.md).
     """
-    unique = not in_distribution and all(b.unique_nats for b in blocks)
-    found = [b.unique_nats if unique else b.recoverable_nats for b in blocks]
+    marginal = not in_distribution and all(b.unique_nats for b in blocks)
+    found = [b.unique_nats if marginal else b.recoverable_nats for b in blocks]
     order = leaders([None if i is None else Paired.of(i) for i in found])
     if not all(found) or len(order) > _MOST_NAMED or len(blocks) <= len(order):
-        return ""
-    first, *tied = order
-    value = found[first]
-    what = "what only it can give" if unique else "what it gains alone"
-    others = f"; not told apart: {', '.join(map(str, sorted(tied)))}" if tied else ""
-    return f" Look first at block {first} ({what}: {value.mean if value else 0.0:.3f}{others})."
-
-
-def _better_without(blocks: tuple[BlockRecord, ...], margin: float) -> str:
-    """Name the blocks without which the model is shown to be better, by more than the margin, the worst first."""
-    removals = [block.removal_nats for block in blocks]
-    found = harmful([None if i is None else Paired.of(i) for i in removals], margin)
-    named = [f"{i} ({-r.mean:.3f} nats per token)" for i in found[:_MOST_NAMED] if (r := removals[i]) is not None]
-    return f" The model is better without block {', without block '.join(named)}." if named else ""
+        return None
+    first, *tied = (blocks[i].index for i in order)
+    return LookFirst(block=first, by="marginal" if marginal else "solo", tied=tuple(sorted(tied)))
 
 
 def informative(losses: LossRecord) -> bool | None:
@@ -118,11 +94,9 @@ def contradictions(record: AuditRecord, tolerance: float) -> Iterator[str]:
     yield from _verdicts(record)
     if record.informative != informative(record.loss):
         yield instead("informative", record.informative, informative(record.loss))
-    follows = conclusion(
-        record.blocks, record.loss.composed_gain, record.margin_nats, in_distribution=record.probe.in_distribution
-    )
-    if record.conclusion != follows:
-        yield instead("conclusion", record.conclusion, follows)
+    # A record of old holds a sentence there, which follows from nothing and is not shown either.
+    if isinstance(record.conclusion, AuditConclusion) and record.conclusion != conclusion_of(record):
+        yield instead("conclusion", record.conclusion, conclusion_of(record))
 
 
 def wrong_intervals(named: Iterable[tuple[str, Interval]], sequences: int) -> Iterator[str]:
@@ -223,21 +197,25 @@ def _verdicts(record: AuditRecord) -> Iterator[str]:
         yield instead("margin_nats", record.margin_nats, margin)
     if [b.index for b in record.blocks] != list(range(record.model.blocks)):
         yield f"blocks: expected one record for each of {record.model.blocks} blocks, in order."
-    evidence = [
-        Evidence(*(None if i is None else Paired.of(i) for i in (b.recoverable_nats, b.unique_nats)))
-        for b in record.blocks
-    ]
-    verdicts = judge(evidence, record.margin_nats, in_distribution=probe.in_distribution)
-    for block, verdict in zip(record.blocks, verdicts, strict=True):
+    for block, verdict in zip(record.blocks, verdicts_of(record), strict=True):
         follows = {
             "verdict": verdict.colour,
-            "reason": verdict.reason,
+            "reason_code": block.reason_code and verdict.reason,  # records of old have none
             "interaction": verdict.interaction,
             "tokens_needed": tokens_needed(verdict, probe.report_tokens, probe.report_sequences),
         }
         for name, value in follows.items():
             if getattr(block, name) != value:
                 yield instead(f"{block.name} {name}", getattr(block, name), value)
+
+
+def verdicts_of(record: AuditRecord) -> list[Verdict]:
+    """Return the verdicts that follow from a record's numbers, one per block."""
+    evidence = [
+        Evidence(*(None if i is None else Paired.of(i) for i in (b.recoverable_nats, b.unique_nats)))
+        for b in record.blocks
+    ]
+    return judge(evidence, record.margin_nats, in_distribution=record.probe.in_distribution)
 
 
 def instead(name: str, recorded: object, follows: object, of: str = "its other numbers") -> str:

@@ -1,15 +1,68 @@
-"""Words for what a monitor sees: events, each with a suggestion that fits what was seen and no more. No torch."""
+"""Events of a run: from what was seen, as a code and numbers, to a row with its sentence and a suggestion. No torch.
+
+Rows hold their sentences, because people read them with plain SQL; this is the one place where those are made. A
+suggestion fits what was seen and says no more.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from peelwise.evidence.trends import EquivalentSteps
-from peelwise.records.base import Interval
-from peelwise.records.run import Event
+from peelwise.records.base import Interval, Note
+from peelwise.records.run import Event, Level
 from peelwise.records.signals import title_of
 
 _SLOW = 0.5  # a learning rate below this part of the other blocks' is worth a word
+_NAMED = 3
+DEAD_CHECKS = 3  # an output without a gradient at so many checks in a row is called dead
+
+
+Complaint = Literal["frozen", "not-optimised", "zero-rate", "not-updated", "no-gradient", "non-finite", "dead-units"]
+
+_ADVICE: Mapping[Complaint, str] = {
+    "frozen": "If that is not meant, set requires_grad_(True).",
+    "not-optimised": "If that is not meant, give them to the optimiser.",
+    "zero-rate": "If that is not meant, look at the optimiser's groups and the schedule.",
+    "not-updated": "Check whether the loss depends on them.",
+    "no-gradient": "Check whether the loss depends on them.",
+    "non-finite": "Lower the learning rate, clip the gradient's norm, or scale the loss, and look at the last batches.",
+    "dead-units": "A smaller learning rate, other initial weights or another activation may bring them back.",
+}
+# The complaints that explain why a block is not trained, as they are said of it.
+_UNTRAINED: Mapping[Complaint, str] = {
+    "frozen": "has frozen parameters",
+    "not-optimised": "has parameters that are not in the optimiser",
+    "zero-rate": "has a learning rate of zero",
+    "not-updated": "has parameters that are not updated",
+    "no-gradient": "has parameters that get no gradient",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, with the parameters (or layers) it is wrong with, in the order of the model.
+
+    Attributes:
+        kind: what is wrong.
+        names: of the parameters, or the layer.
+        blocks: that they are in.
+        total: parameters of the model, or outputs of the layer.
+        dead: outputs of the layer that get no gradient.
+    """
+
+    kind: Complaint
+    names: tuple[str, ...]
+    blocks: tuple[int, ...]
+    total: int
+    dead: int = 0
+
+    @property
+    def stops_training(self) -> bool:
+        """Whether it explains why a block is not trained."""
+        return self.kind in _UNTRAINED
 
 
 @dataclass(frozen=True)
@@ -27,17 +80,17 @@ class Seen:
     """What is known of a block besides its verdict.
 
     Attributes:
-        untrained: why it is not being trained, in words, or empty.
+        untrained: what stops its training, or ``None``.
         rate_ratio: its learning rate over the median of all blocks, or ``None``.
         change: the latest change of level, or ``None``.
-        dead: which of its outputs get no gradient, in words, or empty.
+        dead: the layer of which many outputs get no gradient, or ``None``.
         clipped_to: what the norm of all gradients has been at every check of late, or ``None`` where it varies.
     """
 
-    untrained: str = ""
+    untrained: Complaint | None = None
     rate_ratio: float | None = None
     change: Change | None = None
-    dead: str = ""
+    dead: Finding | None = None
     clipped_to: float | None = None
 
 
@@ -84,12 +137,15 @@ def changed(step: int, block: int, change: Change) -> Event:
 
 def red_advice(seen: Seen) -> str:
     """Return what one may try on a red block: the likeliest cause that was seen, else what is open."""
-    if seen.untrained:
-        return f"It {seen.untrained}; see whether that is meant."
+    if seen.untrained is not None:
+        return f"It {_UNTRAINED[seen.untrained]}; check whether that is meant."
     if seen.rate_ratio is not None and seen.rate_ratio < _SLOW:
         return f"Its learning rate is {seen.rate_ratio:.2g} of the other blocks'; raise it."
     if seen.dead:
-        return f"{seen.dead}; re-initialising those outputs, or a smaller learning rate, may bring them back."
+        return (
+            f"{seen.dead.dead} of {seen.dead.total} outputs of {seen.dead.names[0]} get no gradient; re-initialising "
+            "those outputs, or a smaller learning rate, may bring them back."
+        )
     change = seen.change
     if change is not None and change.times > 1:
         return (
@@ -106,6 +162,85 @@ def red_advice(seen: Seen) -> str:
         "No cause was seen. A larger learning rate for this block, or applying a witness (peelwise audit, then "
         "peelwise apply), may help; which of them does was not measured."
     )
+
+
+def wrong(step: int, finding: Finding) -> Event:
+    """Return the event of something that is wrong with parameters or a layer."""
+    count, kind = len(finding.names), finding.kind
+    names = ", ".join(finding.names[:_NAMED]) + (", .." if count > _NAMED else "")
+    what = f"{count} of {finding.total} parameters" if count > 1 else "1 parameter"
+    are, get, have = ("are", "get", "have") if count > 1 else ("is", "gets", "has")
+    text = {
+        "frozen": f"{what} {are} frozen (requires_grad is False): {names}.",
+        "not-optimised": f"{what} {are} not in the optimiser: {names}.",
+        "zero-rate": f"{what} {have} a learning rate of zero: {names}.",
+        "not-updated": f"{what} {are} not written by the optimiser while others are: {names}.",
+        "no-gradient": f"{what} {get} no gradient: {names}.",
+        "non-finite": f"{what} {have} a gradient that is NaN or Inf: {names}.",
+        "dead-units": f"{names}: {finding.dead} of {finding.total} outputs got no gradient at {DEAD_CHECKS} checks in "
+        "a row.",
+    }[kind]
+    block = finding.blocks[0] if len(finding.blocks) == 1 else None
+    level: Level = "alert" if kind == "non-finite" else "warning"
+    return Event(step, level, kind, text, block, suggestion=_ADVICE[kind])
+
+
+def non_finite_loss(step: int, loss: float) -> Event:
+    """Return the event of a training loss that is NaN or Inf."""
+    return Event(step, "alert", "non-finite", f"the training loss is {loss}.", suggestion=_ADVICE["non-finite"])
+
+
+def no_gradients_seen(step: int) -> Event:
+    """Return the event of checks that never found a gradient."""
+    advice = "Call step() after the optimiser's step and before its zero_grad()."
+    return Event(step, "info", "no-gradients-seen", "no check found any gradient.", suggestion=advice)
+
+
+def not_measured(step: int, why: str, *, last: bool) -> Event:
+    """Return the event of a measurement that failed; ``last``: no further one is tried."""
+    text = f"the model could not be measured: {why}" + (" No further attempt is made." if last else "")
+    return Event(step, "warning", "not-measured", text)
+
+
+def cost(step: int, seconds: float, budget: float) -> Event:
+    """Return the event of the first measurement: what it took, and how often the budget allows one."""
+    text = f"one measurement takes {seconds:.2g} s; a budget of {budget:.1%} allows one every {seconds / budget:.2g} s."
+    return Event(step, "info", "cost", text, suggestion="A smaller probe can be measured more often.")
+
+
+def few_tokens(step: int, note: Note) -> Event:
+    """Return the event of sums that are rank deficient, from the remark of the first one."""
+    found = note.values
+    if note.code == "few-fit-tokens":
+        text = f"{found['tokens']} fit tokens are few for the {found['inputs']} inputs of {found['layer']}"
+        text += f" (its sum has rank {found['rank']})"
+    else:
+        text = f"the sum of {found['layer']} needs damping {found['used']:g} instead of {found['damping']:g}"
+    advice = "Damping keeps the result valid; more fit tokens would sharpen it."
+    return Event(step, "info", "few-tokens", f"{text}.", suggestion=advice)
+
+
+def not_recorded(step: int, error: object, what: str = "", *, begun: bool = True) -> Event:
+    """Return the event of a run that is not, or no longer, recorded; ``what`` names a logger instead of the file."""
+    lost = f"{what} logs nothing more" if what else f"the run is {'no longer' if begun else 'not'} recorded"
+    return Event(step, "warning", "not-recorded", f"{lost}; training goes on. {error}")
+
+
+def codes_still(step: int, block: int, measurements: int) -> Event:
+    """Return the event of a low-bit block whose codes do not move."""
+    text = f"block {block}: almost none of its codes flipped over {measurements} measurements."
+    advice = (
+        "Its latent weights move less than it takes to cross a threshold: a larger learning rate may help. Its "
+        "verdict, or peelwise audit, tells whether other codes would do better."
+    )
+    return Event(step, "warning", "codes-still", text, block, suggestion=advice)
+
+
+def dead_rows(step: int, block: int, dead: int, layer: str) -> Event:
+    """Return the event of a low-bit layer that has outputs with all-zero weights."""
+    text = f"block {block}: {dead} outputs of {layer} have all-zero weights."
+    advice = "They contribute nothing; a scale per channel, or a smaller threshold, may bring them back."
+    return Event(step, "warning", "dead-rows", text, block, suggestion=advice)
 
 
 def _worth(worth: EquivalentSteps | None) -> str:

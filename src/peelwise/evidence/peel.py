@@ -8,9 +8,8 @@ from typing import Literal
 from peelwise.evidence.audit import instead, wrong_intervals
 from peelwise.evidence.verdict import default_margin
 from peelwise.records.base import Interval
-from peelwise.records.peel import MapRecord, PeelLossRecord, PeelRecord, StationRecord
+from peelwise.records.peel import MapRecord, PeelConclusion, PeelLossRecord, PeelRecord, StationRecord
 
-_MOST_NAMED = 6
 _ROUNDING = 1e-5
 
 
@@ -20,33 +19,25 @@ def conclusion(
     blocks: tuple[StationRecord, ...],
     *,
     informative: bool | None,
-) -> str:
-    """Return what was found in words, and no more than that."""
+) -> PeelConclusion:
+    """Return what follows for the whole peel, and no more than that."""
     if losses.bound is None or not maps:
-        return "No verdict yet: no map was visited within the budget."
-    rival = "the model and the model with its head fitted again" if losses.over_head_control else "the model"
+        return PeelConclusion(case="not-measured")
     over = losses.certified
-    best = maps[0]
+    case: Literal["certified", "uninformative", "none-found"] = "certified"
     if over is None or over.low <= 0:
-        first = f"None found: of {len(maps)} maps visited, none is shown to beat {rival}, which proves nothing."
+        case = "none-found"
     elif informative is False:
-        first = f"The best map ({best.name}) beats {rival}, but not its null controls: uninformative."
-    else:
-        first = (
-            f"The stack of blocks is certified under-optimised: map {' '.join(map(str, best.stations))} ({best.name}) "
-            f"beats {rival} by {over.mean:.3f} nats per token (95 % interval {over.low:.3f} to {over.high:.3f})."
-        )
-    return first + _redundancy_words(blocks)
+        case = "uninformative"
+    redundant, misleading = (
+        tuple(block.index for block in blocks if block.verdict == verdict) for verdict in ("redundant", "misleading")
+    )
+    return PeelConclusion(case=case, redundant=redundant, misleading=misleading)
 
 
-def _redundancy_words(blocks: tuple[StationRecord, ...]) -> str:
-    said = ""
-    for verdict, words in (("redundant", "redundant as a target"), ("misleading", "better left out")):
-        found = [str(block.index) for block in blocks if block.verdict == verdict]
-        if found:
-            which = ", ".join(found[:_MOST_NAMED]) + (", ..." if len(found) > _MOST_NAMED else "")
-            said += f" {'Block' if len(found) == 1 else 'Blocks'} {which}: {words}."
-    return said
+def conclusion_of(record: PeelRecord) -> PeelConclusion:
+    """Return the conclusion that follows from a record's numbers."""
+    return conclusion(record.loss, record.maps, record.blocks, informative=record.informative)
 
 
 def station_verdict(lost: Interval, margin: float) -> Literal["needed", "redundant", "misleading", "undecided"]:
@@ -88,9 +79,9 @@ def contradictions(record: PeelRecord) -> Iterator[str]:
             yield instead(f"{block.name} verdict", block.verdict, follows)
     if record.informative != informative(record.loss):
         yield instead("informative", record.informative, informative(record.loss))
-    said = conclusion(record.loss, record.maps, record.blocks, informative=record.informative)
-    if record.conclusion != said:
-        yield instead("conclusion", record.conclusion, said)
+    # A record of old holds a sentence there, which follows from nothing and is not shown either.
+    if isinstance(record.conclusion, PeelConclusion) and record.conclusion != conclusion_of(record):
+        yield instead("conclusion", record.conclusion, conclusion_of(record))
 
 
 def _losses(loss: PeelLossRecord) -> Iterator[str]:

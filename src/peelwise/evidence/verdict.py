@@ -1,4 +1,4 @@
-"""From numbers to colours: red, yellow, green or grey, with the reason in words. No torch.
+"""From numbers to colours: red, yellow, green or grey, with the reason as a code. No torch.
 
 Thirty blocks are thirty questions: a colour is given only where Holm's procedure over all measured blocks
 rejects the opposite, at 2.5 % on each side (95 % together). The plain 95 % interval is what is drawn.
@@ -13,17 +13,12 @@ import numpy as np
 
 from peelwise.evidence.intervals import Paired, holm_rejections
 from peelwise.records.base import Colour
+from peelwise.records.codes import INTERACTS, Reason
 
 LEVEL = 0.025
 _ROBUST_DEVIATIONS = 3.0
 _FEWEST_FOR_TREND = 5
 _APART = 1.96  # standard errors
-
-CERTIFIED = "certified under-optimised"
-STILL_TRAINING = "recoverable, still training"
-FOREIGN = "recoverable on this text; adaptation and under-training cannot be told apart without training text"
-NOTHING = "nothing above the margin found"
-UNDECIDED = "undecided"
 
 
 @dataclass(frozen=True)
@@ -36,12 +31,20 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A colour, its reason, and how many report sequences would decide a grey one (if that is what lacks)."""
+    """A colour, its reason, and how many report sequences would decide a grey one (if that is what lacks).
+
+    ``interaction``: refining the block beside its neighbours hurts, so its marginal gain is significantly negative.
+    """
 
     colour: Colour
-    reason: str
+    reason: Reason
     sequences_needed: int | None = None
     interaction: bool = False
+
+    @property
+    def code(self) -> str:
+        """The reason with the interaction, in one text: what a run history holds."""
+        return f"{self.reason}{INTERACTS if self.interaction else ''}"
 
 
 def default_margin(loss: float) -> float:
@@ -88,13 +91,13 @@ def judge(
     for i, measured in enumerate(alone):
         verdict = _one(measured, margin, above[i], below[i], unique_above[i])
         if verdict.colour == "red" and still_falling:
-            verdict = Verdict("yellow", STILL_TRAINING)
+            verdict = Verdict("yellow", "still-falling")
         elif verdict.colour == "red" and not in_distribution and not (outlying[i] or unique_above[i]):
-            verdict = Verdict("yellow", FOREIGN)
+            verdict = Verdict("yellow", "foreign-text")
         if unique_negative[i]:
             verdict = Verdict(
                 verdict.colour if verdict.colour != "green" else "grey",
-                f"{verdict.reason}; refining it beside its neighbours hurts (they interact)",
+                verdict.reason,
                 verdict.sequences_needed,
                 interaction=True,
             )
@@ -104,14 +107,12 @@ def judge(
 
 def _one(alone: Paired | None, margin: float, above: bool, below: bool, unique_above: bool) -> Verdict:
     if alone is None:
-        if unique_above:
-            return Verdict("grey", "only it gives more than the margin once all are refined; not refined alone yet")
-        return Verdict("grey", f"{UNDECIDED}: not refined alone within the budget")
+        return Verdict("grey", "marginal-only" if unique_above else "not-refined")
     if above:
-        return Verdict("red", CERTIFIED)
+        return Verdict("red", "above-margin")
     if below:
-        return Verdict("green", NOTHING)
-    return Verdict("grey", f"{UNDECIDED}: more probe tokens needed", alone.sequences_needed(margin))
+        return Verdict("green", "nothing-above-margin")
+    return Verdict("grey", "more-tokens", alone.sequences_needed(margin))
 
 
 def stands_out(values: Sequence[float | None], margin: float) -> list[bool]:
@@ -135,7 +136,7 @@ def stands_out(values: Sequence[float | None], margin: float) -> list[bool]:
 
 
 def leaders(values: Sequence[Paired | None]) -> list[int]:
-    """Return the block with the largest value and those that cannot be told apart from it, largest first.
+    """Return the block with the largest value and those that are not distinguishable from it, largest first.
 
     Apart is more than 1.96 standard errors of both together. Blocks that were not measured do not compete.
     """

@@ -7,14 +7,15 @@ from typing import Literal
 from pydantic import Field
 
 from peelwise.records.base import Colour, Interval, Record, SealedRecord, SplitRecord
+from peelwise.records.codes import Reason
 
 
 class MatrixRecord(Record):
-    """One linear map of a block; ``share`` is its part of the block's explained gradient energy (0..1).
+    """One linear layer of a block; ``share`` is its part of the block's input-whitened score (0..1).
 
-    Of low-bit maps also the ``format`` with its bits per weight, the share of codes that the witness of the block alone
-    changes, and ``split``, the parts of the map's error against its dense witness by the local curvature, nats per
-    token.
+    Of low-bit layers also the ``format`` with its bits per weight, the share of codes that the witness of the block by
+    itself changes, and ``split``, the parts of the layer's error against its dense witness by the local curvature, in
+    nats per token.
     """
 
     name: str
@@ -30,14 +31,15 @@ class MatrixRecord(Record):
 class BlockRecord(Record):
     """What was found out about one block.
 
-    ``recoverable_nats`` is the block refined alone, ``unique_nats`` what only this block gives once all
-    others are refined; ``interaction`` marks a unique value that is significantly negative over all blocks
-    together: neighbours that compensate for each other.
-    ``None`` means not measured within the budget, never "nothing there".
+    ``reason_code`` says why it has its colour; records of old have a sentence under ``reason`` instead.
+    Keys are older than the words that are shown. ``recoverable_nats`` is the **solo gain**: the block refined by
+    itself. ``unique_nats`` is the **marginal gain** (leave-one-out): what only this block gives once all others are
+    refined. ``interaction`` marks one that is significantly negative over all blocks together: neighbours that
+    compensate for each other. ``None`` means not measured within the budget, never "nothing there".
     ``energy`` to ``gradient_norm`` are the signals of a sweep that have a field of their own since earlier versions;
     ``signals`` holds all others by name. What they mean is in `records.signals.SIGNALS` (docs/signals.md).
-    ``removal_nats`` is what the loss rises by when the block is taken out, its input passed on as its output: below
-    zero, the model is better without it, which replacement weights of zero prove.
+    ``removal_nats`` is the **ablation**: what the loss rises by when the block is skipped, its input passed on as its
+    output. Below zero, the model is better without it, which replacement weights of zero prove.
     ``split`` takes the loss of a low-bit model apart for this block alone, with the interval of its price in
     ``price_nats``.
     """
@@ -45,7 +47,7 @@ class BlockRecord(Record):
     index: int
     name: str
     verdict: Colour
-    reason: str
+    reason_code: Reason | None = None
     recoverable_nats: Interval | None = None
     unique_nats: Interval | None = None
     removal_nats: Interval | None = None
@@ -84,7 +86,7 @@ class LossRecord(Record):
     Controls (``None`` = not run within the budget): ``head_control`` the model with its head re-fitted,
     ``shuffled`` the same construction from targets permuted across sequences, ``untrained`` the same
     construction on the same architecture at initialisation. ``dense`` is reached by all blocks refined together without
-    the formats of low-bit maps, ``price`` is what the composed witness is above it, and ``split`` says it in three
+    the formats of low-bit layers, ``price`` is what the composed witness is above it, and ``split`` says it in three
     parts.
     """
 
@@ -118,10 +120,36 @@ class RoundRecord(Record):
     flipped: float | None = None
 
 
+class LookFirst(Record):
+    """The block to look at first, and those that are not distinguishable from it.
+
+    ``by`` says which number decides: the solo gain on training text, the marginal gain on other text.
+    """
+
+    block: int
+    by: Literal["solo", "marginal"]
+    tied: tuple[int, ...] = ()
+
+
+class AuditConclusion(Record):
+    """What follows from the numbers of all blocks together.
+
+    ``case`` is the first of these that applies, and ``blocks`` are those that it holds for: some blocks are
+    ``certified`` (red), some gains are ``recoverable`` (yellow), blocks were refined by themselves and ``none-found``,
+    or nothing was refined: ``not-measured``. Without the ``harmful`` blocks (the worst first) the model is better.
+    """
+
+    case: Literal["certified", "recoverable", "none-found", "not-measured"]
+    blocks: tuple[int, ...] = ()
+    look_first: LookFirst | None = None
+    harmful: tuple[int, ...] = ()
+
+
 class AuditRecord(SealedRecord):
     """Everything one audit found."""
 
     kind: Literal["audit"] = "audit"
+    conclusion: AuditConclusion | str | None = None
     loss: LossRecord
     blocks: tuple[BlockRecord, ...]
     head: HeadRecord | None = None

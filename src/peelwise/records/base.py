@@ -12,15 +12,48 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from peelwise.records.codes import NoteCode
+
 SCHEMA_VERSION = 1
 
 Colour = Literal["red", "yellow", "green", "grey"]
+Value = int | float | str
 
 
 class Record(BaseModel):
     """Base of all records: frozen; unknown keys of a newer writer are kept."""
 
     model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True, allow_inf_nan=False)
+
+
+class Note(Record):
+    """A remark: its code and the numbers and names that belong to it.
+
+    ======================  ================================================================================
+    ``stopped``             by the user
+    ``budget-ended``        before everything was done
+    ``low-bit``             ``layers`` that hold codes, of which ``formats``
+    ``no-head``             none was found
+    ``logits-changed``      behind the head, so that it cannot be re-fitted
+    ``not-initialised``     the model cannot be initialised again, so there is no untrained control
+    ``few-fit-tokens``      ``tokens`` for the ``inputs`` of ``layer``, ``rank`` of its sum; ``more`` like it
+    ``more-damping``        ``used`` instead of ``damping`` for the ``size`` of ``layer``; ``more`` like it
+    ``dense-references``    of low-bit layers that hold ``formats``
+    ``no-head-fit``         the head of a peel cannot be re-fitted
+    ``head-steps``          every head of a peel got so many ``steps``
+    ``map-unfinished``      the budget ended inside ``map``
+    ``few-heads``           only so many ``heads`` were fitted, as the vocabulary is large
+    ``other-tensors``       ``count`` tensors besides the quantised ones differ, such as ``name``
+    ======================  ================================================================================
+    """
+
+    code: str  # a NoteCode, or one of a newer writer
+    values: dict[str, Value] = {}
+
+
+def note(code: NoteCode, **values: Value) -> Note:
+    """Return a remark with what belongs to it."""
+    return Note(code=code, values=values)
 
 
 class Interval(Record):
@@ -42,8 +75,9 @@ class Interval(Record):
 class SplitRecord(Record):
     """Three parts that add up to what there is now: an error, or a loss.
 
-    Of a loss, ``irreducible`` is the lowest that a witness reached without the format, ``price_of_precision`` what the
-    best one found inside it is above that, and ``left_on_the_table`` what it gains: certified, at the same bits.
+    Of a loss, ``irreducible`` is the lowest that a witness reached without the format; ``price_of_precision``, the
+    **quantisation gap (upper bound)**, what the best one found inside it is above that; ``left_on_the_table`` what it
+    gains, certified: what is **recoverable at the same bit width**.
     """
 
     irreducible: float
@@ -52,7 +86,7 @@ class SplitRecord(Record):
 
 
 class StageCost(Record):
-    """Wall time and work of one stage of the audit."""
+    """Wall time and work of one stage of the audit; ``name`` is a `codes.Stage`, in records of old a sentence."""
 
     name: str
     wall_seconds: float
@@ -112,14 +146,15 @@ class SealedRecord(Record):
     """What every certificate says, whatever was measured: about what, how, at which cost, and its seal.
 
     ``complete`` is false if the budget or the user stopped the work early. ``informative`` is ``None`` until the
-    null controls have been run. ``digest`` is the SHA-256 of the rest, so that a changed number shows; it
-    protects against accidents, not against whoever recomputes it.
+    null controls have been run. ``conclusion`` and ``notes`` are data and codes; `show` makes the sentences. Records
+    of old hold sentences in their place, which count for their seal and for nothing else. ``digest`` is the SHA-256
+    of the rest, so that a changed number shows; it protects against accidents, not against whoever recomputes it.
     """
 
     schema_version: int = Field(default=SCHEMA_VERSION, alias="schema")
     kind: str
     created: str
-    conclusion: str
+    conclusion: Record | str | None = None
     complete: bool
     margin_nats: float
     informative: bool | None
@@ -127,7 +162,7 @@ class SealedRecord(Record):
     probe: ProbeRecord
     cost: CostRecord
     witness: WitnessRecord | None = None
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note | str, ...] = ()
     settings: dict[str, bool | int | float | str | None]
     seed: int
     versions: dict[str, str]

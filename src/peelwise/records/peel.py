@@ -29,7 +29,7 @@ class MapRecord(Record):
         own_head: losses with the model's own head on the stack.
         loss: losses with a head fitted on the stack; ``None`` where that was not done within the budget.
         gain_over_model: model's loss minus ``loss`` (``own_head`` without a fitted head), paired by sequence.
-        gain_over_head: the same against the model with its head fitted again; needs a fitted head.
+        gain_over_head: the same against the model with its head re-fitted; needs a fitted head.
         unexplained: per block, share of its station's variance that the reference leaves, on select.
         blocks_fitted: references fitted for this map; the others were shared with earlier maps.
         wall_seconds, forward_equivalents: what visiting the map cost.
@@ -66,7 +66,7 @@ class StationRecord(Record):
 class PeelLossRecord(Record):
     """Losses on report. ``bound`` is the best map's, chosen on select; ``None`` = not run within the budget.
 
-    ``head_control`` is the model with its head fitted again on the same tokens, ``shuffled`` the best map with
+    ``head_control`` is the model with its head re-fitted on the same tokens, ``shuffled`` the best map with
     targets permuted across sequences, ``untrained`` the best map from the stations of the architecture at
     initialisation. Each ``over_..`` is that loss minus the bound, paired by sequence.
     """
@@ -92,10 +92,22 @@ class PeelLossRecord(Record):
         return min(gains, key=lambda gain: gain.low, default=None)
 
 
+class PeelConclusion(Record):
+    """What follows from the numbers of a peel: whether the best map beats what it has to, and which blocks stand out.
+
+    A bound that beats the model, but not the null controls, is ``uninformative``.
+    """
+
+    case: Literal["certified", "uninformative", "none-found", "not-measured"]
+    redundant: tuple[int, ...] = ()
+    misleading: tuple[int, ...] = ()
+
+
 class PeelRecord(SealedRecord):
     """Everything one peel found; it is informative if the bound beats both null controls."""
 
     kind: Literal["peel"] = "peel"
+    conclusion: PeelConclusion | str | None = None
     start: Literal["warm", "cold"]
     loss: PeelLossRecord
     best_map: tuple[int, ...] | None = None
@@ -105,6 +117,6 @@ class PeelRecord(SealedRecord):
 
     @property
     def reference_formats(self) -> str | None:
-        """The formats that references of low-bit maps obey; ``None`` where there are none, or references are dense."""
+        """The formats of low-bit layers that references obey; ``None`` if there are none or references are dense."""
         found = self.settings.get(REFERENCE_FORMATS)
         return str(found) if found else None

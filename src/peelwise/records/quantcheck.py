@@ -10,11 +10,20 @@ from typing import Literal
 
 from pydantic import Field
 
-from peelwise.records.base import SCHEMA_VERSION, CostRecord, Interval, ModelRecord, ProbeRecord, Record, SplitRecord
+from peelwise.records.base import (
+    SCHEMA_VERSION,
+    CostRecord,
+    Interval,
+    ModelRecord,
+    Note,
+    ProbeRecord,
+    Record,
+    SplitRecord,
+)
 
 
 class LayerCheck(Record):
-    """One linear map: its output error against the parent's, for the parent's inputs.
+    """One linear layer: its output error against the parent's, for the parent's inputs.
 
     ``split`` is ``None`` where the budget ended before it was solved; ``error`` is what its parts add up to.
     ``rounded`` is the error of rounding the parent's weights to nearest with the format's own rule, ``flipped`` the
@@ -52,13 +61,19 @@ class QuantLosses(Record):
     kept: bool
 
 
+class QuantcheckConclusion(Record):
+    """What follows from the losses: is there damage, and do other codes of the same formats win some of it back?"""
+
+    case: Literal["no-damage", "recoverable", "none-found"]
+
+
 class QuantcheckRecord(Record):
     """Everything that one comparison found."""
 
     schema_version: int = Field(default=SCHEMA_VERSION, alias="schema")
     kind: Literal["quantcheck"] = "quantcheck"
     created: str
-    conclusion: str
+    conclusion: QuantcheckConclusion
     complete: bool
     quantised: ModelRecord
     parent: ModelRecord
@@ -66,7 +81,7 @@ class QuantcheckRecord(Record):
     loss: QuantLosses
     layers: tuple[LayerCheck, ...]
     cost: CostRecord
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
     settings: dict[str, bool | int | float | str | None]
     seed: int
     versions: dict[str, str]

@@ -92,7 +92,10 @@ class MatrixShare:
 
 @dataclass(frozen=True)
 class VerdictRow:
-    """A block's verdict from this record on, and the step of the measurement it rests on."""
+    """A block's verdict from this record on, and the step of the measurement it rests on.
+
+    ``reason`` is one of `codes.Reason`, with `codes.INTERACTS` behind it or not; in runs of old it is a sentence.
+    """
 
     block: int
     colour: Colour

@@ -8,9 +8,13 @@ from rich.console import Console, RenderableType
 
 from peelwise.records.audit import AuditRecord
 from peelwise.records.peel import PeelRecord
+from peelwise.records.quantcheck import QuantcheckRecord
 from peelwise.show.audit import report, terminal
+from peelwise.show.audit import words as audit_words
 from peelwise.show.peel import report as peel_report
 from peelwise.show.peel import terminal as peel_terminal
+from peelwise.show.peel import words as peel_words
+from peelwise.show.quantcheck import words as quantcheck_words
 
 AnyRecord = AuditRecord | PeelRecord
 
@@ -30,6 +34,13 @@ def render(record: AnyRecord, folder: Path | str | None = None) -> RenderableTyp
 def print_record(record: AnyRecord, console: Console, folder: Path | str | None = None) -> None:
     """Print the view on a console, in plain characters where the terminal cannot show others."""
     terminal.print_view(render(record, folder), console)
+
+
+def conclusion(record: AnyRecord | QuantcheckRecord) -> str:
+    """Return in a few sentences what was found."""
+    if isinstance(record, QuantcheckRecord):
+        return quantcheck_words.conclusion(record)
+    return peel_words.conclusion(record) if isinstance(record, PeelRecord) else audit_words.conclusion(record)
 
 
 def render_html(record: AnyRecord) -> str:

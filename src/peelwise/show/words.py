@@ -1,6 +1,8 @@
-"""The words, letters, shapes and number formats that every view shares, so that no two views disagree.
+"""The words, letters, shapes and formats of numbers that every view shares, so that no two views disagree.
 
-A verdict is told apart three times: by letter, by shape and by colour (hue *and* lightness), because about
+Here are the words of the codes of `peelwise.records.codes`; records hold none.
+
+A verdict is shown in three ways: by letter, by shape and by colour (hue *and* lightness), because about
 one reader in twenty cannot tell red from green, and a printed page often has no colour at all.
 """
 
@@ -11,14 +13,78 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from peelwise.records.audit import AuditRecord, BlockRecord
-from peelwise.records.base import Colour, Interval
+from peelwise.records.base import Colour, Interval, Note
+from peelwise.records.codes import INTERACTS
 
 NOT_MEASURED = "not measured"
 NOT_IN_BUDGET = "not measured within the budget"
 INTERACTION = "interaction with neighbours"
 INTERACTION_MEANING = (
-    "significantly negative. Refined together, the block and its neighbours take the same step twice, so "
-    "they cannot be judged one by one; it never means that nothing is there"
+    "the marginal gain is significantly negative. Refined together, the block and its neighbours take the same step "
+    "twice, so none of them can be judged by itself; it never means that nothing is there"
+)
+
+# The tables below have a line for every code of `records.codes`; a test says so.
+REASONS: Mapping[str, str] = MappingProxyType(
+    {
+        "above-margin": "certified under-optimised",
+        "still-falling": "recoverable, still training",
+        "foreign-text": "recoverable on this text; adaptation and under-training are not distinguishable without "
+        "training text",
+        "nothing-above-margin": "nothing above the margin found",
+        "more-tokens": "undecided: more probe tokens needed",
+        "not-refined": "undecided: its solo gain was not measured within the budget",
+        "marginal-only": "undecided: its marginal gain is above the margin, its solo gain was not measured within the "
+        "budget",
+    }
+)
+_INTERACTS = "; it interacts with its neighbours: together, they do better without its changes"
+
+STAGES: Mapping[str, str] = MappingProxyType(
+    {
+        "losses": "losses of the model as it stands",
+        "statistics": "statistics of all blocks",
+        "ablation": "ablation of every block",
+        "joint-rounds": "refining all blocks together",
+        "joint-rounds-dense": "refining all blocks together, without the low-bit formats",
+        "leave-one-out": "leaving each block out of the composed witness",
+        "solo-rounds": "refining each block by itself",
+        "head": "re-fitting the output head",
+        "head-control": "control: re-fitting the output head",
+        "maps": "peel maps",
+        "map-heads": "output heads of the best maps",
+        "shuffled-control": "control: shuffled targets",
+        "untrained-control": "control: untrained",
+        "best-weights": "best weights of every layer",
+        "best-weights-losses": "losses with the best weights",
+    }
+)
+
+NOTES: Mapping[str, str] = MappingProxyType(
+    {
+        "stopped": "Stopped by the user; what was finished by then is reported.",
+        "budget-ended": "The budget ended before everything was measured. A larger --budget measures the rest.",
+        "low-bit": "{layers} linear layers hold low-bit codes ({formats}). The witness gives them other codes and "
+        "scales of the same formats. The quantisation gap comes from a dense witness, which is not kept.",
+        "no-head": "No output head was found, so there is no head control.",
+        "logits-changed": "The model changes its logits behind the head, so there is no head control.",
+        "not-initialised": "The model cannot be initialised again (no configuration and no reset_parameters), so there "
+        "is no untrained control.",
+        "few-fit-tokens": "{layer}: {tokens} fit tokens for {inputs} inputs make its [{inputs}, {inputs}] sum rank "
+        "deficient (rank {rank}). Damping keeps the result valid; more fit tokens would sharpen it.",
+        "more-damping": "{layer}: its [{size}, {size}] sum is rank deficient or badly conditioned at damping "
+        "{damping:g}, so {used:g} was used instead. The result is valid; more fit tokens would sharpen it.",
+        "dense-references": "Low-bit layers hold {formats}. Their references are dense, so what they gain is not at "
+        "the same bit width.",
+        "no-head-fit": "The output head cannot be re-fitted (none was found, or the logits are changed behind it). "
+        "Bounds are with the model's own head, and there is no head control.",
+        "head-steps": "Every head was given {steps} steps, which is what the budget allows.",
+        "map-unfinished": "The budget ended inside map {map}. A larger --budget finishes it.",
+        "few-heads": "The vocabulary is large, so heads were fitted for the {heads} best maps only; the others are "
+        "shown with the model's own head.",
+        "other-tensors": "{count} other tensors differ too, such as {name} (embedding, norms, head). What they cost "
+        "counts as quantisation gap.",
+    }
 )
 
 
@@ -55,7 +121,7 @@ VERDICTS: Mapping[Colour, VerdictWords] = MappingProxyType(
             short="recoverable",
             words="recoverable",
             meaning="More than the margin can be recovered, but training is still under way, or adaptation "
-            "to this text cannot be told apart from under-training.",
+            "to this text is not distinguishable from under-training.",
             light="#9a5b00",
             dark="#f2c14e",
             style="yellow",
@@ -129,6 +195,29 @@ def bracket(interval: Interval | None) -> str:
     return f"[{nats(interval.low, signed=True)}, {nats(interval.high, signed=True)}]"
 
 
+def reason_words(code: str) -> str:
+    """Return why a block has its colour, from a code; a sentence of an older run history is returned as it is."""
+    plain = code.removesuffix(INTERACTS)
+    return REASONS[plain] + (_INTERACTS if plain != code else "") if plain in REASONS else code
+
+
+def stage_words(name: str) -> str:
+    """Return what a stage does, from its code; the words of an older record are returned as they are."""
+    return STAGES.get(name, name)
+
+
+def note_words(note: Note | str) -> str:
+    """Return a remark in words; the sentence of an older record is returned as it is."""
+    if isinstance(note, str):
+        return note
+    try:
+        said = NOTES[note.code].format(**note.values)
+    except (KeyError, ValueError):  # of a newer writer, or damaged
+        said = f"{note.code}: {', '.join(f'{key} = {value}' for key, value in note.values.items()) or 'no values'}."
+    more = note.values.get("more")
+    return f"{said} (And {more} more like it.)" if more else said
+
+
 def ranking(block: BlockRecord) -> float | None:
     """Return what ranks blocks before anything is evaluated: `RANKED_BY`, in older records the plain energy."""
     return block.energy if block.natural_energy is None else block.natural_energy
@@ -185,7 +274,7 @@ def duration(seconds: float) -> str:
 
 
 def is_interaction(unique: Interval | None) -> bool:
-    """Return whether a unique recoverable loss is significantly negative."""
+    """Return whether a marginal gain is significantly negative."""
     return unique is not None and unique.high < 0
 
 

@@ -48,12 +48,12 @@ class DampedFactor:
             # Not positive semi-definite at all: fall back to its scale, which is always valid.
             used, factor = 1.0, identity * unit**0.5
         if attempt:
-            warnings.warn(
+            text = (
                 f"{name}: [{d}, {d}] is rank deficient or badly conditioned at damping {damping:g}; "
-                f"used {used:g} instead. The result is valid; more fit tokens would sharpen it.",
-                IllConditionedWarning,
-                stacklevel=2,
+                f"used {used:g} instead. The result is valid; more fit tokens would sharpen it."
             )
+            values: dict[str, int | float | str] = {"layer": name, "size": d, "damping": damping, "used": used}
+            warnings.warn(IllConditionedWarning(text, "more-damping", **values), stacklevel=2)
         self.damping = used
         self._factor = factor
 

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from peelwise.records.audit import AuditRecord, MatrixRecord
 from peelwise.records.base import CostRecord, Interval, SplitRecord
-from peelwise.records.quantcheck import LayerCheck, QuantcheckRecord, QuantLosses
+from peelwise.records.quantcheck import LayerCheck, QuantcheckConclusion, QuantcheckRecord, QuantLosses
 from peelwise.show.audit import terminal
 from peelwise.show.audit.report import render_html
 from peelwise.show.quantcheck import terminal as quant_terminal
@@ -47,9 +47,16 @@ def test_the_terminal_shows_the_three_parts_at_any_width() -> None:
     for width in (60, 80, 140):
         text = _printed(terminal.render(low_bit_record()), width)
         assert max(map(len, text.splitlines())) <= width
-        for words in ("irreducible", "price of precision", "≤ 0.0400", "left on the table", "0.0700", "certified"):
+        for words in (
+            "irreducible",
+            "quantisation gap",
+            "≤ 0.0400",
+            "recoverable at the same bit",
+            "0.0700",
+            "certified",
+        ):
             assert words in text
-    assert "price of precision" not in _printed(terminal.render(whole()))
+    assert "quantisation gap" not in _printed(terminal.render(whole()))
 
 
 def test_the_report_has_a_section_with_every_layer_and_escapes_names() -> None:
@@ -77,7 +84,7 @@ def test_a_comparison_is_shown_with_the_layers_that_were_not_reached() -> None:
         for i in range(5)
     ]
     record = QuantcheckRecord(
-        created="2026-11-21T00:00:00+00:00", conclusion="Quantising costs 0.5 nats.", complete=False,
+        created="2026-11-21T00:00:00+00:00", conclusion=QuantcheckConclusion(case="recoverable"), complete=False,
         quantised=sample.model, parent=sample.model, probe=sample.probe,
         loss=QuantLosses(parent=2.0, quantised=2.5, best=2.2, damage=_interval(0.5), left=_interval(0.3),
                          price=_interval(0.2), split=split, kept=True),
@@ -86,6 +93,12 @@ def test_a_comparison_is_shown_with_the_layers_that_were_not_reached() -> None:
     )  # fmt: skip
     text = _printed(quant_terminal.render(record, 2))
     assert max(map(len, text.splitlines())) <= 80
-    for words in ("≤ 0.2000", "0.3000", "mlp.up_proj", "The 2 with most left; all 3", "2 more layers: not measured"):
+    for words in (
+        "≤ 0.2000",
+        "0.3000",
+        "mlp.up_proj",
+        "The 2 with most to recover; all 3",
+        "2 more layers: not measured",
+    ):
         assert words in text
     assert text.count("mlp.up_proj") == 2

@@ -11,6 +11,7 @@ from peelwise.engine.permute import permuted_targets
 from peelwise.model.fresh import fresh_copy
 from peelwise.model.guard import untouched
 from peelwise.probe.probe import Probe
+from peelwise.records.base import note
 from peelwise.tasks.audit.controls import head_reference, shuffled_control, untrained_control
 from peelwise.tasks.audit.findings import Findings
 from peelwise.tasks.audit.stages import first_sweep
@@ -64,7 +65,7 @@ def test_model_that_cannot_be_initialised_again_leaves_a_note():
     findings = Findings()
     untrained_control(session_of(model), findings)
     assert findings.untrained is None
-    assert "untrained control was left out" in findings.notes[0]
+    assert findings.notes == [note("not-initialised")]
 
 
 def test_controls_start_where_they_should():
@@ -127,16 +128,16 @@ def test_at_the_minimum_of_a_convex_toy_nothing_is_recoverable(trained):
 
 
 @pytest.mark.parametrize(
-    ("change", "note"),
+    ("change", "code"),
     [
-        (lambda model: setattr(model, "head", nn.ConstantPad1d((0, VOCABULARY - 48), 0.0)), "No output head"),
-        (lambda model: model.register_forward_hook(lambda *a: 0.5 * a[2]), "changes its logits behind the head"),
+        (lambda model: setattr(model, "head", nn.ConstantPad1d((0, VOCABULARY - 48), 0.0)), "no-head"),
+        (lambda model: model.register_forward_hook(lambda *a: 0.5 * a[2]), "logits-changed"),
     ],
 )
-def test_head_that_is_not_this_problem_leaves_a_note(change, note):
+def test_head_that_is_not_this_problem_leaves_a_note(change, code):
     model = ZOO["plain"]()
     change(model)
     findings = Findings()
     head_reference(session_of(model), findings)
     assert findings.head is None
-    assert note in findings.notes[0]
+    assert findings.notes == [note(code)]

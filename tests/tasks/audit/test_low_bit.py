@@ -52,7 +52,8 @@ def _audited(name: str, form: str, skip: tuple[str, ...]):
 def test_the_witness_of_a_low_bit_model_is_in_its_formats_and_is_certified(tmp_path, name, form, skip) -> None:
     model, swapped, outcome = _audited(name, form, skip)
     record = outcome.record
-    assert any(note.startswith(f"{len(swapped)} linear maps hold low-bit codes") for note in record.notes)
+    (found,) = [note for note in record.notes if note.code == "low-bit"]
+    assert found.values["layers"] == len(swapped)
     assert all(each.select_after < each.select_before for each in record.rounds)
     assert 0 < record.rounds[-1].flipped < 0.5
     blocks = find_blocks(model)
@@ -216,7 +217,7 @@ def test_other_peoples_checkpoints_are_audited_verified_and_applied_at_their_bit
         report = peelwise.audit(
             tmp_path, tiny_probe(in_distribution=True), budget="10m", joint_rounds=1, alone_rounds=1, controls=False
         )
-        assert any("hold low-bit codes" in note and form in note for note in report.record.notes)
+        assert any(note.code == "low-bit" and form in note.values["formats"] for note in report.record.notes)
         assert sum(name.startswith("composed/") and name.endswith(".codes") for name in report.witness) > 10
         report.save(tmp_path / "certificate")
         assert peelwise.verify(tmp_path / "certificate", tmp_path, full=True).holds

@@ -17,6 +17,9 @@ from peelwise.model.architectures import find_blocks
 from peelwise.model.runner import Runner
 from peelwise.probe.probe import Probe
 from peelwise.records.audit import AuditRecord
+from peelwise.records.base import note
+from peelwise.show.audit.words import conclusion
+from peelwise.show.words import note_words
 from peelwise.tasks.audit.run import AuditSettings, run_audit
 from zoo import BLOCKS, UNSUPPORTED, VOCABULARY, ZOO, sample_ids
 
@@ -108,16 +111,16 @@ def padded(split, extra):
 # -- stopping ------------------------------------------------------------------------------------------------
 
 STAGES = [
-    "statistics of all blocks",
-    "taking blocks out",
-    "joint rounds",
-    "control: shuffled targets",
-    "leaving one block out",
-    "control: untrained",
-    "output head",
-    "refining blocks alone",
+    "statistics",
+    "ablation",
+    "joint-rounds",
+    "shuffled-control",
+    "leave-one-out",
+    "untrained-control",
+    "head",
+    "solo-rounds",
 ]
-FIRST = "losses of the model as it stands"
+FIRST = "losses"
 
 
 class Stopper:
@@ -152,10 +155,10 @@ def test_ctrl_c_leaves_a_valid_report_of_what_was_finished(stage, at, reports_pe
     before.assert_unchanged(model)
     record = outcome.record
     assert not record.complete
-    assert "Stopped by the user" in record.notes[0]
+    assert record.notes[0] == note("stopped")
     reached = STAGES.index(stage)
     assert (record.blocks[0].energy is None) == (reached == 0)
-    assert all((b.unique_nats is None) for b in record.blocks) or reached >= STAGES.index("leaving one block out")
+    assert all((b.unique_nats is None) for b in record.blocks) or reached >= STAGES.index("leave-one-out")
     write_certificate(tmp_path / "stopped", record, outcome.witness, outcome.probe)
     assert AuditRecord.model_validate_json(record.to_json()) == record
     assert verify_certificate(tmp_path / "stopped", model, full=True).holds
@@ -210,7 +213,7 @@ def test_a_budget_that_is_too_small_is_said_and_reported(tmp_path):
     outcome = run_audit(model, tiny_probe(), settings)
     record = outcome.record
     assert not record.complete
-    assert "larger --budget" in record.notes[-1]
+    assert record.notes[-1] == note("budget-ended")
     assert len(record.rounds) == 0
     assert all(b.verdict == "grey" and b.recoverable_nats is None and b.energy is None for b in record.blocks)
     write_certificate(tmp_path / "nothing", record, outcome.witness, outcome.probe)
@@ -219,7 +222,7 @@ def test_a_budget_that_is_too_small_is_said_and_reported(tmp_path):
 
 def test_a_budget_spent_within_the_sweep_leaves_the_upper_blocks_measured():
     def spend(progress):
-        if progress.stage == "statistics of all blocks" and progress.done == 2:
+        if progress.stage == "statistics" and progress.done == 2:
             time.sleep(max(progress.left_seconds, 0.0))
 
     settings = dataclasses.replace(ONE_ROUND, budget_seconds=3.0)
@@ -235,9 +238,12 @@ def test_a_budget_spent_within_the_sweep_leaves_the_upper_blocks_measured():
 
 def test_fewer_tokens_than_inputs_leave_a_note_and_a_valid_result():
     record = run_audit(ZOO["llama"](), tiny_probe(length=2), ONE_ROUND).record
-    (note,) = [note for note in record.notes if "rank deficient" in note]
-    assert "28 fit tokens for 48 inputs" in note
-    assert "(And 11 more like it.)" in note  # one for each of 3 x 4 inputs, whatever the number of rounds
+    (few,) = [found for found in record.notes if found.code == "few-fit-tokens"]
+    assert (few.code, few.values["tokens"], few.values["inputs"]) == ("few-fit-tokens", 28, 48)
+    assert few.values["more"] == 11  # one for each of 3 x 4 inputs, whatever the number of rounds
+    said = note_words(few)
+    assert "28 fit tokens for 48 inputs" in said
+    assert "(And 11 more like it.)" in said
     assert all(math.isfinite(value) for _, value in flat(record.model_dump()) if isinstance(value, float))
 
 
@@ -296,7 +302,8 @@ def test_a_damaged_block_is_found(name, healthy, small_gpt, training_probe):
     # So does taking it out: damage as heavy as this does harm, and the conclusion names it.
     assert min(record.blocks, key=lambda block: block.removal_nats.mean) is at_fault
     assert at_fault.removal_nats.high < -record.margin_nats
-    assert f"The model is better without block {index} (" in record.conclusion
+    assert f"The model is better without block {index} (" in conclusion(record)
+    assert record.conclusion.harmful[0] == index
 
 
 @pytest.mark.parametrize("name", ["stale", "scale 0.7", "scale 1.3", "reset"])

@@ -109,7 +109,7 @@ def test_red_is_told_again_after_it_had_ended_and_once_at_one_step():
 
 
 def test_an_event_says_what_else_is_known_of_the_block():
-    seen = {2: Seen("has frozen parameters"), 3: Seen("", 0.01)}
+    seen = {2: Seen("frozen"), 3: Seen(None, 0.01)}
     row = add(chronicle(), 200, visit_of(alone={2: MUCH, 3: MUCH}), seen=seen)
     assert ["frozen" in row.events[0].suggestion, "learning rate is 0.01" in row.events[1].suggestion] == [True, True]
 

@@ -40,7 +40,7 @@ def test_codes_that_stand_still_and_dead_outputs_are_told_once_and_flips_are_cou
     assert _values(first)["dead_rows", 2] == 5
     assert {name for name, _ in _values(first)} == {signal.name for signal in of_kinds(["codes"])}
     assert [(e.kind, e.block) for e in first.events] == [("dead-rows", 2)]
-    assert "5 outputs of mlp.gate_proj have no weight but zero" in first.events[0].text
+    assert "5 outputs of mlp.gate_proj have all-zero weights" in first.events[0].text
     assert ("codes-still", 0) in [(e.kind, e.block) for e in second.events]
     assert [(e.kind, e.block) for e in third.events] == [("codes-still", 1), ("codes-still", 2)]
 

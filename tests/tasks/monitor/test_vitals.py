@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from peelwise.evidence.events import wrong
 from peelwise.model.architectures import find_blocks
-from peelwise.tasks.monitor.vitals import ADVICE, Vitals, in_words
+from peelwise.tasks.monitor.vitals import Vitals
 from zoo import ZOO, sample_ids
 
 
@@ -57,7 +58,7 @@ def test_frozen():
     assert found.keys() == {"frozen"}
     assert found["frozen"].blocks == (1,)
     assert len(found["frozen"].names) == 12
-    assert "12 of 42 parameters frozen" in in_words(found["frozen"])
+    assert "12 of 42 parameters are frozen" in wrong(1, found["frozen"]).text
 
 
 def test_not_in_the_optimiser():
@@ -140,7 +141,7 @@ def test_dead_units(units):
     else:
         assert found[3].keys() == {"dead-units"}
         assert found[3]["dead-units"].names == ("blocks.1.feed_forward.0",)
-        assert "40 of 192 outputs got no gradient" in in_words(found[3]["dead-units"])
+        assert "40 of 192 outputs got no gradient" in wrong(4, found[3]["dead-units"]).text
 
 
 def test_dead_units_of_a_transposed_map():
@@ -169,13 +170,3 @@ def test_rates():
 
     assert Training(fault=split).vitals.rates() == [pytest.approx(1e-3), pytest.approx(1e-4), None]
     assert Training(optimizer=None).vitals.rates() == [None] * 3
-
-
-def test_every_complaint_has_words_and_advice():
-    from typing import get_args
-
-    from peelwise.tasks.monitor.vitals import Complaint, Finding
-
-    for kind in get_args(Complaint):
-        assert in_words(Finding(kind, ("a", "b", "c", "d"), (0,), 9, "3 of 9 outputs")).endswith(".")
-        assert ADVICE[kind].endswith(".")

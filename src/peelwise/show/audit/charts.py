@@ -22,7 +22,7 @@ OTHERS = "(others)"
 
 
 def recoverable(record: AuditRecord) -> str:
-    """Draw what each block can give, alone and uniquely, with 95 % intervals and the margin."""
+    """Draw the solo and the marginal gain of each block, with 95 % intervals and the margin."""
     blocks = record.blocks
     if not any(is_measured(block) for block in blocks):
         return ""
@@ -30,9 +30,9 @@ def recoverable(record: AuditRecord) -> str:
     def paint(figure: Figure) -> None:
         top, bottom = figure.subplots(2, 1, sharex=True)
         _intervals(top, blocks, [block.recoverable_nats for block in blocks], record.margin_nats)
-        top.set_title("Alone: this block refined, all others as they are")
+        top.set_title("Solo gain: this block refined, all others as they are")
         _intervals(bottom, blocks, [block.unique_nats for block in blocks], record.margin_nats)
-        bottom.set_title("Unique: what only this block gives once all others are refined")
+        bottom.set_title("Marginal gain (leave-one-out): what this block adds once all others are refined")
         _depth_axis(bottom, blocks)
         figure.supylabel("recoverable loss, nats per token", fontsize=12)
 
@@ -73,7 +73,7 @@ def losses(record: AuditRecord) -> str:
 
 
 def matrices(record: AuditRecord) -> str:
-    """Draw each linear map's share of its block's explained gradient energy, stronger for more."""
+    """Draw each linear layer's share of its block's input-whitened score, stronger for more."""
     blocks = [block for block in record.blocks if block.matrices]
     if not blocks:
         return ""
@@ -90,7 +90,7 @@ def matrices(record: AuditRecord) -> str:
         _depth_axis(axes, record.blocks)
 
     size = (_width(len(record.blocks)), 90 + 24 * len(rows))
-    return draw("matrices", "Share of each linear map within its block", size, paint)
+    return draw("matrices", "Share of each linear layer within its block", size, paint)
 
 
 def energy(record: AuditRecord) -> str:
@@ -139,11 +139,14 @@ def rounds(record: AuditRecord) -> str:
 
 
 def split(record: AuditRecord) -> str:
-    """Draw what each low-bit block could win back at its bits, and the price of precision on top of it."""
+    """Draw what is recoverable in each low-bit block at the same bit width, and the quantisation gap on top of it."""
     blocks = [block for block in record.blocks if block.split is not None]
     if not blocks:
         return ""
-    parts = (("left_on_the_table", "left on the table, certified", 1.0), ("price_of_precision", "price, at most", 0.35))
+    parts = (
+        ("left_on_the_table", "recoverable at the same bit width, certified", 1.0),
+        ("price_of_precision", "quantisation gap, upper bound", 0.35),
+    )
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
@@ -159,7 +162,7 @@ def split(record: AuditRecord) -> str:
 
     return draw(
         "split",
-        "What each low-bit block could win back, and the price of its bits",
+        "What is recoverable in each low-bit block, and its quantisation gap",
         (_width(len(record.blocks)), 280),
         paint,
     )

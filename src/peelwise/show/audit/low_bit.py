@@ -14,25 +14,23 @@ from peelwise.show.audit import charts
 from peelwise.show.html.markup import chart, esc, paragraph, section, table
 from peelwise.show.words import NOT_MEASURED, bracket, nats
 
-TITLE = "What the bits cost, and what is left at the same bits"
+TITLE = "What is recoverable at the same bit width, and the quantisation gap"
+GAP, SAME_BITS = "quantisation gap (upper bound)", "recoverable at the same bit width"
 _MEANINGS = (
     ("irreducible", "no weights found get below this"),
-    (
-        "price of precision",
-        "at most this is due to the bits",
-    ),
-    ("left on the table", "certified, at the same bits"),
+    (GAP, "at most this is due to the bits"),
+    (SAME_BITS, "certified"),
 )
 _MILLI = 1000.0
 
 
 def is_low_bit(record: AuditRecord) -> bool:
-    """Return whether the audited model holds low-bit maps."""
+    """Return whether the audited model holds low-bit layers."""
     return any(matrix.format is not None for block in record.blocks for matrix in block.matrices)
 
 
 def terminal_view(record: AuditRecord) -> RenderableType | None:
-    """Return the parts of the loss and a line per block, or ``None`` for a model without low-bit maps."""
+    """Return the parts of the loss and a line per block, or ``None`` for a model without low-bit layers."""
     if not is_low_bit(record) and record.loss.split is None:
         return None
     lines: list[RenderableType] = [Text(f"\n{TITLE}, nats per token", style="bold")]
@@ -42,7 +40,7 @@ def terminal_view(record: AuditRecord) -> RenderableType | None:
         whole.add_column(justify="right", no_wrap=True)
         whole.add_column()
         for (name, value, interval), (_, meaning) in zip(_parts(record), _MEANINGS, strict=True):
-            style = "bold" if name == "left on the table" else ""
+            style = "bold" if name == SAME_BITS else ""
             whole.add_row(Text(name, style), Text(value, style), Text(f"{interval} {meaning}".strip(), style="dim"))
         lines.append(Padding(whole, (0, 0, 0, 1)))
     lines.append(_block_lines(record))
@@ -55,16 +53,16 @@ def _parts(record: AuditRecord) -> list[tuple[str, str, str]]:
     assert split is not None
     return [
         ("irreducible", nats(split.irreducible), ""),
-        ("price of precision", f"≤ {nats(split.price_of_precision)}", bracket(loss.price)),
-        ("left on the table", nats(split.left_on_the_table), bracket(loss.composed_gain) if loss.composed_gain else ""),
+        (GAP, f"≤ {nats(split.price_of_precision)}", bracket(loss.price)),
+        (SAME_BITS, nats(split.left_on_the_table), bracket(loss.composed_gain) if loss.composed_gain else ""),
     ]
 
 
 def _block_lines(record: AuditRecord) -> Table:
     lines = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
-    for title in ("block", "price\nat most", "left\ncertified", "codes\nflipped"):
+    for title in ("block", "gap\nat most", "recoverable\ncertified", "codes\nflipped"):
         lines.add_column(title, justify="right", no_wrap=True)
-    lines.add_column("most left in", overflow="fold")
+    lines.add_column("most of it in", overflow="fold")
     for block in record.blocks:
         lines.add_row(
             str(block.index),
@@ -77,7 +75,7 @@ def _block_lines(record: AuditRecord) -> Table:
 
 
 def low_bit(record: AuditRecord) -> str:
-    """Return the section of the report, empty for a model without low-bit maps."""
+    """Return the section of the report, empty for a model without low-bit layers."""
     if not is_low_bit(record) and all(block.split is None for block in record.blocks):
         return ""
     meanings = dict(_MEANINGS)
@@ -89,13 +87,13 @@ def low_bit(record: AuditRecord) -> str:
         parts = table(titles, rows, caption="The loss in three parts", style="wide")
     picture = chart(
         charts.split(record),
-        "Each block refined by itself. Dark: won back by codes and scales of the same format. Light: what the dense "
-        "witness gains beyond that. The irreducible part is not drawn.",
+        "Each block refined by itself. Dark: recoverable by codes and scales of the same format. Light: what the "
+        "dense witness gains beyond that. The irreducible part is not drawn.",
         "",
     )
     about = paragraph(
-        "Witnesses keep the format that each layer has; the witness file holds their codes and scales. The price is "
-        "measured against a dense witness: “at most” is said of the gap between the two that were found.",
+        "Witnesses keep the format that each layer has; the witness file holds their codes and scales. The "
+        "quantisation gap is the difference to a dense witness. It is an upper bound, because better codes may exist.",
         "small",
     )
     return section("bits", TITLE, parts, picture, about, _matrix_table(record))
@@ -105,11 +103,11 @@ def _matrix_table(record: AuditRecord) -> str:
     rows = [_matrix_row(block, matrix) for block in record.blocks for matrix in block.matrices if matrix.format]
     if not rows:
         return ""
-    titles = ("layer", "format", "bits/weight", "codes flipped", "price, at most", "left", "now")
+    titles = ("layer", "format", "bits/weight", "codes flipped", "gap, at most", "recoverable", "now")
     listing = table(titles, rows, caption="Every low-bit layer against its own dense target", style="blocks")
     note = paragraph(
         "Per layer, in thousandths of a nat per token as its own curvature predicts them: its distance from the dense "
-        "witness, of which at most the price is due to the bits. Blocks above are measured, layers are predicted.",
+        "witness, of which at most the gap is due to the bits. Blocks above are measured, layers are predicted.",
         "small",
     )
     return f"<details><summary>Every low-bit layer ({len(rows)})</summary>{note}{listing}</details>"

@@ -7,6 +7,7 @@ import math
 from peelwise.records.audit import AuditRecord, BlockRecord
 from peelwise.show.audit import sections
 from peelwise.show.audit.low_bit import low_bit
+from peelwise.show.audit.words import conclusion, reasons
 from peelwise.show.html.markup import chip, esc, paragraph
 from peelwise.show.html.page import document, facts
 from peelwise.show.words import (
@@ -62,7 +63,7 @@ def render_html(record: AuditRecord) -> str:
 def _header(record: AuditRecord) -> str:
     return (
         f'<header><p class="eyebrow">peelwise audit</p><h1>{esc(record.model.name)}</h1>{facts(record)}'
-        f'<p class="conclusion">{esc(record.conclusion)}</p>{_warnings(record)}</header>'
+        f'<p class="conclusion">{esc(conclusion(record))}</p>{_warnings(record)}</header>'
     )
 
 
@@ -91,7 +92,7 @@ def _verdicts(record: AuditRecord) -> str:
     odd = sum(is_interaction(block.unique_nats) for block in record.blocks)
     if odd:
         tally += f'<li><strong>{odd}</strong><span class="chip">{FLAG}<span>{INTERACTION}</span></span></li>'
-    cells = "".join(_cell(block) for block in record.blocks)
+    cells = "".join(map(_cell, record.blocks, reasons(record)))
     # Rows of equal length, so that no last row of two blocks hangs below thirty.
     rows = max(1, math.ceil(len(record.blocks) / MOST_IN_A_ROW))
     columns = max(1, math.ceil(len(record.blocks) / rows))
@@ -103,12 +104,12 @@ def _verdicts(record: AuditRecord) -> str:
     )
 
 
-def _cell(block: BlockRecord) -> str:
+def _cell(block: BlockRecord, reason: str) -> str:
     words = VERDICTS[block.verdict]
     odd = is_interaction(block.unique_nats)
     label = (
-        f"Block {block.index} ({block.name}): {words.words}. Alone {with_ends(block.recoverable_nats)}, "
-        f"unique {with_ends(block.unique_nats)} nats per token. {block.reason}"
+        f"Block {block.index} ({block.name}): {words.words}. Solo gain {with_ends(block.recoverable_nats)}, "
+        f"marginal gain {with_ends(block.unique_nats)} nats per token. {reason}"
         f"{f'. {INTERACTION}' if odd else ''}"
     )
     return (

@@ -6,6 +6,7 @@ from peelwise.records.audit import AuditRecord, BlockRecord
 from peelwise.records.base import Interval, SealedRecord
 from peelwise.records.signals import RANKED_BY, SIGNALS
 from peelwise.show.audit import charts
+from peelwise.show.audit.words import reasons
 from peelwise.show.html.markup import chart, chip, esc, pairs, paragraph, section, table
 from peelwise.show.words import (
     INTERACTION,
@@ -20,9 +21,11 @@ from peelwise.show.words import (
     is_interaction,
     is_measured,
     nats,
+    note_words,
     percent,
     ranking,
     significant,
+    stage_words,
 )
 
 # The signals of the table of blocks; their cells differ, so each is written out in `_block_row`.
@@ -31,7 +34,7 @@ _MISSING = f"{NOT_IN_BUDGET[0].upper()}{NOT_IN_BUDGET[1:]}."
 
 
 def recoverable(record: AuditRecord) -> str:
-    """Show what each block can give, alone and uniquely."""
+    """Show what each block can give, by itself and beside all others."""
     shapes = " · ".join(f"{words.shape} {words.short}" for words in VERDICTS.values())
     caption = [
         f"{esc(shapes)}. Lines are 95 % intervals; the dashed line is the margin, "
@@ -59,7 +62,7 @@ def losses(record: AuditRecord) -> str:
             "New head only",
             loss.head_control,
             nats(head_gain, signed=True),
-            "the model with its head fitted again",
+            "the model with its head re-fitted",
         ),
         ("Shuffled targets", loss.shuffled, _gain(loss.shuffled_gain), "null control: must gain nothing"),
         ("Untrained", loss.untrained, start, "null control: the same construction at initialisation"),
@@ -92,7 +95,7 @@ def reading(record: AuditRecord) -> str:
         "The probe was declared to be training text."
         if record.probe.in_distribution
         else "The probe is not known to be training text. What can be recovered then mixes under-training "
-        "with adaptation to this text, and the two cannot be told apart without training text.",
+        "with adaptation to this text, and the two are not distinguishable without training text.",
     )
     points = "".join(f"<li>{esc(line)}</li>" for line in text)
     return section("reading", "How to read this", f'<dl class="meanings">{meanings}</dl>', f"<ul>{points}</ul>")
@@ -102,15 +105,15 @@ def inside(record: AuditRecord) -> str:
     """Show what ranks blocks over depth, and the share of each matrix within its block."""
     energy = chart(
         charts.energy(record),
-        "What a block's gradient says on tokens it was not computed from, in the metric of the loss's curvature "
-        "(values at zero are not drawn). It comes before anything is refined, and a block far above its "
-        "neighbours deserves a look. It ranks blocks; it proves nothing.",
+        "The squared norm of each block's natural gradient, as far as it holds on tokens that it was not computed from "
+        "(values at zero are not drawn). It is known before anything is refined. Look at a block far above its "
+        "neighbours. The score ranks blocks; it proves nothing.",
         _MISSING,
     )
     shares = chart(
         charts.matrices(record),
-        "Stronger colour means a larger part of the block's input-whitened score. It tells where in "
-        "the block the step acts.",
+        "Stronger colour means a larger part of the block's input-whitened score. It tells in which layer of the block "
+        "the step acts.",
         _MISSING,
     )
     return section(
@@ -118,7 +121,7 @@ def inside(record: AuditRecord) -> str:
         "Inside the blocks",
         f"<h3>{esc(SIGNALS[RANKED_BY].column.capitalize())} against depth</h3>",
         energy,
-        "<h3>Share of each matrix</h3>",
+        "<h3>Share of each linear layer</h3>",
         shares,
     )
 
@@ -137,7 +140,7 @@ def head_and_rounds(record: AuditRecord) -> str:
                 ("recoverable on report", _gain(head.recoverable_nats)),
             )
         ) + paragraph(
-            "The head alone is a convex problem, so its optimum is known from both sides. The first three "
+            "Fitting the head by itself is a convex problem, so its optimum is known from both sides. The first three "
             "values are on the fit tokens; achieved and relaxed are of the penalised objective "
             f"(penalty {nats(head.penalty)}). {head.steps} steps.",
             "small",
@@ -146,7 +149,7 @@ def head_and_rounds(record: AuditRecord) -> str:
     return section(
         "head",
         "Output head and joint rounds",
-        "<h3>Output head alone</h3>",
+        "<h3>Output head by itself</h3>",
         top,
         "<h3>Joint rounds</h3>",
         picture,
@@ -163,7 +166,8 @@ def blocks(record: AuditRecord) -> str:
         "rounds",
         "largest share",
     )
-    listing = table(titles, [_block_row(block) for block in record.blocks], caption="Every block", style="blocks")
+    rows = list(map(_block_row, record.blocks, reasons(record)))
+    listing = table(titles, rows, caption="Every block", style="blocks")
     return section("blocks", "Every block in numbers", listing, _further_signals(record))
 
 
@@ -193,7 +197,7 @@ def cost(record: SealedRecord) -> str:
     longest = max((stage.wall_seconds for stage in total.stages), default=0.0) or 1.0
     rows = [
         (
-            esc(stage.name),
+            esc(stage_words(stage.name)),
             esc(duration(stage.wall_seconds)),
             f"{stage.forward_equivalents:.1f}",
             f'<span class="bar" style="width:{100 * stage.wall_seconds / longest:.0f}%"></span>',
@@ -229,7 +233,7 @@ def origin(record: SealedRecord) -> str:
         ("seed", record.seed),
     )
     settings = [(name, "not set" if value is None else value) for name, value in sorted(record.settings.items())]
-    notes = "".join(f"<li>{esc(note)}</li>" for note in record.notes)
+    notes = "".join(f"<li>{esc(note_words(note))}</li>" for note in record.notes)
     return section(
         "origin",
         "What was audited",
@@ -258,10 +262,10 @@ def _rounds_table(record: AuditRecord) -> str:
     return table(titles, rows, caption="What each joint round chose") if rows else ""
 
 
-def _block_row(block: BlockRecord) -> tuple[str, ...]:
+def _block_row(block: BlockRecord, reason: str) -> tuple[str, ...]:
     return (
         f"{block.index}<small>{esc(block.name).replace('.', '.<wbr/>')}</small>",
-        f"{chip(block.verdict, VERDICTS[block.verdict].short)}<small>{esc(_reason(block))}</small>",
+        f"{chip(block.verdict, VERDICTS[block.verdict].short)}<small>{esc(_reason(block, reason))}</small>",
         _interval(block.recoverable_nats),
         _interval(block.unique_nats),
         _taken_out(block.removal_nats),
@@ -283,11 +287,11 @@ def _further_signals(record: AuditRecord) -> str:
     return table(titles, rows, caption="Further signals of every block", style="wide") if names else ""
 
 
-def _reason(block: BlockRecord) -> str:
-    """Return the reason, with the tokens a decision would need unless the reason names them already."""
-    if block.tokens_needed is None or f"{block.tokens_needed:,}" in block.reason:
-        return block.reason
-    return f"{block.reason}; about {block.tokens_needed:,} report tokens would decide"
+def _reason(block: BlockRecord, reason: str) -> str:
+    """Return the reason, with the tokens that a decision would need."""
+    if block.tokens_needed is None:
+        return reason
+    return f"{reason}; about {block.tokens_needed:,} report tokens would decide"
 
 
 def _largest_share(block: BlockRecord) -> str:

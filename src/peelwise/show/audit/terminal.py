@@ -20,6 +20,7 @@ from peelwise.records.base import Interval, SealedRecord
 from peelwise.records.plain_text import clean
 from peelwise.records.signals import RANKED_BY, SIGNALS
 from peelwise.show.audit.low_bit import terminal_view
+from peelwise.show.audit.words import conclusion, reasons
 from peelwise.show.words import (
     INTERACTION,
     INTERACTION_MEANING,
@@ -34,13 +35,15 @@ from peelwise.show.words import (
     is_interaction,
     is_measured,
     nats,
+    note_words,
     ranking,
     with_ends,
 )
 
 WIDE = 108
-_DECIMALS = 3  # in the table of blocks, where two columns of intervals have to fit beside each other
 """From this many columns on, verdicts are written out in full."""
+_WITH_ROUNDS = 124
+_DECIMALS = 3  # in the table of blocks, where two columns of intervals have to fit beside each other
 
 MOST_REASONS = 5
 BAR_CELLS = 8
@@ -94,11 +97,10 @@ class _AuditView:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         record = self.record
-        wide = options.max_width >= WIDE
         yield Text.assemble((clean(record.model.name), "bold"), (model_line(record), "dim"))
-        yield Text(clean(record.conclusion))
+        yield Text(clean(conclusion(record)))
         yield Text(_counts_line(record), style="dim")
-        yield _block_table(record, wide)
+        yield _block_table(record, options.max_width)
         yield Text("Intervals are 95 % for each block; verdicts hold for all together (Holm).", style="dim")
         if any(is_interaction(block.unique_nats) for block in record.blocks):
             yield Text(f"\n{INTERACTION}: {INTERACTION_MEANING}.", style="magenta")
@@ -111,7 +113,7 @@ class _AuditView:
 
 
 def model_line(record: SealedRecord) -> str:
-    """Return the model's size and number format, to stand behind its name."""
+    """Return the model's size and dtype, to stand behind its name."""
     model = record.model
     return f"  {amount(model.parameters)} parameters, {model.blocks} blocks, {clean(model.dtype)}"
 
@@ -122,7 +124,8 @@ def _counts_line(record: AuditRecord) -> str:
     )
 
 
-def _block_table(record: AuditRecord, wide: bool) -> Table:
+def _block_table(record: AuditRecord, width: int) -> Table:
+    wide, widest = width >= WIDE, width >= _WITH_ROUNDS
     table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
     table.add_column("block", justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
@@ -131,17 +134,18 @@ def _block_table(record: AuditRecord, wide: bool) -> Table:
     if wide:
         table.add_column(f"{SIGNALS['removal'].column}\nnats/token", justify="right", no_wrap=True)
         table.add_column(SIGNALS[RANKED_BY].column.replace("-", "-\n").replace(" ", "\n"), no_wrap=True)
+    if widest:
         table.add_column("rounds", justify="right", no_wrap=True)
     energies = [value for block in record.blocks if (value := ranking(block)) is not None and value > 0]
     ends = (min(energies), max(energies)) if energies else (1.0, 1.0)
     for block in record.blocks:
-        rounds = Text(str(block.rounds) if is_measured(block) else "–")
         table.add_row(
             str(block.index),
             _verdict(block, wide),
             _measured(block.recoverable_nats),
             _unique(block.unique_nats),
-            *([_removal(block.removal_nats), _energy_bar(ranking(block), ends), rounds] if wide else []),
+            *([_removal(block.removal_nats), _energy_bar(ranking(block), ends)] if wide else []),
+            *([Text(str(block.rounds) if is_measured(block) else "–")] if widest else []),
         )
     return table
 
@@ -181,9 +185,10 @@ def _energy_bar(energy: float | None, ends: tuple[float, float]) -> Text:
 def _why(record: AuditRecord) -> Text:
     """Give the reasons for what was certified; of the other verdicts the words say enough."""
     red = [block for block in record.blocks if block.verdict == "red"]
-    lines = [f"\nBlock {block.index}: {clean(block.reason)}." for block in red[:MOST_REASONS]]
+    said = dict(zip((block.index for block in record.blocks), reasons(record), strict=True))
+    lines = [f"\nBlock {block.index}: {clean(said[block.index])}." for block in red[:MOST_REASONS]]
     if len(red) > MOST_REASONS:
-        lines.append(f"\nand {len(red) - MOST_REASONS} more blocks; the reasons are in the certificate.")
+        lines.append(f"\nand {len(red) - MOST_REASONS} more blocks; the certificate holds the reasons.")
     return Text("".join(lines) + ("\n" if red else ""), style="red")
 
 
@@ -207,9 +212,9 @@ def _losses(record: AuditRecord) -> RenderableType:
         bold = "bold" if name in ("now", "composed witness") else ""
         table.add_row(Text(name, style=bold), Text(nats(value), style=bold or "dim"), Text(remark))
     if record.head is not None:
-        head = f"head alone: can give {with_ends(record.head.recoverable_nats)}"
+        head = f"head by itself: gain {with_ends(record.head.recoverable_nats)}"
     else:
-        head = f"head alone: {NOT_IN_BUDGET}"
+        head = f"head by itself: {NOT_IN_BUDGET}"
     title = Text("Loss on report, nats per token", style="bold")
     style = "" if record.informative else "bold yellow"
     return Group(title, Padding(table, (0, 0, 0, 1)), Text(f" {head}"), Text(control_sentence(record), style))
@@ -222,7 +227,7 @@ def _closing(record: AuditRecord, folder: str | None) -> RenderableType:
         lines.append(Text.assemble((nats(gain.mean, signed=True), "bold"), f" {bracket(gain)} {gain_sentence(record)}"))
     if not record.complete:
         lines.append(Text(f"Stopped early: what is missing was {NOT_IN_BUDGET}.", style="bold yellow"))
-    lines += [Text(f"Note: {clean(note)}") for note in record.notes]
+    lines += [Text(f"Note: {clean(note_words(note))}") for note in record.notes]
     return Group(*lines, *footer(record, folder))
 
 

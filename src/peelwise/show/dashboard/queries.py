@@ -18,7 +18,7 @@ from peelwise.evidence.verdict import default_margin
 from peelwise.records.plain_text import clean
 from peelwise.records.run import LETTERS, WHOLE_MODEL
 from peelwise.records.signals import SIGNALS
-from peelwise.show.words import VERDICTS
+from peelwise.show.words import VERDICTS, reason_words
 from peelwise.store.reader import ALL_STEPS, Between, Run, RunReader
 
 LOSS_BINS = 1_000
@@ -236,7 +236,7 @@ def statistic(row: Row) -> list[Any]:
 def verdict(row: Row) -> Json:
     """Return a change of a verdict."""
     keys = ("step", "block", "colour", "measured_step")
-    return {key: row[key] for key in keys} | {"reason": clean(row["reason"])}
+    return {key: row[key] for key in keys} | {"reason": clean(reason_words(row["reason"]))}
 
 
 def event(row: sqlite3.Row) -> Json:

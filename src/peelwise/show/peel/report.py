@@ -10,7 +10,15 @@ from peelwise.show.audit import sections
 from peelwise.show.html.markup import chart, esc, pairs, paragraph, section, table
 from peelwise.show.html.page import document, facts
 from peelwise.show.peel import charts as peel_charts
-from peelwise.show.peel.words import CAVEAT, STATION_WORDS, beats_head, control_rows, control_sentence, stations
+from peelwise.show.peel.words import (
+    CAVEAT,
+    STATION_WORDS,
+    beats_head,
+    conclusion,
+    control_rows,
+    control_sentence,
+    stations,
+)
 from peelwise.show.words import NOT_IN_BUDGET, NOT_MEASURED, bracket, duration, nats
 
 _MOST_IN_A_ROW = 32
@@ -53,7 +61,7 @@ def _header(record: PeelRecord) -> str:
         warnings.append(control_sentence(record))
     return (
         f'<header><p class="eyebrow">peelwise peel</p><h1>{esc(record.model.name)}</h1>{facts(record)}'
-        f'<p class="conclusion">{esc(record.conclusion)}</p>'
+        f'<p class="conclusion">{esc(conclusion(record))}</p>'
         f"{''.join(paragraph(line, 'warning') for line in warnings)}</header>"
     )
 
@@ -62,7 +70,7 @@ def _hero(record: PeelRecord) -> str:
     """The one number and the best map: what a reader in a hurry should see."""
     loss = record.loss
     over = loss.certified
-    rival = "the model as it stands" if over == loss.bound_gain else "the model with its head fitted again"
+    rival = "the model as it stands" if over == loss.bound_gain else "the model with its head re-fitted"
     if over is None or record.best_map is None:
         return f'<section class="card"><p class="number missing">{esc(NOT_IN_BUDGET)}</p></section>'
     said = (
@@ -114,7 +122,7 @@ def _strip(best: tuple[int, ...]) -> str:
 
 def _maps(record: PeelRecord) -> str:
     caption = (
-        "Solid line: the model as it stands. Dashed: the model with its head fitted again on the same tokens, which "
+        "Solid line: the model as it stands. Dashed: the model with its head re-fitted on the same tokens, which "
         "is what a map has to beat. Bars are 95 % intervals of the difference to the dashed line, paired by sequence; "
         "blue where the whole bar lies to its left. Maps are ordered by select, which chose the best."
     )
@@ -190,13 +198,13 @@ def _reading(record: PeelRecord) -> str:
         "regresses to. References are blocks of the same shape, fitted one after another, earlier ones frozen: nothing "
         "is trained through the stack. A light head with cross-entropy goes on top.",
         "The direct map, started warm, is the model itself; with the light head it is the head control.",
-        "If a map beats the model with its head fitted again, on text that it was neither fitted nor chosen on, the "
+        "If a map beats the model with its head re-fitted, on text that it was neither fitted nor chosen on, the "
         "stack of blocks is proven not to be at its optimum on this data by at least that much. " + CAVEAT,
         *(
             [
-                f"The model holds low-bit maps ({record.reference_formats}), and so do the references: codes and "
-                "scales of the same formats, which the certificate holds. What a map gains is gained at the same bits, "
-                "but for the head."
+                f"The model holds low-bit layers ({record.reference_formats}), and so do the references: codes and "
+                "scales of the same formats, which the certificate holds. What a map gains is gained at the same bit "
+                "width, but for the head."
             ]
             if record.reference_formats
             else []

@@ -17,13 +17,14 @@ from peelwise.show.audit.terminal import WIDE, footer, model_line
 from peelwise.show.peel.words import (
     STATION_WORDS,
     beats_head,
+    conclusion,
     control_rows,
     control_sentence,
     inside,
     shown_loss,
     stations,
 )
-from peelwise.show.words import NOT_IN_BUDGET, duration, nats, with_ends
+from peelwise.show.words import NOT_IN_BUDGET, duration, nats, note_words, with_ends
 
 MOST_MAPS = 16
 _STYLES = {"needed": "", "redundant": "cyan", "misleading": "bold magenta", "undecided": "dim", "not measured": "dim"}
@@ -49,7 +50,7 @@ class _PeelView:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         record = self.record
         yield Text.assemble((clean(record.model.name), "bold"), (model_line(record), "dim"))
-        yield Text(clean(record.conclusion), style="bold" if beats_head(record) else "")
+        yield Text(clean(conclusion(record)), style="bold" if beats_head(record) else "")
         yield Text(
             f"{len(record.maps)} of {record.maps_total:,} maps visited, {record.start} start{inside(record)}",
             style="dim",
@@ -139,5 +140,5 @@ def _closing(record: PeelRecord) -> list[RenderableType]:
     lines: list[RenderableType] = [Text("")]
     if not record.complete:
         lines.append(Text(f"Stopped early: what is missing was {NOT_IN_BUDGET}.", style="bold yellow"))
-    lines += [Text(f"Note: {clean(note)}") for note in record.notes]
+    lines += [Text(f"Note: {clean(note_words(note))}") for note in record.notes]
     return lines

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from peelwise.records.peel import MapRecord, PartLosses, PeelRecord
+from peelwise.evidence.peel import conclusion_of
+from peelwise.records.peel import MapRecord, PartLosses, PeelConclusion, PeelRecord
 from peelwise.records.plain_text import clean
+from peelwise.show.audit.words import listed
 from peelwise.show.words import NOT_IN_BUDGET
 
 STATION_WORDS: Mapping[str, tuple[str, str]] = MappingProxyType(
@@ -18,7 +20,34 @@ STATION_WORDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "not measured": ("not measured", "No map with it, or none without it, was visited."),
     }
 )
-CAVEAT = "A map that beats the model proves; none found proves nothing. None of them says which matrix to blame."
+CAVEAT = "A map that beats the model proves; none found proves nothing. No map says which linear layer to blame."
+
+
+def conclusion(record: PeelRecord) -> str:
+    """Return what a peel found, made from its numbers, and no more than that."""
+    # A record of old holds a sentence in its place, which nobody checked.
+    found = record.conclusion if isinstance(record.conclusion, PeelConclusion) else conclusion_of(record)
+    said = [_first(record, found)]
+    for blocks, words in ((found.redundant, "redundant as a target"), (found.misleading, "better left out")):
+        if blocks:
+            said.append(f"Block{'' if len(blocks) == 1 else 's'} {listed(blocks)}: {words}.")
+    return " ".join(said)
+
+
+def _first(record: PeelRecord, found: PeelConclusion) -> str:
+    rival = "the model and the model with its head re-fitted" if record.loss.over_head_control else "the model"
+    over = record.loss.certified
+    if found.case == "not-measured" or not record.maps:
+        return "No verdict yet: no map was visited within the budget."
+    best = record.maps[0]
+    if found.case == "none-found" or over is None:
+        return f"None found: of {len(record.maps)} maps visited, none is shown to beat {rival}, which proves nothing."
+    if found.case == "uninformative":
+        return f"The best map ({best.name}) beats {rival}, but not its null controls: uninformative."
+    return (
+        f"The stack of blocks is certified under-optimised: map {' '.join(map(str, best.stations))} ({best.name}) "
+        f"beats {rival} by {over.mean:.3f} nats per token (95 % interval {over.low:.3f} to {over.high:.3f})."
+    )
 
 
 def stations(found: tuple[int, ...] | None) -> str:
@@ -36,13 +65,13 @@ def shown_loss(one: MapRecord) -> PartLosses:
 
 
 def beats_head(record: PeelRecord) -> bool:
-    """Whether the best map is shown to beat the model, also with its head fitted again, and the null controls."""
+    """Whether the best map is shown to beat the model, also with its head re-fitted, and the null controls."""
     over = record.loss.certified
     return over is not None and over.low > 0 and record.informative is not False
 
 
 def inside(record: PeelRecord) -> str:
-    """Return ", references inside ternary:tensor" where the references of low-bit maps obey formats, else nothing."""
+    """Return ", references inside ternary:tensor" where the references of low-bit layers obey formats, else nothing."""
     return f", references inside {clean(record.reference_formats)}" if record.reference_formats else ""
 
 

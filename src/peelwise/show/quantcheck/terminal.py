@@ -9,14 +9,16 @@ from rich.text import Text
 
 from peelwise.records.plain_text import clean
 from peelwise.records.quantcheck import LayerCheck, QuantcheckRecord
+from peelwise.show.audit.low_bit import GAP, SAME_BITS
 from peelwise.show.audit.terminal import print_view
-from peelwise.show.words import NOT_IN_BUDGET, bracket, duration, nats
+from peelwise.show.quantcheck.words import ABOUT_LAYERS, NOT_KEPT, conclusion
+from peelwise.show.words import NOT_IN_BUDGET, bracket, duration, nats, note_words
 
 MOST_LAYERS = 24
 
 
 def render(record: QuantcheckRecord, most: int | None = MOST_LAYERS) -> RenderableType:
-    """Return the view: the loss in three parts, and the layers with most left on the table.
+    """Return the view: the loss in three parts, and the layers in which most is recoverable.
 
     Args:
         record: what was found.
@@ -26,15 +28,19 @@ def render(record: QuantcheckRecord, most: int | None = MOST_LAYERS) -> Renderab
         Text.assemble(
             (clean(record.quantised.name), "bold"), (" against ", "dim"), (clean(record.parent.name), "bold")
         ),
-        Text(clean(record.conclusion)),
+        Text(clean(conclusion(record))),
         Text("\nLoss on report, nats per token", style="bold"),
         Padding(_losses(record), (0, 0, 0, 1)),
         *_layers(record, most),
         Text(""),
-        *(Text(f"Note: {clean(note)}") for note in record.notes),
+        *(Text(f"Note: {clean(line)}") for line in _notes(record)),
         Text(f"Cost: {duration(record.cost.wall_seconds)}.", style="dim"),
     ]
     return Group(*lines)
+
+
+def _notes(record: QuantcheckRecord) -> list[str]:
+    return [*([] if record.loss.kept else [NOT_KEPT]), *map(note_words, record.notes)]
 
 
 def print_record(record: QuantcheckRecord, console: Console, most: int | None = MOST_LAYERS) -> None:
@@ -47,12 +53,12 @@ def _losses(record: QuantcheckRecord) -> Table:
     rows = (
         ("parent (irreducible)", nats(loss.split.irreducible), "", ""),
         (
-            "price of precision",
+            GAP,
             f"≤ {nats(loss.split.price_of_precision)}",
             bracket(loss.price),
             "at most due to the bits",
         ),
-        ("left on the table", nats(loss.split.left_on_the_table), bracket(loss.left), "certified, at the same bits"),
+        (SAME_BITS, nats(loss.split.left_on_the_table), bracket(loss.left), "certified"),
         ("quantised", nats(loss.quantised), "", "the three parts add up to it"),
         ("best weights found", nats(loss.best), "", ""),
     )
@@ -60,7 +66,7 @@ def _losses(record: QuantcheckRecord) -> Table:
     for justify in ("left", "right", "left", "left"):
         table.add_column(justify=justify)
     for name, value, interval, meaning in rows:
-        style = "bold" if name == "left on the table" else ""
+        style = "bold" if name == SAME_BITS else ""
         table.add_row(Text(name, style), Text(value, style), Text(interval), Text(meaning, style="dim"))
     return table
 
@@ -72,7 +78,7 @@ def _layers(record: QuantcheckRecord, most: int | None) -> list[RenderableType]:
     table.add_column("block", justify="right", no_wrap=True)
     table.add_column("layer", overflow="fold")
     table.add_column("format", no_wrap=True)
-    for title in ("bits", "error", "price\nat most", "left", "codes\nother"):
+    for title in ("bits", "error", "gap\nat most", "recov-\nerable", "codes\nother"):
         table.add_column(title, justify="right", no_wrap=True)
     for layer in shown:
         assert layer.split is not None
@@ -87,10 +93,10 @@ def _layers(record: QuantcheckRecord, most: int | None) -> list[RenderableType]:
             _percent(layer.flipped),
         )
     title = "\nOutput error of each layer, in percent of the parent's output"
-    lines: list[RenderableType] = [Text(title, style="bold"), table]
+    lines: list[RenderableType] = [Text(title, style="bold"), Text(ABOUT_LAYERS, style="dim"), table]
     if len(solved) > len(shown):
         lines.append(
-            Text(f"The {len(shown)} with most left; all {len(solved)} with --all or in the JSON.", style="dim")
+            Text(f"The {len(shown)} with most to recover; all {len(solved)} with --all or in the JSON.", style="dim")
         )
     missing = len(record.layers) - len(solved)
     if missing:

@@ -21,6 +21,7 @@ from peelwise.model.runner import Runner
 from peelwise.model.splice import spliced
 from peelwise.probe.probe import Split
 from peelwise.records.audit import HeadRecord
+from peelwise.records.base import note
 from peelwise.references.head import fit_head, token_cross_entropy
 from peelwise.tasks.audit.findings import Control, Findings
 
@@ -33,13 +34,13 @@ def head_reference(session: Session, findings: Findings, *, share: float = 1.0) 
     runner, clock = session.runner, session.clock
     head = runner.head
     if head is None:
-        findings.notes.append("No output head was found, so there is no head control.")
+        findings.notes.append(note("no-head"))
         return
-    with clock.stage("output head"):
+    with clock.stage("head"):
         # Some models (soft-capped logits) compute something behind the head; then it is not this problem.
         fit_x, fit_y, agree = runner.head_inputs(session.fit)
         if not bool(agree):
-            findings.notes.append("The model changes its logits behind the head, so there is no head control.")
+            findings.notes.append(note("logits-changed"))
             return
         select_x, select_y, _ = runner.head_inputs(session.select)
         report_x, report_y, _ = runner.head_inputs(session.report)
@@ -77,7 +78,7 @@ def shuffled_control(session: Session, findings: Findings) -> None:
     """Take one joint step along the proposals for targets permuted across sequences: inputs without their labels."""
     proposals, findings.shuffled_proposals = findings.shuffled_proposals, None
     if proposals is not None:
-        with session.clock.stage("control: shuffled targets"):
+        with session.clock.stage("shuffled-control"):
             findings.shuffled = _joint_step(session, proposals)
 
 
@@ -86,13 +87,10 @@ def untrained_control(session: Session, findings: Findings) -> None:
 
     An untrained model is a long way above any trained one, so fewer tokens lose nothing of the comparison.
     """
-    with session.clock.stage("control: untrained"):
+    with session.clock.stage("untrained-control"):
         fresh = fresh_copy(session.runner.model, session.seed)
         if fresh is None:
-            findings.notes.append(
-                "The untrained control was left out: the model cannot be initialised again "
-                "(no configuration and no reset_parameters)."
-            )
+            findings.notes.append(note("not-initialised"))
             return
         blocks = find_blocks(fresh)
         runner = Runner(fresh, blocks, micro_batch_tokens=session.runner.micro_batch_tokens)

@@ -9,6 +9,7 @@ from torch import Tensor
 from peelwise.engine.refine import Proposals, Refined
 from peelwise.evidence.intervals import Paired
 from peelwise.records.audit import HeadRecord
+from peelwise.records.base import Note
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Findings:
         alone: per block, the block refined by itself, evaluated on report.
         dense_composed, dense_alone: the same for a low-bit model without its formats: what the bits are compared with.
         head, head_gain, shuffled, untrained: the head's reference and the null controls.
-        notes: what a reader should know, in sentences.
+        notes: what a reader should know besides the numbers.
         complete: whether every planned stage ran to its end.
     """
 
@@ -49,5 +50,5 @@ class Findings:
     head_control: Control | None = None
     shuffled: Control | None = None
     untrained: Control | None = None
-    notes: list[str] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
     complete: bool = False

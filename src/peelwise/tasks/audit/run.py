@@ -12,13 +12,14 @@ from peelwise.engine.opening import checked_blocks, format_names, open_session
 from peelwise.engine.permute import permuted_targets
 from peelwise.engine.provenance import Setup
 from peelwise.engine.session import Session
-from peelwise.errors import IllConditionedWarning, PeelwiseWarning
+from peelwise.errors import IllConditionedWarning
 from peelwise.model.fingerprint import fingerprint
 from peelwise.model.guard import untouched
 from peelwise.model.runner import MICRO_BATCH_TOKENS
 from peelwise.model.splice import frozen
 from peelwise.probe.probe import Probe
 from peelwise.records.audit import AuditRecord
+from peelwise.records.base import Note, note
 from peelwise.tasks.audit import controls, stages
 from peelwise.tasks.audit.findings import Findings
 from peelwise.tasks.audit.summary import summarise
@@ -99,15 +100,11 @@ def run_audit(
         )
         findings = Findings()
         if session.held:
-            findings.notes.append(
-                f"{len(session.held)} linear maps hold low-bit codes ({format_names(session.held)}). The witness gives "
-                "them other codes and scales of the same formats; the price of precision comes from a dense witness "
-                "that is not kept."
-            )
+            findings.notes.append(note("low-bit", layers=len(session.held), formats=format_names(session.held)))
         try:
             findings.complete = _stages(session, findings, settings)
         except KeyboardInterrupt:
-            findings.notes.append("Stopped by the user; what was finished by then is reported.")
+            findings.notes.append(note("stopped"))
         record, witness = summarise(session, findings, setup, settings.margin_nats)
     record = _with_warnings(record, caught)
     return AuditOutcome(record, witness, probe)
@@ -130,7 +127,7 @@ def _stages(session: Session, findings: Findings, settings: AuditSettings) -> bo
         complete &= affordable
     complete &= stages.refine_alone(session, findings, rounds=settings.alone_rounds)
     if not complete:
-        findings.notes.append("The budget ended before every stage; a larger --budget measures the rest.")
+        findings.notes.append(note("budget-ended"))
     return complete
 
 
@@ -140,19 +137,15 @@ def settings_dict(settings: AuditSettings) -> dict[str, bool | int | float | str
 
 
 def _with_warnings(record: AuditRecord, caught: list[warnings.WarningMessage]) -> AuditRecord:
-    """Put peelwise's own warnings into the record's notes once, and hand on all others."""
-    own = [w for w in caught if issubclass(w.category, PeelwiseWarning)]
-    for other in caught:
-        if other not in own:
-            warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+    """Put warnings of ill-conditioned sums into the record's notes once, and hand on all others."""
+    own: dict[str, IllConditionedWarning] = {}  # each round may find the same again
+    for warning in caught:
+        if isinstance(warning.message, IllConditionedWarning):
+            own.setdefault(str(warning.message), warning.message)
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     if not own:
         return record
-    # Each round may find the same again.
-    messages = list(dict.fromkeys(str(w.message) for w in own))
-    note = messages[0] if len(messages) == 1 else f"{messages[0]} (And {len(messages) - 1} more like it.)"
-    return replace_notes(record, note)
-
-
-def replace_notes(record: AuditRecord, note: str) -> AuditRecord:
-    """Return the record with one more note."""
-    return record.model_copy(update={"notes": (*record.notes, note)})
+    first = next(iter(own.values()))
+    more = {"more": len(own) - 1} if len(own) > 1 else {}
+    return record.model_copy(update={"notes": (*record.notes, Note(code=first.code, values=first.values | more))})

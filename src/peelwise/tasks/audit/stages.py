@@ -9,9 +9,10 @@ from peelwise.engine.rounds import Kind, improved, kinds
 from peelwise.engine.session import REMOVED, WITHOUT, Session
 from peelwise.engine.sweep import Direction, Targets, sweep
 from peelwise.model.splice import spliced
+from peelwise.records.codes import Stage
 from peelwise.tasks.audit.findings import Findings
 
-_JOINT: dict[Kind, str] = {"certified": "joint rounds", "dense": "joint rounds without the formats"}
+_JOINT: dict[Kind, Stage] = {"certified": "joint-rounds", "dense": "joint-rounds-dense"}
 # How many evaluations of the select loss a round takes as a rule, both directions together, to estimate its time.
 _USUAL_EVALUATIONS = 5
 
@@ -28,7 +29,7 @@ def first_sweep(session: Session, findings: Findings, *, null: Targets | None = 
 
     Returns whether every block was reached.
     """
-    with session.clock.stage("statistics of all blocks"):
+    with session.clock.stage("statistics"):
         findings.proposals, *others = sweep(
             session.runner,
             session.fit,
@@ -152,7 +153,7 @@ def refine_alone(session: Session, findings: Findings, *, rounds: int) -> bool:
     """
     output_changes: dict[Direction, float] = {}
     going = dict.fromkeys(_promising(findings), kinds(session))
-    with session.clock.stage("refining blocks alone"):
+    with session.clock.stage("solo-rounds"):
         for number in range(rounds):
             still: dict[int, tuple[Kind, ...]] = {}
             for done, (index, open_kinds) in enumerate(going.items()):
@@ -209,13 +210,13 @@ def _alone_seconds(session: Session, index: int, number: int) -> float:
     seconds = session.seconds_for(share * (_USUAL_EVALUATIONS * select + report))
     if number == 0:
         return seconds
-    sums, _ = session.clock.stages["statistics of all blocks"]
+    sums, _ = session.clock.stages["statistics"]
     again = session.seconds_for(4 * share * (select + float(session.fit.tokens.sum())))
     return seconds + again + sums / len(session.runner.blocks)
 
 
 def _affordable_round(session: Session, share: float) -> bool:
     clock = session.clock
-    seconds, _ = clock.stages["statistics of all blocks"]
+    seconds, _ = clock.stages["statistics"]
     evaluations = session.seconds_for(_USUAL_EVALUATIONS * float(session.select.tokens.sum()))
     return clock.elapsed + seconds + evaluations <= share * clock.budget

@@ -44,7 +44,7 @@ def summarise(
     )
     record = AuditRecord(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        conclusion=conclusion(blocks, losses.composed_gain, margin, in_distribution=session.probe.in_distribution),
+        conclusion=conclusion(blocks, margin, in_distribution=session.probe.in_distribution),
         complete=findings.complete,
         margin_nats=margin,
         informative=informative(losses),
@@ -85,7 +85,7 @@ def _block_record(
         index=block.index,
         name=block.name,
         verdict=verdict.colour,
-        reason=verdict.reason,
+        reason_code=verdict.reason,
         recoverable_nats=_interval(evidence.alone),
         unique_nats=_interval(evidence.unique),
         removal_nats=_removal(session, findings, block.index),

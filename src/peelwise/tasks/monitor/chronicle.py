@@ -211,8 +211,8 @@ class Chronicle:
         for block, verdict in enumerate(verdicts):
             measured = self._alone[block].step if block in self._alone else None
             before, _ = self._verdicts.get(block, (None, None))
-            if before is None or (before.colour, before.reason) != (verdict.colour, verdict.reason):
-                rows.append(VerdictRow(block, verdict.colour, verdict.reason, measured))
+            if before is None or (before.colour, before.code) != (verdict.colour, verdict.code):
+                rows.append(VerdictRow(block, verdict.colour, verdict.code, measured))
             self._verdicts[block] = verdict, measured
         return rows
 

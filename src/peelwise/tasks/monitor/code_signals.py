@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from peelwise.engine.signals import of_block, of_layer
+from peelwise.evidence import events as alerts
 from peelwise.formats.signals import LowBitSignals
 from peelwise.model.layers import Block
 from peelwise.records.run import Event, Measurement, Statistic
@@ -15,7 +16,7 @@ from peelwise.records.signals import SIGNALS, Kind
 from peelwise.tasks.monitor.codewatch import CodeWatch
 
 _KINDS: tuple[Kind, ...] = ("codes",)
-_STILL = 1e-5  # of a block's codes: next to none has flipped since the last look
+_STILL = 1e-5  # of a block's codes: almost none has flipped since the last measurement
 _AGAIN = 2  # measurements in a row
 
 
@@ -55,26 +56,11 @@ class CodeSignals:
         at = block.index
         self._still[at] = self._still[at] + 1 if flipped < _STILL else 0
         if self._still[at] >= _AGAIN and self._first("codes-still", at):
-            yield Event(
-                step,
-                "warning",
-                "codes-still",
-                f"block {at}: next to none of its codes flipped between {_AGAIN + 1} measurements.",
-                at,
-                suggestion="Latent weights move less than it takes to cross a threshold: a larger learning rate may "
-                "help. Whether other codes would do better is told by its verdict, or by peelwise audit.",
-            )
+            yield alerts.codes_still(step, at, _AGAIN + 1)
         worst = max(own, key=lambda name: own[name].dead_rows)
         dead = own[worst].dead_rows
         if dead and self._first("dead-rows", at):
-            yield Event(
-                step,
-                "warning",
-                "dead-rows",
-                f"block {at}: {dead} outputs of {worst.removeprefix(f'{block.name}.')} have no weight but zero.",
-                at,
-                suggestion="They give nothing; a scale per channel, or a smaller threshold, may bring them back.",
-            )
+            yield alerts.dead_rows(step, at, dead, worst.removeprefix(f"{block.name}."))
 
     def _first(self, kind: str, block: int) -> bool:
         new = (kind, block) not in self._told

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -21,17 +20,18 @@ from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.distributed.sharding import check_blocks
 from peelwise.engine.opening import checked_blocks
 from peelwise.errors import OptionError, OtherProcessError, PeelwiseError
-from peelwise.evidence.events import Seen
+from peelwise.evidence import events as alerts
+from peelwise.evidence.events import Complaint, Finding, Seen
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, device_of, unwrapped
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner, check_replay
 from peelwise.probe.probe import Probe, Split
-from peelwise.records.run import Event, Level, Measurement, MeasurementKind, StepRow
+from peelwise.records.run import Event, Measurement, MeasurementKind, StepRow
 from peelwise.tasks.monitor.chronicle import Chronicle
 from peelwise.tasks.monitor.code_signals import CodeSignals
 from peelwise.tasks.monitor.measure import Measured, measure
 from peelwise.tasks.monitor.schedules import Schedule, affordable, every, log_spaced
-from peelwise.tasks.monitor.vitals import ADVICE, Complaint, Finding, Vitals, in_words
+from peelwise.tasks.monitor.vitals import Vitals
 
 _log = logging.getLogger("peelwise")
 
@@ -40,13 +40,6 @@ PLAN: tuple[MeasurementKind, ...] = ("ranking", "alone", "ranking", "joint", "ra
 # What a kind costs in forward passes over the probe, as long as it was never measured.
 _FIRST_GUESS: dict[MeasurementKind, float] = {"ranking": 5.0, "alone": 10.0, "joint": 12.0}
 _CHECKS_PER_DECADE, _CHECKS_EVERY = 5, 100
-_UNTRAINED: dict[Complaint, str] = {
-    "frozen": "has frozen parameters",
-    "not-optimised": "has parameters that are not in the optimiser",
-    "zero-rate": "has a learning rate of zero",
-    "not-updated": "has parameters that are not updated",
-    "no-gradient": "has parameters that get no gradient",
-}
 
 
 class Recorder(Protocol):
@@ -163,7 +156,7 @@ class Follower:
         if loss is not None:
             self._chronicle.loss(step, loss)
             if not math.isfinite(loss):
-                self._tell(step, "alert", "non-finite", f"the training loss is {loss}.", ADVICE["non-finite"])
+                self._tell(alerts.non_finite_loss(step, loss))
         self._recorder.step(StepRow(step, loss if loss is None or math.isfinite(loss) else None, self.share))
         kind = self._due(step)
         if kind is not None or any(due(step) for due in self._vitals_due):
@@ -209,7 +202,7 @@ class Follower:
         self._recorder.measurement(row)
         self._tell_cost(step, kind)
         if found.notes:
-            self._tell(step, "info", "few-tokens", found.notes[0], once="notes")
+            self._tell(alerts.few_tokens(step, found.notes[0]))
         return row
 
     def _row(self, step: int, found: Measured, seconds: float, share: float) -> Measurement:
@@ -219,21 +212,11 @@ class Follower:
         self._findings = self._vitals.check()
         self._checks += 1
         for finding in self._findings:
-            self._tell(
-                step,
-                "alert" if finding.kind == "non-finite" else "warning",
-                finding.kind,
-                in_words(finding),
-                ADVICE[finding.kind],
-                block=finding.blocks[0] if len(finding.blocks) == 1 else None,
-                # A fault that goes away and comes back is told again; one that only spreads is, too.
-                once=(finding.kind, finding.names),
-            )
+            # A fault that goes away and comes back is told again; one that only spreads is, too.
+            self._tell(alerts.wrong(step, finding), once=(finding.kind, finding.names))
         self._told -= {key for key in self._told if isinstance(key, tuple) and key not in self._present()}
         if self._checks == 3 and not self._vitals.saw_gradients:
-            words = "there were no gradients at any check, so they were not looked at."
-            advice = "Call step() after the optimiser's step and before its zero_grad()."
-            self._tell(step, "info", "no-gradients-seen", words, advice)
+            self._tell(alerts.no_gradients_seen(step))
 
     def _present(self) -> set[object]:
         return {(finding.kind, finding.names) for finding in self._findings}
@@ -242,17 +225,18 @@ class Follower:
         rates = self._vitals.rates()
         known = [rate for rate in rates if rate is not None]
         usual = median(known) if known else 0.0
-        why: defaultdict[int, str] = defaultdict(str)
-        dead: defaultdict[int, str] = defaultdict(str)
+        why: dict[int, Complaint] = {}
+        dead: dict[int, Finding] = {}
         for finding in self._findings:
             for block in finding.blocks:
-                why[block] = why[block] or _UNTRAINED.get(finding.kind, "")
-                if finding.kind == "dead-units":
-                    dead[block] = dead[block] or f"{finding.detail} of {finding.names[0]} got no gradient"
+                if finding.stops_training:
+                    why.setdefault(block, finding.kind)
+                elif finding.kind == "dead-units":
+                    dead.setdefault(block, finding)
         ratios = [rate / usual if rate is not None and usual > 0 else None for rate in rates]
         clipped = self._vitals.clipped_to
         return {
-            block.index: Seen(why[block.index], ratio, None, dead[block.index], clipped)
+            block.index: Seen(why.get(block.index), ratio, None, dead.get(block.index), clipped)
             for block, ratio in zip(self.blocks, ratios, strict=True)
         }
 
@@ -262,34 +246,20 @@ class Follower:
         foreseen = error.foreseen if isinstance(error, OtherProcessError) else isinstance(error, PeelwiseError)
         if not self._processes.all_true(foreseen):
             self._broken = True
-            words += " No further attempt is made."
             _log.debug("measurement at step %d", step, exc_info=error)
-        self._tell(step, "warning", "not-measured", f"the model could not be measured: {words}", once=type(error))
+        self._tell(alerts.not_measured(step, words, last=self._broken), once=type(error))
 
     def _tell_cost(self, step: int, kind: MeasurementKind) -> None:
         budget, seconds = self._settings.budget, self._costs[kind]
         if budget is not None and self._measurements == 1:
-            words = (
-                f"one look takes {seconds:.2g} s; a budget of {budget:.1%} allows one every {seconds / budget:.2g} s."
-            )
-            self._tell(step, "info", "cost", words, "A smaller probe is looked at more often.")
+            self._tell(alerts.cost(step, seconds, budget))
 
-    def _tell(
-        self,
-        step: int,
-        level: Level,
-        kind: str,
-        text: str,
-        advice: str = "",
-        *,
-        block: int | None = None,
-        once: object = None,
-    ) -> None:
+    def _tell(self, event: Event, *, once: object = None) -> None:
         """Hand on an event, the same one once."""
-        key = once if once is not None else kind
+        key = once if once is not None else event.kind
         if key not in self._told:
             self._told.add(key)
-            self._recorder.event(Event(step, level, kind, text, block, suggestion=advice))
+            self._recorder.event(event)
 
     def _guessed_costs(self) -> dict[MeasurementKind, float]:
         """Check that the model can be run block by block, and guess from that what a measurement will cost."""

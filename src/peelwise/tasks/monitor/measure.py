@@ -20,6 +20,7 @@ from peelwise.model.guard import untouched
 from peelwise.model.layers import Block
 from peelwise.model.splice import frozen
 from peelwise.probe.probe import Probe
+from peelwise.records.base import Note
 from peelwise.records.run import MatrixShare, MeasurementKind
 from peelwise.records.signals import SWEPT, of_kinds
 from peelwise.tasks.audit import stages
@@ -42,7 +43,7 @@ class Measured:
         composed: what one joint round gains.
         upper: nats per token of a reference without any block, where it was made.
         matrices: shares of the matrices of the blocks that were refined.
-        notes: what peelwise warned of.
+        notes: which sums are ill-conditioned.
     """
 
     kind: MeasurementKind
@@ -53,7 +54,7 @@ class Measured:
     composed: Paired | None = None
     upper: float | None = None
     matrices: tuple[MatrixShare, ...] = ()
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
 
 def measure(
@@ -113,6 +114,7 @@ def measure(
         # What the model's own code warns of, training has said already, and would be said again at every look.
         if issubclass(other.category, PeelwiseWarning) and not issubclass(other.category, IllConditionedWarning):
             warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+    own = [w.message for w in caught if isinstance(w.message, IllConditionedWarning)]
     evidence = {block.index: evidence_of(session, found, block.index) for block in blocks}
     composed = found.composed
     refined = [] if kind == "ranking" else [block for block in blocks if block.index in found.proposals]
@@ -135,7 +137,7 @@ def measure(
             for block in refined
             for matrix in matrices_of(block, proposals[block.index])
         ),
-        tuple(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, IllConditionedWarning))),
+        tuple({str(w): Note(code=w.code, values=w.values) for w in own}.values()),
     )
 
 

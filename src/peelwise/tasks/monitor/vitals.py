@@ -7,33 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.distributed.sharding import is_sharded, local_shard
+from peelwise.evidence.events import DEAD_CHECKS, Complaint, Finding
 from peelwise.model.layers import Block, LinearLayer, plain_name
 
-Complaint = Literal["frozen", "not-optimised", "zero-rate", "not-updated", "no-gradient", "non-finite", "dead-units"]
-
-_CHECKS_FOR_DEAD = 3  # a unit that got no gradient at so many checks in a row is called dead
 _DEAD_SHARE = 0.1  # of a map's outputs; a few dead units are nothing unusual
-_NAMED = 3
 _SAME_NORMS, _SAME = 4, 1e-3  # so many norms in a row that differ by less than a thousandth are no chance
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong, with the parameters (or maps) it is wrong with, in the order of the model."""
-
-    kind: Complaint
-    names: tuple[str, ...]
-    blocks: tuple[int, ...]
-    total: int
-    detail: str = ""
 
 
 class Vitals:
@@ -151,12 +135,11 @@ class Vitals:
                 maps.append((block, linear))
                 # What is whole in every process is counted by the first.
                 own = spread or self._processes.is_main
-                counts += [int((rows >= _CHECKS_FOR_DEAD).sum()) * own, len(rows) * own]
+                counts += [int((rows >= DEAD_CHECKS).sum()) * own, len(rows) * own]
         counts = self._processes.all_sum(counts)
         for (block, linear), dead, outputs in zip(maps, counts[::2], counts[1::2], strict=True):
             if dead >= _DEAD_SHARE * outputs and dead:
-                detail = f"{dead} of {outputs} outputs"
-                yield Finding("dead-units", (linear.name,), (block.index,), outputs, detail)
+                yield Finding("dead-units", (linear.name,), (block.index,), outputs, dead)
 
     def _non_finite(self, parameters: dict[str, nn.Parameter]) -> list[str]:
         parts = {
@@ -183,30 +166,3 @@ def _norm(parameters: dict[str, nn.Parameter]) -> float:
     if any(is_sharded(gradient) for gradient in gradients):
         return math.nan
     return float(sum(norm.double().square() for norm in torch._foreach_norm(gradients))) ** 0.5 if gradients else 0.0
-
-
-def in_words(finding: Finding) -> str:
-    """Return what is wrong, in one sentence."""
-    count = len(finding.names)
-    names = ", ".join(finding.names[:_NAMED]) + (", ..." if count > _NAMED else "")
-    what = f"{count} of {finding.total} parameters" if count > 1 else "1 parameter"
-    return {
-        "frozen": f"{what} frozen (requires_grad is False): {names}.",
-        "not-optimised": f"{what} not in the optimiser: {names}.",
-        "zero-rate": f"{what} with a learning rate of zero: {names}.",
-        "not-updated": f"{what} not written by the optimiser while others were: {names}.",
-        "no-gradient": f"{what} without a gradient: {names}.",
-        "non-finite": f"{what} with a gradient that is infinite or no number: {names}.",
-        "dead-units": f"{names}: {finding.detail} got no gradient at {_CHECKS_FOR_DEAD} checks in a row.",
-    }[finding.kind]
-
-
-ADVICE: dict[Complaint, str] = {
-    "frozen": "If that is not meant, set requires_grad_(True).",
-    "not-optimised": "If that is not meant, give them to the optimiser.",
-    "zero-rate": "If that is not meant, look at the optimiser's groups and the schedule.",
-    "not-updated": "See whether the loss depends on them.",
-    "no-gradient": "See whether the loss depends on them.",
-    "non-finite": "Lower the learning rate, clip the gradient's norm, or scale the loss, and look at the last batches.",
-    "dead-units": "A smaller learning rate, other initial weights or another activation may bring them back.",
-}

@@ -17,6 +17,7 @@ from peelwise.model.guard import untouched
 from peelwise.model.layers import Block
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Trace
 from peelwise.probe.probe import Probe
+from peelwise.records.base import note
 from peelwise.records.peel import REFERENCE_FORMATS, PeelRecord
 from peelwise.references.map_search import BEAM_WIDTH, MapSearch
 from peelwise.tasks.peel import stages as visits
@@ -31,7 +32,6 @@ Start = Literal["warm", "cold"]
 # those after which no further head or control is begun.
 _HEAD_SHARE, _MOST_RESERVED = 0.06, 0.45
 _HEADS_SHARE, _CONTROL_SHARE = 0.8, 0.95
-DENSE = "Low-bit maps hold {}; their references are dense, so what they gain is not at the same bits."
 _ROUNDS: dict[str, int] = {"warm": 3, "cold": 10}
 
 
@@ -138,11 +138,11 @@ def run_peel(
         _check_stations(session.fit, name)
         findings = PeelFindings(maps_total=search.total)
         if formats and settings.dense_references:
-            findings.notes.append(DENSE.format(formats))
+            findings.notes.append(note("dense-references", formats=formats))
         try:
             findings.complete = _stages(session, findings, search, settings)
         except KeyboardInterrupt:
-            findings.notes.append("Stopped by the user; what was finished by then is reported.")
+            findings.notes.append(note("stopped"))
         record, witness = summarise(session, findings, setup, settings.margin_nats, settings.start)
     return PeelOutcome(record, witness, probe)
 
@@ -166,7 +166,7 @@ def _stages(session: Session, findings: PeelFindings, search: MapSearch, setting
     if settings.controls and findings.visits:
         complete &= _controls(session, findings, options, weighted=weighted)
     if not complete:
-        findings.notes.append("The budget ended before every map and control; a larger --budget visits the rest.")
+        findings.notes.append(note("budget-ended"))
     return complete
 
 

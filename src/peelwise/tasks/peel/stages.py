@@ -10,24 +10,17 @@ from torch import nn
 
 from peelwise.engine.heads import MAX_STEPS, FittedHead, Losses, Targets, light_head, own_head_losses
 from peelwise.engine.permute import shuffled_labels, shuffled_stations
-from peelwise.engine.session import Session
+from peelwise.engine.session import LOSSES, Session
 from peelwise.model.architectures import find_blocks
 from peelwise.model.fresh import fresh_copy
 from peelwise.model.layers import Block
 from peelwise.model.runner import Runner, Trace
+from peelwise.records.base import Note, note
 from peelwise.references.map_search import MapSearch
 from peelwise.references.maps import StationMap
 from peelwise.tasks.peel.climber import BudgetEndedError, Climber, Reference
 from peelwise.tasks.peel.fit import FitOptions
 
-NO_HEAD = (
-    "The output head cannot be fitted (none found, or the logits are changed behind it): bounds are with the "
-    "model's own head, and there is no head control."
-)
-NO_FRESH = (
-    "The model cannot be initialised again (no configuration and no reset_parameters), so there is no untrained "
-    "control."
-)
 HEADS_OF_LARGE = 4
 _LARGE_HEAD = 0.15  # share of blocks and head together from which a fitted head per map costs too much
 
@@ -64,7 +57,7 @@ class PeelFindings:
     shuffled: Losses | None = None
     untrained: Losses | None = None
     head_steps: int = MAX_STEPS
-    notes: list[str] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
     maps_total: int = 0
     complete: bool = False
 
@@ -85,13 +78,13 @@ def fit_head_control(session: Session, findings: PeelFindings, *, share: float) 
     """
     clock = session.clock
     stop = clock.elapsed + share * clock.budget
-    with clock.stage("head control"):
+    with clock.stage("head-control"):
         findings.head_control = light_head(session.runner, _traces(session), keep_going=lambda: clock.elapsed < stop)
     if findings.head_control is None:
-        findings.notes.append(NO_HEAD)
+        findings.notes.append(note("no-head-fit"))
     elif clock.elapsed >= stop:
         findings.head_steps = max(findings.head_control.steps, 1)
-        findings.notes.append(f"Every head was given {findings.head_steps} steps, what the budget allows.")
+        findings.notes.append(note("head-steps", steps=findings.head_steps))
 
 
 def visit_maps(
@@ -124,14 +117,14 @@ def visit_maps(
     def affordable(stations: StationMap) -> bool:
         return clock.elapsed + pace.seconds(climber.to_fit(stations)) < stop()
 
-    with clock.stage("peel maps"):
+    with clock.stage("maps"):
         while (stations := search.following(affordable)) is not None:
             clock.tell(len(findings.visits), search.total)
             findings.maps_total = search.total
             try:
                 visit = _visit(session, climber, stations, lambda: clock.elapsed < stop(), pace)
             except BudgetEndedError:
-                findings.notes.append(f"The budget ended inside map {list(stations)}; a larger one finishes it.")
+                findings.notes.append(note("map-unfinished", map=" ".join(map(str, stations))))
                 return False
             if visit.is_model:
                 visit.head = findings.head_control
@@ -147,19 +140,16 @@ def fit_heads(session: Session, findings: PeelFindings, climber: Climber, *, sha
     """Where heads are large, fit them on the stacks that do best with the model's own; return whether all were."""
     if findings.head_control is None or fits_every_head(session.runner):
         return True
-    clock, spent = session.clock, session.clock.stages["head control"][0]
+    clock, spent = session.clock, session.clock.stages["head-control"][0]
     ranked = sorted(findings.visits.values(), key=lambda v: v.own.select)[:HEADS_OF_LARGE]
-    with clock.stage("light heads"):
+    with clock.stage("map-heads"):
         for done, visit in enumerate(v for v in ranked if v.head is None):
             clock.tell(done, len(ranked))
             if clock.elapsed + spent > share * clock.budget:
                 return False
             climber.climb(visit.stations)
             visit.head = light_head(session.runner, climber.stack.traces, max_steps=findings.head_steps)
-    findings.notes.append(
-        f"The vocabulary is large, so heads were fitted for the {len(ranked)} best maps only; the others are shown "
-        "with the model's own head."
-    )
+    findings.notes.append(note("few-heads", heads=len(ranked)))
     return True
 
 
@@ -167,7 +157,7 @@ def shuffled_control(session: Session, findings: PeelFindings, options: FitOptio
     """Build the best map again from stations and labels of the fit tokens permuted across sequences."""
     if findings.best() is None:
         return
-    with session.clock.stage("control: shuffled targets"):
+    with session.clock.stage("shuffled-control"):
         climber = Climber(
             session.runner,
             _traces(session),
@@ -182,10 +172,10 @@ def untrained_control(session: Session, findings: PeelFindings, options: FitOpti
     """Build the best map on the same architecture at initialisation, with its own stations."""
     if findings.best() is None:
         return
-    with session.clock.stage("control: untrained"):
+    with session.clock.stage("untrained-control"):
         fresh = fresh_copy(session.runner.model, session.seed)
         if fresh is None:
-            findings.notes.append(NO_FRESH)
+            findings.notes.append(note("not-initialised"))
             return
         runner = Runner(fresh, find_blocks(fresh), micro_batch_tokens=session.runner.micro_batch_tokens)
         runner.work = session.runner.work
@@ -207,8 +197,8 @@ def fits_every_head(runner: Runner) -> bool:
 
 def _reserve(session: Session, pace: Pace, *, controls: bool) -> float:
     """Estimate the seconds that heads and controls will take; a control fits every block of a map anew."""
-    head, _ = session.clock.stages["head control"]
-    opening, _ = session.clock.stages["losses of the model as it stands"]
+    head, _ = session.clock.stages["head-control"]
+    opening, _ = session.clock.stages[LOSSES]
     heads = 0.0 if fits_every_head(session.runner) else HEADS_OF_LARGE * head
     return heads + (2 * (pace.seconds(len(session.runner.blocks)) + head) + opening if controls else 0.0)
 

@@ -34,8 +34,8 @@ from peelwise.model.runner import Runner, Trace
 from peelwise.model.splice import spliced
 from peelwise.model.weights.held import Held
 from peelwise.probe.probe import Probe
-from peelwise.records.base import ModelRecord, SplitRecord
-from peelwise.records.quantcheck import LayerCheck, QuantcheckRecord, QuantLosses
+from peelwise.records.base import ModelRecord, Note, SplitRecord, note
+from peelwise.records.quantcheck import LayerCheck, QuantcheckConclusion, QuantcheckRecord, QuantLosses
 from peelwise.tasks.quantcheck.layers import Candidate, Layer, QuantcheckSettings, held_of, input_sums, matched
 
 _SOLVE_SHARE = 0.9  # of the budget; the losses with the better weights come after it
@@ -79,15 +79,15 @@ def run_quantcheck(
         with clock.stage(LOSSES):
             above_of = [other.trace(part) for part in (probe.fit, probe.select, probe.report)]
             select, report = runner.trace(probe.select), runner.trace(probe.report)
-        with clock.stage("best weights of every layer"):
+        with clock.stage("best-weights"):
             found = _solve_all(other, above_of, {pairs[m]: (m, h) for m, h in held.items()}, settings, clock)
-        with clock.stage("losses with the best weights"):
+        with clock.stage("best-weights-losses"):
             loss = _losses(runner, found.changes, select, report, above_of[-1])
         cost = clock.record(probe.fit.tokens + probe.select.tokens + probe.report.tokens, device_of(quantised.model))
     records = [_model_record(c, b, probe.seed) for c, b in ((quantised, blocks), (parent, above))]
     return QuantcheckRecord(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        conclusion=_conclusion(loss, found.layers),
+        conclusion=_conclusion(loss),
         complete=found.complete,
         quantised=records[0],
         parent=records[1],
@@ -95,7 +95,7 @@ def run_quantcheck(
         loss=loss,
         layers=tuple(found.layers),
         cost=cost,
-        notes=tuple(_notes(quantised.model, parent.model, held, found, loss)),
+        notes=tuple(_notes(quantised.model, parent.model, held, found)),
         settings={
             "budget_seconds": settings.budget_seconds,
             "form": settings.form.name if settings.form else None,
@@ -156,37 +156,18 @@ def _losses(runner: Runner, changes: Changes, select: Trace, report: Trace, pare
     )
 
 
-def _conclusion(loss: QuantLosses, layers: list[LayerCheck]) -> str:
-    damage, left = loss.damage, loss.left
-    if damage.low <= 0:
-        return f"Quantising costs {damage.mean:+.4f} nats per token here, which is not shown to be anything."
-    part = f"{100 * left.mean / damage.mean:.0f} % of the damage" if damage.mean > 0 else "of it"
-    if left.low > 0:
-        return (
-            f"Quantising costs {damage.mean:.4f} nats per token, of which {left.mean:.4f} ({part}) are left on the "
-            "table: other codes and scales of the same formats win them back on text they were not fitted on."
-        )
-    solved = sum(layer.split is not None for layer in layers)
-    return (
-        f"Quantising costs {damage.mean:.4f} nats per token. The best weights found inside the formats ({solved} of "
-        f"{len(layers)} layers) are not shown to win anything back."
-    )
+def _conclusion(loss: QuantLosses) -> QuantcheckConclusion:
+    if loss.damage.low <= 0:
+        return QuantcheckConclusion(case="no-damage")
+    return QuantcheckConclusion(case="recoverable" if loss.left.low > 0 else "none-found")
 
 
-def _notes(
-    quantised: nn.Module, parent: nn.Module, held: dict[LinearLayer, Held], found: _Found, loss: QuantLosses
-) -> Iterator[str]:
-    yield "Inputs are the parent's; errors of layers are on report, parts of its mean squared output there."
-    if not loss.kept:
-        yield "The better weights of the layers do not lower the loss on select, so none of them are taken."
+def _notes(quantised: nn.Module, parent: nn.Module, held: dict[LinearLayer, Held], found: _Found) -> Iterator[Note]:
     if not found.complete:
-        yield "The budget ended before every layer was solved; a larger --budget measures the rest."
+        yield note("budget-ended")
     others = _other_differences(quantised, parent, held)
     if others:
-        yield (
-            f"{len(others)} other tensors differ too, such as {others[0]} (embedding, norms, head): what they cost "
-            "counts as price of precision."
-        )
+        yield note("other-tensors", count=len(others), name=others[0])
 
 
 def _other_differences(quantised: nn.Module, parent: nn.Module, held: dict[LinearLayer, Held]) -> list[str]:

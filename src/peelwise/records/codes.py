@@ -1,0 +1,57 @@
+"""The codes that records hold instead of sentences. What they mean in words is said in `show`, and there alone.
+
+A code once written stays readable for ever: add, do not rename.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+# Why a block has its colour.
+Reason = Literal[
+    "above-margin",  # red
+    "still-falling",  # yellow: the training loss still falls
+    "foreign-text",  # yellow: no training text, so it may be adaptation
+    "nothing-above-margin",  # green
+    "more-tokens",  # grey: the interval covers the margin
+    "not-refined",  # grey: not refined by itself within the budget
+    "marginal-only",  # grey: the same, but its marginal gain is above the margin
+]
+INTERACTS = "+interacts"  # behind a reason in a run history: the block's marginal gain is significantly negative
+
+# What the wall time of an audit, a peel or a comparison went into.
+Stage = Literal[
+    "losses",
+    "statistics",
+    "ablation",
+    "joint-rounds",
+    "joint-rounds-dense",
+    "leave-one-out",
+    "solo-rounds",
+    "head",
+    "head-control",
+    "maps",
+    "map-heads",
+    "shuffled-control",
+    "untrained-control",
+    "best-weights",
+    "best-weights-losses",
+]
+
+# What a reader of a record should know besides its numbers; the values that each has are in `base.Note`.
+NoteCode = Literal[
+    "stopped",
+    "budget-ended",
+    "low-bit",
+    "no-head",
+    "logits-changed",
+    "not-initialised",
+    "few-fit-tokens",
+    "more-damping",
+    "dense-references",
+    "no-head-fit",
+    "head-steps",
+    "map-unfinished",
+    "few-heads",
+    "other-tensors",
+]

@@ -1,0 +1,96 @@
+"""What an audit found, in sentences: made from its numbers and codes, never read from the record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from peelwise.evidence.audit import conclusion_of, verdicts_of
+from peelwise.records.audit import AuditConclusion, AuditRecord, BlockRecord
+from peelwise.records.base import Interval
+from peelwise.records.codes import INTERACTS
+from peelwise.show.words import VERDICTS, reason_words
+
+_MOST_LISTED, _MOST_HARMFUL = 6, 3
+GAINS = {"solo": "solo gain", "marginal": "marginal gain (leave-one-out)"}
+
+
+def conclusion(record: AuditRecord) -> str:
+    """Return a few sentences that say what was found, and no more than that."""
+    # A record of old holds a sentence in its place, which nobody checked.
+    found = record.conclusion if isinstance(record.conclusion, AuditConclusion) else conclusion_of(record)
+    parts = (
+        _first(record, found),
+        _together(record.loss.composed_gain),
+        _look_first(record, found),
+        _harm(record, found),
+    )
+    return " ".join(filter(None, parts))
+
+
+def reasons(record: AuditRecord) -> tuple[str, ...]:
+    """Return for every block why it has its colour; for a record without codes, from its numbers."""
+    follows = verdicts_of(record) if any(block.reason_code is None for block in record.blocks) else []
+    found = []
+    for place, block in enumerate(record.blocks):
+        code = block.reason_code
+        if code is None and follows[place].colour == block.verdict:
+            code = follows[place].reason
+        words = VERDICTS[block.verdict].words
+        found.append(reason_words(code + (INTERACTS if block.interaction else "")) if code else words)
+    return tuple(found)
+
+
+def _first(record: AuditRecord, found: AuditConclusion) -> str:
+    blocks, count = len(record.blocks), len(found.blocks)
+    if found.case == "certified":
+        named = f"block{'' if count == 1 else 's'} {listed(found.blocks)}"
+        return f"{count} of {blocks} blocks certified under-optimised ({named})."
+    if found.case == "recoverable":
+        return f"No block is certified under-optimised; {count} of {blocks} have recoverable loss on this text."
+    if found.case == "none-found":
+        return (
+            f"None found: of {count} blocks refined by themselves (of {blocks}), none is shown to have a solo gain "
+            f"above {record.margin_nats:.3f} nats per token."
+        )
+    return "No verdict yet: no block was refined by itself within the budget."
+
+
+def _together(composed: Interval | None) -> str:
+    if composed is None:
+        return ""
+    interval = f"(95 % interval {composed.low:.3f} to {composed.high:.3f})"
+    if composed.high < 0:
+        return f"Refined together, the blocks raise the loss by {-composed.mean:.3f} nats per token {interval}."
+    return f"Refined together, the blocks lower the loss by {composed.mean:.3f} nats per token {interval}."
+
+
+def _look_first(record: AuditRecord, found: AuditConclusion) -> str:
+    first = found.look_first
+    if first is None:
+        return ""
+    block = _block(record, first.block)
+    value = None if block is None else block.recoverable_nats if first.by == "solo" else block.unique_nats
+    size = "" if value is None else f": {value.mean:.3f} nats per token"
+    said = f"Look first at block {first.block}, which has the largest {GAINS[first.by]}{size}."
+    if first.tied:
+        one = len(first.tied) == 1
+        said += f" Block{'' if one else 's'} {listed(first.tied)} {'is' if one else 'are'} not distinguishable from it."
+    return said
+
+
+def _harm(record: AuditRecord, found: AuditConclusion) -> str:
+    named = []
+    for index in found.harmful[:_MOST_HARMFUL]:
+        block = _block(record, index)
+        if block is not None and block.removal_nats is not None:
+            named.append(f"{index} ({-block.removal_nats.mean:.3f} nats per token)")
+    return f"The model is better without block {', without block '.join(named)}." if named else ""
+
+
+def _block(record: AuditRecord, index: int) -> BlockRecord | None:
+    return next((block for block in record.blocks if block.index == index), None)
+
+
+def listed(blocks: Sequence[int]) -> str:
+    """Return indices of blocks with commas between them; of many the first few."""
+    return ", ".join(map(str, blocks[:_MOST_LISTED])) + (", ..." if len(blocks) > _MOST_LISTED else "")

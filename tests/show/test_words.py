@@ -1,0 +1,133 @@
+"""Every code has words, and what is said follows from the numbers."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+
+from peelwise.records import codes
+from peelwise.records.audit import AuditConclusion, BlockRecord, LookFirst
+from peelwise.records.base import Interval, Note, note
+from peelwise.records.peel import PeelConclusion
+from peelwise.show import words
+from peelwise.show.audit.words import conclusion, reasons
+from peelwise.show.peel.words import conclusion as peel_conclusion
+from show.peel_sample import peel_record, unmeasured_record
+from show.sample import whole
+
+
+@pytest.mark.parametrize(
+    ("table", "every"),
+    [(words.REASONS, codes.Reason), (words.STAGES, codes.Stage), (words.NOTES, codes.NoteCode)],
+    ids=["reasons", "stages", "notes"],
+)
+def test_every_code_has_words_of_its_own(table, every):
+    assert list(table) == list(get_args(every))
+    assert len(set(table.values())) == len(table)
+
+
+def test_words_of_older_records_are_shown_as_they_are():
+    assert words.reason_words("undecided: more probe tokens needed") == "undecided: more probe tokens needed"
+    assert words.stage_words("taking blocks out") == "taking blocks out"
+    assert words.note_words("Stopped by the user.") == "Stopped by the user."
+
+
+def test_an_interaction_is_said_behind_the_reason():
+    plain, interacting = (words.reason_words(code) for code in ("more-tokens", "more-tokens+interacts"))
+    assert interacting.startswith(f"{plain}; it interacts with its neighbours")
+
+
+def test_notes_are_filled_with_their_values_and_survive_without_them():
+    assert words.note_words(note("head-steps", steps=7)).startswith("Every head was given 7 steps")
+    assert words.note_words(Note(code="from-the-future", values={"a": 1})) == "from-the-future: a = 1."
+    assert words.note_words(Note(code="head-steps")) == "head-steps: no values."
+    assert words.note_words(note("more-damping", layer="a", size=3, damping="x", used=1.0)).startswith("more-damping: ")
+
+
+def interval(mean: float, half: float = 0.01) -> Interval:
+    return Interval(
+        mean=mean, low=mean - half, high=mean + half, standard_error=half / 2, sequences=9, method="student-t"
+    )
+
+
+def audit(found: AuditConclusion, blocks: int = 3, composed: Interval | None = None):
+    record = whole(3)
+    rows = tuple(
+        BlockRecord(
+            index=i,
+            name=f"layers.{i}",
+            verdict="grey",
+            recoverable_nats=interval(0.3),
+            unique_nats=interval(0.2),
+            removal_nats=interval(-0.1 * i),
+        )
+        for i in range(blocks)
+    )
+    loss = record.loss.model_copy(update={"composed_gain": composed})
+    return record.model_copy(update={"blocks": rows, "loss": loss, "conclusion": found, "margin_nats": 0.01})
+
+
+ONE_RED = "1 of 3 blocks certified under-optimised (block 0)."
+NOTHING_MEASURED = "No verdict yet: no block was refined by itself within the budget."
+AUDITS = {
+    "one red": (audit(AuditConclusion(case="certified", blocks=(0,))), ONE_RED),
+    "many red": (
+        audit(AuditConclusion(case="certified", blocks=tuple(range(8))), 8),
+        "8 of 8 blocks certified under-optimised (blocks 0, 1, 2, 3, 4, 5, ...).",
+    ),
+    "yellow": (
+        audit(AuditConclusion(case="recoverable", blocks=(0,))),
+        "No block is certified under-optimised; 1 of 3 have recoverable loss on this text.",
+    ),
+    "none": (
+        audit(AuditConclusion(case="none-found", blocks=(0, 1))),
+        "None found: of 2 blocks refined by themselves (of 3), none is shown to have a solo gain above 0.010 nats per "
+        "token.",
+    ),
+    "unmeasured": (audit(AuditConclusion(case="not-measured")), NOTHING_MEASURED),
+    "together": (
+        audit(AuditConclusion(case="not-measured"), composed=interval(0.25)),
+        f"{NOTHING_MEASURED} Refined together, the blocks lower the loss by 0.250 nats per token (95 % interval "
+        "0.240 to 0.260).",
+    ),
+    "look first": (
+        audit(AuditConclusion(case="certified", blocks=(0,), look_first=LookFirst(block=0, by="solo", tied=(2,)))),
+        f"{ONE_RED} Look first at block 0, which has the largest solo gain: 0.300 nats per token. Block 2 is not "
+        "distinguishable from it.",
+    ),
+    "elsewhere": (
+        audit(AuditConclusion(case="certified", blocks=(0,), look_first=LookFirst(block=1, by="marginal"))),
+        f"{ONE_RED} Look first at block 1, which has the largest marginal gain (leave-one-out): 0.200 nats per token.",
+    ),
+    "harmful": (
+        audit(AuditConclusion(case="certified", blocks=(0,), harmful=(2, 1))),
+        f"{ONE_RED} The model is better without block 2 (0.200 nats per token), "
+        "without block 1 (0.100 nats per token).",
+    ),
+}
+
+
+@pytest.mark.parametrize(("record", "sentence"), AUDITS.values(), ids=AUDITS)
+def test_the_conclusion_of_an_audit_in_words(record, sentence):
+    assert conclusion(record) == sentence
+
+
+def test_reasons_of_a_record_without_codes_follow_from_its_numbers():
+    record = whole(30)
+    bare = tuple(block.model_copy(update={"reason_code": None}) for block in record.blocks)
+    found = reasons(record.model_copy(update={"blocks": bare}))
+    assert found[15] == "certified under-optimised"
+    assert found[1] == "nothing above the margin found"
+    assert len(found) == 30
+
+
+def test_the_conclusion_of_a_peel_in_words():
+    record = peel_record()
+    said = peel_conclusion(record)
+    assert said.startswith("The stack of blocks is certified under-optimised: map 1 2 5 5 5 6 (")
+    assert "by 0.150 nats per token (95 % interval 0.130 to 0.170)." in said
+    assert said.endswith(" Block 1: redundant as a target. Block 2: better left out.")
+    for case, start in (("none-found", "None found: of 3 maps"), ("uninformative", "The best map (")):
+        assert peel_conclusion(record.model_copy(update={"conclusion": PeelConclusion(case=case)})).startswith(start)
+    assert peel_conclusion(unmeasured_record()) == "No verdict yet: no map was visited within the budget."
