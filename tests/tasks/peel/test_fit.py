@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from audits import Snapshot, runner_of, split_of, tiny_probe
-from peelwise.engine.permute import partner_order, shuffled_stations
 from peelwise.tasks.peel.climber import Climber
 from peelwise.tasks.peel.fit import FitOptions, _solve, coordinate_weights, find_writers, fit_block
 from peelwise.tasks.peel.reference_block import ReferenceBlock, State
@@ -148,20 +147,3 @@ def test_a_small_cache_forgets_but_never_the_path():
         for x, y in zip(first, again, strict=True)
         for k in x.state.changes
     )
-
-
-def test_shuffling_moves_every_sequence_and_never_padding():
-    rows = [r[:n] for r, n in zip(sample_ids(5, 9).tolist(), (9, 4, 6, 9, 3), strict=True)]
-    trace = runner_of(ZOO["llama"](), micro_batch_tokens=16).trace(split_of(rows))
-    number = torch.arange(5.0)[:, None, None].expand(5, 8, 1)
-    place = torch.arange(8.0)[None, :, None].expand(5, 8, 1)
-    counts = [len(b.weights) for b in trace.batches]
-    assert len(counts) > 1
-    marked = list(torch.cat([number, place], dim=2).split(counts))
-    moved = torch.cat(shuffled_stations(trace, 3)(marked))
-    partner = moved[:, 0, 0].long()
-    assert sorted(partner.tolist()) == [0, 1, 2, 3, 4]
-    assert not bool((partner == torch.arange(5)).any())
-    lengths = torch.tensor([len(r) - 1 for r in rows])
-    assert bool((moved[..., 1] < lengths[partner][:, None]).all())
-    assert all(bool((partner_order(n, s) != torch.arange(n)).all()) for n in (2, 3, 7) for s in range(5))

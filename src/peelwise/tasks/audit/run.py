@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from peelwise.engine.clock import Watcher
 from peelwise.engine.opening import checked_blocks, format_names, open_session
-from peelwise.engine.permute import permuted_targets
+from peelwise.engine.permute import shuffled_targets
 from peelwise.engine.provenance import Setup
 from peelwise.engine.session import Session
 from peelwise.errors import IllConditionedWarning, PeelwiseWarning
@@ -115,7 +115,7 @@ def run_audit(
 
 def _stages(session: Session, findings: Findings, settings: AuditSettings) -> bool:
     """Run the stages in the order of what they are worth; return whether all of them ended by themselves."""
-    null = permuted_targets(session.fit, session.seed) if settings.controls else None
+    null = shuffled_targets(session.fit, session.seed, shift_first=True) if settings.controls else None
     complete = stages.first_sweep(session, findings, null=null)
     complete &= stages.take_out(session, findings, share=_REMOVAL_SHARE)
     complete &= stages.joint_rounds(session, findings, rounds=settings.joint_rounds, share=_JOINT_SHARE)

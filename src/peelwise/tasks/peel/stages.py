@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from peelwise.engine.heads import MAX_STEPS, FittedHead, Losses, Targets, light_head, own_head_losses
-from peelwise.engine.permute import shuffled_labels, shuffled_stations
+from peelwise.engine.permute import shuffled_stations, shuffled_targets
 from peelwise.engine.session import Session
 from peelwise.model.architectures.decoder import find_blocks
 from peelwise.model.fresh import fresh_copy
@@ -175,7 +175,7 @@ def shuffled_control(session: Session, findings: PeelFindings, options: FitOptio
             weighted=weighted,
             shuffle=shuffled_stations(session.fit, session.seed),
         )
-        findings.shuffled = _built(session, findings, climber, shuffled_labels(session.fit, session.seed))
+        findings.shuffled = _built(session, findings, climber, shuffled_targets(session.fit, session.seed))
 
 
 def untrained_control(session: Session, findings: PeelFindings, options: FitOptions, *, weighted: bool) -> None:
