@@ -27,6 +27,13 @@ from peelwise.tasks.audit.summary import summarise
 # after these parts of the budget; leaving one out gets a part of what is left, the head one of the whole.
 _REMOVAL_SHARE, _JOINT_SHARE, _CONTROL_SHARE, _UNIQUE_SHARE, _HEAD_SHARE = 0.1, 0.4, 0.8, 0.6, 0.02
 
+NO_FRESH = (
+    "The untrained control was left out: the model cannot be initialised again "
+    "(no configuration and no reset_parameters)."
+)
+NO_HEAD = "No output head was found, so there is no head control."
+NO_PLAIN_HEAD = "The model changes its logits behind the head, so there is no head control."
+
 
 @dataclass(frozen=True)
 class AuditSettings:
@@ -119,19 +126,39 @@ def _stages(session: Session, findings: Findings, settings: AuditSettings) -> bo
     complete = stages.first_sweep(session, findings, null=null)
     complete &= stages.take_out(session, findings, share=_REMOVAL_SHARE)
     complete &= stages.joint_rounds(session, findings, rounds=settings.joint_rounds, share=_JOINT_SHARE)
-    controls.shuffled_control(session, findings)
+    _shuffled(session, findings)
     complete &= stages.leave_one_out(session, findings, share=_UNIQUE_SHARE)
     if settings.controls:
         clock = session.clock
         affordable = clock.elapsed < _CONTROL_SHARE * clock.budget
         if affordable:
-            controls.untrained_control(session, findings)
-        controls.head_reference(session, findings, share=_HEAD_SHARE)
+            _untrained(session, findings)
+        _head(session, findings)
         complete &= affordable
     complete &= stages.refine_alone(session, findings, rounds=settings.alone_rounds)
     if not complete:
         findings.notes.append("The budget ended before every stage; a larger --budget measures the rest.")
     return complete
+
+
+def _shuffled(session: Session, findings: Findings) -> None:
+    proposals, findings.shuffled_proposals = findings.shuffled_proposals, None
+    if proposals is not None:
+        findings.shuffled = controls.shuffled_control(session, proposals)
+
+
+def _untrained(session: Session, findings: Findings) -> None:
+    findings.untrained = controls.untrained_control(session)
+    if findings.untrained is None:
+        findings.notes.append(NO_FRESH)
+
+
+def _head(session: Session, findings: Findings) -> None:
+    found = controls.head_reference(session, share=_HEAD_SHARE)
+    if found is None:
+        findings.notes.append(NO_HEAD if session.runner.head is None else NO_PLAIN_HEAD)
+    else:
+        findings.head, findings.head_control = found
 
 
 def settings_dict(settings: AuditSettings) -> dict[str, bool | int | float | str | None]:
