@@ -63,8 +63,8 @@ def session_of(model: nn.Module, probe: Probe | None = None, **options: Any) -> 
     """Return what the stages of an audit work on, with ten minutes on its clock."""
     probe = probe or tiny_probe()
     runner = runner_of(model, **options)
-    traces = [runner.trace(split) for split in (probe.fit, probe.select, probe.report)]
-    return Session(runner, probe, *traces, clock=Clock(600.0, runner.work), seed=probe.seed)
+    fit, select, report = (runner.trace(split) for split in (probe.fit, probe.select, probe.report))
+    return Session(runner, report, probe, fit, select, Clock(600.0, runner.work), probe.seed)
 
 
 def slow_losses(model: nn.Module, rows: list[list[int]]) -> Tensor:

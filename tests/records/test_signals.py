@@ -12,7 +12,7 @@ import pytest
 import peelwise
 from audits import tiny_probe
 from peelwise.engine.signals import LayerSums
-from peelwise.model.architectures.decoder import find_blocks
+from peelwise.model.architectures import find_blocks
 from peelwise.records.run import Measurement, Statistic
 from peelwise.records.signals import RANKED_BY, SIGNALS, SWEPT, Signal, title_of
 from peelwise.show.signals import page

@@ -10,29 +10,27 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from peelwise.certificate.base import (
-    PROBE_FILE,
     WITNESS_FILE,
-    Check,
     Verification,
     load_tensors,
+    not_as_certified,
+    read_probe,
     tolerance_of,
-    what_changed,
 )
-from peelwise.engine.session import Changes, gain
+from peelwise.certificate.recheck import Recheck
+from peelwise.engine.opening import open_report
+from peelwise.engine.session import Changes, ReportSession
 from peelwise.engine.witness import changes_of, merge_
 from peelwise.errors import CertificateError, FormatError
 from peelwise.evidence.audit import contradictions
-from peelwise.evidence.intervals import Paired
 from peelwise.evidence.verdict import Evidence, judge
 from peelwise.model.architectures import find_blocks
 from peelwise.model.fingerprint import fingerprint
 from peelwise.model.guard import untouched
 from peelwise.model.layers import parameter_count
-from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner, Trace
-from peelwise.model.splice import spliced
+from peelwise.model.runner import MICRO_BATCH_TOKENS, Trace
 from peelwise.probe.probe import Probe
 from peelwise.records.audit import AuditRecord
-from peelwise.records.base import Interval
 from peelwise.records.files import read_record
 
 _SELF = "that the record agrees with itself (intervals, gains and the losses beside them, margin, verdicts, conclusion)"
@@ -59,13 +57,7 @@ def read_certificate(folder: Path) -> Certificate:
         CertificateError: If a file is missing or damaged.
     """
     record = read_record(folder)
-    probe = Probe.from_tensors(
-        load_tensors(folder / PROBE_FILE),
-        source=record.probe.source,
-        in_distribution=record.probe.in_distribution,
-        seed=record.seed,
-    )
-    return Certificate(record, load_tensors(folder / WITNESS_FILE), probe)
+    return Certificate(record, load_tensors(folder / WITNESS_FILE), read_probe(folder, record))
 
 
 def verify_certificate(
@@ -84,30 +76,28 @@ def verify_certificate(
     """
     certificate = read_certificate(folder)
     record = certificate.record
-    changed = what_changed(folder, record)
-    if changed:
-        return Verification("does not hold", changed)
-    if certificate.probe.fingerprint != record.probe.fingerprint:
-        return Verification("not the same model or data", f"{PROBE_FILE} is not the probe that was certified.")
-    if fingerprint(model) != record.model.fingerprint:
-        return Verification("not the same model or data", "The model's tensors are not those that were certified.")
+    other = not_as_certified(folder, record, certificate.probe, model)
+    if other is not None:
+        return other
     tolerance = tolerance_of(model)
     wrong = next(_disagreements(certificate, model, tolerance), None)
     if wrong:
         return Verification("does not hold", wrong, tolerance=tolerance)
     with untouched(model):
-        runner = Runner(model, find_blocks(model), micro_batch_tokens=micro_batch_tokens)
-        recheck = _Recheck(certificate, runner, tolerance)
+        session = open_report(
+            model, find_blocks(model), certificate.probe.report, micro_batch_tokens=micro_batch_tokens
+        )
+        recheck = _Recheck(certificate, session, tolerance)
         try:
-            checks = recheck.run(full=full)
+            recheck.run(full=full)
         except FormatError as error:  # a witness that is not at the same bits proves nothing
             return Verification("does not hold", str(error), tolerance=tolerance)
         wrong = recheck.wrong_number() or (recheck.wrong_verdict() if full else None)
     losses = "the model's loss and, where there is one, the composed loss and its gain"
     return Verification(
         "does not hold" if wrong else "holds",
-        wrong or f"{len(checks)} numbers found again.",
-        checks,
+        wrong or f"{len(recheck.checks)} numbers found again.",
+        tuple(recheck.checks),
         tolerance,
         rechecked=(losses, *([_BLOCKS, "the verdicts that follow from them"] if full else []), _SELF),
         not_rechecked=(*([] if full else [f"{_BLOCKS} (--full does)"]), _UNCHECKED),
@@ -134,73 +124,58 @@ def merged_model(certificate: Certificate, model: nn.Module) -> nn.Module:
 def report_loss(model: nn.Module, certificate: Certificate) -> float:
     """Return the model's loss on the certificate's report part, nats per token."""
     with untouched(model):
-        return Runner(model, find_blocks(model)).trace(certificate.probe.report).mean
+        return open_report(model, find_blocks(model), certificate.probe.report).report.mean
 
 
-class _Recheck:
-    """Recomputes the numbers of one certificate, in the order of the audit."""
+class _Recheck(Recheck):
+    """Recomputes the numbers of one audit, in its order."""
 
-    def __init__(self, certificate: Certificate, runner: Runner, tolerance: float) -> None:
-        self.record = certificate.record
-        self.witness = certificate.witness
-        self.runner, self.blocks = runner, runner.blocks
-        self.tolerance = tolerance
-        self.trace: Trace = self.runner.trace(certificate.probe.report)
-        self.checks: list[Check] = []
+    def __init__(self, certificate: Certificate, session: ReportSession, tolerance: float) -> None:
+        super().__init__(session, tolerance)
+        self.record, self.witness = certificate.record, certificate.witness
+        self.blocks = session.runner.blocks
         self.evidence = [Evidence() for _ in self.blocks]
 
-    def run(self, *, full: bool) -> tuple[Check, ...]:
-        loss = self.record.loss
-        self._compare("loss.current", loss.current, self.trace.mean)
+    def run(self, *, full: bool) -> None:
+        loss, session = self.record.loss, self.session
+        report = session.report
+        self.loss("loss.current", loss.current, report.losses)
         if loss.composed is not None:
             composed = changes_of(self.witness, "composed", self.blocks)
-            with spliced(composed):
-                after = self.runner.refreshed(self.trace) if full else None
-                losses = after.losses if after else self.runner.losses_from(self.trace, 0)
-            self._compare("loss.composed", loss.composed, float(losses.sum() / self.trace.tokens.sum()))
-            self._interval("loss.composed_gain", loss.composed_gain, self._gain(self.trace.losses, losses))
+            after = session.refreshed(report, composed) if full else None
+            losses = after.losses if after else session.losses(report, composed)
+            self.loss("loss.composed", loss.composed, losses)
+            self.gain("loss.composed_gain", loss.composed_gain, report.losses, losses)
             if after is not None:
                 self._unique(composed, after)
         if full:
             self._alone()
             self._removal()
-        return tuple(self.checks)
 
     def _unique(self, composed: Changes, after: Trace) -> None:
         for block, recorded in zip(self.blocks, self.record.blocks, strict=True):
             if recorded.unique_nats is None:
                 continue
-            with spliced({m: c for m, c in composed.items() if m not in set(block.linears)}):
-                losses = self.runner.losses_from(after, block.index)
-            found = self._gain(losses, after.losses)
-            self._interval(f"{block.name} unique", recorded.unique_nats, found)
+            others = {m: c for m, c in composed.items() if m not in set(block.linears)}
+            losses = self.session.losses(after, others, block.index)
+            found = self.gain(f"{block.name} unique", recorded.unique_nats, losses, after.losses)
             self.evidence[block.index] = replace(self.evidence[block.index], unique=found)
 
     def _alone(self) -> None:
+        report = self.session.report
         for block, recorded in zip(self.blocks, self.record.blocks, strict=True):
             if recorded.recoverable_nats is None:
                 continue
-            with spliced(changes_of(self.witness, "alone", (block,))):
-                losses = self.runner.losses_from(self.trace, block.index)
-            found = self._gain(self.trace.losses, losses)
-            self._interval(f"{block.name} recoverable", recorded.recoverable_nats, found)
+            losses = self.session.losses(report, changes_of(self.witness, "alone", (block,)), block.index)
+            found = self.gain(f"{block.name} recoverable", recorded.recoverable_nats, report.losses, losses)
             self.evidence[block.index] = replace(self.evidence[block.index], alone=found)
 
     def _removal(self) -> None:
+        report = self.session.report
         for block, recorded in zip(self.blocks, self.record.blocks, strict=True):
             if recorded.removal_nats is not None:
-                losses = self.runner.losses_without(self.trace, block.index)
-                found = self._gain(losses, self.trace.losses)
-                self._interval(f"{block.name} removal", recorded.removal_nats, found)
-
-    def wrong_number(self) -> str | None:
-        """Return which number was not found again, or ``None``."""
-        failed = next((c for c in self.checks if not c.holds), None)
-        return (
-            None
-            if failed is None
-            else f"{failed.name}: {failed.recorded:.6f} was certified, {failed.found:.6f} was found."
-        )
+                losses = self.session.losses_without(report, block.index)
+                self.gain(f"{block.name} removal", recorded.removal_nats, losses, report.losses)
 
     def wrong_verdict(self) -> str | None:
         """Return which block's colour does not follow from the numbers found, or ``None``; after a full run."""
@@ -213,18 +188,6 @@ class _Recheck:
                 follows = judged[0][index].colour
                 return f"{block.name}: {block.verdict} was certified, {follows} follows from its numbers."
         return None
-
-    def _gain(self, before: Tensor, after: Tensor) -> Paired:
-        return gain(before, after, self.trace)
-
-    def _interval(self, name: str, recorded: Interval | None, found: Paired) -> None:
-        if recorded is not None:
-            again = found.interval()
-            for part in ("mean", "low", "high"):
-                self._compare(f"{name}.{part}", getattr(recorded, part), getattr(again, part))
-
-    def _compare(self, name: str, recorded: float, found: float) -> None:
-        self.checks.append(Check(name, recorded, found, abs(recorded - found) <= self.tolerance))
 
 
 def _disagreements(certificate: Certificate, model: nn.Module, tolerance: float) -> Iterator[str]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peelwise.errors import CertificateError
+from peelwise.model.fingerprint import fingerprint
 from peelwise.probe.probe import Probe
 from peelwise.records.base import SealedRecord, WitnessRecord
 from peelwise.records.files import RECORD_FILE
@@ -116,6 +117,32 @@ def _witness_record(path: Path, witness: Mapping[str, Tensor]) -> WitnessRecord:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_probe(folder: Path, record: SealedRecord) -> Probe:
+    """Read the probe of a certificate.
+
+    Raises:
+        CertificateError: If it is missing or damaged.
+    """
+    return Probe.from_tensors(
+        load_tensors(folder / PROBE_FILE),
+        source=record.probe.source,
+        in_distribution=record.probe.in_distribution,
+        seed=record.seed,
+    )
+
+
+def not_as_certified(folder: Path, record: SealedRecord, probe: Probe, model: nn.Module) -> Verification | None:
+    """Return what there is to say where the files, the probe or the model are not those of the record, or ``None``."""
+    changed = what_changed(folder, record)
+    if changed:
+        return Verification("does not hold", changed)
+    if probe.fingerprint != record.probe.fingerprint:
+        return Verification("not the same model or data", f"{PROBE_FILE} is not the probe that was certified.")
+    if fingerprint(model) != record.model.fingerprint:
+        return Verification("not the same model or data", "The model's tensors are not those that were certified.")
+    return None
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

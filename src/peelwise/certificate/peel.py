@@ -5,34 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from peelwise.certificate.base import (
-    PROBE_FILE,
     WITNESS_FILE,
-    Check,
     Verification,
     load_tensors,
+    not_as_certified,
+    read_probe,
     tolerance_of,
-    what_changed,
 )
-from peelwise.engine.heads import per_sequence
-from peelwise.engine.opening import format_names, low_bit_layers
-from peelwise.engine.session import gain
+from peelwise.certificate.recheck import Recheck
+from peelwise.engine.heads import head_rows
+from peelwise.engine.opening import format_names, low_bit_layers, open_report
+from peelwise.engine.session import ReportSession
 from peelwise.engine.witness import CODED_PARTS, codes_of, moved_to
 from peelwise.errors import CertificateError, FormatError
-from peelwise.evidence.intervals import Paired
 from peelwise.evidence.peel import contradictions
 from peelwise.model.architectures import find_blocks
-from peelwise.model.fingerprint import fingerprint
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, unwrapped
-from peelwise.model.runner import Runner, Trace
-from peelwise.probe.probe import Probe
-from peelwise.records.base import Interval
+from peelwise.model.runner import Trace
 from peelwise.records.peel import PeelRecord
-from peelwise.references.head import token_cross_entropy
 from peelwise.tasks.peel.reference_block import EFFECTIVE, Codes, ReferenceBlock, State
 from peelwise.tasks.peel.stack import Stack
 from peelwise.tasks.peel.summary import BOUND_HEAD, CONTROL_HEAD, STACK
@@ -55,31 +49,25 @@ def verify_peel(folder: Path, record: PeelRecord, model: nn.Module) -> Verificat
     Raises:
         CertificateError: If the witness or the probe cannot be read, or do not fit the model.
     """
-    witness, probe = load_tensors(folder / WITNESS_FILE), _probe(folder, record)
-    changed = what_changed(folder, record)
-    if changed:
-        return Verification("does not hold", changed)
-    if probe.fingerprint != record.probe.fingerprint:
-        return Verification("not the same model or data", f"{PROBE_FILE} is not the probe that was certified.")
-    if fingerprint(model) != record.model.fingerprint:
-        return Verification("not the same model or data", "The model's tensors are not those that were certified.")
+    witness, probe = load_tensors(folder / WITNESS_FILE), read_probe(folder, record)
+    other = not_as_certified(folder, record, probe, model)
+    if other is not None:
+        return other
     tolerance, formats = tolerance_of(model), record.reference_formats
     wrong = next(contradictions(record), None)
     if wrong:
         return Verification("does not hold", wrong, tolerance=tolerance)
     with untouched(model):
+        recheck = _Recheck(record, witness, open_report(model, find_blocks(model), probe.report), tolerance)
         try:
-            checks = _Recheck(record, witness, probe, model, tolerance).run()
+            recheck.run()
         except FormatError as error:  # references outside the formats that they are said to be of prove nothing
             return Verification("does not hold", str(error), tolerance=tolerance)
-    differing = [check for check in checks if not check.holds]
-    if differing:
-        first = differing[0]
-        wrong = f"{first.name}: {first.recorded:.6f} was certified, {first.found:.6f} was found."
+    wrong = recheck.wrong_number()
     return Verification(
         "does not hold" if wrong else "holds",
-        wrong or f"{len(checks)} numbers found again.",
-        checks,
+        wrong or f"{len(recheck.checks)} numbers found again.",
+        tuple(recheck.checks),
         tolerance,
         rechecked=(_LOSSES, *([f"that references are inside {formats}"] if formats else []), _SELF),
         not_rechecked=(_UNCHECKED,),
@@ -132,82 +120,55 @@ def _stored_codes(witness: Mapping[str, Tensor], block: Block, *, inside: bool) 
     return found
 
 
-class _Recheck:
-    """Recomputes the numbers of one certificate."""
+class _Recheck(Recheck):
+    """Recomputes the numbers of one peel."""
 
     def __init__(
-        self, record: PeelRecord, witness: dict[str, Tensor], probe: Probe, model: nn.Module, tolerance: float
+        self, record: PeelRecord, witness: dict[str, Tensor], session: ReportSession, tolerance: float
     ) -> None:
-        self.record, self.witness, self.tolerance = record, witness, tolerance
-        self.runner = Runner(model, find_blocks(model))
-        self.trace = self.runner.trace(probe.report)
-        self.checks: list[Check] = []
+        super().__init__(session, tolerance)
+        self.record, self.witness = record, witness
 
-    def run(self) -> tuple[Check, ...]:
-        loss = self.record.loss
-        current, control, bound = self.trace.losses, None, None
-        self._loss("loss.current", loss.current, current)
+    def run(self) -> None:
+        loss, report = self.record.loss, self.session.report
+        self.loss("loss.current", loss.current, report.losses)
+        control = None
         if loss.head_control is not None:
-            control = self._with_head(self.trace, CONTROL_HEAD)
-            self._loss("loss.head_control", loss.head_control, control)
-            self._interval("loss.head_control_gain", loss.head_control_gain, current, control)
+            control = self._with_head(report, CONTROL_HEAD)
+            self.loss("loss.head_control", loss.head_control, control)
+            self.gain("loss.head_control_gain", loss.head_control_gain, report.losses, control)
         if loss.bound is not None:
             bound = self._bound()
-            self._loss("loss.bound", loss.bound, bound)
-            self._interval("loss.bound_gain", loss.bound_gain, current, bound)
+            self.loss("loss.bound", loss.bound, bound)
+            self.gain("loss.bound_gain", loss.bound_gain, report.losses, bound)
             if control is not None:
-                self._interval("loss.over_head_control", loss.over_head_control, control, bound)
-        return tuple(self.checks)
+                self.gain("loss.over_head_control", loss.over_head_control, control, bound)
 
     def _bound(self) -> Tensor:
         """Return the losses ``[sequences]`` of the stack with its head."""
-        stack = Stack(self.runner, {"report": self.trace})
-        formats = self.record.reference_formats
-        held = format_names(low_bit_layers(self.runner.blocks))
+        runner, formats = self.session.runner, self.record.reference_formats
+        stack = Stack(runner, {"report": self.session.report})
+        held = format_names(low_bit_layers(runner.blocks))
         if formats is not None and formats != held:
             raise FormatError(
                 f"References are said to be inside {formats}; the model holds {held or 'no low-bit maps'}."
             )
-        references = reference_stack(self.witness, self.runner.blocks, inside=formats is not None)
+        references = reference_stack(self.witness, runner.blocks, inside=formats is not None)
         for station, reference in zip(self.record.best_map or (), references, strict=True):
             stack.push(station, reference)
         trace = stack.traces["report"]
         if BOUND_HEAD not in self.witness:
-            return self.runner.losses_from(trace, len(self.runner.blocks))
+            return self.session.losses(trace, start=len(runner.blocks))
         return self._with_head(trace, BOUND_HEAD)
 
-    @torch.no_grad()
     def _with_head(self, trace: Trace, name: str) -> Tensor:
         """Return the losses ``[sequences]`` of the last stations of ``trace`` under a stored head."""
-        head = self.runner.head
-        if head is None or name not in self.witness:
+        head = self.session.runner.head
+        rows = head_rows(self.session.runner, trace) if name in self.witness else None
+        if head is None or rows is None:
             raise CertificateError(f"The witness lacks {name}, or the model lacks the head that it changes.")
-        x, y, agree = self.runner.head_inputs(trace)
         weight = next(head.parameters())
         change = self.witness[name].float().to(weight.device)
-        if not bool(agree) or change.shape != weight.shape:
+        if change.shape != weight.shape:
             raise CertificateError(f"The witness for {name} is {tuple(change.shape)}, not the shape of the head.")
-        tokens = token_cross_entropy(x, y, lambda rows: head(rows.to(weight.dtype)), change)
-        return per_sequence(tokens, trace)
-
-    def _loss(self, name: str, recorded: float, found: Tensor) -> None:
-        self._compare(name, recorded, float(found.sum() / self.trace.tokens.sum()))
-
-    def _interval(self, name: str, recorded: Interval | None, before: Tensor, after: Tensor) -> None:
-        if recorded is not None:
-            found: Paired = gain(before, after, self.trace)
-            again = found.interval()
-            for part in ("mean", "low", "high"):
-                self._compare(f"{name}.{part}", getattr(recorded, part), getattr(again, part))
-
-    def _compare(self, name: str, recorded: float, found: float) -> None:
-        self.checks.append(Check(name, recorded, found, abs(recorded - found) <= self.tolerance))
-
-
-def _probe(folder: Path, record: PeelRecord) -> Probe:
-    return Probe.from_tensors(
-        load_tensors(folder / PROBE_FILE),
-        source=record.probe.source,
-        in_distribution=record.probe.in_distribution,
-        seed=record.seed,
-    )
+        return rows.per_sequence(rows.token_losses(change))

@@ -1,21 +1,145 @@
-"""The light head: softmax regression on top of a frozen stack, or of the model itself as the head control."""
+"""The output head: softmax regression on top of a frozen stack, of the model itself, or of no block at all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from peelwise.engine.session import WITNESS_DTYPE, Session
-from peelwise.model.runner import Batch, Runner, Trace
-from peelwise.references.head import fit_head, token_cross_entropy
+from peelwise.engine.sweep import Targets
+from peelwise.model.runner import Runner, Trace
+from peelwise.references.head import MAX_STEPS, PENALTY, HeadReference, fit_head, token_cross_entropy
 from peelwise.stats.gram import with_ones
 
-MAX_STEPS = 20
+LIGHT_STEPS = 20  # most steps of the heads that peels compare
+# Weak, because the head starts from nothing: at 1e-2 its loss is a quarter of a nat higher on a byte model.
+_BLANK_PENALTY = 1e-3
+_COPIES = 15  # of the head are alive in its fit: iterate, gradient, and six pairs of both
+_MOST_BYTES = 2 * 2**30
 
-Targets = Callable[[Batch, int], Tensor]
+
+@dataclass(frozen=True, eq=False)
+class HeadRows:
+    """What the output head sees at the predicted tokens of one trace, and what a head starts from there.
+
+    Attributes:
+        trace: whose tokens they are.
+        x: inputs of the head, ``[n, d]``.
+        y: labels, ``[n]``.
+        logits: maps inputs ``[k, d]`` to the logits ``[k, v]`` that changes are added to.
+    """
+
+    trace: Trace
+    x: Tensor
+    y: Tensor
+    logits: Callable[[Tensor], Tensor]
+
+    @torch.no_grad()
+    def token_losses(self, change: Tensor | None = None) -> Tensor:
+        """Return the loss ``[n]`` of every token, in nats, optionally with ``change [v, d]``."""
+        return token_cross_entropy(self.x, self.y, self.logits, change)
+
+    def per_sequence(self, losses: Tensor) -> Tensor:
+        """Add up token losses ``[n]`` per sequence ``[sequences]``."""
+        counts = self.trace.tokens.long()
+        sequence = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        return torch.zeros(len(counts), dtype=losses.dtype, device=losses.device).index_add_(
+            0, sequence.to(losses.device), losses
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class HeadFit:
+    """A fitted head, and the rows of the three parts that it is evaluated on. Large: keep numbers, not this.
+
+    Attributes:
+        fit, select, report: the rows.
+        reference: the change of what the head started from, and what is known of its optimum.
+    """
+
+    fit: HeadRows
+    select: HeadRows
+    report: HeadRows
+    reference: HeadReference
+
+
+def head_rows(runner: Runner, trace: Trace, *, blank: bool = False) -> HeadRows | None:
+    """Return what the output head sees of a trace; ``None`` if none was found, or if logits are changed behind it.
+
+    Args:
+        runner: of the model.
+        trace: its last stations are read.
+        blank: a head from nothing on ``H_0`` instead, what it would see were there no block; the head must be linear.
+    """
+    head = runner.head
+    if head is None:
+        return None
+    x, y, agree = runner.head_inputs(trace, station=0 if blank else -1)
+    if not bool(agree):
+        return None
+    weight = next(head.parameters())  # [v, d]
+
+    def own(rows: Tensor) -> Tensor:
+        out: Tensor = head(rows.to(weight.dtype))
+        return out
+
+    def nothing(rows: Tensor) -> Tensor:
+        return rows.new_zeros(rows.shape[0], weight.shape[0])
+
+    if not blank:
+        return HeadRows(trace, x, y, own)
+    return HeadRows(trace, x if head.bias is None else with_ones(x), y, nothing)
+
+
+def fit(
+    session: Session,
+    *,
+    blank: bool = False,
+    targets: Targets | None = None,
+    penalty: float = PENALTY,
+    max_steps: int = MAX_STEPS,
+    keep_going: Callable[[], bool] = lambda: True,
+) -> HeadFit | None:
+    """Fit the output head on the fit tokens, its iterate chosen on select, behind the model's own final norm.
+
+    It starts from the model's own head and is pulled towards it; see `peelwise.references.head`. It is an explicit
+    reference, so a fit that is cut short is only a looser one.
+
+    Args:
+        session: model and traces.
+        blank: start from nothing, on what the head would see were there no block.
+        targets: other labels for the fit tokens (null control).
+        penalty: strength of the pull, nats per unit of mean squared logit change.
+        max_steps: most steps; every head of one comparison gets the same.
+        keep_going: asked before each step.
+
+    Returns:
+        The fit, or ``None`` where no head was found, or where the model changes its logits behind it.
+    """
+    found = []
+    for trace in (session.fit, session.select, session.report):
+        rows = head_rows(session.runner, trace, blank=blank)
+        if rows is None:
+            return None
+        found.append(rows)
+    own, select, report = found
+    labels = own.y
+    if targets is not None:
+        labels = torch.cat([targets(batch, place)[batch.weights] for place, batch in enumerate(session.fit.batches)])
+    with torch.no_grad():
+        reference = fit_head(
+            (own.x, labels),
+            (select.x, select.y),
+            own.logits,
+            penalty=penalty,
+            max_steps=max_steps,
+            keep_going=keep_going,
+        )
+    session.runner.work.add(session.runner.head_share, 3.0 * (reference.steps + 1) * len(labels))
+    return HeadFit(own, select, report, reference)
 
 
 @dataclass(frozen=True)
@@ -29,7 +153,7 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class FittedHead:
+class LightHead:
     """A fitted head as a change of the model's own, ``[v, d]`` in the format it is stored in; its losses."""
 
     change: Tensor
@@ -37,96 +161,38 @@ class FittedHead:
     steps: int
 
 
-def own_head_losses(runner: Runner, traces: Mapping[str, Trace]) -> Losses:
+def own_head_losses(session: Session) -> Losses:
     """Return the losses of the last stations with the model's own head."""
-    top = len(runner.blocks)
-    found = {part: runner.losses_from(trace, top) for part, trace in traces.items()}
-    mean = {part: float(found[part].sum() / trace.tokens.sum()) for part, trace in traces.items()}
-    return Losses(mean["fit"], mean["select"], mean["report"], found["report"])
+    top = len(session.runner.blocks)
+    parts = session.fit, session.select, session.report
+    found = [session.losses(trace, start=top) for trace in parts]
+    fit_loss, select_loss, report_loss = (trace.mean_of(losses) for trace, losses in zip(parts, found, strict=True))
+    return Losses(fit_loss, select_loss, report_loss, found[-1])
 
 
 def light_head(
-    runner: Runner,
-    traces: Mapping[str, Trace],
+    session: Session,
     *,
     targets: Targets | None = None,
-    max_steps: int = MAX_STEPS,
+    max_steps: int = LIGHT_STEPS,
     keep_going: Callable[[], bool] = lambda: True,
-) -> FittedHead | None:
-    """Fit the output head on the fit tokens, stopped early on select, behind the model's own final norm.
-
-    It starts from the model's own head and is pulled towards it; see `peelwise.references.head`. Its change is
-    rounded to the witness format before it is evaluated.
-
-    Args:
-        runner: of the model.
-        traces: what the head is put on: their last stations are read.
-        targets: other labels for the fit tokens (null control).
-        max_steps: most steps; every head of one comparison gets the same.
-        keep_going: asked before each step.
-
-    Returns:
-        The head, or ``None`` where the model has none that can be fitted (none found, a bias-like change behind
-        it, or logits that are capped behind the head).
-    """
-    head = runner.head
-    if head is None:
+) -> LightHead | None:
+    """Return what is kept of a `fit`: its change, rounded to the witness format before it is evaluated."""
+    found = fit(session, targets=targets, max_steps=max_steps, keep_going=keep_going)
+    if found is None:
         return None
-    parts = {}
-    for part, trace in traces.items():
-        x, y, agree = runner.head_inputs(trace)
-        if not bool(agree):
-            return None
-        parts[part] = x, y
-    fit_x, fit_y = parts["fit"]
-    if targets is not None:
-        batches = enumerate(traces["fit"].batches)
-        fit_y = torch.cat([targets(batch, place)[batch.weights] for place, batch in batches])
-    dtype = next(head.parameters()).dtype
-
-    def logits(x: Tensor) -> Tensor:
-        out: Tensor = head(x.to(dtype))
-        return out
-
-    with torch.no_grad():
-        found = fit_head((fit_x, fit_y), parts["select"], logits, max_steps=max_steps, keep_going=keep_going)
-        change = found.change.to(WITNESS_DTYPE)
-        tokens = {part: token_cross_entropy(x, y, logits, change.float()) for part, (x, y) in parts.items()}
-    runner.work.add(runner.head_share, 3.0 * (found.steps + 1) * len(fit_y))
-    losses = Losses(
-        float(tokens["fit"].mean()),
-        float(tokens["select"].mean()),
-        float(tokens["report"].mean()),
-        per_sequence(tokens["report"], traces["report"]),
-    )
-    return FittedHead(change, losses, found.steps)
-
-
-def per_sequence(losses: Tensor, trace: Trace) -> Tensor:
-    """Add up token losses ``[n]`` of a trace per sequence ``[sequences]``."""
-    counts = trace.tokens.long()
-    sequence = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-    return torch.zeros(len(counts), dtype=losses.dtype, device=losses.device).index_add_(
-        0, sequence.to(losses.device), losses
-    )
-
-
-# Weak, because the head starts from nothing: at 1e-2 its loss is a quarter of a nat higher on a byte model.
-_PENALTY = 1e-3
-
-
-_COPIES = 15  # of the head are alive in its fit: iterate, gradient, and six pairs of both
-
-
-_MOST_BYTES = 2 * 2**30
+    change = found.reference.change.to(WITNESS_DTYPE)
+    tokens = [rows.token_losses(change.float()) for rows in (found.fit, found.select, found.report)]
+    fit_loss, select_loss, report_loss = (float(each.mean()) for each in tokens)
+    losses = Losses(fit_loss, select_loss, report_loss, found.report.per_sequence(tokens[-1]))
+    return LightHead(change, losses, found.reference.steps)
 
 
 def without_blocks(session: Session, *, seconds: float) -> float | None:
     """Return the report loss of a new head on station ``H_0``, in nats per token.
 
     Softmax regression from zero on what the head would see were there no block: the model's own embedding and final
-    norm, nothing else of what it has learned. Fit tokens make it, select tokens choose its iterate. It is an explicit
-    reference, so a fit that is cut short is only a looser (higher) one.
+    norm, nothing else of what it has learned.
 
     Args:
         session: model and traces.
@@ -140,22 +206,9 @@ def without_blocks(session: Session, *, seconds: float) -> float | None:
     if not isinstance(head, nn.Linear) or _COPIES * 4 * head.in_features * head.out_features > _MOST_BYTES:
         return None
     stop = session.clock.elapsed + seconds
-    parts = []
-    for trace in (session.fit, session.select, session.report):
-        x, y, agree = session.runner.head_inputs(trace, station=0)
-        if not bool(agree):
-            return None
-        parts.append((with_ones(x) if head.bias is not None else x, y))
-    fit, select, report = parts
-    vocabulary = head.out_features
-
-    def nothing(x: Tensor) -> Tensor:
-        return x.new_zeros(x.shape[0], vocabulary)
-
-    with torch.no_grad():
-        reference = fit_head(fit, select, nothing, penalty=_PENALTY, keep_going=lambda: session.clock.elapsed < stop)
-        loss = float(token_cross_entropy(*report, nothing, reference.change).mean())
+    found = fit(session, blank=True, penalty=_BLANK_PENALTY, keep_going=lambda: session.clock.elapsed < stop)
+    if found is None:
+        return None
     # Every process has all rows and fits for itself, but when its time is over hangs on its clock.
-    loss = float(session.runner.processes.broadcast(loss))
-    session.runner.work.add(session.runner.head_share, 3.0 * (reference.steps + 1) * len(fit[1]))
-    return loss
+    loss = float(found.report.token_losses(found.reference.change).mean())
+    return float(session.runner.processes.broadcast(loss))

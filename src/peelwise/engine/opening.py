@@ -9,14 +9,15 @@ from torch import nn
 
 from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.engine.clock import Clock, Watcher
-from peelwise.engine.session import LOSSES, Session
+from peelwise.engine.session import LOSSES, ReportSession, Session
 from peelwise.errors import ModelError
 from peelwise.model.architectures import find_blocks
 from peelwise.model.fingerprint import check_finite
+from peelwise.model.fresh import fresh_copy
 from peelwise.model.layers import Block, LinearLayer, context_length, vocabulary_size
-from peelwise.model.runner import Runner, check_replay
+from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner, check_replay
 from peelwise.model.weights.held import Held
-from peelwise.probe.probe import Probe, check_context, check_vocabulary
+from peelwise.probe.probe import Probe, Split, check_context, check_vocabulary
 
 
 def checked_blocks(model: nn.Module, probe: Probe) -> tuple[Block, ...]:
@@ -59,10 +60,37 @@ def open_session(
     clock = Clock(budget_seconds, runner.work, watcher)
     with clock.stage(LOSSES):
         check_replay(runner, probe.fit)
-        traces = runner.trace(probe.fit), runner.trace(probe.select), runner.trace(probe.report)
-    for trace in traces:
+        fit, select, report = runner.trace(probe.fit), runner.trace(probe.select), runner.trace(probe.report)
+    for trace in (fit, select, report):
         _check_loss(trace.mean, name)
-    return Session(runner, probe, *traces, clock=clock, seed=probe.seed, held=low_bit_layers(blocks))
+    return Session(runner, report, probe, fit, select, clock, probe.seed, low_bit_layers(blocks))
+
+
+def open_report(
+    model: nn.Module, blocks: tuple[Block, ...], report: Split, *, micro_batch_tokens: int = MICRO_BATCH_TOKENS
+) -> ReportSession:
+    """Measure the model as it stands on one part of a probe, to evaluate changes there that are already known."""
+    runner = Runner(model, blocks, micro_batch_tokens=micro_batch_tokens)
+    return ReportSession(runner, runner.trace(report))
+
+
+def untrained_session(session: Session, probe: Probe) -> Session | None:
+    """Return a session on the same architecture at initialisation, its work charged to the clock of ``session``.
+
+    Args:
+        session: on the model.
+        probe: what the initialised model is measured on.
+
+    Returns ``None`` where the model cannot be initialised again.
+    """
+    fresh = fresh_copy(session.runner.model, session.seed)
+    if fresh is None:
+        return None
+    blocks = find_blocks(fresh)
+    runner = Runner(fresh, blocks, micro_batch_tokens=session.runner.micro_batch_tokens)
+    runner.work = session.runner.work
+    fit, select, report = runner.trace(probe.fit), runner.trace(probe.select), runner.trace(probe.report)
+    return Session(runner, report, probe, fit, select, session.clock, session.seed, low_bit_layers(blocks))
 
 
 def low_bit_layers(blocks: tuple[Block, ...]) -> dict[LinearLayer, Held]:

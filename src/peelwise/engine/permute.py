@@ -1,4 +1,8 @@
-"""Targets and stations dealt out to other sequences, for the shuffled controls."""
+"""Targets and stations dealt out to other sequences, for the shuffled controls.
+
+Every sequence gets those of another one, the order within is kept. Where the other one is shorter, its last real
+position is repeated: padding never becomes a target.
+"""
 
 from __future__ import annotations
 
@@ -8,49 +12,36 @@ import torch
 from torch import Tensor
 
 from peelwise.engine.sweep import Targets
-from peelwise.model.runner import Batch, Trace
-
-
-def permuted_targets(trace: Trace, seed: int) -> Targets:
-    """Return targets in which every sequence predicts another one's tokens; the order within is kept."""
-    targets = torch.cat([batch.targets for batch in trace.batches])
-    generator = torch.Generator().manual_seed(seed)
-    shift = int(torch.randint(1, max(len(targets), 2), (1,), generator=generator))
-    # A rotation of a random order leaves no sequence in its place.
-    order = torch.randperm(len(targets), generator=generator)
-    partner = torch.empty_like(order)
-    partner[order] = order.roll(shift)
-    moved = targets[partner.to(targets.device)]
-    starts = [0]
-    for batch in trace.batches:
-        starts.append(starts[-1] + len(batch.targets))
-
-    def look(batch: Batch, position: int) -> Tensor:
-        return moved[starts[position] : starts[position + 1]]
-
-    return look
-
+from peelwise.model.runner import Trace
 
 Shuffle = Callable[[list[Tensor]], list[Tensor]]
 
 
-def partner_order(sequences: int, seed: int) -> Tensor:
-    """Return a permutation ``[sequences]`` that leaves no sequence in its place (where there are two or more)."""
+def partner_order(sequences: int, seed: int, *, shift_first: bool = False) -> Tensor:
+    """Return a permutation ``[sequences]`` that leaves no sequence in its place (where there are two or more).
+
+    Args:
+        sequences: how many there are.
+        seed: of the draw.
+        shift_first: audits draw the shift before the order, peels after it: what is on record can be drawn again.
+    """
     generator = torch.Generator().manual_seed(seed)
+
+    def drawn_shift() -> int:
+        return int(torch.randint(1, max(sequences, 2), (1,), generator=generator))
+
+    shift = drawn_shift() if shift_first else None
     order = torch.randperm(sequences, generator=generator)
-    shift = int(torch.randint(1, max(sequences, 2), (1,), generator=generator))
     partner = torch.empty_like(order)
-    partner[order] = order.roll(shift)
+    # A rotation of a random order leaves no sequence in its place.
+    partner[order] = order.roll(drawn_shift() if shift is None else shift)
     return partner
 
 
-def shuffled_stations(trace: Trace, seed: int) -> Shuffle:
-    """Return a function that gives every sequence of a trace another one's station, position by position.
-
-    Where the partner is shorter, its last real position is repeated: padding never becomes a target.
-    """
+def shuffled_stations(trace: Trace, seed: int, *, shift_first: bool = False) -> Shuffle:
+    """Return a function that gives every sequence of a trace another one's station, position by position."""
     lengths = torch.cat([batch.weights.sum(dim=1) for batch in trace.batches])  # [sequences]
-    partner = partner_order(len(lengths), seed).to(lengths.device)
+    partner = partner_order(len(lengths), seed, shift_first=shift_first).to(lengths.device)
     width = trace.batches[0].weights.shape[1]
     places = torch.arange(width, device=lengths.device).expand(len(lengths), width)
     places = places.minimum((lengths[partner] - 1).clamp_min(0)[:, None])  # [sequences, t]
@@ -64,8 +55,8 @@ def shuffled_stations(trace: Trace, seed: int) -> Shuffle:
     return shuffle
 
 
-def shuffled_labels(trace: Trace, seed: int) -> Callable[[Batch, int], Tensor]:
-    """Return labels moved in the same way as `shuffled_stations` moves stations."""
-    labels = [batch.targets[..., None] for batch in trace.batches]
-    moved = [one[..., 0] for one in shuffled_stations(trace, seed)(labels)]
+def shuffled_targets(trace: Trace, seed: int, *, shift_first: bool = False) -> Targets:
+    """Return targets moved in the same way as `shuffled_stations` moves stations."""
+    targets = [batch.targets[..., None] for batch in trace.batches]
+    moved = [one[..., 0] for one in shuffled_stations(trace, seed, shift_first=shift_first)(targets)]
     return lambda batch, place: moved[place]

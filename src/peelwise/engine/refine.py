@@ -6,17 +6,16 @@ The same round serves one block alone, all blocks together, and the null control
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from peelwise.engine.session import Changes, combined, output_change
+from peelwise.engine.session import Changes, Session, combined, output_change
 from peelwise.engine.sweep import BlockProposals, Direction
 from peelwise.formats.base import Encoded
 from peelwise.model.layers import LinearLayer
-from peelwise.model.runner import Runner, Trace
-from peelwise.model.splice import spliced
+from peelwise.model.runner import Trace
 from peelwise.records.audit import RoundRecord
 from peelwise.references.step_search import search_step
 
@@ -53,28 +52,24 @@ def unrefined(select: Trace, start: int = 0) -> Refined:
 
 
 def take_round(
-    runner: Runner,
-    select: Trace,
+    session: Session,
     before: Refined,
     proposals: Proposals,
     *,
     output_changes: dict[Direction, float],
     evaluations: int = 8,
-    after_evaluation: Callable[[], None] = lambda: None,
 ) -> Refined | None:
     """Try the directions of ``proposals`` on top of ``before``; return the better, or ``None`` if none helps.
 
     Args:
-        runner: the model, with nothing spliced in.
-        select: a trace whose stations are right up to ``before.start``.
+        session: model and select tokens.
         before: the changes so far.
         proposals: what the sweep proposed, linearised at ``before``.
         output_changes: per direction the step length to try first, in units of output change; updated with the
             one that was chosen, as a first guess for the next round or block.
         evaluations: most evaluations of the select loss per direction.
-        after_evaluation: called after each evaluation.
     """
-    tokens = float(select.tokens.sum())
+    select = session.select
     best: Refined | None = None
     for direction in _directions(proposals):
         unit = output_change(proposals, direction, 1.0)
@@ -83,10 +78,8 @@ def take_round(
             continue
 
         def loss_at(step: float, direction: Direction = direction) -> float:
-            with spliced(combined(before.changes, proposals, direction, step)):
-                loss = float(runner.losses_from(select, before.start).sum()) / tokens
-            after_evaluation()
-            return loss
+            changes = combined(before.changes, proposals, direction, step)
+            return select.mean_of(session.losses(select, changes, before.start))
 
         start = output_changes[direction] / unit if direction in output_changes else FIRST_GAIN_NATS / slope
         choice = search_step(

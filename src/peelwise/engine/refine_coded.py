@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from peelwise.engine.refine import Proposals, Refined, take_round
-from peelwise.engine.session import Changes, rounded
+from peelwise.engine.session import Changes, Session, rounded
 from peelwise.formats.base import Encoded
 from peelwise.model.layers import LinearLayer
-from peelwise.model.runner import Runner, Trace
-from peelwise.model.splice import spliced
 from peelwise.model.weights.held import Held
 from peelwise.records.audit import RoundRecord
 from peelwise.references.coded import LocalProblem, Metric, flip_steps, flipped, projected, step_for_share
@@ -41,34 +39,19 @@ class Candidate:
     changes: Changes
 
 
-def take_coded_round(
-    runner: Runner,
-    select: Trace,
-    before: Refined,
-    proposals: Proposals,
-    held: Mapping[LinearLayer, Held],
-    *,
-    after_evaluation: Callable[[], None] = lambda: None,
-) -> Refined | None:
+def take_coded_round(session: Session, before: Refined, proposals: Proposals) -> Refined | None:
     """Try projections and flips on top of ``before``; return the better, or ``None`` if none helps on select.
 
     Args:
-        runner: the model, with nothing spliced in.
-        select: a trace whose stations are right up to ``before.start``.
+        session: model, select tokens and what low-bit maps hold.
         before: the codes and changes so far.
         proposals: what the sweep proposed, linearised at ``before``.
-        held: what every low-bit map of the model holds.
-        after_evaluation: called after each evaluation.
     """
-    start = _dense_step(runner, select, before, proposals)
-    site = Site(start, proposals, held)
-    tokens = float(select.tokens.sum())
+    start, select = _dense_step(session, before, proposals), session.select
+    site = Site(start, proposals, session.held)
 
     def loss_of(candidate: Candidate) -> float:
-        with spliced(candidate.changes):
-            loss = float(runner.losses_from(select, before.start).sum()) / tokens
-        after_evaluation()
-        return loss
+        return select.mean_of(session.losses(select, candidate.changes, before.start))
 
     best = best_candidate(site, start.select_loss, loss_of)
     if best is None:
@@ -110,7 +93,7 @@ def best_candidate(site: Site, base: float, loss_of: Callable[[Candidate], float
     return best
 
 
-def _dense_step(runner: Runner, select: Trace, before: Refined, proposals: Proposals) -> Refined:
+def _dense_step(session: Session, before: Refined, proposals: Proposals) -> Refined:
     """Return ``before`` after a step of the maps that are not low-bit, with a step length of their own."""
     rest: Proposals = {}
     for index, block in proposals.items():
@@ -118,7 +101,7 @@ def _dense_step(runner: Runner, select: Trace, before: Refined, proposals: Propo
         rest[index] = replace(block, changes=changes)
     if not any(maps for block in rest.values() for maps in block.changes.values()):
         return before
-    better = take_round(runner, select, before, rest, output_changes={})
+    better = take_round(session, before, rest, output_changes={})
     return before if better is None else replace(better, codes=before.codes)
 
 

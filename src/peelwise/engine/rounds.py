@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from peelwise.engine.refine import Proposals, Refined, take_round
@@ -18,7 +19,7 @@ def kinds(session: Session) -> tuple[Kind, ...]:
     return ("certified", "dense") if session.held else ("certified",)
 
 
-def improved(
+def next_round(
     session: Session,
     before: Refined,
     proposals: Proposals,
@@ -26,10 +27,25 @@ def improved(
     *,
     output_changes: dict[Direction, float],
     evaluations: int = 8,
+    block: int | None = None,
 ) -> Refined | None:
-    """Return ``before`` after one more round, or ``None`` if none helps on select; see `take_round`."""
+    """Return ``before`` after one more round, evaluated on report, or ``None`` if none helps on select.
+
+    Args:
+        session: model and traces.
+        before: the changes so far.
+        proposals: linearised at the model as it stands, for the first round; later ones make their own.
+        kind: which witness is refined.
+        output_changes: per direction the step length to try first; see `take_round`.
+        evaluations: most evaluations of the select loss per direction.
+        block: the only one that is refined; ``None`` for all of them together.
+    """
+    if before.rounds:
+        proposals = session.relinearised(before.changes, block)
     if kind == "certified" and session.held:
-        return take_coded_round(session.runner, session.select, before, proposals, session.held)
-    return take_round(
-        session.runner, session.select, before, proposals, output_changes=output_changes, evaluations=evaluations
-    )
+        better = take_coded_round(session, before, proposals)
+    else:
+        better = take_round(session, before, proposals, output_changes=output_changes, evaluations=evaluations)
+    if better is None:
+        return None
+    return replace(better, report_losses=session.losses(session.report, better.changes, better.start))

@@ -1,4 +1,4 @@
-"""What every stage of an audit works on: the model's runner, the probe's traces and the clock."""
+"""The one door to a model under measurement: what it loses and gains with changes in place, and what they propose."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from peelwise.engine.clock import Clock
-from peelwise.engine.sweep import BlockProposals, Direction
+from peelwise.engine.sweep import BlockProposals, Direction, sweep
 from peelwise.evidence.intervals import Paired, paired
 from peelwise.model.layers import LinearLayer
 from peelwise.model.runner import Runner, Trace
+from peelwise.model.splice import spliced
 from peelwise.model.weights.held import Held
 from peelwise.probe.probe import Probe
 from peelwise.records.codes import Stage
@@ -29,20 +30,72 @@ Changes = dict[LinearLayer, Tensor]
 
 
 @dataclass
-class Session:
+class ReportSession:
+    """A model and its losses on report: all that is needed to evaluate changes that are already known.
+
+    Weights are never written: changes are in place while a loss is computed, and gone afterwards.
+    """
+
+    runner: Runner
+    report: Trace
+
+    def losses(self, part: Trace, changes: Mapping[LinearLayer, Tensor] | None = None, start: int = 0) -> Tensor:
+        """Return the losses ``[sequences]`` on a part with ``changes`` in place, nats.
+
+        Args:
+            part: tokens, with stations that are right up to ``start``.
+            changes: per map; none for the model as it stands.
+            start: the lowest block that is run.
+        """
+        with spliced(changes or {}):
+            return self.runner.losses_from(part, start)
+
+    def refreshed(self, part: Trace, changes: Mapping[LinearLayer, Tensor], start: int = 0) -> Trace:
+        """Return a part with the losses, and the stations behind block ``start``, of the model with ``changes``."""
+        with spliced(changes):
+            return self.runner.refreshed(part, start)
+
+    def losses_without(self, part: Trace, block: int) -> Tensor:
+        """Return the losses ``[sequences]`` of the model with a block's input passed on as its output."""
+        return self.runner.losses_without(part, block)
+
+    def gain(self, before: Tensor, after: Tensor) -> Paired:
+        """Return the paired decrease on report from ``before`` to ``after`` ``[sequences]``, nats per token."""
+        return paired((before - after).cpu().numpy(), self.report.tokens.cpu().numpy())
+
+
+@dataclass
+class Session(ReportSession):
     """One model, one probe, the model's own stations and losses on its three parts, and the clock.
 
     ``held`` is what low-bit maps hold: their witness is of the same formats.
     """
 
-    runner: Runner
     probe: Probe
     fit: Trace
     select: Trace
-    report: Trace
     clock: Clock
     seed: int
     held: dict[LinearLayer, Held] = field(default_factory=dict)
+
+    def relinearised(
+        self, changes: Mapping[LinearLayer, Tensor], block: int | None = None
+    ) -> dict[int, BlockProposals]:
+        """Return what a sweep proposes at the model with ``changes`` in place: for all blocks, or for one.
+
+        Args:
+            changes: per map; those of ``block`` alone if it is given.
+            block: the only one that proposals are made for.
+        """
+        with spliced(changes):
+            fit, select = (self.runner.refreshed(part, block or 0) for part in (self.fit, self.select))
+            if block is not None:
+                return sweep(self.runner, fit, select, only=[block])[0]
+            return sweep(self.runner, fit, select, after_block=self.tell_block)[0]
+
+    def tell_block(self, done: int) -> None:
+        """Report that a sweep over all blocks has done so many."""
+        self.clock.tell(done, len(self.runner.blocks))
 
     def seconds_for(self, token_forwards: float) -> float:
         """Estimate the seconds that so many token passes take, from the latest stage that was nothing else."""
@@ -53,11 +106,6 @@ class Session:
     def share_from(self, start: int) -> float:
         """Part of a forward pass that lies in blocks ``start..`` and the head."""
         return sum(self.runner.shares[start:]) + self.runner.head_share
-
-
-def gain(before: Tensor, after: Tensor, trace: Trace) -> Paired:
-    """Return the paired decrease from ``before`` to ``after`` (nats summed per sequence)."""
-    return paired((before - after).cpu().numpy(), trace.tokens.cpu().numpy())
 
 
 def combined(

@@ -54,7 +54,16 @@ class Trace:
     @property
     def mean(self) -> float:
         """Loss in nats per token."""
-        return float(self.losses.sum() / self.tokens.sum())
+        return self.mean_of(self.losses)
+
+    @property
+    def predicted(self) -> float:
+        """Number of predicted tokens."""
+        return float(self.tokens.sum())
+
+    def mean_of(self, losses: Tensor) -> float:
+        """Return other losses of the same sequences, ``[sequences]``, in nats per token."""
+        return float(losses.sum() / self.tokens.sum())
 
 
 class Work:
@@ -118,7 +127,7 @@ class Runner:
             for block in self.blocks[start:]:
                 hidden = self.run_block(block, hidden, batch)
             losses.append(_sequence_losses(self.logits(batch, hidden), batch))
-        self.work.add(sum(self.shares[start:]) + self.head_share, float(trace.tokens.sum()))
+        self.work.add(sum(self.shares[start:]) + self.head_share, trace.predicted)
         return self._of_all(losses, len(trace.tokens))
 
     def losses_without(self, trace: Trace, index: int) -> Tensor:
@@ -136,7 +145,7 @@ class Runner:
                 batch.stations.append(self.run_block(block, batch.stations[-1], batch))
             losses.append(_sequence_losses(self.logits(batch, batch.stations[-1]), batch))
             batches.append(batch)
-        self.work.add(sum(self.shares[start:]) + self.head_share, float(trace.tokens.sum()))
+        self.work.add(sum(self.shares[start:]) + self.head_share, trace.predicted)
         return Trace(batches, self._of_all(losses, len(trace.tokens)), trace.tokens)
 
     def _of_all(self, losses: list[Tensor], sequences: int) -> Tensor:
@@ -168,7 +177,7 @@ class Runner:
             if not loss.requires_grad:
                 raise _hidden_from_gradients(type(self.model).__name__)
             gradients.append(torch.autograd.grad(loss, hidden)[0])
-        self.work.add(self.head_share, float(trace.tokens.sum()), 3)
+        self.work.add(self.head_share, trace.predicted, 3)
         return gradients
 
     def block_gradients(
@@ -229,7 +238,7 @@ class Runner:
                     targets.append(batch.targets[batch.weights])
         finally:
             handle.remove()
-        self.work.add(self.head_share, float(trace.tokens.sum()))
+        self.work.add(self.head_share, trace.predicted)
         if not self.processes.all_true(agree):
             return torch.empty(0), torch.empty(0), torch.tensor(False)
         return (

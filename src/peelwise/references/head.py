@@ -24,6 +24,8 @@ from torch import Tensor
 from peelwise.stats.gram import symmetric_product
 from peelwise.stats.linalg import Spectrum, solve_dtype
 
+PENALTY, MAX_STEPS = 1e-2, 30
+
 _CHUNK = 1024
 _MEMORY = 6
 _METRIC_DAMPING = 1e-3
@@ -50,8 +52,8 @@ def fit_head(
     select: tuple[Tensor, Tensor],
     logits: Callable[[Tensor], Tensor],
     *,
-    penalty: float = 1e-2,
-    max_steps: int = 30,
+    penalty: float = PENALTY,
+    max_steps: int = MAX_STEPS,
     gap: float = 1e-4,
     keep_going: Callable[[], bool] = lambda: True,
 ) -> HeadReference:

@@ -13,9 +13,11 @@ it changes which damping is best. ``D = 0`` is the block as it stands, which is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from torch import Tensor
 
+from peelwise.references.damping import climb
 from peelwise.stats.linalg import DampedFactor
 
 START_DAMPING = 1e-2
@@ -69,21 +71,14 @@ def best_change(fit: StationSums, select: StationSums, weights: Tensor, *, name:
         weights: ``w [d_out]``, one per coordinate of the station.
         name: the matrix, for warnings.
     """
-    tried: dict[float, StationChange] = {}
 
-    def look(damping: float) -> float:
-        if damping not in tried:
-            D = ridge_change(fit, damping, name=name)
-            slope = 2 * float((weights.to(D) * (D * select.R).sum(1)).sum())
-            tried[damping] = StationChange(D, damping, decrease(D, select, weights), slope)
-        return tried[damping].decrease
+    @cache
+    def made(damping: float) -> StationChange:
+        D = ridge_change(fit, damping, name=name)
+        slope = 2 * float((weights.to(D) * (D * select.R).sum(1)).sum())
+        return StationChange(D, damping, decrease(D, select, weights), slope)
 
-    best = START_DAMPING
-    for factor in (_FACTOR, 1 / _FACTOR):
-        while _LEAST <= best * factor <= _MOST and look(best * factor) > look(best):
-            best *= factor
-    look(best)
-    return tried[best]
+    return made(climb(lambda d: made(d).decrease, START_DAMPING, factor=_FACTOR, lowest=_LEAST, highest=_MOST))
 
 
 def decrease(D: Tensor, sums: StationSums, weights: Tensor) -> float:

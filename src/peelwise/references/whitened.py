@@ -17,12 +17,12 @@ costs no forward pass, so every matrix gets a damping of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from peelwise.references.damping import climb
 from peelwise.stats.gram import Moments
 from peelwise.stats.linalg import DampedFactor, Spectrum
 
@@ -115,11 +115,13 @@ class InputWhitened:
         # tr(D S_s D^T) = sum_jk (C^T C)_jk (S_s)_jk / (l_j l_k), everything in the eigenbasis
         weighted = (rotated.T @ rotated).mul_(self._rotated_select)  # [d_in, d_in]
 
-        def look(damping: float) -> tuple[float, float]:
+        def held_out(damping: float) -> float:
             inverse = 1.0 / self.spectrum.damped(damping)
-            return float((overlap * inverse).sum()), float(inverse @ weighted @ inverse)
+            slope, squared = float((overlap * inverse).sum()), float(inverse @ weighted @ inverse)
+            # Signed, so that the climb leads out of where the direction goes uphill on select.
+            return slope * abs(slope) / squared if squared > 0 else 0.0
 
-        damping, _, _ = climb(look, START_DAMPING)
+        damping = climb(held_out, START_DAMPING, factor=_FACTOR, lowest=_LOWEST, highest=_HIGHEST)
         if damping not in self._factors:
             self._factors[damping] = DampedFactor(self._S, damping, name=self._name)
         D = -self._factors[damping].solve_right(C)  # [d_out, d_in]
@@ -159,34 +161,6 @@ def two_sided(fit: Moments, select: Moments, base: Proposal, *, name: str) -> Pr
     weight = slope / squared if squared > 0 and slope > 0 else 0.0
     change = (weight * D).float()
     return Proposal(change, mu, weight, weight * slope, weight * slope, _squared_norm(change, fit.S.float(), None))
-
-
-def climb(look: Callable[[float], tuple[float, float]], start: float) -> tuple[float, float, float]:
-    """Climb the damping grid from ``start`` until both neighbours are worse.
-
-    Args:
-        look: maps a damping to (held-out slope ``-<C_s, D>``, held-out squared norm).
-        start: damping to try first.
-
-    Returns:
-        ``(damping, weight, energy)``; weight and energy are zero where no damping predicts the select tokens.
-    """
-    tried: dict[float, tuple[float, float]] = {}
-
-    def energy(damping: float) -> float:
-        if damping not in tried:
-            slope, squared = look(damping)
-            weight = slope / squared if squared > 0 and slope > 0 else 0.0
-            # Signed, so that the climb leads out of where the direction goes uphill on select.
-            tried[damping] = slope * abs(slope) / squared if squared > 0 else 0.0, weight
-        return tried[damping][0]
-
-    best = start
-    for factor in (_FACTOR, 1 / _FACTOR):
-        while _LOWEST < best * factor < _HIGHEST and energy(best * factor) > energy(best):
-            best *= factor
-    energy(best)
-    return best, tried[best][1], max(tried[best][0], 0.0)
 
 
 def _squared_norm(D: Tensor, S: Tensor, metric: Tensor | None) -> float:

@@ -6,34 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from audits import runner_of, session_of
-from peelwise.engine.permute import permuted_targets
+from audits import ONE_ROUND, runner_of, session_of, tiny_probe
+from peelwise.engine.permute import shuffled_targets
 from peelwise.model.fresh import fresh_copy
 from peelwise.model.guard import untouched
 from peelwise.probe.probe import Probe
 from peelwise.records.base import note
 from peelwise.tasks.audit.controls import head_reference, shuffled_control, untrained_control
 from peelwise.tasks.audit.findings import Findings
+from peelwise.tasks.audit.run import run_audit
 from peelwise.tasks.audit.stages import first_sweep
 from plain_gpt import PlainGPT
 from zoo import VOCABULARY, ZOO, sample_ids
-
-
-@pytest.mark.parametrize("micro_batch_tokens", [1, 10_000])
-def test_shuffled_targets_are_whole_sequences_of_others(micro_batch_tokens):
-    session = session_of(ZOO["plain"](), micro_batch_tokens=micro_batch_tokens)
-    look = permuted_targets(session.fit, seed=0)
-    moved = torch.cat([look(batch, position) for position, batch in enumerate(session.fit.batches)])
-    own = session.probe.fit.targets
-    assert not any(torch.equal(a, b) for a, b in zip(moved, own, strict=True))
-    assert sorted(moved.tolist()) == sorted(own.tolist())
-
-
-def test_shuffled_targets_change_with_the_seed_only():
-    session = session_of(ZOO["plain"]())
-    first, again, other = (permuted_targets(session.fit, seed)(session.fit.batches[0], 0) for seed in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "plain"])
@@ -62,21 +46,20 @@ def test_model_that_cannot_be_initialised_again_leaves_a_note():
 
     model = ZOO["plain"]()
     model.norm = nn.Sequential(model.norm, Odd())
-    findings = Findings()
-    untrained_control(session_of(model), findings)
-    assert findings.untrained is None
-    assert findings.notes == [note("not-initialised")]
+    outcome = run_audit(model, tiny_probe(), ONE_ROUND)
+    assert outcome.record.loss.untrained is None
+    assert note("not-initialised") in outcome.record.notes
 
 
 def test_controls_start_where_they_should():
     session, findings = session_of(ZOO["plain"]()), Findings()
     with untouched(session.runner.model):
-        first_sweep(session, findings, null=permuted_targets(session.fit, session.seed))
-        shuffled_control(session, findings)
-        untrained_control(session, findings)
-    assert findings.shuffled.start == session.report.mean
-    assert findings.untrained.start != session.report.mean
-    for control in (findings.shuffled, findings.untrained):
+        first_sweep(session, findings, null=shuffled_targets(session.fit, session.seed, shift_first=True))
+        shuffled = shuffled_control(session, findings.shuffled_proposals)
+        untrained = untrained_control(session)
+    assert shuffled.start == session.report.mean
+    assert untrained.start != session.report.mean
+    for control in (shuffled, untrained):
         assert control.loss == pytest.approx(control.start - control.gain.mean)
 
 
@@ -115,16 +98,16 @@ def toy(trained: bool):
 @pytest.mark.parametrize("trained", [True, False])
 def test_at_the_minimum_of_a_convex_toy_nothing_is_recoverable(trained):
     model, probe = toy(trained)
-    session, findings = session_of(model, probe), Findings()
-    head_reference(session, findings)
-    gained = findings.head.recoverable_nats
-    assert findings.head.relaxed <= findings.head.achieved <= findings.head.current
+    session = session_of(model, probe)
+    head, control = head_reference(session)
+    gained = head.recoverable_nats
+    assert head.relaxed <= head.achieved <= head.current
     if trained:
-        assert findings.head.current - findings.head.relaxed < 0.01
+        assert head.current - head.relaxed < 0.01
         assert abs(gained.mean) < 0.01
     else:  # the control: the same toy before its head was fitted
         assert gained.low > 0.5
-        assert findings.head_control.loss == pytest.approx(session.report.mean - gained.mean)
+        assert control.loss == pytest.approx(session.report.mean - gained.mean)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +120,7 @@ def test_at_the_minimum_of_a_convex_toy_nothing_is_recoverable(trained):
 def test_head_that_is_not_this_problem_leaves_a_note(change, code):
     model = ZOO["plain"]()
     change(model)
-    findings = Findings()
-    head_reference(session_of(model), findings)
-    assert findings.head is None
-    assert findings.notes == [note(code)]
+    assert head_reference(session_of(model)) is None
+    outcome = run_audit(model, tiny_probe(), ONE_ROUND)
+    assert outcome.record.head is None
+    assert note(code) in outcome.record.notes

@@ -7,8 +7,7 @@ import copy
 import pytest
 import torch
 
-from audits import Snapshot, runner_of, split_of, tiny_probe
-from peelwise.engine.permute import partner_order, shuffled_stations
+from audits import Snapshot, runner_of, session_of, split_of, tiny_probe
 from peelwise.tasks.peel.climber import Climber
 from peelwise.tasks.peel.fit import FitOptions, _solve, coordinate_weights, find_writers, fit_block
 from peelwise.tasks.peel.reference_block import ReferenceBlock, State
@@ -117,13 +116,13 @@ def test_more_rounds_and_steps_only_help_on_select():
 
 def test_shared_prefixes_are_fitted_once_and_give_the_same_stack():
     model = ZOO["llama"]()
-    runner, traces = traces_of(model)
-    shared = Climber(runner, traces, FitOptions(1))
+    session = session_of(model)
+    shared = Climber(session, FitOptions(1))
     maps = [(2, 2, 3), (2, 3, 3), (3, 3, 3), (2, 2, 3)]
     assert shared.to_fit(maps[0]) == 3
     for stations in maps:
         found = shared.climb(stations)
-        alone = Climber(runner, traces, FitOptions(1))
+        alone = Climber(session, FitOptions(1))
         expected = alone.climb(stations)
         for a, b in zip(found, expected, strict=True):
             assert a.fitted == b.fitted
@@ -133,12 +132,11 @@ def test_shared_prefixes_are_fitted_once_and_give_the_same_stack():
             assert torch.equal(x.stations[-1], y.stations[-1])
     assert shared.to_fit((2, 3, 3)) == 0
     assert shared.to_fit((3, 3, 3)) == 0
-    assert len(traces["fit"].batches[0].stations) == 4  # the model's own trace is not grown or cut
+    assert len(session.fit.batches[0].stations) == 4  # the model's own trace is not grown or cut
 
 
 def test_a_small_cache_forgets_but_never_the_path():
-    runner, traces = traces_of(ZOO["llama"]())
-    climber = Climber(runner, traces, FitOptions(1, steps=False), cache_bytes=1)
+    climber = Climber(session_of(ZOO["llama"]()), FitOptions(1, steps=False), cache_bytes=1)
     first = climber.climb((2, 2, 3))
     climber.climb((3, 3, 3))
     assert climber.to_fit((2, 2, 3)) == 3
@@ -148,20 +146,3 @@ def test_a_small_cache_forgets_but_never_the_path():
         for x, y in zip(first, again, strict=True)
         for k in x.state.changes
     )
-
-
-def test_shuffling_moves_every_sequence_and_never_padding():
-    rows = [r[:n] for r, n in zip(sample_ids(5, 9).tolist(), (9, 4, 6, 9, 3), strict=True)]
-    trace = runner_of(ZOO["llama"](), micro_batch_tokens=16).trace(split_of(rows))
-    number = torch.arange(5.0)[:, None, None].expand(5, 8, 1)
-    place = torch.arange(8.0)[None, :, None].expand(5, 8, 1)
-    counts = [len(b.weights) for b in trace.batches]
-    assert len(counts) > 1
-    marked = list(torch.cat([number, place], dim=2).split(counts))
-    moved = torch.cat(shuffled_stations(trace, 3)(marked))
-    partner = moved[:, 0, 0].long()
-    assert sorted(partner.tolist()) == [0, 1, 2, 3, 4]
-    assert not bool((partner == torch.arange(5)).any())
-    lengths = torch.tensor([len(r) - 1 for r in rows])
-    assert bool((moved[..., 1] < lengths[partner][:, None]).all())
-    assert all(bool((partner_order(n, s) != torch.arange(n)).all()) for n in (2, 3, 7) for s in range(5))

@@ -5,110 +5,74 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
-from peelwise.engine.heads import per_sequence
-from peelwise.engine.opening import low_bit_layers
+from peelwise.engine import heads
+from peelwise.engine.opening import untrained_session
 from peelwise.engine.refine import Proposals, unrefined
-from peelwise.engine.rounds import improved
-from peelwise.engine.session import Session, gain
+from peelwise.engine.rounds import next_round
+from peelwise.engine.session import Session
 from peelwise.engine.sweep import sweep
 from peelwise.errors import IllConditionedWarning
-from peelwise.model.architectures import find_blocks
-from peelwise.model.fresh import fresh_copy
-from peelwise.model.runner import Runner
-from peelwise.model.splice import spliced
 from peelwise.probe.probe import Split
 from peelwise.records.audit import HeadRecord
-from peelwise.records.base import note
-from peelwise.references.head import fit_head, token_cross_entropy
-from peelwise.tasks.audit.findings import Control, Findings
+from peelwise.tasks.audit.findings import Control
 
 
-def head_reference(session: Session, findings: Findings, *, share: float = 1.0) -> None:
+def head_reference(session: Session, *, share: float = 1.0) -> tuple[HeadRecord, Control] | None:
     """Fit the convex output head on the fit tokens; it is a reference and the head control at once.
 
-    It takes at most ``share`` of the whole budget; stopped early, its lower bound is only looser.
+    It takes at most ``share`` of the whole budget; stopped early, its lower bound is only looser. Returns ``None``
+    where there is no such head: none was found, or logits are changed behind it, and it is not this problem.
     """
-    runner, clock = session.runner, session.clock
-    head = runner.head
-    if head is None:
-        findings.notes.append(note("no-head"))
-        return
+    clock = session.clock
+    if session.runner.head is None:
+        return None
     with clock.stage("head"):
-        # Some models (soft-capped logits) compute something behind the head; then it is not this problem.
-        fit_x, fit_y, agree = runner.head_inputs(session.fit)
-        if not bool(agree):
-            findings.notes.append(note("logits-changed"))
-            return
-        select_x, select_y, _ = runner.head_inputs(session.select)
-        report_x, report_y, _ = runner.head_inputs(session.report)
-        dtype = next(head.parameters()).dtype
-
         stop = clock.elapsed + share * clock.budget
-
-        def logits(x: Tensor) -> Tensor:
-            out: Tensor = head(x.to(dtype))
-            return out
-
-        with torch.no_grad():
-            reference = fit_head(
-                (fit_x, fit_y),
-                (select_x, select_y),
-                logits,
-                keep_going=lambda: clock.elapsed < stop,
-            )
-            before = token_cross_entropy(report_x, report_y, logits)
-            after = token_cross_entropy(report_x, report_y, logits, reference.change)
-        runner.work.add(runner.head_share, 3.0 * (reference.steps + 1) * len(fit_y))
-    difference = gain(per_sequence(before, session.report), per_sequence(after, session.report), session.report)
-    findings.head_control = Control(float(after.mean()), difference)
-    findings.head = HeadRecord(
-        current=reference.current,
-        achieved=reference.achieved,
-        relaxed=reference.relaxed,
-        penalty=reference.penalty,
-        steps=reference.steps,
-        recoverable_nats=difference.interval(),
-    )
+        found = heads.fit(session, keep_going=lambda: clock.elapsed < stop)
+        if found is None:
+            return None
+        reference, report = found.reference, found.report
+        before, after = report.token_losses(), report.token_losses(reference.change)
+        difference = session.gain(report.per_sequence(before), report.per_sequence(after))
+        record = HeadRecord(
+            current=reference.current,
+            achieved=reference.achieved,
+            relaxed=reference.relaxed,
+            penalty=reference.penalty,
+            steps=reference.steps,
+            recoverable_nats=difference.interval(),
+        )
+        return record, Control(float(after.mean()), difference)
 
 
-def shuffled_control(session: Session, findings: Findings) -> None:
+def shuffled_control(session: Session, proposals: Proposals) -> Control:
     """Take one joint step along the proposals for targets permuted across sequences: inputs without their labels."""
-    proposals, findings.shuffled_proposals = findings.shuffled_proposals, None
-    if proposals is not None:
-        with session.clock.stage("shuffled-control"):
-            findings.shuffled = _joint_step(session, proposals)
+    with session.clock.stage("shuffled-control"):
+        return _joint_step(session, proposals)
 
 
-def untrained_control(session: Session, findings: Findings) -> None:
+def untrained_control(session: Session) -> Control | None:
     """Run one joint round on the same architecture at initialisation, on a third of the fit and select tokens.
 
-    An untrained model is a long way above any trained one, so fewer tokens lose nothing of the comparison.
+    An untrained model is a long way above any trained one, so fewer tokens lose nothing of the comparison. Returns
+    ``None`` where the model cannot be initialised again.
     """
     with session.clock.stage("untrained-control"):
-        fresh = fresh_copy(session.runner.model, session.seed)
+        probe = session.probe
+        fresh = untrained_session(session, replace(probe, fit=_third(probe.fit), select=_third(probe.select)))
         if fresh is None:
-            findings.notes.append(note("not-initialised"))
-            return
-        blocks = find_blocks(fresh)
-        runner = Runner(fresh, blocks, micro_batch_tokens=session.runner.micro_batch_tokens)
-        runner.work = session.runner.work
-        fit, select = runner.trace(_third(session.probe.fit)), runner.trace(_third(session.probe.select))
-        report = runner.trace(session.probe.report)
-        own = replace(session, runner=runner, fit=fit, select=select, report=report, held=low_bit_layers(blocks))
+            return None
         with warnings.catch_warnings():
             # Rank deficiency in a control is no finding about the model.
             warnings.simplefilter("ignore", IllConditionedWarning)
             (proposals,) = sweep(
-                runner,
-                fit,
-                select,
+                fresh.runner,
+                fresh.fit,
+                fresh.select,
                 directions=("input-whitened",),
-                after_block=lambda done: session.clock.tell(done, len(runner.blocks)),
+                after_block=fresh.tell_block,
             )
-        findings.untrained = _joint_step(own, proposals)
+        return _joint_step(fresh, proposals)
 
 
 def _third(split: Split) -> Split:
@@ -118,12 +82,7 @@ def _third(split: Split) -> Split:
 
 def _joint_step(session: Session, proposals: Proposals) -> Control:
     """Return what one joint step along ``proposals`` gains on report."""
-    runner = session.runner
-    better = improved(session, unrefined(session.select), proposals, output_changes={}, evaluations=6)
-    after = session.report.losses
-    if better is not None:
-        with spliced(better.changes):
-            after = runner.losses_from(session.report, 0)
-    tokens = float(session.report.tokens.sum())
-    difference = gain(session.report.losses, after, session.report)
-    return Control(float(after.sum()) / tokens, difference, session.report.mean)
+    before = session.report.losses
+    better = next_round(session, unrefined(session.select), proposals, output_changes={}, evaluations=6)
+    after = before if better is None or better.report_losses is None else better.report_losses
+    return Control(session.report.mean_of(after), session.gain(before, after), session.report.mean)

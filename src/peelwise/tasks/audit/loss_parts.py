@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peelwise.engine.refine import Refined
-from peelwise.engine.session import Session, gain
+from peelwise.engine.session import Session
 from peelwise.engine.sweep import BlockProposals
 from peelwise.model.layers import Block, LinearLayer
 from peelwise.records.audit import MatrixRecord
@@ -27,9 +27,8 @@ def split_of(session: Session, inside: Refined | None, dense: Refined | None) ->
         return None
     lowest = dense if dense.select_loss < inside.select_loss else inside
     assert lowest.report_losses is not None
-    tokens = float(session.report.tokens.sum())
-    price = gain(inside.report_losses, lowest.report_losses, session.report).interval()
-    irreducible, achieved = (float(losses.sum()) / tokens for losses in (lowest.report_losses, inside.report_losses))
+    price = session.gain(inside.report_losses, lowest.report_losses).interval()
+    irreducible, achieved = map(session.report.mean_of, (lowest.report_losses, inside.report_losses))
     parts = SplitRecord(
         irreducible=irreducible,
         price_of_precision=achieved - irreducible,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from peelwise.engine.clock import Watcher
 from peelwise.engine.opening import checked_blocks, format_names, open_session
-from peelwise.engine.permute import permuted_targets
+from peelwise.engine.permute import shuffled_targets
 from peelwise.engine.provenance import Setup
 from peelwise.engine.session import Session
 from peelwise.errors import IllConditionedWarning
@@ -112,23 +112,43 @@ def run_audit(
 
 def _stages(session: Session, findings: Findings, settings: AuditSettings) -> bool:
     """Run the stages in the order of what they are worth; return whether all of them ended by themselves."""
-    null = permuted_targets(session.fit, session.seed) if settings.controls else None
+    null = shuffled_targets(session.fit, session.seed, shift_first=True) if settings.controls else None
     complete = stages.first_sweep(session, findings, null=null)
     complete &= stages.take_out(session, findings, share=_REMOVAL_SHARE)
     complete &= stages.joint_rounds(session, findings, rounds=settings.joint_rounds, share=_JOINT_SHARE)
-    controls.shuffled_control(session, findings)
+    _shuffled(session, findings)
     complete &= stages.leave_one_out(session, findings, share=_UNIQUE_SHARE)
     if settings.controls:
         clock = session.clock
         affordable = clock.elapsed < _CONTROL_SHARE * clock.budget
         if affordable:
-            controls.untrained_control(session, findings)
-        controls.head_reference(session, findings, share=_HEAD_SHARE)
+            _untrained(session, findings)
+        _head(session, findings)
         complete &= affordable
     complete &= stages.refine_alone(session, findings, rounds=settings.alone_rounds)
     if not complete:
         findings.notes.append(note("budget-ended"))
     return complete
+
+
+def _shuffled(session: Session, findings: Findings) -> None:
+    proposals, findings.shuffled_proposals = findings.shuffled_proposals, None
+    if proposals is not None:
+        findings.shuffled = controls.shuffled_control(session, proposals)
+
+
+def _untrained(session: Session, findings: Findings) -> None:
+    findings.untrained = controls.untrained_control(session)
+    if findings.untrained is None:
+        findings.notes.append(note("not-initialised"))
+
+
+def _head(session: Session, findings: Findings) -> None:
+    found = controls.head_reference(session, share=_HEAD_SHARE)
+    if found is None:
+        findings.notes.append(note("no-head" if session.runner.head is None else "logits-changed"))
+    else:
+        findings.head, findings.head_control = found
 
 
 def settings_dict(settings: AuditSettings) -> dict[str, bool | int | float | str | None]:

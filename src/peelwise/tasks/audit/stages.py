@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from peelwise.engine.refine import Refined, unrefined
-from peelwise.engine.rounds import Kind, improved, kinds
+from peelwise.engine.refine import unrefined
+from peelwise.engine.rounds import Kind, kinds, next_round
 from peelwise.engine.session import REMOVED, WITHOUT, Session
 from peelwise.engine.sweep import Direction, Targets, sweep
-from peelwise.model.splice import spliced
 from peelwise.records.codes import Stage
 from peelwise.tasks.audit.findings import Findings
 
@@ -35,7 +34,7 @@ def first_sweep(session: Session, findings: Findings, *, null: Targets | None = 
             session.fit,
             session.select,
             targets=[None] if null is None else [None, null],
-            after_block=lambda done: session.clock.tell(done, len(session.runner.blocks)),
+            after_block=session.tell_block,
             keep_going=lambda: session.clock.left > 0,
         )
         findings.shuffled_proposals = others[0] if others else None
@@ -52,13 +51,13 @@ def take_out(session: Session, findings: Findings, *, share: float) -> bool:
     """
     blocks, clock = session.runner.blocks, session.clock
     passes = sum(session.share_from(block.index + 1) for block in blocks)
-    if session.seconds_for(passes * float(session.report.tokens.sum())) > min(share * clock.budget, clock.left):
+    if session.seconds_for(passes * session.report.predicted) > min(share * clock.budget, clock.left):
         return False
     with clock.stage(REMOVED):
         found = {}
         for block in blocks:
             clock.tell(block.index, len(blocks))
-            found[block.index] = session.runner.losses_without(session.report, block.index)
+            found[block.index] = session.losses_without(session.report, block.index)
         findings.removed = found
     return True
 
@@ -82,7 +81,7 @@ def joint_rounds(session: Session, findings: Findings, *, rounds: int, share: fl
                 if number > 0 and not _affordable_round(session, share):
                     return False
                 session.clock.tell(number + 1, rounds)
-                better = _joint_round(session, findings, state, kind, output_changes)
+                better = next_round(session, state, findings.proposals, kind, output_changes=output_changes)
                 if better is None:
                     del going[kind]
                     if kind == "dense" and not state.rounds:  # tried, and no better than the model as it stands
@@ -96,27 +95,6 @@ def joint_rounds(session: Session, findings: Findings, *, rounds: int, share: fl
     return True
 
 
-def _joint_round(
-    session: Session, findings: Findings, before: Refined, kind: Kind, output_changes: dict[Direction, float]
-) -> Refined | None:
-    """Take one round of all blocks together, linearised at ``before``, and evaluate it on report."""
-    proposals = findings.proposals
-    if before.rounds:
-        with spliced(before.changes):
-            fit, select = session.runner.refreshed(session.fit), session.runner.refreshed(session.select)
-            (proposals,) = sweep(
-                session.runner,
-                fit,
-                select,
-                after_block=lambda done: session.clock.tell(done, len(session.runner.blocks)),
-            )
-    better = improved(session, before, proposals, kind, output_changes=output_changes)
-    if better is None:
-        return None
-    with spliced(better.changes):
-        return replace(better, report_losses=session.runner.losses_from(session.report, 0))
-
-
 def leave_one_out(session: Session, findings: Findings, *, share: float) -> bool:
     """Measure what only each block gives: the composed witness without it, on report, most energy first.
 
@@ -125,24 +103,20 @@ def leave_one_out(session: Session, findings: Findings, *, share: float) -> bool
     composed = findings.composed
     if composed is None:
         return True
-    runner, clock = session.runner, session.clock
-    tokens = float(session.report.tokens.sum())
+    blocks, clock = session.runner.blocks, session.clock
     stop = clock.elapsed + share * max(clock.left, 0.0)
     with clock.stage(WITHOUT):
-        with spliced(composed.changes):
-            refined = runner.refreshed(session.report)
+        refined = session.refreshed(session.report, composed.changes)
         order = by_energy(findings)
         for done, index in enumerate(order):
             clock.tell(done, len(order))
-            needed = session.seconds_for(session.share_from(index) * tokens)
+            needed = session.seconds_for(session.share_from(index) * session.report.predicted)
             if clock.elapsed + needed > stop:
                 return False
-            own = set(runner.blocks[index].linears)
             # Blocks below are already in the cached station; only those from here on are run.
-            above = {m for block in runner.blocks[index:] for m in block.linears} - own
-            with spliced({m: change for m, change in composed.changes.items() if m in above}):
-                losses = runner.losses_from(refined, index)
-            findings.without[index] = losses
+            above = {m for block in blocks[index + 1 :] for m in block.linears}
+            changes = {m: change for m, change in composed.changes.items() if m in above}
+            findings.without[index] = session.losses(refined, changes, index)
     return True
 
 
@@ -188,35 +162,29 @@ def _alone_round(
     """Take one more round of a block by itself; return whether it helped on select."""
     into = findings.alone if kind == "certified" else findings.dense_alone
     before = into.get(index) or unrefined(session.select, index)
-    proposals = {index: findings.proposals[index]}
-    if before.rounds:
-        with spliced(before.changes):
-            fit = session.runner.refreshed(session.fit, index)
-            select = session.runner.refreshed(session.select, index)
-            (proposals,) = sweep(session.runner, fit, select, only=[index])
-    better = improved(session, before, proposals, kind, output_changes=output_changes, evaluations=6)
+    own = {index: findings.proposals[index]}
+    better = next_round(session, before, own, kind, output_changes=output_changes, evaluations=6, block=index)
     if better is None:
         # No step helped on select: the witness is the block as it stands, and it gains nothing.
         into.setdefault(index, replace(before, report_losses=session.report.losses))
         return False
-    with spliced(better.changes):
-        into[index] = replace(better, report_losses=session.runner.losses_from(session.report, index))
+    into[index] = better
     return True
 
 
 def _alone_seconds(session: Session, index: int, number: int) -> float:
     share = session.share_from(index)
-    select, report = float(session.select.tokens.sum()), float(session.report.tokens.sum())
+    select, report = session.select.predicted, session.report.predicted
     seconds = session.seconds_for(share * (_USUAL_EVALUATIONS * select + report))
     if number == 0:
         return seconds
     sums, _ = session.clock.stages["statistics"]
-    again = session.seconds_for(4 * share * (select + float(session.fit.tokens.sum())))
+    again = session.seconds_for(4 * share * (select + session.fit.predicted))
     return seconds + again + sums / len(session.runner.blocks)
 
 
 def _affordable_round(session: Session, share: float) -> bool:
     clock = session.clock
     seconds, _ = clock.stages["statistics"]
-    evaluations = session.seconds_for(_USUAL_EVALUATIONS * float(session.select.tokens.sum()))
+    evaluations = session.seconds_for(_USUAL_EVALUATIONS * session.select.predicted)
     return clock.elapsed + seconds + evaluations <= share * clock.budget

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peelwise.engine.provenance import Setup, model_record, versions
 from peelwise.engine.refine import unrefined
-from peelwise.engine.session import Session, gain
+from peelwise.engine.session import Session
 from peelwise.engine.witness import witness_tensors
 from peelwise.evidence.audit import conclusion, informative, tokens_needed
 from peelwise.evidence.intervals import Paired
@@ -68,11 +68,11 @@ def evidence_of(session: Session, findings: Findings, index: int) -> Evidence:
     alone = findings.alone.get(index)
     measured = None
     if alone is not None and alone.report_losses is not None:
-        measured = gain(session.report.losses, alone.report_losses, session.report)
+        measured = session.gain(session.report.losses, alone.report_losses)
     unique = None
     composed = findings.composed
     if index in findings.without and composed is not None and composed.report_losses is not None:
-        unique = gain(findings.without[index], composed.report_losses, session.report)
+        unique = session.gain(findings.without[index], composed.report_losses)
     return Evidence(measured, unique)
 
 
@@ -107,15 +107,15 @@ def _signals(found: dict[str, float]) -> dict[str, Any]:
 
 def _removal(session: Session, findings: Findings, index: int) -> Interval | None:
     losses = findings.removed.get(index)
-    return None if losses is None else gain(losses, session.report.losses, session.report).interval()
+    return None if losses is None else session.gain(losses, session.report.losses).interval()
 
 
 def _losses(session: Session, findings: Findings) -> LossRecord:
-    composed, tokens = findings.composed, float(session.report.tokens.sum())
+    composed = findings.composed
     value, composed_gain = None, None
     if composed is not None and composed.report_losses is not None:
-        value = float(composed.report_losses.sum()) / tokens
-        composed_gain = gain(session.report.losses, composed.report_losses, session.report).interval()
+        value = session.report.mean_of(composed.report_losses)
+        composed_gain = session.gain(session.report.losses, composed.report_losses).interval()
     inside = composed or replace(unrefined(session.select), report_losses=session.report.losses)
     parts = split_of(session, inside, findings.dense_composed)
     head, shuffled, untrained = findings.head_control, findings.shuffled, findings.untrained

@@ -272,7 +272,7 @@ class Follower:
             start = time.monotonic()
             some = runner.trace(Split(fit.ids[:rows], fit.mask[:rows]))
             seconds = time.monotonic() - start
-        forward = seconds * sum(part.tokens for part in parts) / float(some.tokens.sum())
+        forward = seconds * sum(part.tokens for part in parts) / some.predicted
         return {kind: forward * passes for kind, passes in _FIRST_GUESS.items()}
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.engine.heads import without_blocks
 from peelwise.engine.opening import open_session
-from peelwise.engine.session import Session, gain
+from peelwise.engine.session import Session
 from peelwise.engine.sweep import sweep
 from peelwise.errors import IllConditionedWarning, PeelwiseWarning
 from peelwise.evidence.intervals import Paired
@@ -130,7 +130,7 @@ def measure(
         {index: e.unique for index, e in evidence.items() if e.unique is not None},
         None
         if composed is None or composed.report_losses is None
-        else gain(session.report.losses, composed.report_losses, session.report),
+        else session.gain(session.report.losses, composed.report_losses),
         upper,
         tuple(
             MatrixShare(block.index, matrix.name, matrix.share)
@@ -143,7 +143,7 @@ def measure(
 
 def _affordable(session: Session, order: Sequence[int]) -> list[int]:
     """Return the first of ``order`` whose refinement takes about as long as all that came before it."""
-    tokens = _EVALUATIONS * float(session.select.tokens.sum()) + float(session.report.tokens.sum())
+    tokens = _EVALUATIONS * session.select.predicted + session.report.predicted
     left = session.clock.elapsed
     chosen: list[int] = []
     for index in order:

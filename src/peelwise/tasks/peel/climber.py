@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from peelwise.engine.permute import Shuffle
+from peelwise.engine.session import Session
 from peelwise.model.layers import Block
-from peelwise.model.runner import Runner, Trace
 from peelwise.references.map_search import shared_prefix
 from peelwise.references.maps import StationMap
 from peelwise.tasks.peel.fit import FitOptions, Fitted, coordinate_weights, fit_block
@@ -39,8 +39,7 @@ class Climber:
     of the present path.
 
     Args:
-        runner: of the model.
-        traces: the model's own traces by part of the probe.
+        session: the model and its own traces.
         options: how hard each block is fitted.
         weighted: whether coordinates are weighted by their inverse variance.
         fresh: the same blocks at initialisation for a cold start, ``None`` for a warm one.
@@ -49,8 +48,7 @@ class Climber:
 
     def __init__(
         self,
-        runner: Runner,
-        traces: dict[str, Trace],
+        session: Session,
         options: FitOptions,
         *,
         weighted: bool = True,
@@ -58,9 +56,10 @@ class Climber:
         shuffle: Shuffle | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        self.runner, self.options, self.weighted = runner, options, weighted
-        self.stack = Stack(runner, traces)
-        self._traces, self._fresh, self._shuffle, self._cache_bytes = traces, fresh, shuffle, cache_bytes
+        self.runner, self.options, self.weighted = session.runner, options, weighted
+        self._traces = {"fit": session.fit, "select": session.select, "report": session.report}
+        self.stack = Stack(self.runner, self._traces)
+        self._fresh, self._shuffle, self._cache_bytes = fresh, shuffle, cache_bytes
         self._references: dict[StationMap, Reference] = {}
         self._weights: dict[int, Tensor] = {}
         self._exact = shuffle is None and fresh is None

@@ -151,14 +151,8 @@ def _stages(session: Session, findings: PeelFindings, search: MapSearch, setting
     """Run the stages in the order of what they are worth; return whether all of them ended by themselves."""
     options, weighted = settings.fit, settings.weighted
     heads_share = _HEADS_SHARE if settings.controls else _CONTROL_SHARE
-    visits.fit_head_control(session, findings, share=_HEAD_SHARE)
-    climber = Climber(
-        session.runner,
-        {"fit": session.fit, "select": session.select, "report": session.report},
-        options,
-        weighted=weighted,
-        fresh=_fresh(session, settings),
-    )
+    _head_control(session, findings)
+    climber = Climber(session, options, weighted=weighted, fresh=_fresh(session, settings))
     complete = visits.visit_maps(
         session, findings, search, climber, controls=settings.controls, most_reserved=_MOST_RESERVED
     )
@@ -170,15 +164,31 @@ def _stages(session: Session, findings: PeelFindings, search: MapSearch, setting
     return complete
 
 
+def _head_control(session: Session, findings: PeelFindings) -> None:
+    """Fit the head on the model; where the time ends that early, maps' heads get as many steps as it took, no more."""
+    findings.head_control, in_time = visits.head_control(session, share=_HEAD_SHARE)
+    if findings.head_control is None:
+        findings.notes.append(note("no-head-fit"))
+    elif not in_time:
+        findings.head_steps = max(findings.head_control.steps, 1)
+        findings.notes.append(note("head-steps", steps=findings.head_steps))
+
+
 def _controls(session: Session, findings: PeelFindings, options: FitOptions, *, weighted: bool) -> bool:
     """Run the null controls of the best map that the budget still allows; return whether all were run."""
-    clock, done = session.clock, True
-    for control in (visits.shuffled_control, visits.untrained_control):
-        if clock.elapsed < _CONTROL_SHARE * clock.budget:
-            control(session, findings, options, weighted=weighted)
-        else:
-            done = False
-    return done
+    clock, best = session.clock, findings.best()
+    if best is None:
+        return True
+    steps = findings.head_steps
+    if clock.elapsed >= _CONTROL_SHARE * clock.budget:
+        return False
+    findings.shuffled = visits.shuffled_control(session, best, options, weighted=weighted, max_steps=steps)
+    if clock.elapsed >= _CONTROL_SHARE * clock.budget:
+        return False
+    findings.untrained = visits.untrained_control(session, best, options, weighted=weighted, max_steps=steps)
+    if findings.untrained is None:
+        findings.notes.append(note("not-initialised"))
+    return True
 
 
 def _fresh(session: Session, settings: PeelSettings) -> tuple[Block, ...] | None:

@@ -50,5 +50,5 @@ class Stack:
         for trace in self.traces.values():
             for batch in trace.batches:
                 batch.stations.append(self.runner.run_block(block, batch.stations[block.index], batch))
-            self.runner.work.add(self.runner.shares[block.index], float(trace.tokens.sum()))
+            self.runner.work.add(self.runner.shares[block.index], trace.predicted)
         self.prefix = (*self.prefix, station)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from peelwise.engine.heads import MAX_STEPS, FittedHead, Losses, Targets, light_head, own_head_losses
-from peelwise.engine.permute import shuffled_labels, shuffled_stations
+from peelwise.engine.heads import LIGHT_STEPS, LightHead, Losses, light_head, own_head_losses
+from peelwise.engine.opening import untrained_session
+from peelwise.engine.permute import shuffled_stations, shuffled_targets
 from peelwise.engine.session import LOSSES, Session
+from peelwise.engine.sweep import Targets
 from peelwise.model.architectures import find_blocks
 from peelwise.model.fresh import fresh_copy
 from peelwise.model.layers import Block
-from peelwise.model.runner import Runner, Trace
+from peelwise.model.runner import Runner
 from peelwise.records.base import Note, note
 from peelwise.references.map_search import MapSearch
 from peelwise.references.maps import StationMap
@@ -32,7 +34,7 @@ class MapVisit:
     stations: StationMap
     references: list[Reference]
     own: Losses
-    head: FittedHead | None
+    head: LightHead | None
     blocks_fitted: int
     wall_seconds: float
     token_forwards: float
@@ -53,10 +55,10 @@ class PeelFindings:
     """Filled stage by stage; valid whenever work stops."""
 
     visits: dict[StationMap, MapVisit] = field(default_factory=dict)
-    head_control: FittedHead | None = None
+    head_control: LightHead | None = None
     shuffled: Losses | None = None
     untrained: Losses | None = None
-    head_steps: int = MAX_STEPS
+    head_steps: int = LIGHT_STEPS
     notes: list[Note] = field(default_factory=list)
     maps_total: int = 0
     complete: bool = False
@@ -71,20 +73,16 @@ class PeelFindings:
         return with_head or list(self.visits.values())
 
 
-def fit_head_control(session: Session, findings: PeelFindings, *, share: float) -> None:
-    """Fit the head on the model itself, within ``share`` of the budget: what every map has to beat.
+def head_control(session: Session, *, share: float) -> tuple[LightHead | None, bool]:
+    """Fit the head on the model itself: what every map has to beat.
 
-    Where the time ends it early, the maps' heads get as many steps as it took and no more.
+    Returns the head, or ``None`` where none can be fitted, and whether it ended before ``share`` of the budget did.
     """
     clock = session.clock
     stop = clock.elapsed + share * clock.budget
     with clock.stage("head-control"):
-        findings.head_control = light_head(session.runner, _traces(session), keep_going=lambda: clock.elapsed < stop)
-    if findings.head_control is None:
-        findings.notes.append(note("no-head-fit"))
-    elif clock.elapsed >= stop:
-        findings.head_steps = max(findings.head_control.steps, 1)
-        findings.notes.append(note("head-steps", steps=findings.head_steps))
+        head = light_head(session, keep_going=lambda: clock.elapsed < stop)
+    return head, clock.elapsed < stop
 
 
 def visit_maps(
@@ -129,7 +127,7 @@ def visit_maps(
             if visit.is_model:
                 visit.head = findings.head_control
             elif every_head:
-                visit.head = light_head(session.runner, climber.stack.traces, max_steps=findings.head_steps)
+                visit.head = light_head(_on_stack(session, climber), max_steps=findings.head_steps)
             findings.visits[stations] = visit
             search.tell(stations, visit.losses.select)
     findings.maps_total = search.total
@@ -148,40 +146,33 @@ def fit_heads(session: Session, findings: PeelFindings, climber: Climber, *, sha
             if clock.elapsed + spent > share * clock.budget:
                 return False
             climber.climb(visit.stations)
-            visit.head = light_head(session.runner, climber.stack.traces, max_steps=findings.head_steps)
+            visit.head = light_head(_on_stack(session, climber), max_steps=findings.head_steps)
     findings.notes.append(note("few-heads", heads=len(ranked)))
     return True
 
 
-def shuffled_control(session: Session, findings: PeelFindings, options: FitOptions, *, weighted: bool) -> None:
+def shuffled_control(
+    session: Session, best: MapVisit, options: FitOptions, *, weighted: bool, max_steps: int
+) -> Losses:
     """Build the best map again from stations and labels of the fit tokens permuted across sequences."""
-    if findings.best() is None:
-        return
     with session.clock.stage("shuffled-control"):
-        climber = Climber(
-            session.runner,
-            _traces(session),
-            options,
-            weighted=weighted,
-            shuffle=shuffled_stations(session.fit, session.seed),
-        )
-        findings.shuffled = _built(session, findings, climber, shuffled_labels(session.fit, session.seed))
+        shuffle = shuffled_stations(session.fit, session.seed)
+        climber = Climber(session, options, weighted=weighted, shuffle=shuffle)
+        return _built(session, best, climber, shuffled_targets(session.fit, session.seed), max_steps)
 
 
-def untrained_control(session: Session, findings: PeelFindings, options: FitOptions, *, weighted: bool) -> None:
-    """Build the best map on the same architecture at initialisation, with its own stations."""
-    if findings.best() is None:
-        return
+def untrained_control(
+    session: Session, best: MapVisit, options: FitOptions, *, weighted: bool, max_steps: int
+) -> Losses | None:
+    """Build the best map on the same architecture at initialisation, with its own stations.
+
+    Returns ``None`` where the model cannot be initialised again.
+    """
     with session.clock.stage("untrained-control"):
-        fresh = fresh_copy(session.runner.model, session.seed)
+        fresh = untrained_session(session, session.probe)
         if fresh is None:
-            findings.notes.append(note("not-initialised"))
-            return
-        runner = Runner(fresh, find_blocks(fresh), micro_batch_tokens=session.runner.micro_batch_tokens)
-        runner.work = session.runner.work
-        probe = session.probe
-        traces = {part: runner.trace(getattr(probe, part)) for part in ("fit", "select", "report")}
-        findings.untrained = _built(session, findings, Climber(runner, traces, options, weighted=weighted), None)
+            return None
+        return _built(fresh, best, Climber(fresh, options, weighted=weighted), None, max_steps)
 
 
 def initialised_blocks(model: nn.Module, seed: int) -> tuple[Block, ...] | None:
@@ -226,21 +217,21 @@ def _visit(
     references = climber.climb(stations, keep_going=keep_going)
     seconds = time.monotonic() - began
     pace.add(seconds, to_fit)
-    own = own_head_losses(session.runner, climber.stack.traces)
+    own = own_head_losses(_on_stack(session, climber))
     worked = session.clock.work.token_forwards - worked
     return MapVisit(stations, references, own, None, to_fit, seconds, worked)
 
 
-def _built(session: Session, findings: PeelFindings, climber: Climber, targets: Targets | None) -> Losses:
+def _built(session: Session, best: MapVisit, climber: Climber, targets: Targets | None, max_steps: int) -> Losses:
     """Return what a control's construction of the best map reaches, with the same kind of head."""
-    best = findings.best()
-    assert best is not None
     total = len(best.stations)
     climber.climb(best.stations, after_block=lambda done: session.clock.tell(done, total))
-    runner, traces = climber.runner, climber.stack.traces
-    head = light_head(runner, traces, targets=targets, max_steps=findings.head_steps) if best.head else None
-    return head.losses if head else own_head_losses(runner, traces)
+    built = _on_stack(session, climber)
+    head = light_head(built, targets=targets, max_steps=max_steps) if best.head else None
+    return head.losses if head else own_head_losses(built)
 
 
-def _traces(session: Session) -> dict[str, Trace]:
-    return {"fit": session.fit, "select": session.select, "report": session.report}
+def _on_stack(session: Session, climber: Climber) -> Session:
+    """Return the session whose last stations are those of the stack in place."""
+    traces = climber.stack.traces
+    return replace(session, fit=traces["fit"], select=traces["select"], report=traces["report"])

@@ -41,7 +41,7 @@ class StationError:
         for batch, out, wanted in self._outputs(trace, stations):
             missing = (wanted - out)[batch.weights].double()  # [n, d]
             total += float(missing.square().sum(0) @ w)
-        return total / float(trace.tokens.sum()) / len(w)
+        return total / trace.predicted / len(w)
 
     def select_error(self) -> float:
         """Return the error on select, which makes every choice."""

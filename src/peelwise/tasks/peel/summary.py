@@ -9,9 +9,8 @@ from torch import Tensor
 
 from peelwise.engine.heads import Losses
 from peelwise.engine.provenance import Setup, model_record, versions
-from peelwise.engine.session import Session, gain
+from peelwise.engine.session import Session
 from peelwise.engine.witness import coded_tensors
-from peelwise.evidence.intervals import Paired
 from peelwise.evidence.peel import conclusion, informative, station_verdict
 from peelwise.evidence.verdict import default_margin
 from peelwise.model.layers import Block, device_of
@@ -78,8 +77,8 @@ def _map_record(session: Session, findings: PeelFindings, visit: MapVisit) -> Ma
         name=map_name(visit.stations),
         own_head=_part_losses(visit.own),
         loss=_part_losses(visit.head.losses) if visit.head else None,
-        gain_over_model=_gain(session, session.report.losses, visit.losses.report_sequences).interval(),
-        gain_over_head=_gain(session, control.losses.report_sequences, visit.losses.report_sequences).interval()
+        gain_over_model=session.gain(session.report.losses, visit.losses.report_sequences).interval(),
+        gain_over_head=session.gain(control.losses.report_sequences, visit.losses.report_sequences).interval()
         if control and visit.head
         else None,
         unexplained=tuple(reference.fitted.select_error for reference in visit.references),
@@ -98,7 +97,7 @@ def _station_record(session: Session, findings: PeelFindings, block: Block, marg
     if pair is None:
         return StationRecord(index=block.index, station=station, name=block.name)
     having, lacking = pair
-    lost = _gain(session, found[lacking].report_sequences, found[having].report_sequences).interval()
+    lost = session.gain(found[lacking].report_sequences, found[having].report_sequences).interval()
     return StationRecord(
         index=block.index,
         station=station,
@@ -130,11 +129,7 @@ def _losses(session: Session, findings: PeelFindings, best: MapVisit | None) -> 
 
 
 def _difference(session: Session, before: Tensor | None, after: Tensor | None) -> Interval | None:
-    return None if before is None or after is None else _gain(session, before, after).interval()
-
-
-def _gain(session: Session, before: Tensor, after: Tensor) -> Paired:
-    return gain(before, after, session.report)
+    return None if before is None or after is None else session.gain(before, after).interval()
 
 
 def _part_losses(losses: Losses) -> PartLosses:

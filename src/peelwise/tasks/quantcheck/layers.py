@@ -133,7 +133,7 @@ def input_sums(runner: Runner, block: Block, trace: Trace) -> dict[LinearLayer, 
         for first in set(capture.groups.values()):
             rows = token_rows(capture.inputs[first], batch, first, ones=False)
             totals.setdefault(first, GramSum()).update(rows)
-    runner.work.add(runner.shares[block.index], float(trace.tokens.sum()))
+    runner.work.add(runner.shares[block.index], trace.predicted)
     means = {first: total.mean().float() for first, total in totals.items()}
     return {linear: means[first] for linear, first in first_of.items()}
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -26,12 +25,11 @@ from torch import nn
 from peelwise.engine.clock import Clock, Watcher
 from peelwise.engine.opening import checked_blocks
 from peelwise.engine.provenance import Setup, model_record, versions
-from peelwise.engine.session import LOSSES, Changes, gain
+from peelwise.engine.session import LOSSES, Changes, ReportSession
 from peelwise.model.fingerprint import fingerprint
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, LinearLayer, device_of
 from peelwise.model.runner import Runner, Trace
-from peelwise.model.splice import spliced
 from peelwise.model.weights.held import Held
 from peelwise.probe.probe import Probe
 from peelwise.records.base import ModelRecord, Note, SplitRecord, note
@@ -78,11 +76,11 @@ def run_quantcheck(
         clock = Clock(settings.budget_seconds, runner.work, watcher)
         with clock.stage(LOSSES):
             above_of = [other.trace(part) for part in (probe.fit, probe.select, probe.report)]
-            select, report = runner.trace(probe.select), runner.trace(probe.report)
+            select, session = runner.trace(probe.select), ReportSession(runner, runner.trace(probe.report))
         with clock.stage("best-weights"):
             found = _solve_all(other, above_of, {pairs[m]: (m, h) for m, h in held.items()}, settings, clock)
         with clock.stage("best-weights-losses"):
-            loss = _losses(runner, found.changes, select, report, above_of[-1])
+            loss = _losses(session, found.changes, select, above_of[-1])
         cost = clock.record(probe.fit.tokens + probe.select.tokens + probe.report.tokens, device_of(quantised.model))
     records = [_model_record(c, b, probe.seed) for c, b in ((quantised, blocks), (parent, above))]
     return QuantcheckRecord(
@@ -132,23 +130,19 @@ def _solve_all(
     return found
 
 
-def _losses(runner: Runner, changes: Changes, select: Trace, report: Trace, parent: Trace) -> QuantLosses:
+def _losses(session: ReportSession, changes: Changes, select: Trace, parent: Trace) -> QuantLosses:
     """Return the losses on report; the better weights are taken only if they lower the loss on select."""
-    best, kept = report.losses, False
-    with ExitStack() as stack:
-        stack.enter_context(spliced(changes))
-        after = float(runner.losses_from(select, 0).sum() / select.tokens.sum())
-        kept = after < select.mean
-        if kept:
-            best = runner.losses_from(report, 0)
-    mean = float(best.sum() / report.tokens.sum())
+    report = session.report
+    kept = select.mean_of(session.losses(select, changes)) < select.mean
+    best = session.losses(report, changes) if kept else report.losses
+    mean = report.mean_of(best)
     return QuantLosses(
         parent=parent.mean,
         quantised=report.mean,
         best=mean,
-        damage=gain(report.losses, parent.losses, report).interval(),
-        left=gain(report.losses, best, report).interval(),
-        price=gain(best, parent.losses, report).interval(),
+        damage=session.gain(report.losses, parent.losses).interval(),
+        left=session.gain(report.losses, best).interval(),
+        price=session.gain(best, parent.losses).interval(),
         split=SplitRecord(
             irreducible=parent.mean, price_of_precision=mean - parent.mean, left_on_the_table=report.mean - mean
         ),

@@ -1,0 +1,47 @@
+"""The numbers of a certificate beside those that are found again, whatever was measured."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from peelwise.certificate.base import Check
+from peelwise.engine.session import ReportSession
+from peelwise.evidence.intervals import Paired
+from peelwise.records.base import Interval
+
+
+class Recheck:
+    """Compares recorded numbers with those found on report, and keeps every comparison.
+
+    Args:
+        session: the model as it stands, on the certificate's report part.
+        tolerance: nats per token that a number may be off.
+    """
+
+    def __init__(self, session: ReportSession, tolerance: float) -> None:
+        self.session, self.tolerance = session, tolerance
+        self.checks: list[Check] = []
+
+    def loss(self, name: str, recorded: float, found: Tensor) -> None:
+        """Compare a loss in nats per token with losses ``[sequences]``."""
+        self.compare(name, recorded, self.session.report.mean_of(found))
+
+    def gain(self, name: str, recorded: Interval | None, before: Tensor, after: Tensor) -> Paired:
+        """Compare mean and ends of a recorded gain with those from ``before`` to ``after``, and return the latter."""
+        found = self.session.gain(before, after)
+        if recorded is not None:
+            again = found.interval()
+            for part in ("mean", "low", "high"):
+                self.compare(f"{name}.{part}", getattr(recorded, part), getattr(again, part))
+        return found
+
+    def compare(self, name: str, recorded: float, found: float) -> None:
+        """Compare one number."""
+        self.checks.append(Check(name, recorded, found, abs(recorded - found) <= self.tolerance))
+
+    def wrong_number(self) -> str | None:
+        """Return which number was not found again, or ``None``."""
+        failed = next((c for c in self.checks if not c.holds), None)
+        if failed is None:
+            return None
+        return f"{failed.name}: {failed.recorded:.6f} was certified, {failed.found:.6f} was found."
