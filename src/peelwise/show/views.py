@@ -8,11 +8,14 @@ from rich.console import Console, RenderableType
 
 from peelwise.records.audit import AuditRecord
 from peelwise.records.peel import PeelRecord
+from peelwise.records.quantcheck import QuantcheckRecord
 from peelwise.show.audit import report, terminal
 from peelwise.show.peel import report as peel_report
 from peelwise.show.peel import terminal as peel_terminal
+from peelwise.show.quantcheck import terminal as quantcheck_terminal
 
-AnyRecord = AuditRecord | PeelRecord
+PageRecord = AuditRecord | PeelRecord
+AnyRecord = PageRecord | QuantcheckRecord
 
 
 def render(record: AnyRecord, folder: Path | str | None = None) -> RenderableType:
@@ -22,6 +25,8 @@ def render(record: AnyRecord, folder: Path | str | None = None) -> RenderableTyp
         record: what was found.
         folder: where its files are, if they were written.
     """
+    if isinstance(record, QuantcheckRecord):
+        return quantcheck_terminal.render(record)
     if isinstance(record, PeelRecord):
         return peel_terminal.render(record, folder)
     return terminal.render(record, folder)
@@ -32,7 +37,7 @@ def print_record(record: AnyRecord, console: Console, folder: Path | str | None 
     terminal.print_view(render(record, folder), console)
 
 
-def render_html(record: AnyRecord) -> str:
+def render_html(record: PageRecord) -> str:
     """Return the report as one self-contained HTML document.
 
     Raises:
