@@ -338,7 +338,7 @@ def test_peel_prints_json_and_fails_if_asked(run, broken_folder, text):
         (("--maps", "1,2"), "expected 6 integers"),
         (("--maps", "6,5,6,6,6,6"), "decreases"),
         (("--maps", "1,1,3,4,5,6"), "backwards"),
-        (("--maps", "a,b"), "--maps"),
+        (("--maps", "a,b"), "maps: expected"),
         (("--start", "hot"), "start"),
         (("--budget", "soon"), "budget"),
     ],

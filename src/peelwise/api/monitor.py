@@ -157,6 +157,12 @@ class Monitor:
         """End the run in the history and close the loggers; closing again does nothing."""
         self._outlets.close(status)
 
+    def _repr_html_(self) -> str:
+        from peelwise.show.notebook import measurement_html, nothing_html
+
+        names = [block.name for block in self._follower.blocks]
+        return nothing_html() if self.last is None else measurement_html(self.last, names)
+
     def __enter__(self) -> Self:
         return self
 

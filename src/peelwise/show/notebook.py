@@ -99,6 +99,11 @@ def measurement_html(measurement: Measurement, blocks: Sequence[str] = ()) -> st
     )
 
 
+def nothing_html() -> str:
+    """Return the fragment of a monitor that has not measured yet."""
+    return fragment(_line("No measurement yet: the first comes when the budget allows."))
+
+
 def bounds_html(
     title: str, cloud: str, facts: Sequence[str], headers: Sequence[str], rows: Iterable[Sequence[str]]
 ) -> str:

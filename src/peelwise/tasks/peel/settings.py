@@ -8,7 +8,6 @@ from typing import Literal, get_args
 
 from peelwise.errors import MapError, OptionError
 from peelwise.records.options import MARGIN_RULE, MICRO_BATCH_TOKENS, Plain, check_least, option, parse_seconds
-from peelwise.references.map_search import BEAM_WIDTH
 
 Start = Literal["warm", "cold"]
 Maps = str | Sequence[Sequence[int]]
@@ -58,7 +57,7 @@ class PeelSettings:
     )
     steps: bool = option(True, "Also fit the parameters that have no closed form.")
     dense_references: bool = option(False, "Low-bit models: let reference blocks leave the formats of their layers.")
-    beam_width: int = option(BEAM_WIDTH, "How many of the best maps are searched around beyond 6 blocks.")
+    beam_width: int = option(4, "How many of the best maps are searched around beyond 6 blocks.")
     controls: bool = option(True, "Run the null controls.")
     margin: float | None = option(None, "Smallest difference that matters, in nats per token.", rule=MARGIN_RULE)
     micro_batch_tokens: int = option(
