@@ -177,6 +177,13 @@ def test_nothing_has_a_colour_that_only_one_background_can_bear():
         assert colour not in fragment
 
 
+def test_a_long_audit_folds_its_table_and_shows_the_blocks_to_look_at():
+    found = tree(record_html(whole()))
+    assert "Recoverable blocks (3)" in found.text
+    assert "All blocks (30)" in found.text
+    assert found.attributes.count(("open", None)) == 1
+
+
 def test_a_strip_has_a_tile_for_every_block_in_lines():
     assert strip([]) == ""
     drawn = strip(["green"] * 30)

@@ -169,6 +169,9 @@ def _audit(record: AuditRecord) -> str:
     gain = "" if loss.composed_gain is None else f" {with_ends(loss.composed_gain)}"
     losses = f"Loss on report: {nats(loss.current)} nats per token now"
     losses += "" if loss.composed is None else f", {nats(loss.composed)} with the replacement weights"
+    # A long table is folded; what it says of the blocks to look at stands above it.
+    notable = [row for row, block in zip(rows, record.blocks, strict=True) if block.verdict in ("red", "yellow")]
+    notable = notable[:MOST_ROWS] if len(rows) > MOST_ROWS else []
     headers = ["block", "verdict", "solo gain, nats/token", "marginal gain, nats/token", "ablation, nats/token"]
     return fragment(
         _title(record.model.name, _facts(record.model)),
@@ -176,7 +179,8 @@ def _audit(record: AuditRecord) -> str:
         strip([block.verdict for block in record.blocks]),
         _line(f"{losses}."),
         _line(f"{gain} {gain_sentence(record)}".strip(), bold=loss.composed_gain is not None),
-        _table(headers, rows, f"Blocks ({len(rows)})"),
+        _table(headers, notable, f"Recoverable blocks ({len(notable)})"),
+        _table(headers, rows, f"Blocks ({len(rows)})" if not notable else f"All blocks ({len(rows)})"),
         *_foot(record, control_sentence(record)),
     )
 
@@ -274,7 +278,7 @@ def _table(headers: Sequence[str], rows_html: Sequence[Sequence[str]], summary: 
     opened = " open" if len(rows_html) <= MOST_ROWS else ""
     return (
         f'<details{opened} style="margin:6px 0"><summary style="cursor:pointer">{esc(summary)}</summary>'
-        f'<div style="overflow-x:auto"><table style="border-collapse:collapse;margin:4px 0 0;{_FONT}">'
+        f'<div style="overflow-x:auto"><table style="border-collapse:collapse;margin:4px 0 0;color:inherit;{_FONT}">'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></details>"
     )
 
