@@ -135,7 +135,7 @@ def anytime_curve(budgets: list[float]) -> list[dict[str, object]]:
 def peak_memory(tokens: int) -> dict[str, float]:
     """Peak resident memory of a process that runs the model, and of one that audits it."""
     forward = "import torch; torch.no_grad().__enter__(); o.model(p.report.inputs[:8], use_cache=False)"
-    audit = "peelwise.audit(o.model, p, budget=900, joint_rounds=1, alone_rounds=0)"
+    audit = "peelwise.audit(o.model, p, peelwise.AuditSettings(900, joint_rounds=1, solo_rounds=0))"
     peaks = {name: _peak(code, tokens) for name, code in {"model": forward, "audit": audit}.items()}
     return {**peaks, "ratio": peaks["audit"] / peaks["model"]}
 

@@ -66,7 +66,7 @@ def compare(stage: Path, tokens: int) -> dict[str, object]:
     """Return the oracle's and the reference's gain of every block of one stage."""
     opened = open_model(stage)
     probe = Probe.from_text(reference_prose(), opened.tokenizer, tokens=tokens, in_distribution=True)
-    report = peelwise.audit(opened.model, probe, budget=600, controls=False, joint_rounds=1)
+    report = peelwise.audit(opened.model, probe, peelwise.AuditSettings(600, joint_rounds=1, controls=False))
     found = [b.recoverable_nats.mean if b.recoverable_nats else 0.0 for b in report.record.blocks]
     oracles = [min(oracle(opened.model, i, probe, rate=rate, patience=3) for rate in RATES) for i in range(len(found))]
     gains = [gain for _, gain, _ in oracles]

@@ -53,9 +53,8 @@ def probe_of(tokens: int) -> peelwise.Probe:
 
 def peeled(name: str, probe: peelwise.Probe, *, dense: bool, controls: bool) -> dict[str, Any]:
     """Return what a peel found."""
-    report = peelwise.peel(
-        opened(name), probe, maps=MAPS, dense_references=dense, controls=controls, budget="60m", name=name
-    )
+    settings = peelwise.PeelSettings("60m", MAPS, dense_references=dense, controls=controls)
+    report = peelwise.peel(opened(name), probe, settings, name=name)
     record, loss = report.record, report.record.loss
     print(report, flush=True)
     return {

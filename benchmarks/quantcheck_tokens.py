@@ -21,8 +21,9 @@ from common import write
 from peelwise.model.checkpoints import open_model
 from peelwise.nn import quantize_
 from peelwise.probe.probe import Probe, Split
-from peelwise.tasks.quantcheck.layers import Candidate, QuantcheckSettings
+from peelwise.tasks.quantcheck.layers import Candidate
 from peelwise.tasks.quantcheck.run import run_quantcheck
+from peelwise.tasks.quantcheck.settings import QuantcheckSettings
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))

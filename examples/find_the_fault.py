@@ -142,9 +142,7 @@ def main() -> None:
         with torch.no_grad():
             damage(model)
         probe = training_probe(round(share * options.tokens))
-        report = peelwise.audit(
-            model, probe, budget="1h", joint_rounds=joint, alone_rounds=alone, controls=False, name=title
-        )
+        report = peelwise.audit(model, probe, peelwise.AuditSettings("1h", joint, alone, controls=False), name=title)
         records[title] = report.record
         tell(title, report.record)
     draw(records, options.out / "find-the-fault.svg")

@@ -41,6 +41,7 @@ sys.path.insert(0, str(HERE))  # run from anywhere
 from small_gpt.evaluate import token_losses, token_stream, windows  # noqa: E402
 from small_gpt.text import held_out_documents, training_documents  # noqa: E402
 
+CPU = peelwise.OpenOptions(device="cpu")
 CONVERTED = ("converted-tuned", "converted-stuck")  # a full-precision model converted to ternary and fine-tuned
 FROM_SCRATCH = (
     *(f"{form}-{state}" for form in ("dense", "binary", "ternary") for state in ("tuned", "stuck")),
@@ -60,7 +61,7 @@ def measure(folder: Path, run: str, options: argparse.Namespace) -> dict[str, An
     probe = peelwise.Probe.from_tokens(rows, tokens=None, in_distribution=True, source="training text")
     held_out = windows(token_stream(tokenizer, held_out_documents()), CONTEXT)[:: options.every]
     report = peelwise.audit(
-        folder, probe, budget=options.budget, joint_rounds=options.rounds, alone_rounds=1, name=run, device="cpu"
+        folder, probe, peelwise.AuditSettings(options.budget, options.rounds, solo_rounds=1), opening=CPU, name=run
     )
     print(report)
     before = losses(open_model(folder, device="cpu", with_tokenizer=False).model, held_out)
@@ -68,7 +69,7 @@ def measure(folder: Path, run: str, options: argparse.Namespace) -> dict[str, An
     if report.record.loss.composed_gain is not None and any(k.startswith("composed/") for k in report.witness):
         with tempfile.TemporaryDirectory() as scratch:
             certificate = report.save(Path(scratch) / "certificate")
-            print(peelwise.verify(certificate, folder, device="cpu").status)
+            print(peelwise.verify(certificate, folder, opening=CPU).status)
             peelwise.apply(certificate, folder, Path(scratch) / "applied")
             after = losses(open_model(Path(scratch) / "applied", device="cpu", with_tokenizer=False).model, held_out)
     per_sequence = [CONTEXT] * len(held_out)
@@ -78,7 +79,7 @@ def measure(folder: Path, run: str, options: argparse.Namespace) -> dict[str, An
         "held_out": {"current": round(float(before.mean()), 4), "gain": of(gain)},
         "steps": worth(curve(run), curve(run.split("-")[0] + "-tuned"), max(0.0, gain.mean)),
     }
-    peel = peelwise.peel(folder, probe, maps=maps(folder), rounds=1, budget=options.budget, name=run)
+    peel = peelwise.peel(folder, probe, peelwise.PeelSettings(options.budget, maps(folder), rounds=1), name=run)
     print(peel)
     loss = peel.record.loss
     found["peel"] = {

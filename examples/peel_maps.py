@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -146,15 +147,15 @@ def main() -> None:
     probe = training_probe(options.tokens)
     direct = direct_map(6)
     maps = [direct, (6,) * 6] if options.quick else list(dict.fromkeys([*named_maps(6), *neighbours(direct)]))
-    rounds = 1 if options.quick else None
+    settings = peelwise.PeelSettings("1h", maps, rounds=1 if options.quick else None)
     records = {}
     for step, model in stages(options.quick).items():
-        records[step] = peelwise.peel(model, probe, maps=maps, budget="1h", rounds=rounds, name=f"step {step}").record
+        records[step] = peelwise.peel(model, probe, settings, name=f"step {step}").record
         tell(f"step {step}", records[step])
     draw_curves(records, options.out / "peel-training.svg")
     broken = sign_flipped(stages(False)[2400])
     chosen = maps if options.quick else [*maps, (1, 2, 5, 5, 5, 6), (1, 4, 4, 4, 5, 6), (1, 2, 6, 6, 6, 6)]
-    record = peelwise.peel(broken, probe, maps=chosen, budget="1h", rounds=rounds, name="damaged").record
+    record = peelwise.peel(broken, probe, replace(settings, maps=chosen), name="damaged").record
     tell(f"step 2400, block {DAMAGED} negated", record)
     draw_damage(record, options.out / "peel-damage.svg")
 

@@ -22,12 +22,12 @@ from peelwise.model.runner import Runner, Trace
 from peelwise.probe.probe import Probe, Split
 from peelwise.records.audit import AuditRecord
 from peelwise.stats.gram import Moments
-from peelwise.tasks.audit.run import AuditSettings
+from peelwise.tasks.audit.settings import AuditSettings
 from zoo import sample_ids
 
 # Enough report sequences for an interval without a warning, and more fit tokens than any zoo map has inputs.
 SEQUENCES, LENGTH = 28, 16
-ONE_ROUND = AuditSettings(budget_seconds=600.0, joint_rounds=1, alone_rounds=1)
+ONE_ROUND = AuditSettings(600.0, joint_rounds=1, solo_rounds=1)
 RAGGED = (16, 5, 11, 2, 16, 9)
 
 

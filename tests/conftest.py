@@ -122,7 +122,7 @@ def audited(broken_folder: Path, training_probe: Any, tmp_path_factory: pytest.T
     from audits import part_of
 
     probe = part_of(training_probe, fit=16, select=5, report=10)
-    report = peelwise.audit(broken_folder, probe, joint_rounds=2, alone_rounds=1)
+    report = peelwise.audit(broken_folder, probe, peelwise.AuditSettings(joint_rounds=2, solo_rounds=1))
     return report, report.save(tmp_path_factory.mktemp("audited") / "certificate")
 
 

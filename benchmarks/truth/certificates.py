@@ -104,7 +104,7 @@ def main() -> None:
     for number_format in FORMATS:
         for case in CASES:
             model = case.model().to(number_format)
-            outcome = own.audited(model, probe_of(SMALL, TOKENS), joint_rounds=2, alone_rounds=1)
+            outcome = own.audited(model, probe_of(SMALL, TOKENS), joint_rounds=2, solo_rounds=1)
             name = f"{case.name}-{str(number_format).removeprefix('torch.')}"
             folder = training.ROOT / "out" / "truth" / "certificates" / name
             folder.parent.mkdir(parents=True, exist_ok=True)

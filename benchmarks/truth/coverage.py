@@ -31,7 +31,7 @@ TOKENS, FRESH_TOKENS, PROBES = 4_800, 24_576, 20
 def intervals(case: Case, seed: int) -> list[dict[str, Any]]:
     """Return the intervals of one audit and the same gains on fresh text."""
     model, probe = case.model(), probe_of(SMALL, TOKENS, seed=seed)
-    outcome = own.audited(model, probe, joint_rounds=1, alone_rounds=1)
+    outcome = own.audited(model, probe, joint_rounds=1, solo_rounds=1)
     fresh = own.without(probe_of(SMALL, 2 * FRESH_TOKENS, seed=1000).fit, probe)
     return own.on_fresh_text(model, outcome, fresh)
 

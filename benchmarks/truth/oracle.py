@@ -130,7 +130,7 @@ def oracle(case: Case, fresh: Split) -> dict[str, Any]:
 def reference(case: Case, probe: Probe, rounds: int, fresh: Split) -> dict[str, Any]:
     """Return every block's gain on fresh text by its witness, and the token passes of the whole audit."""
     model = case.model()
-    outcome = own.audited(model, probe, joint_rounds=0, alone_rounds=rounds)
+    outcome = own.audited(model, probe, joint_rounds=0, solo_rounds=rounds)
     found = {row["block"]: row["fresh"] for row in own.on_fresh_text(model, outcome, fresh) if row["what"] == "alone"}
     blocks = outcome.record.blocks
     every = probe.fit.tokens + probe.select.tokens + probe.report.tokens

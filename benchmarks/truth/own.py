@@ -17,16 +17,15 @@ from peelwise.model.runner import Runner
 from peelwise.model.splice import spliced
 from peelwise.probe.probe import Probe, Split
 from peelwise.records.audit import AuditRecord
-from peelwise.tasks.audit.run import AuditOutcome, AuditSettings, run_audit
+from peelwise.tasks.audit.run import AuditOutcome, run_audit
+from peelwise.tasks.audit.settings import AuditSettings
 
 ENDLESS = 1e6  # seconds: what a busy machine would cut short could not be repeated
 
 
-def audited(model: nn.Module, probe: Probe, *, joint_rounds: int, alone_rounds: int) -> AuditOutcome:
+def audited(model: nn.Module, probe: Probe, *, joint_rounds: int, solo_rounds: int) -> AuditOutcome:
     """Audit a model without the null controls, which say nothing of single blocks."""
-    settings = AuditSettings(
-        budget_seconds=ENDLESS, joint_rounds=joint_rounds, alone_rounds=alone_rounds, controls=False
-    )
+    settings = AuditSettings(ENDLESS, joint_rounds, solo_rounds, controls=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PeelwiseWarning)
         return run_audit(model, probe, settings)

@@ -25,7 +25,8 @@ from peelwise.model.runner import Runner, Trace
 from peelwise.probe.probe import Probe
 from peelwise.references.map_search import direct_map
 from peelwise.references.maps import map_of_subset
-from peelwise.tasks.peel.run import PeelSettings, run_peel
+from peelwise.tasks.peel.run import run_peel
+from peelwise.tasks.peel.settings import PeelSettings
 
 MOST_BLOCKS_TO_PEEL = 8
 _ENDLESS = 3600.0  # seconds: a peel that the clock ended would depend on how busy the machine is

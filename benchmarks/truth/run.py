@@ -61,7 +61,7 @@ def measure(case: Case, *, quick: bool = False) -> dict[str, Any]:
         healthy = case.healthy()
         row["cost_of_fault"] = own.cost_of_fault(model, healthy, probe.report)
     started = time.perf_counter()
-    outcome = own.audited(model, probe, joint_rounds=joint, alone_rounds=alone)
+    outcome = own.audited(model, probe, joint_rounds=joint, solo_rounds=alone)
     row["own"] = own.diagnosis(outcome.record) | {"whole_seconds": time.perf_counter() - started}
     if case.family == SMALL:
         fresh = probe_of(case.family, 2 * FRESH_TOKENS, seed=1)

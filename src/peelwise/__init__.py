@@ -12,18 +12,29 @@ if TYPE_CHECKING:
     from peelwise.api.certificate import apply, verify
     from peelwise.api.monitor import Monitor
     from peelwise.api.peel import PeelReport, peel
-    from peelwise.api.quantcheck import quantcheck
+    from peelwise.api.quantcheck import QuantcheckReport, quantcheck
     from peelwise.integrations.huggingface import attach as attach
+    from peelwise.model.options import OpenOptions
+    from peelwise.probe.options import ProbeOptions
     from peelwise.probe.probe import Probe
+    from peelwise.tasks.audit.settings import AuditSettings
     from peelwise.tasks.monitor.schedules import every, log_spaced
+    from peelwise.tasks.peel.settings import PeelSettings
+    from peelwise.tasks.quantcheck.settings import QuantcheckSettings
     from peelwise.tasks.yes.bounds import YesMonitor, yes_bounds
     from peelwise.tasks.yes.result import YesBounds
 
 __all__ = [
     "AuditReport",
+    "AuditSettings",
     "Monitor",
+    "OpenOptions",
     "PeelReport",
+    "PeelSettings",
     "Probe",
+    "ProbeOptions",
+    "QuantcheckReport",
+    "QuantcheckSettings",
     "YesBounds",
     "YesMonitor",
     "apply",
@@ -38,9 +49,15 @@ __all__ = [
 
 _HOME = {
     "AuditReport": "peelwise.api.audit",
+    "AuditSettings": "peelwise.tasks.audit.settings",
     "Monitor": "peelwise.api.monitor",
+    "OpenOptions": "peelwise.model.options",
     "PeelReport": "peelwise.api.peel",
+    "PeelSettings": "peelwise.tasks.peel.settings",
     "Probe": "peelwise.probe.probe",
+    "ProbeOptions": "peelwise.probe.options",
+    "QuantcheckReport": "peelwise.api.quantcheck",
+    "QuantcheckSettings": "peelwise.tasks.quantcheck.settings",
     "YesBounds": "peelwise.tasks.yes.result",
     "YesMonitor": "peelwise.tasks.yes.bounds",
     "apply": "peelwise.api.certificate",

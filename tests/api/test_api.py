@@ -11,10 +11,10 @@ import torch
 import peelwise
 from audits import ONE_ROUND, Snapshot, numbers, slow_losses, tiny_probe
 from peelwise.api import certificate as api
-from peelwise.api.inputs import parse_seconds
 from peelwise.errors import CertificateError, MissingExtraError, ModelError, OutputError, PeelwiseError
 from peelwise.records.audit import AuditRecord
 from peelwise.records.files import read_any_record
+from peelwise.records.options import parse_seconds
 from peelwise.tasks.audit.run import run_audit
 from stages import stage_folder
 from zoo import ZOO
@@ -41,9 +41,7 @@ def test_unknown_names_are_attribute_errors():
 def test_audit_of_a_module_is_the_audit_of_the_pipeline():
     model = ZOO["llama"]()
     before, seen = Snapshot.of(model), []
-    report = peelwise.audit(
-        model, tiny_probe(), budget="10m", joint_rounds=1, alone_rounds=1, name="mine", progress=seen.append
-    )
+    report = peelwise.audit(model, tiny_probe(), ONE_ROUND, name="mine", progress=seen.append)
     before.assert_unchanged(model)
     expected = run_audit(ZOO["llama"](), tiny_probe(), ONE_ROUND, name="mine")
     assert numbers(report.record) == numbers(expected.record)
@@ -150,7 +148,9 @@ def test_verify(audited, broken_folder, model):
 
 
 def test_verify_needs_to_know_the_model(tmp_path):
-    report = peelwise.audit(ZOO["plain"](), tiny_probe(), joint_rounds=1, alone_rounds=0, controls=False)
+    report = peelwise.audit(
+        ZOO["plain"](), tiny_probe(), peelwise.AuditSettings(joint_rounds=1, solo_rounds=0, controls=False)
+    )
     out = report.save(tmp_path / "out")
     with pytest.raises(OutputError, match="--model"):
         peelwise.verify(out)

@@ -196,7 +196,9 @@ def test_a_visit_sees_what_an_audit_sees():
         monitor.step(6)
         rows = {s.block: s for s in monitor.step(7).statistics if s.name == "recoverable"}
     assert kinds == ["ranking", "alone", "ranking", "joint", "ranking", "alone"]
-    report = peelwise.audit(model, tiny_probe(in_distribution=True), joint_rounds=0, alone_rounds=1, controls=False)
+    report = peelwise.audit(
+        model, tiny_probe(in_distribution=True), peelwise.AuditSettings(joint_rounds=0, solo_rounds=1, controls=False)
+    )
     assert rows
     for block, row in rows.items():
         expected = report.record.blocks[block].recoverable_nats

@@ -26,7 +26,7 @@ def peeled(broken_folder, training_probe, tmp_path_factory):
     """A peel of the small GPT with a broken block, and where it is saved."""
     probe = part_of(training_probe, fit=10, select=4, report=10)
     maps = [[1, 2, 5, 5, 5, 6], [1, 2, 3, 4, 5, 6]]
-    report = peelwise.peel(broken_folder, probe, maps=maps, rounds=1, controls=False)
+    report = peelwise.peel(broken_folder, probe, peelwise.PeelSettings(maps=maps, rounds=1, controls=False))
     return report, report.save(tmp_path_factory.mktemp("peeled") / "certificate")
 
 
@@ -62,7 +62,9 @@ def test_holds_and_leaves_the_model_alone(peeled, model):
 @pytest.mark.parametrize("start", ["warm", "cold"])
 def test_holds_for_every_kind_of_block_and_start(name, dtype, start, tmp_path):
     model = ZOO[name]().to(dtype)
-    report = peelwise.peel(model, tiny_probe(), maps=[[2, 2, 3]], rounds=1, controls=False, start=start)
+    report = peelwise.peel(
+        model, tiny_probe(), peelwise.PeelSettings(maps=[[2, 2, 3]], rounds=1, controls=False, start=start)
+    )
     assert any(key.startswith("stack/") for key in report.witness)
     assert peelwise.verify(report.save(tmp_path / "one"), model).holds
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from rich.console import Console
 
+from peelwise.api import audit as api
 from peelwise.cli import terminal as cli_terminal
 from peelwise.engine import opening
 from peelwise.engine.clock import Progress
 from peelwise.probe.texts import reference_prose
-from peelwise.tasks.audit import run as pipeline
 from peelwise.tasks.audit.run import AuditOutcome
 from stages import stage_folder
 
 QUICK = ("--tokens", "1200", "--sequence-length", "32", "--budget", "2s", "--no-controls")
-COMMANDS = ("audit", "peel", "quantcheck", "verify", "apply", "report", "export", "watch", "serve", "demo")
+COMMANDS = ("audit", "peel", "quantcheck", "verify", "apply", "report", "export", "watch", "serve", "demo-training")
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_fail_on(colours, fail_on, expected, run, audited, text, monkeypatch):
     record = audited[0].record
     blocks = tuple(block.model_copy(update={"verdict": c}) for block, c in zip(record.blocks, colours, strict=False))
     outcome = AuditOutcome(record.model_copy(update={"blocks": blocks}), {}, audited[0].probe)
-    monkeypatch.setattr(pipeline, "run_audit", lambda *_, **__: outcome)
+    monkeypatch.setattr(api, "run_audit", lambda *_, **__: outcome)
     fail = () if fail_on is None else ("--fail-on", fail_on)
     assert run("audit", stage_folder("early"), "--text", text, *fail)[0] == expected
 
@@ -157,9 +157,9 @@ BAD = {
     "wrong field": (["--text", "{lines}", "--field", "prose"], "prose"),
     "no cuda": (["--text", "{text}", "--device", "cuda"], "not available"),
     "unknown device": (["--text", "{text}", "--device", "abacus"], "Unknown device"),
-    "unknown dtype": (["--text", "{text}", "--dtype", "int3"], "Unknown dtype"),
+    "unknown dtype": (["--text", "{text}", "--dtype", "int3"], "is not one of"),
     "bad budget": (["--text", "{text}", "--budget", "soon"], "positive time"),
-    "bad fail-on": (["--text", "{text}", "--fail-on", "blue"], "--fail-on takes red or yellow"),
+    "bad fail-on": (["--text", "{text}", "--fail-on", "blue"], "is not one of"),
     "bad tokens": (["--text", "{text}", "--tokens", "many"], "--tokens"),
     "output is a file": (["--text", "{text}", "--out", "{text}"], "is a file"),
     "output below a file": (["--text", "{text}", "--out", "{text}/deeper"], "cannot be written"),
@@ -338,7 +338,7 @@ def test_peel_prints_json_and_fails_if_asked(run, broken_folder, text):
         (("--maps", "1,2"), "expected 6 integers"),
         (("--maps", "6,5,6,6,6,6"), "decreases"),
         (("--maps", "1,1,3,4,5,6"), "backwards"),
-        (("--maps", "a,b"), "--maps"),
+        (("--maps", "a,b"), "maps: expected"),
         (("--start", "hot"), "start"),
         (("--budget", "soon"), "budget"),
     ],
@@ -354,7 +354,7 @@ def test_progress_is_a_bar_on_a_terminal_and_a_line_per_stage_elsewhere(monkeypa
     for terminal in (True, False):
         console = Console(file=io.StringIO(), force_terminal=terminal, width=100, _environ={"TERM": "xterm"})
         monkeypatch.setattr(cli_terminal, "stderr", console)
-        with cli_terminal.progress_bar() as watch:
+        with cli_terminal.progress_bar("Opening it ...") as watch:
             for step in steps:
                 watch(step)
         text = console.file.getvalue()

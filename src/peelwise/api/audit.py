@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peelwise.api.inputs import open_target, parse_seconds
-from peelwise.api.report import Report, frame
+from peelwise.api.inputs import open_both, with_budget
+from peelwise.api.report import Report, check_out, frame
 from peelwise.engine.clock import Watcher
+from peelwise.model.options import OpenOptions
+from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
 from peelwise.records.audit import AuditRecord
-from peelwise.tasks.audit.run import AuditSettings, run_audit
+from peelwise.tasks.audit.run import run_audit
+from peelwise.tasks.audit.settings import AuditSettings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,54 +44,48 @@ class AuditReport(Report):
 
 def audit(
     model: nn.Module | str | Path,
-    probe: Probe,
+    probe: Probe | ProbeOptions | None = None,
+    settings: AuditSettings | None = None,
     *,
-    budget: float | str = "5m",
-    joint_rounds: int = 4,
-    alone_rounds: int = 4,
-    margin: float | None = None,
-    controls: bool = True,
+    budget: float | str | None = None,
+    opening: OpenOptions | None = None,
     name: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
+    out: str | Path | None = None,
+    force: bool = False,
     progress: Watcher | None = None,
 ) -> AuditReport:
     """Tell, block by block, how much lower the loss could be, with replacement weights that prove it.
 
     Args:
         model: a module (left exactly as it was), or what ``peelwise audit`` takes: a folder, a GGUF file.
-        probe: the text; see `Probe`.
-        budget: wall time, seconds or like ``"5m"``. Whatever is finished by then is reported.
-        joint_rounds: most rounds of refining all blocks together.
-        alone_rounds: most rounds of refining one block by itself.
-        margin: smallest recoverable loss that matters, nats per token; default: the larger of 0.5 % of the
-            loss and 0.003.
-        controls: whether to run the null controls.
+        probe: the probe, or the text to draw it from with the model's tokenizer; default: the reference prose.
+        settings: rounds, margin, controls, budget.
+        budget: shorthand for that of ``settings``: wall time, in seconds or like ``"5m"``.
+        opening: how a folder or file is opened.
         name: the model's name in the report.
-        device: where a folder or file is opened.
-        dtype: the number format it is opened in.
+        out: folder to save the report in; refused before the work if it is taken.
+        force: replace an earlier result there.
         progress: called with a `Progress` at every step.
 
     Returns:
-        The report; print it, or ``save`` it as a certificate.
+        The report; print it, show it in a notebook, or ``save`` it as a certificate.
 
     Raises:
         PeelwiseError: With one or two lines on what is wrong and what to do.
 
     Example:
         >>> report = peelwise.audit(model, peelwise.Probe.from_text(text, tokenizer), budget="2m")
+        >>> report = peelwise.audit("smollm2", peelwise.ProbeOptions(["notes.txt"]), budget="5m", out="out/mine")
     """
-    target, own_name, source = open_target(model, device, dtype)
-    settings = AuditSettings(parse_seconds(budget), joint_rounds, alone_rounds, margin, controls)
-    outcome = run_audit(
-        target,
-        probe,
-        settings,
-        name=name or own_name,
-        source=source,
-        watcher=progress,
-    )
-    return AuditReport(outcome.record, outcome.witness, outcome.probe)
+    settings = with_budget(settings or AuditSettings(), budget)
+    if out is not None:
+        check_out(out, force=force)
+    target, drawn = open_both(model, probe, opening)
+    outcome = run_audit(target.model, drawn, settings, name=name or target.name, source=target.source, watcher=progress)
+    report = AuditReport(outcome.record, outcome.witness, outcome.probe)
+    if out is not None:
+        report.save(out, force=force)
+    return report
 
 
 def _row(block: dict[str, Any]) -> dict[str, Any]:

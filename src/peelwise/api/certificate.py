@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from peelwise.certificate.base import Verification, tolerance_of
 from peelwise.certificate.peel import verify_peel
 from peelwise.errors import CertificateError, OutputError
 from peelwise.model.checkpoints import OpenedModel, open_model, save_model
+from peelwise.model.options import OpenOptions
 from peelwise.records.base import SealedRecord
 from peelwise.records.files import read_any_record
 from peelwise.records.folder import check_free, written_whole
@@ -24,7 +26,7 @@ def verify(
     model: nn.Module | str | Path | None = None,
     *,
     full: bool = False,
-    device: str = "auto",
+    opening: OpenOptions | None = None,
 ) -> Verification:
     """Recompute the losses that a certificate claims, from its own witness and probe.
 
@@ -32,7 +34,7 @@ def verify(
         folder: the certificate.
         model: the model, or where to open it; default: where it was opened from for the audit.
         full: also recompute the numbers of every block of an audit; a peel has nothing more to recompute.
-        device: where to open the model.
+        opening: where and how the model is opened; its dtype and stored codes are the record's.
 
     Raises:
         CertificateError: If the folder is no readable certificate.
@@ -43,13 +45,20 @@ def verify(
     path = Path(folder)
     record = read_any_record(path)
     if not isinstance(model, torch.nn.Module):
-        model = _open_for(record, model, device, with_tokenizer=False).model
+        model = _open_for(record, model, opening, with_tokenizer=False).model
     if isinstance(record, PeelRecord):
         return verify_peel(path, record, model)
     return certificates.verify_certificate(path, model, full=full)
 
 
-def apply(folder: str | Path, model: str | Path | None, out: str | Path, *, force: bool = False) -> float:
+def apply(
+    folder: str | Path,
+    model: str | Path | None,
+    out: str | Path,
+    *,
+    force: bool = False,
+    opening: OpenOptions | None = None,
+) -> float:
     """Write a model folder with the composed witness merged, and check that its loss is the certified one.
 
     Args:
@@ -57,6 +66,7 @@ def apply(folder: str | Path, model: str | Path | None, out: str | Path, *, forc
         model: where the certified model is; default: where it was opened from for the audit.
         out: the new model folder, loadable by transformers.
         force: replace an earlier result.
+        opening: where and how the model is opened; its dtype and stored codes are the record's.
 
     Returns:
         The loss of the written model on the certificate's report part, nats per token.
@@ -68,7 +78,7 @@ def apply(folder: str | Path, model: str | Path | None, out: str | Path, *, forc
     out = Path(out)
     check_free(out, force=force, ours="config.json")
     certificate = certificates.read_certificate(Path(folder))
-    opened = _open_for(certificate.record, model, "auto", with_tokenizer=True)
+    opened = _open_for(certificate.record, model, opening, with_tokenizer=True)
     if Path(opened.source).resolve() == out.resolve():
         raise OutputError(f"{out} is the model itself, which is never replaced. Choose another --out.")
     changed = certificates.merged_model(certificate, opened.model)
@@ -86,14 +96,9 @@ def apply(folder: str | Path, model: str | Path | None, out: str | Path, *, forc
     return loss
 
 
-def _open_for(record: SealedRecord, model: Any, device: str, *, with_tokenizer: bool) -> OpenedModel:
+def _open_for(record: SealedRecord, model: Any, opening: OpenOptions | None, *, with_tokenizer: bool) -> OpenedModel:
     source = model if model is not None else record.model.source
     if source is None:
         raise OutputError("The certificate does not say where its model is. Name it with --model.")
-    return open_model(
-        source,
-        device=device,
-        dtype=record.model.dtype,
-        with_tokenizer=with_tokenizer,
-        as_stored=record.model.as_stored,
-    )
+    how = asdict(opening or OpenOptions()) | {"dtype": record.model.dtype, "as_stored": record.model.as_stored}
+    return open_model(source, with_tokenizer=with_tokenizer, **how)

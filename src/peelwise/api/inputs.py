@@ -1,39 +1,84 @@
-"""What the functions of the library take: a model or where to open it, and times like ``5m``."""
+"""What the functions of the library take: a model or where to open it, and a probe or the text to draw it from."""
 
 from __future__ import annotations
 
-import re
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from peelwise.errors import PeelwiseError
-from peelwise.model.checkpoints import open_model
+from peelwise.errors import ModelError
+from peelwise.model.checkpoints import open_model, open_tokenizer, require_tokenizer
+from peelwise.model.options import OpenOptions
+from peelwise.probe.options import ProbeOptions
+from peelwise.probe.probe import Probe
+from peelwise.tasks.audit.settings import AuditSettings
+from peelwise.tasks.peel.settings import PeelSettings
+from peelwise.tasks.quantcheck.settings import QuantcheckSettings
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+Settings = TypeVar("Settings", AuditSettings, PeelSettings, QuantcheckSettings)
 
 
-def parse_seconds(budget: float | str) -> float:
-    """Return seconds from a number or a text like ``90``, ``90s``, ``5m`` or ``1.5h``.
+@dataclass(frozen=True, eq=False)
+class Target:
+    """The module to measure, what it is called, and where it was opened from (``None`` for a module)."""
+
+    model: nn.Module
+    name: str
+    source: str | None
+
+
+def open_target(model: nn.Module | str | Path, opening: OpenOptions | None = None) -> Target:
+    """Return a module as it is, or open the folder or file that is named.
 
     Raises:
-        PeelwiseError: If it is neither, or not positive.
+        ModelError: If it cannot be opened.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", str(budget))
-    seconds = float(match[1]) * _UNITS[match[2]] if match else 0.0
-    if seconds <= 0:
-        raise PeelwiseError(f"A budget is a positive time like 90s, 5m or 1h; got {budget!r}.")
-    return seconds
+    return _opened(model, opening or OpenOptions(), with_tokenizer=False)[0]
 
 
-def open_target(model: nn.Module | str | Path, device: str, dtype: str) -> tuple[nn.Module, str, str | None]:
-    """Return the module to measure, what to call it, and where it was opened from (``None`` for a module)."""
+def open_both(
+    model: nn.Module | str | Path, probe: Probe | ProbeOptions | None, opening: OpenOptions | None = None
+) -> tuple[Target, Probe]:
+    """Return the module to measure and the probe, drawn with the model's tokenizer unless it is one already.
+
+    Args:
+        model: a module, or where to open it.
+        probe: the probe, or the text to draw it from; ``None``: the reference prose.
+        opening: how the model is opened.
+
+    Raises:
+        ProbeError: If the text cannot be read or is too short.
+        ModelError: If the model cannot be opened, or there is no tokenizer for the text.
+    """
+    opening = opening or OpenOptions()
+    if isinstance(probe, Probe):
+        return open_target(model, opening), probe
+    options = probe or ProbeOptions()
+    documents = options.documents()  # first, since it is quick and may be mistyped
+    target, tokenizer = _opened(model, opening, with_tokenizer=True)
+    return target, Probe.from_options(options, tokenizer, documents=documents)
+
+
+def with_budget(settings: Settings, budget: float | str | None) -> Settings:
+    """Return the settings with another budget if one is given."""
+    return settings if budget is None else replace(settings, budget=budget)
+
+
+def _opened(model: nn.Module | str | Path, opening: OpenOptions, *, with_tokenizer: bool) -> tuple[Target, Any]:
     import torch
 
-    if isinstance(model, torch.nn.Module):
-        return model, type(model).__name__, None
-    opened = open_model(model, device=device, dtype=dtype, with_tokenizer=False)
-    return opened.model, opened.name, opened.source
+    if not isinstance(model, torch.nn.Module):
+        opened = open_model(model, with_tokenizer=with_tokenizer, **asdict(opening))
+        tokenizer = require_tokenizer(opened) if with_tokenizer else None
+        return Target(opened.model, opened.name, opened.source), tokenizer
+    if with_tokenizer and opening.tokenizer is None:
+        raise ModelError(
+            "A module has no tokenizer, and text needs one. Give a Probe, or the tokenizer's folder as "
+            "OpenOptions(tokenizer=...)."
+        )
+    tokenizer = open_tokenizer(opening.tokenizer) if with_tokenizer and opening.tokenizer is not None else None
+    return Target(model, type(model).__name__, None), tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -29,6 +30,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("peelwise")
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "alert": logging.WARNING}
+
+
+class ShownMeasurement(Measurement):
+    """What a measurement found, as it shows itself in a notebook."""
+
+    def _repr_html_(self) -> str:
+        from peelwise.show.notebook import measurement_html
+
+        return measurement_html(self)
 
 
 class Monitor:
@@ -122,7 +132,7 @@ class Monitor:
         """
         if isinstance(loss, torch.Tensor):
             loss = loss.item()  # float() of one that still has its graph warns
-        return self._follower.step(step, loss)
+        return None if self._follower.step(step, loss) is None else self.last
 
     @property
     def share(self) -> float:
@@ -135,7 +145,7 @@ class Monitor:
         return tuple(self._outlets.events)
 
     @property
-    def last(self) -> Measurement | None:
+    def last(self) -> ShownMeasurement | None:
         """What the latest measurement found."""
         return self._outlets.last
 
@@ -147,6 +157,12 @@ class Monitor:
     def close(self, status: Literal["finished", "failed"] = "finished") -> None:
         """End the run in the history and close the loggers; closing again does nothing."""
         self._outlets.close(status)
+
+    def _repr_html_(self) -> str:
+        from peelwise.show.notebook import measurement_html, nothing_html
+
+        names = [block.name for block in self._follower.blocks]
+        return nothing_html() if self.last is None else measurement_html(self.last, names)
 
     def __enter__(self) -> Self:
         return self
@@ -175,7 +191,7 @@ class _Outlets:
         self._quiet = quiet  # the first process has said it
         self.writer: RunWriter | None = None
         self.events: list[Event] = []
-        self.last: Measurement | None = None
+        self.last: ShownMeasurement | None = None
         self._on_event, self._on_probe = on_event, on_measurement
 
     def open(self, loggers: list[Logger], store: str | Path | None, info: RunInfo) -> None:
@@ -190,7 +206,7 @@ class _Outlets:
         self._write(row.step, "step", row)
 
     def measurement(self, row: Measurement) -> None:
-        self.last = row
+        row = self.last = ShownMeasurement(**{one.name: getattr(row, one.name) for one in fields(row)})
         self._write(row.step, "measurement", row)
         for event in row.events:
             self._announce(event)

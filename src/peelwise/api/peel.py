@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from peelwise.api.inputs import open_target, parse_seconds
-from peelwise.api.report import Report, frame
+from peelwise.api.inputs import open_both, with_budget
+from peelwise.api.report import Report, check_out, frame
 from peelwise.engine.clock import Watcher
-from peelwise.errors import MapError
+from peelwise.model.options import OpenOptions
+from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
 from peelwise.records.peel import PeelRecord
-from peelwise.references.maps import StationMap
-from peelwise.tasks.peel.run import PeelSettings, Start, run_peel
+from peelwise.tasks.peel.run import run_peel
+from peelwise.tasks.peel.settings import PeelSettings
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import nn
-
-Maps = Literal["auto"] | Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,21 +53,14 @@ class PeelReport(Report):
 
 def peel(
     model: nn.Module | str | Path,
-    probe: Probe,
+    probe: Probe | ProbeOptions | None = None,
+    settings: PeelSettings | None = None,
     *,
-    maps: Maps = "auto",
-    start: Start = "warm",
-    budget: float | str = "10m",
-    weighted: bool = True,
-    rounds: int | None = None,
-    steps: bool = True,
-    dense_references: bool = False,
-    beam_width: int = 4,
-    controls: bool = True,
-    margin: float | None = None,
+    budget: float | str | None = None,
+    opening: OpenOptions | None = None,
     name: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
+    out: str | Path | None = None,
+    force: bool = False,
     progress: Watcher | None = None,
 ) -> PeelReport:
     """Fit stacks of reference blocks along station maps and tell what they reach (arXiv:2605.02853).
@@ -82,83 +73,33 @@ def peel(
 
     Args:
         model: a module (left exactly as it was), or what ``peelwise peel`` takes: a folder, a GGUF file.
-        probe: the text; see `Probe`.
-        maps: ``"auto"``: all of them up to 6 blocks, beyond that the named families and a beam search; or a list
-            such as ``[[3, 3, 3, 4]]``, one station from 1 to L per block.
-        start: ``"warm"``: a reference starts from the block's own weights; ``"cold"``: from initialisation.
-        budget: wall time, seconds or like ``"5m"``. Whatever is finished by then is reported.
-        weighted: weight each coordinate of a station by its inverse variance; false is the plain squared error.
-        rounds: most rounds of solves and steps per reference.
-        steps: also move the maps that have no closed form.
-        dense_references: let references of low-bit maps leave their formats; by default they are codes and scales of
-            the same formats. The difference of the two bounds is the price of precision of the stack.
-        beam_width: how many of the best maps are searched around beyond 6 blocks.
-        controls: whether to run the null controls.
-        margin: smallest difference that matters, nats per token; default: the larger of 0.5 % of the loss and 0.003.
+        probe: the probe, or the text to draw it from with the model's tokenizer; default: the reference prose.
+        settings: maps, start, rounds, margin, controls, budget. With low-bit layers, references keep their formats
+            unless ``dense_references``; the difference of the two bounds is the quantisation gap of the stack.
+        budget: shorthand for that of ``settings``: wall time, in seconds or like ``"10m"``.
+        opening: how a folder or file is opened.
         name: the model's name in the report.
-        device: where a folder or file is opened.
-        dtype: the number format it is opened in.
+        out: folder to save the report in; refused before the work if it is taken.
+        force: replace an earlier result there.
         progress: called with a `Progress` at every step.
 
     Returns:
-        The report; print it, or ``save`` it as a certificate.
+        The report; print it, show it in a notebook, or ``save`` it as a certificate.
 
     Raises:
         MapError: If a map has the wrong length, decreases or points backwards.
         PeelwiseError: For anything else that is wrong, with one or two lines on what to do.
 
     Example:
-        >>> report = peelwise.peel(model, probe, maps=[[1, 2, 3, 4], [3, 3, 3, 4]], budget="2m")
+        >>> settings = peelwise.PeelSettings(maps=[[1, 2, 3, 4], [3, 3, 3, 4]])
+        >>> report = peelwise.peel(model, probe, settings, budget="2m")
     """
-    settings = PeelSettings(
-        budget_seconds=parse_seconds(budget),
-        maps=checked_maps(maps),
-        start=start,
-        weighted=weighted,
-        rounds=rounds,
-        steps=steps,
-        dense_references=dense_references,
-        beam_width=beam_width,
-        controls=controls,
-        margin_nats=margin,
-    )
-    target, own_name, source = open_target(model, device, dtype)
-    outcome = run_peel(
-        target,
-        probe,
-        settings,
-        name=name or own_name,
-        source=source,
-        watcher=progress,
-    )
-    return PeelReport(outcome.record, outcome.witness, outcome.probe)
-
-
-def checked_maps(maps: Maps) -> tuple[StationMap, ...] | None:
-    """Return maps as tuples, ``None`` for ``"auto"``; their stations are checked against the model later.
-
-    Raises:
-        MapError: If it is neither ``"auto"`` nor a list of lists of integers.
-    """
-    if isinstance(maps, str):
-        if maps == "auto":
-            return None
-        raise MapError(f'maps: expected "auto" or a list of maps such as [[3, 3, 3, 4]], got {maps!r}.')
-    rows = list(maps)
-    if not rows or not all(isinstance(row, Sequence) and not isinstance(row, str) for row in rows):
-        raise MapError(f"maps: expected a list of maps such as [[3, 3, 3, 4]], got {rows!r}. Put the map in a list.")
-    return tuple(tuple(row) for row in rows)
-
-
-def parse_maps(text: str) -> Maps:
-    """Return the maps that the command line names: ``auto``, or like ``3,3,3,4 4,4,4,4``.
-
-    Raises:
-        MapError: If it is neither.
-    """
-    if text.strip() == "auto":
-        return "auto"
-    try:
-        return [[int(station) for station in one.split(",")] for one in text.replace(";", " ").split()]
-    except ValueError as error:
-        raise MapError(f'--maps: expected "auto" or maps like "3,3,3,4 4,4,4,4", got {text!r}.') from error
+    settings = with_budget(settings or PeelSettings(), budget)
+    if out is not None:
+        check_out(out, force=force)
+    target, drawn = open_both(model, probe, opening)
+    outcome = run_peel(target.model, drawn, settings, name=name or target.name, source=target.source, watcher=progress)
+    report = PeelReport(outcome.record, outcome.witness, outcome.probe)
+    if out is not None:
+        report.save(out, force=force)
+    return report

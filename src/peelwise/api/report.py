@@ -1,4 +1,4 @@
-"""What `audit` and `peel` return: a record to print, save and show, with the tensors that prove it."""
+"""What the functions of the library return: a record to print, save and show, with the tensors that prove it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from peelwise.records.audit import AuditRecord
 from peelwise.records.files import RECORD_FILE
 from peelwise.records.folder import check_free
 from peelwise.records.peel import PeelRecord
+from peelwise.records.quantcheck import QuantcheckRecord
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,18 +25,14 @@ REPORT_FILE = "report.html"
 
 
 @dataclass(frozen=True, eq=False)
-class Report:
-    """A record, the tensors that prove it and the probe; the parent of what `audit` and `peel` return.
+class Result:
+    """A record that prints itself, in a terminal and in a notebook; the parent of all reports.
 
     Attributes:
-        record: every number, as in ``certificate.json``.
-        witness: replacement tensors by name.
-        probe: the token sequences that were used.
+        record: every number, as in the JSON file.
     """
 
-    record: AuditRecord | PeelRecord
-    witness: dict[str, Tensor] = field(repr=False)
-    probe: Probe = field(repr=False)
+    record: AuditRecord | PeelRecord | QuantcheckRecord
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -57,9 +54,29 @@ class Report:
 
         return conclusion(self.record)
 
+    def _repr_html_(self) -> str:
+        from peelwise.show.notebook import record_html
+
+        return record_html(self.record)
+
     def to_json(self) -> str:
         """Return the record as JSON text."""
         return self.record.to_json()
+
+
+@dataclass(frozen=True, eq=False)
+class Report(Result):
+    """A record, the tensors that prove it and the probe; the parent of what `audit` and `peel` return.
+
+    Attributes:
+        record: every number, as in ``certificate.json``.
+        witness: replacement tensors by name.
+        probe: the token sequences that were used.
+    """
+
+    record: AuditRecord | PeelRecord
+    witness: dict[str, Tensor] = field(repr=False)
+    probe: Probe = field(repr=False)
 
     def to_html(self) -> str:
         """Return the report as one self-contained HTML page.
@@ -81,10 +98,20 @@ class Report:
         Raises:
             OutputError: If the folder is taken or cannot be written.
         """
-        path = Path(folder)
-        check_free(path, force=force, ours=RECORD_FILE)
+        path = check_out(folder, force=force)
         write_certificate(path, self.record, self.witness, self.probe, _pages)
         return path
+
+
+def check_out(folder: str | Path, *, force: bool) -> Path:
+    """Refuse a folder that a report could not be saved in, before the work.
+
+    Raises:
+        OutputError: If it is taken or cannot be written.
+    """
+    path = Path(folder)
+    check_free(path, force=force, ours=RECORD_FILE)
+    return path
 
 
 def frame(rows: list[dict[str, Any]], index: str) -> pd.DataFrame:

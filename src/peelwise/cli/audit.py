@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from peelwise.cli.inputs import open_both
 from peelwise.cli.options import (
-    BudgetOption,
-    ControlsOption,
     DeviceOption,
     DtypeOption,
     FieldOption,
@@ -17,20 +14,26 @@ from peelwise.cli.options import (
     InDistributionOption,
     JsonOption,
     LengthOption,
-    MarginOption,
     ModelArgument,
     OutOption,
     PickleOption,
     SeedOption,
+    StoredOption,
     TextOption,
     TokenizerOption,
     TokensOption,
+    flag,
+    output,
+    probe_options,
 )
-from peelwise.cli.output import save_and_print
-from peelwise.cli.terminal import progress_bar, quiet_warnings
-from peelwise.errors import PeelwiseError
+from peelwise.cli.output import print_report
+from peelwise.cli.terminal import at_work
+from peelwise.model.options import OpenOptions
+from peelwise.probe.options import ProbeOptions
+from peelwise.tasks.audit.settings import AuditSettings
 
 app = typer.Typer()
+_FAILING = {None: (), "red": ("red",), "yellow": ("red", "yellow")}
 
 
 @app.command(
@@ -40,55 +43,42 @@ app = typer.Typer()
 def audit(
     model: ModelArgument,
     text: TextOption = None,
-    field: FieldOption = "text",
+    field: FieldOption = ProbeOptions.field,
+    tokens: TokensOption = ProbeOptions.tokens,
+    sequence_length: LengthOption = ProbeOptions.sequence_length,
+    in_distribution: InDistributionOption = ProbeOptions.in_distribution,
+    seed: SeedOption = ProbeOptions.seed,
+    budget: Annotated[str, flag(AuditSettings, "budget", metavar="TIME")] = str(AuditSettings.budget),
+    joint_rounds: Annotated[int, flag(AuditSettings, "joint_rounds", min=0)] = AuditSettings.joint_rounds,
+    solo_rounds: Annotated[int, flag(AuditSettings, "solo_rounds", min=0)] = AuditSettings.solo_rounds,
+    margin: Annotated[float | None, flag(AuditSettings, "margin", min=0.0)] = AuditSettings.margin,
+    controls: Annotated[bool, flag(AuditSettings, "controls")] = AuditSettings.controls,
+    micro_batch_tokens: Annotated[
+        int, flag(AuditSettings, "micro_batch_tokens", min=1)
+    ] = AuditSettings.micro_batch_tokens,
+    device: DeviceOption = OpenOptions.device,
+    dtype: DtypeOption = OpenOptions.dtype,
+    allow_pickle: PickleOption = OpenOptions.allow_pickle,
+    as_stored: StoredOption = OpenOptions.as_stored,
     tokenizer: TokenizerOption = None,
-    tokens: TokensOption = 6_400,
-    sequence_length: LengthOption = 128,
-    budget: BudgetOption = "5m",
-    in_distribution: InDistributionOption = False,
-    margin: MarginOption = None,
-    controls: ControlsOption = True,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    seed: SeedOption = 0,
     out: OutOption = None,
     force: ForceOption = False,
-    fail_on: Annotated[str | None, typer.Option(help="red or yellow: exit 1 if a block is at least that.")] = None,
+    fail_on: Annotated[
+        Literal["red", "yellow"] | None, output(help="Exit with code 1 if a block has this verdict or a worse one.")
+    ] = None,
     as_json: JsonOption = False,
-    allow_pickle: PickleOption = False,
-    as_stored: Annotated[
-        bool, typer.Option("--as-stored", help="Audit the codes of a .gguf file: witnesses at the same bits.")
-    ] = False,
 ) -> None:
     """Audit MODEL: how much lower could its loss be, block by block, with weights that prove it.
 
-    Without --text the Python reference prose of the standard library is used. Ctrl-C ends the audit early and
-    reports what was finished.
+    Ctrl-C ends the audit early and reports what was finished.
     """
-    from peelwise.api.audit import AuditReport
-    from peelwise.api.inputs import parse_seconds
-    from peelwise.records.files import RECORD_FILE
-    from peelwise.records.folder import check_free
-    from peelwise.tasks.audit.run import AuditSettings, run_audit
+    from peelwise.api import audit as api
 
-    if fail_on not in (None, "red", "yellow"):
-        raise PeelwiseError(f"--fail-on takes red or yellow, got {fail_on!r}.")
-    settings = AuditSettings(parse_seconds(budget), margin_nats=margin, controls=controls)
-    if out is not None:
-        check_free(out, force=force, ours=RECORD_FILE)
-    draw = {"tokens": tokens, "sequence_length": sequence_length, "seed": seed, "in_distribution": in_distribution}
-    how = {
-        "device": device,
-        "dtype": dtype,
-        "allow_pickle": allow_pickle,
-        "as_stored": as_stored,
-        "tokenizer": tokenizer,
-    }
-    opened, probe = open_both(model, text, field, draw, how)
-    with quiet_warnings(), progress_bar() as watcher:
-        outcome = run_audit(opened.model, probe, settings, name=opened.name, source=opened.source, watcher=watcher)
-    report = AuditReport(outcome.record, outcome.witness, outcome.probe)
-    save_and_print(report, out, force=force, as_json=as_json)
-    worst = {"red": {"red"}, "yellow": {"red", "yellow"}}.get(fail_on or "", set())
-    if any(block.verdict in worst for block in report.record.blocks):
+    probe = probe_options(text, field, tokens, sequence_length, in_distribution, seed)
+    settings = AuditSettings(budget, joint_rounds, solo_rounds, margin, controls, micro_batch_tokens)
+    opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer)
+    with at_work(f"Opening {model} ...") as watcher:
+        report = api.audit(model, probe, settings, opening=opening, out=out, force=force, progress=watcher)
+    print_report(report, out, as_json)
+    if any(block.verdict in _FAILING[fail_on] for block in report.record.blocks):
         raise typer.Exit(1)

@@ -9,19 +9,25 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from peelwise.cli.options import DeviceOption, FolderArgument, ForceOption
+from peelwise.cli.options import DeviceOption, FolderArgument, ForceOption, PickleOption, output
 from peelwise.cli.terminal import status
-from peelwise.records.folder import write_text_file
+from peelwise.model.options import OpenOptions
 
 app = typer.Typer()
+
+WhereOption = Annotated[
+    str | None,
+    typer.Option(help="Where the model is.", show_default="where it was opened for the audit", rich_help_panel="Model"),
+]
 
 
 @app.command(epilog="Example: `peelwise verify out/demo --full`", short_help="Recheck a certificate.")
 def verify(
     folder: FolderArgument,
-    model: Annotated[str | None, typer.Option(help="Where the model is; default: where it was audited.")] = None,
+    model: WhereOption = None,
     full: Annotated[bool, typer.Option("--full", help="Recheck every block's numbers too (slower).")] = False,
-    device: DeviceOption = "auto",
+    device: DeviceOption = OpenOptions.device,
+    allow_pickle: PickleOption = OpenOptions.allow_pickle,
 ) -> None:
     """Recompute the losses that the certificate in DIR claims: holds, does not hold, or not the same model or data.
 
@@ -30,7 +36,7 @@ def verify(
     from peelwise.api import certificate as api
 
     with status("Recomputing the certified losses ..."):
-        result = api.verify(folder, model, full=full, device=device)
+        result = api.verify(folder, model, full=full, opening=OpenOptions(device, allow_pickle=allow_pickle))
     console = Console(highlight=False)
     for check in result.checks:
         mark = "ok" if check.holds else "[bold red]differs[/]"
@@ -51,27 +57,27 @@ def verify(
 )
 def apply(
     folder: FolderArgument,
-    out: Annotated[Path, typer.Option(metavar="NEWDIR", help="New model folder, loadable by transformers.")],
-    model: Annotated[str | None, typer.Option(help="Where the model is; default: where it was audited.")] = None,
+    out: Annotated[Path, output(metavar="NEWDIR", help="New model folder, loadable by transformers.")],
+    model: WhereOption = None,
+    device: DeviceOption = OpenOptions.device,
+    allow_pickle: PickleOption = OpenOptions.allow_pickle,
     force: ForceOption = False,
 ) -> None:
     """Write a model folder with the composed witness of DIR merged, and check that its loss is the certified one."""
     from peelwise.api import certificate as api
 
     with status("Merging the witness and checking the result ..."):
-        loss = api.apply(folder, model, out, force=force)
+        opening = OpenOptions(device, allow_pickle=allow_pickle)
+        loss = api.apply(folder, model, out, force=force, opening=opening)
     typer.echo(f"{out}: loss {loss:.4f} nats per token on report, as certified.")
 
 
 @app.command(epilog="Example: `peelwise report out/demo`", short_help="Render the HTML report again.")
 def report(
     folder: FolderArgument,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: report.html in DIR.")] = None,
+    out: Annotated[Path | None, output(metavar="FILE", help="The page.", show_default="report.html in DIR")] = None,
 ) -> None:
     """Render the HTML report again from the certificate in DIR. Needs neither the model nor torch."""
-    from peelwise.records.files import read_any_record
-    from peelwise.show.views import render_html
+    from peelwise.api import files as api
 
-    path = out or folder / "report.html"
-    write_text_file(path, render_html(read_any_record(folder)))
-    typer.echo(f"wrote {path}")
+    typer.echo(f"wrote {api.write_report(folder, out)}")

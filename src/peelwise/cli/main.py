@@ -1,4 +1,5 @@
-"""The command line, ``peelwise audit | peel | quantcheck | verify | apply | report | export | watch | serve | demo``.
+"""The command line: ``peelwise audit | peel | quantcheck | verify | apply | report`` on models and certificates, and
+``export | watch | serve | demo-training`` on run histories.
 
 Exit codes: 0 fine, 1 finding, 2 bad input.
 """

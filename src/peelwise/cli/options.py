@@ -1,68 +1,63 @@
-"""Options that several commands share."""
+"""Options of the commands. Those of the settings classes take sentence, panel and default from there, so that the
+command line and Python say the same; the others concern what a command leaves behind.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from peelwise.model.options import Dtype, OpenOptions
+from peelwise.probe.options import ProbeOptions
+from peelwise.records.options import options_of
+
+
+def flag(settings: type[Any], name: str, *names: str, **how: Any) -> Any:
+    """Return the option of the command line for a field of a settings class.
+
+    Args:
+        settings: the class.
+        name: of the field.
+        names: what the option is called; default: like the field, a boolean also with ``--no-``.
+        how: further arguments of ``typer.Option``.
+    """
+    one = options_of(settings)[name]
+    return typer.Option(*names, help=one.help, show_default=one.rule or True, rich_help_panel=one.panel, **how)
+
+
+def output(*names: str, help: str, **how: Any) -> Any:
+    """Return an option that says what a command leaves or prints."""
+    return typer.Option(*names, help=help, rich_help_panel="Output", **how)
+
+
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face folder, .gguf file, or `smollm2`.")]
-
-
-TextOption = Annotated[
-    list[str] | None,
-    typer.Option("--text", metavar="FILE", help="Text: .txt, .jsonl, .parquet or - ; may be repeated."),
-]
-
-
-TokenizerOption = Annotated[
-    Path | None, typer.Option("--tokenizer", metavar="DIR", help="Folder of the tokenizer; default: the model's.")
-]
-
-
-FieldOption = Annotated[str, typer.Option(help="Field of .jsonl and .parquet that holds the text.")]
-
-
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a certificate.")]
 
+# The text.
+TextOption = Annotated[list[str] | None, flag(ProbeOptions, "text", metavar="FILE")]
+FieldOption = Annotated[str, flag(ProbeOptions, "field")]
+TokensOption = Annotated[int, flag(ProbeOptions, "tokens", min=1)]
+LengthOption = Annotated[int, flag(ProbeOptions, "sequence_length", min=1)]
+InDistributionOption = Annotated[bool, flag(ProbeOptions, "in_distribution", "--in-distribution")]
+SeedOption = Annotated[int, flag(ProbeOptions, "seed")]
 
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace an earlier result.")]
+# How a model is opened.
+DeviceOption = Annotated[str, flag(OpenOptions, "device")]
+DtypeOption = Annotated[Dtype, flag(OpenOptions, "dtype")]
+PickleOption = Annotated[bool, flag(OpenOptions, "allow_pickle", "--allow-pickle")]
+StoredOption = Annotated[bool, flag(OpenOptions, "as_stored", "--as-stored")]
+TokenizerOption = Annotated[Path | None, flag(OpenOptions, "tokenizer", metavar="DIR")]
 
-
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
-
-
-TokensOption = Annotated[int, typer.Option(min=1, help="Tokens of text to use at most.")]
-
-
-LengthOption = Annotated[int, typer.Option(min=2, help="Tokens per sequence.")]
-
-
-BudgetOption = Annotated[str, typer.Option(help="Wall time: 90s, 5m, 1h.")]
-
-
-InDistributionOption = Annotated[
-    bool, typer.Option("--in-distribution", help="The text is what the model was trained on.")
-]
-
-
-MarginOption = Annotated[float | None, typer.Option(min=0.0, help="Nats per token that matter.")]
+# What a command leaves and prints.
+OutOption = Annotated[Path | None, output(metavar="DIR", help="Folder for certificate, witness and report.")]
+ForceOption = Annotated[bool, output("--force", help="Replace an earlier result.")]
+JsonOption = Annotated[bool, output("--json", help="Print the record as JSON instead of the table.")]
 
 
-ControlsOption = Annotated[bool, typer.Option("--controls/--no-controls", help="Run the null controls.")]
-
-
-DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-
-
-SeedOption = Annotated[int, typer.Option(help="Draws and splits the text.")]
-
-
-OutOption = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for certificate, witness, report.")]
-
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of the table.")]
-
-
-PickleOption = Annotated[bool, typer.Option("--allow-pickle", help="Also open pickled weights.")]
+def probe_options(
+    text: list[str] | None, field: str, tokens: int, sequence_length: int, in_distribution: bool, seed: int
+) -> ProbeOptions:
+    """Return the text that a command was given; the option may be repeated, and left out for the reference prose."""
+    return ProbeOptions(tuple(text or ()), field, tokens, sequence_length, in_distribution, seed)

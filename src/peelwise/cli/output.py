@@ -1,25 +1,21 @@
-"""What a command leaves: a folder, a table, or JSON."""
+"""What a command prints: a table, or JSON."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 
 from peelwise.cli.terminal import stderr
 
-
-def save_and_print(report: Any, out: Path | None, *, force: bool, as_json: bool) -> None:
-    """Save what a command found if it is to be kept, and print it."""
-    if out is not None:
-        report.save(out, force=force)
-    print_report(report, out, as_json)
+if TYPE_CHECKING:
+    from peelwise.api.report import Report
 
 
-def print_report(report: Any, out: Path | None, as_json: bool) -> None:
-    """Print a report as a table, or as JSON."""
+def print_report(report: Report, out: Path | None, as_json: bool) -> None:
+    """Print a report as a table, or as JSON; ``out`` is where it was saved."""
     from peelwise.show.views import print_record
 
     if as_json:

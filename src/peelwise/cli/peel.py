@@ -6,10 +6,7 @@ from typing import Annotated
 
 import typer
 
-from peelwise.cli.inputs import open_both
 from peelwise.cli.options import (
-    BudgetOption,
-    ControlsOption,
     DeviceOption,
     DtypeOption,
     FieldOption,
@@ -17,17 +14,23 @@ from peelwise.cli.options import (
     InDistributionOption,
     JsonOption,
     LengthOption,
-    MarginOption,
     ModelArgument,
     OutOption,
     PickleOption,
     SeedOption,
+    StoredOption,
     TextOption,
     TokenizerOption,
     TokensOption,
+    flag,
+    output,
+    probe_options,
 )
-from peelwise.cli.output import save_and_print
-from peelwise.cli.terminal import progress_bar, quiet_warnings
+from peelwise.cli.output import print_report
+from peelwise.cli.terminal import at_work
+from peelwise.model.options import OpenOptions
+from peelwise.probe.options import ProbeOptions
+from peelwise.tasks.peel.settings import PeelSettings, Start
 
 app = typer.Typer()
 
@@ -39,67 +42,65 @@ app = typer.Typer()
 def peel(
     model: ModelArgument,
     text: TextOption = None,
-    field: FieldOption = "text",
-    tokenizer: TokenizerOption = None,
-    tokens: TokensOption = 6_400,
-    sequence_length: LengthOption = 128,
-    budget: BudgetOption = "10m",
-    maps: Annotated[str, typer.Option(help='auto, or maps like "3,3,3,4 4,4,4,4": a station 1..L per block.')] = "auto",
-    start: Annotated[str, typer.Option(help="warm: from the block's own weights; cold: from initialisation.")] = "warm",
-    weighted: Annotated[
-        bool, typer.Option("--weighted/--unweighted", help="Weight coordinates by their inverse variance.")
-    ] = True,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Most rounds of fitting a block.")] = None,
+    field: FieldOption = ProbeOptions.field,
+    tokens: TokensOption = ProbeOptions.tokens,
+    sequence_length: LengthOption = ProbeOptions.sequence_length,
+    in_distribution: InDistributionOption = ProbeOptions.in_distribution,
+    seed: SeedOption = ProbeOptions.seed,
+    budget: Annotated[str, flag(PeelSettings, "budget", metavar="TIME")] = str(PeelSettings.budget),
+    maps: Annotated[str, flag(PeelSettings, "maps", metavar="MAPS")] = str(PeelSettings.maps),
+    start: Annotated[Start, flag(PeelSettings, "start")] = PeelSettings.start,
+    weighted: Annotated[bool, flag(PeelSettings, "weighted", "--weighted/--unweighted")] = PeelSettings.weighted,
+    rounds: Annotated[int | None, flag(PeelSettings, "rounds", min=1)] = PeelSettings.rounds,
+    steps: Annotated[bool, flag(PeelSettings, "steps")] = PeelSettings.steps,
     dense_references: Annotated[
-        bool, typer.Option("--dense-references", help="Low-bit models: let references leave the formats of their maps.")
-    ] = False,
-    in_distribution: InDistributionOption = False,
-    margin: MarginOption = None,
-    controls: ControlsOption = True,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    seed: SeedOption = 0,
+        bool, flag(PeelSettings, "dense_references", "--dense-references")
+    ] = PeelSettings.dense_references,
+    beam_width: Annotated[int, flag(PeelSettings, "beam_width", min=1)] = PeelSettings.beam_width,
+    controls: Annotated[bool, flag(PeelSettings, "controls")] = PeelSettings.controls,
+    margin: Annotated[float | None, flag(PeelSettings, "margin", min=0.0)] = PeelSettings.margin,
+    micro_batch_tokens: Annotated[
+        int, flag(PeelSettings, "micro_batch_tokens", min=1)
+    ] = PeelSettings.micro_batch_tokens,
+    device: DeviceOption = OpenOptions.device,
+    dtype: DtypeOption = OpenOptions.dtype,
+    allow_pickle: PickleOption = OpenOptions.allow_pickle,
+    as_stored: StoredOption = OpenOptions.as_stored,
+    tokenizer: TokenizerOption = None,
     out: OutOption = None,
     force: ForceOption = False,
     fail_on_bound: Annotated[
-        bool, typer.Option("--fail-on-bound", help="Exit 1 if a map is shown to beat the model and its head control.")
+        bool,
+        output("--fail-on-bound", help="Exit with code 1 if a map is shown to beat the model and its head control."),
     ] = False,
     as_json: JsonOption = False,
-    allow_pickle: PickleOption = False,
 ) -> None:
     """Peel MODEL (arXiv:2605.02853): what do reference blocks, fitted one after another to its stations, reach?
 
     Every map says which station each block regresses to; a light head goes on top, and the model gets the same.
-    References of low-bit maps obey the formats of these maps.
+    References of low-bit layers keep the formats of these layers.
     Ctrl-C ends the peel early and reports what was finished.
     """
-    from typing import cast
-
-    from peelwise.api.inputs import parse_seconds
-    from peelwise.api.peel import PeelReport, checked_maps, parse_maps
-    from peelwise.records.files import RECORD_FILE
-    from peelwise.records.folder import check_free
+    from peelwise.api import peel as api
     from peelwise.show.peel.words import beats_head
-    from peelwise.tasks.peel.run import PeelSettings, Start, run_peel
 
+    probe = probe_options(text, field, tokens, sequence_length, in_distribution, seed)
     settings = PeelSettings(
-        parse_seconds(budget),
-        checked_maps(parse_maps(maps)),
-        cast(Start, start),
+        budget,
+        maps,
+        start,
         weighted,
         rounds,
-        dense_references=dense_references,
-        controls=controls,
-        margin_nats=margin,
+        steps,
+        dense_references,
+        beam_width,
+        controls,
+        margin,
+        micro_batch_tokens,
     )
-    if out is not None:
-        check_free(out, force=force, ours=RECORD_FILE)
-    draw = {"tokens": tokens, "sequence_length": sequence_length, "seed": seed, "in_distribution": in_distribution}
-    how = {"device": device, "dtype": dtype, "allow_pickle": allow_pickle, "tokenizer": tokenizer}
-    opened, probe = open_both(model, text, field, draw, how)
-    with quiet_warnings(), progress_bar() as watcher:
-        outcome = run_peel(opened.model, probe, settings, name=opened.name, source=opened.source, watcher=watcher)
-    report = PeelReport(outcome.record, outcome.witness, outcome.probe)
-    save_and_print(report, out, force=force, as_json=as_json)
+    opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer)
+    with at_work(f"Opening {model} ...") as watcher:
+        report = api.peel(model, probe, settings, opening=opening, out=out, force=force, progress=watcher)
+    print_report(report, out, as_json)
     if fail_on_bound and beats_head(report.record):
         raise typer.Exit(1)

@@ -1,23 +1,26 @@
-"""The commands about run histories, ``peelwise export | watch | serve | demo``."""
+"""The commands about run histories, ``peelwise export | watch | serve | demo-training``."""
 
 from __future__ import annotations
 
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from peelwise.errors import StoreError
+from peelwise.cli.options import ForceOption, output
 
 app = typer.Typer()
 
 HistoryArgument = Annotated[Path, typer.Argument(metavar="FILE", help="Run history, such as run.db.")]
 
 PortOption = Annotated[
-    int | None, typer.Option(min=0, max=65535, help="Default: 8717, or a free one if it is taken; 0: any free one.")
+    int | None,
+    typer.Option(
+        min=0, max=65535, help="Where to listen; 0: any free one.", show_default="8717, or a free one if it is taken"
+    ),
 ]
 OpenOption = Annotated[bool, typer.Option("--open/--no-open", help="Open a browser.")]
 
@@ -25,32 +28,25 @@ OpenOption = Annotated[bool, typer.Option("--open/--no-open", help="Open a brows
 @app.command(epilog="Example: `peelwise export run.db --to csv --out exported`", short_help="Export a run history.")
 def export(
     history: HistoryArgument,
-    to: Annotated[str, typer.Option(help="csv, jsonl, parquet or tensorboard.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the files, one per table.")],
-    run: Annotated[int | None, typer.Option(help="Number of one run; default: all of them.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an earlier result.")] = False,
+    to: Annotated[
+        Literal["csv", "jsonl", "parquet", "tensorboard"], output(help="Format of the files.", show_choices=True)
+    ],
+    out: Annotated[Path, output(metavar="DIR", help="Folder for the files, one per table.")],
+    run: Annotated[int | None, typer.Option(help="Number of one run.", show_default="all of them")] = None,
+    force: ForceOption = False,
 ) -> None:
     """Export the run history FILE, which may still be being written, for other programs."""
-    from peelwise.records.folder import check_free, written_whole
-    from peelwise.store.export import MANIFEST
-    from peelwise.store.export import export as write
-    from peelwise.store.reader import RunReader
+    from peelwise.api import files as api
 
-    with RunReader(history) as reader:
-        runs = reader.runs() if run is None else [reader.run(run)]
-        if not runs:
-            raise StoreError(f"{history} holds no run yet.")
-        check_free(out, force=force, ours=MANIFEST)
-        with written_whole(out) as folder:
-            write(reader, runs, to, folder)
-    typer.echo(f"wrote {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
+    names = api.export_history(history, to, out, run=run, force=force)
+    typer.echo(f"wrote {out}: {', '.join(names)}")
 
 
 @app.command(epilog="Example: `peelwise watch run.db`", short_help="Follow a run in the terminal.")
 def watch(
     history: HistoryArgument,
-    run: Annotated[int | None, typer.Option(help="Number of the run; default: the newest.")] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Between two looks at the file.")] = 2.0,
+    run: Annotated[int | None, typer.Option(help="Number of the run.", show_default="the newest")] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds between two reads of the file.")] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Print the present state and exit.")] = False,
 ) -> None:
     """Follow the run history FILE live: verdicts, what blocks could gain, what happened. Ctrl-C ends it."""
@@ -92,10 +88,13 @@ def serve(
         serve_page(histories, address, browser=browser, say=typer.echo)
 
 
-@app.command(epilog="Example: `peelwise demo --store run.db`", short_help="See a fault arrive, live.")
-def demo(
+@app.command(
+    epilog="Example: `peelwise demo-training --store run.db`",
+    short_help="Train a small GPT and see a fault arrive, live.",
+)
+def demo_training(
     store: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Keep the run history here; default: gone afterwards.")
+        Path | None, typer.Option(metavar="FILE", help="Keep the run history here.", show_default="gone afterwards")
     ] = None,
     port: PortOption = None,
     browser: OpenOption = True,
@@ -104,7 +103,7 @@ def demo(
 
     Ctrl-C ends it. Where the output is no terminal, it ends when training is done.
     """
-    from peelwise.cli.demo import demonstrate
+    from peelwise.cli.demo_training import demonstrate
     from peelwise.show.dashboard.serve import Address
 
     stay = sys.stdout.isatty()

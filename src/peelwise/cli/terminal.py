@@ -21,14 +21,28 @@ stderr = Console(stderr=True, highlight=False)
 
 
 @contextmanager
+def at_work(what: str) -> Iterator[Watcher]:
+    """Yield a watcher that draws the progress of a command, and say warnings meanwhile.
+
+    Args:
+        what: is done before the first progress is reported.
+    """
+    with quiet_warnings(), progress_bar(what) as watcher:
+        yield watcher
+
+
+@contextmanager
 def quiet_warnings() -> Iterator[None]:
-    """Show peelwise's own warnings as one line; other libraries' do not belong between the progress bars."""
-    with warnings.catch_warnings(record=True) as caught:
+    """Show peelwise's own warnings as one line each; other libraries' do not belong between the progress bars."""
+
+    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        if issubclass(category, PeelwiseWarning):
+            stderr.print(f"[yellow]warning:[/] {escape(str(message))}", soft_wrap=True)
+
+    with warnings.catch_warnings():
         warnings.simplefilter("always")
+        warnings.showwarning = show
         yield
-    for warning in caught:
-        if issubclass(warning.category, PeelwiseWarning):
-            stderr.print(f"[yellow]warning:[/] {escape(str(warning.message))}", soft_wrap=True)
 
 
 @contextmanager
@@ -43,16 +57,17 @@ def status(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Watcher]:
-    """Yield a watcher that draws a bar on a terminal and a line per stage elsewhere."""
+def progress_bar(what: str) -> Iterator[Watcher]:
+    """Yield a watcher that draws a bar on a terminal and a line per stage elsewhere; ``what`` comes first."""
     from rich.progress import BarColumn, Progress, TextColumn
 
     if not stderr.is_terminal:
+        stderr.print(what, markup=False)
         yield _line_per_stage()
         return
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}")
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[left]}")
     with Progress(*columns, console=stderr, transient=True) as bar:
-        task = bar.add_task("starting", total=1.0, left="")
+        task = bar.add_task(what, total=1.0, left="")
 
         def watch(step: Step) -> None:
             total = step.elapsed_seconds + step.left_seconds

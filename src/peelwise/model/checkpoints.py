@@ -85,9 +85,7 @@ def open_model(
         _check_architecture(path, config)
     words = None
     if with_tokenizer and tokenizer is not None:
-        words = _load_tokenizer(Path(tokenizer), None)
-        if words is None:
-            raise ModelError(f"There is no tokenizer in {tokenizer}: expected a folder with tokenizer.json.")
+        words = open_tokenizer(tokenizer)
     elif with_tokenizer:
         words = _load_tokenizer(folder, options.get("gguf_file"))
     model = _load_model(folder, path, number_format, options)
@@ -102,6 +100,18 @@ def open_model(
         raise DeviceError(f"{source} does not fit on {target}. Use another device or dtype bfloat16.") from error
     held = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return OpenedModel(model.eval(), words, name, str(source), str(held).removeprefix("torch."))
+
+
+def open_tokenizer(folder: str | Path) -> Any:
+    """Return the tokenizer of a folder, offline.
+
+    Raises:
+        ModelError: If there is none, or it cannot be opened.
+    """
+    found = _load_tokenizer(Path(folder), None)
+    if found is None:
+        raise ModelError(f"There is no tokenizer in {folder}: expected a folder with tokenizer.json.")
+    return found
 
 
 def require_tokenizer(opened: OpenedModel) -> Any:

@@ -22,8 +22,7 @@ from peelwise.model.architectures import find_head
 from peelwise.model.capture import Capture, captured
 from peelwise.model.layers import Block, LinearLayer, unwrapped
 from peelwise.probe.probe import Split
-
-MICRO_BATCH_TOKENS = 1024
+from peelwise.records.options import MICRO_BATCH_TOKENS as MICRO_BATCH_TOKENS
 
 
 @dataclass

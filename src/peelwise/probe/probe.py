@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from peelwise.errors import FewSequencesWarning, ProbeError
+from peelwise.probe.options import SEQUENCE_LENGTH, TOKENS, ProbeOptions, check_sizes
 from peelwise.probe.sequences import as_rows, chunk_documents, count_parts, cut, draw, encode, opening_ids
 from peelwise.probe.texts import text_of
 from peelwise.records.base import ProbeRecord
@@ -95,8 +96,8 @@ class Probe:
         text: str | Sequence[str],
         tokenizer: Any,
         *,
-        tokens: int | None = 12_000,
-        sequence_length: int = 128,
+        tokens: int | None = TOKENS,
+        sequence_length: int = SEQUENCE_LENGTH,
         seed: int = 0,
         in_distribution: bool = False,
         source: str = "text",
@@ -121,7 +122,7 @@ class Probe:
         Raises:
             ProbeError: If the text is empty, or too short for 2 + 1 + 2 different sequences.
         """
-        _check_sizes(tokens, sequence_length)
+        check_sizes(tokens, sequence_length)
         documents = [text] if isinstance(text, str) else list(text)
         for number, document in enumerate(documents):
             if not isinstance(document, str):
@@ -142,12 +143,34 @@ class Probe:
         return cls._assemble(sequences, tokens, shares, source=source, in_distribution=in_distribution, seed=seed)
 
     @classmethod
+    def from_options(cls, options: ProbeOptions, tokenizer: Any, *, documents: Sequence[str] | None = None) -> Probe:
+        """Draw a probe as the command line does: from files, or the reference prose if there are none.
+
+        Args:
+            options: Which text, and how it is drawn.
+            tokenizer: A Hugging Face tokenizer, or anything with ``encode(text)``.
+            documents: The text, if it was read already.
+
+        Raises:
+            ProbeError: If the text cannot be read, is empty or too short.
+        """
+        return cls.from_text(
+            options.documents() if documents is None else documents,
+            tokenizer,
+            tokens=options.tokens,
+            sequence_length=options.sequence_length,
+            seed=options.seed,
+            in_distribution=options.in_distribution,
+            source=options.source,
+        )
+
+    @classmethod
     def from_tokens(
         cls,
         sequences: Tensor | Sequence[Sequence[int]] | Sequence[int],
         *,
-        tokens: int | None = 12_000,
-        sequence_length: int = 128,
+        tokens: int | None = TOKENS,
+        sequence_length: int = SEQUENCE_LENGTH,
         seed: int = 0,
         in_distribution: bool = False,
         source: str = "tokens",
@@ -168,7 +191,7 @@ class Probe:
         Raises:
             ProbeError: If ids are no integers, negative, or too few for 2 + 1 + 2 different sequences.
         """
-        _check_sizes(tokens, sequence_length)
+        check_sizes(tokens, sequence_length)
         rows = as_rows(sequences)
         if not isinstance(rows, list):
             rows = list(cut(rows.tolist(), sequence_length + 1))
@@ -187,8 +210,8 @@ class Probe:
         tokenizer: Any,
         *,
         field: str = "text",
-        tokens: int | None = 12_000,
-        sequence_length: int = 128,
+        tokens: int | None = TOKENS,
+        sequence_length: int = SEQUENCE_LENGTH,
         seed: int = 0,
         in_distribution: bool = False,
         source: str = "dataset",
@@ -202,7 +225,7 @@ class Probe:
         Raises:
             ProbeError: If a row lacks ``field``, or for the reasons of :meth:`from_text`.
         """
-        _check_sizes(tokens, sequence_length)
+        check_sizes(tokens, sequence_length)
         enough = math.inf if tokens is None else _CHARACTERS_PER_TOKEN * tokens
         documents, characters = [], 0
         for number, row in enumerate(rows):
@@ -346,13 +369,6 @@ def check_context(probe: Probe, limit: int) -> None:
     longest = max(getattr(probe, part).inputs.shape[1] for part in PARTS)
     if longest > limit:
         raise ProbeError(f"The sequences have {longest} tokens, the model's context is {limit}. Use shorter sequences.")
-
-
-def _check_sizes(tokens: int | None, sequence_length: int) -> None:
-    if sequence_length < 1:
-        raise ProbeError(f"The sequence length must be at least 1 token, got {sequence_length}.")
-    if tokens is not None and tokens < 1:
-        raise ProbeError(f"The number of tokens must be positive, got {tokens}. Leave it out for the default.")
 
 
 def _pad(rows: list[list[int]], positions: int) -> Split:

@@ -14,9 +14,11 @@ from peelwise.show.audit import words as audit_words
 from peelwise.show.peel import report as peel_report
 from peelwise.show.peel import terminal as peel_terminal
 from peelwise.show.peel import words as peel_words
+from peelwise.show.quantcheck import terminal as quantcheck_terminal
 from peelwise.show.quantcheck import words as quantcheck_words
 
-AnyRecord = AuditRecord | PeelRecord
+PageRecord = AuditRecord | PeelRecord
+AnyRecord = PageRecord | QuantcheckRecord
 
 
 def render(record: AnyRecord, folder: Path | str | None = None) -> RenderableType:
@@ -26,6 +28,8 @@ def render(record: AnyRecord, folder: Path | str | None = None) -> RenderableTyp
         record: what was found.
         folder: where its files are, if they were written.
     """
+    if isinstance(record, QuantcheckRecord):
+        return quantcheck_terminal.render(record)
     if isinstance(record, PeelRecord):
         return peel_terminal.render(record, folder)
     return terminal.render(record, folder)
@@ -36,14 +40,14 @@ def print_record(record: AnyRecord, console: Console, folder: Path | str | None 
     terminal.print_view(render(record, folder), console)
 
 
-def conclusion(record: AnyRecord | QuantcheckRecord) -> str:
+def conclusion(record: AnyRecord) -> str:
     """Return in a few sentences what was found."""
     if isinstance(record, QuantcheckRecord):
         return quantcheck_words.conclusion(record)
     return peel_words.conclusion(record) if isinstance(record, PeelRecord) else audit_words.conclusion(record)
 
 
-def render_html(record: AnyRecord) -> str:
+def render_html(record: PageRecord) -> str:
     """Return the report as one self-contained HTML document.
 
     Raises:

@@ -214,7 +214,7 @@ def test_other_peoples_checkpoints_are_audited_verified_and_applied_at_their_bit
     make(tmp_path)
     with torch.compiler.set_stance("force_eager"):  # transformers compiles the unpacking of BitNet's codes
         report = peelwise.audit(
-            tmp_path, tiny_probe(in_distribution=True), budget="10m", joint_rounds=1, alone_rounds=1, controls=False
+            tmp_path, tiny_probe(in_distribution=True), peelwise.AuditSettings("10m", 1, 1, controls=False)
         )
         assert any(note.code == "low-bit" and form in note.values["formats"] for note in report.record.notes)
         assert sum(name.startswith("composed/") and name.endswith(".codes") for name in report.witness) > 10

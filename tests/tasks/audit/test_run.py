@@ -20,7 +20,8 @@ from peelwise.records.audit import AuditRecord
 from peelwise.records.base import note
 from peelwise.show.audit.words import conclusion
 from peelwise.show.words import note_words
-from peelwise.tasks.audit.run import AuditSettings, run_audit
+from peelwise.tasks.audit.run import run_audit
+from peelwise.tasks.audit.settings import AuditSettings
 from zoo import BLOCKS, UNSUPPORTED, VOCABULARY, ZOO, sample_ids
 
 
@@ -208,7 +209,7 @@ def test_stopped_inside_a_forward_pass(calls, error):
 
 
 def test_a_budget_that_is_too_small_is_said_and_reported(tmp_path):
-    settings = dataclasses.replace(ONE_ROUND, budget_seconds=1e-3, joint_rounds=4)
+    settings = dataclasses.replace(ONE_ROUND, budget=1e-3, joint_rounds=4)
     model = ZOO["llama"]()
     outcome = run_audit(model, tiny_probe(), settings)
     record = outcome.record
@@ -225,7 +226,7 @@ def test_a_budget_spent_within_the_sweep_leaves_the_upper_blocks_measured():
         if progress.stage == "statistics" and progress.done == 2:
             time.sleep(max(progress.left_seconds, 0.0))
 
-    settings = dataclasses.replace(ONE_ROUND, budget_seconds=3.0)
+    settings = dataclasses.replace(ONE_ROUND, budget=3.0)
     record = run_audit(ZOO["llama"](), tiny_probe(), settings, watcher=spend).record
     assert not record.complete
     assert [block.energy is None for block in record.blocks] == [True] * (BLOCKS - 2) + [False] * 2
@@ -269,7 +270,7 @@ DAMAGES = {
     "sign flip": (damage.sign_flip, 3),
     "noise": (lambda model, block: damage.noise(model, block, 1.0), 4),
 }
-DEPTH = AuditSettings(budget_seconds=600.0, joint_rounds=2, alone_rounds=0, controls=False)
+DEPTH = AuditSettings(600.0, joint_rounds=2, solo_rounds=0, controls=False)
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,8 @@ from peelwise.records.files import RECORD_FILE
 from peelwise.records.peel import REFERENCE_FORMATS, PeelRecord
 from peelwise.tasks.peel.fit import FitOptions, fit_block
 from peelwise.tasks.peel.reference_block import EFFECTIVE, ReferenceBlock, State
-from peelwise.tasks.peel.run import PeelSettings, run_peel
+from peelwise.tasks.peel.run import run_peel
+from peelwise.tasks.peel.settings import PeelSettings
 from stages import CHECKPOINTS
 from tasks.audit.test_low_bit import _bitnet_folder
 from zoo import ZOO
@@ -163,7 +164,7 @@ def test_packed_weights_of_others_are_peeled_at_their_bits(tmp_path):
     torch.manual_seed(0)
     _bitnet_folder(tmp_path)
     with torch.compiler.set_stance("force_eager"):  # transformers compiles the unpacking of the codes
-        report = peelwise.peel(tmp_path, tiny_probe(), maps=ONE_MAP.maps, rounds=1, controls=False)
+        report = peelwise.peel(tmp_path, tiny_probe(), ONE_MAP)
         assert report.record.reference_formats == "ternary:tensor,scale=float32"
         assert sum(name.endswith(".codes") for name in report.witness) > 3
         assert report.record.loss.bound != report.record.loss.current

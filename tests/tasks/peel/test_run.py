@@ -15,7 +15,8 @@ from peelwise.errors import MapError, PeelwiseError, UnsupportedModelError
 from peelwise.probe.probe import Probe
 from peelwise.records.peel import PeelRecord
 from peelwise.tasks.peel import stages as visits
-from peelwise.tasks.peel.run import PeelSettings, run_peel
+from peelwise.tasks.peel.run import run_peel
+from peelwise.tasks.peel.settings import PeelSettings
 from zoo import BLOCKS, UNSUPPORTED, VOCABULARY, ZOO, sample_ids
 
 DIRECT, ALL_TO_LAST = (1, 2, 3), (3, 3, 3)
@@ -126,7 +127,9 @@ def test_shuffled_targets_and_labels_gain_nothing_on_the_healthy_model(stored_st
 
 
 def test_the_report_prints_and_becomes_a_frame():
-    report = peelwise.peel(ZOO["llama"](), tiny_probe(), maps=[DIRECT, ALL_TO_LAST], rounds=1, controls=False)
+    report = peelwise.peel(
+        ZOO["llama"](), tiny_probe(), PeelSettings(maps=[DIRECT, ALL_TO_LAST], rounds=1, controls=False)
+    )
     assert "maps visited" in str(report)
     frame = report.to_frame()
     assert list(frame.index) == [" ".join(map(str, m.stations)) for m in report.record.maps]
@@ -232,11 +235,13 @@ def test_large_heads_are_fitted_for_the_best_maps_only(monkeypatch):
         ([1, 2, 3], "Put the map in a list"),
         ([], "expected a list of maps"),
         ("all", 'expected "auto"'),
+        ("a,b", 'expected "auto"'),
+        ("", 'expected "auto"'),
     ],
 )
 def test_bad_maps_are_named(maps, words):
     with pytest.raises(MapError, match=words):
-        peelwise.peel(ZOO["llama"](), tiny_probe(), maps=maps)
+        peelwise.peel(ZOO["llama"](), tiny_probe(), PeelSettings(maps=maps))
 
 
 @pytest.mark.parametrize(
@@ -250,7 +255,7 @@ def test_bad_maps_are_named(maps, words):
 )
 def test_bad_options_are_named(options, words):
     with pytest.raises(PeelwiseError, match=words):
-        peelwise.peel(ZOO["llama"](), tiny_probe(), **options)
+        PeelSettings(**options)
 
 
 def test_tokens_outside_the_vocabulary_and_nan_weights_are_named():
@@ -268,4 +273,4 @@ def test_no_cold_start_without_a_way_to_initialise():
     model = ZOO["plain"]()
     model.blocks[0].norm_1.reset_parameters = None
     with pytest.raises(UnsupportedModelError, match='start="warm"'):
-        peelwise.peel(model, tiny_probe(), start="cold")
+        peelwise.peel(model, tiny_probe(), PeelSettings(start="cold"))

@@ -20,8 +20,9 @@ from peelwise.model.weights.held import Held
 from peelwise.nn import dense_, quantize_
 from peelwise.references.quantized import solve
 from peelwise.show.quantcheck.words import conclusion
-from peelwise.tasks.quantcheck.layers import Candidate, Layer, QuantcheckSettings, input_sums
+from peelwise.tasks.quantcheck.layers import Candidate, Layer, input_sums
 from peelwise.tasks.quantcheck.run import run_quantcheck
+from peelwise.tasks.quantcheck.settings import QuantcheckSettings
 from zoo import ZOO
 
 QUICK = QuantcheckSettings(max_sweeps=2)
@@ -41,7 +42,7 @@ def test_a_trained_model_rounded_to_three_bits_leaves_something_on_the_table(sma
     quantised = copy.deepcopy(parent)
     names = quantize_(quantised, "int3")
     before = Snapshot.of(quantised), Snapshot.of(parent)
-    record = peelwise.quantcheck(quantised, parent, part_of(training_probe, fit=16, select=4, report=12))
+    record = peelwise.quantcheck(quantised, parent, part_of(training_probe, fit=16, select=4, report=12)).record
     before[0].assert_unchanged(quantised)
     before[1].assert_unchanged(parent)
     loss = record.loss
@@ -77,7 +78,7 @@ def test_a_model_of_the_best_codes_leaves_nothing(small_gpt, training_probe) -> 
         for linear, layer in zip(block.linears, twin.linears, strict=True):
             own = Layer(linear.name, block.index, linear.weight(), layer.held(), *(each[linear] for each in sums))
             layer.module.hold_(own.best(QuantcheckSettings())[0])
-    record = peelwise.quantcheck(best, parent, probe)
+    record = peelwise.quantcheck(best, parent, probe).record
     assert len(record.layers) == 14
     assert max(layer.split.left_on_the_table / layer.error for layer in record.layers) < 0.05
     assert record.loss.left.mean < 0.2 * record.loss.damage.mean
@@ -126,19 +127,19 @@ def test_plain_weights_that_were_quantised_need_the_name_of_their_format() -> No
     dense_(quantised)
     with pytest.raises(FormatError, match=r"small says of no layer which format it holds.*--format"):
         _check(quantised, parent)
-    record = _check(quantised, parent, QuantcheckSettings(form=parse_format("int3:group=16"), max_sweeps=2))
+    record = _check(quantised, parent, QuantcheckSettings(format=parse_format("int3:group=16"), max_sweeps=2))
     assert {layer.format for layer in record.layers} == {"int3:group=16,symmetric"}
     with pytest.raises(FormatError, match=r"q_proj: The weights do not obey int2:channel"):
-        _check(quantised, parent, QuantcheckSettings(form=parse_format("int2"), max_sweeps=2))
+        _check(quantised, parent, QuantcheckSettings(format=parse_format("int2"), max_sweeps=2))
     with pytest.raises(FormatError, match=r"q_proj: group=32 does not divide the 48 inputs"):
-        _check(quantised, parent, QuantcheckSettings(form=parse_format("int3:group=32"), max_sweeps=2))
+        _check(quantised, parent, QuantcheckSettings(format=parse_format("int3:group=32"), max_sweeps=2))
 
 
 def test_without_budget_layers_are_said_not_to_be_measured() -> None:
     parent = ZOO["llama"]()
     quantised = copy.deepcopy(parent)
     quantize_(quantised, "ternary")
-    record = _check(quantised, parent, QuantcheckSettings(budget_seconds=1e-6))
+    record = _check(quantised, parent, QuantcheckSettings(budget=1e-6))
     assert not record.complete
     assert all(layer.split is None and layer.error > 0 for layer in record.layers)
     assert record.loss.split.left_on_the_table == 0
@@ -180,7 +181,7 @@ def test_a_gguf_file_is_compared_with_its_parent_by_the_codes_it_stores(tmp_path
     """Rows of its query and key maps are stored in another order: taken for the parent's they would be far off."""
     parent, file = llama_of_whole_blocks(), tmp_path / "model.gguf"
     write_llama_gguf(parent, file, "Q4_0")
-    record = peelwise.quantcheck(file, parent, tiny_probe(in_distribution=True))
+    record = peelwise.quantcheck(file, parent, tiny_probe(in_distribution=True)).record
     assert len(record.layers) == 14
     opened = open_model(file, with_tokenizer=False).model
     found, wanted = ({m.name: m for b in find_blocks(each) for m in b.linears} for each in (opened, parent))

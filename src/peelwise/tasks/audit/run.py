@@ -15,38 +15,18 @@ from peelwise.engine.session import Session
 from peelwise.errors import IllConditionedWarning
 from peelwise.model.fingerprint import fingerprint
 from peelwise.model.guard import untouched
-from peelwise.model.runner import MICRO_BATCH_TOKENS
 from peelwise.model.splice import frozen
 from peelwise.probe.probe import Probe
 from peelwise.records.audit import AuditRecord
 from peelwise.records.base import Note, note
 from peelwise.tasks.audit import controls, stages
 from peelwise.tasks.audit.findings import Findings
+from peelwise.tasks.audit.settings import AuditSettings
 from peelwise.tasks.audit.summary import summarise
 
 # Stages are cut short so that the next ones get their turn: no further joint round and no untrained control is begun
 # after these parts of the budget; leaving one out gets a part of what is left, the head one of the whole.
 _REMOVAL_SHARE, _JOINT_SHARE, _CONTROL_SHARE, _UNIQUE_SHARE, _HEAD_SHARE = 0.1, 0.4, 0.8, 0.6, 0.02
-
-
-@dataclass(frozen=True)
-class AuditSettings:
-    """What a user may choose about an audit.
-
-    Attributes:
-        budget_seconds: wall time; what is finished by then is reported.
-        joint_rounds, alone_rounds: most rounds of refinement together and alone.
-        margin_nats: smallest recoverable loss that matters; ``None`` for the default (METHOD section 7).
-        controls: whether to run the null controls.
-        micro_batch_tokens: tokens that go through the model at a time.
-    """
-
-    budget_seconds: float = 300.0
-    joint_rounds: int = 4
-    alone_rounds: int = 4
-    margin_nats: float | None = None
-    controls: bool = True
-    micro_batch_tokens: int = MICRO_BATCH_TOKENS
 
 
 @dataclass(frozen=True)
@@ -85,7 +65,7 @@ def run_audit(
         ProbeError: If the probe's tokens do not fit the model's vocabulary, or its sequences the context.
     """
     blocks = checked_blocks(model, probe)
-    setup = Setup(model, blocks, name, source, fingerprint(model), settings_dict(settings), probe.seed)
+    setup = Setup(model, blocks, name, source, fingerprint(model), settings.plain(), probe.seed)
     linears = [linear for block in blocks for linear in block.linears]
     with untouched(model), frozen(linears), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", IllConditionedWarning)
@@ -105,7 +85,7 @@ def run_audit(
             findings.complete = _stages(session, findings, settings)
         except KeyboardInterrupt:
             findings.notes.append(note("stopped"))
-        record, witness = summarise(session, findings, setup, settings.margin_nats)
+        record, witness = summarise(session, findings, setup, settings.margin)
     record = _with_warnings(record, caught)
     return AuditOutcome(record, witness, probe)
 
@@ -125,7 +105,7 @@ def _stages(session: Session, findings: Findings, settings: AuditSettings) -> bo
             _untrained(session, findings)
         _head(session, findings)
         complete &= affordable
-    complete &= stages.refine_alone(session, findings, rounds=settings.alone_rounds)
+    complete &= stages.refine_alone(session, findings, rounds=settings.solo_rounds)
     if not complete:
         findings.notes.append(note("budget-ended"))
     return complete
@@ -149,11 +129,6 @@ def _head(session: Session, findings: Findings) -> None:
         findings.notes.append(note("no-head" if session.runner.head is None else "logits-changed"))
     else:
         findings.head, findings.head_control = found
-
-
-def settings_dict(settings: AuditSettings) -> dict[str, bool | int | float | str | None]:
-    """Return the settings as plain values for the record."""
-    return {key: getattr(settings, key) for key in settings.__dataclass_fields__}
 
 
 def _with_warnings(record: AuditRecord, caught: list[warnings.WarningMessage]) -> AuditRecord:

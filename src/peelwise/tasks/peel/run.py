@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor, nn
 
@@ -11,78 +10,26 @@ from peelwise.engine.clock import Watcher
 from peelwise.engine.opening import checked_blocks, format_names, low_bit_layers, open_session
 from peelwise.engine.provenance import Setup
 from peelwise.engine.session import Session
-from peelwise.errors import OptionError, UnsupportedModelError
+from peelwise.errors import UnsupportedModelError
 from peelwise.model.fingerprint import fingerprint
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block
-from peelwise.model.runner import MICRO_BATCH_TOKENS, Trace
+from peelwise.model.runner import Trace
 from peelwise.probe.probe import Probe
 from peelwise.records.base import note
-from peelwise.records.peel import REFERENCE_FORMATS, PeelRecord
-from peelwise.references.map_search import BEAM_WIDTH, MapSearch
+from peelwise.records.peel import PeelRecord
+from peelwise.references.map_search import MapSearch
 from peelwise.tasks.peel import stages as visits
 from peelwise.tasks.peel.climber import Climber
 from peelwise.tasks.peel.fit import FitOptions
+from peelwise.tasks.peel.settings import PeelSettings
 from peelwise.tasks.peel.stages import PeelFindings
 from peelwise.tasks.peel.summary import summarise
-
-Start = Literal["warm", "cold"]
 
 # The part of the budget that the head control may take; the part that maps leave to heads and controls at most;
 # those after which no further head or control is begun.
 _HEAD_SHARE, _MOST_RESERVED = 0.06, 0.45
 _HEADS_SHARE, _CONTROL_SHARE = 0.8, 0.95
-_ROUNDS: dict[str, int] = {"warm": 3, "cold": 10}
-
-
-@dataclass(frozen=True)
-class PeelSettings:
-    """What a user may choose about a peel.
-
-    Attributes:
-        budget_seconds: wall time; what is finished by then is reported.
-        maps: maps to visit, stations counted from 1; ``None`` for all up to six blocks, families and beam beyond.
-        start: reference blocks start from the block's own weights, or from initialisation.
-        weighted: weight coordinates of a station by their inverse variance.
-        rounds: most rounds of solves and steps per reference; ``None`` for 3 warm, 10 cold.
-        steps: also move the maps that have no closed form.
-        dense_references: whether references of low-bit maps may leave their formats.
-        beam_width: how many of the best maps are searched around beyond six blocks.
-        controls: whether to run the null controls.
-        margin_nats: smallest difference that matters; ``None`` for the default.
-        micro_batch_tokens: tokens that go through the model at a time.
-    """
-
-    budget_seconds: float = 600.0
-    maps: tuple[tuple[int, ...], ...] | None = None
-    start: Start = "warm"
-    weighted: bool = True
-    rounds: int | None = None
-    steps: bool = True
-    dense_references: bool = False
-    beam_width: int = BEAM_WIDTH
-    controls: bool = True
-    margin_nats: float | None = None
-    micro_batch_tokens: int = MICRO_BATCH_TOKENS
-
-    def __post_init__(self) -> None:
-        if self.start not in _ROUNDS:
-            raise OptionError(f'start: expected "warm" or "cold", got {self.start!r}.')
-        for name in ("rounds", "beam_width"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise OptionError(f"{name}: expected at least 1, got {value}. Leave it out for the default.")
-
-    @property
-    def fit(self) -> FitOptions:
-        """How hard each reference is fitted."""
-        return FitOptions(self.rounds or _ROUNDS[self.start], self.steps, dense=self.dense_references)
-
-    def plain(self, formats: str) -> dict[str, bool | int | float | str | None]:
-        """Return the settings as plain values for the record, with the formats that references obey."""
-        values = {key: getattr(self, key) for key in self.__dataclass_fields__}
-        values[REFERENCE_FORMATS] = None if self.dense_references else formats or None
-        return values | {"maps": "auto" if self.maps is None else str([list(m) for m in self.maps])}
 
 
 @dataclass(frozen=True)
@@ -122,7 +69,7 @@ def run_peel(
         MapError: If a map has the wrong length, decreases or points backwards.
     """
     blocks = checked_blocks(model, probe)
-    search = MapSearch(len(blocks), settings.maps, beam_width=settings.beam_width)
+    search = MapSearch(len(blocks), settings.station_maps, beam_width=settings.beam_width)
     formats = format_names(low_bit_layers(blocks))
     setup = Setup(model, blocks, name, source, fingerprint(model), settings.plain(formats), probe.seed)
     with untouched(model):
@@ -143,13 +90,14 @@ def run_peel(
             findings.complete = _stages(session, findings, search, settings)
         except KeyboardInterrupt:
             findings.notes.append(note("stopped"))
-        record, witness = summarise(session, findings, setup, settings.margin_nats, settings.start)
+        record, witness = summarise(session, findings, setup, settings.margin, settings.start)
     return PeelOutcome(record, witness, probe)
 
 
 def _stages(session: Session, findings: PeelFindings, search: MapSearch, settings: PeelSettings) -> bool:
     """Run the stages in the order of what they are worth; return whether all of them ended by themselves."""
-    options, weighted = settings.fit, settings.weighted
+    options = FitOptions(settings.most_rounds, settings.steps, dense=settings.dense_references)
+    weighted = settings.weighted
     heads_share = _HEADS_SHARE if settings.controls else _CONTROL_SHARE
     _head_control(session, findings)
     climber = Climber(session, options, weighted=weighted, fresh=_fresh(session, settings))

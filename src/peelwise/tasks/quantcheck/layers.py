@@ -14,7 +14,7 @@ from peelwise.formats.recover import recover
 from peelwise.model.capture import captured
 from peelwise.model.checkpoints import gguf_file
 from peelwise.model.layers import Block, LinearLayer, vocabulary_size
-from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner, Trace
+from peelwise.model.runner import Runner, Trace
 from peelwise.model.weights.gguf import stored_layers
 from peelwise.model.weights.held import Held
 from peelwise.records.base import SplitRecord
@@ -22,28 +22,7 @@ from peelwise.records.quantcheck import LayerCheck
 from peelwise.references.coded import damped
 from peelwise.references.quantized import lowest_on_support, quadratic, solve
 from peelwise.stats.gram import GramSum
-
-
-@dataclass(frozen=True)
-class QuantcheckSettings:
-    """What a user may choose.
-
-    Attributes:
-        budget_seconds: wall time; layers that are not reached are said not to be measured.
-        form: the format of plain weights that were quantised and saved as such; ``None`` if the modules say it
-        themselves.
-        max_sweeps: most sweeps of coordinate descent per layer and start.
-        tolerance: a sweep that lowers a layer's error by less than this part is the last.
-        dampings: of the inputs' sums that select chooses from, in units of the mean diagonal.
-        micro_batch_tokens: tokens that go through a model at a time.
-    """
-
-    budget_seconds: float = 600.0
-    form: Format | None = None
-    max_sweeps: int = 5
-    tolerance: float = 0.01
-    dampings: tuple[float, ...] = (0.0, 1e-2, 1e-1, 1.0)
-    micro_batch_tokens: int = MICRO_BATCH_TOKENS
+from peelwise.tasks.quantcheck.settings import QuantcheckSettings
 
 
 @dataclass(frozen=True)

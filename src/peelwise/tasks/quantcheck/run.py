@@ -34,7 +34,8 @@ from peelwise.model.weights.held import Held
 from peelwise.probe.probe import Probe
 from peelwise.records.base import ModelRecord, Note, SplitRecord, note
 from peelwise.records.quantcheck import LayerCheck, QuantcheckConclusion, QuantcheckRecord, QuantLosses
-from peelwise.tasks.quantcheck.layers import Candidate, Layer, QuantcheckSettings, held_of, input_sums, matched
+from peelwise.tasks.quantcheck.layers import Candidate, Layer, held_of, input_sums, matched
+from peelwise.tasks.quantcheck.settings import QuantcheckSettings
 
 _SOLVE_SHARE = 0.9  # of the budget; the losses with the better weights come after it
 
@@ -68,7 +69,7 @@ def run_quantcheck(
     """
     blocks, above = checked_blocks(quantised.model, probe), checked_blocks(parent.model, probe)
     pairs = matched(quantised, parent, blocks, above)
-    held = held_of(quantised, blocks, settings.form)
+    held = held_of(quantised, blocks, settings.parsed_format())
     with untouched(quantised.model), untouched(parent.model):
         runner = Runner(quantised.model, blocks, micro_batch_tokens=settings.micro_batch_tokens)
         other = Runner(parent.model, above, micro_batch_tokens=settings.micro_batch_tokens)
@@ -94,12 +95,7 @@ def run_quantcheck(
         layers=tuple(found.layers),
         cost=cost,
         notes=tuple(_notes(quantised.model, parent.model, held, found)),
-        settings={
-            "budget_seconds": settings.budget_seconds,
-            "form": settings.form.name if settings.form else None,
-            "max_sweeps": settings.max_sweeps,
-            "tolerance": settings.tolerance,
-        },
+        settings=settings.plain(),
         seed=probe.seed,
         versions=versions(),
     )

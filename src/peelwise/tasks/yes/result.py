@@ -85,6 +85,13 @@ class YesBounds:
     def __str__(self) -> str:
         return "\n".join([*self._head(), *self._table(), *self._foot()])
 
+    def _repr_html_(self) -> str:
+        from peelwise.show.notebook import bounds_html
+
+        title, *facts = self._head()
+        headers, *rows = self._rows()
+        return bounds_html(title, self.cloud, [*facts, *self._foot()], headers, rows)
+
     def _head(self) -> list[str]:
         where = "report" if self.report else "the samples fitted to"
         part = self.report or self.fit
@@ -94,7 +101,7 @@ class YesBounds:
             f"network {self.loss:.6g}: {self.cloud}; {self.maps_visited} of {self.maps_total} maps{beam}",
         ]
 
-    def _table(self) -> list[str]:
+    def _rows(self) -> list[list[str]]:
         columns = ["", "bound", *(["on fit", "bound - network (95 %)"] if self.report else []), "map"]
         rows = [columns]
         for k, bound in enumerate(self.bounds):
@@ -103,7 +110,11 @@ class YesBounds:
                 row += [f"{self.fit.bounds[k]:.6g}", _interval_words(self.gap.get(k))]
             flag = "" if self.informative.get(k, True) else "  uninformative"
             rows.append([*row, str(list(self.best_map[k])) + flag])
-        widths = [max(len(r[i]) for r in rows) for i in range(len(columns))]
+        return rows
+
+    def _table(self) -> list[str]:
+        rows = self._rows()
+        widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
         return ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
 
     def _foot(self) -> list[str]:

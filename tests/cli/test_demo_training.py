@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("uvicorn", reason="the live page needs starlette and uvicorn")
 
-from peelwise.cli.demo import BLOCKS, Plan, SmallGPT, demonstrate, train
+from peelwise.cli.demo_training import BLOCKS, Plan, SmallGPT, demonstrate, train
 from peelwise.show.dashboard.serve import Address
 from peelwise.store.reader import RunReader
 

@@ -1,0 +1,38 @@
+"""How a model is opened. No torch: the command line makes its options from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from peelwise.records.options import option
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class OpenOptions:
+    """How a model is opened from disk; nothing of it matters for a module that is given as such.
+
+    Attributes:
+        device: Where the model runs: auto (CUDA if there is any), cpu, cuda, cuda:N or mps.
+        dtype: Dtype of the weights; auto: float32 on the CPU, elsewhere the checkpoint's own.
+        allow_pickle: Also open pickled weights.
+        as_stored: Keep the codes of a .gguf file instead of dequantising them, so that witnesses have the same bits.
+        tokenizer: Folder of the tokenizer. Default: the model's own.
+    """
+
+    device: str = option(
+        "auto", "Where the model runs: auto (CUDA if there is any), cpu, cuda, cuda:N or mps.", panel="Model"
+    )
+    dtype: Dtype = option(
+        "auto", "Dtype of the weights; auto: float32 on the CPU, elsewhere the checkpoint's own.", panel="Model"
+    )
+    allow_pickle: bool = option(False, "Also open pickled weights.", panel="Model")
+    as_stored: bool = option(
+        False,
+        "Keep the codes of a .gguf file instead of dequantising them, so that witnesses have the same bits.",
+        panel="Model",
+    )
+    tokenizer: str | Path | None = option(None, "Folder of the tokenizer.", panel="Model", rule="the model's own")

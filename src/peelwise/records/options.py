@@ -1,0 +1,90 @@
+"""What a person may choose: the help sentence and the default of every option, in one place for Python and the command
+line. No torch, so that ``--help`` is instant.
+
+A settings class is a frozen dataclass whose fields are made by `option`. Its docstring says the same sentences, which a
+test checks; the command line makes its options from the fields.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeVar
+
+from peelwise.errors import OptionError
+
+Panel = Literal["Text", "Measurement", "Model", "Output"]
+Plain = dict[str, bool | int | float | str | None]
+
+MARGIN_RULE = "the larger of 0.5 % of the loss and 0.003 nats per token"
+MICRO_BATCH_TOKENS = 1024
+
+_T = TypeVar("_T")
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option as it is described to people.
+
+    Attributes:
+        name: of the field.
+        help: the sentence, without the default.
+        rule: a default that is a rule instead of a value, in words, or ``None``.
+        panel: the group of ``--help`` that it stands in.
+        default: its value.
+    """
+
+    name: str
+    help: str
+    rule: str | None
+    panel: Panel
+    default: Any
+
+    @property
+    def sentence(self) -> str:
+        """The help with the rule, as docstrings say it."""
+        return self.help if self.rule is None else f"{self.help} Default: {self.rule}."
+
+
+def option(default: _T, help: str, *, panel: Panel = "Measurement", rule: str | None = None) -> _T:
+    """Return the field of a settings class; typed as its value, since that is what instances hold."""
+    made: _T = field(default=default, metadata={"help": help, "panel": panel, "rule": rule})
+    return made
+
+
+def options_of(settings: type[Any]) -> dict[str, Option]:
+    """Return the options of a settings class by name; fields that are no options are left out."""
+    return {
+        one.name: Option(one.name, one.metadata["help"], one.metadata["rule"], one.metadata["panel"], one.default)
+        for one in fields(settings)
+        if "help" in one.metadata
+    }
+
+
+def parse_seconds(budget: float | str) -> float:
+    """Return seconds from a number or a text like ``90``, ``90s``, ``5m`` or ``1.5h``.
+
+    Raises:
+        OptionError: If it is neither, or not positive.
+    """
+    if isinstance(budget, (int, float)):
+        seconds = float(budget)
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", str(budget))
+        seconds = float(match[1]) * _UNITS[match[2]] if match else 0.0
+    if not seconds > 0:  # also NaN
+        raise OptionError(f"A budget is a positive time like 90s, 5m or 1h; got {budget!r}.")
+    return seconds
+
+
+def check_least(settings: object, least: float, *names: str) -> None:
+    """Refuse settings below ``least``; ``None`` stands for a default.
+
+    Raises:
+        OptionError: With the name of the first that is.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value >= least:
+            raise OptionError(f"{name}: expected at least {least:g}, got {value}. Leave it out for the default.")

@@ -1,0 +1,75 @@
+"""What a user may choose about a comparison with the full-precision parent. No torch: the command line makes its
+options from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from peelwise.records.options import MICRO_BATCH_TOKENS, Plain, check_least, option, parse_seconds
+
+if TYPE_CHECKING:
+    from peelwise.formats.base import Format
+
+
+@dataclass(frozen=True)
+class QuantcheckSettings:
+    """What a user may choose about a comparison with the full-precision parent.
+
+    Attributes:
+        budget: Wall time, in seconds or like 90s, 5m, 1h; layers not reached by then are listed as not measured.
+        format: Format of plain weights that were quantised and saved as such, like int3:group=32. Default: what the
+            layers say themselves.
+        max_sweeps: Most sweeps of coordinate descent per layer and start.
+        tolerance: The sweep that lowers a layer's error by less than this share of it is the last.
+        micro_batch_tokens: Tokens that go through a model at a time; fewer need less memory.
+        dampings: of the inputs' sums that select chooses from, in units of the mean diagonal.
+
+    Raises:
+        OptionError: If a value is not allowed.
+        FormatError: If ``format`` names no format.
+    """
+
+    budget: float | str = option(
+        "10m", "Wall time, in seconds or like 90s, 5m, 1h; layers not reached by then are listed as not measured."
+    )
+    format: str | Format | None = option(
+        None,
+        "Format of plain weights that were quantised and saved as such, like int3:group=32.",
+        rule="what the layers say themselves",
+    )
+    max_sweeps: int = option(5, "Most sweeps of coordinate descent per layer and start.")
+    tolerance: float = option(0.01, "The sweep that lowers a layer's error by less than this share of it is the last.")
+    micro_batch_tokens: int = option(
+        MICRO_BATCH_TOKENS, "Tokens that go through a model at a time; fewer need less memory."
+    )
+    dampings: tuple[float, ...] = (0.0, 1e-2, 1e-1, 1.0)
+
+    def __post_init__(self) -> None:
+        parse_seconds(self.budget)
+        check_least(self, 1, "max_sweeps", "micro_batch_tokens")
+        check_least(self, 0, "tolerance")
+        if isinstance(self.format, str):
+            self.parsed_format()
+
+    @property
+    def budget_seconds(self) -> float:
+        """Wall time in seconds."""
+        return parse_seconds(self.budget)
+
+    def parsed_format(self) -> Format | None:
+        """Return the format itself."""
+        from peelwise.formats.table import parse_format
+
+        return parse_format(self.format) if isinstance(self.format, str) else self.format
+
+    def plain(self) -> Plain:
+        """Return the settings as plain values under the keys of the record, which files rely on."""
+        form = self.parsed_format()
+        return {
+            "budget_seconds": self.budget_seconds,
+            "form": form.name if form else None,
+            "max_sweeps": self.max_sweeps,
+            "tolerance": self.tolerance,
+        }
