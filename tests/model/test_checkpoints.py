@@ -268,7 +268,7 @@ class Trap:
 
 def test_pickled_code_is_not_run_even_with_leave(folder):
     (folder / "model.safetensors").unlink()
-    torch.save({"model.norm.weight": Trap()}, folder / "pytorch_model.bin")
+    torch.save({**tiny_llama().state_dict(), "model.norm.weight": Trap()}, folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match="pickled objects other than tensors, and code is never run"):
         open_model(folder, allow_pickle=True)
 
@@ -335,7 +335,7 @@ def test_a_torchao_checkpoint_without_torchao_tells_the_install_command(folder, 
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "torchao"}
     (folder / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr("peelwise.model.checkpoints.find_spec", lambda name: None)
+    monkeypatch.setattr("peelwise.model.checkpoint_config.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r'torchao weights .*pip install "peelwise\[quant\]"'):
         open_model(folder)
 
