@@ -252,7 +252,7 @@ def _built_in(file: Path, key: str, value: Any, what: str) -> list[str]:
 def _check_counts(file: Path, config: Any, tensors: int) -> None:
     """Check everything that a model has several of, where lists and modules are made in a loop."""
     for key, value in _entries(config):
-        if isinstance(value, list):  # counts per stage
+        if isinstance(value, list) and key != "num_hidden_layers":  # counts per stage
             counts = [item for item in value if isinstance(item, int) and not isinstance(item, bool)]
             if _COUNT_KEYS.search(key) and counts and max(counts) > _MOST_COUNTED:
                 raise ModelError(f"{file}: {key} holds {max(counts)}, expected at most {_MOST_COUNTED}. Correct it.")

@@ -27,6 +27,8 @@ _WEIGHT_SUFFIXES = (*_PICKLE_SUFFIXES, ".safetensors", ".gguf", ".h5", ".msgpack
 _RANK_LOCAL = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # opened before all others by transformers
 _LFS_MARK = b"version https://git-lfs"
 _LARGEST_TEXT_BYTES = 128 * 2**20  # of a file beside the weights; the largest tokenizers have 35 MB
+_LONGEST_NAME = 1024
+_PICKLE_MARKS = (b"PK", b"\x80")  # torch.save: a zip archive, and long ago a bare pickle
 _SPARSE_FROM_BYTES = 2**30
 _LEAST_SHARE_ON_DISK = 1 / 16
 
@@ -121,13 +123,13 @@ def check_weights(folder: Path, *, allow_pickle: bool) -> Stored:
             f"{_SINGLE}. Save it with save_pretrained, or allow pickle if you trust the source."
         )
     if (folder / _PICKLE).exists():
-        check_present(folder / _PICKLE)
+        _check_pickle(folder / _PICKLE)
         return Stored(False, (folder / _PICKLE).stat().st_size)
     if not (folder / _PICKLE_INDEX).exists():
         raise ModelError(f"{folder / pickles[0]}: pickled weights must be called {_PICKLE}. Rename the file.")
     shards = _shards(folder / _PICKLE_INDEX, _weight_map(folder / _PICKLE_INDEX))
     for shard in shards.values():
-        check_present(shard)
+        _check_pickle(shard)
     return Stored(False, sum(shard.stat().st_size for shard in shards.values()))
 
 
@@ -211,6 +213,14 @@ def brief(error: BaseException) -> str:
     return prefix + line.strip()[:200].rstrip(".:")
 
 
+def _check_pickle(file: Path) -> None:
+    check_present(file)
+    with file.open("rb") as opened:
+        start = opened.read(2)
+    if not start.startswith(_PICKLE_MARKS):
+        raise ModelError(f"{file} is no file of torch.save: it begins with {start!r}. Copy it again.")
+
+
 def _check_shards(index: Path) -> Stored:
     shard_of = _weight_map(index)
     files = _shards(index, shard_of)
@@ -229,7 +239,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(shard_of, dict) or not shard_of:
         raise ModelError(f"{index} has no weight_map: expected the shard of every tensor. Copy it again.")
     for name, shard in shard_of.items():
-        if not isinstance(shard, str) or not shard.isprintable() or not shard:
+        if not isinstance(shard, str) or not shard.isprintable() or not 0 < len(shard) <= _LONGEST_NAME:
             raise ModelError(
                 f"{index}: the shard of {name!r} should be the name of a file, got {brief(ValueError(repr(shard)))}. "
                 "Copy it again."

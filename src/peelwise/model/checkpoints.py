@@ -243,12 +243,12 @@ def _load_model(path: Path, config: Any, dtype: torch.dtype | str, options: dict
         )
     except torch.OutOfMemoryError as error:
         raise DeviceError(f"{path} does not fit into memory. Use dtype bfloat16 or a larger device.") from error
-    except UnpicklingError as error:  # its own message advises to let the code run
-        raise ModelError(
-            f"{path} holds pickled objects other than tensors, and code is never run: expected tensors only. "
-            "Save it as safetensors where you trust it."
-        ) from error
     except Exception as error:  # loaders raise anything; the user can act on the file, not on the traceback
+        if isinstance(error, UnpicklingError) or "weights_only" in str(error):  # it advises to let the code run
+            raise ModelError(
+                f"{path} holds pickled objects other than tensors, and code is never run: expected tensors only. "
+                "Save it as safetensors where you trust it."
+            ) from error
         raise ModelError(f"{path} cannot be opened: {brief(error)}. A newer transformers may open it.") from error
     _check_complete(path, model.config, info)
     loaded: nn.Module = model

@@ -202,7 +202,8 @@ def _line(file: BinaryIO, path: Path, start: int) -> bytes:
 
 def _continuation(raw: bytes) -> int:
     """Return how many bytes at the beginning belong to a letter that began before."""
-    return next((index for index, byte in enumerate(raw[:4]) if byte & 0xC0 != 0x80), 0)
+    head = raw[:4]  # a letter has four bytes at most, the first of which is no continuation
+    return next((index for index, byte in enumerate(head) if byte & 0xC0 != 0x80), len(head) % 4)
 
 
 def _not_utf8(label: str, byte: int, at: int) -> ProbeError:
