@@ -14,29 +14,9 @@ from gguf_files import llama_of_whole_blocks, write_llama_gguf
 from peelwise.errors import DeviceError, MissingExtraError, ModelError, OutputError, UnsupportedModelError
 from peelwise.model.checkpoints import open_model, require_tokenizer, save_model
 from peelwise.model.fingerprint import check_finite, fingerprint
-from peelwise.probe.texts import reference_prose
+from tiny_llama import cut, edit, tiny_llama, tiny_tokenizer
 
 transformers = pytest.importorskip("transformers")
-
-SIZES = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-
-
-def tiny_llama(tied=False):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SIZES, intermediate_size=32, num_key_value_heads=1, tie_word_embeddings=tied)
-    return transformers.LlamaForCausalLM(config)
-
-
-def tiny_tokenizer():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<end>"], initial_alphabet=letters)
-    backend.train_from_iterator(reference_prose()[:2], trainer)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
 
 
 @pytest.fixture(autouse=True)
@@ -57,16 +37,6 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def folder(saved, tmp_path):
     return Path(shutil.copytree(saved, tmp_path / "llama"))
-
-
-def edit(file, **changes):
-    content = json.loads(file.read_text())
-    content.update(changes)
-    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
-
-
-def cut(file, keep):
-    file.write_bytes(file.read_bytes()[:keep])
 
 
 def test_folder_opens_with_its_tokenizer(folder, capfd):
@@ -268,7 +238,7 @@ class Trap:
 
 def test_pickled_code_is_not_run_even_with_leave(folder):
     (folder / "model.safetensors").unlink()
-    torch.save({"model.norm.weight": Trap()}, folder / "pytorch_model.bin")
+    torch.save({**tiny_llama().state_dict(), "model.norm.weight": Trap()}, folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match="pickled objects other than tensors, and code is never run"):
         open_model(folder, allow_pickle=True)
 
@@ -335,7 +305,7 @@ def test_a_torchao_checkpoint_without_torchao_tells_the_install_command(folder, 
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "torchao"}
     (folder / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr("peelwise.model.checkpoints.find_spec", lambda name: None)
+    monkeypatch.setattr("peelwise.model.checkpoint_config.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r'torchao weights .*pip install "peelwise\[quant\]"'):
         open_model(folder)
 

@@ -241,3 +241,71 @@ def _quiet(build, *arguments, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FewSequencesWarning)
         return build(*arguments, **options)
+
+
+class Counting(Letters):
+    """Counts the characters that are tokenised."""
+
+    def __init__(self):
+        super().__init__()
+        self.characters = 0
+
+    def __call__(self, text, **options):
+        self.characters += len(text)
+        return super().__call__(text, **options)
+
+
+@pytest.fixture
+def small_limit(monkeypatch):
+    monkeypatch.setattr("peelwise.probe.sequences.WHOLE_CHARACTERS", 50_000)
+
+
+def _placed(count):
+    """Return a text that says every nine letters where it is."""
+    return " ".join(f"{number:08d}" for number in range(count))
+
+
+def test_of_a_large_text_no_more_is_tokenised_than_is_needed(small_limit):
+    tokenizer, text = Counting(), _placed(300_000)
+    probe = Probe.from_text(text, tokenizer, tokens=2_000, sequence_length=32)
+    assert tokenizer.characters < 80_000
+    assert sum(getattr(probe, part).tokens for part in PARTS) == 62 * 32
+    found = ["".join(chr(token - 3) for token in row) for row in all_rows(probe)]
+    assert all(row in text for row in found)
+    at = sorted(int(word) for row in found for word in row.split(" ") if len(word) == 8)
+    assert at[0] < 30_000
+    assert at[-1] > 270_000
+    assert len({number // 3000 for number in at}) > 20  # from many places
+
+
+def test_the_same_seed_draws_the_same_from_a_large_text(small_limit):
+    draws = [Probe.from_text(_placed(30_000), Letters(), sequence_length=32, seed=seed) for seed in (1, 1, 2)]
+    assert draws[0].fingerprint == draws[1].fingerprint
+    assert draws[0].fingerprint != draws[2].fingerprint
+
+
+def test_large_sets_of_short_documents_are_sampled_too(small_limit):
+    tokenizer, documents = Counting(), [f"{number:08d}" * (1 + number % 9) for number in range(30_000)]
+    probe = Probe.from_text(documents, tokenizer, tokens=2_000, sequence_length=32)
+    assert tokenizer.characters < 80_000
+    assert sum(getattr(probe, part).tokens for part in PARTS) == 62 * 32
+
+
+def test_all_tokens_of_a_large_text_are_taken_when_asked_for(small_limit):
+    tokenizer = Counting()
+    probe = Probe.from_text(_placed(10_000), tokenizer, tokens=None, sequence_length=32)
+    assert tokenizer.characters >= 9 * 10_000 - 1
+    assert sum(getattr(probe, part).sequences for part in PARTS) == (9 * 10_000 - 1) // 33
+
+
+def test_small_texts_are_drawn_from_as_ever():
+    """The committed benchmarks depend on this draw."""
+    text = _placed(3_000)
+    assert _quiet(Probe.from_text, text, Letters(), tokens=2_000, seed=7).fingerprint[:16] == "c80738d7e3ef6eb9"
+
+
+def test_half_a_surrogate_pair_is_told():
+    with pytest.raises(ProbeError, match=r"Document 1: U\+D800 at character 2 is half"):
+        Probe.from_text(["fine", "no\ud800"], Letters())
+    with pytest.raises(ProbeError, match=r"Row 0: U\+D800"):
+        Probe.from_dataset(["no\ud800"], Letters())

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,14 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from peelwise.errors import DeviceError, FormatError, MissingExtraError, ModelError, OutputError, UnsupportedModelError
+from peelwise.errors import DeviceError, FormatError, MissingExtraError, ModelError, OutputError
 from peelwise.model.architectures import find_blocks
-from peelwise.model.checkpoint_files import brief, check_gguf, check_weights, read_config, read_tensors
+from peelwise.model.checkpoint_config import check_config_beside, check_gguf_counts, check_sizes, checked_config
+from peelwise.model.checkpoint_files import brief, check_folder, check_weights, read_config, read_tensors
+from peelwise.model.loading import contained, load_tokenizer, quiet, require_transformers
 from peelwise.model.weights.gguf import stored_layers
+from peelwise.model.weights.gguf_header import check_gguf
 from peelwise.nn.files import FORMATS_KEY, TENSORS, hold_in, note_formats, restore_
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -75,20 +74,10 @@ def open_model(
     target = _device(device)
     number_format = _number_format(dtype, target)
     path, name = _locate(source)
-    if path.is_file():
-        check_gguf(path)
-        folder, options = path.parent, _gguf_options(path)
-    else:
-        config = read_config(path)
-        uses_safetensors = check_weights(path, allow_pickle=allow_pickle)
-        folder, options = path, {"use_safetensors": uses_safetensors}
-        _check_architecture(path, config)
-    words = None
-    if with_tokenizer and tokenizer is not None:
-        words = open_tokenizer(tokenizer)
-    elif with_tokenizer:
-        words = _load_tokenizer(folder, options.get("gguf_file"))
-    model = _load_model(folder, path, number_format, options)
+    with contained():
+        config, options = _gguf_options(path) if path.is_file() else _folder_options(path, allow_pickle)
+        words = _tokenizer(path, tokenizer, options.get("gguf_file")) if with_tokenizer else None
+        model = _load_model(path, config, number_format, options)
     _forget_gguf(model)
     if path.is_dir():
         _restore_formats(model, path)
@@ -108,7 +97,10 @@ def open_tokenizer(folder: str | Path) -> Any:
     Raises:
         ModelError: If there is none, or it cannot be opened.
     """
-    found = _load_tokenizer(Path(folder), None)
+    path, found = Path(folder).expanduser(), None
+    if path.is_dir():
+        check_config_beside(path)
+        found = load_tokenizer(path, None)
     if found is None:
         raise ModelError(f"There is no tokenizer in {folder}: expected a folder with tokenizer.json.")
     return found
@@ -148,7 +140,7 @@ def save_model(model: nn.Module, tokenizer: Any | None, folder: str | Path) -> N
     _forget_gguf(model)
     note_formats(model)
     try:
-        with _quiet():
+        with quiet():
             try:
                 save(folder)
             except NotImplementedError:  # transformers cannot turn torchao weights that it has read back, nor need it
@@ -204,62 +196,76 @@ def _number_format(name: str, device: torch.device) -> torch.dtype | str:
     return _DTYPES[name]
 
 
-def _gguf_options(file: Path) -> dict[str, Any]:
-    _transformers()
+def _folder_options(folder: Path, allow_pickle: bool) -> tuple[Any, dict[str, Any]]:
+    """Return the config of a folder, and how its weights are loaded, once all of it is checked."""
+    check_folder(folder)
+    config = read_config(folder)
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{folder} holds an adapter beside a whole model, and which of them is meant depends on the packages "
+            "installed: expected one. Merge the adapter and save that, or remove adapter_config.json."
+        )
+    stored = check_weights(folder, allow_pickle=allow_pickle)
+    return checked_config(folder, config, stored), {"use_safetensors": stored.safetensors}
+
+
+def _gguf_options(file: Path) -> tuple[Any, dict[str, Any]]:
+    """Return the config that a GGUF file holds, and how its weights are loaded, once all of it is checked."""
+    header = check_gguf(file)
+    check_gguf_counts(file, header)
     if find_spec("accelerate") is None:  # transformers wants it for this format only
         raise MissingExtraError("Opening a .gguf file", "gguf")
+    try:
+        config = require_transformers().AutoConfig.from_pretrained(
+            str(file.parent), gguf_file=file.name, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # readers raise anything; the user can act on the file, not on the traceback
+        raise ModelError(f"{file} cannot be opened: {brief(error)}. A newer transformers may open it.") from error
+    check_sizes(file, config, header.size)
     options: dict[str, Any] = {"gguf_file": file.name}
     with contextlib.suppress(ImportError):
         # Newer versions can keep weights packed, where no linear layer would be found.
         from transformers import GgufConfig
 
         options["quantization_config"] = GgufConfig(dequantize=True)
-    return options
+    return config, options
 
 
-def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
-    _transformers()
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if method == "torchao" and find_spec("torchao") is None:
-        raise MissingExtraError("Opening a checkpoint with torchao weights", "quant")
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
-
-    kind = config["model_type"]
-    if kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return
-    if "auto_map" in config:
-        raise ModelError(
-            f"{folder}: model_type {kind!r} needs Python code that comes with the checkpoint, which is "
-            "never run. Expected an architecture that transformers has itself."
-        )
-    raise UnsupportedModelError(
-        f"{folder}: transformers has no causal language model for model_type {kind!r}. "
-        "Expected one such as llama, qwen3 or gpt2; a newer transformers may have it."
-    )
+def _tokenizer(path: Path, elsewhere: str | Path | None, gguf_file: str | None) -> Any | None:
+    """Return the tokenizer of the model, or the one that is elsewhere."""
+    if elsewhere is None:
+        return load_tokenizer(path.parent if path.is_file() else path, gguf_file)
+    return open_tokenizer(elsewhere)
 
 
-def _load_model(folder: Path, path: Path, dtype: torch.dtype | str, options: dict[str, Any]) -> nn.Module:
-    transformers = _transformers()
+def _load_model(path: Path, config: Any, dtype: torch.dtype | str, options: dict[str, Any]) -> nn.Module:
     try:
-        with _quiet():
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                str(folder),
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told below, by name
-                **options,
-            )
+        model, info = require_transformers().AutoModelForCausalLM.from_pretrained(
+            str(path.parent if path.is_file() else path),
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, by name
+            **options,
+        )
     except torch.OutOfMemoryError as error:
         raise DeviceError(f"{path} does not fit into memory. Use dtype bfloat16 or a larger device.") from error
-    except UnpicklingError as error:  # its own message advises to let the code run
-        raise ModelError(
-            f"{path} holds pickled objects other than tensors, and code is never run: expected tensors only. "
-            "Save it as safetensors where you trust it."
-        ) from error
     except Exception as error:  # loaders raise anything; the user can act on the file, not on the traceback
+        if isinstance(error, UnpicklingError) or "weights_only" in str(error):  # it advises to let the code run
+            raise ModelError(
+                f"{path} holds pickled objects other than tensors, and code is never run: expected tensors only. "
+                "Save it as safetensors where you trust it."
+            ) from error
         raise ModelError(f"{path} cannot be opened: {brief(error)}. A newer transformers may open it.") from error
+    _check_complete(path, model.config, info)
+    loaded: nn.Module = model
+    return loaded
+
+
+def _check_complete(path: Path, config: Any, info: dict[str, Any]) -> None:
+    """Check that every weight of the file has become one of the model, and the model has no others."""
     for name, found, expected in sorted(info["mismatched_keys"]):
         raise ModelError(
             f"{path}: {name} has shape {tuple(found)}, expected {tuple(expected)} from config.json. "
@@ -271,8 +277,15 @@ def _load_model(folder: Path, path: Path, dtype: torch.dtype | str, options: dic
             f"{path} lacks {missing[0]} ({len(missing)} missing in all), which would stay random. "
             "Expected all weights of the architecture that config.json names."
         )
-    loaded: nn.Module = model
-    return loaded
+    formats = getattr(config, FORMATS_KEY, None)
+    ours = {f"{name}.{part}" for name in (formats if isinstance(formats, dict) else ()) for part in TENSORS}
+    left = sorted(set(info["unexpected_keys"]) - ours)
+    if left:
+        raise ModelError(
+            f"{path} holds {left[0]} ({len(left)} such in all), which the model that config.json describes does not "
+            "have: another model would be measured. Correct config.json (the number of layers, the architecture), or "
+            "save the model again without them."
+        )
 
 
 def gguf_file(source: str | Path | None) -> Path | None:
@@ -307,22 +320,6 @@ def _restore_formats(model: nn.Module, folder: Path) -> None:
         raise ModelError(f"{folder}: {error}") from error
 
 
-def _load_tokenizer(folder: Path, gguf_file: str | None) -> Any | None:
-    # Without a vocabulary, some tokenizer classes come up empty and encode every text to nothing.
-    if gguf_file is None and not any(True for pattern in _VOCABULARIES for _ in folder.glob(pattern)):
-        return None
-    options = {} if gguf_file is None else {"gguf_file": gguf_file}
-    try:
-        with _quiet():
-            return _transformers().AutoTokenizer.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=False, **options
-            )
-    except Exception as error:  # as above
-        raise ModelError(
-            f"The tokenizer in {folder} cannot be opened: {brief(error)}. Mend it, or open the model without it."
-        ) from error
-
-
 def _forget_gguf(model: nn.Module) -> None:
     """Remove the mark of a GGUF file from a model whose weights are dense; it forbids saving."""
     config = getattr(model, "config", None)
@@ -333,29 +330,3 @@ def _forget_gguf(model: nn.Module) -> None:
     attributes: dict[str, Any] = {"hf_quantizer": None, "is_quantized": False, "quantization_method": None}
     for name, value in attributes.items():
         setattr(model, name, value)
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingExtraError("Opening a Hugging Face model", "hf") from error
-    return transformers
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence progress bars and advice of the loaders; what matters is raised."""
-    logging = _transformers().logging
-    verbosity, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        # The GGUF reader draws its own bar on standard error, past the switch above.
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shows_bars:
-            logging.enable_progress_bar()

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from peelwise.errors import FewSequencesWarning, ProbeError
 from peelwise.probe.options import SEQUENCE_LENGTH, TOKENS, ProbeOptions, check_sizes
-from peelwise.probe.sequences import as_rows, chunk_documents, count_parts, cut, draw, encode, opening_ids
-from peelwise.probe.texts import text_of
+from peelwise.probe.sequences import as_rows, chunk_documents, count_parts, cut, draw, encode_documents, opening_ids
+from peelwise.probe.texts import check_text, text_of
 from peelwise.records.base import ProbeRecord
 
 PARTS = ("fit", "select", "report")
@@ -107,7 +107,8 @@ class Probe:
 
         Sequences do not overlap or cross documents; only documents shorter than one sequence are joined, with
         the tokenizer's end-of-text token between them. A tokenizer that opens every text with a
-        beginning-of-text token has it put in front of every sequence.
+        beginning-of-text token has it put in front of every sequence. Of more than 4 Mi characters, random pieces
+        from everywhere are tokenised, several times what ``tokens`` asks for.
 
         Args:
             text: One document or several.
@@ -127,12 +128,14 @@ class Probe:
         for number, document in enumerate(documents):
             if not isinstance(document, str):
                 raise ProbeError(f"Document {number}: expected text, got {type(document).__name__}.")
+            check_text(document, f"Document {number}")
         documents = [document for document in documents if document.strip()]
         if not documents:
             raise ProbeError("The text is empty: expected prose or code to predict. Give more text.")
         opening = opening_ids(tokenizer)
-        streams = [encode(tokenizer, document) for document in documents]
-        chunks = chunk_documents(streams, sequence_length + 1 - len(opening), getattr(tokenizer, "eos_token_id", None))
+        size = sequence_length + 1 - len(opening)
+        streams = encode_documents(tokenizer, documents, tokens, size, seed)
+        chunks = chunk_documents(streams, size, getattr(tokenizer, "eos_token_id", None))
         sequences = [opening + chunk for chunk in chunks]
         if not sequences:
             found = sum(map(len, streams))

@@ -10,8 +10,13 @@ import torch
 from torch import Tensor
 
 from peelwise.errors import ProbeError
+from peelwise.probe.files import from_next_word
 
+WHOLE_CHARACTERS = 4 * 2**20  # of all documents together; up to here they are tokenised whole
 _FEWEST = (2, 1, 2)  # sequences without which fit, select or report cannot do its work
+_PIECE_CHARACTERS = 16  # per token of a sequence: room for three or four sequences of prose
+_SPARE = 4  # tokens that are drawn from, for each that is asked for
+_PLACES_PER_SEQUENCE = 2
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -30,6 +35,42 @@ def opening_ids(tokenizer: Any) -> list[int]:
         return []
     ids = list(tokenizer("a", verbose=False)["input_ids"])
     return [bos] if ids[:1] == [bos] else []
+
+
+def encode_documents(
+    tokenizer: Any, documents: Sequence[str], tokens: int | None, size: int, seed: int
+) -> list[list[int]]:
+    """Return the ids of documents; of more than can be needed, those of random pieces from everywhere in them.
+
+    Up to 4 Mi characters, or where all tokens are asked for, documents are tokenised whole.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer, or anything with ``encode(text)``.
+        documents: The texts.
+        tokens: How many tokens will be drawn, ``None`` for all.
+        size: Tokens of a sequence.
+        seed: Draws the pieces.
+    """
+    if tokens is None or sum(map(len, documents)) <= WHOLE_CHARACTERS:
+        return [encode(tokenizer, document) for document in documents]
+    width = _PIECE_CHARACTERS * size
+    # A short rest at the end of a document goes with the piece before it.
+    pieces = [
+        (number, start, len(text) if len(text) - start < 2 * width else start + width)
+        for number, text in enumerate(documents)
+        for start in range(0, max(1, len(text) - width + 1), width)
+    ]
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed)).tolist()
+    streams: list[list[int]] = []
+    found = 0
+    for index in order:
+        number, start, end = pieces[index]
+        text = documents[number][start:end]
+        streams.append(encode(tokenizer, text if start == 0 else from_next_word(text)))
+        found += len(streams[-1])
+        if found >= _SPARE * tokens and len(streams) * size >= _PLACES_PER_SEQUENCE * tokens:
+            break
+    return streams
 
 
 def chunk_documents(streams: list[list[int]], size: int, separator: int | None) -> list[list[int]]:

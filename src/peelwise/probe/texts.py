@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import codecs
+import contextlib
 import json
+import random
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,28 +12,41 @@ from pathlib import Path
 from typing import Any
 
 from peelwise.errors import MissingExtraError, ProbeError
+from peelwise.probe import files
+from peelwise.probe.files import SAMPLE_BYTES, WHOLE_BYTES, check_regular, decode, decode_stretch
 
 _HEADING = re.compile(r"\A\s*[^\n]+\n([*=\-~])\1+\n+")  # a title and the line drawn under it
 _BLANK_LINES = re.compile(r"\n\s*\n")
+_HALF_PAIR = re.compile(r"[\ud800-\udfff]")
+_MOST_ROW_GROUPS = 64  # of a .parquet file that is sampled
+_BATCH_ROWS = 256
 
 
-def read_texts(paths: Sequence[str | Path], *, field: str = "text") -> list[str]:
+def read_texts(paths: Sequence[str | Path], *, field: str = "text", seed: int = 0) -> list[str]:
     """Return the documents that the named files hold, in the order given.
+
+    Up to 32 MiB of files are read whole. Of more, 16 MiB are read from random places everywhere in them: the same
+    places for the same files and seed.
 
     Args:
         paths: ``.jsonl`` and ``.ndjson`` give one document per line and ``.parquet`` one per row; any other
-            file is one document of plain text; ``-`` is standard input, read as plain text.
+            file is one document of plain text (sampled: one for each place); ``-`` is standard input, read as plain
+            text and never sampled.
         field: The key or column that holds the text; rows where it is empty or null are left out.
+        seed: Draws the places.
 
     Returns:
         Documents without byte-order mark, with ``\\n`` at the end of lines.
 
     Raises:
-        ProbeError: If a file is missing, a folder, empty, not UTF-8, malformed or without ``field``.
+        ProbeError: If a file is missing, no regular file, empty, not UTF-8, malformed or without ``field``.
         MissingExtraError: If a ``.parquet`` file is given and pyarrow is not installed.
     """
     if not paths:
         raise ProbeError("No text given: expected at least one file, or - for standard input.")
+    sizes = [_size_of(path, field) for path in paths]
+    if sum(sizes) > WHOLE_BYTES:
+        return _sampled(paths, sizes, field, seed)
     documents: list[str] = []
     for path in paths:
         found = [text for text in _read_one(path, field) if text.strip()]
@@ -77,7 +91,7 @@ def text_of(row: Mapping[str, Any] | str, field: str, where: str) -> str:
         ProbeError: If the row is neither text nor mapping, lacks ``field`` or holds something else there.
     """
     if isinstance(row, str):
-        return row
+        return check_text(row, where)
     if not isinstance(row, Mapping):
         raise ProbeError(f"{where}: expected an object with the field {field!r}, got {type(row).__name__}.")
     if field not in row:
@@ -87,48 +101,141 @@ def text_of(row: Mapping[str, Any] | str, field: str, where: str) -> str:
         return ""
     if not isinstance(value, str):
         raise ProbeError(f"{where}: the field {field!r} should hold text, got {type(value).__name__}.")
-    return value
+    return check_text(value, where)
+
+
+def check_text(text: str, where: str) -> str:
+    """Return a text that has an encoding, as tokenizers ask for.
+
+    Raises:
+        ProbeError: If it holds half of a surrogate pair, which JSON can write and UTF-8 cannot.
+    """
+    half = None if text.isascii() else _HALF_PAIR.search(text)
+    if half is not None:
+        raise ProbeError(
+            f"{where}: U+{ord(half[0]):04X} at character {half.start()} is half of a surrogate pair, which is no text. "
+            "Remove or replace it."
+        )
+    return text
+
+
+def _size_of(path: str | Path, field: str) -> int:
+    """Return how many bytes of text a file holds, about; nothing is known of standard input."""
+    if str(path) == "-":
+        return 0
+    size = check_regular(Path(path))
+    return _parquet_size(Path(path), field) if _is_parquet(path) else size
+
+
+def _sampled(paths: Sequence[str | Path], sizes: Sequence[int], field: str, seed: int) -> list[str]:
+    """Return documents from random places of files that are too large to be read whole, in the order of the files."""
+    plain = [0 if str(path) == "-" or _is_parquet(path) else size for path, size in zip(paths, sizes, strict=True)]
+    blocks = files.draw_blocks(plain, seed)
+    documents: list[str] = []
+    characters = 0
+    for number, path in enumerate(paths):
+        if str(path) == "-":
+            found: Iterator[tuple[int, str]] = enumerate(_read_one(path, field))
+        elif _is_parquet(path):
+            found = _sampled_rows(Path(path), field, SAMPLE_BYTES * sizes[number] // sum(sizes), seed)
+        elif _is_json(path):
+            found = _sampled_lines(Path(path), field, blocks[number])
+        else:
+            found = ((p.start, decode_stretch(p, str(path))) for p in files.stretches(Path(path), blocks[number]))
+        kept = []
+        for place, text in found:
+            if text.strip():
+                kept.append((place, text))
+                characters += len(text)
+            if characters > WHOLE_BYTES:  # long lines: each is worth many blocks
+                break
+        documents += [text for _, text in sorted(kept)]
+    if not documents:
+        raise ProbeError(f"{', '.join(map(_label, paths))[:200]}: no text was found. Give files with text in them.")
+    return documents
 
 
 def _read_one(path: str | Path, field: str) -> Iterator[str]:
     if str(path) == "-":
-        yield _decode(sys.stdin.buffer.read(), _label(path))
+        yield decode(files.limited(sys.stdin.buffer, _label(path)), _label(path))
         return
     path = Path(path)
-    if path.is_dir():
-        raise ProbeError(f"{path} is a folder: expected a file of text. Name the files inside it.")
-    if not path.exists():
-        raise ProbeError(f"{path} not found: expected a .txt, .jsonl or .parquet file, or - for standard input.")
-    if path.suffix.lower() == ".parquet":
+    if _is_parquet(path):
         yield from _read_parquet(path, field)
         return
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ProbeError(f"{path} cannot be read: {error.strerror}.") from error
-    text = _decode(raw, str(path))
-    if path.suffix.lower() in {".jsonl", ".ndjson"}:
-        yield from _json_lines(text, path, field)
+    text = decode(files.read_whole(path), str(path))
+    if _is_json(path):
+        # Not splitlines: JSON strings may hold U+2028 and other characters that it takes for line ends.
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                yield _text_of_line(line, field, f"{path}:{number}")
     else:
         yield text
 
 
-def _json_lines(text: str, path: Path, field: str) -> Iterator[str]:
-    # Not splitlines: JSON strings may hold U+2028 and other characters that it takes for line ends.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ProbeError(
-                f"{where}: not valid JSON at column {error.colno} ({error.msg}). Expected an object per line."
-            ) from error
-        yield text_of(row, field, where)
+def _sampled_lines(path: Path, field: str, blocks: Sequence[int]) -> Iterator[tuple[int, str]]:
+    for piece in files.lines(path, blocks):
+        where = f"{path}, the line at byte {piece.start}"
+        line = decode(piece.raw, where)
+        if line.strip():
+            yield piece.start, _text_of_line(line, field, where)
+
+
+def _text_of_line(line: str, field: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ProbeError(
+            f"{where}: not valid JSON at column {error.colno} ({error.msg}). Expected an object per line."
+        ) from error
+    except RecursionError as error:
+        raise ProbeError(f"{where}: nested too deeply. Expected an object with the field {field!r}.") from error
+    except ValueError as error:  # numbers of thousands of digits
+        raise ProbeError(f"{where}: {_first_line(error)[:80]}. Expected an object with the field {field!r}.") from error
+    return text_of(row, field, where)
 
 
 def _read_parquet(path: Path, field: str) -> Iterator[str]:
+    characters = 0
+    for _, text in _rows(path, field, None):
+        characters += len(text)
+        if characters > WHOLE_BYTES:  # compressed a thousand times
+            raise ProbeError(f"{path} holds more text than {WHOLE_BYTES} characters when unpacked. Give fewer rows.")
+        yield text
+
+
+def _sampled_rows(path: Path, field: str, size: int, seed: int) -> Iterator[tuple[int, str]]:
+    """Yield the first rows of random groups of rows, about ``size`` characters in all."""
+    with _parquet(path) as file:
+        count = file.num_row_groups
+    groups = random.Random(seed).sample(range(count), min(count, _MOST_ROW_GROUPS))
+    for group in groups:
+        characters = 0
+        for number, text in _rows(path, field, group):
+            yield group * 2**40 + number, text  # their order in the file
+            characters += len(text)
+            if characters > size // len(groups):
+                break
+
+
+def _rows(path: Path, field: str, group: int | None) -> Iterator[tuple[int, str]]:
+    """Yield the texts of one group of rows, or of all, with their numbers."""
+    with _parquet(path) as file:
+        columns = file.schema_arrow.names
+        if field not in columns:
+            raise ProbeError(f"{path} has no column {field!r}; found {_listed(columns)}. Name the one that holds text.")
+        start = 0
+        groups = None if group is None else [group]
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups, columns=[field]):
+            values = batch.column(0).to_pylist()
+            for row, value in enumerate(values, start=start):
+                yield row, text_of({field: value}, field, f"{path} row {row}")
+            start += len(values)
+
+
+@contextlib.contextmanager
+def _parquet(path: Path) -> Iterator[Any]:
+    """Open a .parquet file, and say which it was where it cannot be read."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -136,31 +243,28 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
         raise MissingExtraError("Reading .parquet", "parquet") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            if field not in columns:
-                raise ProbeError(
-                    f"{path} has no column {field!r}; found {_listed(columns)}. Name the one that holds text."
-                )
-            start = 0
-            for batch in file.iter_batches(columns=[field]):
-                values = batch.column(0).to_pylist()
-                for row, value in enumerate(values, start=start):
-                    yield text_of({field: value}, field, f"{path} row {row}")
-                start += len(values)
+            yield file
     except (pyarrow.ArrowException, OSError) as error:
         raise ProbeError(f"{path} is not a readable .parquet file: {_first_line(error)}") from error
 
 
-def _decode(raw: bytes, label: str) -> str:
-    mark = len(codecs.BOM_UTF8) if raw.startswith(codecs.BOM_UTF8) else 0
-    try:
-        text = raw[mark:].decode("utf-8")
-    except UnicodeDecodeError as error:
-        at = error.start + mark
-        raise ProbeError(
-            f"{label} is not UTF-8: byte {raw[at]:#04x} at position {at}. Convert it, for example with iconv -t UTF-8."
-        ) from error
-    return text.replace("\r\n", "\n")
+def _parquet_size(path: Path, field: str) -> int:
+    """Return the bytes of one column before they were packed."""
+    size = 0
+    with _parquet(path) as file:
+        for number in range(file.num_row_groups):
+            group = file.metadata.row_group(number)
+            columns = (group.column(index) for index in range(group.num_columns))
+            size += sum(int(c.total_uncompressed_size) for c in columns if c.path_in_schema.split(".")[0] == field)
+    return size
+
+
+def _is_parquet(path: str | Path) -> bool:
+    return Path(path).suffix.lower() == ".parquet"
+
+
+def _is_json(path: str | Path) -> bool:
+    return Path(path).suffix.lower() in {".jsonl", ".ndjson"}
 
 
 def _label(path: str | Path) -> str:

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from peelwise.errors import FormatError, MissingExtraError, UnsupportedModelError
 from peelwise.formats.base import Encoded, Format
 from peelwise.formats.table import parse_format
-from peelwise.model.checkpoint_files import check_gguf
 from peelwise.model.layers import Block, LinearLayer
+from peelwise.model.weights.gguf_header import check_gguf
 from peelwise.model.weights.held import Held
 
 _Bytes = NDArray[np.uint8]
