@@ -11,7 +11,7 @@ from peelwise.cli.demo_training import BLOCKS, Plan, SmallGPT, demonstrate, trai
 from peelwise.show.dashboard.serve import Address
 from peelwise.store.reader import RunReader
 
-SHORT = Plan(steps=8, starved=1, from_step=4, probe_tokens=1_500, budget=0.9)
+SHORT = Plan(steps=8, cut_off=1, from_step=4, probe_tokens=1_500, budget=0.9)
 
 
 class Noting:
@@ -23,10 +23,10 @@ class Noting:
     def step(self, step, loss):
         blocks = self.model.blocks
         self.fed.append([all(p.grad is not None for p in block.parameters()) for block in blocks])
-        self.weights.append(torch.cat([p.detach().flatten() for p in blocks[SHORT.starved].parameters()]))
+        self.weights.append(torch.cat([p.detach().flatten() for p in blocks[SHORT.cut_off].parameters()]))
 
 
-def test_one_block_is_starved_from_its_step_on_and_no_other():
+def test_one_block_is_cut_off_from_its_step_on_and_no_other():
     torch.manual_seed(0)
     model = SmallGPT()
     noting = Noting(model)
@@ -34,9 +34,9 @@ def test_one_block_is_starved_from_its_step_on_and_no_other():
     assert list(train(noting, model, torch.optim.AdamW(model.parameters(), lr=1e-3), stream, SHORT)) == list(range(8))
     for step, fed in enumerate(noting.fed):
         for block, is_fed in enumerate(fed):
-            assert is_fed == (step < SHORT.from_step or block != SHORT.starved)
+            assert is_fed == (step < SHORT.from_step or block != SHORT.cut_off)
     for before, after in zip(noting.weights[4:-1], noting.weights[5:], strict=True):
-        assert torch.allclose(after, before * (1 + SHORT.swelling))
+        assert torch.allclose(after, before * (1 + SHORT.growth))
 
 
 def test_it_trains_serves_and_ends(tmp_path):
@@ -49,7 +49,7 @@ def test_it_trains_serves_and_ends(tmp_path):
     assert b"peelwise runs" in pages[0]
     assert said[0].startswith("Open http://127.0.0.1:")
     assert said[0].endswith("/#block=1")
-    assert "Step 4: block 1 is starved from now on." in said
+    assert "Step 4: block 1 gets no gradient from now on." in said
     assert said[-1] == f"The history is kept: peelwise serve {store}"
     with RunReader(store) as reader:
         run = reader.latest()

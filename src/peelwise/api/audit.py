@@ -1,4 +1,4 @@
-"""The library as people use it: audit a model, look at the report, verify and apply a certificate."""
+"""Audit a model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class AuditReport(Report):
 
     Attributes:
         record: every number, as in ``certificate.json``.
-        witness: replacement changes by name, ``composed/<map>`` and ``alone/<map>``, ``[d_out, d_in (+1)]``.
+        witness: replacement changes by name, ``composed/<layer>`` and ``alone/<layer>``, ``[d_out, d_in (+1)]``.
         probe: the token sequences that were used.
     """
 

@@ -56,7 +56,7 @@ class Monitor:
         probe: text to measure on, best from the training distribution; see `Probe`.
         optimizer: what steps the model; with it, parameters that it does not hold or does not move are found.
         budget: share of wall time that the monitor may take; ``None`` leaves it to ``schedule``.
-        schedule: at which steps it may look, such as `every(100)`; ``None`` for whenever the budget allows.
+        schedule: at which steps it may measure, such as `every(100)`; ``None`` for whenever the budget allows.
         store: file of the run history, or ``None`` to keep none. A run is added to what the file holds. Where it cannot
             be written (another writer, a newer version, no such folder), that is said once and nothing is recorded.
         name: of the run.
@@ -128,7 +128,7 @@ class Monitor:
             loss: its training loss; a tensor costs a synchronisation on a GPU.
 
         Returns:
-            What was found, if this was a moment to look; else ``None``.
+            What was found, if it measured at this step; else ``None``.
         """
         if isinstance(loss, torch.Tensor):
             loss = loss.item()  # float() of one that still has its graph warns

@@ -34,10 +34,10 @@ from peelwise.records.audit import AuditRecord
 from peelwise.records.files import read_record
 
 _SELF = "that the record agrees with itself (intervals, gains and the losses beside them, margin, verdicts, conclusion)"
-_BLOCKS = "every block's recoverable and unique loss, and the loss without it"
+_BLOCKS = "every block's solo gain, marginal gain and ablation"
 _UNCHECKED = (
     "the losses of the controls and of the head, energies and shares, rounds, cost, "
-    "the price of precision of low-bit models, and whether the text is training text"
+    "the quantisation gap of low-bit models, and whether the text is training text"
 )
 
 
@@ -70,8 +70,8 @@ def verify_certificate(
 
     Args:
         folder: the certificate.
-        model: the model it is about, in the number format it was audited in; left untouched.
-        full: also recompute every block's recoverable and unique loss (about as long as measuring them).
+        model: the model it is about, in the dtype it was audited in; left untouched.
+        full: also recompute every block's solo gain, marginal gain and ablation (about as long as measuring them).
         micro_batch_tokens: tokens that go through the model at a time.
     """
     certificate = read_certificate(folder)

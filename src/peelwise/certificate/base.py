@@ -90,7 +90,7 @@ def write_certificate(
 
 
 def tolerance_of(model: nn.Module) -> float:
-    """Return how far a recomputed loss may be off, in nats per token, in the number format that ``model`` runs in."""
+    """Return how far a recomputed loss may be off, in nats per token, in the dtype that ``model`` runs in."""
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     return _TOLERANCE if dtypes <= {torch.float32, torch.float64} else _HALF_TOLERANCE
 

@@ -44,7 +44,7 @@ def verify_peel(folder: Path, record: PeelRecord, model: nn.Module) -> Verificat
     Args:
         folder: the certificate.
         record: its record.
-        model: the model it is about, in the number format it was peeled in; left untouched.
+        model: the model it is about, in the dtype it was peeled in; left untouched.
 
     Raises:
         CertificateError: If the witness or the probe cannot be read, or do not fit the model.

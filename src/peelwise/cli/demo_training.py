@@ -1,6 +1,6 @@
-"""A demonstration: a small GPT learns real text, one of its blocks is starved half way, and the live page shows it.
+"""A demonstration: a small GPT learns real text, one block gets no gradient from half way on, the live page shows it.
 
-From a certain step on one block gets no gradient any more, and its weights swell a little at every step, as they would
+From a certain step on one block gets no gradient any more, and its weights grow a little at every step, as they would
 under a weight decay of the wrong sign. Nothing in the block can undo that; the other blocks make up for some of it.
 """
 
@@ -36,9 +36,9 @@ class Plan:
 
     Attributes:
         steps: of training, 1,024 bytes each.
-        starved: index of the block.
+        cut_off: index of the block.
         from_step: from when on it gets no gradient.
-        swelling: share by which its weights grow at every step from then on ..
+        growth: share by which its weights grow at every step from then on ..
         until_step: .. to this one.
         rate: highest learning rate.
         probe_tokens: bytes of text that the monitor measures on.
@@ -46,9 +46,9 @@ class Plan:
     """
 
     steps: int = 720
-    starved: int = 2
+    cut_off: int = 2
     from_step: int = 400
-    swelling: float = 0.004
+    growth: float = 0.004
     until_step: int = 620
     rate: float = 4e-3
     probe_tokens: int = 7_000
@@ -96,7 +96,7 @@ def train(
     monitor: Monitor, model: SmallGPT, optimizer: torch.optim.Optimizer, stream: Tensor, plan: Plan
 ) -> Iterator[int]:
     """Train as planned, and yield the number of each step that is done."""
-    starved = list(model.blocks[plan.starved].parameters())
+    cut_off = list(model.blocks[plan.cut_off].parameters())
     for step in range(plan.steps):
         for group in optimizer.param_groups:
             group["lr"] = _rate(step, plan)
@@ -106,10 +106,10 @@ def train(
         loss.backward()  # type: ignore[no-untyped-call]
         if step >= plan.from_step:
             with torch.no_grad():
-                for parameter in starved:
+                for parameter in cut_off:
                     parameter.grad = None
                     if step < plan.until_step:
-                        parameter.mul_(1 + plan.swelling)
+                        parameter.mul_(1 + plan.growth)
         optimizer.step()
         monitor.step(step, loss=loss)
         optimizer.zero_grad()
@@ -117,7 +117,7 @@ def train(
 
 
 def _rate(step: int, plan: Plan) -> float:
-    """Linear warm-up, then half a cosine down to a thirtieth when the block is starved."""
+    """Linear warm-up, then half a cosine down to a thirtieth when the block is cut off."""
     warm_up = min(1.0, (step + 1) / 50)
     done = min(1.0, step / plan.from_step)
     return plan.rate * warm_up * (1 + 29 * 0.5 * (1 + math.cos(math.pi * done))) / 30
@@ -161,7 +161,7 @@ def demonstrate(
             open_ones.callback(server.stop)
             _say_what_to_see(say, server.url, plan)
             if browser:
-                threading.Thread(target=open_browser, args=(f"{server.url}#block={plan.starved}",), daemon=True).start()
+                threading.Thread(target=open_browser, args=(f"{server.url}#block={plan.cut_off}",), daemon=True).start()
             try:
                 _followed(steps, plan, say)
                 monitor.close()
@@ -187,7 +187,7 @@ def _prepared(path: Path, plan: Plan) -> tuple[Monitor, Iterator[int]]:
         optimizer=optimizer,
         budget=plan.budget,
         store=path,
-        name=f"small GPT, block {plan.starved} starved from step {plan.from_step:,}",
+        name=f"small GPT, block {plan.cut_off} without gradients from step {plan.from_step:,}",
     )
     if not monitor.recorded:  # a training would go on; this one is there to be seen
         raise StoreError(monitor.events[-1].text)
@@ -195,11 +195,11 @@ def _prepared(path: Path, plan: Plan) -> tuple[Monitor, Iterator[int]]:
 
 
 def _say_what_to_see(say: Callable[[str], None], url: str, plan: Plan) -> None:
-    say(f"Open {url}#block={plan.starved}")
+    say(f"Open {url}#block={plan.cut_off}")
     say(
         f"A small GPT of {BLOCKS} blocks learns the prose of Python's reference, byte by byte, in {plan.steps:,} steps."
     )
-    say(f"From step {plan.from_step:,} on, block {plan.starved} gets no gradient any more and its weights swell.")
+    say(f"From step {plan.from_step:,} on, block {plan.cut_off} gets no gradient any more and its weights grow.")
     say("See how little the loss tells, what the statistics of that block do, and the list of what happened.")
     say("Ctrl-C ends it.")
 
@@ -208,7 +208,7 @@ def _followed(steps: Iterator[int], plan: Plan, say: Callable[[str], None]) -> N
     began = time.monotonic()
     for step in steps:
         if step == plan.from_step:
-            say(f"Step {step:,}: block {plan.starved} is starved from now on.")
+            say(f"Step {step:,}: block {plan.cut_off} gets no gradient from now on.")
         elif step and step % 100 == 0:
             left = (time.monotonic() - began) / step * (plan.steps - step)
             say(f"step {step:,} of {plan.steps:,}, about {duration(left)} left")

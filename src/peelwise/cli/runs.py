@@ -99,7 +99,8 @@ def demo_training(
     port: PortOption = None,
     browser: OpenOption = True,
 ) -> None:
-    """Train a small GPT on real text for a few minutes, starve one of its blocks half way, and see it on the live page.
+    """Train a small GPT on real text for a few minutes, cut one block off from its gradients half way,
+    and see it on the live page.
 
     Ctrl-C ends it. Where the output is no terminal, it ends when training is done.
     """

@@ -44,7 +44,7 @@ def versions() -> dict[str, str]:
 
 
 def model_record(setup: Setup) -> ModelRecord:
-    """Return what was measured: name, fingerprint, size and number format."""
+    """Return what was measured: name, fingerprint, size and dtype."""
     parameter = next(setup.model.parameters())
     return ModelRecord(
         name=setup.name,

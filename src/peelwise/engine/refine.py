@@ -1,6 +1,6 @@
 """Refinement rounds: linearise, propose, choose direction and step on select, repeat while select improves.
 
-The same round serves one block alone, all blocks together, and the null controls.
+The same round serves one block by itself, all blocks together, and the null controls.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class ReportSession:
 
         Args:
             part: tokens, with stations that are right up to ``start``.
-            changes: per map; none for the model as it stands.
+            changes: per linear layer; none for the model as it stands.
             start: the lowest block that is run.
         """
         with spliced(changes or {}):
@@ -84,7 +84,7 @@ class Session(ReportSession):
         """Return what a sweep proposes at the model with ``changes`` in place: for all blocks, or for one.
 
         Args:
-            changes: per map; those of ``block`` alone if it is given.
+            changes: per linear layer; those of ``block`` alone if it is given.
             block: the only one that proposals are made for.
         """
         with spliced(changes):
@@ -114,7 +114,7 @@ def combined(
     direction: Direction,
     step: float,
 ) -> Changes:
-    """Return ``changes + step * proposals``, rounded to the number format that the witness is stored in.
+    """Return ``changes + step * proposals``, rounded to the dtype that the witness is stored in.
 
     Rounding before anything is evaluated makes the certified numbers those of the stored file.
     """
@@ -127,7 +127,7 @@ def combined(
 
 
 def rounded(change: Tensor) -> Tensor:
-    """Return a dense change in the number format that the witness is stored in."""
+    """Return a dense change in the dtype that the witness is stored in."""
     return change.to(WITNESS_DTYPE).float()
 
 

@@ -100,7 +100,7 @@ def sweep(
 def block_moments(
     runner: Runner, block: Block, trace: Trace, above: Sequence[list[Tensor]], *, keep: bool, with_F: bool
 ) -> tuple[list[dict[LinearLayer, Moments]], list[list[Tensor]]]:
-    """Pass gradients through one block, adding up the moments of its maps over all micro-batches.
+    """Pass gradients through one block, adding up the moments of its linear layers over all micro-batches.
 
     Args:
         runner: the model.
@@ -111,7 +111,7 @@ def block_moments(
         with_F: whether to add up ``F``.
 
     Returns:
-        For each set of targets the moments of every map, which share ``S``, and the gradients at the block's input.
+        For each set of targets the moments of every layer, which share ``S``, and the gradients at the block's input.
     """
     S: dict[LinearLayer, GramSum] = {}
     C: list[dict[LinearLayer, CrossSum]] = [{} for _ in above]
@@ -176,7 +176,7 @@ def proposals_of(
     select: dict[LinearLayer, Moments],
     directions: Sequence[Direction],
 ) -> list[BlockProposals]:
-    """Return for each set of targets what the moments of one block's maps propose.
+    """Return for each set of targets what the moments of one block's layers propose.
 
     Args:
         block: the block.

@@ -30,7 +30,7 @@ CODED_PARTS = (*_PARTS, "format")
 
 
 def witness_tensors(kind: str, refined: Refined, held: Mapping[LinearLayer, Held]) -> dict[str, Tensor]:
-    """Return what is stored of a refinement, in the number formats that it was evaluated in."""
+    """Return what is stored of a refinement, in the dtypes that it was evaluated in."""
     out: dict[str, Tensor] = {}
     for linear, change in refined.changes.items():
         name, codes = f"{kind}/{linear.name}", refined.codes.get(linear)

@@ -170,15 +170,15 @@ def _splits(record: AuditRecord) -> Iterator[str]:
     for name, split, gained, price in rows:
         if split is None:
             if price is not None:
-                yield f"{name}: a price of precision and its split stand together or not at all."
+                yield f"{name}: a quantisation gap and its split stand together or not at all."
             continue
         total = split.irreducible + split.price_of_precision + split.left_on_the_table
         if abs(total - loss.current) > _ROUNDING:
             yield instead(f"{name}.split", total, loss.current, "loss.current")
         if abs(split.left_on_the_table - (gained.mean if gained else 0.0)) > _ROUNDING:
-            yield f"{name}.split: what is left on the table is not the gain that was certified."
+            yield f"{name}.split: what is recoverable at the same bit width is not the gain that was certified."
         if price is None or abs(split.price_of_precision - price.mean) > _ROUNDING:
-            yield f"{name}.split: its price of precision is not the mean of the interval beside it."
+            yield f"{name}.split: its quantisation gap is not the mean of the interval beside it."
 
 
 def _rounds(record: AuditRecord) -> Iterator[str]:

@@ -172,12 +172,12 @@ def probe_slope(steps: Sequence[float], losses: Sequence[float], window: float) 
     Least squares; Student's t with ``n - 2`` degrees of freedom.
 
     Args:
-        steps: of the looks, increasing.
+        steps: of the measurements, increasing.
         losses: as many, finite.
         window: how far to look back from the last of them, in steps.
 
     Returns:
-        The slope, or ``None`` with fewer than five looks in the window.
+        The slope, or ``None`` with fewer than five measurements in the window.
     """
     x, y = np.asarray(steps, dtype=np.float64), np.asarray(losses, dtype=np.float64)
     recent = x >= x[-1] - window if len(x) else np.zeros(0, dtype=bool)

@@ -16,10 +16,10 @@ class Logger(Protocol):
         """Take one training step."""
 
     def measurement(self, row: Measurement) -> None:
-        """Take what one look found, its events included."""
+        """Take what one measurement found, its events included."""
 
     def event(self, event: Event) -> None:
-        """Take one event that belongs to no look."""
+        """Take one event that belongs to no measurement."""
 
     def close(self) -> None:
         """Write out what is left."""

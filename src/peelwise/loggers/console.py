@@ -1,4 +1,4 @@
-"""A line for every look and every event on the console."""
+"""A line for every measurement and every event on the console."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peelwise.records.run import LETTERS, Event, Measurement, StepRow
 
 
 class Console:
-    """Prints a line for every look and every event.
+    """Prints a line for every measurement and every event.
 
     Args:
         stream: where to; standard error by default, so that a program's own output stays clean.

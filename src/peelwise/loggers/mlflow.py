@@ -45,7 +45,7 @@ class MLflow:
             self._send()
 
     def measurement(self, row: Measurement) -> None:
-        """Log the numbers of a look."""
+        """Log the numbers of a measurement."""
         self._add(row.step, row.scalars())
         self._send()
         self._tell(row.events)

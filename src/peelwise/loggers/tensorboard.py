@@ -32,7 +32,7 @@ class TensorBoard:
         self._scalars(row.step, row.scalars())
 
     def measurement(self, row: Measurement) -> None:
-        """Write the numbers of a look."""
+        """Write the numbers of a measurement."""
         self._scalars(row.step, row.scalars())
         for event in row.events:
             self.event(event)

@@ -39,7 +39,7 @@ class Trackio:
         self._run.log(row.scalars(), step=row.step)
 
     def measurement(self, row: Measurement) -> None:
-        """Log the numbers of a look."""
+        """Log the numbers of a measurement."""
         self._run.log(row.scalars(), step=row.step)
         for event in row.events:
             self.event(event)

@@ -20,8 +20,8 @@ class WeightsAndBiases:
     """Logs to Weights & Biases, also offline (``WANDB_MODE=offline``); events that warn become its alerts.
 
     Its own step only counts calls of ``log`` and never goes back, so everything is drawn over ``peelwise/step``. In a
-    run that was begun elsewhere the numbers of looks wait for that program's next ``log``, which would lose its own if
-    they did not; losses are left to it.
+    run that was begun elsewhere the numbers of measurements wait for that program's next ``log``, which would lose its
+    own if they did not; losses are left to it.
 
     Args:
         project: of a run of its own.
@@ -48,7 +48,7 @@ class WeightsAndBiases:
             self._log(row.step, row.scalars())
 
     def measurement(self, row: Measurement) -> None:
-        """Log the numbers of a look."""
+        """Log the numbers of a measurement."""
         self._log(row.step, {"peelwise/share": row.share, **row.scalars()})
         for event in row.events:
             self.event(event)

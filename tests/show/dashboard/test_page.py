@@ -228,10 +228,10 @@ def test_what_a_screen_reader_is_told(page, ask):
     for words in (
         'heading "peelwise runs" [level=1]',
         'heading "clouded" [level=2]',
-        'radiogroup "Block to look at"',
+        'radiogroup "Block to show"',
         'radio "Block 0, blocks.0: certified under-optimised" [checked]',
         "Loss over steps. Training loss 2.0100 at step 199.",
-        "Heat map of 3 blocks by 20 columns of looks. Now 1 red, 0 yellow, 1 green, 1 grey.",
+        "Heat map of 3 blocks by 20 columns of measurements. Now 1 red, 0 yellow, 1 green, 1 grey.",
         "Solo gain of 20 looks. Latest: +0.0100",
         "alert:",
     ):
@@ -285,7 +285,7 @@ def test_it_follows_live_and_tells_of_alerts(page, tmp_path):
         writer.step(StepRow(0, 4.0, 0.0))
         opened(page, ask)
         page.wait_for_selector("#connection:has-text('live')")
-        assert "No look at the model yet" in page.locator(".what").inner_text()
+        assert "No measurement yet" in page.locator(".what").inner_text()
         loads = []
         page.on("request", lambda request: loads.append(request.url))
         for step in range(1, 30):
@@ -510,9 +510,9 @@ def test_many_blocks_and_records_are_drawn_from_few_numbers(page, big):
 def test_one_red_look_among_ten_thousand_is_seen(page, big):
     opened(page, big)
     assert (red_pixels(page, 4, 60), red_pixels(page, 5, 60), red_pixels(page, 6, 60)) == (0, 2, 0)
-    assert "up to 9 looks share a column: the worst is shown" in page.locator(".heat figcaption").inner_text()
+    assert "up to 9 measurements share a column: the worst is shown" in page.locator(".heat figcaption").inner_text()
     opened(page, big, "#steps=4300-4350")  # loaded again: every look has its own column
-    page.wait_for_selector("[aria-label*='by 51 columns of looks']")
+    page.wait_for_selector("[aria-label*='by 51 columns of measurements']")
     wide = red_pixels(page, 59, 60)
     assert red_pixels(page, 5, 60) == pytest.approx(wide / 50, abs=2)
     assert "share a column" not in page.locator(".heat figcaption").inner_text()
@@ -521,7 +521,9 @@ def test_one_red_look_among_ten_thousand_is_seen(page, big):
 def test_one_outlier_among_ten_thousand_is_seen(page, big):
     opened(page, big, "#show=energy&block=7")
     page.wait_for_selector(".heat figcaption:has-text('the farthest from its median is shown')")
-    assert "Grey: from the lowest to the highest of looks that share a place" in page.locator(".block").inner_text()
+    assert (
+        "Grey: from the lowest to the highest of measurements that share a place" in page.locator(".block").inner_text()
+    )
     shaded = page.locator("[data-statistic=energy] .shared").bounding_box()
     assert shaded["height"] > 60
     page.locator(".pick[data-block='8']").click()

@@ -27,7 +27,7 @@ def run_db(tmp_path):
 def test_what_is_shown(run_db):
     text = " ".join(drawn(run_db).split())
     assert text.startswith("run, run 1, finished | step 39, loss 3.6100 | monitor 3.0% of 3.0% asked for")
-    assert "looked at step 30: 2.9700 on the probe" in text
+    assert "measured at step 30: 2.9700 on the probe" in text
     assert "loss -1 per 1,000 steps" in text
     assert "blocks.0 R red" in text
     assert "blocks.1 G green +0.0300 +- 0.0100 @30" in text  # measured then
@@ -39,7 +39,7 @@ def test_before_the_first_look_and_with_hostile_names(tmp_path):
     path = tmp_path / "run.db"
     with RunWriter(path, run_info("[red]x[/red]", blocks=("[b]0[/b]", "\x1b[31m", "2"))) as writer:
         assert "[red]x[/red], run 1, running" in drawn(path)
-        assert "No look at the model yet" in drawn(path)
+        assert "No measurement yet" in drawn(path)
         writer.step(StepRow(0, None, 0.0))
         writer.measurement(measurement_row(0))
         assert "[b]0[/b]" in drawn(path)

@@ -39,7 +39,7 @@ class Dashboard:
 
     Args:
         histories: files of run histories; an address names them by their place in this list.
-        seconds: between two looks for news.
+        seconds: between two readings.
         ending: whether the server is about to stop: streams then end by themselves.
     """
 

@@ -27,7 +27,7 @@ POINTS = 400  # of a small chart
 EVENTS = 300
 UPPER, LOWER = "bound_upper", "bound_lower"  # the cloud: statistics of the whole model
 
-# Best first: where several looks share a column, the last of these that occurs among them is shown.
+# Best first: where several measurements share a column, the last of these that occurs among them is shown.
 _WORST_LAST = "".join(LETTERS[colour] for colour in ("green", "grey", "yellow", "red"))
 _RANK = np.zeros(256, np.uint8)
 _RANK[np.frombuffer(_WORST_LAST.encode(), np.uint8)] = np.arange(len(_WORST_LAST), dtype=np.uint8)
@@ -113,11 +113,11 @@ def cloud(reader: RunReader, run: Run, losses: Mapping[int, float], between: Bet
 
 
 def cloud_edges(run: Run, probe_loss: float, bounds: Mapping[str, float]) -> dict[str, float]:
-    """Return where red and green begin in one look, as `evidence.verdict.cloud_colour` has it; red comes first.
+    """Return where red and green begin in one measurement, as `evidence.verdict.cloud_colour` has it; red comes first.
 
     Args:
         run: whose margin counts.
-        probe_loss: of the look.
+        probe_loss: of the measurement.
         bounds: those of ``bound_upper`` and ``bound_lower`` that were measured in it.
     """
     edges = {"upper": bounds[UPPER]} if UPPER in bounds else {}
@@ -131,14 +131,14 @@ def cloud_edges(run: Run, probe_loss: float, bounds: Mapping[str, float]) -> dic
 def heat(reader: RunReader, run: Run, name: str, between: Between = ALL_STEPS) -> Json:
     """Return how far a statistic is from its own running median, per column of the heat map and block.
 
-    Of the looks that share a column the one farthest from the median is shown.
+    Of the measurements that share a column the one farthest from the median is shown.
     """
     looks = reader.measurements(run.id, between=between)
     stride = _stride(len(looks), COLUMNS)
     quotient = all(statistic_facts(row)["quotient"] for row in reader.statistic_names(run.id, name=name))
     columns = _places(looks, stride)
     held = reader.to_median(run, name, between=between)
-    values: list[list[float | None]] = [[] for _ in columns["first"]]  # empty where no look of a column holds it
+    values: list[list[float | None]] = [[] for _ in columns["first"]]  # empty where no measurement of a column holds it
     if len(held.probe_ids):
         places = np.searchsorted([row["id"] for row in looks], held.probe_ids) // stride
         starts = np.flatnonzero(np.diff(places, prepend=-1))
@@ -165,9 +165,9 @@ def block(reader: RunReader, run: Run, index: int, between: Between = ALL_STEPS)
 
 
 def _series(reader: RunReader, run: Run, name: str, index: int, between: Between) -> list[list[Any]]:
-    """Return a statistic of one block at the last of the looks that share a place, with the lowest and highest of them.
+    """Return a statistic of one block at the last of the measurements that share a place, with their lowest and highest.
 
-    Places are counted from the newest look, so that the latest numbers are always there.
+    Places are counted from the newest measurement, so that the latest numbers are always there.
     """
     held = reader.values(run, name, index, between=between)
     count = len(held.probe_ids)
@@ -193,7 +193,7 @@ def loss_columns(rows: Sequence[sqlite3.Row]) -> Json:
 
 
 def look_columns(probes: Sequence[sqlite3.Row]) -> Json:
-    """Return looks as columns of a heat map: the worst verdict of each block, the mean loss on the probe."""
+    """Return measurements as columns of a heat map: the worst verdict of each block, the mean loss on the probe."""
     stride = _stride(len(probes), COLUMNS)
     losses = [row["probe_loss"] for row in probes]
     groups = [losses[start : start + stride] for start in range(0, len(losses), stride)]
@@ -213,7 +213,7 @@ def worst(letters: Sequence[str], stride: int) -> list[str]:
 
 
 def now(steps: Sequence[sqlite3.Row], probes: Sequence[sqlite3.Row]) -> Json:
-    """Return the present state: the newest step and the newest look."""
+    """Return the present state: the newest step and the newest measurement."""
     return {"step": step(steps[-1]) if steps else None, "look": look(probes[-1]) if probes else None}
 
 
@@ -223,7 +223,7 @@ def step(row: sqlite3.Row) -> list[Any]:
 
 
 def look(row: sqlite3.Row) -> Json:
-    """Return what is known of a look itself."""
+    """Return what is known of a measurement itself."""
     keys = ("step", "time", "kind", "probe_loss", "slope", "slope_low", "slope_high", "seconds", "share", "letters")
     return {key: finite(row[key]) for key in keys} | {"still_falling": row["still_falling"]}
 

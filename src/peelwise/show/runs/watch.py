@@ -46,7 +46,7 @@ def watch(
         reader: of the history.
         run_id: number of the run; ``None`` for the newest, also when a newer one begins.
         console: where to draw.
-        seconds: between two looks at the file.
+        seconds: between two readings of the file.
         once: draw once and return.
         sleep: waits; tests replace it.
     """
@@ -84,7 +84,7 @@ def _headline(reader: RunReader, run: Run) -> Text:
         words.append(f"monitor {steps[-1]['share']:.1%}{asked}")
         words.append(f"as of {datetime.fromtimestamp(steps[-1]['time']):%H:%M:%S}")
     if probes:
-        words.append(f"looked at step {probes[-1]['step']:,}: {probes[-1]['probe_loss']:.4f} on the probe")
+        words.append(f"measured at step {probes[-1]['step']:,}: {probes[-1]['probe_loss']:.4f} on the probe")
         if probes[-1]["slope"] is not None:
             words.append(f"loss {1000 * probes[-1]['slope']:+.3g} per 1,000 steps")
     return Text(" | ".join(words))
@@ -94,7 +94,7 @@ def _blocks(reader: RunReader, run: Run) -> list[RenderableType]:
     """Return the verdicts and the newest signals of every block, as many tables as they need."""
     probes = reader.probes(run.id, most=1)
     if not probes:
-        return [Text("No look at the model yet: the first comes when the budget allows.", style="dim")]
+        return [Text("No measurement yet: the first comes when the budget allows.", style="dim")]
     tables: list[RenderableType] = []
     for title, kinds in _TABLES:
         newest = {signal: _newest(reader, run, signal) for signal in of_kinds(kinds) if signal.in_history}
@@ -132,7 +132,7 @@ def _table(run: Run, title: str, newest: Mapping[Signal, Mapping[int, sqlite3.Ro
 
 
 def _cell(signal: Signal, row: sqlite3.Row | None) -> Text:
-    """Return a value: a refined one with its interval and step, which may be older than the latest look.
+    """Return a value: a refined one with its interval and step, which may be older than the latest measurement.
 
     Any other is followed by how many times its running median it is, where that is worth a word.
     """

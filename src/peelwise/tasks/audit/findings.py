@@ -29,7 +29,7 @@ class Findings:
         proposals: of the first sweep, linearised at the model as it stands.
         shuffled_proposals: of the same sweep, made for permuted targets; ``None`` where the control is not run or done.
         composed: all blocks refined together, evaluated on report.
-        removed: per block, report losses ``[sequences]`` of the model as it stands with the block taken out.
+        removed: per block, report losses ``[sequences]`` of the model as it stands with the block skipped.
         without: per block, report losses ``[sequences]`` of the composed witness without that block.
         alone: per block, the block refined by itself, evaluated on report.
         dense_composed, dense_alone: the same for a low-bit model without its formats: what the bits are compared with.

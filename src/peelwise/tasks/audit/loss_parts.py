@@ -13,7 +13,7 @@ from peelwise.tasks.audit.findings import Findings
 
 
 def split_of(session: Session, inside: Refined | None, dense: Refined | None) -> tuple[SplitRecord, Interval] | None:
-    """Return the loss on report in three parts that add up to it, and the interval of the price of precision.
+    """Return the loss on report in three parts that add up to it, and the interval of the quantisation gap.
 
     A matrix of a format is a dense matrix too: where select likes the witness inside the formats better, it stands for
     both, and the price is 0. The choice is made on select, so on report a part may be a little below 0.

@@ -42,7 +42,7 @@ def first_sweep(session: Session, findings: Findings, *, null: Targets | None = 
 
 
 def take_out(session: Session, findings: Findings, *, share: float) -> bool:
-    """Measure the loss on report with each block taken out, its input passed on as its output (arXiv:1605.06431).
+    """Measure the loss on report with each block skipped, its input passed on as its output (arXiv:1605.06431).
 
     On a deep model and foreign text, where all blocks gain by adapting, it points at the block at fault best
     (docs/truth.md). All blocks or none: the lowest of some says nothing.

@@ -39,7 +39,7 @@ class CodeSignals:
             self._watch.measure()  # what the first measurement is compared with
 
     def noted(self, row: Measurement) -> Measurement:
-        """Return the row of a look with the signals of every low-bit block, and events, each told once."""
+        """Return the row of a measurement with the signals of every low-bit block, and events, each told once."""
         if self._watch is None:
             return row
         found = self._watch.measure()
@@ -69,7 +69,7 @@ class CodeSignals:
 
 
 def codes_flipped(of: LowBitSignals) -> float:
-    """Return the share of codes that changed since the look before; none at the first look."""
+    """Return the share of codes that changed since the measurement before; none at the first one."""
     return of.flipped or 0.0
 
 
@@ -79,7 +79,7 @@ def near_threshold(of: LowBitSignals) -> float:
 
 
 def scale_drift(of: LowBitSignals) -> float:
-    """Return the mean relative change of the scales since the look before."""
+    """Return the mean relative change of the scales since the measurement before."""
     return of.scale_drift or 0.0
 
 

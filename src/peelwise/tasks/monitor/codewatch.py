@@ -14,12 +14,12 @@ from peelwise.model.weights.table import held
 
 
 class CodeWatch:
-    """Looks at every low-bit layer of a model that trains a latent weight, and remembers its codes until the next look.
+    """Measures every low-bit layer that trains a latent weight, and remembers its codes until the next measurement.
 
     It keeps a byte per weight in main memory, and reads the model without changing anything.
 
     Args:
-        model: any module; layers are found at every look.
+        model: any module; layers are found at every measurement.
 
     Example:
         >>> watch = CodeWatch(model)

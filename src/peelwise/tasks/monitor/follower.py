@@ -1,4 +1,4 @@
-"""Follow a training run: decide when to look, look, and hand what was found to a recorder.
+"""Follow a training run: decide when to measure, measure, and hand what was found to a recorder.
 
 step -> vitals -> affordable? -> measurement -> chronicle -> recorder
 """
@@ -61,7 +61,7 @@ class MonitorSettings:
 
     Attributes:
         budget: share of wall time it may take, or ``None`` for no limit.
-        schedule: steps at which it may look, or ``None`` for all of them.
+        schedule: steps at which it may measure, or ``None`` for all of them.
         margin_nats: smallest recoverable loss that matters; ``None`` for the default.
         micro_batch_tokens: tokens that go through the model at a time.
         plan: kinds of measurements, in turn.
@@ -84,7 +84,7 @@ class Follower:
         recorder: takes every row.
         optimizer: what steps the model, for the checks that need no probe.
         processes: the processes that train it together, all of which make a follower and step it. The first one decides
-            when to look and what that means; the others share the work and hear the result.
+            when to measure and what that means; the others share the work and hear the result.
 
     Raises:
         OptionError: If neither budget nor schedule limits it, or the budget is no share.
@@ -138,7 +138,7 @@ class Follower:
         return self.spent / self.elapsed if self.elapsed > 0 else 0.0
 
     def step(self, step: int, loss: float | None = None) -> Measurement | None:
-        """Note a training step, look if it is time to, and return what was found then.
+        """Note a training step, measure if it is time to, and return what was found then.
 
         Args:
             step: number of the step, after its update.
@@ -281,7 +281,7 @@ def _check(settings: MonitorSettings) -> None:
     if budget is not None and not 0 < budget <= 1:
         raise OptionError(f"The budget is a share of wall time above 0 and up to 1, got {budget}. The default is 0.03.")
     if budget is None and settings.schedule is None:
-        raise OptionError("With budget=None a schedule must say when to look, such as schedule=every(100).")
+        raise OptionError("With budget=None a schedule must say when to measure, such as schedule=every(100).")
     if not settings.plan:
         raise OptionError("The plan of measurements is empty; leave it out for the default.")
 

@@ -111,7 +111,7 @@ def measure(
             stages.leave_one_out(session, found, share=1.0)
             upper = without_blocks(session, seconds=session.clock.elapsed)
     for other in caught:
-        # What the model's own code warns of, training has said already, and would be said again at every look.
+        # What the model's own code warns of, training has said already, and would be said again at every measurement.
         if issubclass(other.category, PeelwiseWarning) and not issubclass(other.category, IllConditionedWarning):
             warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
     own = [w.message for w in caught if isinstance(w.message, IllConditionedWarning)]

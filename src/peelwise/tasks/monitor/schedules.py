@@ -1,4 +1,4 @@
-"""When to look: pure functions of the step, and of what looking has cost so far."""
+"""When to measure: pure functions of the step, and of what measuring has cost so far."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def step_inside(problem: StationError, proposals: BlockProposals, error: float) 
 
     Args:
         problem: the block.
-        proposals: dense steps of its maps and the sums around them; those of maps without a format are left alone.
+        proposals: dense steps of its linear layers and the sums around them; layers without a format are left alone.
         error: on select, now.
     """
     reference, before = problem.reference, problem.reference.state

@@ -20,7 +20,7 @@ from peelwise.model.weights.held import Held
 
 EFFECTIVE = "effective_weight"  # what changes of a low-bit map are named where its reference is dense
 
-Changes = dict[str, Tensor]  # full parameter name -> change, in the number format it is stored in
+Changes = dict[str, Tensor]  # full parameter name -> change, in the dtype it is stored in
 Codes = dict[str, Encoded]  # full name of a low-bit map -> the codes that its reference holds
 
 
@@ -69,7 +69,7 @@ class State:
 class ReferenceBlock:
     """A deep copy of a block of the model, at ``own parameters + changes``; the model itself is never written.
 
-    Changes are rounded to the number format of the witness file whenever they are set, so every loss that is ever
+    Changes are rounded to the dtype of the witness file whenever they are set, so every loss that is ever
     measured with the block is the loss of what the file holds. Low-bit maps hold codes, scales and offsets of their
     format and run with what these stand for, or with any weights at all if the reference is to be ``dense``.
 

@@ -62,7 +62,7 @@ class StationError:
     def moments(
         self, trace: Trace, stations: list[Tensor], linears: tuple[LinearLayer, ...]
     ) -> dict[LinearLayer, Moments]:
-        """Return the moments of some maps, with gradients of the error."""
+        """Return the moments of some linear layers, with gradients of the error."""
         w = 2 * self.target.weights / len(self.target.weights)
         gradients = []
         with torch.no_grad():

@@ -16,7 +16,7 @@ export class BlockPanel {
     this.charts = h("div", { class: "small-charts" });
     this.shared = h(
       "p", { class: "value" },
-      "Grey: from the lowest to the highest of looks that share a place; the line goes through the last of them.");
+      "Grey: from the lowest to the highest of measurements that share a place; the line goes through the last of them.");
     this.matrices = h("div", { class: "matrices" });
     this.history = h("ol", { class: "changes" });
     this.past = h("details", { class: "numbers" }, h("summary", {}, "Verdicts of this block over time"), this.history);
@@ -112,7 +112,7 @@ export class BlockPanel {
     const unit = facts.unit && facts.unit !== "steps" ? ` ${facts.unit}` : "";
     const compared = against(facts, v, m);
     setText(value, `${amount(facts, v)}${interval}${unit} at step ${integer(step)}${compared ? `, ${compared}` : ""}`);
-    plot.svg.setAttribute("aria-label", `${facts.title} of ${rows.length} looks. Latest: ${value.textContent}`);
+    plot.svg.setAttribute("aria-label", `${facts.title} of ${rows.length} measurements. Latest: ${value.textContent}`);
   }
 
   #intervals(rows, { X, Y }) {

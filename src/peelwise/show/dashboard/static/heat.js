@@ -241,7 +241,7 @@ export class HeatMap {
     const spoken = this.words.map((word) => `${letters.split(word.letter).length - 1} ${word.colour}`).join(", ");
     this.stage.setAttribute(
       "aria-label",
-      `Heat map of ${this.data.facts.blocks.length} blocks by ${this.columns.length} columns of looks. Now ${spoken}. ` +
+      `Heat map of ${this.data.facts.blocks.length} blocks by ${this.columns.length} columns of measurements. Now ${spoken}. ` +
         "Arrow keys move, Enter selects the block, the same numbers are in the table below.",
     );
     const full = this.statistic && !this.data.heat.quotient ? this.#fullDifference().toFixed(4) : "";
@@ -249,7 +249,7 @@ export class HeatMap {
     if (this.described === `${name} ${full} ${most}`) return;
     this.described = `${name} ${full} ${most}`;
     const shown = this.statistic ? "farthest from its median" : "worst";
-    const shared = most > 1 ? h("span", {}, `up to ${most} looks share a column: the ${shown} is shown`) : null;
+    const shared = most > 1 ? h("span", {}, `up to ${most} measurements share a column: the ${shown} is shown`) : null;
     setText(this.title, this.statistic ? `${this.statistic.title} against its own median` : "Verdicts of all blocks");
     if (!this.statistic) {
       const meaning = (word) => h("span", { class: "chip small", title: word.meaning }, tile(word), word.words);
@@ -270,7 +270,7 @@ export class HeatMap {
     if (block === null || !this.columns.length) return "";
     const column = find(this.columns, step);
     const steps = column.first === column.last ? integer(column.first) : `${integer(column.first)}–${integer(column.last)}`;
-    const looks = column.rows > 1 ? `, ${this.statistic ? "farthest" : "worst"} of ${column.rows} looks` : "";
+    const looks = column.rows > 1 ? `, ${this.statistic ? "farthest" : "worst"} of ${column.rows} measurements` : "";
     const name = `block ${block} (${this.data.facts.blocks[block]}), step ${steps}`;
     if (step < this.columns[0].first) return `block ${block}: not looked at yet`;
     return `${name}: ${this.#value(column, block)}${looks}`;

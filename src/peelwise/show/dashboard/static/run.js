@@ -28,7 +28,7 @@ export class RunView {
     this.trend = h("p", { class: "range" });
     this.counts = new Map(words.map((word) => [word.letter, h("strong", {}, "0")]));
     this.strip = h("div", {
-      class: "strip", role: "radiogroup", "aria-label": "Block to look at", onkeydown: (event) => this.#key(event),
+      class: "strip", role: "radiogroup", "aria-label": "Block to show", onkeydown: (event) => this.#key(event),
     });
     this.root = h(
       "article",
@@ -90,7 +90,7 @@ export class RunView {
     }
     setText(this.trend, slopeWords(now.look));
     const at = now.step ? ` Training is at step ${integer(now.step[0])}${now.step[1] === null ? "" : `, loss ${nats(now.step[1])}`}.` : "";
-    setText(this.what, now.look ? `on the probe, at step ${integer(now.look.step)}.${at}` : `No look at the model yet: the first comes when the budget allows.${at}`);
+    setText(this.what, now.look ? `on the probe, at step ${integer(now.look.step)}.${at}` : `No measurement yet: the first comes when the budget allows.${at}`);
   }
 
   #buildStrip() {
