@@ -4,6 +4,7 @@ Example: python benchmarks/audit_cost.py --tokens 2048 --repetitions 3
 """
 
 import argparse
+import math
 import statistics
 import subprocess
 import sys
@@ -16,7 +17,9 @@ import torch.nn.functional as F
 
 import peelwise
 from common import earlier, interleaved, median_ratio, write
+from peelwise.engine.clock import Clock
 from peelwise.engine.refine import take_round, unrefined
+from peelwise.engine.session import Session
 from peelwise.engine.sweep import block_moments, sweep
 from peelwise.model.architectures import find_blocks
 from peelwise.model.checkpoints import open_model
@@ -83,10 +86,10 @@ def bare_from(runner: Runner, index: int, trace: Trace) -> None:
         torch.autograd.grad(loss, weights)
 
 
-def block_round(runner: Runner, index: int, fit: Trace, select: Trace) -> None:
+def block_round(session: Session, index: int) -> None:
     """One round of one block: sums from the top down to it, both directions, and the search for the step."""
-    (proposals,) = sweep(runner, fit, select, only=[index])
-    take_round(runner, select, unrefined(select, index), proposals, output_changes={})
+    (proposals,) = sweep(session.runner, session.fit, session.select, only=[index])
+    take_round(session, unrefined(session.select, index), proposals, output_changes={})
 
 
 def round_ratios(source: str, tokens: int, repetitions: int) -> list[dict[str, object]]:
@@ -98,10 +101,10 @@ def round_ratios(source: str, tokens: int, repetitions: int) -> list[dict[str, o
     for index in (0, len(blocks) // 2, len(blocks) - 1):
         weights = [m.module.weight.requires_grad_(True) for m in blocks[index].linears]
         runner = Runner(opened.model, blocks)
-        fit, select = runner.trace(probe.fit), runner.trace(probe.select)
+        fit, select, report = (runner.trace(part) for part in (probe.fit, probe.select, probe.report))
+        session = Session(runner, report, probe, fit, select, Clock(math.inf, runner.work), probe.seed)
         times = interleaved(
-            {"bare": partial(bare_from, runner, index, fit), "round": partial(block_round, runner, index, fit, select)},
-            repetitions,
+            {"bare": partial(bare_from, runner, index, fit), "round": partial(block_round, session, index)}, repetitions
         )
         for weight in weights:
             weight.requires_grad_(False)

@@ -25,9 +25,8 @@ from cases import KEPT_SEED, SMALL, Case, probe_of
 from common import write
 from peelwise.certificate.audit import changes_of, read_certificate, verify_certificate
 from peelwise.certificate.base import tolerance_of, write_certificate
+from peelwise.engine.opening import open_report
 from peelwise.model.architectures import find_blocks
-from peelwise.model.runner import Runner
-from peelwise.model.splice import spliced
 
 CASES = (
     Case(SMALL, "healthy", "healthy", KEPT_SEED, 2400),
@@ -80,20 +79,18 @@ def in_float64(folder: Path, model: nn.Module) -> tuple[str, float, float]:
     certificate = read_certificate(folder)
     record, tolerance = certificate.record, tolerance_of(model)
     exact = copy.deepcopy(model).double()
-    runner = Runner(exact, find_blocks(exact))
+    blocks = find_blocks(exact)
     with torch.no_grad():
-        trace = runner.trace(certificate.probe.report)
+        session = open_report(exact, blocks, certificate.probe.report)
+        trace = session.report
         farthest = [abs(trace.mean - record.loss.current)]
         if record.loss.composed is not None:
-            with spliced(changes_of(certificate.witness, "composed", runner.blocks)):
-                losses = runner.losses_from(trace, 0)
-            farthest.append(abs(float(losses.sum() / trace.tokens.sum()) - record.loss.composed))
+            losses = session.losses(trace, changes_of(certificate.witness, "composed", blocks))
+            farthest.append(abs(trace.mean_of(losses) - record.loss.composed))
         for block in record.blocks:
             if block.recoverable_nats is not None:
-                own = changes_of(certificate.witness, "alone", (runner.blocks[block.index],))
-                with spliced(own):
-                    losses = runner.losses_from(trace, block.index)
-                gain = float((trace.losses - losses).sum() / trace.tokens.sum())
+                own = changes_of(certificate.witness, "alone", (blocks[block.index],))
+                gain = trace.mean_of(trace.losses - session.losses(trace, own, block.index))
                 farthest.append(abs(gain - block.recoverable_nats.mean))
     return ("holds" if max(farthest) <= tolerance else "does not hold"), max(farthest), tolerance
 

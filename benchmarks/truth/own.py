@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from peelwise.certificate.audit import changes_of
+from peelwise.engine.opening import open_report
 from peelwise.errors import PeelwiseWarning
 from peelwise.evidence.intervals import paired
 from peelwise.model.architectures import find_blocks
 from peelwise.model.guard import untouched
 from peelwise.model.runner import Runner
-from peelwise.model.splice import spliced
 from peelwise.probe.probe import Probe, Split
 from peelwise.records.audit import AuditRecord
 from peelwise.tasks.audit.run import AuditOutcome, run_audit
@@ -56,15 +56,13 @@ def diagnosis(record: AuditRecord) -> dict[str, Any]:
 
 def on_fresh_text(model: nn.Module, outcome: AuditOutcome, fresh: Split) -> list[dict[str, Any]]:
     """Return for the composed witness and every block's own: the interval on report, and the gain on fresh text."""
-    runner = Runner(model, find_blocks(model), micro_batch_tokens=4096)
-    record, blocks = outcome.record, runner.blocks
+    record, blocks = outcome.record, find_blocks(model)
     rows = []
     with untouched(model):
-        trace = runner.trace(fresh)
+        session = open_report(model, blocks, fresh, micro_batch_tokens=4096)
 
         def row(interval: Any, changes: Any, start: int) -> dict[str, Any]:
-            with spliced(changes):
-                found = _gain(trace.losses, runner.losses_from(trace, start), trace.tokens)
+            found = session.gain(session.report.losses, session.losses(session.report, changes, start))
             return {
                 "low": interval.low,
                 "high": interval.high,

@@ -62,7 +62,7 @@ class LowBitRun(Run):
     def __init__(self, settings: LowBitSettings, resume_file: Path, fresh: bool) -> None:
         super().__init__(settings, resume_file, fresh)
         self.watch = CodeWatch(self.model)
-        self.watch.look()
+        self.watch.measure()
 
     def new_model(self) -> nn.Module:
         if self.settings.start:
@@ -72,7 +72,7 @@ class LowBitRun(Run):
 
     def evaluate(self, test: Tensor) -> None:
         super().evaluate(test[::4])  # a point of the curve; stages are measured on everything
-        if signals := self.watch.look():
+        if signals := self.watch.measure():
             self.curve[-1] |= overall(self.model, signals)
 
     def opened(self, folder: Path) -> nn.Module:

@@ -269,7 +269,7 @@ def test_alerts_reach_the_log(caplog):
         monitor.step(0, loss=float("nan"))
         monitor.step(1, loss=float("inf"))
     assert sum("training loss is" in record.message for record in caplog.records) == 1
-    assert sum("12 of 42 parameters frozen" in record.message for record in caplog.records) == 1
+    assert sum("12 of 42 parameters are frozen" in record.message for record in caplog.records) == 1
     assert [event.kind for event in monitor.events if event.level == "alert"] == ["non-finite"]
 
 
@@ -498,6 +498,6 @@ def test_a_damaged_block_turns_red_when_the_loss_stands_still_and_a_healthy_mode
         assert [event.block for event in row.events] == [i for i, letter in enumerate(row.letters) if letter == "R"]
         if name == "damaged":
             (own,) = [event for event in row.events if event.block == 3]
-            assert own.suggestion == "It has frozen parameters; see whether that is meant."
+            assert own.suggestion == "It has frozen parameters; check whether that is meant."
     assert letters["damaged"][3] == "R"
     assert "R" not in letters["healthy"]

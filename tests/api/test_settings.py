@@ -126,7 +126,7 @@ def compared():
 
 def test_quantcheck_returns_a_report(compared, tmp_path):
     text = str(compared)
-    assert compared.record.conclusion[:30] in text
+    assert compared.conclusion[:30] in text
     assert max(map(len, text.splitlines())) <= 110
     file = compared.save(tmp_path / "check.json")
     assert json.loads(file.read_text()) == json.loads(compared.to_json())

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from audits import session_of
-from peelwise.engine.heads import without_blocks
+from peelwise.engine.heads import head_rows, light_head, own_head_losses, without_blocks
+from peelwise.engine.permute import shuffled_targets
 from peelwise.model.guard import untouched
 from peelwise.probe.probe import Probe
 from zoo import VOCABULARY, ZOO
@@ -58,3 +59,37 @@ def test_no_time_is_a_looser_bound():
     with untouched(model):
         cut = without_blocks(session_of(model, probe), seconds=0.0)
     assert cut == pytest.approx(torch.tensor(VOCABULARY).log().item())
+
+
+# -- the fit itself ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def learnable():
+    """A session of an untrained model on text whose next token hangs on the last one: its head has much to learn."""
+    return session_of(ZOO["plain"](), Probe.from_tokens(chain(), tokens=3000, sequence_length=32))
+
+
+def test_no_step_leaves_the_models_own_losses(learnable):
+    head, own = light_head(learnable, max_steps=0), own_head_losses(learnable)
+    assert head.steps == 0
+    assert not head.change.any()
+    for part in ("fit", "select", "report"):
+        assert getattr(head.losses, part) == pytest.approx(getattr(own, part), rel=1e-5)
+    torch.testing.assert_close(head.losses.report_sequences, own.report_sequences, rtol=1e-4, atol=1e-3)
+
+
+def test_a_fitted_head_wins_on_report_and_one_with_shuffled_labels_wins_less(learnable):
+    own, head = own_head_losses(learnable), light_head(learnable)
+    shuffled = light_head(learnable, targets=shuffled_targets(learnable.fit, 0))
+    assert head.losses.report < own.report - 0.5
+    assert shuffled.losses.report > head.losses.report + 0.5  # the control
+
+
+def test_losses_are_those_of_the_change_as_it_is_stored(learnable):
+    head = light_head(learnable)
+    rows = head_rows(learnable.runner, learnable.report)
+    assert head.change.dtype == torch.bfloat16
+    tokens = rows.token_losses(head.change.float())
+    assert torch.equal(rows.per_sequence(tokens), head.losses.report_sequences)
+    assert float(tokens.mean()) == head.losses.report

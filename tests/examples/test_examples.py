@@ -29,7 +29,7 @@ def test_monitor(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(example, "TOKENS", 1_500)
     monitor = example.main(["--steps", "12", "--store", str(tmp_path / "run.db"), "--budget", "0.9"])
     printed = capsys.readouterr().out
-    assert "12 of 66 parameters not in the optimiser: blocks.2." in printed
+    assert "12 of 66 parameters are not in the optimiser: blocks.2." in printed
     assert "90.0% were asked for" in printed
     assert monitor.share == pytest.approx(0.9, abs=0.3)
     with RunReader(tmp_path / "run.db") as reader:

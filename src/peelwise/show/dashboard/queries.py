@@ -165,7 +165,7 @@ def block(reader: RunReader, run: Run, index: int, between: Between = ALL_STEPS)
 
 
 def _series(reader: RunReader, run: Run, name: str, index: int, between: Between) -> list[list[Any]]:
-    """Return a statistic of one block at the last of the measurements that share a place, with their lowest and highest.
+    """Return a statistic of one block at the last of the measurements that share a place, with the extremes.
 
     Places are counted from the newest measurement, so that the latest numbers are always there.
     """
