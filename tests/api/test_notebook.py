@@ -37,7 +37,8 @@ CELLS = {
     "monitor": (
         "net = ZOO['llama']().train()\n"
         "optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)\n"
-        "monitor = peelwise.Monitor(net, probe, optimizer=optimizer, schedule=peelwise.every(1), store=None)\n"
+        "often = {'budget': None, 'schedule': peelwise.every(1)}\n"
+        "monitor = peelwise.Monitor(net, probe, optimizer=optimizer, store=None, **often)\n"
         "for step in range(2):\n"
         "    loss = net(sample_ids(2, 13), labels=sample_ids(2, 13)).loss\n"
         "    loss.backward(); optimizer.step(); monitor.step(step, loss=loss); optimizer.zero_grad()\n"
