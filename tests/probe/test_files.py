@@ -52,7 +52,7 @@ def test_large_text_is_sampled_from_everywhere(tmp_path, small_limits):
 
     assert 0.5 * 2**18 < sum(len(text.encode()) for text in found) <= 2**18
     assert len(found) == 2**18 // 2**16
-    assert all(line in rows for text in found for line in text.splitlines()[1:-1])
+    assert {line for text in found for line in text.splitlines()[1:-1]} <= set(rows)
     assert not any("\ufeff" in text or "\r" in text or "\ufffd" in text for text in found)
     found_at = places(found)
     assert found_at == sorted(found_at)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib
 import io
 import warnings
 from collections.abc import Callable, Iterator
@@ -45,9 +46,7 @@ def contained() -> Iterator[None]:
         stack.enter_context(_replaced(constants, "HF_HUB_OFFLINE", True))
         stack.enter_context(_replaced(hub_kernels, "get_kernel_hub", _refuse_kernel))
         if find_spec("kernels") is not None:
-            import kernels
-
-            stack.enter_context(_replaced(kernels, "get_kernel", _refuse_kernel))
+            stack.enter_context(_replaced(importlib.import_module("kernels"), "get_kernel", _refuse_kernel))
         if find_spec("gguf") is not None:
             _read_once(stack)
         yield
