@@ -224,7 +224,7 @@ def test_verify_says_what_holds(run, certificate, broken_folder):
     assert code == 0
     assert "loss.composed" in out
     assert "Rechecked: the model's loss" in out
-    assert "Not rechecked: every block's recoverable and unique loss, and the loss without it (--full does)" in out
+    assert "Not rechecked: every block's solo gain, marginal gain and ablation (--full does)" in out
     code, out, _ = run("verify", certificate, "--model", broken_folder, "--full")
     assert code == 0
     assert "the verdicts that follow from them" in out
