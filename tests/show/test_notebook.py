@@ -4,10 +4,13 @@ from html.parser import HTMLParser
 
 import pytest
 
-from peelwise.records.base import CostRecord, SplitRecord
-from peelwise.records.quantcheck import LayerCheck, QuantcheckRecord, QuantLosses
+from peelwise.records.base import CostRecord, Note, SplitRecord
+from peelwise.records.quantcheck import LayerCheck, QuantcheckConclusion, QuantcheckRecord, QuantLosses
 from peelwise.records.run import WHOLE_MODEL, Event, Measurement, Statistic
+from peelwise.show.audit.words import conclusion
 from peelwise.show.notebook import MOST_ROWS, bounds_html, measurement_html, nothing_html, record_html, strip
+from peelwise.show.peel.words import conclusion as peel_conclusion
+from peelwise.show.quantcheck.words import NOT_KEPT
 from show.peel_sample import hostile_record, peel_record, unmeasured_record
 from show.sample import HOSTILE, hostile, interval, partial, unmeasured, whole
 
@@ -54,7 +57,7 @@ def quantcheck_record(layers=3, name="int3", **changes):
     split = SplitRecord(irreducible=0.0, price_of_precision=0.01, left_on_the_table=0.004)
     return QuantcheckRecord(
         created=base.created,
-        conclusion="Quantising costs 0.05 nats per token.",
+        conclusion=QuantcheckConclusion(case="recoverable"),
         complete=True,
         quantised=base.model.model_copy(update={"name": name}),
         parent=base.model.model_copy(update={"name": "full"}),
@@ -110,7 +113,7 @@ def measurement(text="something happened", **changes):
 @pytest.mark.parametrize("record", [whole(), whole(6, low_bit=True), partial(), unmeasured()])
 def test_an_audit_tells_verdicts_losses_and_proof(record):
     found = tree(record_html(record))
-    assert record.conclusion in found.text
+    assert conclusion(record) in found.text
     assert "Loss on report" in found.text
     assert "A witness proves; none found proves nothing." in found.text
     assert found.text.count("not measured") >= sum(block.removal_nats is None for block in record.blocks)
@@ -122,7 +125,7 @@ def test_an_audit_tells_verdicts_losses_and_proof(record):
 @pytest.mark.parametrize("record", [peel_record(), peel_record(30), unmeasured_record()])
 def test_a_peel_tells_maps_and_controls(record):
     found = tree(record_html(record))
-    assert record.conclusion in found.text
+    assert peel_conclusion(record) in found.text
     assert "head control: what a map has to beat" in found.text
     assert ("* with the model's own head" in found.text) == any(one.loss is None for one in record.maps)
 
@@ -130,8 +133,15 @@ def test_a_peel_tells_maps_and_controls(record):
 def test_a_comparison_tells_the_three_parts_and_what_was_not_reached():
     found = tree(record_html(quantcheck_record()))
     assert "int3 against full" in found.text
+    assert "Quantising costs 0.0500 nats per token. Of these, 0.0200 (40 % of the damage) are recoverable" in found.text
+    assert NOT_KEPT not in found.text
     assert "+0.0200 [0.0100, 0.0300]" in found.text
     assert "1 more layers: not measured within the budget." in found.text
+    record = quantcheck_record()
+    assert (
+        NOT_KEPT
+        in tree(record_html(record.model_copy(update={"loss": record.loss.model_copy(update={"kept": False})}))).text
+    )
     many = tree(record_html(quantcheck_record(MOST_ROWS + 5)))
     assert f"({MOST_ROWS} of {MOST_ROWS + 4})" in many.text
 
@@ -158,7 +168,7 @@ def test_bounds_are_shown_with_their_cloud():
     [
         lambda: record_html(hostile()),
         lambda: record_html(hostile_record()),
-        lambda: record_html(quantcheck_record(name=HOSTILE, notes=(HOSTILE,))),
+        lambda: record_html(quantcheck_record(name=HOSTILE, notes=(Note(code=HOSTILE),))),
         lambda: measurement_html(measurement(HOSTILE), [HOSTILE]),
         lambda: bounds_html(HOSTILE, "red", [HOSTILE], [HOSTILE], [[HOSTILE]]),
     ],

@@ -241,6 +241,7 @@ def _quantcheck(record: QuantcheckRecord) -> str:
         _table(["loss on report, nats per token", "", ""], [[esc(cell) for cell in row] for row in losses], "Losses"),
         _table(headers, rows, _of("Layers, those with most to recover first", len(rows), len(solved))),
         _line(f"{missing} more layers: {NOT_IN_BUDGET}.", bold=True) if missing else "",
+        "" if loss.kept else _line(quantcheck_words.NOT_KEPT, bold=True),
         *(_line(f"Note: {note_words(note)}", quiet=True) for note in record.notes),
         _line(f"Cost: {duration(record.cost.wall_seconds)}.", quiet=True),
     )
