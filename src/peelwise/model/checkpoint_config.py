@@ -40,6 +40,7 @@ _QUANTISERS = (
     "hqq", "compressed-tensors", "vptq", "spqr", "quark", "auto-round",
 )  # fmt: skip
 _QUANTISATION_KEYS = ("quantization_config", "compression_config")
+_SPECIAL_FLOATS = ("Infinity", "-Infinity", "NaN")
 _LAYER_KEYS = re.compile(r"num_hidden_layers|n_layers?|num_layers|num_(de|en)coder_layers|(de|en)coder_layers")
 _AT_LEAST_ONE = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _COUNT_KEYS = re.compile(
@@ -217,6 +218,8 @@ def _without_loading(file: Path, config: dict[str, Any]) -> tuple[dict[str, Any]
             return [clean(item) for item in value]
         if not isinstance(value, dict):
             return value
+        if set(value) == {"__float__"} and value["__float__"] in _SPECIAL_FLOATS:
+            return float(value["__float__"])  # how transformers writes what JSON has no number for
         kept = {}
         for key, item in value.items():
             if key in _ATTENTION_KEYS:
@@ -311,4 +314,4 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _is_above(value: Any, limit: int) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) > limit
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) > limit  # no loop runs to 1e9

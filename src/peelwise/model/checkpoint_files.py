@@ -114,23 +114,7 @@ def check_weights(folder: Path, *, allow_pickle: bool) -> Stored:
         return Stored(True, (folder / _SINGLE).stat().st_size, shapes)
     if (folder / _INDEX).exists():
         return _check_shards(folder / _INDEX)
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLE_SUFFIXES)
-    if not pickles:
-        raise ModelError(f"{folder} has no weights: expected {_SINGLE} or {_INDEX}. Save the model there.")
-    if not allow_pickle:
-        raise ModelError(
-            f"{folder} has only pickled weights ({pickles[0]}), which can run code when opened: expected "
-            f"{_SINGLE}. Save it with save_pretrained, or allow pickle if you trust the source."
-        )
-    if (folder / _PICKLE).exists():
-        _check_pickle(folder / _PICKLE)
-        return Stored(False, (folder / _PICKLE).stat().st_size)
-    if not (folder / _PICKLE_INDEX).exists():
-        raise ModelError(f"{folder / pickles[0]}: pickled weights must be called {_PICKLE}. Rename the file.")
-    shards = _shards(folder / _PICKLE_INDEX, _weight_map(folder / _PICKLE_INDEX))
-    for shard in shards.values():
-        _check_pickle(shard)
-    return Stored(False, sum(shard.stat().st_size for shard in shards.values()))
+    return _check_pickles(folder, allow_pickle)
 
 
 def check_safetensors(file: Path) -> dict[str, tuple[int, ...]]:
@@ -211,6 +195,26 @@ def brief(error: BaseException) -> str:
     line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     prefix = "unknown name " if isinstance(error, KeyError) else ""  # its message is the bare key
     return prefix + line.strip()[:200].rstrip(".:")
+
+
+def _check_pickles(folder: Path, allow_pickle: bool) -> Stored:
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLE_SUFFIXES)
+    if not pickles:
+        raise ModelError(f"{folder} has no weights: expected {_SINGLE} or {_INDEX}. Save the model there.")
+    if not allow_pickle:
+        raise ModelError(
+            f"{folder} has only pickled weights ({pickles[0]}), which can run code when opened: expected "
+            f"{_SINGLE}. Save it with save_pretrained, or allow pickle if you trust the source."
+        )
+    if (folder / _PICKLE).exists():
+        _check_pickle(folder / _PICKLE)
+        return Stored(False, (folder / _PICKLE).stat().st_size)
+    if not (folder / _PICKLE_INDEX).exists():
+        raise ModelError(f"{folder / pickles[0]}: pickled weights must be called {_PICKLE}. Rename the file.")
+    shards = _shards(folder / _PICKLE_INDEX, _weight_map(folder / _PICKLE_INDEX))
+    for shard in shards.values():
+        _check_pickle(shard)
+    return Stored(False, sum(shard.stat().st_size for shard in shards.values()))
 
 
 def _check_pickle(file: Path) -> None:
