@@ -1,6 +1,5 @@
 import json
 import logging
-import shutil
 import socket
 import sys
 from importlib.util import find_spec
@@ -14,7 +13,7 @@ from gguf_files import llama_of_whole_blocks, write_llama_gguf
 from peelwise.errors import DeviceError, MissingExtraError, ModelError, OutputError, UnsupportedModelError
 from peelwise.model.checkpoints import open_model, require_tokenizer, save_model
 from peelwise.model.fingerprint import check_finite, fingerprint
-from tiny_llama import cut, edit, tiny_llama, tiny_tokenizer
+from tiny_llama import cut, edit, tiny_llama
 
 transformers = pytest.importorskip("transformers")
 
@@ -25,18 +24,6 @@ def offline(monkeypatch):
         raise AssertionError("the network was asked")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "llama"
-    save_model(tiny_llama(), tiny_tokenizer(), folder)
-    return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path):
-    return Path(shutil.copytree(saved, tmp_path / "llama"))
 
 
 def test_folder_opens_with_its_tokenizer(folder, capfd):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -13,51 +12,13 @@ from peelwise.model.checkpoint_files import check_weights
 from peelwise.model.checkpoints import open_model, save_model
 from peelwise.model.fingerprint import fingerprint
 from peelwise.model.loading import contained
-from tiny_llama import cut, edit, tiny_llama, tiny_tokenizer
+from refusals import refused
+from tiny_llama import cut, edit, tiny_llama
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("in_time", "no_kernels")
 
 HUGE = 10**9
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "llama"
-    save_model(tiny_llama(), tiny_tokenizer(), folder)
-    return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path):
-    return Path(shutil.copytree(saved, tmp_path / "llama"))
-
-
-@pytest.fixture(autouse=True)
-def in_time():
-    start = time.process_time()
-    yield
-    assert time.process_time() - start < 30, "an answer takes seconds"
-
-
-@pytest.fixture(autouse=True)
-def no_kernels(monkeypatch):
-    def refuse(*names, **_):
-        raise AssertionError(f"a kernel was fetched: {names}")
-
-    monkeypatch.setattr("transformers.integrations.hub_kernels.get_kernel", refuse)
-
-
-def refused(source, *parts, **options):
-    """Open, and return the one line that says why it cannot be."""
-    with pytest.raises(ModelError) as caught:
-        open_model(source, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert len(message) < 700
-    assert "Traceback" not in message
-    for part in parts:
-        assert part in message
-    return message
 
 
 # --- Names of things to load ---------------------------------------------------------------------------------------

@@ -2,9 +2,7 @@
 
 import json
 import os
-import shutil
 import struct
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,53 +10,14 @@ import pytest
 
 from gguf_files import llama_of_whole_blocks, write_llama_gguf
 from peelwise.errors import ModelError
-from peelwise.model.checkpoints import open_model, save_model
 from peelwise.model.weights.gguf_header import check_gguf
-from tiny_llama import tiny_llama, tiny_tokenizer
+from refusals import refused
+from tiny_llama import tiny_llama
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("in_time", "no_kernels")
 
 HUGE = 10**9
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "llama"
-    save_model(tiny_llama(), tiny_tokenizer(), folder)
-    return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path):
-    return Path(shutil.copytree(saved, tmp_path / "llama"))
-
-
-@pytest.fixture(autouse=True)
-def in_time():
-    start = time.process_time()
-    yield
-    assert time.process_time() - start < 30, "an answer takes seconds"
-
-
-@pytest.fixture(autouse=True)
-def no_kernels(monkeypatch):
-    def refuse(*names, **_):
-        raise AssertionError(f"a kernel was fetched: {names}")
-
-    monkeypatch.setattr("transformers.integrations.hub_kernels.get_kernel", refuse)
-
-
-def refused(source, *parts, **options):
-    """Open, and return the one line that says why it cannot be."""
-    with pytest.raises(ModelError) as caught:
-        open_model(source, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert len(message) < 700
-    assert "Traceback" not in message
-    for part in parts:
-        assert part in message
-    return message
 
 
 @pytest.fixture
