@@ -50,8 +50,8 @@ def test_proposals_are_those_of_a_session_on_the_written_weights(opened):
     found = session.relinearised(changes)
     assert sorted(found) == list(range(BLOCKS))
     for index, block in found.items():
-        assert block.energy == pytest.approx(expected[index].energy, rel=1e-3)
-    assert found[1].energy != pytest.approx(session.relinearised({})[1].energy, rel=0.01)  # the control
+        assert block.signals["energy"] == pytest.approx(expected[index].signals["energy"], rel=1e-3)
+    assert found[1].signals["energy"] != pytest.approx(session.relinearised({})[1].signals["energy"], rel=0.01)  # the control
 
 
 def test_one_block_by_itself_gets_the_proposals_it_gets_among_all(opened):
@@ -59,7 +59,7 @@ def test_one_block_by_itself_gets_the_proposals_it_gets_among_all(opened):
     own = {linear: change for linear, change in changes.items() if linear in set(session.runner.blocks[1].linears)}
     (index, alone), *others = session.relinearised(own, 1).items()
     assert (index, others) == (1, [])
-    assert alone.energy == pytest.approx(session.relinearised(own)[1].energy, rel=1e-6)
+    assert alone.signals["energy"] == pytest.approx(session.relinearised(own)[1].signals["energy"], rel=1e-6)
 
 
 def test_a_session_on_report_alone_says_the_same(opened):

@@ -98,5 +98,5 @@ def test_a_monitor_tells_its_loggers_and_outlives_them(tmp_path, capsys):
     assert "step 2: " in capsys.readouterr().err
     assert list((tmp_path / "board").iterdir())
     lost = [e.text for e in monitor.events if e.kind == "not-recorded"]
-    assert lost == ["Broken logs no more; training goes on. no space left"]
+    assert lost == ["Broken logs nothing more; training goes on. no space left"]
     assert {"console", "jsonl", "tensorboard"} < set(LOGGERS)

@@ -101,7 +101,7 @@ def test_command_line(form, run, run_db, tmp_path):
     ("arguments", "words"),
     [
         (["none.db", "--to", "csv"], "No run history at none.db"),
-        (["DB", "--to", "xlsx"], "--to takes csv"),
+        (["DB", "--to", "xlsx"], "'xlsx' is not one of 'csv'"),
         (["DB", "--to", "csv", "--run", "7"], "no run 7; it holds: 1, 2"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("uvicorn", reason="the live page needs starlette and uvicorn")
 pytest.importorskip("playwright", reason="playwright drives the browser")
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 from peelwise.records.run import WHOLE_MODEL, MatrixShare, Measurement, RunInfo, Statistic, StepRow, VerdictRow
 from peelwise.store.writer import RunWriter
@@ -137,8 +137,8 @@ def test_choosing_a_block_changes_the_view_and_the_link(page, ask):
         "0.05 nats lie above the margin. Rests on the measurement at step 109." in page.locator(".reason").inner_text()
     )
     page.get_by_role("radio", name="Block 1, blocks.1").click()
+    page.wait_for_selector(".block h3:has-text('Block 1')")
     page.wait_for_selector(".small-chart")
-    assert page.locator(".block h3").inner_text().startswith("Block 1")
     assert page.url.endswith("#runs=0.1&block=1")
     recoverable = page.locator('[data-statistic="recoverable"]')
     assert "+0.0300 [0.0000, +0.0500] nats per token at step 199" in recoverable.inner_text()
@@ -232,13 +232,13 @@ def test_what_a_screen_reader_is_told(page, ask):
         'radio "Block 0, blocks.0: certified under-optimised" [checked]',
         "Loss over steps. Training loss 2.0100 at step 199.",
         "Heat map of 3 blocks by 20 columns of measurements. Now 1 red, 0 yellow, 1 green, 1 grey.",
-        "Solo gain of 20 looks. Latest: +0.0100",
+        "Solo gain of 20 measurements. Latest: +0.0100",
         "alert:",
     ):
         assert words in tree, (words, tree)
     page.locator(".heat details summary").click()
     table = page.get_by_role("table", name="Blocks over steps")
-    assert table.locator("tbody tr").count() == 20
+    expect(table.locator("tbody tr")).to_have_count(20)  # filled once it is opened
     assert table.locator("tbody tr").first.inner_text().split() == ["199", "R", "G", "?"]
 
 
