@@ -284,15 +284,11 @@ def test_gradients_cleared_too_early_are_told_once():
 
 def test_a_file_that_can_no_longer_be_written_ends_the_record_and_not_the_training(tmp_path, caplog):
     model, path = model_of("plain"), tmp_path / "run.db"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     options = {"budget": None, "schedule": peelwise.every(300)}
     with peelwise.Monitor(model, tiny_probe(), store=path, **options) as monitor:
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
-            for step in range(1_000):
-                monitor.step(step, loss=1.0)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        resource.prlimit(monitor._outlets.writer._keeper.pid, resource.RLIMIT_FSIZE, (300_000, 300_000))
+        for step in range(1_000):
+            monitor.step(step, loss=1.0)
         lost = [event for event in monitor.events if event.kind == "not-recorded"]
         assert len(lost) == 1
         assert "no longer recorded; training goes on" in lost[0].text

@@ -47,7 +47,7 @@ class RunReader:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
+        if not _is_file(self.path):
             raise StoreError(f"No run history at {self.path}. Give the file that the monitor's store= names.")
         with explained(self.path, "read"):
             self._connection = opened_for_reading(self.path)
@@ -297,6 +297,13 @@ class RunReader:
     def _rows(self, sql: str, values: Iterable[Any] | Mapping[str, Any] = ()) -> list[sqlite3.Row]:
         with explained(self.path, "read"):
             return self._connection.execute(sql, values).fetchall()  # type: ignore[arg-type]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _run(row: sqlite3.Row, blocks: tuple[str, ...]) -> Run:
