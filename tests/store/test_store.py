@@ -16,6 +16,8 @@ import pytest
 from peelwise.errors import StoreError
 from peelwise.records.run import WHOLE_MODEL, Statistic, StepRow
 from peelwise.store import schema
+from peelwise.store import writer as writing
+from peelwise.store.keeper import Keeper
 from peelwise.store.reader import RunReader
 from peelwise.store.writer import RunWriter
 from runs import BLOCKS, STATISTICS, event, measurement_row, run_info, write_run
@@ -296,6 +298,7 @@ def test_an_older_file_is_migrated_for_writing_and_read_as_it_is(run_db, monkeyp
     before = run_db.read_bytes()
     newer = (*schema.MIGRATIONS, ("ALTER TABLE steps ADD COLUMN tokens INTEGER DEFAULT 7",))
     monkeypatch.setattr(schema, "MIGRATIONS", newer)
+    monkeypatch.setattr(writing, "keeper_of", Keeper)  # another process would not know of it
     with RunReader(run_db) as reader:
         assert next(iter(reader.table("steps", 1)))["tokens"] == 7
     assert run_db.read_bytes() == before
@@ -308,6 +311,7 @@ def test_an_older_file_is_migrated_for_writing_and_read_as_it_is(run_db, monkeyp
 def test_a_migration_that_fails_changes_nothing(run_db, monkeypatch):
     broken = (*schema.MIGRATIONS, ("ALTER TABLE steps ADD COLUMN tokens", "ALTER TABLE absent ADD COLUMN x"))
     monkeypatch.setattr(schema, "MIGRATIONS", broken)
+    monkeypatch.setattr(writing, "keeper_of", Keeper)
     with pytest.raises(StoreError, match="no such table"):
         RunWriter(run_db, run_info())
     monkeypatch.undo()

@@ -197,12 +197,12 @@ class Remote:
 
     @property
     def _stdin(self) -> BinaryIO:
-        assert self._process.stdin is not None  # noqa: S101 - for the type checker: it was asked for
+        assert self._process.stdin is not None
         return self._process.stdin  # type: ignore[return-value]
 
     @property
     def _stdout(self) -> BinaryIO:
-        assert self._process.stdout is not None  # noqa: S101
+        assert self._process.stdout is not None
         return self._process.stdout  # type: ignore[return-value]
 
     def _ask(self, *request: Any) -> Any:
@@ -236,7 +236,7 @@ class Remote:
             self._heard += some
         size = 8 + int.from_bytes(self._heard[:8], "little")
         answer, self._heard = self._heard[8:size], self._heard[size:]
-        return pickle.loads(answer)  # noqa: S301 - from the process that was started above
+        return pickle.loads(answer)
 
 
 def _send(file: int, content: Any) -> None:
@@ -252,7 +252,7 @@ def _requests() -> Any:
     while True:
         while len(heard) >= 8 and len(heard) >= 8 + (size := int.from_bytes(heard[:8], "little")):
             request, heard = heard[8 : 8 + size], heard[8 + size :]
-            yield pickle.loads(request)  # noqa: S301 - from the process that started this one
+            yield pickle.loads(request)
         if os.name == "posix":
             while not select.select([0], [], [], 0.5)[0]:
                 if os.getppid() != parent:
@@ -271,6 +271,7 @@ def main() -> None:
     keeper: Keeper | None = None
     try:
         for number, (kind, *content) in _requests():
+            answer: tuple[Any, ...]
             try:
                 if keeper is None:
                     keeper = Keeper(Path(content[0]))

@@ -13,7 +13,7 @@ from peelwise.errors import StoreError
 _MOST = 2**63  # SQLite's whole numbers have 64 bits
 
 
-def plain(value: Any) -> None | int | float | str | bytes:
+def plain(value: Any) -> int | float | str | bytes | None:
     """Return a value as SQLite stores it: numbers of NumPy and torch become Python's, text becomes valid UTF-8.
 
     Raises:
@@ -30,7 +30,7 @@ def plain(value: Any) -> None | int | float | str | bytes:
             continue
         if isinstance(number, int) and not -_MOST <= number < _MOST:
             raise StoreError(f"{number} cannot be recorded: whole numbers must lie within 64 bits.")
-        return number  # type: ignore[no-any-return]
+        return number
     raise StoreError(f"A {type(value).__name__} cannot be recorded: a number or a text is expected.")
 
 

@@ -18,7 +18,7 @@ from peelwise.records.run import Event, Measurement, RunInfo, StepRow
 from peelwise.store import profiles
 from peelwise.store.keeper import Part, keeper_of
 from peelwise.store.lock import LockedError
-from peelwise.store.plain import as_json, number, plain, row, whole
+from peelwise.store.plain import as_json, number, row, whole
 from peelwise.store.reader import RunReader, Status
 
 # Rows that wait while another program holds the file, some hundred bytes each.
@@ -246,7 +246,7 @@ def _file_of(path: str | Path) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         return file  # what cannot be made there, the attempt says
     except (OSError, RuntimeError, ValueError) as error:  # too long a name, a circle of links
-        raise StoreError(f"{plain(text)} cannot be written: {error}.") from error
+        raise StoreError(f"{text!r} cannot be written: {error}.") from error
     if not stat.S_ISREG(kind):
         raise StoreError(f"{text} cannot be written: it is no file but a folder, a device or the like.")
     return file
