@@ -22,6 +22,7 @@ from peelwise.store.sound import checked, one_by_one
 Status = Literal["running", "finished", "failed", "interrupted"]
 Between = tuple[int, int]  # first and last training step that is wanted
 ALL_STEPS: Between = (-(2**62), 2**62)
+_EVENTS = "SELECT * FROM events WHERE run_id = ? AND id > ?"
 _LONGEST = 30.0  # seconds for one question: a damaged file can be one that never ends
 
 
@@ -222,9 +223,14 @@ class RunReader:
             (run_id,),
         )
 
-    def events(self, run_id: int, *, after: int = 0) -> list[sqlite3.Row]:
-        """Return the events whose id is beyond ``after``."""
-        return self._rows("SELECT * FROM events WHERE run_id = ? AND id > ? ORDER BY id", (run_id, after))
+    def events(self, run_id: int, *, after: int = 0, most: int | None = None) -> list[sqlite3.Row]:
+        """Return the events whose id is beyond ``after``, or the ``most`` newest of them."""
+        newest = f"SELECT * FROM ({_EVENTS} ORDER BY id DESC LIMIT {_at_most(most)}) ORDER BY id"
+        return self._rows(f"{_EVENTS} ORDER BY id" if most is None else newest, (run_id, after))
+
+    def newest_ids(self, run_id: int) -> tuple[int, int, int]:
+        """Return the last ids of a run's steps, probes and events, 0 where it has none, however many there are."""
+        return self._newest("steps", run_id), self._newest("probes", run_id), self._newest("events", run_id)
 
     def table(self, name: str, run_id: int) -> Iterator[sqlite3.Row]:
         """Yield the rows of one run from one of ``TABLES``, with the step where only the probe's id is stored."""
@@ -250,6 +256,17 @@ class RunReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _newest(self, table: str, run_id: int) -> int:
+        """Return the last id of a run in a table by bisection: there is one writer at a time, so runs do not mix."""
+        (ends,) = self._rows(f"SELECT max(id) AS newest FROM {table}")
+        low, high = 0, ends["newest"] or 0  # ids up to low belong to this run or earlier ones, those beyond high do not
+        while low < high:
+            middle = (low + high + 1) // 2
+            (row,) = self._rows(f"SELECT id, run_id FROM {table} WHERE id >= ? ORDER BY id LIMIT 1", (middle,))
+            low, high = (row["id"], max(high, row["id"])) if row["run_id"] <= run_id else (low, middle - 1)
+        own = self._rows(f"SELECT 1 AS there FROM {table} WHERE id = ? AND run_id = ?", (low, run_id))
+        return low if own else 0
 
     def _has_profiles(self, run_id: int) -> bool:
         """Whether a run was written with them; one writer writes a run, so its first measurement tells of all."""
@@ -298,12 +315,14 @@ class RunReader:
             self._until = math.inf
 
     def _thinned(self, columns: str, table: str, run_id: int, after: int, most: int | None) -> list[sqlite3.Row]:
-        # There is one writer at a time, so the ids of a run follow each other without a gap.
+        # There is one writer at a time, so the ids of a run follow each other without a gap. News are few: they are
+        # found by their ids, not among all rows of the run (with the + no index is used).
+        run = "+run_id" if after else "run_id"
         return self._rows(
             f"""SELECT {columns} FROM {table},
             (SELECT max(id) AS last, max(count(*) - 1, 0) / :most + 1 AS stride FROM {table}
-             WHERE run_id = :run AND id > :after)
-            WHERE run_id = :run AND id > :after AND (last - id) % stride = 0 ORDER BY id""",
+             WHERE {run} = :run AND id > :after)
+            WHERE {run} = :run AND id > :after AND (last - id) % stride = 0 ORDER BY id""",
             {"run": run_id, "after": after, "most": _at_most(most)},
         )
 

@@ -15,6 +15,7 @@ from rich.text import Text
 from peelwise.records.plain_text import clean
 from peelwise.records.run import COLOURS
 from peelwise.store.reader import Run, RunReader
+from peelwise.store.schema import sound
 
 _STYLES = {"red": "bold red", "yellow": "yellow", "green": "green", "grey": "dim"}
 _LEVELS = {"alert": "bold red", "warning": "yellow", "info": "dim"}
@@ -62,8 +63,13 @@ def watch(
 
 def view(reader: RunReader, run: Run) -> RenderableType:
     """Return the present state of a run."""
+    with sound(reader.path):
+        return _view(reader, run)
+
+
+def _view(reader: RunReader, run: Run) -> RenderableType:
     parts: list[RenderableType] = [_headline(reader, run), _blocks(reader, run), *_codes(reader, run)]
-    events = reader.events(run.id)[-_EVENTS:]
+    events = reader.events(run.id, most=_EVENTS)
     parts += [_event(row["step"], row["level"], row["text"], row["suggestion"]) for row in events]
     return Group(*parts)
 
@@ -73,11 +79,12 @@ def _chosen(reader: RunReader, run_id: int | None) -> Run:
 
 
 def _headline(reader: RunReader, run: Run) -> Text:
-    steps = reader.steps(run.id, most=1)
-    probes = reader.probes(run.id, most=1)
+    last_step, last_probe, _ = reader.newest_ids(run.id)
+    steps = reader.steps(run.id, after=max(last_step - 200, 0)) if last_step else []
+    probes = reader.probes(run.id, after=last_probe - 1) if last_probe else []
     words = [f"{clean(run.info.name)}, run {run.id}, {run.status}"]
     if steps:
-        loss = next((row["loss"] for row in reversed(reader.steps(run.id, most=200)) if row["loss"] is not None), None)
+        loss = next((row["loss"] for row in reversed(steps) if row["loss"] is not None), None)
         words.append(f"step {steps[-1]['step']:,}" + ("" if loss is None else f", loss {loss:.4f}"))
         asked = "" if run.info.budget is None else f" of {run.info.budget:.1%} asked for"
         words.append(f"monitor {steps[-1]['share']:.1%}{asked}")
