@@ -184,6 +184,8 @@ def explained(path: Path, verb: str = "written") -> Iterator[None]:
         raise  # a closed connection or wrong SQL is our caller's or our own mistake
     except sqlite3.Error as error:
         raise StoreError(f"{path} cannot be {verb}: {reason(path, error)}.") from error
+    except UnicodeError as error:  # of SQLite's own message, which quotes what it could not read
+        raise StoreError(f"{path} is damaged: its tables are no text.") from error
 
 
 @contextmanager

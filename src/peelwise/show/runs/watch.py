@@ -88,12 +88,19 @@ def _headline(reader: RunReader, run: Run) -> Text:
         words.append(f"step {steps[-1]['step']:,}" + ("" if loss is None else f", loss {loss:.4f}"))
         asked = "" if run.info.budget is None else f" of {run.info.budget:.1%} asked for"
         words.append(f"monitor {steps[-1]['share']:.1%}{asked}")
-        words.append(f"as of {datetime.fromtimestamp(steps[-1]['time']):%H:%M:%S}")
+        words.append(f"as of {_clock(steps[-1]['time'])}")
     if probes:
         words.append(f"looked at step {probes[-1]['step']:,}: {probes[-1]['probe_loss']:.4f} on the probe")
         if probes[-1]["slope"] is not None:
             words.append(f"loss {1000 * probes[-1]['slope']:+.3g} per 1,000 steps")
     return Text(" | ".join(words))
+
+
+def _clock(seconds: float) -> str:
+    try:
+        return f"{datetime.fromtimestamp(seconds):%H:%M:%S}"
+    except (ValueError, OverflowError, OSError) as error:  # the last one is some systems' word for too large
+        raise ValueError(f"{seconds} is no time") from error
 
 
 def _blocks(reader: RunReader, run: Run) -> RenderableType:
