@@ -77,6 +77,7 @@ class Dashboard:
 
     def runs(self, request: Request) -> Response:
         """Answer with all runs of all files."""
+        self._files.marks(at_once=True)
         return JSONResponse(self._files.listing() | self._facts)
 
     def overview(self, request: Request) -> Response:
@@ -120,7 +121,7 @@ class Dashboard:
         quiet = 0.0
         yield b"retry: 1000\n\n"
         while not self._ending():
-            marks = await run_sync(self._files.marks)
+            marks = await run_sync(partial(self._files.marks, at_once=not seen))
             messages: list[news.Message] = []
             if marks != seen:
                 known, messages = await run_sync(self._since, tuple(places.values()), known)

@@ -41,11 +41,15 @@ class Histories:
         self._failed = [0.0] * len(self.paths)
         self._kept: dict[tuple[Any, int], Any] = {}
 
-    def marks(self) -> tuple[int, ...]:
-        """Return a number for each file that is another one whenever it may hold something new."""
+    def marks(self, *, at_once: bool = False) -> tuple[int, ...]:
+        """Return a number for each file that is another one whenever it may hold something new.
+
+        Args:
+            at_once: look now, for somebody who just came, however short ago the last look was.
+        """
         with self._lock:
             now = time.monotonic()
-            if now - self._looked >= 0.8 * self._seconds:
+            if at_once or now - self._looked >= 0.8 * self._seconds:
                 self._looked = now
                 for number, path in enumerate(self.paths):
                     self._look(number, path, now)
