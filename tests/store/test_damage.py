@@ -278,3 +278,21 @@ def test_a_step_that_is_no_whole_number_is_said_and_not_stored(number, path):
             writer.step(step(number))
         writer.step(step(1))
     assert steps_in(path) == [1]
+
+
+def test_a_lock_file_that_is_removed_while_it_is_waited_for_locks_nobody_out_or_in(path):
+    """Who ends removes the small file: whoever had it open by then must not take that for the lock."""
+    for number in range(15):
+        writer = RunWriter(path, run_info(str(number)))
+        writer._open = False
+        writer._keeper._stdin.close()  # its process ends when it likes, as after a kill
+    with RunReader(path) as reader:
+        assert [run.info.name for run in reader.runs()] == [str(number) for number in range(15)]
+
+
+def test_what_another_lock_left_beside_is_no_hindrance(path):
+    path.with_name("run.db-lock").write_bytes(b"")
+    path.with_name("run.db-lock-journal").write_bytes(b"\xd9\xd5\x05\xf9 \xa1c\xd7" + b"\1" * 600)
+    with RunWriter(path, run_info()) as writer:
+        writer.step(step(0))
+    assert steps_in(path) == [0]

@@ -6,7 +6,7 @@ import os
 import sqlite3
 import struct
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 try:
@@ -42,9 +42,8 @@ class WriterLock:
     def __init__(self, path: Path) -> None:
         self._path = path.with_name(f"{path.name}-lock")
         self.file = -1
-        self._connection = sqlite3.connect(self._path, timeout=0, isolation_level=None)
+        self._connection = self._transaction()
         try:
-            self._wait_for_transaction()
             self.file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
             self._lock_inode()
         except BaseException:
@@ -62,19 +61,40 @@ class WriterLock:
                 self._path.unlink()
         self._connection.close()
 
-    def _wait_for_transaction(self) -> None:
+    def _transaction(self) -> sqlite3.Connection:
+        """Return a connection with an exclusive transaction on the file that has the name now.
+
+        Who ends removes it: one that was opened just before may be locked by us and seen by nobody.
+        """
         until = time.monotonic() + _PATIENCE
         while True:
+            connection = sqlite3.connect(self._path, timeout=0, isolation_level=None)
             try:
-                self._connection.execute("BEGIN EXCLUSIVE")
+                connection.execute("PRAGMA journal_mode = OFF")  # nothing is written, and its name would be shared
+                connection.execute("BEGIN EXCLUSIVE")
+                if self._is_locked():
+                    return connection
             except sqlite3.OperationalError as error:
-                if "locked" not in str(error):
+                connection.close()
+                if "unable to open" in str(error):
                     raise
                 if time.monotonic() > until:
-                    raise LockedError from error
-                time.sleep(0.02)
-            else:
-                return
+                    if "locked" in str(error):
+                        raise LockedError from error
+                    raise
+            except BaseException:
+                connection.close()
+                raise
+            connection.close()
+            time.sleep(0.02)
+
+    def _is_locked(self) -> bool:
+        with closing(sqlite3.connect(self._path, timeout=0, isolation_level=None)) as other:
+            try:
+                other.execute("BEGIN EXCLUSIVE")
+            except sqlite3.OperationalError as error:
+                return "locked" in str(error)
+        return False
 
     def _lock_inode(self) -> None:
         if fcntl is None or not hasattr(fcntl, "F_OFD_SETLK"):

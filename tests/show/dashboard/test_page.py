@@ -356,7 +356,7 @@ def test_what_a_history_holds_does_nothing_on_the_page(page, tmp_path):
         verdicts = (VerdictRow(0, "red", HOSTILE, 0),)
         matrices = (MatrixShare(0, HOSTILE, 1.0),)
         happened = (event(0, text=HOSTILE, suggestion=HOSTILE, kind=HOSTILE),)
-        writer.probe(
+        writer.measurement(
             Measurement(
                 0,
                 "ranking",
