@@ -301,6 +301,31 @@ def test_a_file_that_can_no_longer_be_written_ends_the_record_and_not_the_traini
         assert lost[0].step <= len(written) <= lost[0].step + 1
 
 
+@pytest.mark.parametrize("damage", ["removed", "log truncated", "shared memory truncated"])
+def test_what_others_do_to_the_file_is_said_once_and_training_goes_on(damage, tmp_path):
+    path = tmp_path / "run.db"
+    with peelwise.Monitor(model_of("plain"), tiny_probe(), store=path, budget=None, schedule=peelwise.every(50)) as monitor:
+        monitor.step(np.int64(0), loss=np.float32(1.0))
+        assert monitor.recorded
+        time.sleep(0.02)  # the clock of files has ticked
+        if damage == "removed":
+            path.unlink()
+        else:
+            os.truncate(f"{path}-wal" if damage == "log truncated" else f"{path}-shm", 0)
+        for step in range(1, 5):
+            monitor.step(step, loss=1.0)
+        assert not monitor.recorded
+        (lost,) = [event for event in monitor.events if event.kind == "not-recorded"]
+        assert (lost.step, "no longer recorded; training goes on" in lost.text) == (1, True)
+
+
+@pytest.mark.parametrize("store", ["", ":memory:", "run\0.db"])
+def test_a_store_that_names_no_file_is_said(store):
+    with peelwise.Monitor(model_of("plain"), tiny_probe(), store=store) as monitor:
+        assert not monitor.recorded
+        assert "takes the name of a file" in monitor.events[0].text
+
+
 def newer_file(path):
     peelwise.Monitor(model_of("plain"), tiny_probe(), store=path).close()
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
