@@ -3,11 +3,13 @@
 import contextlib
 import copy
 import logging
+import os
 import random
 import resource
 import sqlite3
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -286,15 +288,11 @@ def test_gradients_cleared_too_early_are_told_once():
 
 def test_a_file_that_can_no_longer_be_written_ends_the_record_and_not_the_training(tmp_path, caplog):
     model, path = model_of("plain"), tmp_path / "run.db"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     options = {"budget": None, "schedule": peelwise.every(300)}
     with peelwise.Monitor(model, tiny_probe(), store=path, **options) as monitor:
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
-            for step in range(1_000):
-                monitor.step(step, loss=1.0)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        resource.prlimit(monitor._outlets.writer._keeper.pid, resource.RLIMIT_FSIZE, (300_000, 300_000))
+        for step in range(1_000):
+            monitor.step(step, loss=1.0)
         lost = [event for event in monitor.events if event.kind == "not-recorded"]
         assert len(lost) == 1
         assert "no longer recorded; training goes on" in lost[0].text
@@ -305,6 +303,33 @@ def test_a_file_that_can_no_longer_be_written_ends_the_record_and_not_the_traini
         written = [row["step"] for row in reader.steps(1)]
         assert written == list(range(len(written)))
         assert lost[0].step <= len(written) <= lost[0].step + 1
+
+
+@pytest.mark.parametrize("damage", ["removed", "log truncated", "shared memory truncated"])
+def test_what_others_do_to_the_file_is_said_once_and_training_goes_on(damage, tmp_path):
+    path = tmp_path / "run.db"
+    with peelwise.Monitor(
+        model_of("plain"), tiny_probe(), store=path, budget=None, schedule=peelwise.every(50)
+    ) as monitor:
+        monitor.step(np.int64(0), loss=np.float32(1.0))
+        assert monitor.recorded
+        time.sleep(0.02)  # the clock of files has ticked
+        if damage == "removed":
+            path.unlink()
+        else:
+            os.truncate(f"{path}-wal" if damage == "log truncated" else f"{path}-shm", 0)
+        for step in range(1, 5):
+            monitor.step(step, loss=1.0)
+        assert not monitor.recorded
+        (lost,) = [event for event in monitor.events if event.kind == "not-recorded"]
+        assert (lost.step, "no longer recorded; training goes on" in lost.text) == (1, True)
+
+
+@pytest.mark.parametrize("store", ["", ":memory:", "run\0.db"])
+def test_a_store_that_names_no_file_is_said(store):
+    with peelwise.Monitor(model_of("plain"), tiny_probe(), store=store) as monitor:
+        assert not monitor.recorded
+        assert "takes the name of a file" in monitor.events[0].text
 
 
 def newer_file(path):

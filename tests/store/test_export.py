@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,8 @@ from peelwise.errors import OptionError
 from peelwise.store.export import FORMATS, MANIFEST, export, scalars
 from peelwise.store.reader import RunReader
 from peelwise.store.schema import TABLES
-from runs import write_run
+from peelwise.store.writer import RunWriter
+from runs import event, measurement_row, run_info, write_run
 
 LIBRARIES = {"parquet": "pyarrow", "tensorboard": "tensorboard"}
 
@@ -45,6 +47,27 @@ def test_csv(exported, run_db):
             found = list(csv.DictReader(file))
         expected = [{k: "" if v is None else str(v) for k, v in row.items()} for row in rows_of(run_db, table)]
         assert found == expected
+
+
+@pytest.mark.parametrize("first", ["=", "+", "-", "@", "\t", "\r", "\n", " =", "＝"])
+def test_text_is_no_formula_in_a_spreadsheet(first, tmp_path):
+    evil = f"{first}HYPERLINK(1)"
+    path = tmp_path / "run.db"
+    row = replace(measurement_row(-3, events=(event(-3, text=evil, suggestion=evil),)), verdicts=(), slope=-1e-3)
+    with RunWriter(path, replace(run_info(evil), blocks=(evil, "plain", "a=b"))) as writer:
+        writer.measurement(row)
+    with RunReader(path) as reader:
+        for form in ("csv", "jsonl"):
+            export(reader, reader.runs(), form, tmp_path)
+    cells = {}
+    for file in tmp_path.glob("*.csv"):
+        with file.open(newline="", encoding="utf-8") as text:
+            cells[file.stem] = list(csv.DictReader(text))
+    marked = f"'{evil}"
+    assert cells["runs"][0]["name"] == cells["events"][0]["text"] == cells["events"][0]["suggestion"] == marked
+    assert [each["name"] for each in cells["blocks"]] == [marked, "plain", "a=b"]
+    assert (cells["probes"][0]["step"], cells["probes"][0]["slope"]) == ("-3", "-0.001")  # numbers stay numbers
+    assert json.loads((tmp_path / "runs.jsonl").read_text())["name"] == evil
 
 
 def test_json_lines(exported, run_db):

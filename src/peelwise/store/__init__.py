@@ -5,7 +5,23 @@ is one transaction: whatever happens to the writer, a reader sees whole records 
 docs/run-history.md for readers with plain SQL.
 """
 
-from peelwise.store.reader import RunReader
-from peelwise.store.writer import RunWriter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peelwise.store.reader import RunReader
+    from peelwise.store.writer import RunWriter
 
 __all__ = ["RunReader", "RunWriter"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: the process that writes a history starts with every training and needs neither.
+    if name == "RunReader":
+        from peelwise.store.reader import RunReader
+
+        return RunReader
+    if name == "RunWriter":
+        from peelwise.store.writer import RunWriter
+
+        return RunWriter
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,10 +14,11 @@ from typing import Any
 from peelwise.errors import MissingExtraError, OptionError
 from peelwise.records.run import tag
 from peelwise.store.reader import Run, RunReader
-from peelwise.store.schema import TABLES
+from peelwise.store.schema import TABLES, sound
 
 MANIFEST = "export.json"  # tells an earlier export from a third-party folder
 _ROWS_AT_A_TIME = 10_000
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 Rows = Iterator[sqlite3.Row]
 
@@ -37,7 +38,8 @@ def export(reader: RunReader, runs: Sequence[Run], form: str, folder: Path) -> N
     """
     if form not in FORMATS:
         raise OptionError(f"--to takes {', '.join(FORMATS)}; got {form!r}.")
-    FORMATS[form](reader, runs, folder)
+    with sound(reader.path):
+        FORMATS[form](reader, runs, folder)
     facts = {"format": form, "source": reader.path.name, "runs": [run.id for run in runs]}
     (folder / MANIFEST).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
@@ -56,7 +58,12 @@ def _csv(reader: RunReader, runs: Sequence[Run], folder: Path) -> None:
         with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(columns)
-            writer.writerows(tuple(row) for row in rows)
+            writer.writerows(map(_cell, row) for row in rows)
+
+
+def _cell(value: Any) -> Any:
+    """Return text that a spreadsheet would take for a formula behind an apostrophe, as spreadsheets mark text."""
+    return f"'{value}" if isinstance(value, str) and value.lstrip(" ").startswith(_FORMULAS) else value
 
 
 def _jsonl(reader: RunReader, runs: Sequence[Run], folder: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -13,11 +16,14 @@ from peelwise.errors import StoreError
 from peelwise.records.run import RunInfo
 from peelwise.store import profiles
 from peelwise.store.profiles import Held, Kind
-from peelwise.store.schema import TABLES, explained, opened_for_reading
+from peelwise.store.schema import TABLES, explained, opened_for_reading, sound
+from peelwise.store.sound import checked, one_by_one
 
 Status = Literal["running", "finished", "failed", "interrupted"]
 Between = tuple[int, int]  # first and last training step that is wanted
 ALL_STEPS: Between = (-(2**62), 2**62)
+_EVENTS = "SELECT * FROM events WHERE run_id = ? AND id > ?"
+_LONGEST = 30.0  # seconds for one question: a damaged file can be one that never ends
 
 
 @dataclass(frozen=True)
@@ -47,17 +53,16 @@ class RunReader:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
+        if not _is_file(self.path):
             raise StoreError(f"No run history at {self.path}. Give the file that the monitor's store= names.")
         with explained(self.path, "read"):
             self._connection = opened_for_reading(self.path)
+        self._until = math.inf
+        self._connection.set_progress_handler(lambda: time.monotonic() > self._until, 100_000)
 
     def runs(self) -> list[Run]:
         """Return all runs, oldest first."""
-        names: dict[int, list[str]] = {}
-        for row in self._rows("SELECT run_id, name FROM blocks ORDER BY run_id, block"):
-            names.setdefault(row["run_id"], []).append(row["name"])
-        return [_run(row, tuple(names.get(row["id"], ()))) for row in self._rows("SELECT * FROM runs ORDER BY id")]
+        return self._runs("")
 
     def latest(self) -> Run:
         """Return the newest run.
@@ -65,10 +70,10 @@ class RunReader:
         Raises:
             StoreError: If the file holds no run yet.
         """
-        found = self.runs()
+        found = self._runs("WHERE id = (SELECT max(id) FROM runs)")
         if not found:
             raise StoreError(f"{self.path} holds no run yet.")
-        return found[-1]
+        return found[0]
 
     def run(self, run_id: int) -> Run:
         """Return one run.
@@ -76,11 +81,11 @@ class RunReader:
         Raises:
             StoreError: If there is none of that number.
         """
-        found = {run.id: run for run in self.runs()}
-        if run_id not in found:
-            numbers = ", ".join(map(str, found)) or "none"
+        found = self._runs(f"WHERE id = {int(run_id)}")
+        if not found:
+            numbers = ", ".join(str(row["id"]) for row in self._rows("SELECT id FROM runs ORDER BY id")) or "none"
             raise StoreError(f"{self.path} has no run {run_id}; it holds: {numbers}.")
-        return found[run_id]
+        return found[0]
 
     def steps(self, run_id: int, *, after: int = 0, most: int | None = None) -> list[sqlite3.Row]:
         """Return ``id, step, time, loss, share`` of steps whose id is beyond ``after``, thinned evenly to ``most``."""
@@ -198,8 +203,8 @@ class RunReader:
 
     def newest(self, run_id: int, name: str, *, among: int = 500) -> dict[int, sqlite3.Row]:
         """Return block -> the newest row of a statistic, as `statistics` does, if it is ``among`` the latest probes."""
-        (last,) = self._rows("SELECT max(id) AS id FROM probes WHERE run_id = ?", (run_id,))
-        rows = self.statistics(run_id, name, after=max((last["id"] or 0) - among, 0))
+        (last,) = self._rows("SELECT max(id) AS newest FROM probes WHERE run_id = ?", (run_id,))
+        rows = self.statistics(run_id, name, after=max((last["newest"] or 0) - among, 0))
         return {row["block"]: row for row in rows}
 
     def matrices(self, run_id: int, block: int) -> list[sqlite3.Row]:
@@ -218,9 +223,14 @@ class RunReader:
             (run_id,),
         )
 
-    def events(self, run_id: int, *, after: int = 0) -> list[sqlite3.Row]:
-        """Return the events whose id is beyond ``after``."""
-        return self._rows("SELECT * FROM events WHERE run_id = ? AND id > ? ORDER BY id", (run_id, after))
+    def events(self, run_id: int, *, after: int = 0, most: int | None = None) -> list[sqlite3.Row]:
+        """Return the events whose id is beyond ``after``, or the ``most`` newest of them."""
+        newest = f"SELECT * FROM ({_EVENTS} ORDER BY id DESC LIMIT {_at_most(most)}) ORDER BY id"
+        return self._rows(f"{_EVENTS} ORDER BY id" if most is None else newest, (run_id, after))
+
+    def newest_ids(self, run_id: int) -> tuple[int, int, int]:
+        """Return the last ids of a run's steps, probes and events, 0 where it has none, however many there are."""
+        return self._newest("steps", run_id), self._newest("probes", run_id), self._newest("events", run_id)
 
     def table(self, name: str, run_id: int) -> Iterator[sqlite3.Row]:
         """Yield the rows of one run from one of ``TABLES``, with the step where only the probe's id is stored."""
@@ -231,7 +241,7 @@ class RunReader:
         else:
             sql = f"SELECT * FROM {name} WHERE {'id' if name == 'runs' else 'run_id'} = ?"
         with explained(self.path, "read"):
-            yield from self._connection.execute(sql, (run_id,))
+            yield from one_by_one(self._connection.execute(sql, (run_id,)), self.path)
 
     def column_types(self, table: str) -> dict[str, str]:
         """Return SQLite's type of every column of one of ``TABLES``."""
@@ -246,6 +256,17 @@ class RunReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _newest(self, table: str, run_id: int) -> int:
+        """Return the last id of a run in a table by bisection: there is one writer at a time, so runs do not mix."""
+        (ends,) = self._rows(f"SELECT max(id) AS newest FROM {table}")
+        low, high = 0, ends["newest"] or 0  # ids up to low belong to this run or earlier ones, those beyond high do not
+        while low < high:
+            middle = (low + high + 1) // 2
+            (row,) = self._rows(f"SELECT id, run_id FROM {table} WHERE id >= ? ORDER BY id LIMIT 1", (middle,))
+            low, high = (row["id"], max(high, row["id"])) if row["run_id"] <= run_id else (low, middle - 1)
+        own = self._rows(f"SELECT 1 AS there FROM {table} WHERE id = ? AND run_id = ?", (low, run_id))
+        return low if own else 0
 
     def _has_profiles(self, run_id: int) -> bool:
         """Whether a run was written with them; one writer writes a run, so its first measurement tells of all."""
@@ -281,22 +302,49 @@ class RunReader:
         """Return plain rows, which take half the time of those with names."""
         cursor = self._connection.cursor()
         cursor.row_factory = None
-        with explained(self.path, "read"):
+        with self._limited():
             return cursor.execute(sql, tuple(values)).fetchall()
 
+    @contextmanager
+    def _limited(self) -> Iterator[None]:
+        self._until = time.monotonic() + _LONGEST
+        try:
+            with explained(self.path, "read"):
+                yield
+        finally:
+            self._until = math.inf
+
     def _thinned(self, columns: str, table: str, run_id: int, after: int, most: int | None) -> list[sqlite3.Row]:
-        # There is one writer at a time, so the ids of a run follow each other without a gap.
+        # There is one writer at a time, so the ids of a run follow each other without a gap. News are few: they are
+        # found by their ids, not among all rows of the run (with the + no index is used).
+        run = "+run_id" if after else "run_id"
         return self._rows(
             f"""SELECT {columns} FROM {table},
             (SELECT max(id) AS last, max(count(*) - 1, 0) / :most + 1 AS stride FROM {table}
-             WHERE run_id = :run AND id > :after)
-            WHERE run_id = :run AND id > :after AND (last - id) % stride = 0 ORDER BY id""",
+             WHERE {run} = :run AND id > :after)
+            WHERE {run} = :run AND id > :after AND (last - id) % stride = 0 ORDER BY id""",
             {"run": run_id, "after": after, "most": _at_most(most)},
         )
 
+    def _runs(self, where: str) -> list[Run]:
+        names: dict[int, list[str]] = {}
+        for row in self._rows(f"SELECT run_id, name FROM blocks {where.replace('id', 'run_id', 1)} ORDER BY 1, block"):
+            names.setdefault(row["run_id"], []).append(row["name"])
+        rows = self._rows(f"SELECT * FROM runs {where} ORDER BY id")
+        with sound(self.path):
+            return [_run(row, tuple(names.get(row["id"], ()))) for row in rows]
+
     def _rows(self, sql: str, values: Iterable[Any] | Mapping[str, Any] = ()) -> list[sqlite3.Row]:
-        with explained(self.path, "read"):
-            return self._connection.execute(sql, values).fetchall()  # type: ignore[arg-type]
+        with self._limited():
+            found = self._connection.execute(sql, values).fetchall()  # type: ignore[arg-type]
+        return checked(found, self.path)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _run(row: sqlite3.Row, blocks: tuple[str, ...]) -> Run:
@@ -307,11 +355,18 @@ def _run(row: sqlite3.Row, blocks: tuple[str, ...]) -> Run:
         blocks=blocks,
         budget=row["budget"],
         in_distribution=bool(row["in_distribution"]),
-        probe=json.loads(row["probe"]),
-        settings=json.loads(row["settings"]),
-        versions=json.loads(row["versions"]),
+        probe=_facts(row["probe"]),
+        settings=_facts(row["settings"]),
+        versions=_facts(row["versions"]),
     )
     return Run(row["id"], row["started"], row["ended"], row["status"], row["host"], row["pid"], info)
+
+
+def _facts(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise TypeError("JSON of the wrong kind")
+    return found
 
 
 def _at_most(most: int | None) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import cache
 from pathlib import Path
 
-from peelwise.errors import StoreError
+from peelwise.errors import PeelwiseError, StoreError
 
 APPLICATION_ID = 0x7065656C  # "peel": tells our files from everybody else's
 # What a history holds; the table of profiles only repeats numbers of statistics for quick reading.
@@ -123,12 +124,30 @@ def _check_ours(connection: sqlite3.Connection, path: Path) -> int:
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     if application != APPLICATION_ID and (tables or version or application):
         raise StoreError(f"{path} is a database, but no run history of peelwise. Choose another file.")
+    if version < 0:
+        raise StoreError(f"{path} is damaged: it says that its schema is {version}.")
     if version > len(MIGRATIONS):
         raise StoreError(
             f"{path} has schema {version}; this version knows up to {len(MIGRATIONS)}. Update peelwise, "
             "or choose another file."
         )
+    # A view in the place of a table could take for ever, and a table with other columns hold anything.
+    expected = _tables(MIGRATIONS[:version])
+    found = dict(connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'"))
+    changed = [name for name, sql in expected.items() if found.get(name) != sql]
+    if changed:
+        raise StoreError(f"{path} is damaged: its tables are not those of schema {version} ({', '.join(changed)}).")
     return int(version)
+
+
+@cache
+def _tables(scripts: tuple[tuple[str, ...], ...]) -> dict[str, str]:
+    """Return name -> SQL of the tables that migrations make, as SQLite words it."""
+    with closing(sqlite3.connect(":memory:")) as connection:
+        for script in scripts:
+            for statement in script:
+                connection.execute(statement)
+        return dict(connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'"))
 
 
 def _migrate(connection: sqlite3.Connection) -> None:
@@ -165,11 +184,27 @@ def explained(path: Path, verb: str = "written") -> Iterator[None]:
         raise  # a closed connection or wrong SQL is our caller's or our own mistake
     except sqlite3.Error as error:
         raise StoreError(f"{path} cannot be {verb}: {reason(path, error)}.") from error
+    except UnicodeError as error:  # of SQLite's own message, which quotes what it could not read
+        raise StoreError(f"{path} is damaged: its tables are no text.") from error
+
+
+@contextmanager
+def sound(path: Path) -> Iterator[None]:
+    """Take what fails on a file's content for damage of the file: text that is no JSON, letters that no verdict has."""
+    try:
+        yield
+    except PeelwiseError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"[:200]
+        raise StoreError(f"{path} is damaged: what it holds does not go together ({what}).") from error
 
 
 def reason(path: Path, error: sqlite3.Error) -> str:
     """Return SQLite's words, or clearer ones."""
     words = str(error)
+    if words == "interrupted":
+        return "that takes too long; it is damaged, or very large"
     if "not a database" in words:
         return "it is no SQLite file"
     if "unable to open" in words and not path.parent.is_dir():

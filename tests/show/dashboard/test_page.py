@@ -464,23 +464,27 @@ def big(tmp_path_factory):
     letters = ["G" * 59 + "R"] * looks
     letters[4_321] = "G" * 5 + "R" + "G" * 53 + "R"
     with RunWriter(path, RunInfo("big", "M", 1, tuple(f"layers.{b}" for b in range(blocks)))) as writer:
-        writer._connection.execute("BEGIN")  # one transaction is quicker; readers see it at the end
-        writer._connection.executemany(
+        parts = []  # one transaction is quicker
+
+        def insert(sql, rows):
+            parts.append((sql, list(rows)))
+
+        insert(
             "INSERT INTO probes (run_id, step, time, kind, probe_loss, seconds, share, letters)"
             " VALUES (1, ?, 0, 'ranking', 2, 1, 0.03, ?)",
             enumerate(letters),
         )
-        writer._connection.executemany(
+        insert(
             "INSERT INTO steps (run_id, step, time, loss, share) VALUES (1,?,0,2.0,0.03)",
             [(step,) for step in range(looks)],
         )
         for block in (7, 8):  # one swells for one look; the other does not
             numbers = [50.0 if block == 7 and step == 8_888 else 1.0 for step in range(looks)]
-            writer._connection.executemany(
+            insert(
                 "INSERT INTO statistics (probe_id, name, block, value, to_median) VALUES (?, 'energy', ?, ?, ?)",
                 [(step + 1, block, number, number) for step, number in enumerate(numbers)],
             )
-        writer._connection.execute("COMMIT")
+        writer._keeper.write(parts, 60)
     with served(path) as asker:
         yield asker
 

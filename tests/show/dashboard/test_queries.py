@@ -127,11 +127,17 @@ def test_the_edges_of_the_cloud_are_where_its_colour_changes(tmp_path, margin):
 def noisy_run(path, looks, *, red_at, spike_at):
     """Every block's statistic is noise; block 2 is red in one look alone, and block 1 swells and shrinks in one."""
     draw = random.Random(looks)
-    with RunWriter(path, run_info()) as writer, writer._transaction():  # one for all is quicker
-        insert = writer._insert
+    parts = []
+
+    def insert(table, **values):
+        names, places = ", ".join(values), ", ".join("?" * len(values))
+        parts.append((f"INSERT INTO {table} ({names}) VALUES ({places})", [tuple(values.values())]))
+
+    with RunWriter(path, run_info()) as writer:
         for step in range(looks):
             letters = "GGR" if step == red_at else "GGG"
-            probe_id = insert(
+            probe_id = step + 1
+            insert(
                 "probes", run_id=1, step=step, time=0, kind="ranking", probe_loss=2, seconds=1, share=0, letters=letters
             )
             numbers = [draw.lognormvariate(0, 0.3) for _ in range(3)]
@@ -144,6 +150,7 @@ def noisy_run(path, looks, *, red_at, spike_at):
                 )
             for name, kind, packed in profiles.packed(rows, 3):
                 insert("profiles", name=name, kind=kind, probe_id=probe_id, numbers=packed)
+        writer._keeper.write(parts, 60)  # one transaction for all is quicker
     return path
 
 

@@ -20,14 +20,18 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from peelwise.errors import StoreError
 from peelwise.records.plain_text import clean
 from peelwise.records.run import WHOLE_MODEL
 from peelwise.show.dashboard import news, queries
+from peelwise.show.dashboard.connections import STREAM
 from peelwise.show.dashboard.guard import PAGE, Access, Guard
+from peelwise.show.dashboard.watched import Histories
 from peelwise.show.html.page import style_sheet
 from peelwise.store.reader import ALL_STEPS, Between, Run, RunReader
+from peelwise.store.schema import sound
 
 MOST_STREAMS = 32
 _RUN = re.compile(r"(\d{1,4})\.(\d{1,9})")
@@ -46,7 +50,7 @@ class Dashboard:
     def __init__(
         self, histories: Sequence[Path], *, seconds: float = 0.5, ending: Callable[[], bool] = lambda: False
     ) -> None:
-        self._histories = tuple(histories)
+        self._files = Histories(histories, seconds)
         self._facts = {"words": queries.verdict_words(), "version": version("peelwise")}
         self._seconds, self._ending = seconds, ending
         self._streams = 0
@@ -60,7 +64,7 @@ class Dashboard:
             Route("/api/overview", self.overview),
             Route("/api/heat", self.heat),
             Route("/api/block", self.block),
-            Route("/api/stream", self.stream),
+            Route(STREAM, self.stream),
         ]
 
     def page(self, request: Request) -> Response:
@@ -73,7 +77,8 @@ class Dashboard:
 
     def runs(self, request: Request) -> Response:
         """Answer with all runs of all files."""
-        return JSONResponse(self._all_runs() | self._facts)
+        self._files.marks(at_once=True)
+        return JSONResponse(self._files.listing() | self._facts)
 
     def overview(self, request: Request) -> Response:
         """Answer with one run."""
@@ -94,70 +99,89 @@ class Dashboard:
         """Answer with news as they come, from the places given, or from where the browser says it was."""
         text = request.headers.get("last-event-id") or request.query_params.get("from", "")
         places = news.parse_places(text)
-        if not places or len(places) > len(self._histories) * 8 + 8:
+        if not places or len(places) > len(self._files.paths) * 8 + 8:
             raise HTTPException(400, "from= takes places in runs, such as 0.1@120.4.2.")
         if self._streams >= MOST_STREAMS:
             raise HTTPException(503, "Too many pages are open.")
-        await run_sync(self._check, places)
-        return StreamingResponse(self._news(places), media_type="text/event-stream")
+        self._streams += 1  # before anything is waited for, or a burst would find room for all
+        try:
+            await run_sync(self._check, places)
+        except BaseException:
+            self._streams -= 1
+            raise
+        return _Stream(self._news(places), media_type="text/event-stream", ended=self._stream_ended)
+
+    def _stream_ended(self) -> None:
+        self._streams -= 1
 
     async def _news(self, found: list[news.Place]) -> AsyncIterator[bytes]:
-        self._streams += 1
-        try:
-            places = {place.run: place for place in found}
-            known: Any = None
-            quiet = 0.0
-            yield b"retry: 1000\n\n"
-            while not self._ending():
+        places = {place.run: place for place in found}
+        known: Any = None
+        seen: tuple[int, ...] = ()
+        quiet = 0.0
+        yield b"retry: 1000\n\n"
+        while not self._ending():
+            marks = await run_sync(partial(self._files.marks, at_once=not seen))
+            messages: list[news.Message] = []
+            if marks != seen:
                 known, messages = await run_sync(self._since, tuple(places.values()), known)
-                for chunk in news.encoded(messages, places):
-                    yield chunk
-                quiet = 0.0 if messages else quiet + self._seconds
-                if quiet > 15:  # whoever forwards this may close a silent connection
-                    yield b": still here\n\n"
-                    quiet = 0.0
-                await anyio.sleep(self._seconds)
-        finally:
-            self._streams -= 1
+                seen = marks
+            for chunk in news.encoded(messages, places):
+                yield chunk
+            quiet = 0.0 if messages else quiet + self._seconds
+            if quiet > 15:  # whoever forwards this may close a silent connection
+                yield b": still here\n\n"
+                quiet = 0.0
+            await anyio.sleep(self._seconds)
 
     def _since(self, places: Sequence[news.Place], known: Any) -> tuple[Any, list[news.Message]]:
         """Return the list of all runs, and what there is to tell: records, and that list where it changed."""
         messages: list[news.Message] = []
         for place in places:
             # What is wrong with a file that can no longer be read, the list of runs says.
-            with suppress(StoreError, HTTPException), self._opened(place.run) as (reader, run):
-                messages += news.since(reader, run, place)
-        present = self._all_runs()
+            with suppress(StoreError, HTTPException):
+                number = int(place.run.split(".")[0])
+                messages += self._files.shared(number, place, partial(self._news_of, place))
+        present = self._files.listing()
         if present != known:
             messages.append(news.Message("runs", present))
         return present, messages
+
+    def _news_of(self, place: news.Place) -> list[news.Message]:
+        with self._opened(place.run) as (reader, run), sound(reader.path):
+            return news.since(reader, run, place)
 
     def _check(self, places: list[news.Place]) -> None:
         for place in places:
             with self._opened(place.run):
                 pass
 
-    def _all_runs(self) -> dict[str, Any]:
-        found = []
-        for number, path in enumerate(self._histories):
-            entry: dict[str, Any] = {"name": clean(path.name), "error": None, "runs": []}
-            try:
-                with RunReader(path) as reader:
-                    entry["runs"] = [queries.run_facts(run, f"{number}.{run.id}", path.name) for run in reader.runs()]
-            except StoreError as error:
-                entry["error"] = clean(str(error))
-            found.append(entry)
-        return {"files": found}
-
     def _of_run(self, request: Request, ask: Callable[[RunReader, Run], queries.Json]) -> Response:
-        with self._opened(request.query_params.get("run", "")) as (reader, run):
-            return JSONResponse(ask(reader, run))
+        try:
+            with self._opened(request.query_params.get("run", "")) as (reader, run), sound(reader.path):
+                return JSONResponse(ask(reader, run))
+        except StoreError as error:
+            raise HTTPException(500, clean(str(error))) from error
 
     def _opened(self, key: str) -> _Opened:
         found = _RUN.fullmatch(key)
-        if found is None or int(found[1]) >= len(self._histories):
+        if found is None or int(found[1]) >= len(self._files.paths):
             raise HTTPException(404, "No such run. /api/runs lists them.")
-        return _Opened(self._histories[int(found[1])], int(found[2]))
+        return _Opened(self._files.paths[int(found[1])], int(found[2]))
+
+
+class _Stream(StreamingResponse):
+    """An answer that tells when it has ended, also where its content was never asked for."""
+
+    def __init__(self, content: AsyncIterator[bytes], *, media_type: str, ended: Callable[[], None]) -> None:
+        super().__init__(content, media_type=media_type)
+        self._ended = ended
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._ended()
 
 
 class _Opened:

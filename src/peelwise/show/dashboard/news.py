@@ -61,19 +61,18 @@ def since(reader: RunReader, run: Run, place: Place) -> list[Message]:
 
     A probe is one message with everything that was written with it: on screen it appears whole or not at all.
     """
-    newest = [getattr(reader, table)(run.id, after=after, most=1) for table, after in _tables(place)]
-    ids = [rows[-1]["id"] if rows else after for rows, (_, after) in zip(newest, _tables(place), strict=True)]
-    if ids[0] - place.steps > MOST_STEPS or ids[1] - place.probes > MOST_PROBES:
+    last = reader.newest_ids(run.id)
+    if last[0] - place.steps > MOST_STEPS or last[1] - place.probes > MOST_PROBES:
         return [Message("reload", {"run": place.run})]
     messages = []
-    steps = reader.steps(run.id, after=place.steps)
+    steps = reader.steps(run.id, after=place.steps) if last[0] > place.steps else []
     if steps:
         place = replace(place, steps=steps[-1]["id"])
         messages.append(Message("steps", {"run": place.run, "rows": [queries.step(row) for row in steps]}, place))
-    for row in reader.probes(run.id, after=place.probes):
+    for row in reader.probes(run.id, after=place.probes) if last[1] > place.probes else ():
         place = replace(place, probes=row["id"])
         messages.append(Message("probe", {"run": place.run} | _whole(reader, run, row), place))
-    events = reader.events(run.id, after=place.events)
+    events = reader.events(run.id, after=place.events, most=queries.EVENTS) if last[2] > place.events else []
     if events:
         place = replace(place, events=events[-1]["id"])
         messages.append(Message("events", {"run": place.run, "rows": [queries.event(row) for row in events]}, place))
@@ -89,10 +88,6 @@ def encoded(messages: Sequence[Message], places: dict[str, Place]) -> Iterator[b
             places[message.behind.run] = message.behind
             lines.insert(0, f"id: {','.join(map(str, places.values()))}")
         yield ("\n".join(lines) + "\n\n").encode()
-
-
-def _tables(place: Place) -> tuple[tuple[str, int], ...]:
-    return ("steps", place.steps), ("probes", place.probes)
 
 
 def _whole(reader: RunReader, run: Run, row: Any) -> dict[str, Any]:

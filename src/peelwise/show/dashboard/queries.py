@@ -68,11 +68,12 @@ def run_facts(run: Run, key: str, file: str) -> Json:
 def overview(reader: RunReader, run: Run, between: Between = ALL_STEPS) -> Json:
     """Return everything the page shows of a run but single blocks, thinned."""
     looks = reader.measurements(run.id, between=between)
-    events = reader.events(run.id)
+    events = reader.events(run.id, most=EVENTS)
     loss = reader.loss_bins(run.id, most=LOSS_BINS, between=between)
     names = reader.statistic_names(run.id)
-    newest_step = reader.steps(run.id, most=1)
-    newest_probe = reader.probes(run.id, most=1)
+    last_step, last_probe, _ = reader.newest_ids(run.id)
+    newest_step = reader.steps(run.id, after=last_step - 1) if last_step else []
+    newest_probe = reader.probes(run.id, after=last_probe - 1) if last_probe else []
     return {
         "statistics": [statistic_facts(row) for row in names],
         "loss": loss_columns(loss),
@@ -80,7 +81,7 @@ def overview(reader: RunReader, run: Run, between: Between = ALL_STEPS) -> Json:
         "bounds": cloud(reader, run, {row["id"]: row["probe_loss"] for row in looks}, between),
         "now": now(newest_step, newest_probe),
         "verdicts": [verdict(row) for row in _last_of_each(reader.verdicts(run.id))],
-        "events": [event(row) for row in events[-EVENTS:]],
+        "events": [event(row) for row in events],
         "cursor": [
             newest_step[-1]["id"] if newest_step else 0,
             newest_probe[-1]["id"] if newest_probe else 0,

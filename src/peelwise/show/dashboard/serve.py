@@ -5,10 +5,13 @@ from __future__ import annotations
 import ipaddress
 import secrets
 import socket
+import tempfile
 import threading
 import webbrowser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,6 +62,7 @@ class Server:
             import uvicorn
 
             from peelwise.show.dashboard.app import Dashboard, application
+            from peelwise.show.dashboard.connections import BACKLOG, most_connections, protocol_of
             from peelwise.show.dashboard.guard import LOOPBACK, Access
         except ImportError as error:
             raise MissingExtraError("The live page", "dashboard") from error
@@ -80,6 +84,8 @@ class Server:
         app = application(Dashboard(histories, ending=lambda: self._server.should_exit), access)
         config = uvicorn.Config(
             app,
+            http=protocol_of(most_connections()),
+            backlog=BACKLOG,
             log_level="warning",
             access_log=False,
             lifespan="off",
@@ -129,14 +135,40 @@ def serve(
         open_browser: opens an address; tests replace it.
     """
     server = Server(histories, address)
+    with ExitStack() as stack:
+        url = stack.enter_context(without_token(server.url)) if browser else server.url
+        _announce(server, histories, address, say)
+        if browser:
+            # From a thread: some systems wait for the browser to end.
+            threading.Thread(target=open_browser, args=(url,), daemon=True).start()
+        server.run()
+
+
+def _announce(server: Server, histories: Sequence[Path], address: Address, say: Callable[[str], None]) -> None:
     say(f"{', '.join(path.name for path in histories)} at {server.url}")
     if not is_loopback(address.host):
         say("Other machines can reach this. The token is for those you give it to; traffic is not encrypted.")
     say("Ctrl-C ends it.")
-    if browser:
-        # From a thread: some systems wait for the browser to end.
-        threading.Thread(target=open_browser, args=(server.url,), daemon=True).start()
-    server.run()
+
+
+@contextmanager
+def without_token(url: str) -> Iterator[str]:
+    """Give an address that leads to ``url`` and may stand in the list of processes, which every user can read.
+
+    Where ``url`` has a token, that is a file which only this user can read.
+    """
+    if "?token=" not in url:
+        yield url
+        return
+    with tempfile.TemporaryDirectory(prefix="peelwise-") as folder:  # for this user alone, as mkdtemp has it
+        page = Path(folder) / "open.html"
+        page.touch(mode=0o600)
+        page.write_text(
+            f'<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0; url={escape(url)}">'
+            "<title>peelwise</title>",
+            encoding="utf-8",
+        )
+        yield page.as_uri()
 
 
 def is_loopback(host: str) -> bool:

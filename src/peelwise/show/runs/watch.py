@@ -16,6 +16,7 @@ from peelwise.records.plain_text import clean
 from peelwise.records.run import COLOURS
 from peelwise.records.signals import NATS, Kind, Signal, of_kinds
 from peelwise.store.reader import Run, RunReader
+from peelwise.store.schema import sound
 
 _STYLES = {"red": "bold red", "yellow": "yellow", "green": "green", "grey": "dim"}
 _LEVELS = {"alert": "bold red", "warning": "yellow", "info": "dim"}
@@ -63,8 +64,13 @@ def watch(
 
 def view(reader: RunReader, run: Run) -> RenderableType:
     """Return the present state of a run."""
+    with sound(reader.path):
+        return _view(reader, run)
+
+
+def _view(reader: RunReader, run: Run) -> RenderableType:
     parts: list[RenderableType] = [_headline(reader, run), *_blocks(reader, run)]
-    events = reader.events(run.id)[-_EVENTS:]
+    events = reader.events(run.id, most=_EVENTS)
     parts += [_event(row["step"], row["level"], row["text"], row["suggestion"]) for row in events]
     return Group(*parts)
 
@@ -74,20 +80,28 @@ def _chosen(reader: RunReader, run_id: int | None) -> Run:
 
 
 def _headline(reader: RunReader, run: Run) -> Text:
-    steps = reader.steps(run.id, most=1)
-    probes = reader.probes(run.id, most=1)
+    last_step, last_probe, _ = reader.newest_ids(run.id)
+    steps = reader.steps(run.id, after=max(last_step - 200, 0)) if last_step else []
+    probes = reader.probes(run.id, after=last_probe - 1) if last_probe else []
     words = [f"{clean(run.info.name)}, run {run.id}, {run.status}"]
     if steps:
-        loss = next((row["loss"] for row in reversed(reader.steps(run.id, most=200)) if row["loss"] is not None), None)
+        loss = next((row["loss"] for row in reversed(steps) if row["loss"] is not None), None)
         words.append(f"step {steps[-1]['step']:,}" + ("" if loss is None else f", loss {loss:.4f}"))
         asked = "" if run.info.budget is None else f" of {run.info.budget:.1%} asked for"
         words.append(f"monitor {steps[-1]['share']:.1%}{asked}")
-        words.append(f"as of {datetime.fromtimestamp(steps[-1]['time']):%H:%M:%S}")
+        words.append(f"as of {_clock(steps[-1]['time'])}")
     if probes:
         words.append(f"measured at step {probes[-1]['step']:,}: {probes[-1]['probe_loss']:.4f} on the probe")
         if probes[-1]["slope"] is not None:
             words.append(f"loss {1000 * probes[-1]['slope']:+.3g} per 1,000 steps")
     return Text(" | ".join(words))
+
+
+def _clock(seconds: float) -> str:
+    try:
+        return f"{datetime.fromtimestamp(seconds):%H:%M:%S}"
+    except (ValueError, OverflowError, OSError) as error:  # the last one is some systems' word for too large
+        raise ValueError(f"{seconds} is no time") from error
 
 
 def _blocks(reader: RunReader, run: Run) -> list[RenderableType]:
