@@ -51,7 +51,9 @@ def test_proposals_are_those_of_a_session_on_the_written_weights(opened):
     assert sorted(found) == list(range(BLOCKS))
     for index, block in found.items():
         assert block.signals["energy"] == pytest.approx(expected[index].signals["energy"], rel=1e-3)
-    assert found[1].signals["energy"] != pytest.approx(session.relinearised({})[1].signals["energy"], rel=0.01)  # the control
+    assert found[1].signals["energy"] != pytest.approx(
+        session.relinearised({})[1].signals["energy"], rel=0.01
+    )  # the control
 
 
 def test_one_block_by_itself_gets_the_proposals_it_gets_among_all(opened):
