@@ -162,7 +162,9 @@ def check_certified(folder: Path, certificate: Certificate, model: nn.Module) ->
         CertificateError: With what is not so.
     """
     other = not_as_certified(folder, certificate.record, certificate.probe, model)
-    wrong = other.reason if other else next(_disagreements(certificate, model, tolerance_of(model)), None)
+    if other:
+        raise CertificateError(f"{folder}: {other.status}: {other.reason}")
+    wrong = next(_disagreements(certificate, model, tolerance_of(model)), None)
     if wrong:
         raise CertificateError(f"{folder} does not hold: {wrong}")
 

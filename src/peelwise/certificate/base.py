@@ -46,7 +46,7 @@ _TOLERANCE, _HALF_TOLERANCE = 3e-4, 5e-3
 
 LOSSES_HOLD: Literal["losses hold, verdicts not rechecked"] = "losses hold, verdicts not rechecked"
 Status = Literal["holds", "losses hold, verdicts not rechecked", "does not hold", "not the same model or data"]
-NOT_THE_MODEL = "The model's tensors or configuration are not those that were certified."
+NOT_THE_MODEL = "The model's tensors are not those that were certified."
 SomeRecord = TypeVar("SomeRecord", bound=SealedRecord)
 
 
