@@ -210,7 +210,7 @@ def test_ctrl_c_before_anything_is_known(run, text, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(opening, "check_replay", interrupted)
+    monkeypatch.setattr(opening, "self_check", interrupted)
     code, _, error = run("audit", stage_folder("early"), "--text", text, "--out", tmp_path / "out")
     assert code == 130
     assert "nothing was written" in error
