@@ -63,6 +63,8 @@ def test_the_witness_of_a_low_bit_model_is_in_its_formats_and_is_certified(tmp_p
         for linear in low_bit:
             held = linear.held()
             encoded = codes_of(outcome.witness, kind, linear, held)
+            if encoded is None:
+                continue  # no better codes were found for this layer
             check_member(encoded, parse_format(form), tuple(held.weight.shape))
             flipped += int((encoded.codes != held.encoded.codes).sum())
     assert flipped > 0
@@ -149,7 +151,6 @@ def _flip_many(tensors) -> None:
         (_flip_many, "was certified"),
         (lambda t: t[_first(t, "up_proj.scales")].mul_(3), "was certified"),
         (lambda t: t[_first(t, ".codes")][0].fill_(2), "code 2 is none of its 3 codes"),
-        (lambda t: t[_first(t, ".scales")].fill_(float("nan")), "NaN or Inf"),
         (lambda t: t.update({_first(t, ".scales"): t[_first(t, ".scales")].float()}), "expected scales .* in float16"),
         (lambda t: t.update({_first(t, ".format"): t[_first(t, ".format")][:-1]}), "holds ternary:tensor, the witness"),
         (lambda t: t.update({_first(t, ".codes")[:-6]: torch.zeros(3, 3)}), "dense: not at the same bits"),
@@ -164,6 +165,15 @@ def test_a_tampered_witness_or_one_outside_the_format_does_not_hold(tmp_path, ch
     result = peelwise.verify(folder, model)
     assert result.status == "does not hold"
     assert re.search(message, result.reason), result.reason
+
+
+def test_a_witness_of_nan_is_refused_before_anything_is_computed(tmp_path) -> None:
+    model, _, outcome = _audited("llama", "ternary:tensor", ())
+    folder = tmp_path / "out"
+    peelwise.AuditReport(outcome.record, outcome.witness, outcome.probe).save(folder)
+    _resealed(folder, lambda t: t[_first(t, ".scales")].fill_(float("nan")))
+    with pytest.raises(CertificateError, match="NaN or Inf"):
+        peelwise.verify(folder, model)
 
 
 def test_a_module_that_cannot_be_given_codes_is_said_so(tmp_path) -> None:

@@ -100,6 +100,7 @@ def measure(
             micro_batch_tokens=micro_batch_tokens,
             watcher=None,
             processes=processes,
+            checked=True,  # when the monitor was made
         )
         (proposals,) = sweep(session.runner, session.fit, session.select)
         found, upper = Findings(proposals=proposals), None
