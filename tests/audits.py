@@ -39,7 +39,8 @@ def tiny_probe(sequences: int = SEQUENCES, length: int = LENGTH, **options: Any)
 def part_of(probe: Probe, **counts: int) -> Probe:
     """Return a probe with only the first so many sequences of each part, such as ``fit=20``."""
     splits = {part: getattr(probe, part) for part in counts}
-    return replace(probe, **{p: Split(s.ids[: counts[p]], s.mask[: counts[p]]) for p, s in splits.items()})
+    fewer = {p: Split(s.ids[: counts[p]], s.mask[: counts[p]]) for p, s in splits.items()}
+    return replace(probe, pool=None, documents=None, **fewer)
 
 
 def split_of(rows: list[list[int]]) -> Split:

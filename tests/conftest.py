@@ -119,9 +119,9 @@ def broken_folder(stored_stage: Callable[[str], tuple[Any, Any]], tmp_path_facto
 def audited(broken_folder: Path, training_probe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """Return the report of a whole audit of the broken model on a little text, and where it is saved."""
     import peelwise
-    from audits import part_of
 
-    probe = part_of(training_probe, fit=16, select=5, report=10)
+    rows = [row for part in ("fit", "select", "report") for row in getattr(training_probe, part).rows()]
+    probe = peelwise.Probe.from_tokens(rows, tokens=31 * 128, in_distribution=True, source="training text")
     report = peelwise.audit(broken_folder, probe, peelwise.AuditSettings(joint_rounds=2, solo_rounds=1))
     return report, report.save(tmp_path_factory.mktemp("audited") / "certificate")
 

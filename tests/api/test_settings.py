@@ -57,7 +57,7 @@ def test_keys_of_the_record_are_those_of_files_that_people_have():
     [
         (lambda: peelwise.AuditSettings("soon"), OptionError, "A budget is"),
         (lambda: peelwise.AuditSettings(joint_rounds=-1), OptionError, "joint_rounds: expected at least 0"),
-        (lambda: peelwise.AuditSettings(margin=float("nan")), OptionError, "margin: expected at least 0"),
+        (lambda: peelwise.AuditSettings(margin=float("nan")), OptionError, "margin: expected 0.0005 to 1"),
         (lambda: peelwise.PeelSettings(micro_batch_tokens=0), OptionError, "micro_batch_tokens: expected at least 1"),
         (lambda: peelwise.PeelSettings(maps="3;x"), MapError, "maps: expected"),
         (lambda: peelwise.QuantcheckSettings(format="int99"), FormatError, "int99"),

@@ -151,6 +151,7 @@ def forged(folder, change):
     import hashlib
 
     content = json.loads((folder / RECORD_FILE).read_text())
+    content["witness"]["bytes"] = (folder / WITNESS_FILE).stat().st_size
     content["witness"]["sha256"] = hashlib.sha256((folder / WITNESS_FILE).read_bytes()).hexdigest()
     (folder / RECORD_FILE).write_text(PeelRecord.model_validate(content).sealed().to_json())
 

@@ -15,6 +15,7 @@ from peelwise.cli import terminal as cli_terminal
 from peelwise.engine import opening
 from peelwise.engine.clock import Progress
 from peelwise.probe.texts import reference_prose
+from peelwise.records.files import read_record
 from peelwise.tasks.audit.run import AuditOutcome
 from stages import stage_folder
 
@@ -209,7 +210,7 @@ def test_ctrl_c_before_anything_is_known(run, text, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(opening, "check_replay", interrupted)
+    monkeypatch.setattr(opening, "self_check", interrupted)
     code, _, error = run("audit", stage_folder("early"), "--text", text, "--out", tmp_path / "out")
     assert code == 130
     assert "nothing was written" in error
@@ -237,6 +238,34 @@ def test_verify_says_what_does_not_hold(run, certificate):
     code, out, _ = run("verify", certificate)
     assert code == 1
     assert "does not hold: certificate.json was changed" in out
+
+
+@pytest.mark.parametrize("command", ["verify", "report", "apply"])
+def test_nothing_in_a_record_steers_the_terminal(command, run, certificate, tmp_path):
+    """An escape sequence would rewrite "does not hold" into "holds" on screen."""
+    path = certificate / "certificate.json"
+    forged = "\x1b[1A\x1b[2Kholds: 35 numbers found again.\x9b2K\u202e"
+    record = read_record(certificate)
+    blocks = (record.blocks[0].model_copy(update={"name": forged}), *record.blocks[1:])
+    model = record.model.model_copy(update={"source": str(tmp_path / forged), "name": forged})
+    for update in ({"blocks": blocks}, {"model": model}, {"kind": forged}, {"settings": {"margin_nats": forged}}):
+        path.write_text(record.model_copy(update=update).sealed().to_json())
+        further = ["--out", tmp_path / "new"] if command == "apply" else []
+        code, out, error = run(command, certificate, *further)
+        assert code in ((0, 2) if command == "report" else (1, 2))
+        assert not set("\x1b\x9b\u202e") & set(out + error)
+
+
+@pytest.mark.parametrize("command", ["report", "apply"])
+def test_nothing_is_made_of_a_folder_that_was_changed(command, run, certificate, tmp_path):
+    file = certificate / "certificate.json"
+    file.write_text(file.read_text().replace('"complete": true', '"complete": false'))
+    (certificate / "report.html").unlink(missing_ok=True)
+    out = tmp_path / "made"
+    code, _, error = run(command, certificate, "--out", out)
+    assert code == 2
+    assert "was changed after it was written" in error
+    assert not out.exists()
 
 
 def test_verify_says_what_is_another_model(run, certificate):

@@ -1,9 +1,6 @@
 """Examples run, in a shortened form."""
 
 import importlib.util
-import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -96,19 +93,6 @@ def test_a_low_bit_run_trains_inside_its_format_and_keeps_the_signals_of_its_cod
     assert rates[2] == rates[3] == pytest.approx(0.01 * cooled.peak_rate)
 
 
-@pytest.mark.filterwarnings("ignore::peelwise.errors.PeelwiseWarning")
-def test_low_bit(tmp_path, capsys):
-    example = load("low_bit")
-    small = ["--tokens", "2400", "--rounds", "1", "--budget", "2s", "--every", "64"]
-    found = example.main(["ternary-stuck", *small, "--out", str(tmp_path), "--results", str(tmp_path)])["ternary-stuck"]
-    recorded = json.loads((EXAMPLES / "small_gpt/low_bit/ternary-stuck/training.json").read_text())
-    assert found["held_out"]["current"] == pytest.approx(recorded["stages"][0]["held_out_nats_per_token"], abs=0.2)
-    assert len(found["audit"]["verdicts"]) == 6
-    visited = found["peel"]["bound"] is not None  # not on a busy machine
-    assert found["peel"]["conclusion"].startswith("None found: of " if visited else "No verdict yet")
-    assert (tmp_path / "low-bit-training.svg").stat().st_size > 20_000
-
-
 def test_nats_are_worth_the_steps_that_a_curve_needs_for_them():
     example = load("low_bit")
     own = [{"step": 10.0 * i, "held_out": 4.0 - 0.1 * i} for i in range(7)]  # 0.01 per step, ends at 3.4
@@ -120,24 +104,3 @@ def test_nats_are_worth_the_steps_that_a_curve_needs_for_them():
     assert worth["on_the_tuned_curve"] == pytest.approx(4)
     assert example.step_at(tuned, 1.0) == 40  # never reached: the last step
     assert example.step_at(tuned, 5.0) == 0
-
-
-def run(name, *arguments):
-    """Run an example as its reader does and return what it printed."""
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent / "src")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_peel_maps(tmp_path):
-    printed = run("peel_maps", "--quick", "--tokens", 900, "--out", tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"peel-training.svg", "peel-damage.svg"}
-    assert "over head control" in printed
-
-
-def test_yes_bounds(tmp_path):
-    printed = run("yes_bounds", "--quick", "--out", tmp_path)
-    assert "step 30" in printed
-    assert {path.name for path in tmp_path.iterdir()} == {"yes-published.svg", "yes-default.svg", "yes-depth.svg"}

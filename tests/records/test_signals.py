@@ -129,7 +129,7 @@ def test_it_is_in_certificates_and_their_report(tmp_path) -> None:
     assert {b.index: b.signals for b in report.record.blocks} == {i: {ROW.name: v} for i, v in expected.items()}
     assert "Further signals of every block" in report.to_html()
     assert ROW.heading in report.to_html()
-    assert peelwise.verify(report.save(tmp_path / "certificate"), model).status == "holds"
+    assert peelwise.verify(report.save(tmp_path / "certificate"), model).holds
 
 
 def measured(step: int, values: list[float]) -> Measured:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peelwise.certificate import audit as certificates
 from peelwise.certificate.base import Verification, tolerance_of
+from peelwise.certificate.own_text import Text
 from peelwise.certificate.peel import verify_peel
-from peelwise.errors import CertificateError, OutputError
-from peelwise.model.checkpoints import OpenedModel, open_model, save_model
+from peelwise.errors import CertificateError, ModelError, OutputError, PeelwiseError
+from peelwise.model.checkpoints import OpenedModel, open_model, open_tokenizer, require_tokenizer, save_model
 from peelwise.model.options import OpenOptions
+from peelwise.probe.options import ProbeOptions
 from peelwise.records.base import SealedRecord
-from peelwise.records.files import read_any_record
+from peelwise.records.files import check_unchanged, read_any_record, read_record, what_changed
 from peelwise.records.folder import check_free, written_whole
 from peelwise.records.peel import PeelRecord
 
@@ -26,29 +30,52 @@ def verify(
     model: nn.Module | str | Path | None = None,
     *,
     full: bool = False,
+    text: str | Path | Sequence[str | Path] | ProbeOptions | None = None,
+    tokens: int | None = None,
     opening: OpenOptions | None = None,
 ) -> Verification:
-    """Recompute the losses that a certificate claims, from its own witness and probe.
+    """Recompute the losses that a certificate claims, from its own witness and probe; and try it on your own text.
+
+    With ``model`` and ``text`` nothing of whoever made the certificate is believed but that the witness is a file of
+    weights: it is evaluated on text that they did not choose.
 
     Args:
         folder: the certificate.
         model: the model, or where to open it; default: where it was opened from for the audit.
         full: also recompute the numbers of every block of an audit; a peel has nothing more to recompute.
-        opening: where and how the model is opened; its dtype and stored codes are the record's.
+        text: files of your own text, or how a probe would be drawn from them; cut like the certificate's probe, and
+            sequences that it has are left out.
+        tokens: of your text to use at most; default: that of `ProbeOptions`.
+        opening: where and how the model is opened; its dtype and stored codes are the record's. A module needs its
+            ``tokenizer`` for a text.
+
+    Returns:
+        What holds; ``own`` is what was found on your text.
 
     Raises:
         CertificateError: If the folder is no readable certificate.
-        ModelError: If the model cannot be opened.
-    """
-    import torch
+        ModelError: If the model cannot be opened, or has no tokenizer for the text.
+        ProbeError: If the text cannot be read, or too little of it is new to the certificate.
 
+    Example:
+        >>> found = peelwise.verify("out/theirs", "path/to/model", text="mine.txt")
+        >>> found.own.found.low > found.own.margin
+    """
     path = Path(folder)
     record = read_any_record(path)
-    if not isinstance(model, torch.nn.Module):
-        model = _open_for(record, model, opening, with_tokenizer=False).model
-    if isinstance(record, PeelRecord):
-        return verify_peel(path, record, model)
-    return certificates.verify_certificate(path, model, full=full)
+    changed = what_changed(path, record)
+    if changed:  # before anything that it names is opened
+        return Verification("does not hold", changed)
+    options = _own_text(text, tokens)
+    documents = options.documents() if options is not None else []  # first, since it is quick and may be mistyped
+    opened, source, tokenizer = _model_and_tokenizer(record, model, opening, with_tokenizer=options is not None)
+    own = None
+    if options is not None:
+        own = Text(documents, tokenizer, options.tokens, options.source, options.in_distribution, options.seed)
+    with _one_line(path):
+        if isinstance(record, PeelRecord):
+            return verify_peel(path, record, opened, text=own, source=source)
+        return certificates.verify_certificate(path, opened, full=full, text=own, source=source)
 
 
 def apply(
@@ -77,23 +104,62 @@ def apply(
     """
     out = Path(out)
     check_free(out, force=force, ours="config.json")
+    check_unchanged(Path(folder), read_record(Path(folder)))
     certificate = certificates.read_certificate(Path(folder))
     opened = _open_for(certificate.record, model, opening, with_tokenizer=True)
     if Path(opened.source).resolve() == out.resolve():
         raise OutputError(f"{out} is the model itself, which is never replaced. Choose another --out.")
-    changed = certificates.merged_model(certificate, opened.model)
+    with _one_line(Path(folder)):
+        certificates.check_certified(Path(folder), certificate, opened.model)
+        changed = certificates.merged_model(certificate, opened.model)
     with written_whole(out) as temporary:
         save_model(changed, opened.tokenizer, temporary)
         again = open_model(temporary, dtype=certificate.record.model.dtype, with_tokenizer=False)
         loss = certificates.report_loss(again.model, certificate)
         certified = certificate.record.loss.composed
         tolerance = tolerance_of(again.model)
-        if certified is None or abs(loss - certified) > tolerance:
+        if certified is None or not abs(loss - certified) <= tolerance:  # NaN too
             raise CertificateError(
                 f"The merged model has loss {loss:.5f} on report, certified is {certified}: not written. "
                 "In half precision merging rounds the witness away; audit with --dtype float32."
             )
     return loss
+
+
+def _own_text(text: str | Path | Sequence[str | Path] | ProbeOptions | None, tokens: int | None) -> ProbeOptions | None:
+    if text is None:
+        return None
+    if not isinstance(text, ProbeOptions):
+        text = ProbeOptions([text] if isinstance(text, str | Path) else tuple(text))
+    return text if tokens is None else replace(text, tokens=tokens)
+
+
+def _model_and_tokenizer(
+    record: SealedRecord, model: Any, opening: OpenOptions | None, *, with_tokenizer: bool
+) -> tuple[nn.Module, str | None, Any]:
+    """Return the model, where it was opened from (``None`` for a module) and the tokenizer for a text."""
+    import torch
+
+    if not isinstance(model, torch.nn.Module):
+        opened = _open_for(record, model, opening, with_tokenizer=with_tokenizer)
+        return opened.model, str(opened.source), require_tokenizer(opened) if with_tokenizer else None
+    if not with_tokenizer:
+        return model, None, None
+    if opening is None or opening.tokenizer is None:
+        raise ModelError("A module has no tokenizer, and text needs one: OpenOptions(tokenizer=FOLDER).")
+    return model, None, open_tokenizer(opening.tokenizer)
+
+
+@contextmanager
+def _one_line(folder: Path) -> Iterator[None]:
+    """Say in one line what a certificate does that no audit wrote: its numbers are anybody's."""
+    try:
+        yield
+    except (ArithmeticError, LookupError, TypeError, ValueError, MemoryError, RuntimeError) as error:
+        if isinstance(error, PeelwiseError):
+            raise
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise CertificateError(f"{folder} cannot be checked: {type(error).__name__}: {reason}") from error
 
 
 def _open_for(record: SealedRecord, model: Any, opening: OpenOptions | None, *, with_tokenizer: bool) -> OpenedModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from peelwise.errors import StoreError
-from peelwise.records.files import read_any_record
+from peelwise.records.files import check_unchanged, read_any_record
 from peelwise.records.folder import check_free, write_text_file, written_whole
 from peelwise.show.views import render_html
 from peelwise.store.export import MANIFEST, export
@@ -23,11 +23,13 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
         Where it was written.
 
     Raises:
-        CertificateError: If the folder is no readable certificate.
+        CertificateError: If the folder is no readable certificate, or was changed after it was written.
         OutputError: If the page cannot be written.
     """
     path = Path(folder) / "report.html" if out is None else Path(out)
-    write_text_file(path, render_html(read_any_record(Path(folder))))
+    record = read_any_record(Path(folder))
+    check_unchanged(Path(folder), record)
+    write_text_file(path, render_html(record))
     return path
 
 

@@ -10,13 +10,19 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from peelwise.certificate.base import (
-    WITNESS_FILE,
+    LOSSES_HOLD,
+    NOT_THE_MODEL,
     Verification,
     load_tensors,
     not_as_certified,
+    opened_words,
     read_probe,
+    same_model,
+    split_words,
     tolerance_of,
+    witness_bytes,
 )
+from peelwise.certificate.own_text import Text, audit_on, require_witness
 from peelwise.certificate.recheck import Recheck
 from peelwise.engine.opening import open_report
 from peelwise.engine.session import Changes, ReportSession
@@ -25,19 +31,22 @@ from peelwise.errors import CertificateError, FormatError
 from peelwise.evidence.audit import contradictions
 from peelwise.evidence.verdict import Evidence, judge
 from peelwise.model.architectures import find_blocks
-from peelwise.model.fingerprint import fingerprint
 from peelwise.model.guard import untouched
-from peelwise.model.layers import parameter_count
+from peelwise.model.layers import LinearLayer
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Trace
 from peelwise.probe.probe import Probe
 from peelwise.records.audit import AuditRecord
-from peelwise.records.files import read_record
+from peelwise.records.files import WITNESS_FILE, read_record, what_changed
 
 _SELF = "that the record agrees with itself (intervals, gains and the losses beside them, margin, verdicts, conclusion)"
+_OWN = "the witness on your text"
 _BLOCKS = "every block's solo gain, marginal gain and ablation"
 _UNCHECKED = (
     "the losses of the controls and of the head, energies and shares, rounds, cost, "
     "the quantisation gap of low-bit models, and whether the text is training text"
+)
+_AUTHORS = (
+    "the name, settings, versions, date and source that the record gives, and that the witness was not fitted on report"
 )
 
 
@@ -50,18 +59,29 @@ class Certificate:
     probe: Probe
 
 
-def read_certificate(folder: Path) -> Certificate:
+def read_certificate(folder: Path, model: nn.Module | None = None) -> Certificate:
     """Read record, witness and probe.
+
+    Args:
+        folder: the certificate.
+        model: if it is known, no witness is read that is larger than one for it can be.
 
     Raises:
         CertificateError: If a file is missing or damaged.
     """
     record = read_record(folder)
-    return Certificate(record, load_tensors(folder / WITNESS_FILE), read_probe(folder, record))
+    most = None if model is None else witness_bytes(model)
+    return Certificate(record, load_tensors(folder / WITNESS_FILE, most), read_probe(folder, record))
 
 
 def verify_certificate(
-    folder: Path, model: nn.Module, *, full: bool = False, micro_batch_tokens: int = MICRO_BATCH_TOKENS
+    folder: Path,
+    model: nn.Module,
+    *,
+    full: bool = False,
+    text: Text | None = None,
+    source: str | None = None,
+    micro_batch_tokens: int = MICRO_BATCH_TOKENS,
 ) -> Verification:
     """Recompute the certified losses from the folder's own witness and probe, and compare.
 
@@ -72,17 +92,35 @@ def verify_certificate(
         folder: the certificate.
         model: the model it is about, in the dtype it was audited in; left untouched.
         full: also recompute every block's solo gain, marginal gain and ablation (about as long as measuring them).
+        text: also try the witness on this text, of which nothing may be in the certificate's probe.
+        source: where the model was opened from.
         micro_batch_tokens: tokens that go through the model at a time.
+
+    Raises:
+        CertificateError: If the folder is no readable certificate, or the witness does not fit the model.
+        ProbeError: If a text does not fit the model, or too little of it is fresh.
     """
-    certificate = read_certificate(folder)
-    record = certificate.record
+    record = read_record(folder)
+    tolerance = tolerance_of(model)
+    changed = what_changed(folder, record)
+    if changed:
+        return Verification("does not hold", changed)
+    certificate = read_certificate(folder, model)
     other = not_as_certified(folder, record, certificate.probe, model)
     if other is not None:
         return other
-    tolerance = tolerance_of(model)
+    about = Verification(
+        "holds",
+        "",
+        tolerance=tolerance,
+        margin=max(record.margin_nats, tolerance),
+        model=opened_words(record, model, source),
+        split=split_words(record),
+    )
     wrong = next(_disagreements(certificate, model, tolerance), None)
     if wrong:
-        return Verification("does not hold", wrong, tolerance=tolerance)
+        return replace(about, status="does not hold", reason=wrong)
+    own = None
     with untouched(model):
         session = open_report(
             model, find_blocks(model), certificate.probe.report, micro_batch_tokens=micro_batch_tokens
@@ -90,18 +128,45 @@ def verify_certificate(
         recheck = _Recheck(certificate, session, tolerance)
         try:
             recheck.run(full=full)
+            wrong = recheck.wrong_number() or (recheck.wrong_verdict() if full else None)
+            if text is not None and not wrong:
+                require_witness(certificate.witness)
+                own = audit_on(record, certificate.witness, certificate.probe, model, text)
         except FormatError as error:  # a witness that is not at the same bits proves nothing
-            return Verification("does not hold", str(error), tolerance=tolerance)
-        wrong = recheck.wrong_number() or (recheck.wrong_verdict() if full else None)
+            return replace(about, status="does not hold", reason=str(error))
     losses = "the model's loss and, where there is one, the composed loss and its gain"
-    return Verification(
-        "does not hold" if wrong else "holds",
-        wrong or f"{len(recheck.checks)} numbers found again.",
-        tuple(recheck.checks),
-        tolerance,
-        rechecked=(losses, *([_BLOCKS, "the verdicts that follow from them"] if full else []), _SELF),
-        not_rechecked=(*([] if full else [f"{_BLOCKS} (--full does)"]), _UNCHECKED),
+    checked = [losses, *([_BLOCKS, "the verdicts that follow from them"] if full else []), _SELF]
+    found = replace(
+        about,
+        checks=tuple(recheck.checks),
+        rechecked=(*checked, "names of blocks and layers, formats, sizes and dtype", *([_OWN] if own else [])),
+        not_rechecked=(*([] if full else [f"{_BLOCKS} (--full does)"]), _UNCHECKED, _AUTHORS),
+        own=own,
     )
+    if wrong:
+        return replace(found, status="does not hold", reason=wrong)
+    if own is not None and not own.holds:
+        return replace(found, status="does not hold", reason=own.reason)
+    measured = any(block.recoverable_nats or block.unique_nats for block in record.blocks)
+    return replace(
+        found,
+        status="holds" if full or own or not measured else LOSSES_HOLD,
+        reason=f"{len(recheck.checks)} numbers found again.",
+    )
+
+
+def check_certified(folder: Path, certificate: Certificate, model: nn.Module) -> None:
+    """Refuse a certificate whose files, model, probe or own numbers are not as certified; without a forward pass.
+
+    Raises:
+        CertificateError: With what is not so.
+    """
+    other = not_as_certified(folder, certificate.record, certificate.probe, model)
+    if other:
+        raise CertificateError(f"{folder}: {other.status}: {other.reason}")
+    wrong = next(_disagreements(certificate, model, tolerance_of(model)), None)
+    if wrong:
+        raise CertificateError(f"{folder} does not hold: {wrong}")
 
 
 def merged_model(certificate: Certificate, model: nn.Module) -> nn.Module:
@@ -113,8 +178,8 @@ def merged_model(certificate: Certificate, model: nn.Module) -> nn.Module:
             kind that cannot be given other codes.
         FormatError: If the witness is not of the formats that low-bit layers hold.
     """
-    if fingerprint(model) != certificate.record.model.fingerprint:
-        raise CertificateError("The model's tensors are not those that were certified: not the same model.")
+    if not same_model(certificate.record, model):
+        raise CertificateError(f"{NOT_THE_MODEL[:-1]}: not the same model.")
     changed = copy.deepcopy(model)
     if not merge_(certificate.witness, "composed", find_blocks(changed)):
         raise CertificateError("The certificate holds no composed witness: the audit found none, so nothing to apply.")
@@ -181,7 +246,8 @@ class _Recheck(Recheck):
         """Return which block's colour does not follow from the numbers found, or ``None``; after a full run."""
         record = self.record
         # A number within the tolerance of the margin may fall on either side of it elsewhere.
-        margins = [record.margin_nats + shift for shift in (0.0, -self.tolerance, self.tolerance)]
+        # But a gain within the tolerance of nothing is no evidence, whatever the margin is.
+        margins = [max(record.margin_nats + shift, self.tolerance) for shift in (0.0, -self.tolerance, self.tolerance)]
         judged = [judge(self.evidence, m, in_distribution=record.probe.in_distribution) for m in margins]
         for index, block in enumerate(record.blocks):
             if block.verdict not in {verdicts[index].colour for verdicts in judged}:
@@ -192,15 +258,32 @@ class _Recheck(Recheck):
 
 def _disagreements(certificate: Certificate, model: nn.Module, tolerance: float) -> Iterator[str]:
     """Yield, in words, what the record says of its probe, its model or itself that is not so."""
-    record, probe = certificate.record, certificate.probe.record()
-    facts: list[tuple[str, object, object]] = [
-        (f"probe.{key}", getattr(record.probe, key), getattr(probe, key)) for key in type(probe).model_fields
-    ]
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    facts.append(("model.dtype", record.model.dtype, dtype))
-    facts.append(("model.parameters", record.model.parameters, parameter_count(model)))
-    facts.append(("model.blocks", record.model.blocks, len(find_blocks(model))))
-    for name, recorded, found in facts:
-        if recorded != found:
-            yield f"{name}: {recorded} was certified, {found} was found."
+    record, blocks = certificate.record, find_blocks(model)
     yield from contradictions(record, tolerance)
+    linears = {linear.name: linear for block in blocks for linear in block.linears}
+    for said in record.blocks:
+        for matrix in said.matrices:
+            linear = linears.get(f"{said.name}.{matrix.name}")
+            if linear is None:
+                yield f"{said.name}: the model has no linear layer {matrix.name}."
+            elif matrix.format is not None and matrix.format != _format_of(linear):
+                yield f"{linear.name}: {matrix.format} was certified, {_format_of(linear) or 'no format'} was found."
+    kinds: dict[str, set[str]] = {"composed": set(), "alone": set()}
+    for name in certificate.witness:
+        kind, _, rest = name.partition("/")
+        owner = next((n for n in (rest, rest.rpartition(".")[0]) if n in linears), None)
+        if kind not in kinds or owner is None:
+            yield f"The witness names {name}, which the model does not have."
+        else:
+            kinds[kind].add(owner)
+    if kinds["composed"] and record.loss.composed is None:
+        yield "The witness changes all blocks together, and the record does not say what that gains."
+    for recorded, block in zip(record.blocks, blocks, strict=True):
+        has = any(linear.name in kinds["alone"] for linear in block.linears)
+        if has and recorded.recoverable_nats is None:
+            yield f"{block.name}: the witness has weights for it, and the record does not say what they gain."
+
+
+def _format_of(linear: LinearLayer) -> str | None:
+    held = linear.held() if linear.low_bit else None
+    return None if held is None else held.format.name

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -13,20 +12,41 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peelwise.errors import CertificateError
+from peelwise.errors import CertificateError, ProbeError
+from peelwise.model.architectures import find_blocks
 from peelwise.model.fingerprint import fingerprint
-from peelwise.probe.probe import Probe
-from peelwise.records.base import SealedRecord, WitnessRecord
-from peelwise.records.files import RECORD_FILE
+from peelwise.model.layers import context_length, parameter_count, unwrapped, vocabulary_size
+from peelwise.probe.probe import Probe, check_context, check_vocabulary
+from peelwise.probe.split import Pool
+from peelwise.records.base import Colour, Interval, SealedRecord, WitnessRecord
+from peelwise.records.files import (
+    HEADER_BYTES,
+    PROBE_FILE,
+    RECORD_FILE,
+    WITNESS_FILE,
+    check_file,
+    check_header,
+    sha256,
+    what_changed,
+)
 from peelwise.records.folder import written_whole
 
-WITNESS_FILE, PROBE_FILE = "witness.safetensors", "probe.safetensors"
-
+_PROBE_BYTES = 256 * 2**20
+_PIECE = 1 << 24
+_DTYPES = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+}
+# Two witnesses of every weight at eight bytes each: more than any format takes.
+_BYTES_PER_PARAMETER = 16
 
 # Nats per token that a recomputed loss may be off: other threads, batches, machines. Half precision is the most.
 _TOLERANCE, _HALF_TOLERANCE = 3e-4, 5e-3
 
 
+LOSSES_HOLD: Literal["losses hold, verdicts not rechecked"] = "losses hold, verdicts not rechecked"
+Status = Literal["holds", "losses hold, verdicts not rechecked", "does not hold", "not the same model or data"]
+NOT_THE_MODEL = "The model's tensors are not those that were certified."
 SomeRecord = TypeVar("SomeRecord", bound=SealedRecord)
 
 
@@ -41,24 +61,84 @@ class Check:
 
 
 @dataclass(frozen=True)
+class OwnBlock:
+    """One block on the text of whoever checks, beside what was certified; gains in nats per token.
+
+    ``certified`` and ``found`` are colours, ``gains`` the solo gain certified and found.
+    """
+
+    name: str
+    certified: Colour
+    found: Colour
+    gains: tuple[Interval | None, Interval | None]
+
+
+@dataclass(frozen=True)
+class OwnText:
+    """What a witness is worth on text that whoever made it did not choose.
+
+    Attributes:
+        source: of the text.
+        sequences, tokens: evaluated.
+        overlapping: sequences left out because the certificate's own probe has their text.
+        loss: of the model there, nats per token.
+        margin: smallest gain that counts there, nats per token.
+        certified: gain of the composed witness on the author's text; ``None`` if there is none.
+        found: the same on this text.
+        blocks: solo gains and verdicts.
+        holds: whether the composed gain is above the tolerance with its whole interval, and no red block is green here.
+        reason: of that, in words.
+    """
+
+    source: str
+    sequences: int
+    tokens: int
+    overlapping: int
+    loss: float
+    margin: float
+    certified: Interval | None
+    found: Interval | None
+    blocks: tuple[OwnBlock, ...] = field(repr=False, default=())
+    holds: bool = True
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Verification:
     """The outcome of `verify_certificate`: what is true of the certificate, and the numbers compared.
 
+    A recheck of an audit that leaves out its blocks ends with "losses hold, verdicts not rechecked".
+
     ``rechecked`` and ``not_rechecked`` say in words what was established here and what still rests on the word of
     whoever made the certificate; both are empty where the check ended before any loss was computed.
+
+    Attributes:
+        status: whether it holds; of one that holds on the author's text, but not on the own one, ``does not hold``.
+        reason: why, in one line.
+        checks: the numbers compared.
+        tolerance: nats per token that a number may be off.
+        rechecked, not_rechecked: in words.
+        margin: smallest gain that counts as evidence here, nats per token.
+        model: what was opened, and from where.
+        split: how sequences were assigned to the parts, in words.
+        own: what the witness is worth on the text that was given.
     """
 
-    status: Literal["holds", "does not hold", "not the same model or data"]
+    status: Status
     reason: str
     checks: tuple[Check, ...] = ()
     tolerance: float = 0.0
     rechecked: tuple[str, ...] = ()
     not_rechecked: tuple[str, ...] = ()
+    margin: float | None = None
+    model: str | None = None
+    split: str | None = None
+    own: OwnText | None = None
 
     @property
     def holds(self) -> bool:
-        """Whether every number was found again."""
-        return self.status == "holds"
+        """Whether every number that was compared was found again."""
+        return self.status in ("holds", LOSSES_HOLD)
 
 
 def write_certificate(
@@ -95,28 +175,14 @@ def tolerance_of(model: nn.Module) -> float:
     return _TOLERANCE if dtypes <= {torch.float32, torch.float64} else _HALF_TOLERANCE
 
 
-def what_changed(folder: Path, record: SealedRecord) -> str | None:
-    """Return what was changed in the folder after it was written, or ``None``."""
-    if record.digest != record.computed_digest():
-        return f"{RECORD_FILE} was changed after it was written (its digest does not match)."
-    if record.witness is None or _sha256(folder / WITNESS_FILE) != record.witness.sha256:
-        return f"{WITNESS_FILE} was changed after it was written (its SHA-256 does not match)."
-    return None
-
-
 def _witness_record(path: Path, witness: Mapping[str, Tensor]) -> WitnessRecord:
     dtypes = {str(t.dtype).removeprefix("torch.") for t in witness.values()}
     return WitnessRecord(
         file=path.name,
-        sha256=_sha256(path),
+        sha256=sha256(path),
         bytes=path.stat().st_size,
         dtype=", ".join(sorted(dtypes)) or "none",
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_probe(folder: Path, record: SealedRecord) -> Probe:
@@ -125,33 +191,119 @@ def read_probe(folder: Path, record: SealedRecord) -> Probe:
     Raises:
         CertificateError: If it is missing or damaged.
     """
-    return Probe.from_tensors(
-        load_tensors(folder / PROBE_FILE),
-        source=record.probe.source,
-        in_distribution=record.probe.in_distribution,
-        seed=record.seed,
-    )
+    said, pool = record.probe, None
+    if said.pool_sequences is not None and said.pool_sha256 is not None:
+        pool = Pool(said.pool_sequences, said.pool_sha256, said.pool_left_out or 0, said.documents)
+    try:
+        return Probe.from_tensors(
+            load_tensors(folder / PROBE_FILE, _PROBE_BYTES),
+            source=said.source,
+            in_distribution=said.in_distribution,
+            seed=record.seed,
+            pool=pool,
+        )
+    except ProbeError as error:
+        raise CertificateError(f"{folder / PROBE_FILE}: {error}") from error
 
 
 def not_as_certified(folder: Path, record: SealedRecord, probe: Probe, model: nn.Module) -> Verification | None:
-    """Return what there is to say where the files, the probe or the model are not those of the record, or ``None``."""
+    """Return what there is to say where the files, the probe or the model are not those of the record, or ``None``.
+
+    Raises:
+        ProbeError: If the probe's tokens do not fit the model's vocabulary, or its sequences the context.
+    """
     changed = what_changed(folder, record)
     if changed:
         return Verification("does not hold", changed)
     if probe.fingerprint != record.probe.fingerprint:
         return Verification("not the same model or data", f"{PROBE_FILE} is not the probe that was certified.")
-    if fingerprint(model) != record.model.fingerprint:
-        return Verification("not the same model or data", "The model's tensors are not those that were certified.")
-    return None
+    if not same_model(record, model):
+        return Verification("not the same model or data", NOT_THE_MODEL)
+    size, limit = vocabulary_size(model), context_length(model)
+    if size is not None:
+        check_vocabulary(probe, size)
+    if limit is not None:
+        check_context(probe, limit)
+    wrong = next(_wrong_facts(record, probe, model), None) or probe.split_faults()
+    return Verification("does not hold", wrong, tolerance=tolerance_of(model)) if wrong else None
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
+def same_model(record: SealedRecord, model: nn.Module) -> bool:
+    """Whether a model is the one that was certified, by its fingerprint."""
+    return fingerprint(model) == record.model.fingerprint
+
+
+def _wrong_facts(record: SealedRecord, probe: Probe, model: nn.Module) -> Iterator[str]:
+    """Yield, in words, what the record says of its probe or its model that is not so."""
+    found = probe.record()
+    facts: list[tuple[str, object, object]] = [
+        (f"probe.{key}", getattr(record.probe, key), getattr(found, key)) for key in type(found).model_fields
+    ]
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    blocks = find_blocks(model)
+    facts.append(("model.dtype", record.model.dtype, dtype))
+    facts.append(("model.architecture", record.model.architecture, type(unwrapped(model)).__name__))
+    facts.append(("model.parameters", record.model.parameters, parameter_count(model)))
+    facts.append(("model.blocks", record.model.blocks, len(blocks)))
+    for name, recorded, actual in facts:
+        if recorded != actual:
+            yield f"{name}: {recorded} was certified, {actual} was found."
+    for said, block in zip(getattr(record, "blocks", ()), blocks, strict=False):
+        if said.name != block.name:
+            yield f"Block {block.index}: {said.name} was certified, {block.name} was found."
+
+
+def split_words(record: SealedRecord) -> str:
+    """Say how the sequences of a probe were assigned to its parts, after `not_as_certified` found no fault in it."""
+    probe = record.probe
+    drawn = probe.fit_sequences + probe.select_sequences + probe.report_sequences
+    if probe.pool_sequences is None:
+        return (
+            f"not rechecked: this certificate does not say what its {drawn} sequences were drawn from "
+            "(it is older, or its probe was put together by hand)"
+        )
+    unit = f"{probe.documents} documents" if probe.documents is not None else "sequences"
+    return (
+        f"rechecked: {drawn} sequences drawn from {probe.pool_sequences} of the text, {unit} assigned to fit, select "
+        f"and report by hashes of their content and seed {record.seed}"
+    )
+
+
+def opened_words(record: SealedRecord, model: nn.Module, source: str | None) -> str:
+    """Say which model was checked and where it was opened from."""
+    kind, dtype = type(unwrapped(model)).__name__, record.model.dtype
+    return f"{kind}, {dtype}, {source if source is not None else 'as it was handed over'}"
+
+
+def witness_bytes(model: nn.Module) -> int:
+    """Return how large a witness of a model can be at most, so that nothing larger is read."""
+    numbers = sum(p.numel() for p in model.parameters()) + 8 * sum(b.numel() for b in model.buffers())
+    return HEADER_BYTES + _BYTES_PER_PARAMETER * numbers
+
+
+def load_tensors(path: Path, most: int | None = None) -> dict[str, Tensor]:
     """Read a safetensors file of the folder.
 
+    Args:
+        path: of the file.
+        most: bytes that it may have.
+
     Raises:
-        CertificateError: If it is missing or damaged.
+        CertificateError: If it is missing, damaged, no regular file, larger than ``most``, or holds complex numbers,
+            NaN or Inf.
     """
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CertificateError(f"{path} is missing or damaged: {error}.") from error
+        check_file(path, most)
+        check_header(path)
+        tensors = load_file(path)
+    except (OSError, SafetensorError, ValueError, OverflowError, MemoryError, RuntimeError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise CertificateError(f"{path} is missing or damaged: {reason}.") from error
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise CertificateError(f"{path}: {name[:80]} is of {tensor.dtype}, which no certificate holds.")
+        if tensor.is_floating_point() and not all(
+            bool(p.isfinite().all()) for p in torch.split(tensor.flatten(), _PIECE)
+        ):
+            raise CertificateError(f"{path}: {name[:80]} holds NaN or Inf.")
+    return tensors

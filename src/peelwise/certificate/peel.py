@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from peelwise.certificate.base import (
-    WITNESS_FILE,
+    OwnText,
     Verification,
     load_tensors,
     not_as_certified,
+    opened_words,
     read_probe,
+    split_words,
     tolerance_of,
+    witness_bytes,
 )
-from peelwise.certificate.recheck import Recheck
+from peelwise.certificate.own_text import Text, cut_like, own_margin, require_witness
+from peelwise.certificate.recheck import Recheck, check_finite
 from peelwise.engine.heads import head_rows
 from peelwise.engine.opening import format_names, low_bit_layers, open_report
 from peelwise.engine.session import ReportSession
@@ -26,6 +31,9 @@ from peelwise.model.architectures import find_blocks
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, unwrapped
 from peelwise.model.runner import Trace
+from peelwise.probe.probe import Probe
+from peelwise.records.base import Interval
+from peelwise.records.files import WITNESS_FILE, what_changed
 from peelwise.records.peel import PeelRecord
 from peelwise.tasks.peel.reference_block import EFFECTIVE, Codes, ReferenceBlock, State
 from peelwise.tasks.peel.stack import Stack
@@ -38,39 +46,87 @@ _UNCHECKED = (
 )
 
 
-def verify_peel(folder: Path, record: PeelRecord, model: nn.Module) -> Verification:
+def verify_peel(
+    folder: Path, record: PeelRecord, model: nn.Module, *, text: Text | None = None, source: str | None = None
+) -> Verification:
     """Recompute current, head control and bound on report from the folder's own witness and probe.
 
     Args:
         folder: the certificate.
         record: its record.
         model: the model it is about, in the dtype it was peeled in; left untouched.
+        text: also try the reference stack on this text, of which nothing may be in the certificate's probe.
+        source: where the model was opened from.
 
     Raises:
         CertificateError: If the witness or the probe cannot be read, or do not fit the model.
+        ProbeError: If a text does not fit the model, or too little of it is fresh.
     """
-    witness, probe = load_tensors(folder / WITNESS_FILE), read_probe(folder, record)
+    changed = what_changed(folder, record)
+    if changed:
+        return Verification("does not hold", changed)
+    witness, probe = load_tensors(folder / WITNESS_FILE, witness_bytes(model)), read_probe(folder, record)
     other = not_as_certified(folder, record, probe, model)
     if other is not None:
         return other
     tolerance, formats = tolerance_of(model), record.reference_formats
+    about = Verification(
+        "holds",
+        "",
+        tolerance=tolerance,
+        margin=max(record.margin_nats, tolerance),
+        model=opened_words(record, model, source),
+        split=split_words(record),
+    )
     wrong = next(contradictions(record), None)
     if wrong:
-        return Verification("does not hold", wrong, tolerance=tolerance)
+        return replace(about, status="does not hold", reason=wrong)
+    own = None
     with untouched(model):
         recheck = _Recheck(record, witness, open_report(model, find_blocks(model), probe.report), tolerance)
         try:
             recheck.run()
+            wrong = recheck.wrong_number()
+            if text is not None and not wrong:
+                require_witness(witness)
+                own = _on_own_text(record, witness, probe, model, text)
         except FormatError as error:  # references outside the formats that they are said to be of prove nothing
-            return Verification("does not hold", str(error), tolerance=tolerance)
-    wrong = recheck.wrong_number()
-    return Verification(
-        "does not hold" if wrong else "holds",
-        wrong or f"{len(recheck.checks)} numbers found again.",
-        tuple(recheck.checks),
-        tolerance,
+            return replace(about, status="does not hold", reason=str(error))
+    if own is not None and not own.holds:
+        wrong = own.reason
+    return replace(
+        about,
+        status="does not hold" if wrong else "holds",
+        reason=wrong or f"{len(recheck.checks)} numbers found again.",
+        checks=tuple(recheck.checks),
         rechecked=(_LOSSES, *([f"that references are inside {formats}"] if formats else []), _SELF),
         not_rechecked=(_UNCHECKED,),
+        own=own,
+    )
+
+
+def _on_own_text(record: PeelRecord, witness: dict[str, Tensor], probe: Probe, model: nn.Module, text: Text) -> OwnText:
+    """Return what the reference stack gains on a text, over the model or its head control, whichever is less."""
+    found, tolerance = cut_like(text, probe, model), tolerance_of(model)
+    session = open_report(model, find_blocks(model), found.split)
+    gain = _Recheck(record, witness, session, tolerance).certified()
+    wrong = None
+    if gain is not None and gain.low <= tolerance and record.loss.certified and record.loss.certified.low > 0:
+        wrong = (
+            f"On your text the reference stack gains {gain.mean:.3f} ({gain.low:.3f} to {gain.high:.3f}): "
+            f"not more than the tolerance of {tolerance:g}."
+        )
+    return OwnText(
+        source=text.source,
+        sequences=found.split.sequences,
+        tokens=found.split.tokens,
+        overlapping=found.overlapping,
+        loss=session.report.mean,
+        margin=own_margin(record, session.report.mean, tolerance),
+        certified=record.loss.certified,
+        found=gain,
+        holds=wrong is None,
+        reason=wrong or "The reference stack does on your text what was certified.",
     )
 
 
@@ -143,6 +199,17 @@ class _Recheck(Recheck):
             self.gain("loss.bound_gain", loss.bound_gain, report.losses, bound)
             if control is not None:
                 self.gain("loss.over_head_control", loss.over_head_control, control, bound)
+
+    def certified(self) -> Interval | None:
+        """Return what the stack gains here, over the model or its head control, whichever is less."""
+        loss, report = self.record.loss, self.session.report
+        if loss.bound is None:
+            return None
+        bound, others = self._bound(), [report.losses]
+        if loss.head_control is not None:
+            others.append(self._with_head(report, CONTROL_HEAD))
+        check_finite("loss.bound", bound, *others)
+        return min((self.session.gain(other, bound).interval() for other in others), key=lambda gain: gain.low)
 
     def _bound(self) -> Tensor:
         """Return the losses ``[sequences]`` of the stack with its head."""

@@ -6,8 +6,19 @@ from torch import Tensor
 
 from peelwise.certificate.base import Check
 from peelwise.engine.session import ReportSession
+from peelwise.errors import CertificateError
 from peelwise.evidence.intervals import Paired
 from peelwise.records.base import Interval
+
+
+def check_finite(name: str, *losses: Tensor) -> None:
+    """Refuse losses that are no numbers: nothing follows from them.
+
+    Raises:
+        CertificateError: If there are any.
+    """
+    if not all(bool(each.isfinite().all()) for each in losses):
+        raise CertificateError(f"{name}: with this witness the model's loss is no finite number.")
 
 
 class Recheck:
@@ -24,10 +35,12 @@ class Recheck:
 
     def loss(self, name: str, recorded: float, found: Tensor) -> None:
         """Compare a loss in nats per token with losses ``[sequences]``."""
+        check_finite(name, found)
         self.compare(name, recorded, self.session.report.mean_of(found))
 
     def gain(self, name: str, recorded: Interval | None, before: Tensor, after: Tensor) -> Paired:
         """Compare mean and ends of a recorded gain with those from ``before`` to ``after``, and return the latter."""
+        check_finite(name, before, after)
         found = self.session.gain(before, after)
         if recorded is not None:
             again = found.interval()

@@ -51,7 +51,7 @@ def audit(
     budget: Annotated[str, flag(AuditSettings, "budget", metavar="TIME")] = str(AuditSettings.budget),
     joint_rounds: Annotated[int, flag(AuditSettings, "joint_rounds", min=0)] = AuditSettings.joint_rounds,
     solo_rounds: Annotated[int, flag(AuditSettings, "solo_rounds", min=0)] = AuditSettings.solo_rounds,
-    margin: Annotated[float | None, flag(AuditSettings, "margin", min=0.0)] = AuditSettings.margin,
+    margin: Annotated[float | None, flag(AuditSettings, "margin")] = AuditSettings.margin,
     controls: Annotated[bool, flag(AuditSettings, "controls")] = AuditSettings.controls,
     micro_batch_tokens: Annotated[
         int, flag(AuditSettings, "micro_batch_tokens", min=1)

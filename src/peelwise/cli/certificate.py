@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from peelwise.cli.options import DeviceOption, FolderArgument, ForceOption, PickleOption, output
+from peelwise.cli.options import (
+    DeviceOption,
+    FieldOption,
+    FolderArgument,
+    ForceOption,
+    InDistributionOption,
+    PickleOption,
+    TokenizerOption,
+    TokensOption,
+    output,
+)
 from peelwise.cli.terminal import status
 from peelwise.model.options import OpenOptions
+from peelwise.probe.options import ProbeOptions
+from peelwise.records.plain_text import clean
+
+if TYPE_CHECKING:
+    from peelwise.certificate.base import OwnText, Verification
 
 app = typer.Typer()
 
@@ -19,36 +34,95 @@ WhereOption = Annotated[
     str | None,
     typer.Option(help="Where the model is.", show_default="where it was opened for the audit", rich_help_panel="Model"),
 ]
+OwnTextOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE",
+        help="Your own text, which the witness is tried on: .txt, .jsonl, .parquet or - for standard input.",
+        rich_help_panel="Text",
+    ),
+]
 
 
-@app.command(epilog="Example: `peelwise verify out/demo --full`", short_help="Recheck a certificate.")
+@app.command(epilog="Example: `peelwise verify out/theirs --model MODEL --text mine.txt`", short_help="Recheck.")
 def verify(
     folder: FolderArgument,
     model: WhereOption = None,
+    text: OwnTextOption = None,
+    field: FieldOption = ProbeOptions.field,
+    tokens: TokensOption = ProbeOptions.tokens,
+    in_distribution: InDistributionOption = ProbeOptions.in_distribution,
     full: Annotated[bool, typer.Option("--full", help="Recheck every block's numbers too (slower).")] = False,
     device: DeviceOption = OpenOptions.device,
     allow_pickle: PickleOption = OpenOptions.allow_pickle,
+    tokenizer: TokenizerOption = None,
 ) -> None:
     """Recompute the losses that the certificate in DIR claims: holds, does not hold, or not the same model or data.
 
-    Prints what was rechecked and what was not. Exit code 0 if it holds, 1 if not.
+    With --model and --text, its weights are tried on text of your own: nothing of whoever made it has to be believed.
+    Prints what was rechecked and what was not. Exit code 0 if it holds (on your text too), 1 if not, 2 if it cannot be
+    read.
     """
     from peelwise.api import certificate as api
 
+    own = None
+    if text:
+        own = ProbeOptions(tuple(text), field, tokens=tokens, in_distribution=in_distribution)
     with status("Recomputing the certified losses ..."):
-        result = api.verify(folder, model, full=full, opening=OpenOptions(device, allow_pickle=allow_pickle))
+        opening = OpenOptions(device, allow_pickle=allow_pickle, tokenizer=tokenizer)
+        result = api.verify(folder, model, full=full, text=own, opening=opening)
+    _print_verification(result)
+    if not result.holds:
+        raise typer.Exit(1)
+
+
+def _print_verification(result: Verification) -> None:
     console = Console(highlight=False)
     for check in result.checks:
         mark = "ok" if check.holds else "[bold red]differs[/]"
-        console.print(f"  {check.name:<34} certified {check.recorded:+.6f}   found {check.found:+.6f}   {mark}")
-    style = "bold green" if result.holds else "bold red"
-    console.print(f"[{style}]{result.status}[/]: {escape(result.reason)}", soft_wrap=True)
-    if result.rechecked:
-        for words, what in (("Rechecked", result.rechecked), ("Not rechecked", result.not_rechecked)):
-            console.print(f"{words}: {'; '.join(what)}.", soft_wrap=True)
-        console.print(f"Tolerance: {result.tolerance:g} nats per token.")
-    if not result.holds:
-        raise typer.Exit(1)
+        name = escape(clean(check.name))
+        console.print(f"  {name:<34} certified {check.recorded:+.6f}   found {check.found:+.6f}   {mark}")
+    style = "bold green" if result.status == "holds" else "bold yellow" if result.holds else "bold red"
+    console.print(f"[{style}]{result.status}[/]: {escape(clean(result.reason))}", soft_wrap=True)
+    if result.own is not None:
+        _print_own(console, result.own)
+    lines = {
+        "Rechecked": "; ".join(result.rechecked),
+        "Not rechecked": "; ".join(result.not_rechecked),
+        "Split": result.split,
+        "Model": result.model,
+    }
+    for words, what in lines.items():
+        if what:
+            console.print(f"{words}: {escape(clean(what))}.", soft_wrap=True)
+    if result.margin is not None:
+        console.print(
+            f"Margin: {result.margin:.4g} nats per token; a gain counts above it. Tolerance: {result.tolerance:g}."
+        )
+    if result.holds and result.own is None:
+        console.print("Whoever made it may have fitted the witness to this very text: try yours, with --text FILE.")
+
+
+def _print_own(console: Console, own: OwnText) -> None:
+    text = escape(clean(own.source))
+    if own.certified is not None and own.found is not None:
+        found = own.found
+        console.print(
+            f"certified on the author's text: {own.certified.mean:.3f}; on yours: {found.mean:.3f} "
+            f"({found.low:.3f} to {found.high:.3f})",
+            soft_wrap=True,
+        )
+    for block in own.blocks:
+        certified, gain = ("not measured" if g is None else f"{g.mean:+.3f}" for g in block.gains)
+        interval = "" if block.gains[1] is None else f" ({block.gains[1].low:+.3f} to {block.gains[1].high:+.3f})"
+        name = escape(clean(block.name))
+        console.print(f"  {name:<24} {block.certified} {certified}; on yours: {block.found} {gain}{interval}")
+    left_out = f", {own.overlapping} more left out that the certificate was made on" if own.overlapping else ""
+    console.print(
+        f"Your text: {text}, {own.tokens} tokens in {own.sequences} sequences{left_out}. Loss {own.loss:.4f}, margin "
+        f"{own.margin:.4g}.",
+        soft_wrap=True,
+    )
 
 
 @app.command(

@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from peelwise.cli import audit, certificate, peel, quantcheck, runs
-from peelwise.cli.terminal import stderr
+from peelwise.cli.terminal import one_line, stderr
 from peelwise.errors import PeelwiseError
 
 app = typer.Typer(
@@ -36,7 +36,7 @@ def main() -> None:
     try:
         app()
     except PeelwiseError as error:
-        stderr.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        stderr.print(f"[bold red]error:[/] {escape(one_line(error))}", soft_wrap=True)
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:  # what typer makes of Ctrl-C

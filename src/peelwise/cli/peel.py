@@ -58,7 +58,7 @@ def peel(
     ] = PeelSettings.dense_references,
     beam_width: Annotated[int, flag(PeelSettings, "beam_width", min=1)] = PeelSettings.beam_width,
     controls: Annotated[bool, flag(PeelSettings, "controls")] = PeelSettings.controls,
-    margin: Annotated[float | None, flag(PeelSettings, "margin", min=0.0)] = PeelSettings.margin,
+    margin: Annotated[float | None, flag(PeelSettings, "margin")] = PeelSettings.margin,
     micro_batch_tokens: Annotated[
         int, flag(PeelSettings, "micro_batch_tokens", min=1)
     ] = PeelSettings.micro_batch_tokens,

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from peelwise.errors import PeelwiseWarning
+from peelwise.records.plain_text import clean
 from peelwise.show.words import stage_words
 
 if TYPE_CHECKING:
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     from peelwise.engine.clock import Watcher
 
 stderr = Console(stderr=True, highlight=False)
+
+
+def one_line(said: object) -> str:
+    """Return a message without what could steer a terminal: it may quote what anybody wrote into a file."""
+    return clean(str(said))
 
 
 @contextmanager
@@ -37,7 +43,7 @@ def quiet_warnings() -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
         if issubclass(category, PeelwiseWarning):
-            stderr.print(f"[yellow]warning:[/] {escape(str(message))}", soft_wrap=True)
+            stderr.print(f"[yellow]warning:[/] {escape(one_line(message))}", soft_wrap=True)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")

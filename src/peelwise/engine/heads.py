@@ -77,6 +77,9 @@ def head_rows(runner: Runner, trace: Trace, *, blank: bool = False) -> HeadRows 
     head = runner.head
     if head is None:
         return None
+    stations = trace.batches[0].stations
+    if blank and stations[0].shape != stations[-1].shape:
+        return None  # what comes before the blocks does not fit behind them
     x, y, agree = runner.head_inputs(trace, station=0 if blank else -1)
     if not bool(agree):
         return None

@@ -15,7 +15,8 @@ from peelwise.model.architectures import find_blocks
 from peelwise.model.fingerprint import check_finite
 from peelwise.model.fresh import fresh_copy
 from peelwise.model.layers import Block, LinearLayer, context_length, vocabulary_size
-from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner, check_replay
+from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner
+from peelwise.model.selfcheck import check_dtypes, check_shared, self_check
 from peelwise.model.weights.held import Held
 from peelwise.probe.probe import Probe, Split, check_context, check_vocabulary
 
@@ -29,6 +30,8 @@ def checked_blocks(model: nn.Module, probe: Probe) -> tuple[Block, ...]:
         ProbeError: If the probe's tokens do not fit the model's vocabulary, or its sequences the context.
     """
     blocks = find_blocks(model)
+    check_shared(blocks)
+    check_dtypes(blocks)
     size = vocabulary_size(model)
     if size is not None:
         check_vocabulary(probe, size)
@@ -59,11 +62,11 @@ def open_session(
     runner = Runner(model, blocks, micro_batch_tokens=micro_batch_tokens, processes=processes)
     clock = Clock(budget_seconds, runner.work, watcher)
     with clock.stage(LOSSES):
-        check_replay(runner, probe.fit)
+        notes = self_check(runner, probe.fit)
         fit, select, report = runner.trace(probe.fit), runner.trace(probe.select), runner.trace(probe.report)
     for trace in (fit, select, report):
         _check_loss(trace.mean, name)
-    return Session(runner, report, probe, fit, select, clock, probe.seed, low_bit_layers(blocks))
+    return Session(runner, report, probe, fit, select, clock, probe.seed, low_bit_layers(blocks), notes)
 
 
 def open_report(

@@ -16,6 +16,7 @@ from peelwise.model.runner import Runner, Trace
 from peelwise.model.splice import spliced
 from peelwise.model.weights.held import Held
 from peelwise.probe.probe import Probe
+from peelwise.records.base import Note
 from peelwise.records.codes import Stage
 
 WITNESS_DTYPE = torch.bfloat16
@@ -68,7 +69,8 @@ class ReportSession:
 class Session(ReportSession):
     """One model, one probe, the model's own stations and losses on its three parts, and the clock.
 
-    ``held`` is what low-bit maps hold: their witness is of the same formats.
+    ``held`` is what low-bit maps hold: their witness is of the same formats. ``notes`` is what the self-checks of the
+    model have to say.
     """
 
     probe: Probe
@@ -77,6 +79,7 @@ class Session(ReportSession):
     clock: Clock
     seed: int
     held: dict[LinearLayer, Held] = field(default_factory=dict)
+    notes: tuple[Note, ...] = ()
 
     def relinearised(
         self, changes: Mapping[LinearLayer, Tensor], block: int | None = None

@@ -13,10 +13,28 @@ from typing import Literal
 from peelwise.evidence.intervals import Paired
 from peelwise.evidence.verdict import Evidence, Verdict, default_margin, harmful, judge, leaders
 from peelwise.records.audit import AuditConclusion, AuditRecord, BlockRecord, HeadRecord, LookFirst, LossRecord
-from peelwise.records.base import Interval
+from peelwise.records.base import Interval, SealedRecord
+from peelwise.records.options import LEAST_MARGIN, MOST_MARGIN, is_margin
 
 # Sums of the same numbers in another order and precision; far below anything that is shown.
 _ROUNDING = 1e-5
+# Nats per token: above what any vocabulary costs a model that knows nothing, 12.5 for 262,144 ids.
+_WORST = 50.0
+_LOSSES = ("current", "composed", "head_control", "shuffled", "untrained", "untrained_start", "dense")
+_SETTINGS: dict[str, type | tuple[type, ...]] = {
+    "budget_seconds": (int, float),
+    "joint_rounds": int,
+    "alone_rounds": int,
+    "rounds": int,
+    "beam_width": int,
+    "micro_batch_tokens": int,
+    "controls": bool,
+    "steps": bool,
+    "weighted": bool,
+    "dense_references": bool,
+    "maps": str,
+    "start": str,
+}
 # More blocks than these that are not distinguishable point nowhere.
 _MOST_NAMED = 3
 
@@ -86,8 +104,11 @@ def contradictions(record: AuditRecord, tolerance: float) -> Iterator[str]:
         record: of an audit.
         tolerance: nats per token by which losses of two implementations may differ (the head's and the model's).
     """
+    yield from wrong_settings(record)
     yield from wrong_intervals(_named_intervals(record), record.probe.report_sequences)
     yield from _losses(record.loss, tolerance)
+    yield from _impossible(record)
+    yield from _left_out(record)
     yield from _head(record.head, record.loss)
     yield from _rounds(record)
     yield from _splits(record)
@@ -97,6 +118,55 @@ def contradictions(record: AuditRecord, tolerance: float) -> Iterator[str]:
     # A record of old holds a sentence there, which follows from nothing and is not shown either.
     if isinstance(record.conclusion, AuditConclusion) and record.conclusion != conclusion_of(record):
         yield instead("conclusion", record.conclusion, conclusion_of(record))
+
+
+def wrong_settings(record: SealedRecord) -> Iterator[str]:
+    """Yield what is wrong with the margin, and with settings that no run can have had.
+
+    A margin that was asked for lies within `records.options`' bounds, the default follows from the loss.
+    """
+    asked = record.settings.get("margin_nats")
+    if asked is not None and not is_margin(asked):
+        yield f"settings.margin_nats: {asked!r} was certified, {LEAST_MARGIN:g} to {MOST_MARGIN:g} is allowed."
+    for name, value in record.settings.items():
+        kind = _SETTINGS.get(name)
+        # A boolean is an integer to Python, and not to whoever reads a record.
+        if (
+            kind is not None
+            and value is not None
+            and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool))
+        ):
+            yield f"settings.{name}: {value!r} was certified, which is no value of it."
+        elif isinstance(value, int | float) and name != "margin_nats" and value < 0:
+            yield f"settings.{name}: {value!r} was certified, which is below 0."
+
+
+def margin_of(record: SealedRecord, loss: float) -> float:
+    """Return the margin that a record's settings and loss give, nats per token."""
+    asked = record.settings.get("margin_nats")
+    return float(asked) if asked is not None and is_margin(asked) else default_margin(loss)
+
+
+def _impossible(record: AuditRecord) -> Iterator[str]:
+    """A loss is not negative, so no witness gains more than there is."""
+    loss = record.loss
+    for name, value in loss:
+        if name in _LOSSES and value is not None and value < 0:
+            yield f"loss.{name}: {value:.6f} was certified, and no loss is below 0."
+    for block in record.blocks:
+        gain, marginal = block.recoverable_nats, block.unique_nats
+        if gain is not None and gain.mean > loss.current + _ROUNDING:
+            yield f"{block.name} recoverable: {gain.mean:.6f} was certified, more than the whole loss."
+        if marginal is not None and (loss.composed is None or marginal.mean > max(loss.current, _WORST)):
+            yield f"{block.name} unique: {marginal.mean:.6f} was certified, which no loss leaves room for."
+
+
+def _left_out(record: AuditRecord) -> Iterator[str]:
+    """An audit that is complete measured the same of all blocks."""
+    for field, name in (("recoverable_nats", "recoverable"), ("unique_nats", "unique"), ("removal_nats", "removal")):
+        missing = [block.name for block in record.blocks if getattr(block, field) is None]
+        if record.complete and 0 < len(missing) < len(record.blocks):
+            yield f"{missing[0]} {name}: it is missing, though the audit is said to be complete."
 
 
 def wrong_intervals(named: Iterable[tuple[str, Interval]], sequences: int) -> Iterator[str]:
@@ -191,8 +261,7 @@ def _rounds(record: AuditRecord) -> Iterator[str]:
 
 
 def _verdicts(record: AuditRecord) -> Iterator[str]:
-    probe, asked = record.probe, record.settings.get("margin_nats")
-    margin = default_margin(record.loss.current) if asked is None else float(asked)
+    probe, margin = record.probe, margin_of(record, record.loss.current)
     if abs(record.margin_nats - margin) > 1e-9:
         yield instead("margin_nats", record.margin_nats, margin)
     if [b.index for b in record.blocks] != list(range(record.model.blocks)):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from peelwise.evidence.audit import instead, wrong_intervals
-from peelwise.evidence.verdict import default_margin
+from peelwise.evidence.audit import instead, margin_of, wrong_intervals, wrong_settings
 from peelwise.records.base import Interval
 from peelwise.records.peel import MapRecord, PeelConclusion, PeelLossRecord, PeelRecord, StationRecord
 
@@ -62,10 +61,10 @@ def informative(losses: PeelLossRecord) -> bool | None:
 
 def contradictions(record: PeelRecord) -> Iterator[str]:
     """Yield, in words, every place where the record contradicts its own numbers."""
+    yield from wrong_settings(record)
     yield from wrong_intervals(_named_intervals(record), record.probe.report_sequences)
     yield from _losses(record.loss)
-    asked = record.settings.get("margin_nats")
-    margin = default_margin(record.loss.current) if asked is None else float(asked)
+    margin = margin_of(record, record.loss.current)
     if abs(record.margin_nats - margin) > 1e-9:
         yield instead("margin_nats", record.margin_nats, margin)
     best = record.maps[0] if record.maps else None

@@ -33,12 +33,14 @@ def _restored(model: nn.Module) -> Iterator[None]:
     training = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     states = _random_states()
-    flags = _backend_flags()
+    flags, fast = _backend_flags(), torch.backends.mha.get_fastpath_enabled()
     try:
         model.eval()
         for parameter, _ in gradients:
             parameter.requires_grad_(False)
         _set_backend_flags(_exact(flags))
+        # The fast path of nn.TransformerEncoderLayer reads weights itself, past every hook.
+        torch.backends.mha.set_fastpath_enabled(False)
         device = next((parameter.device.type for parameter, _ in gradients), "cpu")
         known = torch.amp.is_autocast_available(device)  # not for parameters that were moved away ("meta")
         with torch.compiler.set_stance("force_eager"), torch.autocast(device if known else "cpu", enabled=False):
@@ -49,6 +51,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
         for parameter, flag in gradients:
             parameter.requires_grad_(flag)
         _set_backend_flags(flags)
+        torch.backends.mha.set_fastpath_enabled(fast)
         _restore_random_states(states)
 
 

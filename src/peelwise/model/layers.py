@@ -105,8 +105,10 @@ def _is_transposed(module: nn.Module) -> bool:
 
 def linear_layers(module: nn.Module, prefix: str) -> Iterator[LinearLayer]:
     """Yield the linear layers inside of a module, named from the model's root."""
+    # PyTorch's attention reads the weights of its linear layer itself, so a hook there has no effect.
+    read = {id(m.out_proj) for m in module.modules() if isinstance(m, nn.MultiheadAttention)}
     for name, child in module.named_modules():
-        if is_linear(child):
+        if is_linear(child) and id(child) not in read:
             yield LinearLayer(f"{prefix}.{plain_name(name)}", child, _is_transposed(child))
 
 

@@ -6,6 +6,7 @@ one, with the arguments they were seen to get. Stations are ``H_0`` (input of th
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -36,7 +37,7 @@ class Batch:
     attended: Tensor  # [b, t] bool: real input positions that predict something, also in rows that only fill up
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)  # per block, without H
     stations: list[Tensor] = field(default_factory=list)  # L + 1 of [b, t, d]
-    rest: tuple[Any, ...] | None = None  # what the last block returns beside H, if it returns a tuple
+    rest: tuple[Any, ...] | list[Any] | None = None  # what the last block returns beside H, if it is one of several
 
 
 @dataclass
@@ -95,7 +96,9 @@ class Runner:
         processes: Processes = ONE_PROCESS,
     ) -> None:
         self.model, self.processes = unwrapped(model), processes
-        self._spread = processes.count > 1 and any(is_sharded(p) for p in model.parameters())
+        self.sharded = processes.count > 1 and any(is_sharded(p) for p in model.parameters())
+        self._accepted = _accepted(self.model)
+        self._with_targets = False  # for models that return the last position's logits unless they get targets
         self.blocks = tuple(blocks)
         self.head = find_head(self.model, self.blocks)
         self.micro_batch_tokens = micro_batch_tokens
@@ -248,26 +251,50 @@ class Runner:
 
     def _meet(self) -> None:
         """See that nobody has failed before a sharded model waits for all processes, which has no such way out."""
-        if self._spread:
+        if self.sharded:
             self.processes.check_peers()
 
-    def _call(self, batch: Batch) -> Tensor:
-        """Run the model's own forward and return its logits ``[b, t, vocabulary]``."""
+    def _call(self, batch: Batch, inputs: Tensor | None = None) -> Tensor:
+        """Run the model's own forward and return its logits ``[b, t, vocabulary]``.
+
+        Args:
+            batch: what it is called with.
+            inputs: other token ids instead of those of the batch.
+        """
         self._meet()
         kwargs: dict[str, Any] = {}
         if hasattr(self.model, "config") and hasattr(self.model.config, "model_type"):
-            kwargs["use_cache"] = False
+            if self._accepted("use_cache"):
+                kwargs["use_cache"] = False
             if batch.padded:
                 kwargs["attention_mask"] = batch.attended.long()
-        out = self.model(batch.inputs, **kwargs)
+        if self._with_targets:
+            kwargs["targets"] = batch.targets
+        out = self.model(batch.inputs if inputs is None else inputs, **kwargs)
         logits = getattr(out, "logits", out)
-        logits = logits[0] if isinstance(logits, tuple) else logits
+        logits = logits[0] if isinstance(logits, (tuple, list)) else logits
         if not isinstance(logits, Tensor) or logits.dim() != 3:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} must return logits [batch, tokens, vocabulary]; got "
                 f"{getattr(logits, 'shape', type(logits).__name__)}."
             )
+        if logits.shape[1] != batch.inputs.shape[1] and not self._with_targets and self._accepted("targets"):
+            self._with_targets = True  # nanoGPT
+            batch.stations.clear()  # what the first try left
+            batch.calls.clear()
+            return self._call(batch, inputs)
+        if logits.shape[1] != batch.inputs.shape[1]:
+            raise _too_few_logits(self.model, logits, batch)
         return logits
+
+    @torch.no_grad()
+    def own_logits(self, batch: Batch, inputs: Tensor | None = None) -> Tensor:
+        """Return the logits ``[b, t, vocabulary]`` of the model's own forward, optionally for other token ids."""
+        return self._call(batch, inputs)
+
+    def own_loss(self, batch: Batch) -> Tensor:
+        """Return the summed loss of the model's own forward, in nats, in the graph where gradients are on."""
+        return (_token_losses(self._call(batch), batch.targets) * batch.weights).sum()
 
     def _traced(self, batch: Batch) -> Tensor:
         """Run the model once, filling the batch's stations and calls; return its sequence losses."""
@@ -275,13 +302,13 @@ class Runner:
         batch.calls.clear()
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden, args, kwargs = _without_hidden(args, kwargs)
+            hidden, args, kwargs = _without_hidden(args, kwargs, module)
             batch.stations.append(hidden)
             batch.calls.append((args, kwargs))
 
         def after(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             batch.stations.append(_hidden(out))
-            batch.rest = tuple(out[1:]) if isinstance(out, tuple) else None
+            batch.rest = out[1:] if type(out) is list else tuple(out[1:]) if isinstance(out, tuple) else None
 
         with ExitStack() as stack:
             for block in self.blocks:
@@ -337,9 +364,9 @@ def check_replay(runner: Runner, split: Split) -> None:
 
 
 @contextmanager
-def _skipping(blocks: Sequence[Block], hidden: Tensor, rest: tuple[Any, ...] | None) -> Iterator[None]:
+def _skipping(blocks: Sequence[Block], hidden: Tensor, rest: tuple[Any, ...] | list[Any] | None) -> Iterator[None]:
     """Let every block return its input and the last one ``hidden``, so that only the model's ends run."""
-    out = hidden if rest is None else (hidden, *rest)
+    out = _like(rest, hidden)
     with ExitStack() as stack:
         for block in blocks:
             last = block is blocks[-1]
@@ -348,12 +375,19 @@ def _skipping(blocks: Sequence[Block], hidden: Tensor, rest: tuple[Any, ...] | N
         yield
 
 
-def _identity(rest: tuple[Any, ...] | None) -> Callable[..., Any]:
+def _identity(rest: tuple[Any, ...] | list[Any] | None) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden, _, _ = _without_hidden(args, kwargs)
-        return hidden if rest is None else (hidden, *rest)
+        return _like(rest, hidden)
 
     return forward
+
+
+def _like(rest: tuple[Any, ...] | list[Any] | None, hidden: Tensor) -> Any:
+    """Return a hidden state in the way that the blocks return theirs."""
+    if rest is None:
+        return hidden
+    return [hidden, *rest] if isinstance(rest, list) else (hidden, *rest)
 
 
 @contextmanager
@@ -376,16 +410,64 @@ def _hidden_from_gradients(what: str) -> UnsupportedModelError:
     )
 
 
-def _without_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    if args:
+def _accepted(model: nn.Module) -> Callable[[str], bool]:
+    """Return whether the model's forward takes a keyword."""
+    found = inspect.signature(model.forward).parameters
+    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in found.values())
+    return lambda name: anything or name in found
+
+
+def _too_few_logits(model: nn.Module, logits: Tensor, batch: Batch) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(model).__name__} returns logits of {logits.shape[1]} positions for {batch.inputs.shape[1]} tokens; "
+        "peelwise needs those of every position. Wrap the model in one that returns them all."
+    )
+
+
+def _without_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module | None = None
+) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """Take the hidden state out of the arguments of a block: the first of them, or the keyword that stands for it."""
+    if args and isinstance(args[0], Tensor):
         return args[0], tuple(args[1:]), dict(kwargs)
     rest = dict(kwargs)
-    return rest.pop("hidden_states"), (), rest
+    name = _hidden_keyword(rest)
+    if args or name is None or (module is not None and not _comes_first(module, name)):
+        what = "the block" if module is None else type(module).__name__
+        given = ", ".join([*(type(a).__name__ for a in args), *kwargs])
+        raise UnsupportedModelError(
+            f"{what} is called with ({given}); expected the hidden state as its first argument, one tensor."
+        )
+    return rest.pop(name), (), rest
+
+
+def _hidden_keyword(kwargs: dict[str, Any]) -> str | None:
+    if "hidden_states" in kwargs:
+        return "hidden_states"
+    return next((k for k, v in kwargs.items() if isinstance(v, Tensor) and v.dim() == 3), None)
+
+
+def _comes_first(module: nn.Module, name: str) -> bool:
+    return name == "hidden_states" or next(iter(inspect.signature(module.forward).parameters), None) == name
+
+
+def replaced_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a block with ``change`` made to the hidden state among them."""
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    name = _hidden_keyword(kwargs)
+    assert name is not None  # `_without_hidden` has found it before
+    return args, kwargs | {name: change(kwargs[name])}
 
 
 def _hidden(out: Any) -> Tensor:
-    hidden = out[0] if isinstance(out, tuple) else out
-    assert isinstance(hidden, Tensor)
+    hidden = out[0] if isinstance(out, (tuple, list)) and out else out
+    if not isinstance(hidden, Tensor):
+        raise UnsupportedModelError(
+            f"A block returns {type(out).__name__}; expected its hidden state, or a tuple or list that begins with it."
+        )
     return hidden
 
 

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from peelwise.errors import FewSequencesWarning, ProbeError
 from peelwise.probe.options import SEQUENCE_LENGTH, TOKENS, ProbeOptions, check_sizes
-from peelwise.probe.sequences import as_rows, chunk_documents, count_parts, cut, draw, encode_documents, opening_ids
+from peelwise.probe.sequences import as_rows, chunk_documents, cut, encode_documents, opening_ids
+from peelwise.probe.split import PARTS, Pool, draw_parts, split_faults
 from peelwise.probe.texts import check_text, text_of
 from peelwise.records.base import ProbeRecord
 
-PARTS = ("fit", "select", "report")
 SHARES = (0.5, 0.15, 0.35)  # of fit, select and report
 _FEW_REPORT_SEQUENCES = 8
 _CHARACTERS_PER_TOKEN = 200  # read from a data set: some fifty times what is needed, so streams end
@@ -60,6 +60,10 @@ class Split:
         """Number of sequences."""
         return self.ids.shape[0]
 
+    def rows(self) -> list[list[int]]:
+        """Return the ids of every sequence without padding."""
+        return [ids[mask].tolist() for ids, mask in zip(self.ids.cpu(), self.mask.cpu(), strict=True)]
+
     @property
     def tokens(self) -> int:
         """Number of predicted tokens."""
@@ -81,6 +85,8 @@ class Probe:
         source: Where the text comes from, for the record.
         in_distribution: Whether the model was trained on text of this kind.
         seed: The seed that drew and split the sequences.
+        pool: What they were drawn from; ``None`` if that is not known.
+        documents: Number of the document of each sequence by part, ``[sequences]``, where documents were split.
     """
 
     fit: Split
@@ -89,6 +95,8 @@ class Probe:
     source: str
     in_distribution: bool = False
     seed: int = 0
+    pool: Pool | None = None
+    documents: Mapping[str, Tensor] | None = None
 
     @classmethod
     def from_text(
@@ -123,27 +131,10 @@ class Probe:
         Raises:
             ProbeError: If the text is empty, or too short for 2 + 1 + 2 different sequences.
         """
-        check_sizes(tokens, sequence_length)
-        documents = [text] if isinstance(text, str) else list(text)
-        for number, document in enumerate(documents):
-            if not isinstance(document, str):
-                raise ProbeError(f"Document {number}: expected text, got {type(document).__name__}.")
-            check_text(document, f"Document {number}")
-        documents = [document for document in documents if document.strip()]
-        if not documents:
-            raise ProbeError("The text is empty: expected prose or code to predict. Give more text.")
-        opening = opening_ids(tokenizer)
-        size = sequence_length + 1 - len(opening)
-        streams = encode_documents(tokenizer, documents, tokens, size, seed)
-        chunks = chunk_documents(streams, size, getattr(tokenizer, "eos_token_id", None))
-        sequences = [opening + chunk for chunk in chunks]
-        if not sequences:
-            found = sum(map(len, streams))
-            raise ProbeError(
-                f"The text is too short: length {sequence_length} needs {sequence_length + 1} "
-                f"tokens, got {found}. Give more text or a shorter sequence length."
-            )
-        return cls._assemble(sequences, tokens, shares, source=source, in_distribution=in_distribution, seed=seed)
+        sequences, numbers = sequences_of(text, tokenizer, tokens=tokens, sequence_length=sequence_length, seed=seed)
+        return cls._assemble(
+            sequences, numbers, tokens, shares, source=source, in_distribution=in_distribution, seed=seed
+        )
 
     @classmethod
     def from_options(cls, options: ProbeOptions, tokenizer: Any, *, documents: Sequence[str] | None = None) -> Probe:
@@ -204,7 +195,7 @@ class Probe:
                 f"The tokens are too few: one sequence needs {sequence_length + 1} from a stream, "
                 "or a row of at least 2. Give more tokens or a shorter sequence length."
             )
-        return cls._assemble(rows, tokens, shares, source=source, in_distribution=in_distribution, seed=seed)
+        return cls._assemble(rows, None, tokens, shares, source=source, in_distribution=in_distribution, seed=seed)
 
     @classmethod
     def from_dataset(
@@ -249,7 +240,13 @@ class Probe:
 
     @classmethod
     def from_tensors(
-        cls, tensors: Mapping[str, Tensor], *, source: str, in_distribution: bool = False, seed: int = 0
+        cls,
+        tensors: Mapping[str, Tensor],
+        *,
+        source: str,
+        in_distribution: bool = False,
+        seed: int = 0,
+        pool: Pool | None = None,
     ) -> Probe:
         """Restore what :meth:`to_tensors` wrote, with the same fingerprint.
 
@@ -261,17 +258,30 @@ class Probe:
             missing = [key for key in (f"{part}.ids", f"{part}.lengths") if key not in tensors]
             if missing:
                 raise ProbeError(f"The stored probe lacks {missing[0]!r}: expected ids and lengths of {PARTS}.")
-            ids, lengths = tensors[f"{part}.ids"].long(), tensors[f"{part}.lengths"].long()
+            ids, lengths = (_whole_numbers(tensors[f"{part}.{kind}"]) for kind in ("ids", "lengths"))
             fits = ids.ndim == 2 and ids.shape[1] > 1 and lengths.shape == ids.shape[:1] and ids.numel() > 0
             if not fits or int(lengths.min()) < 2 or int(lengths.max()) > ids.shape[1] or int(ids.min()) < 0:
                 raise ProbeError(f"The stored probe is damaged: ids and lengths of {part!r} do not belong together.")
             splits[part] = Split(ids, torch.arange(ids.shape[1]) < lengths[:, None])
-        return cls(**splits, source=source, in_distribution=in_distribution, seed=seed)
+        documents = {part: tensors[key].long() for part in PARTS if (key := f"{part}.documents") in tensors}
+        if documents and {p: tuple(d.shape) for p, d in documents.items()} != {
+            p: (split.sequences,) for p, split in splits.items()
+        }:
+            raise ProbeError("The stored probe is damaged: documents and sequences do not belong together.")
+        return cls(
+            **splits,
+            source=source,
+            in_distribution=in_distribution,
+            seed=seed,
+            pool=pool,
+            documents=documents or None,
+        )
 
     @classmethod
     def _assemble(
         cls,
         sequences: list[list[int]],
+        numbers: list[int] | None,
         tokens: int | None,
         shares: Sequence[float],
         *,
@@ -279,36 +289,43 @@ class Probe:
         in_distribution: bool,
         seed: int,
     ) -> Probe:
-        drawn = draw(sequences, tokens, seed)
-        counts = count_parts(len(drawn), shares)
-        positions = max(map(len, drawn))
-        fit, select = drawn[: counts[0]], drawn[counts[0] : counts[0] + counts[1]]
-        report = drawn[counts[0] + counts[1] :]
-        if counts[2] < _FEW_REPORT_SEQUENCES:
+        drawn = draw_parts(sequences, numbers, tokens, shares, seed)
+        fit, select, report = drawn.parts
+        positions = max(map(len, [*fit, *select, *report]))
+        if len(report) < _FEW_REPORT_SEQUENCES:
             warnings.warn(
-                f"Only {counts[2]} sequences to report on, {_FEW_REPORT_SEQUENCES} or more are advised: "
+                f"Only {len(report)} sequences to report on, {_FEW_REPORT_SEQUENCES} or more are advised: "
                 "intervals will be wide. Give more text, more tokens or a shorter sequence length.",
                 FewSequencesWarning,
                 stacklevel=3,
             )
         return cls(
-            fit=_pad(fit, positions),
-            select=_pad(select, positions),
-            report=_pad(report, positions),
+            fit=padded(fit, positions),
+            select=padded(select, positions),
+            report=padded(report, positions),
             source=source,
             in_distribution=in_distribution,
             seed=seed,
+            pool=drawn.pool,
+            documents=None if drawn.documents is None else _by_part(drawn.documents),
         )
+
+    def split_faults(self) -> str | None:
+        """Return what is wrong with how its sequences were assigned to the parts, or ``None``; see `probe.split`."""
+        documents = None if self.documents is None else [self.documents[part].tolist() for part in PARTS]
+        return split_faults([split.rows() for _, split in self._splits()], documents, self.pool, self.seed)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over names, shapes, ids and masks of the parts as little-endian int64, padding as 0."""
+        """SHA-256 over names, shapes, ids, masks (and documents) of the parts as int64, padding as 0."""
         digest = hashlib.sha256()
         for part, split in self._splits():
             mask = split.mask.cpu().long()
             digest.update(f"{part} {tuple(mask.shape)}\n".encode())
             for values in (split.ids.cpu().long() * mask, mask):
                 digest.update(values.contiguous().numpy().astype("<i8", copy=False).tobytes())
+            if self.documents is not None:
+                digest.update(self.documents[part].cpu().long().numpy().astype("<i8", copy=False).tobytes())
         return digest.hexdigest()
 
     def record(self) -> ProbeRecord:
@@ -324,6 +341,10 @@ class Probe:
             select_sequences=self.select.sequences,
             report_sequences=self.report.sequences,
             in_distribution=self.in_distribution,
+            pool_sequences=self.pool.sequences if self.pool else None,
+            pool_sha256=self.pool.sha256 if self.pool else None,
+            pool_left_out=self.pool.left_out if self.pool else None,
+            documents=self.pool.documents if self.pool else None,
         )
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -333,6 +354,8 @@ class Probe:
             mask = split.mask.cpu()
             tensors[f"{part}.ids"] = (split.ids.cpu() * mask).to(torch.int32).contiguous()
             tensors[f"{part}.lengths"] = mask.sum(dim=1).to(torch.int32)
+            if self.documents is not None:
+                tensors[f"{part}.documents"] = self.documents[part].to(torch.int32)
         return tensors
 
     def to(self, device: torch.device | str) -> Probe:
@@ -341,6 +364,38 @@ class Probe:
 
     def _splits(self) -> Iterator[tuple[str, Split]]:
         yield from ((part, getattr(self, part)) for part in PARTS)
+
+
+def sequences_of(
+    text: str | Sequence[str], tokenizer: Any, *, tokens: int | None, sequence_length: int, seed: int
+) -> tuple[list[list[int]], list[int]]:
+    """Return the sequences that documents are cut into, and the number of the document of each.
+
+    The arguments are those of `Probe.from_text`.
+
+    Raises:
+        ProbeError: If there is no text, or none as long as a sequence.
+    """
+    check_sizes(tokens, sequence_length)
+    documents = [text] if isinstance(text, str) else list(text)
+    for number, document in enumerate(documents):
+        if not isinstance(document, str):
+            raise ProbeError(f"Document {number}: expected text, got {type(document).__name__}.")
+        check_text(document, f"Document {number}")
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise ProbeError("The text is empty: expected prose or code to predict. Give more text.")
+    opening = opening_ids(tokenizer)
+    size = sequence_length + 1 - len(opening)
+    streams = encode_documents(tokenizer, documents, tokens, size, seed)
+    chunks, numbers = chunk_documents(streams, size, getattr(tokenizer, "eos_token_id", None))
+    if not chunks:
+        found = sum(map(len, streams))
+        raise ProbeError(
+            f"The text is too short: length {sequence_length} needs {sequence_length + 1} "
+            f"tokens, got {found}. Give more text or a shorter sequence length."
+        )
+    return [opening + chunk for chunk in chunks], numbers
 
 
 def check_vocabulary(probe: Probe, vocab_size: int) -> None:
@@ -374,7 +429,18 @@ def check_context(probe: Probe, limit: int) -> None:
         raise ProbeError(f"The sequences have {longest} tokens, the model's context is {limit}. Use shorter sequences.")
 
 
-def _pad(rows: list[list[int]], positions: int) -> Split:
+def _by_part(numbers: Iterable[Sequence[int]]) -> dict[str, Tensor]:
+    return {part: torch.tensor(values) for part, values in zip(PARTS, numbers, strict=True)}
+
+
+def _whole_numbers(values: Tensor) -> Tensor:
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise ProbeError(f"The stored probe is damaged: expected integers, got {values.dtype}.")
+    return values.long()
+
+
+def padded(rows: list[list[int]], positions: int) -> Split:
+    """Return sequences of any length as one split, padded on the right."""
     ids = torch.zeros(len(rows), positions, dtype=torch.int64)  # [sequences, positions]
     lengths = torch.tensor([len(row) for row in rows])  # [sequences]
     for index, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Token sequences before they become a probe: encoded, cut, made unique, drawn and counted."""
+"""Token sequences before they become a probe: encoded, cut and counted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peelwise.errors import ProbeError
 from peelwise.probe.files import from_next_word
 
 WHOLE_CHARACTERS = 4 * 2**20  # of all documents together; up to here they are tokenised whole
-_FEWEST = (2, 1, 2)  # sequences without which fit, select or report cannot do its work
+FEWEST = (2, 1, 2)  # sequences without which fit, select or report cannot do its work
 _PIECE_CHARACTERS = 16  # per token of a sequence: room for three or four sequences of prose
 _SPARE = 4  # tokens that are drawn from, for each that is asked for
 _PLACES_PER_SEQUENCE = 2
@@ -73,16 +73,23 @@ def encode_documents(
     return streams
 
 
-def chunk_documents(streams: list[list[int]], size: int, separator: int | None) -> list[list[int]]:
-    """Cut long documents one by one; join the short ones, each followed by ``separator``, and cut those."""
+def chunk_documents(streams: list[list[int]], size: int, separator: int | None) -> tuple[list[list[int]], list[int]]:
+    """Cut long documents one by one; join the short ones, each followed by ``separator``, and cut those.
+
+    Returns the pieces and the number of the document of each; a piece of joined documents has a number of its own.
+    """
     chunks: list[list[int]] = []
+    numbers: list[int] = []
     joined: list[int] = []
-    for stream in streams:
+    for number, stream in enumerate(streams):
         if len(stream) >= size:
-            chunks += cut(stream, size)
+            pieces = list(cut(stream, size))
+            chunks += pieces
+            numbers += [number] * len(pieces)
         else:
             joined += stream if separator is None else [*stream, separator]
-    return chunks + list(cut(joined, size))
+    rest = list(cut(joined, size))
+    return chunks + rest, numbers + [len(streams) + place for place in range(len(rest))]
 
 
 def cut(stream: list[int], size: int) -> Iterator[list[int]]:
@@ -119,42 +126,17 @@ def _as_stream(values: Any, label: str) -> Tensor:
     return ids.long()
 
 
-def draw(sequences: list[list[int]], tokens: int | None, seed: int) -> list[list[int]]:
-    """Return different sequences in seeded random order, as many as ``tokens`` allows."""
-    different = list(dict.fromkeys(map(tuple, sequences)))
-    order = torch.randperm(len(different), generator=torch.Generator().manual_seed(seed)).tolist()
-    drawn: list[list[int]] = []
-    used = 0
-    for index in order:
-        used += len(different[index]) - 1
-        if tokens is not None and used > tokens:
-            break
-        drawn.append(list(different[index]))
-    needed = sum(_FEWEST)
-    if len(drawn) < needed:
-        if len(different) >= needed:
-            raise ProbeError(
-                f"tokens={tokens} leaves {len(drawn)} sequences, expected at least {needed} "
-                "(2 to fit, 1 to select, 2 to report). Allow more tokens or use a shorter sequence length."
-            )
-        raise ProbeError(
-            f"The text gives {len(different)} different sequences, expected at least {needed} "
-            "(2 to fit, 1 to select, 2 to report). Give more text or a shorter sequence length."
-        )
-    return drawn
-
-
 def count_parts(sequences: int, shares: Sequence[float]) -> tuple[int, int, int]:
     """Return how many sequences go to fit, select and report, at least 2, 1 and 2."""
     if len(shares) != 3 or not all(math.isfinite(share) and share > 0 for share in shares):
         raise ProbeError(f"Expected three positive shares (fit, select, report), got {tuple(shares)}.")
     total = sum(shares)
-    select = max(_FEWEST[1], round(sequences * shares[1] / total))
-    report = max(_FEWEST[2], round(sequences * shares[2] / total))
+    select = max(FEWEST[1], round(sequences * shares[1] / total))
+    report = max(FEWEST[2], round(sequences * shares[2] / total))
     fit = sequences - select - report
-    if fit < _FEWEST[0]:
+    if fit < FEWEST[0]:
         raise ProbeError(
             f"Shares {tuple(shares)} of {sequences} sequences leave {fit} to fit on, "
-            f"expected at least {_FEWEST[0]}. Give more text or a larger first share."
+            f"expected at least {FEWEST[0]}. Give more text or a larger first share."
         )
     return fit, select, report

@@ -44,6 +44,7 @@ class Note(Record):
     ``map-unfinished``      the budget ended inside ``map``
     ``few-heads``           only so many ``heads`` were fitted, as the vocabulary is large
     ``other-tensors``       ``count`` tensors besides the quantised ones differ, such as ``name``
+    ``left-out``            ``count`` parameters of blocks with a ``share`` of their numbers, such as ``names``
     ======================  ================================================================================
     """
 
@@ -119,7 +120,11 @@ class ModelRecord(Record):
 
 
 class ProbeRecord(Record):
-    """The text that was used, split by sequence; ``fingerprint`` is SHA-256 over token ids and splits."""
+    """The text that was used, split by sequence; ``fingerprint`` is SHA-256 over token ids and splits.
+
+    The fields ``pool_..`` say what the sequences were drawn from, so that their split can be computed
+    again (`probe.split`); ``None`` in records of old. ``documents`` is how many were split, where that was by document.
+    """
 
     fingerprint: str
     source: str
@@ -131,6 +136,10 @@ class ProbeRecord(Record):
     select_sequences: int
     report_sequences: int
     in_distribution: bool
+    pool_sequences: int | None = None
+    pool_sha256: str | None = None
+    pool_left_out: int | None = None
+    documents: int | None = None
 
 
 class WitnessRecord(Record):

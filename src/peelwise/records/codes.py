@@ -54,4 +54,5 @@ NoteCode = Literal[
     "map-unfinished",
     "few-heads",
     "other-tensors",
+    "left-out",
 ]

@@ -1,18 +1,30 @@
-"""Read a record from the folder of a certificate. No torch: the report is rendered from this alone."""
+"""Read a record from the folder of a certificate. No torch: the report is rendered from this alone.
+
+Whoever made the folder may have put anything there, so sizes and kinds of files are looked at before they are read.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from peelwise.errors import CertificateError
 from peelwise.records.audit import AuditRecord
-from peelwise.records.base import SCHEMA_VERSION
+from peelwise.records.base import SCHEMA_VERSION, SealedRecord
 from peelwise.records.peel import PeelRecord
 
-RECORD_FILE = "certificate.json"
+RECORD_FILE, WITNESS_FILE, PROBE_FILE = "certificate.json", "witness.safetensors", "probe.safetensors"
+RECORD_BYTES = 64 * 2**20  # far above what models of hundreds of blocks need
+HEADER_BYTES = 64 * 2**20  # of a safetensors file
+_LARGEST_INTEGER = 2**63 - 1
+_LARGEST = 1e100  # squares and cubes of it are still numbers
+_LARGEST_NATS = 1e9  # of an interval
 _KINDS: dict[str, type[AuditRecord] | type[PeelRecord]] = {"audit": AuditRecord, "peel": PeelRecord}
 
 
@@ -36,8 +48,9 @@ def read_any_record(folder: Path) -> AuditRecord | PeelRecord:
     """
     path = folder / RECORD_FILE
     try:
+        check_file(path, RECORD_BYTES)
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a NUL byte in the name
         raise CertificateError(f"No certificate at {path}: {getattr(error, 'strerror', error)}.") from error
     kind = _checked_kind(path, text)
     try:
@@ -65,10 +78,107 @@ def _checked_kind(path: Path, text: str) -> str:
             f"{path} does not say which schema it follows, so its numbers cannot be read safely. "
             f'Expected "schema": {SCHEMA_VERSION}. Use the file as it was written.'
         )
+    try:
+        wrong = next(_implausible(content, ""), None)
+    except RecursionError:
+        wrong = "it is nested too deeply"
+    if wrong:
+        raise CertificateError(f"{path} is not a valid certificate: {wrong}.")
     schema, kind = content["schema"], content.get("kind", "audit")
     if type(schema) is int and not 1 <= schema <= SCHEMA_VERSION:
         remedy = "Update peelwise." if schema > SCHEMA_VERSION else "Use the file as it was written."
         raise CertificateError(f"{path} has schema {schema}; this version reads up to {SCHEMA_VERSION}. {remedy}")
     if not isinstance(kind, str) or kind not in _KINDS:
-        raise CertificateError(f"{path} is of kind {kind!r}; this version reads {', '.join(_KINDS)}. Update peelwise.")
+        raise CertificateError(
+            f"{path} is of kind {str(kind)[:40]!r}; this version reads {', '.join(_KINDS)}. Update peelwise."
+        )
     return kind
+
+
+def check_file(path: Path, most: int | None = None) -> int:
+    """Return the size in bytes of a file of a certificate, looked at before anything is read.
+
+    Raises:
+        OSError: If it is missing.
+        CertificateError: If it is a folder, a pipe or a device, or larger than ``most`` bytes.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise CertificateError(f"{path} is no regular file: expected one that peelwise wrote.")
+    if most is not None and found.st_size > most:
+        raise CertificateError(f"{path} has {found.st_size} bytes, and at most {most} are plausible here.")
+    return found.st_size
+
+
+def what_changed(folder: Path, record: SealedRecord) -> str | None:
+    """Return what was changed in the folder after it was written, or ``None``.
+
+    Raises:
+        CertificateError: If the witness is missing, no regular file, or no safetensors file.
+    """
+    if record.digest != record.computed_digest():
+        return f"{RECORD_FILE} was changed after it was written (its digest does not match)."
+    path = folder / WITNESS_FILE
+    try:
+        size = check_file(path)
+        check_header(path)  # before the rest is read, however much there is
+        same = record.witness is not None and size == record.witness.bytes and sha256(path) == record.witness.sha256
+    except OSError as error:
+        raise CertificateError(f"{path} cannot be read: {error.strerror}.") from error
+    return None if same else f"{WITNESS_FILE} was changed after it was written (its SHA-256 does not match)."
+
+
+def check_header(path: Path) -> None:
+    """Refuse a safetensors file whose header promises what the file cannot hold, before anything is made by it.
+
+    Raises:
+        OSError: If it cannot be read.
+        CertificateError: If it is damaged.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(path.stat().st_size - 8, HEADER_BYTES):
+            raise CertificateError(f"{path} is damaged: its header is longer than the file, or missing.")
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError) as error:
+            raise CertificateError(f"{path} is damaged: its header is no JSON.") from error
+    if not isinstance(header, dict):
+        raise CertificateError(f"{path} is damaged: its header is no list of tensors.")
+
+
+def check_unchanged(folder: Path, record: SealedRecord) -> None:
+    """Refuse a folder that is not as it was written: nothing is shown or made from it.
+
+    Raises:
+        CertificateError: With what was changed.
+    """
+    changed = what_changed(folder, record)
+    if changed:
+        raise CertificateError(f"{folder} does not hold: {changed}")
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _implausible(value: Any, where: str) -> Iterator[str]:
+    """Yield where JSON holds numbers that no audit or peel can have found, and arithmetic would fail on."""
+    if isinstance(value, dict):
+        if "standard_error" in value:
+            yield from (
+                f"{where}{key} is beyond {_LARGEST_NATS:g}"
+                for key, number in value.items()
+                if isinstance(number, int | float) and not abs(number) <= _LARGEST_NATS
+            )
+        for key, inner in value.items():
+            yield from _implausible(inner, f"{where}{key[:80]}.")
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            yield from _implausible(inner, f"{where}{place}.")
+    elif isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
+        yield f"{where.rstrip('.')} is an integer beyond 64 bits"
+    elif isinstance(value, float) and not abs(value) <= _LARGEST:
+        yield f"{where.rstrip('.')} is beyond {_LARGEST:g}"

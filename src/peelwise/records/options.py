@@ -18,6 +18,8 @@ Plain = dict[str, bool | int | float | str | None]
 
 MARGIN_RULE = "the larger of 0.5 % of the loss and 0.003 nats per token"
 MICRO_BATCH_TOKENS = 1024
+# Nats per token. Below, a gain could be what losses differ by from one machine to another; above, nothing would count.
+LEAST_MARGIN, MOST_MARGIN = 5e-4, 1.0
 
 _T = TypeVar("_T")
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -88,3 +90,21 @@ def check_least(settings: object, least: float, *names: str) -> None:
         value = getattr(settings, name)
         if value is not None and not value >= least:
             raise OptionError(f"{name}: expected at least {least:g}, got {value}. Leave it out for the default.")
+
+
+def check_margin(margin: float | None) -> None:
+    """Refuse a margin that is no number within the bounds; ``None`` stands for the default.
+
+    Raises:
+        OptionError: If it is.
+    """
+    if margin is not None and not is_margin(margin):
+        raise OptionError(
+            f"margin: expected {LEAST_MARGIN:g} to {MOST_MARGIN:g} nats per token, got {margin}. "
+            "Leave it out for the default."
+        )
+
+
+def is_margin(value: object) -> bool:
+    """Whether a value is a number within the bounds of a margin."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and LEAST_MARGIN <= value <= MOST_MARGIN

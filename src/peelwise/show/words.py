@@ -84,6 +84,8 @@ NOTES: Mapping[str, str] = MappingProxyType(
         "shown with the model's own head.",
         "other-tensors": "{count} other tensors differ too, such as {name} (embedding, norms, head). What they cost "
         "counts as quantisation gap.",
+        "left-out": "{count} parameters of the blocks ({share:.1%} of their numbers) are in no linear layer that is "
+        "called, so they are neither refined nor judged: {names}. Nothing is said of them.",
     }
 )
 
@@ -131,7 +133,8 @@ VERDICTS: Mapping[Colour, VerdictWords] = MappingProxyType(
             shape="●",
             short="none found",
             words="nothing above the margin found",
-            meaning="The search found nothing above the margin. This proves nothing: a better search might.",
+            meaning="The search found nothing above the margin. This proves nothing: a better search might, and "
+            "a block damaged where linear layers cannot mend it (positions, norms, order) is green too.",
             light="#0a7358",
             dark="#56cfa6",
             style="green",

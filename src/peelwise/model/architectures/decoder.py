@@ -75,15 +75,28 @@ def _refuse_unknown_parts(block: Block) -> None:
         kind, where = type(module).__name__, f"{block.name}.{name}".rstrip(".")
         if isinstance(module, _CONVOLUTIONS):  # first: their weights have three dimensions too
             raise UnsupportedModelError(f"Not yet: convolutional blocks, found {kind} at {where}.")
-        experts = "expert" in kind.lower() or "moe" in kind.lower() or "router" in kind.lower()
-        if experts or any(p.dim() == 3 for p in module.parameters(recurse=False)):
+        if _holds_experts(module, kind):
             raise UnsupportedModelError(f"Not yet: mixture of experts, found {kind} at {where}.")
+        if any(sum(size > 1 for size in p.shape) > 2 for p in module.parameters(recurse=False)):
+            raise UnsupportedModelError(
+                f"Not yet: mixture of experts, or attention weights kept per head, found parameters of three "
+                f"dimensions in {kind} at {where}."
+            )
         if isinstance(module, _RECURRENT):
             raise UnsupportedModelError(f"Not yet: recurrent blocks, found {kind} at {where}.")
     if not block.linears:
         raise UnsupportedModelError(
             f"{block.name} ({type(block.module).__name__}) holds no nn.Linear or Conv1D, which is what is audited."
         )
+
+
+def _holds_experts(module: nn.Module, kind: str) -> bool:
+    """Whether a module is a mixture, by its class's name *and* what it holds: dense ones are called so too."""
+    if not any(True for _ in module.parameters()):
+        return False
+    parts = {name.lower() for name, _ in module.named_children()}
+    named = any(word in kind.lower() for word in ("experts", "router"))
+    return named or ("moe" in kind.lower() and any("expert" in part or "router" in part for part in parts))
 
 
 def _what_was_found(model: nn.Module) -> str:

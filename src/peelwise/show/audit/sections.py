@@ -174,10 +174,12 @@ def blocks(record: AuditRecord) -> str:
 def verifying(record: SealedRecord) -> str:
     """Say how somebody who trusts nobody can check the certificate."""
     steps = paragraph(
-        "With the certificate folder, the model and the probe text, one pass recomputes the losses with the "
-        "replacement weights in place and compares them with this record. No trust in the search is needed."
+        "Try the replacement weights on text of your own, which whoever made this certificate never saw: one command "
+        "says what they gain there, beside what is certified here. Nothing of the author is needed but the weights. "
+        "Without a text it recomputes the losses of this record, which finds forged numbers, but not weights that were "
+        "fitted to the very text they are reported on."
     )
-    command = "<pre><code>peelwise verify DIR</code></pre>"
+    command = "<pre><code>peelwise verify DIR --model MODEL --text FILE\npeelwise verify DIR</code></pre>"
     if record.witness is None:
         return section("verify", "How to verify", steps, command, paragraph(f"Replacement weights: {NOT_IN_BUDGET}."))
     witness = record.witness

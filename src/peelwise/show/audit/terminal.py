@@ -244,6 +244,6 @@ def footer(record: SealedRecord, folder: str | None) -> list[RenderableType]:
         lines.append(Text(f"Witness: {clean(record.witness.file)} ({size})", style="dim"))
     if folder is not None:
         check = f"peelwise verify {shlex.quote(clean(folder))}"
-        lines.append(Text(f"Files are in {clean(folder)}. Check them with: {check}"))
+        lines.append(Text(f"Files are in {clean(folder)}. Check them with: {check} --text FILE"))
     lines.append(Text("A witness proves; none found proves nothing.", style="dim italic"))
     return lines

@@ -23,6 +23,7 @@ def conclusion(record: AuditRecord) -> str:
         _together(record.loss.composed_gain),
         _look_first(record, found),
         _harm(record, found),
+        _green(record),
     )
     return " ".join(filter(None, parts))
 
@@ -85,6 +86,12 @@ def _harm(record: AuditRecord, found: AuditConclusion) -> str:
         if block is not None and block.removal_nats is not None:
             named.append(f"{index} ({-block.removal_nats.mean:.3f} nats per token)")
     return f"The model is better without block {', without block '.join(named)}." if named else ""
+
+
+def _green(record: AuditRecord) -> str:
+    if not any(block.verdict == "green" for block in record.blocks):
+        return ""
+    return "Green does not mean undamaged: only other weights of linear layers were tried."
 
 
 def _block(record: AuditRecord, index: int) -> BlockRecord | None:

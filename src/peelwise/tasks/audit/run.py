@@ -78,7 +78,7 @@ def run_audit(
             micro_batch_tokens=settings.micro_batch_tokens,
             watcher=watcher,
         )
-        findings = Findings()
+        findings = Findings(notes=[*session.notes])
         if session.held:
             findings.notes.append(note("low-bit", layers=len(session.held), formats=format_names(session.held)))
         try:

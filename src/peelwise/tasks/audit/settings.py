@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peelwise.records.options import MARGIN_RULE, MICRO_BATCH_TOKENS, Plain, check_least, option, parse_seconds
+from peelwise.records.options import (
+    MARGIN_RULE,
+    MICRO_BATCH_TOKENS,
+    Plain,
+    check_least,
+    check_margin,
+    option,
+    parse_seconds,
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,8 @@ class AuditSettings:
 
     def __post_init__(self) -> None:
         parse_seconds(self.budget)
-        check_least(self, 0, "joint_rounds", "solo_rounds", "margin")
+        check_least(self, 0, "joint_rounds", "solo_rounds")
+        check_margin(self.margin)
         check_least(self, 1, "micro_batch_tokens")
 
     @property

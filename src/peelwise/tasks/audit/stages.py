@@ -55,8 +55,11 @@ def take_out(session: Session, findings: Findings, *, share: float) -> bool:
         return False
     with clock.stage(REMOVED):
         found = {}
+        stations = session.report.batches[0].stations
         for block in blocks:
             clock.tell(block.index, len(blocks))
+            if stations[block.index].shape != stations[block.index + 1].shape:
+                continue  # its input cannot stand for its output
             found[block.index] = session.losses_without(session.report, block.index)
         findings.removed = found
     return True

@@ -24,7 +24,8 @@ from peelwise.evidence import events as alerts
 from peelwise.evidence.events import Complaint, Finding, Seen
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, device_of, unwrapped
-from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner, check_replay
+from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner
+from peelwise.model.selfcheck import self_check
 from peelwise.probe.probe import Probe, Split
 from peelwise.records.run import Event, Measurement, MeasurementKind, StepRow
 from peelwise.tasks.monitor.chronicle import Chronicle
@@ -280,7 +281,7 @@ class Follower:
         fit, parts = self._probe.fit, (self._probe.fit, self._probe.select, self._probe.report)
         rows = max(1, tokens // fit.inputs.shape[1])
         with untouched(self._model):
-            check_replay(runner, fit)  # which also warms up
+            self_check(runner, fit)  # which also warms up
             start = time.monotonic()
             some = runner.trace(Split(fit.ids[:rows], fit.mask[:rows]))
             seconds = time.monotonic() - start

@@ -83,7 +83,7 @@ def run_peel(
             watcher=watcher,
         )
         _check_stations(session.fit, name)
-        findings = PeelFindings(maps_total=search.total)
+        findings = PeelFindings(maps_total=search.total, notes=[*session.notes])
         if formats and settings.dense_references:
             findings.notes.append(note("dense-references", formats=formats))
         try:

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from peelwise.errors import MapError, OptionError
-from peelwise.records.options import MARGIN_RULE, MICRO_BATCH_TOKENS, Plain, check_least, option, parse_seconds
+from peelwise.records.options import (
+    MARGIN_RULE,
+    MICRO_BATCH_TOKENS,
+    Plain,
+    check_least,
+    check_margin,
+    option,
+    parse_seconds,
+)
 
 Start = Literal["warm", "cold"]
 Maps = str | Sequence[Sequence[int]]
@@ -70,7 +78,7 @@ class PeelSettings:
         if self.start not in get_args(Start):
             raise OptionError(f'start: expected "warm" or "cold", got {self.start!r}.')
         check_least(self, 1, "rounds", "beam_width", "micro_batch_tokens")
-        check_least(self, 0, "margin")
+        check_margin(self.margin)
 
     @property
     def budget_seconds(self) -> float:

@@ -30,6 +30,7 @@ from peelwise.model.fingerprint import fingerprint
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, LinearLayer, device_of
 from peelwise.model.runner import Runner, Trace
+from peelwise.model.selfcheck import self_check
 from peelwise.model.weights.held import Held
 from peelwise.probe.probe import Probe
 from peelwise.records.base import ModelRecord, Note, SplitRecord, note
@@ -76,6 +77,8 @@ def run_quantcheck(
         other.work = runner.work
         clock = Clock(settings.budget_seconds, runner.work, watcher)
         with clock.stage(LOSSES):
+            checked = self_check(runner, probe.fit)
+            self_check(other, probe.fit)
             above_of = [other.trace(part) for part in (probe.fit, probe.select, probe.report)]
             select, session = runner.trace(probe.select), ReportSession(runner, runner.trace(probe.report))
         with clock.stage("best-weights"):
@@ -94,7 +97,7 @@ def run_quantcheck(
         loss=loss,
         layers=tuple(found.layers),
         cost=cost,
-        notes=tuple(_notes(quantised.model, parent.model, held, found)),
+        notes=(*checked, *_notes(quantised.model, parent.model, held, found)),
         settings=settings.plain(),
         seed=probe.seed,
         versions=versions(),

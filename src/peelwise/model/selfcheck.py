@@ -1,0 +1,307 @@
+"""Checks of the model itself, on one sequence, before any number of it is shown.
+
+What is measured rests on assumptions about a model's code that a model can break without a word: that a position reads
+no later one, that a change hooked into a linear layer does what the same change written into its weight would do, that
+calling the blocks one by one gives loss and gradients of the whole, and that what is refined is most of the blocks.
+Each is tested; what fails is an error that names the layer, and what is left out is a note.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from peelwise.errors import PeelwiseError, UnsupportedModelError
+from peelwise.model.capture import captured
+from peelwise.model.layers import Block, LinearLayer, unwrapped
+from peelwise.model.runner import Batch, Runner, Trace, check_replay, replaced_hidden
+from peelwise.model.splice import spliced
+from peelwise.probe.probe import Split
+from peelwise.records.base import Note, note
+
+_CHANGE = 0.1  # of a weight's own root mean square: large enough to be seen in half precision
+_NAMED = 3  # layers or parameters that a message names
+
+
+@dataclass(frozen=True)
+class _Slack:
+    """How far two ways of computing the same may be apart, relative to its size."""
+
+    effect: float
+    gradient: float
+
+
+_EXACT, _HALF = _Slack(0.02, 0.01), _Slack(0.35, 0.25)
+
+
+def self_check(runner: Runner, split: Split) -> tuple[Note, ...]:
+    """Check on the first sequence of a split that the model is one that can be measured as it is.
+
+    In order: its own forward returns logits of every position; no logit moves with a later token; blocks called one by
+    one give its loss, and its gradients at every linear layer's output; a random change of a block's layers has the
+    same effect through hooks as in the weights. Takes about as long as five training steps on that one sequence.
+
+    Args:
+        runner: of the model, whose weights are not to change meanwhile.
+        split: tokens; one sequence is used.
+
+    Returns:
+        What is left out of refinement, where that is more than norms and biases.
+
+    Raises:
+        UnsupportedModelError: With the name of the layer or block where a check fails.
+    """
+    few = Split(split.ids[:1], split.mask[:1])
+    trace = _first_trace(runner, few)
+    check_replay(runner, few)
+    check_causal(runner, trace.batches[0])
+    called = {block: _called(runner, block, trace.batches[0]) for block in runner.blocks}
+    if not runner.sharded:  # whole weights and gradients are nowhere to compare with
+        check_gradients(runner, trace, called)
+        for block, linears in called.items():
+            check_splice(runner, block, linears, trace.batches[0])
+    return tuple(_left_out(called))
+
+
+def check_shared(blocks: Sequence[Block]) -> None:
+    """Check that no weight is in two linear layers: a change of one would, written, change the other too.
+
+    Raises:
+        UnsupportedModelError: With the names of the first two that share one.
+    """
+    first: dict[object, str] = {}
+    for block in blocks:
+        for linear in block.linears:
+            weight = getattr(linear.module, "weight", None)
+            if not isinstance(weight, Tensor) or linear.low_bit or weight.is_meta:
+                continue
+            known = first.setdefault(id(weight), linear.name)
+            if known != linear.name:
+                raise UnsupportedModelError(
+                    f"Not yet: {known} and {linear.name} share one weight. A change of one layer is a change of both, "
+                    "which peelwise cannot evaluate block by block."
+                )
+
+
+def check_dtypes(blocks: Sequence[Block]) -> None:
+    """Check that the weights that are to be refined are numbers that can be computed with.
+
+    Raises:
+        UnsupportedModelError: For packed bytes or float8 in a layer that no known low-bit format explains.
+    """
+    for block in blocks:
+        for linear in block.linears:
+            weight = getattr(linear.module, "weight", None)
+            if not isinstance(weight, Tensor) or linear.low_bit:
+                continue
+            if not weight.is_floating_point() or weight.element_size() < 2:
+                raise UnsupportedModelError(
+                    f"Not yet: {linear.name} ({type(linear.module).__name__}) keeps its weight as "
+                    f"{str(weight.dtype).removeprefix('torch.')}, which is none of the low-bit formats that peelwise "
+                    "reads. Open the model in bfloat16 or float32 (dequantised) instead."
+                )
+
+
+def check_causal(runner: Runner, batch: Batch) -> None:
+    """Check that changing the second half of the tokens leaves all logits of the first half as they are.
+
+    Raises:
+        UnsupportedModelError: If an earlier logit moves: the model may read what it is to predict.
+    """
+    length = int(batch.attended[0].sum())
+    half = length // 2
+    if half < 1:
+        return
+    # Tokens of the sequence itself in another order: all are in the vocabulary, and most positions change.
+    other = batch.inputs.clone()
+    other[:, half:length] = batch.inputs[:, :length].roll(half + 1, dims=1)[:, half:length]
+    if torch.equal(other, batch.inputs):
+        other[:, half:length] = 0 if bool((batch.inputs[:, half:length] != 0).any()) else 1
+    before, after = runner.own_logits(batch), runner.own_logits(batch, other)
+    moved = (after - before).float().abs()[0].amax(dim=-1)  # [t]
+    earlier, later = float(moved[:half].max()), float(moved[half:length].max())
+    if earlier > 1e-2 * later and earlier > 1e-4 * float(before.float().abs().max()):
+        position = int(moved[:half].argmax())
+        raise UnsupportedModelError(
+            f"{type(runner.model).__name__} is not causal: with other tokens from position {half} on, its logits at "
+            f"position {position} move by {earlier:.3g}. It reads the tokens that it is to predict (a masked or "
+            "bidirectional model, or a missing mask), so its loss on them says nothing. peelwise measures causal "
+            "language models."
+        )
+
+
+def check_gradients(runner: Runner, trace: Trace, called: dict[Block, tuple[LinearLayer, ...]]) -> None:
+    """Check that gradients passed back block by block are those of the whole model, at every linear layer's output.
+
+    Raises:
+        UnsupportedModelError: With the name of the layer with the largest difference.
+    """
+    slack = _slack(runner)
+    whole = _whole_gradients(runner, trace, called)
+    batch, gradient = trace.batches[0], runner.tail_gradients(trace)[0]
+    differences: list[tuple[float, LinearLayer]] = []
+    largest = max((float(g.norm()) for g in whole.values()), default=0.0)
+    for block in reversed(runner.blocks):
+        _, ((gradient, found),) = runner.block_gradients(block, batch, [gradient])
+        for linear in called[block]:
+            true = whole[linear]
+            other = found[linear].float() if linear in found else torch.zeros_like(true)
+            size = float(true.norm()) + 1e-3 * largest
+            differences.append((float((other - true).norm()) / size if size else 0.0, linear))
+    worst, linear = max(differences, key=lambda pair: pair[0])
+    if not worst <= slack.gradient:
+        raise UnsupportedModelError(
+            f"The gradient at {linear.name}, passed back block by block, differs by {100 * worst:.0f} % from that of "
+            f"the whole {type(runner.model).__name__}: its blocks are joined by more than the hidden state (shared "
+            "keys and values, skip connections), which is not supported yet."
+        )
+
+
+def check_splice(runner: Runner, block: Block, linears: Sequence[LinearLayer], batch: Batch) -> None:
+    """Check that a random change hooked into a block's layers does what it does when it is written into the weights.
+
+    Raises:
+        UnsupportedModelError: With the name of the first layer for which it does not.
+    """
+    names = {id(module): name for name, module in unwrapped(block.module).named_modules()}
+    changes, written = {}, {}
+    for linear in linears:
+        key = names.get(id(linear.module))
+        if key is None or not _writable(linear):
+            continue
+        changes[linear] = _random_change(linear)
+        weight = linear.weight()
+        own = (weight.float() + changes[linear][:, : weight.shape[1]]).to(weight.dtype)
+        written[linear] = {f"{key}.weight".lstrip("."): (own.T if linear.transposed else own)}
+    if not changes:
+        return
+    slack = _slack(runner)
+    base = _block_output(runner, block, batch, {})
+
+    def apart(some: Sequence[LinearLayer]) -> float:
+        with spliced({linear: changes[linear] for linear in some}):
+            hooked = _block_output(runner, block, batch, {})
+        weights = {key: value for linear in some for key, value in written[linear].items()}
+        true = _block_output(runner, block, batch, weights)
+        effect = max(float((true - base).norm()), float((hooked - base).norm()))
+        return float((hooked - true).norm()) / max(effect, 1e-4 * float(base.norm()), 1e-30)
+
+    if apart(list(changes)) <= slack.effect:
+        return
+    found = {linear: apart([linear]) for linear in changes}
+    linear = max(found, key=lambda each: found[each])
+    raise UnsupportedModelError(
+        f"A change hooked into {linear.name} does not do what the same change of its weight does (they are "
+        f"{100 * found[linear]:.0f} % apart at the block's output): {type(block.module).__name__} reads the weight "
+        "itself somewhere, so replacement weights cannot be evaluated. Call the layer instead of using its weight."
+    )
+
+
+def _first_trace(runner: Runner, few: Split) -> Trace:
+    """Run the model for the first time; what it raises is about the way in which it wants to be called."""
+    try:
+        return runner.trace(few)
+    except (PeelwiseError, torch.OutOfMemoryError):
+        raise
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError) as error:
+        said = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no message"
+        raise UnsupportedModelError(
+            f"{type(runner.model).__name__} could not be run on token ids [batch, tokens] to logits [batch, tokens, "
+            f"vocabulary]: {type(error).__name__}: {said} Wrap it in a module whose forward does that."
+        ) from error
+
+
+def _called(runner: Runner, block: Block, batch: Batch) -> tuple[LinearLayer, ...]:
+    """Return the linear layers of a block that run; a hook on another has no effect."""
+    with torch.no_grad(), captured(block.linears) as capture:
+        runner.run_block(block, batch.stations[block.index], batch)
+    found = tuple(linear for linear in block.linears if linear in capture.inputs)
+    if not found:
+        raise UnsupportedModelError(
+            f"None of the linear layers of {block.name} ({type(block.module).__name__}) is called when it runs, such "
+            f"as {block.linears[0].name}: it reads their weights itself, so nothing can be measured in it."
+        )
+    return found
+
+
+def _left_out(called: dict[Block, tuple[LinearLayer, ...]]) -> Iterator[Note]:
+    """Yield a note on parameters of blocks that are neither in a layer that runs nor norms, biases and the like."""
+    names, left, total, seen = [], 0, 0, set()
+    for block, linears in called.items():
+        inside = {id(p) for linear in linears for p in linear.module.parameters()}
+        for name, parameter in unwrapped(block.module).named_parameters():
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            total += parameter.numel()
+            # One number a channel (a norm's gain, a bias) is left alone by design, however it is laid out.
+            if id(parameter) not in inside and sum(size > 1 for size in parameter.shape) > 1:
+                names.append(f"{block.name}.{name}")
+                left += parameter.numel()
+    if names:
+        yield note("left-out", count=len(names), share=left / total, names=", ".join(names[:_NAMED]))
+
+
+def _whole_gradients(
+    runner: Runner, trace: Trace, called: dict[Block, tuple[LinearLayer, ...]]
+) -> dict[LinearLayer, Tensor]:
+    """Return the gradient of the model's own loss at the output of every layer, by one plain backward pass."""
+    linears = [linear for each in called.values() for linear in each]
+
+    def entry(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return replaced_hidden(args, kwargs, lambda hidden: hidden.detach().requires_grad_(True))
+
+    with ExitStack() as stack, torch.enable_grad():
+        handle = runner.blocks[0].module.register_forward_pre_hook(entry, with_kwargs=True)
+        stack.callback(handle.remove)
+        capture = stack.enter_context(captured(linears))
+        batch = trace.batches[0]
+        loss = runner.own_loss(batch)
+        outputs = {linear: y for linear, y in capture.outputs.items() if y.requires_grad}
+    if not loss.requires_grad or len(outputs) < len(linears):
+        hidden = next((linear.name for linear in linears if linear not in outputs), type(runner.model).__name__)
+        raise UnsupportedModelError(
+            f"{hidden} hides its inner results from gradients (reentrant activation checkpointing?). "
+            "Switch checkpointing off, or use use_reentrant=False."
+        )
+    found = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
+    return {
+        linear: torch.zeros_like(y, dtype=torch.float32) if g is None else g.float()
+        for (linear, y), g in zip(outputs.items(), found, strict=True)
+    }
+
+
+def _random_change(linear: LinearLayer) -> Tensor:
+    weight = linear.weight()
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(weight.shape, generator=generator).to(weight.device)
+    scale = float(weight.float().square().mean().sqrt()) or 1.0 / weight.shape[1] ** 0.5
+    change = (_CHANGE * scale * noise).to(weight.dtype).float()
+    return torch.nn.functional.pad(change, (0, int(linear.has_bias)))  # no change of the bias
+
+
+def _writable(linear: LinearLayer) -> bool:
+    """Whether the weight is a plain parameter that another can stand in for."""
+    weight = linear.module._parameters.get("weight")
+    return type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta and not linear.low_bit
+
+
+@torch.no_grad()
+def _block_output(runner: Runner, block: Block, batch: Batch, weights: dict[str, Tensor]) -> Tensor:
+    hidden = batch.stations[block.index]
+    if not weights:
+        return runner.run_block(block, hidden, batch).float()
+    args, kwargs = batch.calls[block.index]
+    out = functional_call(unwrapped(block.module), weights, (hidden, *args), kwargs)
+    return (out if isinstance(out, Tensor) else out[0]).float()
+
+
+def _slack(runner: Runner) -> _Slack:
+    dtypes = {p.dtype for p in runner.model.parameters() if p.is_floating_point()}
+    return _EXACT if dtypes <= {torch.float32, torch.float64} else _HALF
