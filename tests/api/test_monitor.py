@@ -9,6 +9,7 @@ import resource
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -396,7 +397,7 @@ def test_a_model_that_breaks_does_not_end_the_training():
         assert monitor.step(3, loss=1.0) is None
         assert monitor.step(4, loss=1.0) is None
     (broken,) = [e for e in monitor.events if "ZeroDivisionError" in e.text]
-    assert "No further attempt" in broken.text
+    assert "tried again later" in broken.text
     assert model.training
 
 
@@ -486,6 +487,65 @@ def check_killed_trainings(folder, kills):
 @pytest.mark.slow
 def test_killing_a_training_process_at_random_moments_loses_at_most_a_record(tmp_path):
     check_killed_trainings(tmp_path, 3)
+
+
+def raising(*_):
+    raise ZeroDivisionError("mine")
+
+
+def test_nothing_that_is_given_to_it_raises_into_the_training():
+    class Bad:
+        step = measurement = event = lambda self, row: None
+        close = raising
+
+    with scheduled(1, on_event=raising, on_measurement=raising, loggers=[Bad()])(model_of("plain"), None) as monitor:
+        for step in (torch.tensor(0), np.int64(1), 2**63, "x", torch.zeros(3)):
+            assert monitor.step(step, loss=torch.ones(2)) is not None
+    kinds = [event.kind for event in monitor.events]
+    assert kinds.count("not-called") == 2
+    assert kinds.count("not-followed") == 2  # the loss and the step, each once
+    assert monitor.last.step == 4  # counted on
+    assert monitor.step(5) is None  # closed
+
+
+def test_after_out_of_memory_it_measures_again_later_and_smaller(monkeypatch):
+    with scheduled(1)(model_of("plain"), None) as monitor:
+        before, measure = monitor._follower._tokens, measuring.measure
+        seen = []
+
+        def scarce(*args, micro_batch_tokens, **options):
+            seen.append(micro_batch_tokens)
+            if micro_batch_tokens > before // 4:
+                raise torch.OutOfMemoryError
+            return measure(*args, micro_batch_tokens=micro_batch_tokens, **options)
+
+        monkeypatch.setattr("peelwise.tasks.monitor.follower.measure", scarce)
+        found = [monitor.step(step, loss=1.0) is not None for step in range(6)]
+    assert found == [False] * 5 + [True]  # one left out, then two
+    assert seen == [before, before // 2, before // 4]
+
+
+def test_threads_take_turns_and_a_forked_child_ends_nothing(tmp_path):
+    monitor = peelwise.Monitor(
+        model_of("plain"), tiny_probe(), budget=None, schedule=peelwise.every(1), store=tmp_path / "run.db"
+    )
+    threads = [threading.Thread(target=lambda: [monitor.step(s, loss=1.0) for s in range(3)]) for _ in range(2)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert not [event for event in monitor.events if event.kind in ("not-measured", "not-followed")]
+    child = os.fork()
+    if not child:
+        monitor.step(9)
+        monitor.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    with RunReader(tmp_path / "run.db") as reader:
+        assert (reader.latest().status, len(reader.probes(1))) == ("running", 6)
+    monitor.close()
+    with RunReader(tmp_path / "run.db") as reader:
+        assert reader.latest().status == "finished"  # the control: its maker can
 
 
 class Rows:

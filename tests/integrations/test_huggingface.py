@@ -97,6 +97,15 @@ def test_refusals(tmp_path):
         peelwise.attach(trainer, tiny_probe(), store=None)
 
 
+def test_a_monitor_that_cannot_be_made_ends_no_training(tmp_path, caplog):
+    trainer = trainer_of(tmp_path)
+    callback = peelwise.attach(trainer, tiny_probe(), budget=3)  # refused, but only when training begins
+    trainer.train()
+    assert trainer.state.global_step == STEPS
+    assert callback.monitor is None
+    assert sum("training goes on unmonitored" in record.message for record in caplog.records) == 1
+
+
 def test_without_transformers():
     code = "import sys; sys.modules['transformers'] = None; import peelwise; peelwise.attach"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -15,12 +17,13 @@ from peelwise.distributed.processes import current_processes
 from peelwise.distributed.sharding import unwrap_ddp
 from peelwise.engine.provenance import versions
 from peelwise.errors import StoreError
-from peelwise.evidence.events import not_recorded
+from peelwise.evidence.events import not_called, not_followed, not_recorded
 from peelwise.loggers.base import Logger
 from peelwise.loggers.table import logger_of
 from peelwise.model.layers import parameter_count, unwrapped
 from peelwise.probe.probe import Probe
 from peelwise.records.run import Event, Measurement, RunInfo, StepRow
+from peelwise.store.plain import whole
 from peelwise.store.writer import RunWriter
 from peelwise.tasks.monitor.follower import Follower, MonitorSettings
 from peelwise.tasks.monitor.schedules import Schedule
@@ -102,6 +105,7 @@ class Monitor:
         on_measurement: Callable[[Measurement], None] | None = None,
     ) -> None:
         model, processes = unwrap_ddp(model), current_processes()
+        self._owner, self._lock, self._closed, self._latest = os.getpid(), threading.RLock(), False, -1
         settings = MonitorSettings(budget=budget, schedule=schedule, margin_nats=margin)
         self._outlets = _Outlets(on_event, on_measurement) if processes.is_main else _Outlets(None, None, quiet=True)
         self._follower = Follower(model, probe, settings, self._outlets, optimizer=optimizer, processes=processes)
@@ -123,16 +127,43 @@ class Monitor:
     def step(self, step: int, loss: float | Tensor | None = None) -> Measurement | None:
         """Tell that a training step is done; call it after the optimiser's step and before gradients are cleared.
 
+        It raises nothing into the training: what goes wrong is an event, said once. Threads take turns; after `close`,
+        and in a forked process, it does nothing.
+
         Args:
-            step: its number.
+            step: its number; where it is no whole number of 64 bits, steps are counted on.
             loss: its training loss; a tensor costs a synchronisation on a GPU.
 
         Returns:
             What was found, if it measured at this step; else ``None``.
         """
-        if isinstance(loss, torch.Tensor):
-            loss = loss.item()  # float() of one that still has its graph warns
-        return None if self._follower.step(step, loss) is None else self.last
+        if os.getpid() != self._owner:  # before the lock, which another thread may have held when this one was forked
+            return None
+        with self._lock:
+            if self._closed:
+                return None
+            number = self._latest = self._number(step)
+            try:
+                return None if self._follower.step(number, self._value(number, loss)) is None else self.last
+            except Exception as error:  # whatever goes wrong here, the training must not end of it
+                self._outlets.say_once(not_followed(number, error), type(error))
+                return None
+
+    def _number(self, step: Any) -> int:
+        """Return the number of a step; one more than the last where it is none that can be recorded."""
+        try:
+            return whole(step)
+        except Exception as error:  # any object may be given
+            self._outlets.say_once(not_followed(self._latest + 1, error), "step")
+            return self._latest + 1
+
+    def _value(self, step: int, loss: Any) -> float | None:
+        try:
+            # float() of a tensor that still has its graph warns
+            return None if loss is None else float(loss.item() if isinstance(loss, torch.Tensor) else loss)
+        except Exception as error:  # any object may be given
+            self._outlets.say_once(not_followed(step, error), "loss")
+            return None
 
     @property
     def share(self) -> float:
@@ -155,8 +186,11 @@ class Monitor:
         return self._outlets.writer is not None
 
     def close(self, status: Literal["finished", "failed"] = "finished") -> None:
-        """End the run in the history and close the loggers; closing again does nothing."""
-        self._outlets.close(status)
+        """End the run in the history and close the loggers; closing again, or in a forked process, does nothing."""
+        if os.getpid() == self._owner:
+            with self._lock:
+                self._closed = True
+                self._outlets.close(status)
 
     def _repr_html_(self) -> str:
         from peelwise.show.notebook import measurement_html, nothing_html
@@ -192,7 +226,8 @@ class _Outlets:
         self.writer: RunWriter | None = None
         self.events: list[Event] = []
         self.last: ShownMeasurement | None = None
-        self._on_event, self._on_probe = on_event, on_measurement
+        self._on_event, self._on_measurement = on_event, on_measurement
+        self._said: set[object] = set()
 
     def open(self, loggers: list[Logger], store: str | Path | None, info: RunInfo) -> None:
         self._loggers = loggers
@@ -210,8 +245,18 @@ class _Outlets:
         self._write(row.step, "measurement", row)
         for event in row.events:
             self._announce(event)
-        if self._on_probe is not None:
-            self._on_probe(row)
+        if self._on_measurement is not None:
+            try:
+                self._on_measurement(row)
+            except Exception as error:  # third-party code: the training must not end of it
+                self._on_measurement = None
+                self.event(not_called(row.step, error, "on_measurement"))
+
+    def say_once(self, event: Event, key: object) -> None:
+        """Hand on an event unless another one with the same key was."""
+        if key not in self._said:
+            self._said.add(key)
+            self.event(event)
 
     def event(self, event: Event) -> None:
         if not self._quiet:  # what a process sees by itself, such as its own loss
@@ -220,10 +265,14 @@ class _Outlets:
 
     def close(self, status: Literal["finished", "failed"]) -> None:
         if self.writer is not None:
-            self.writer.close(status)
-            self.writer = None
+            writer, self.writer = self.writer, None
+            writer.close(status)
         while self._loggers:
-            self._loggers.pop().close()
+            logger = self._loggers.pop()
+            try:
+                logger.close()
+            except Exception as error:  # third-party code and disk
+                log.warning("%s could not be closed: %s", type(logger).__name__, error)
 
     def _write(self, step: int, what: str, row: Any) -> None:
         if self.writer is not None:
@@ -245,4 +294,8 @@ class _Outlets:
         if not self._quiet:
             log.log(_LEVELS[event.level], "%s", event)
         if self._on_event is not None:
-            self._on_event(event)
+            try:
+                self._on_event(event)
+            except Exception as error:  # third-party code: the training must not end of it
+                self._on_event = None
+                self._announce(not_called(event.step, error, "on_event"))

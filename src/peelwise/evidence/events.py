@@ -196,9 +196,23 @@ def no_gradients_seen(step: int) -> Event:
     return Event(step, "info", "no-gradients-seen", "no check found any gradient.", suggestion=advice)
 
 
-def not_measured(step: int, why: str, *, last: bool) -> Event:
-    """Return the event of a measurement that failed; ``last``: no further one is tried."""
-    text = f"the model could not be measured: {why}" + (" No further attempt is made." if last else "")
+def not_followed(step: int, error: Exception) -> Event:
+    """Return the event of a step that the monitor could not follow."""
+    return Event(step, "warning", "not-followed", f"a step could not be followed; training goes on. {_named(error)}")
+
+
+def not_called(step: int, error: Exception, what: str) -> Event:
+    """Return the event of a callback that raised, and is called no more."""
+    return Event(step, "warning", "not-called", f"{what} is called no more; training goes on. {_named(error)}")
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def not_measured(step: int, why: str, *, later: bool) -> Event:
+    """Return the event of a measurement that failed; ``later``: the next is tried only after some were left out."""
+    text = f"the model could not be measured: {why}" + (" It is tried again later." if later else "")
     return Event(step, "warning", "not-measured", text)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from peelwise.api.monitor import Monitor
 from peelwise.engine.opening import checked_blocks
 from peelwise.errors import MissingExtraError, OptionError
 from peelwise.probe.probe import Probe
+
+log = logging.getLogger("peelwise")
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -38,7 +41,11 @@ class PeelwiseCallback(TrainerCallback):  # type: ignore[misc]
         """Start the monitor, in all processes; only now there is an optimiser."""
         if self.monitor is not None:
             self.monitor.close("failed")  # training that ended in an error has not told so
-        self.monitor = Monitor(found["model"], self._probe, optimizer=found.get("optimizer"), **self._options)
+            self.monitor = None
+        try:
+            self.monitor = Monitor(found["model"], self._probe, optimizer=found.get("optimizer"), **self._options)
+        except Exception as error:  # a monitor must never end a training
+            log.warning("training goes on unmonitored: %s: %s", type(error).__name__, error)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **found: Any) -> None:
         """Step the monitor while gradients are still there; the trainer counts the step only afterwards."""

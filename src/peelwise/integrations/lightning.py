@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -10,6 +11,8 @@ from torch import nn
 from peelwise.api.monitor import Monitor
 from peelwise.errors import MissingExtraError
 from peelwise.probe.probe import Probe
+
+log = logging.getLogger("peelwise")
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -45,7 +48,10 @@ class PeelwiseCallback(Callback):  # type: ignore[misc]
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the monitor, in all processes."""
         optimizer = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
-        self.monitor = Monitor(self._model_of(pl_module), self._probe, optimizer=optimizer, **self._options)
+        try:
+            self.monitor = Monitor(self._model_of(pl_module), self._probe, optimizer=optimizer, **self._options)
+        except Exception as error:  # a monitor must never end a training
+            log.warning("training goes on unmonitored: %s: %s", type(error).__name__, error)
         self._step = trainer.global_step
 
     def on_train_batch_end(

@@ -60,7 +60,7 @@ class ProbeOptions:
         """
         from peelwise.probe.texts import read_texts, reference_prose
 
-        return read_texts(self.text, field=self.field) if self.text else reference_prose()
+        return read_texts(self.text, field=self.field, seed=self.seed) if self.text else reference_prose()
 
 
 def check_sizes(tokens: int | None, sequence_length: int) -> None:

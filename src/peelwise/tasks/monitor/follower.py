@@ -124,7 +124,8 @@ class Follower:
         self._findings: list[Finding] = []
         self._told: set[object] = set()
         self._measurements = self._checks = 0
-        self._broken = False
+        self._failures = self._left_out = 0  # unforeseen ones in a row; measurements to leave out after them
+        self._tokens = settings.micro_batch_tokens
         self.spent = time.monotonic() - began
         self._start: float | None = None
 
@@ -167,12 +168,16 @@ class Follower:
     def _due(self, step: int) -> MeasurementKind | None:
         """Return the kind of measurement to make now, if any: the first process's clock decides."""
         settings, kind = self._settings, self._settings.plan[self._measurements % len(self._settings.plan)]
-        if self._broken or (settings.schedule is not None and not settings.schedule(step)):
+        if settings.schedule is not None and not settings.schedule(step):
             return None
-        if settings.budget is None:
-            return kind
-        now = affordable(self.spent, self._costs[kind], self.elapsed, settings.budget)
-        return kind if self._processes.broadcast_number(int(now)) else None
+        if settings.budget is not None:
+            now = affordable(self.spent, self._costs[kind], self.elapsed, settings.budget)
+            if not self._processes.broadcast_number(int(now)):
+                return None
+        if self._left_out > 0:
+            self._left_out -= 1
+            return None
+        return kind
 
     def _measure(self, step: int, kind: MeasurementKind, began: float) -> Measurement | None:
         _wait_for(self._model)  # what training has queued on a device is not the monitor's time
@@ -186,13 +191,14 @@ class Follower:
                 self._probe,
                 kind,
                 order,
-                micro_batch_tokens=self._settings.micro_batch_tokens,
+                micro_batch_tokens=self._tokens,
                 processes=self._processes,
             )
         except Exception as error:  # whatever goes wrong here, the training must not end of it
             self._costs[kind] = time.monotonic() - start
             self._tell_failure(step, error)
             return None
+        self._failures = 0
         now = time.monotonic()
         self._costs[kind] = now - start
         share = (self.spent + now - began) / max(self.elapsed, 1e-9)
@@ -242,13 +248,19 @@ class Follower:
         }
 
     def _tell_failure(self, step: int, error: Exception) -> None:
-        """Say that a measurement failed; after an error that nobody foresaw, make no more of them."""
+        """Say that a measurement failed; after an error that nobody foresaw, try later, with half the tokens at a time.
+
+        Out of memory is one of those. Twice as many measurements are left out after each failure in a row.
+        """
         words = str(error) if isinstance(error, PeelwiseError) else f"{type(error).__name__}: {error}"
         foreseen = error.foreseen if isinstance(error, OtherProcessError) else isinstance(error, PeelwiseError)
-        if not self._processes.all_true(foreseen):
-            self._broken = True
+        later = not self._processes.all_true(foreseen)
+        if later:
+            self._failures += 1
+            self._left_out = 2 ** min(self._failures - 1, 10)
+            self._tokens = max(1, self._tokens // 2)
             _log.debug("measurement at step %d", step, exc_info=error)
-        self._tell(alerts.not_measured(step, words, last=self._broken), once=type(error))
+        self._tell(alerts.not_measured(step, words, later=later), once=type(error))
 
     def _tell_cost(self, step: int, kind: MeasurementKind) -> None:
         budget, seconds = self._settings.budget, self._costs[kind]
