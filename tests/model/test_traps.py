@@ -138,12 +138,12 @@ def test_checkpointing_of_transformers_changes_nothing(eager_outcome):
     assert numbers(outcome.record) == numbers(eager_outcome.record)
 
 
-@pytest.mark.parametrize(("kind", "named"), [(ReentrantBlock, "blocks.2"), (ReentrantGPT, "ReentrantGPT")])
+@pytest.mark.parametrize("kind", [ReentrantBlock, ReentrantGPT])
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-def test_reentrant_checkpointing_is_refused_with_the_remedy(kind, named):
+def test_reentrant_checkpointing_is_refused_with_the_remedy(kind):
     model = plain_as(kind)
     before = Snapshot.of(model)
-    with pytest.raises(UnsupportedModelError, match=rf"^{named} .*use_reentrant=False"):
+    with pytest.raises(UnsupportedModelError, match=r"^blocks\.0\.attention\.qkv .*use_reentrant=False"):
         run_audit(model, tiny_probe(), ONE_ROUND)
     before.assert_unchanged(model)
 

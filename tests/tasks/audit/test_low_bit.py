@@ -128,10 +128,10 @@ def _resealed(folder, change) -> None:
     from peelwise.certificate.base import _witness_record
 
     path = folder / "witness.safetensors"
+    record = read_certificate(folder).record
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
-    record = read_certificate(folder).record
     sealed = record.model_copy(update={"witness": _witness_record(path, tensors)}).sealed()
     (folder / "certificate.json").write_text(sealed.to_json() + "\n")
 
