@@ -5,6 +5,7 @@ Names are imported when they are first used, so that ``import peelwise`` does no
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ __all__ = [
     "verify",
     "yes_bounds",
 ]
+if find_spec("transformers") is not None:
+    __all__ += ["attach"]  # needs this extra: "from peelwise import *" works without any
 
 _HOME = {
     "AuditReport": "peelwise.api.audit",
@@ -73,7 +76,6 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    # What needs an extra is not in __all__: "from peelwise import *" works without any.
     if name not in _HOME:
         raise AttributeError(f"module 'peelwise' has no attribute {name!r}")
     from importlib import import_module
