@@ -233,6 +233,7 @@ def test_missing_folder():
 
 
 def test_star_import_needs_no_extra():
-    code = "import sys; sys.modules['transformers'] = None; from peelwise import *; print(Monitor.__name__, 'attach' in dir())"
+    code = "import sys; sys.modules['transformers'] = None; from peelwise import *"
+    code += "; print(Monitor.__name__, 'attach' in dir())"
     assert python(code) == "Monitor False"
     assert "attach" in peelwise.__all__  # where its extra is installed
