@@ -212,9 +212,9 @@ def _first_trace(runner: Runner, few: Split) -> Trace:
     """Run the model for the first time; what it raises is about the way in which it wants to be called."""
     try:
         return runner.trace(few)
-    except (PeelwiseError, torch.OutOfMemoryError):
+    except PeelwiseError:
         raise
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError) as error:
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError) as error:
         said = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no message"
         raise UnsupportedModelError(
             f"{type(runner.model).__name__} could not be run on token ids [batch, tokens] to logits [batch, tokens, "
