@@ -89,6 +89,7 @@ def test_every_command_and_public_name_is_there(site):
     for name in names:
         assert f'id="peelwise-{name}"' in commands, name
     reference = (site / "reference" / "peelwise.html").read_text()
+    reference += (site / "reference" / "integrations.html").read_text()
     for name in peelwise.__all__:
         assert f">{name}</span>" in reference, name
 

@@ -194,7 +194,8 @@ def forged(folder, change):
     witness, content = load_file(folder / WITNESS_FILE), json.loads((folder / RECORD_FILE).read_text())
     change(witness, content)
     save_file(witness, folder / WITNESS_FILE)
-    content["witness"]["sha256"] = hashlib.sha256((folder / WITNESS_FILE).read_bytes()).hexdigest()
+    written = (folder / WITNESS_FILE).read_bytes()
+    content["witness"] |= {"sha256": hashlib.sha256(written).hexdigest(), "bytes": len(written)}
     (folder / RECORD_FILE).write_text(PeelRecord.model_validate(content).sealed().to_json())
 
 
