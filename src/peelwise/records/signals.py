@@ -10,11 +10,30 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["refinement", "backward", "forward", "weights", "codes", "model"]
+Kind = Literal[
+    "refinement",
+    "backward",
+    "forward",
+    "weights",
+    "codes",
+    "model",
+    "matrix",
+    "neurons",
+    "gain",
+    "kin",
+    "stream",
+    "update",
+    "gate",
+]
 OverLayers = Literal["sum", "root of sum", "mean", "largest"]
 
 # What one sweep gives of every block for nothing more.
 SWEPT: tuple[Kind, ...] = ("backward", "forward", "weights")
+# What `check` compares over depth: from the weights alone, from a pass forward, from a pass backward.
+FROM_WEIGHTS: tuple[Kind, ...] = ("matrix", "neurons", "gain", "kin")
+FROM_FORWARD: tuple[Kind, ...] = ("stream", "update")
+FROM_BACKWARD: tuple[Kind, ...] = ("gate",)
+OVER_DEPTH: tuple[Kind, ...] = FROM_WEIGHTS + FROM_FORWARD + FROM_BACKWARD
 NATS = "nats per token"
 STEPS = "steps"
 # The name of what ranks blocks before anything is evaluated.
@@ -35,8 +54,9 @@ class Signal:
         tracked: whether it goes to live loggers and trackers.
         kind: what it is computed from, which also says what ``function`` is given; it is shown with its kind.
         function: ``module:name`` of what computes it for one linear layer, from an `engine.signals.LayerSums` in the
-            kinds of `SWEPT`, from a `formats.signals.LowBitSignals` in ``codes``; it returns ``None`` where there is
-            none. Empty where the task that measures the signal makes its row itself.
+            kinds of `SWEPT`, from a `formats.signals.LowBitSignals` in ``codes``, and for one part of a block in those
+            of `OVER_DEPTH` (what `engine.depth` calls matrix, gain, stream, ..; of all blocks at once in ``kin``); it
+            returns ``None`` where there is none. Empty where the task that measures the signal makes its row itself.
         over_layers: how a block's value is made from those of its linear layers.
         heading: of a narrow column; empty for the title.
         form: how the terminal prints a value.
@@ -61,6 +81,15 @@ class Signal:
     def column(self) -> str:
         """What stands over a narrow column."""
         return self.heading or self.title
+
+
+def _over_depth(
+    kind: Kind, module: str, *rows: tuple[str, str, str, str], quotient: bool = True
+) -> tuple[Signal, ...]:
+    """Return rows of signals that `check` compares over depth: name, title, unit and meaning of each."""
+    return tuple(
+        Signal(*row, quotient=quotient, kind=kind, function=f"{module}:{row[0]}", in_history=False) for row in rows
+    )
 
 
 # In the order in which they are shown.
@@ -227,6 +256,116 @@ _ROWS = (
         tracked=True,
         kind="model",
         form="{:.4f}",
+    ),
+    *_over_depth(
+        "matrix",
+        "peelwise.engine.depth.weights",
+        ("weight_rms", "size of a weight", "", "Root mean square of a matrix's entries."),
+        ("stable_rank", "stable rank", "", "Squared Frobenius norm over squared largest singular value."),
+        ("effective_rank", "effective rank", "of the smaller side", "Exponential of the singular values' entropy."),
+        ("singular_tail", "tail of singular values", "of the median", "A small singular value (95 % lie above it) over "
+         "the median: near 0 where the matrix is of low rank."),
+        ("hill_alpha", "Hill exponent", "", "Of the eigenvalues above the median; small means heavy-tailed."),
+        ("row_dispersion", "dispersion of rows", "", "Standard deviation of the log norms of the rows (outputs)."),
+        ("column_dispersion", "dispersion of columns", "", "Standard deviation of the log norms of the columns (inputs)."),
+        ("weight_kurtosis", "kurtosis of weights", "", "Fourth moment over squared variance: 3 for a normal distribution."),
+        ("smallest_head_share", "smallest head", "of the mean head", "Smallest share of a head in a matrix of attention: "
+         "0 where a head is dead."),
+        ("largest_head_share", "largest head", "of the mean head", "Largest share of a head in a matrix of attention."),
+    ),
+    *_over_depth(
+        "matrix",
+        "peelwise.engine.depth.weights",
+        ("large_weights", "weights above one deviation", "of its weights", "Share of entries above one standard "
+         "deviation (ZD)."),
+        ("zero_share", "all-zero rows and columns", "of rows and columns", "Rows and columns all of whose weights are "
+         "zero."),
+        ("head_similarity", "similarity of heads", "", "Largest correlation of two heads' weights: 1 for a copy."),
+        quotient=False,
+    ),
+    *_over_depth(
+        "neurons",
+        "peelwise.engine.depth.weights",
+        ("neuron_pairing", "pairing of neurons", "", "Correlation of the log norms of both sides of the MLP's neurons; "
+         "lost where one side was permuted."),
+        quotient=False,
+    ),
+    *_over_depth(
+        "gain",
+        "peelwise.engine.depth.weights",
+        ("gain_rms", "size of a gain", "", "Root mean square of a norm's gains."),
+        ("gain_dispersion", "dispersion of gains", "", "Standard deviation of the log of a norm's absolute gains."),
+    ),
+    *_over_depth(
+        "kin",
+        "peelwise.engine.depth.weights",
+        ("stream_agreement", "agreement of channels", "", "Correlation of a matrix's norms along the stream's channels "
+         "with its neighbours'; lost where channels are mixed up."),
+        ("head_agreement", "agreement of positions in heads", "", "Correlation of the norms of the positions within "
+         "heads with the neighbours'; lost where rows follow another rotary convention."),
+        ("copy_similarity", "similarity to another block", "", "Largest correlation with the same matrix of another "
+         "block: 1 for a copy."),
+        quotient=False,
+    ),
+    *_over_depth(
+        "stream",
+        "peelwise.engine.depth.forward",
+        ("block_influence", "block influence", "", "1 minus the mean cosine of a block's input and output."),
+        ("angular_distance", "angular distance", "of a half turn", "Mean angle between a block's input and output."),
+        ("stream_kurtosis", "kurtosis of the update", "", "Fourth moment over squared second of a block's update, over "
+         "channels: large where few channels do all."),
+        ("station_rank", "effective rank of the update", "directions", "Exponential of the entropy of the spectrum of "
+         "a block's update over tokens."),
+        ("attention_entropy", "attention entropy", "of log(keys)", "Mean entropy of attention: 0 looks at one key, 1 at "
+         "all alike."),
+    ),
+    *_over_depth(
+        "stream",
+        "peelwise.engine.depth.forward",
+        ("successive_cosine", "cosine of successive updates", "", "Mean cosine of a block's update and that of the "
+         "block before."),
+        ("massive_share", "massive coordinates", "of the energy", "Energy of a block's update in coordinates above ten "
+         "root mean squares."),
+        ("linear_cka", "linear CKA", "", "Similarity of a block's input and output over tokens."),
+        ("recoverability", "linear recoverability", "", "What a linear map of its input explains of a block's update, "
+         "held out."),
+        ("attention_sink", "attention sink", "", "Mean attention paid to the first key."),
+        quotient=False,
+    ),
+    *_over_depth(
+        "update",
+        "peelwise.engine.depth.forward",
+        ("update_ratio", "size of the update", "of the stream", "Root mean square of what a branch adds over that of "
+         "the stream."),
+    ),
+    *_over_depth(
+        "update",
+        "peelwise.engine.depth.forward",
+        ("update_cosine", "cosine of update and stream", "", "Below 0 where a branch takes away from the stream, above "
+         "where it adds to what is there."),
+        quotient=False,
+    ),
+    *_over_depth(
+        "gate",
+        "peelwise.engine.depth.backward",
+        ("gain_slope", "gain slope", "nats per log scale", "Derivative of the loss by the log of a scale on what the "
+         "part gives: above 0 less would be better, below 0 more."),
+        ("gain_t", "t-value of the gain slope", "", "Gain slope over its standard error over tokens."),
+        quotient=False,
+    ),
+    *_over_depth(
+        "gate",
+        "peelwise.engine.depth.backward",
+        ("gain_evidence", "evidence of wrong scales", "of chance", "Natural-gradient energy of one scale per channel, "
+         "mean over channels: about 1 where no channel wants another scale."),
+        ("head_slope", "largest gain slope of a head", "nats per log scale", "Over attention's heads, in absolute value."),
+        ("weight_gradient_norm", "gradient norm of a weight", "nats per unit of weight", "Frobenius norm of a matrix's "
+         "mean gradient."),
+        ("gradient_rank", "nuclear rank of the gradient", "", "Squared nuclear norm over squared Frobenius norm of a "
+         "matrix's mean gradient."),
+        ("fisher_trace", "trace of the Fisher", "", "Mean over tokens of the squared norms of gradient and input."),
+        ("gradient_alignment", "agreement of gradients", "of chance", "Squared norm of the mean gradient times the "
+         "number of tokens, over the mean squared norm: about 1 where tokens have nothing in common."),
     ),
 )
 

@@ -1,0 +1,149 @@
+"""Signals of one backward pass: how the loss answers to a scale on what a part of a block gives.
+
+For a tensor ``y`` inside the model let ``y -> s y``. At ``s = 1`` the derivative ``d loss / d log s = E_t <g_t, y_t>``,
+``g`` the gradient of a token's loss at ``y``, is the **gain slope** (arXiv:1611.06440, arXiv:1905.10650): 0 at an
+optimum, above 0 where less would be better, below 0 where more would be. One product per element, nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class GateSums:
+    """Sums over tokens of ``<g_t, y_t>`` for one tensor, and channel by channel.
+
+    ``g`` is the gradient of the *summed* loss of a micro-batch, so that nothing is divided before the end.
+    """
+
+    n: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+    channels: Tensor | None = None  # [d] sum over tokens of g y
+    channel_squares: Tensor | None = None  # [d] sum over tokens of (g y)^2
+
+    def update(self, y: Tensor, g: Tensor) -> None:
+        """Add the tokens of ``y`` and its gradient ``g``, each ``[n, d]``."""
+        products = y.float() * g.float()
+        per_token = products.sum(1, dtype=torch.float64)
+        self.n += len(per_token)
+        self.total += float(per_token.sum())
+        self.squares += float(per_token.square().sum())
+        sums = products.sum(0, dtype=torch.float64)
+        squares = products.square_().sum(0, dtype=torch.float64)
+        self.channels = sums if self.channels is None else self.channels + sums
+        self.channel_squares = squares if self.channel_squares is None else self.channel_squares + squares
+
+    def groups(self, size: int) -> Tensor:
+        """Return the slopes of groups of ``size`` channels in succession (heads), ``[d / size]``, nats per token."""
+        assert self.channels is not None
+        return self.channels.unflatten(0, (-1, size)).sum(1) / self.n
+
+
+@dataclass
+class GradientSums:
+    """Sums over tokens for the gradient of one weight ``[d_out, d_in]``."""
+
+    n: int = 0
+    cross: Tensor | None = None  # [d_out, d_in] sum over tokens of g x^T
+    trace: float = 0.0  # sum over tokens of |g|^2 |x|^2
+
+    def update(self, x: Tensor, g: Tensor) -> None:
+        """Add the tokens of the layer's input ``x [n, d_in]`` and its output's gradient ``g [n, d_out]``."""
+        cross = g.T @ x
+        self.n += len(x)
+        self.cross = cross if self.cross is None else self.cross + cross
+        self.trace += float((g.square().sum(1, dtype=torch.float64) * x.square().sum(1, dtype=torch.float64)).sum())
+
+
+@dataclass
+class Backward:
+    """What one backward pass found at one part: a linear layer, a norm, a branch, or a branch's inner channels.
+
+    Attributes:
+        gate: sums for a scale on what the part gives.
+        gradient: sums for the gradient of its weight, where it is a linear layer.
+        head_dim: channels of a head, where the part's channels are attention's heads.
+    """
+
+    gate: GateSums = field(default_factory=GateSums)
+    gradient: GradientSums | None = None
+    head_dim: int | None = None
+
+
+def gain_slope(part: Backward) -> float:
+    """Return ``E_t <g_t, y_t>``, nats per token: minus it is what a part gains per unit of log scale."""
+    return part.gate.total / part.gate.n
+
+
+def gain_t(part: Backward) -> float:
+    """Return the gain slope over its standard error over tokens."""
+    gate = part.gate
+    mean = gate.total / gate.n
+    variance = max(gate.squares / gate.n - mean**2, 0.0)
+    return mean / math.sqrt(variance / gate.n) if variance > 0 else 0.0
+
+
+def gain_evidence(part: Backward) -> float | None:
+    """Return the mean over channels of ``(sum_t c)^2 / sum_t c^2`` with ``c = g y`` of the channel.
+
+    About 1 where no scale on a single channel would change the loss and tokens are independent; larger the more
+    channels want another scale. It is a natural-gradient energy in the family of one scale per channel.
+    """
+    gate = part.gate
+    if gate.channels is None or gate.channel_squares is None:
+        return None
+    alive = gate.channel_squares > 0
+    if not bool(alive.any()):
+        return None
+    return float((gate.channels[alive].square() / gate.channel_squares[alive]).mean())
+
+
+def weight_gradient_norm(part: Backward) -> float | None:
+    """Return the Frobenius norm of the weight's mean gradient, nats per token and unit of weight."""
+    if part.gradient is None or part.gradient.cross is None:
+        return None
+    return float(part.gradient.cross.norm() / part.gradient.n)
+
+
+def gradient_rank(part: Backward) -> float | None:
+    """Return ``|G|_*^2 / |G|_F^2``: the nuclear norm of the gradient (arXiv:2410.23743) against its size, at least 1."""
+    if part.gradient is None or part.gradient.cross is None:
+        return None
+    G = part.gradient.cross.double()
+    gram = G @ G.T if G.shape[0] <= G.shape[1] else G.T @ G
+    s = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    size = float(s.square().sum())
+    return float(s.sum().square()) / size if size > 0 else None
+
+
+def fisher_trace(part: Backward) -> float | None:
+    """Return ``E_t |g_t|^2 |x_t|^2``, the trace of the empirical Fisher of one weight.
+
+    It is also the trace of the layer's own tangent kernel (arXiv:2205.12372) seen through the loss.
+    """
+    return None if part.gradient is None else part.gradient.trace / part.gradient.n
+
+
+def gradient_alignment(part: Backward) -> float | None:
+    """Return ``n |E g x'|^2 / E |g|^2 |x|^2``: about 1 where gradients of tokens have nothing in common.
+
+    The signal-to-noise ratio of the weight's gradient, in units of what chance gives.
+    """
+    if part.gradient is None or part.gradient.cross is None or part.gradient.trace == 0:
+        return None
+    return float(part.gradient.cross.double().square().sum()) / part.gradient.trace
+
+
+def head_slope(part: Backward) -> float | None:
+    """Return the largest gain slope of a head in absolute value, nats per token; of what goes into attention's last
+    layer alone."""
+    channels, size = part.gate.channels, part.head_dim
+    if channels is None or size is None or len(channels) % size:
+        return None
+    return float(part.gate.groups(size).abs().max())

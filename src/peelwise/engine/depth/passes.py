@@ -1,0 +1,216 @@
+"""One pass over the blocks, from the top down: what each gave to the stream, and how the loss answers to its parts.
+
+Only one block's activations are alive at a time; every signal of a kind is made from what one pass saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from peelwise.engine.depth.backward import Backward, GradientSums
+from peelwise.engine.depth.forward import Stream
+from peelwise.model.parts import ATTENTION, Parts
+from peelwise.model.runner import Batch, Runner, Trace
+
+INNER = ".inner"  # behind a branch's name: the channels between its layers, heads or neurons
+
+
+@dataclass
+class Seen:
+    """What one pass saw of one block."""
+
+    stream: Stream
+    backward: dict[str, Backward] = field(default_factory=dict)
+
+
+def observe(
+    runner: Runner,
+    all_parts: Sequence[Parts],
+    trace: Trace,
+    *,
+    gradients: bool = True,
+    after_block: Callable[[int], None] = lambda done: None,
+) -> Iterator[tuple[Parts, Seen]]:
+    """Yield every block, the last one first, with what a pass forward and (with ``gradients``) backward saw of it.
+
+    Args:
+        runner: the model.
+        all_parts: the parts of its blocks, in order.
+        trace: tokens, with stations.
+        gradients: also differentiate the loss.
+        after_block: called with the number of blocks done.
+    """
+    above = runner.tail_gradients(trace) if gradients else None
+    for done, parts in enumerate(reversed(all_parts), start=1):
+        seen, above = _observe_block(runner, parts, trace, above)
+        yield parts, seen
+        after_block(done)
+
+
+def _observe_block(
+    runner: Runner, parts: Parts, trace: Trace, above: list[Tensor] | None
+) -> tuple[Seen, list[Tensor] | None]:
+    index = parts.block.index
+    backward: dict[str, Backward] = {}
+    updates: dict[str, list[Tensor]] = {}
+    attention = AttentionSums()
+    below: list[Tensor] = []
+    for place, batch in enumerate(trace.batches):
+        hidden = batch.stations[index].detach().requires_grad_(above is not None)
+        with torch.set_grad_enabled(above is not None), outputs(parts) as found, attention:
+            out = runner.run_block(parts.block, hidden, batch)
+        if not updates:
+            attention.only_first()  # the first micro-batch says enough of what attention looks at
+        for branch in parts.branches:
+            y = found.tensors.get(branch.name)
+            if y is not None and y.shape == hidden.shape:
+                updates.setdefault(branch.name, []).append(y.detach()[batch.weights].float())
+        if above is not None:
+            below.append(_add_gradients(parts, batch, found, hidden, out, above[place], backward))
+    runner.work.add(runner.shares[index], trace.predicted, 1 if above is None else 3)
+    before, after, earlier = (_rows(trace, index + away) for away in (0, 1, -1))
+    stream = Stream(
+        before,
+        after,
+        {name: torch.cat(rows) for name, rows in updates.items()},
+        None if earlier is None else before - earlier,
+        attention.found(),
+    )
+    return Seen(stream, backward), None if above is None else below
+
+
+def _rows(trace: Trace, station: int) -> Any:
+    if station < 0:
+        return None
+    return torch.cat([batch.stations[station][batch.weights].float() for batch in trace.batches])
+
+
+def _add_gradients(
+    parts: Parts,
+    batch: Batch,
+    found: Outputs,
+    hidden: Tensor,
+    out: Tensor,
+    above: Tensor,
+    into: dict[str, Backward],
+) -> Tensor:
+    """Add one micro-batch to what the backward pass found, and return the gradient at the block's input."""
+    used = {name: y for name, y in found.tensors.items() if y.requires_grad}
+    results = torch.autograd.grad(out, [hidden, *used.values()], above.to(out.dtype), allow_unused=True)
+    for (name, y), g in zip(used.items(), results[1:], strict=True):
+        rows, g_rows = token_channels(y.detach(), batch), None if g is None else token_channels(g, batch)
+        if rows is None or g_rows is None:
+            continue
+        heads = parts.head_dim if name == ATTENTION + INNER else None
+        part = into.setdefault(name, Backward(head_dim=heads))
+        part.gate.update(rows, g_rows)
+        x = found.inputs.get(name)
+        x_rows = None if x is None else token_channels(x.detach(), batch)
+        if x_rows is not None:
+            part.gradient = part.gradient or GradientSums()
+            part.gradient.update(x_rows, g_rows)
+    return torch.zeros_like(hidden) if results[0] is None else results[0]
+
+
+def token_channels(y: Tensor, batch: Batch) -> Tensor | None:
+    """Return a tensor's rows of predicted tokens ``[n, d]``, float32; ``None`` where it has no row per token."""
+    shape = batch.weights.shape
+    if y.shape[:2] == shape:
+        return y.flatten(2)[batch.weights].float() if y.dim() > 2 else None
+    if y.dim() == 2 and y.shape[0] == batch.weights.numel():
+        return y.view(*shape, -1)[batch.weights].float()
+    return None
+
+
+@dataclass
+class Outputs:
+    """What the parts of a block gave, in the graph: by a part's name, and inputs of linear layers by theirs."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+@contextmanager
+def outputs(parts: Parts) -> Iterator[Outputs]:
+    """Record what linear layers, norms and branches of a block give while the context is open."""
+    found = Outputs()
+    handles = []
+    inner = {id(branch.writer.module): branch.name + INNER for branch in parts.branches if len(branch.linears) > 1}
+
+    def keep(name: str, *, linear: bool) -> Any:
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
+            y = y[0] if isinstance(y, (tuple, list)) else y
+            if not isinstance(y, Tensor):
+                return
+            found.tensors[name] = y
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            if linear and isinstance(x, Tensor):
+                found.inputs[name] = x
+                if id(module) in inner:
+                    found.tensors[inner[id(module)]] = x
+
+        return after
+
+    wanted: list[tuple[str, nn.Module, bool]] = [
+        *((name, linear.module, True) for name, linear in parts.linears.items()),
+        *((name, norm, False) for name, norm in parts.norms.items()),
+        *((branch.name, branch.module, False) for branch in parts.branches),
+    ]
+    try:
+        for name, module, linear in wanted:
+            handles.append(module.register_forward_hook(keep(name, linear=linear), with_kwargs=True))
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class AttentionSums(TorchFunctionMode):
+    """Sees the queries and keys of PyTorch's scaled dot-product attention, and adds up what it pays attention to.
+
+    Where a model computes its attention by other means nothing is seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._entropy = self._sink = 0.0
+        self._count = 0
+        self._closed = False
+
+    def only_first(self) -> None:
+        """Look at no further micro-batch."""
+        self._closed = True
+
+    def found(self) -> tuple[float, float] | None:
+        """Return mean entropy (over the log of the keys seen) and mean attention to the first key."""
+        return (self._entropy / self._count, self._sink / self._count) if self._count else None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at the arguments of attention, and call the function as it was called."""
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and not self._closed and len(args) >= 2:
+            with torch.no_grad(), torch._C.DisableTorchFunction():
+                self._add(args[0].detach(), args[1].detach(), kwargs.get("scale"))
+        return func(*args, **kwargs)
+
+    def _add(self, q: Tensor, k: Tensor, scale: float | None) -> None:
+        q, k = q[:1].float(), k[:1].float()  # one sequence: [1, heads, t, head_dim]
+        if q.shape[1] != k.shape[1]:
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        length = q.shape[-2]
+        scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        future = torch.ones(length, k.shape[-2], dtype=torch.bool, device=q.device).triu(1 + k.shape[-2] - length)
+        p = scores.masked_fill(future, -torch.inf).softmax(-1)[..., 1:, :]  # the first token sees itself alone
+        keys = torch.arange(2, length + 1, device=q.device).float().log()
+        entropy = -(p * p.clamp_min(1e-30).log()).sum(-1) / keys
+        self._entropy += float(entropy.sum())
+        self._sink += float(p[..., 0].sum())
+        self._count += entropy.numel()

@@ -1,0 +1,136 @@
+"""The table of signals over depth: which signal has which value at which part of which block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pkgutil import resolve_name
+from typing import Any
+
+from peelwise.engine.depth.forward import Stream
+from peelwise.engine.depth.passes import observe
+from peelwise.engine.depth.weights import (
+    Gain,
+    Matrix,
+    Sketch,
+    gain_sketch,
+    gains_of,
+    matrices_of,
+    neurons_of,
+    sketch,
+)
+from peelwise.model.parts import MLP, Parts
+from peelwise.model.runner import Runner, Trace
+from peelwise.records.signals import FROM_BACKWARD, FROM_FORWARD, OVER_DEPTH, SIGNALS, Kind, Signal, of_kinds
+
+BLOCK = ""  # the part of a signal that is one of the whole block
+
+
+@dataclass
+class DepthTable:
+    """Values of signals by ``(signal, part)``, one per block; ``None`` where a block has none.
+
+    A part is a linear layer or norm by its name within the block, a branch, or `BLOCK` for the block as a whole.
+    """
+
+    blocks: int
+    values: dict[tuple[str, str], list[float | None]] = field(default_factory=dict)
+
+    def put(self, signal: str, part: str, block: int, value: float | None) -> None:
+        """Set one value; ``None`` leaves the place empty."""
+        if value is not None:
+            self.values.setdefault((signal, part), [None] * self.blocks)[block] = value
+
+
+def weight_table(
+    all_parts: Sequence[Parts],
+    width: int,
+    *,
+    signals: Collection[str] = tuple(SIGNALS),
+    after_block: Callable[[int], None] = lambda done: None,
+) -> DepthTable:
+    """Return the signals of weights; one block's matrices are read at a time.
+
+    Args:
+        all_parts: the parts of all blocks, in order.
+        width: channels of the residual stream.
+        signals: names of those wanted.
+        after_block: called with the number of blocks done.
+    """
+    table = DepthTable(len(all_parts))
+    kin: dict[str, list[tuple[int, Sketch]]] = {}
+    for index, parts in enumerate(all_parts):
+        for part, matrix in matrices_of(parts).items():
+            _put(table, ("matrix",), part, index, signals, matrix)
+            kin.setdefault(part, []).append((index, sketch(matrix, width)))
+        for part, gain in gains_of(parts).items():
+            _put(table, ("gain",), part, index, signals, gain)
+            kin.setdefault(part, []).append((index, gain_sketch(gain, width)))
+        neurons = neurons_of(parts)
+        if neurons is not None:
+            _put(table, ("neurons",), MLP, index, signals, neurons)
+        after_block(index + 1)
+    for part, sketches in kin.items():
+        for signal in _wanted(("kin",), signals):
+            found = _function(signal)([each for _, each in sketches])
+            for (index, _), value in zip(sketches, found, strict=True):
+                table.put(signal.name, part, index, value)
+    return table
+
+
+def pass_table(
+    runner: Runner,
+    all_parts: Sequence[Parts],
+    trace: Trace,
+    *,
+    gradients: bool = True,
+    signals: Collection[str] = tuple(SIGNALS),
+    after_block: Callable[[int], None] = lambda done: None,
+) -> DepthTable:
+    """Return the signals of one pass forward and, with ``gradients``, one backward.
+
+    Args:
+        runner: the model.
+        all_parts: the parts of all blocks, in order.
+        trace: tokens, with stations.
+        gradients: also differentiate the loss.
+        signals: names of those wanted.
+        after_block: called with the number of blocks done.
+    """
+    table = DepthTable(len(all_parts))
+    for parts, seen in observe(runner, all_parts, trace, gradients=gradients, after_block=after_block):
+        index = parts.block.index
+        _put(table, ("stream",), BLOCK, index, signals, seen.stream)
+        for branch, update in seen.stream.updates.items():
+            _put(table, ("update",), branch, index, signals, seen.stream, update)
+        for part, found in seen.backward.items():
+            _put(table, FROM_BACKWARD, part, index, signals, found)
+    return table
+
+
+def joined(*tables: DepthTable) -> DepthTable:
+    """Return one table with the signals of several, of the same blocks."""
+    values = {key: row for table in tables for key, row in table.values.items()}
+    return DepthTable(tables[0].blocks, values)
+
+
+def _put(
+    table: DepthTable, kinds: Collection[Kind], part: str, block: int, signals: Collection[str], *of: Any
+) -> None:
+    for signal in _wanted(kinds, signals):
+        table.put(signal.name, part, block, _function(signal)(*of))
+
+
+def _wanted(kinds: Collection[Kind], signals: Collection[str]) -> Iterator[Signal]:
+    return (signal for signal in of_kinds(kinds) if signal.name in signals)
+
+
+@cache
+def _resolved(function: str) -> Callable[..., Any]:
+    found: Callable[..., Any] = resolve_name(function)
+    return found
+
+
+def _function(signal: Signal) -> Callable[..., Any]:
+    return _resolved(signal.function)

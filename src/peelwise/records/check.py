@@ -1,0 +1,130 @@
+"""What a check found: signals of every block against depth, and the blocks that are unlike their neighbours. No torch.
+
+The names of the fields are the keys of the file, and others rely on them: add, do not rename. Losses are in nats per
+token on the report part of the probe.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from peelwise.records.base import (
+    SCHEMA_VERSION,
+    CostRecord,
+    Interval,
+    ModelRecord,
+    Note,
+    ProbeRecord,
+    Record,
+    WitnessRecord,
+)
+
+
+class SignalReason(Record):
+    """One signal that says that a block is unlike its neighbours.
+
+    Attributes:
+        signal: its name in the table of signals.
+        part: the linear layer, norm or branch it belongs to, or empty for the block as a whole.
+        value: of this block.
+        typical: median of its neighbours.
+        deviation: how far the value is from there, in robust standard deviations over depth; a t-value where the
+            signal is one.
+    """
+
+    signal: str
+    part: str
+    value: float
+    typical: float | None
+    deviation: float
+
+
+class BlockCheck(Record):
+    """One block.
+
+    Attributes:
+        index, name: of the block.
+        score: larger is more unlike its neighbours; ``None`` where there is no depth to compare with.
+        signals: ``signal.part`` -> value; without the part for signals of the whole block.
+        ablation: what skipping the block costs, for blocks that are named.
+    """
+
+    index: int
+    name: str
+    score: float | None
+    signals: dict[str, float]
+    ablation: Interval | None = None
+
+
+class MatrixCheck(Record):
+    """One linear layer: its full name, its block, its name within the block, and its signals."""
+
+    name: str
+    block: int
+    part: str
+    signals: dict[str, float]
+
+
+class UnlikeBlock(Record):
+    """A block that stands out, with the signals that say so, the strongest first."""
+
+    block: int
+    score: float
+    reasons: tuple[SignalReason, ...]
+
+
+class GainWitness(Record):
+    """A factor on what one part of a block gives, and what it gains: a proof with a single fitted number.
+
+    Attributes:
+        block: index.
+        part: ``attention``, ``mlp``, a linear layer by its name within the block.
+        layer: full name of the linear layer whose weight (and bias) is multiplied.
+        head: which head's inputs of that layer alone, or ``None`` for all of it.
+        head_dim: channels of a head, where ``head`` is given.
+        factor: by which it is multiplied; below 0 it changes the sign, 0 is ablation of the part.
+        gain: decrease of the loss on report with the factor in place, nats per token.
+        fit_gain: the same on the tokens that the factor was found on.
+    """
+
+    block: int
+    part: str
+    layer: str
+    head: int | None = None
+    head_dim: int | None = None
+    factor: float
+    gain: Interval
+    fit_gain: float
+
+
+class CheckRecord(Record):
+    """Everything that one check found.
+
+    ``unlike`` is empty where no block stands out, and ``None`` where there is no depth to compare with (fewer than
+    five blocks). ``threshold`` is the score from which a block is named. ``loss`` is ``None`` without text.
+    """
+
+    schema_version: int = Field(default=SCHEMA_VERSION, alias="schema")
+    kind: Literal["check"] = "check"
+    created: str
+    complete: bool = True
+    model: ModelRecord
+    probe: ProbeRecord | None = None
+    loss: float | None = None
+    threshold: float
+    blocks: tuple[BlockCheck, ...]
+    matrices: tuple[MatrixCheck, ...] = ()
+    unlike: tuple[UnlikeBlock, ...] | None
+    gain_witnesses: tuple[GainWitness, ...] = ()
+    cost: CostRecord
+    witness: WitnessRecord | None = None
+    notes: tuple[Note, ...] = ()
+    settings: dict[str, bool | int | float | str | None]
+    seed: int
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        """Return the record as indented JSON, with the key ``schema`` that readers look for."""
+        return self.model_dump_json(by_alias=True, indent=2)
