@@ -45,6 +45,9 @@ class Note(Record):
     ``few-heads``           only so many ``heads`` were fitted, as the vocabulary is large
     ``other-tensors``       ``count`` tensors besides the quantised ones differ, such as ``name``
     ``left-out``            ``count`` parameters of blocks with a ``share`` of their numbers, such as ``names``
+    ``no-text``             signals of weights alone
+    ``no-gradients``        the model cannot be differentiated, so there are no signals of a backward pass
+    ``few-blocks``          with ``blocks`` there is no depth to compare with
     ======================  ================================================================================
     """
 

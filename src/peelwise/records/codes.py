@@ -36,6 +36,9 @@ Stage = Literal[
     "untrained-control",
     "best-weights",
     "best-weights-losses",
+    "weight-signals",
+    "pass-signals",
+    "gain-witnesses",
 ]
 
 # What a reader of a record should know besides its numbers; the values that each has are in `base.Note`.
@@ -55,4 +58,7 @@ NoteCode = Literal[
     "few-heads",
     "other-tensors",
     "left-out",
+    "no-text",
+    "no-gradients",
+    "few-blocks",
 ]

@@ -83,9 +83,7 @@ class Signal:
         return self.heading or self.title
 
 
-def _over_depth(
-    kind: Kind, module: str, *rows: tuple[str, str, str, str], quotient: bool = True
-) -> tuple[Signal, ...]:
+def _over_depth(kind: Kind, module: str, *rows: tuple[str, str, str, str], quotient: bool = True) -> tuple[Signal, ...]:
     """Return rows of signals that `check` compares over depth: name, title, unit and meaning of each."""
     return tuple(
         Signal(*row, quotient=quotient, kind=kind, function=f"{module}:{row[0]}", in_history=False) for row in rows
@@ -263,31 +261,61 @@ _ROWS = (
         ("weight_rms", "size of a weight", "", "Root mean square of a matrix's entries."),
         ("stable_rank", "stable rank", "", "Squared Frobenius norm over squared largest singular value."),
         ("effective_rank", "effective rank", "of the smaller side", "Exponential of the singular values' entropy."),
-        ("singular_tail", "tail of singular values", "of the median", "A small singular value (95 % lie above it) over "
-         "the median: near 0 where the matrix is of low rank."),
+        (
+            "singular_tail",
+            "tail of singular values",
+            "of the median",
+            "A small singular value (95 % lie above it) over the median: near 0 where the matrix is of low rank.",
+        ),
         ("hill_alpha", "Hill exponent", "", "Of the eigenvalues above the median; small means heavy-tailed."),
         ("row_dispersion", "dispersion of rows", "", "Standard deviation of the log norms of the rows (outputs)."),
-        ("column_dispersion", "dispersion of columns", "", "Standard deviation of the log norms of the columns (inputs)."),
-        ("weight_kurtosis", "kurtosis of weights", "", "Fourth moment over squared variance: 3 for a normal distribution."),
-        ("smallest_head_share", "smallest head", "of the mean head", "Smallest share of a head in a matrix of attention: "
-         "0 where a head is dead."),
+        (
+            "column_dispersion",
+            "dispersion of columns",
+            "",
+            "Standard deviation of the log norms of the columns (inputs).",
+        ),
+        (
+            "weight_kurtosis",
+            "kurtosis of weights",
+            "",
+            "Fourth moment over squared variance: 3 for a normal distribution.",
+        ),
+        (
+            "smallest_head_share",
+            "smallest head",
+            "of the mean head",
+            "Smallest share of a head in a matrix of attention: 0 where a head is dead.",
+        ),
         ("largest_head_share", "largest head", "of the mean head", "Largest share of a head in a matrix of attention."),
     ),
     *_over_depth(
         "matrix",
         "peelwise.engine.depth.weights",
-        ("large_weights", "weights above one deviation", "of its weights", "Share of entries above one standard "
-         "deviation (ZD)."),
-        ("zero_share", "all-zero rows and columns", "of rows and columns", "Rows and columns all of whose weights are "
-         "zero."),
+        (
+            "large_weights",
+            "weights above one deviation",
+            "of its weights",
+            "Share of entries above one standard deviation (ZD).",
+        ),
+        (
+            "zero_share",
+            "all-zero rows and columns",
+            "of rows and columns",
+            "Rows and columns all of whose weights are zero.",
+        ),
         ("head_similarity", "similarity of heads", "", "Largest correlation of two heads' weights: 1 for a copy."),
         quotient=False,
     ),
     *_over_depth(
         "neurons",
         "peelwise.engine.depth.weights",
-        ("neuron_pairing", "pairing of neurons", "", "Correlation of the log norms of both sides of the MLP's neurons; "
-         "lost where one side was permuted."),
+        (
+            "neuron_pairing",
+            "pairing of neurons",
+            "",
+            "Correlation of the log norms of both sides of the MLP's neurons; lost where one side was permuted.",
+        ),
         quotient=False,
     ),
     *_over_depth(
@@ -299,12 +327,26 @@ _ROWS = (
     *_over_depth(
         "kin",
         "peelwise.engine.depth.weights",
-        ("stream_agreement", "agreement of channels", "", "Correlation of a matrix's norms along the stream's channels "
-         "with its neighbours'; lost where channels are mixed up."),
-        ("head_agreement", "agreement of positions in heads", "", "Correlation of the norms of the positions within "
-         "heads with the neighbours'; lost where rows follow another rotary convention."),
-        ("copy_similarity", "similarity to another block", "", "Largest correlation with the same matrix of another "
-         "block: 1 for a copy."),
+        (
+            "stream_agreement",
+            "agreement of channels",
+            "",
+            "Correlation of a matrix's norms along the stream's channels "
+            "with its neighbours'; lost where channels are mixed up.",
+        ),
+        (
+            "head_agreement",
+            "agreement of positions in heads",
+            "",
+            "Correlation of the norms of the positions within "
+            "heads with the neighbours'; lost where rows follow another rotary convention.",
+        ),
+        (
+            "copy_similarity",
+            "similarity to another block",
+            "",
+            "Largest correlation with the same matrix of another block: 1 for a copy.",
+        ),
         quotient=False,
     ),
     *_over_depth(
@@ -312,60 +354,120 @@ _ROWS = (
         "peelwise.engine.depth.forward",
         ("block_influence", "block influence", "", "1 minus the mean cosine of a block's input and output."),
         ("angular_distance", "angular distance", "of a half turn", "Mean angle between a block's input and output."),
-        ("stream_kurtosis", "kurtosis of the update", "", "Fourth moment over squared second of a block's update, over "
-         "channels: large where few channels do all."),
-        ("station_rank", "effective rank of the update", "directions", "Exponential of the entropy of the spectrum of "
-         "a block's update over tokens."),
-        ("attention_entropy", "attention entropy", "of log(keys)", "Mean entropy of attention: 0 looks at one key, 1 at "
-         "all alike."),
+        (
+            "stream_kurtosis",
+            "kurtosis of the update",
+            "",
+            "Fourth moment over squared second of a block's update, over channels: large where few channels do all.",
+        ),
+        (
+            "station_rank",
+            "effective rank of the update",
+            "directions",
+            "Exponential of the entropy of the spectrum of a block's update over tokens.",
+        ),
+        (
+            "attention_entropy",
+            "attention entropy",
+            "of log(keys)",
+            "Mean entropy of attention: 0 looks at one key, 1 at all alike.",
+        ),
     ),
     *_over_depth(
         "stream",
         "peelwise.engine.depth.forward",
-        ("successive_cosine", "cosine of successive updates", "", "Mean cosine of a block's update and that of the "
-         "block before."),
-        ("massive_share", "massive coordinates", "of the energy", "Energy of a block's update in coordinates above ten "
-         "root mean squares."),
+        (
+            "successive_cosine",
+            "cosine of successive updates",
+            "",
+            "Mean cosine of a block's update and that of the block before.",
+        ),
+        (
+            "massive_share",
+            "massive coordinates",
+            "of the energy",
+            "Energy of a block's update in coordinates above ten root mean squares.",
+        ),
         ("linear_cka", "linear CKA", "", "Similarity of a block's input and output over tokens."),
-        ("recoverability", "linear recoverability", "", "What a linear map of its input explains of a block's update, "
-         "held out."),
+        (
+            "recoverability",
+            "linear recoverability",
+            "",
+            "What a linear map of its input explains of a block's update, held out.",
+        ),
         ("attention_sink", "attention sink", "", "Mean attention paid to the first key."),
         quotient=False,
     ),
     *_over_depth(
         "update",
         "peelwise.engine.depth.forward",
-        ("update_ratio", "size of the update", "of the stream", "Root mean square of what a branch adds over that of "
-         "the stream."),
+        (
+            "update_ratio",
+            "size of the update",
+            "of the stream",
+            "Root mean square of what a branch adds over that of the stream.",
+        ),
     ),
     *_over_depth(
         "update",
         "peelwise.engine.depth.forward",
-        ("update_cosine", "cosine of update and stream", "", "Below 0 where a branch takes away from the stream, above "
-         "where it adds to what is there."),
+        (
+            "update_cosine",
+            "cosine of update and stream",
+            "",
+            "Below 0 where a branch takes away from the stream, above where it adds to what is there.",
+        ),
         quotient=False,
     ),
     *_over_depth(
         "gate",
         "peelwise.engine.depth.backward",
-        ("gain_slope", "gain slope", "nats per log scale", "Derivative of the loss by the log of a scale on what the "
-         "part gives: above 0 less would be better, below 0 more."),
+        (
+            "gain_slope",
+            "gain slope",
+            "nats per log scale",
+            "Derivative of the loss by the log of a scale on what the "
+            "part gives: above 0 less would be better, below 0 more.",
+        ),
         ("gain_t", "t-value of the gain slope", "", "Gain slope over its standard error over tokens."),
         quotient=False,
     ),
     *_over_depth(
         "gate",
         "peelwise.engine.depth.backward",
-        ("gain_evidence", "evidence of wrong scales", "of chance", "Natural-gradient energy of one scale per channel, "
-         "mean over channels: about 1 where no channel wants another scale."),
-        ("head_slope", "largest gain slope of a head", "nats per log scale", "Over attention's heads, in absolute value."),
-        ("weight_gradient_norm", "gradient norm of a weight", "nats per unit of weight", "Frobenius norm of a matrix's "
-         "mean gradient."),
-        ("gradient_rank", "nuclear rank of the gradient", "", "Squared nuclear norm over squared Frobenius norm of a "
-         "matrix's mean gradient."),
+        (
+            "gain_evidence",
+            "evidence of wrong scales",
+            "of chance",
+            "Natural-gradient energy of one scale per channel, "
+            "mean over channels: about 1 where no channel wants another scale.",
+        ),
+        (
+            "head_slope",
+            "largest gain slope of a head",
+            "nats per log scale",
+            "Over attention's heads, in absolute value.",
+        ),
+        (
+            "weight_gradient_norm",
+            "gradient norm of a weight",
+            "nats per unit of weight",
+            "Frobenius norm of a matrix's mean gradient.",
+        ),
+        (
+            "gradient_rank",
+            "nuclear rank of the gradient",
+            "",
+            "Squared nuclear norm over squared Frobenius norm of a matrix's mean gradient.",
+        ),
         ("fisher_trace", "trace of the Fisher", "", "Mean over tokens of the squared norms of gradient and input."),
-        ("gradient_alignment", "agreement of gradients", "of chance", "Squared norm of the mean gradient times the "
-         "number of tokens, over the mean squared norm: about 1 where tokens have nothing in common."),
+        (
+            "gradient_alignment",
+            "agreement of gradients",
+            "of chance",
+            "Squared norm of the mean gradient times the "
+            "number of tokens, over the mean squared norm: about 1 where tokens have nothing in common.",
+        ),
     ),
 )
 

@@ -115,7 +115,7 @@ def gradient_rank(part: Backward) -> float | None:
     """Return ``|G|_*^2 / |G|_F^2``: the nuclear norm of the gradient (arXiv:2410.23743) against its size, at least 1."""
     if part.gradient is None or part.gradient.cross is None:
         return None
-    G = part.gradient.cross.double()
+    G = part.gradient.cross
     gram = G @ G.T if G.shape[0] <= G.shape[1] else G.T @ G
     s = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     size = float(s.square().sum())

@@ -107,14 +107,14 @@ def recoverability(stream: Stream) -> float:
     second; not below -1.
     """
     half = len(stream.before) // 2
-    x, u = stream.before.double(), stream.update.double()
+    x, u = stream.before, stream.update
     x, u = x - x[:half].mean(0), u - u[:half].mean(0)
     if half <= x.shape[1]:  # fewer tokens than inputs: through the kernel of tokens
         kernel = DampedFactor(x[:half] @ x[:half].T, _DAMPING, name="recoverability")
-        made = (x[half:] @ x[:half].T) @ kernel.solve(u[:half])
+        made = (x[half:] @ x[:half].T) @ kernel.solve(u[:half]).to(x)
     else:
         factor = DampedFactor(x[:half].T @ x[:half], _DAMPING, name="recoverability")
-        made = x[half:] @ factor.solve(x[:half].T @ u[:half])
+        made = x[half:] @ factor.solve(x[:half].T @ u[:half]).to(x)
     left = (u[half:] - made).square().sum() / u[half:].square().sum().clamp_min(1e-300)
     return max(-1.0, float(1 - left))
 
@@ -130,5 +130,4 @@ def attention_sink(stream: Stream) -> float | None:
 
 
 def _centred(x: Tensor) -> Tensor:
-    x = x.double()
     return x - x.mean(dim=0)

@@ -11,8 +11,6 @@ from typing import Any
 from peelwise.engine.depth.forward import Stream
 from peelwise.engine.depth.passes import observe
 from peelwise.engine.depth.weights import (
-    Gain,
-    Matrix,
     Sketch,
     gain_sketch,
     gains_of,
@@ -43,39 +41,51 @@ class DepthTable:
             self.values.setdefault((signal, part), [None] * self.blocks)[block] = value
 
 
-def weight_table(
-    all_parts: Sequence[Parts],
-    width: int,
-    *,
-    signals: Collection[str] = tuple(SIGNALS),
-    after_block: Callable[[int], None] = lambda done: None,
-) -> DepthTable:
-    """Return the signals of weights; one block's matrices are read at a time.
+@dataclass(frozen=True)
+class BlockWeights:
+    """What the weights of one block say: values by ``(signal, part)``, and sketches to compare with other blocks'."""
+
+    values: dict[tuple[str, str], float]
+    sketches: dict[str, Sketch]
+
+
+def block_weights(parts: Parts, width: int, signals: Collection[str] = tuple(SIGNALS)) -> BlockWeights:
+    """Return what the weights of one block say.
 
     Args:
-        all_parts: the parts of all blocks, in order.
+        parts: of the block.
         width: channels of the residual stream.
         signals: names of those wanted.
-        after_block: called with the number of blocks done.
     """
-    table = DepthTable(len(all_parts))
-    kin: dict[str, list[tuple[int, Sketch]]] = {}
-    for index, parts in enumerate(all_parts):
-        for part, matrix in matrices_of(parts).items():
-            _put(table, ("matrix",), part, index, signals, matrix)
-            kin.setdefault(part, []).append((index, sketch(matrix, width)))
-        for part, gain in gains_of(parts).items():
-            _put(table, ("gain",), part, index, signals, gain)
-            kin.setdefault(part, []).append((index, gain_sketch(gain, width)))
-        neurons = neurons_of(parts)
-        if neurons is not None:
-            _put(table, ("neurons",), MLP, index, signals, neurons)
-        after_block(index + 1)
+    matrices, gains, neurons = matrices_of(parts), gains_of(parts), neurons_of(parts)
+    of: list[tuple[Kind, str, Any]] = [("matrix", part, matrix) for part, matrix in matrices.items()]
+    of += [("gain", part, gain) for part, gain in gains.items()]
+    if neurons is not None:
+        of.append(("neurons", MLP, neurons))
+    values = {}
+    for kind, part, each in of:
+        for signal in _wanted((kind,), signals):
+            value = _function(signal)(each)
+            if value is not None:
+                values[signal.name, part] = value
+    sketches = {part: sketch(matrix, width) for part, matrix in matrices.items()}
+    return BlockWeights(values, sketches | {part: gain_sketch(gain, width) for part, gain in gains.items()})
+
+
+def weight_table(blocks: Sequence[BlockWeights], signals: Collection[str] = tuple(SIGNALS)) -> DepthTable:
+    """Return the signals of the weights of all blocks, those that compare blocks with each other among them."""
+    table = DepthTable(len(blocks))
+    kin: dict[str, dict[int, Sketch]] = {}
+    for index, block in enumerate(blocks):
+        for (signal, part), value in block.values.items():
+            table.put(signal, part, index, value)
+        for part, each in block.sketches.items():
+            kin.setdefault(part, {})[index] = each
     for part, sketches in kin.items():
-        for signal in _wanted(("kin",), signals):
-            found = _function(signal)([each for _, each in sketches])
-            for (index, _), value in zip(sketches, found, strict=True):
-                table.put(signal.name, part, index, value)
+        for one in _wanted(("kin",), signals):
+            found = _function(one)(list(sketches.values()))
+            for index, value in zip(sketches, found, strict=True):
+                table.put(one.name, part, index, value)
     return table
 
 
@@ -115,9 +125,7 @@ def joined(*tables: DepthTable) -> DepthTable:
     return DepthTable(tables[0].blocks, values)
 
 
-def _put(
-    table: DepthTable, kinds: Collection[Kind], part: str, block: int, signals: Collection[str], *of: Any
-) -> None:
+def _put(table: DepthTable, kinds: Collection[Kind], part: str, block: int, signals: Collection[str], *of: Any) -> None:
     for signal in _wanted(kinds, signals):
         table.put(signal.name, part, block, _function(signal)(*of))
 

@@ -1,0 +1,1 @@
+"""Check: which block is unlike the others, from signals over depth."""

@@ -1,0 +1,154 @@
+"""Gain witnesses: a factor on what one part of a block gives, found on select and proved on report.
+
+One number is fitted, so few tokens are enough and there is next to no over-fitting. The factor multiplies a weight (and
+its bias) exactly, so that it can be merged: 0 is ablation of the part, below 0 its sign was wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peelwise.engine.depth.table import DepthTable
+from peelwise.engine.session import Changes, Session
+from peelwise.model.layers import LinearLayer
+from peelwise.model.parts import Parts
+from peelwise.records.check import GainWitness
+
+# Tried from 1 outwards on the side that the slope points to, until two in a row are worse; then between neighbours.
+_LESS = (0.85, 0.7, 0.5, 0.25, 0.0, -0.5, -1.0)
+_MORE = (1.15, 1.3, 1.6, 2.0, 3.0)
+_REFINEMENTS = 3
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a factor may be put on: a linear layer as a whole, or a head's inputs of it."""
+
+    part: str
+    linear: LinearLayer
+    slope: float | None
+    head: int | None = None
+    head_dim: int | None = None
+
+    def change(self, factor: float) -> Changes:
+        """Return the change of the layer that multiplies the part by ``factor``: ``(factor - 1) W``, bias included."""
+        return {self.linear: scaled_change(self.linear, factor, self.head, self.head_dim)}
+
+
+def scaled_change(linear: LinearLayer, factor: float, head: int | None = None, head_dim: int | None = None) -> Tensor:
+    """Return ``(factor - 1) W [d_out, d_in]``, one more column where there is a bias; of one head's columns alone.
+
+    Args:
+        linear: the layer.
+        factor: by which it is multiplied.
+        head: the head whose inputs are scaled, or ``None`` for the layer as a whole.
+        head_dim: channels of a head, where ``head`` is given.
+    """
+    W = (factor - 1) * linear.weight().float()
+    bias = linear.bias()
+    if head is not None and head_dim is not None:
+        change = torch.zeros_like(W)
+        change[:, head * head_dim : (head + 1) * head_dim] = W[:, head * head_dim : (head + 1) * head_dim]
+        return change if bias is None else torch.cat([change, torch.zeros_like(bias.float())[:, None]], dim=1)
+    return W if bias is None else torch.cat([W, (factor - 1) * bias.float()[:, None]], dim=1)
+
+
+def gain_witnesses(session: Session, worst: Sequence[Parts], table: DepthTable) -> tuple[GainWitness, ...]:
+    """Return for each block the factors that gain on report, the largest first.
+
+    Args:
+        session: the model; factors are found on select, gains are those on report.
+        worst: parts of the blocks in question.
+        table: signals, for the side on which to search.
+    """
+    found = []
+    for done, parts in enumerate(worst, start=1):
+        for candidate in candidates(parts, table):
+            witness = _witness(session, parts, candidate)
+            if witness is not None:
+                found.append(witness)
+        session.clock.tell(done, len(worst))
+    return tuple(sorted(found, key=lambda each: -each.gain.mean))
+
+
+def candidates(parts: Parts, table: DepthTable) -> Iterator[Candidate]:
+    """Yield what factors are tried on: both branches, the layers that lead into them, and the head that pulls most."""
+    index = parts.block.index
+    names = {id(linear): name for name, linear in parts.linears.items()}
+    for branch in parts.branches:
+        yield Candidate(branch.name, branch.writer, _slope(table, branch.name, index))
+        for linear in branch.linears[:-1]:
+            name = names[id(linear)]
+            yield Candidate(name, linear, _slope(table, name, index))
+
+
+def _slope(table: DepthTable, part: str, block: int) -> float | None:
+    row = table.values.get(("gain_slope", part))
+    return None if row is None else row[block]
+
+
+def _witness(session: Session, parts: Parts, candidate: Candidate) -> GainWitness | None:
+    start = parts.block.index
+
+    def loss(factor: float) -> float:
+        return session.select.mean_of(session.losses(session.select, candidate.change(factor), start))
+
+    factor, best = search(loss, session.select.mean, candidate.slope)
+    if factor == 1.0:
+        return None
+    after = session.losses(session.report, candidate.change(factor), start)
+    return GainWitness(
+        block=start,
+        part=candidate.part,
+        layer=candidate.linear.name,
+        head=candidate.head,
+        head_dim=candidate.head_dim,
+        factor=factor,
+        gain=session.gain(session.report.losses, after).interval(),
+        fit_gain=session.select.mean - best,
+    )
+
+
+def search(loss: Callable[[float], float], at_one: float, slope: float | None) -> tuple[float, float]:
+    """Return the factor with the lowest loss and that loss, ``(1, at_one)`` where none is lower.
+
+    Args:
+        loss: of a factor.
+        at_one: of the factor 1.
+        slope: the derivative of the loss by the log of the factor; below 0 more is tried, else less; ``None``: both.
+    """
+    tried = {1.0: at_one}
+    sides = [_LESS, _MORE] if slope is None else [_MORE if slope < 0 else _LESS]
+    for side in sides:
+        worse = 0
+        for factor in side:
+            tried[factor] = loss(factor)
+            worse = worse + 1 if tried[factor] > min(tried.values()) else 0
+            if worse == 2:
+                break
+    for _ in range(_REFINEMENTS):
+        between = _between(tried)
+        if between is None:
+            break
+        tried[between] = loss(between)
+    best = min(tried, key=lambda factor: tried[factor])
+    return best, tried[best]
+
+
+def _between(tried: dict[float, float]) -> float | None:
+    """Return the minimum of the parabola through the best factor and its two neighbours, or ``None`` at an edge."""
+    places = sorted(tried)
+    at = places.index(min(places, key=lambda factor: tried[factor]))
+    if at in (0, len(places) - 1):
+        return None
+    (a, fa), (b, fb), (c, fc) = ((x, tried[x]) for x in places[at - 1 : at + 2])
+    top = (b - a) ** 2 * (fb - fc) - (b - c) ** 2 * (fb - fa)
+    bottom = (b - a) * (fb - fc) - (b - c) * (fb - fa)
+    if bottom == 0:
+        return None
+    x = b - 0.5 * top / bottom
+    return None if min(abs(x - each) for each in (a, b, c)) < 1e-3 else round(x, 4)

@@ -1,0 +1,54 @@
+"""What a user may choose about a check. No torch: the command line makes its options from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from peelwise.errors import OptionError
+from peelwise.records.options import MICRO_BATCH_TOKENS, Plain, check_least, option
+from peelwise.records.signals import OVER_DEPTH, of_kinds
+
+# Tokens that a check draws unless told otherwise: few numbers are fitted, so few decide.
+CHECK_TOKENS = 2_048
+
+
+@dataclass(frozen=True)
+class CheckSettings:
+    """What a user may choose about a check.
+
+    Attributes:
+        signals: Signals to compute, by name. Default: all of them.
+        most_witnesses: Blocks at most for which ablation and gain witnesses are measured.
+        micro_batch_tokens: Tokens that go through the model at a time; fewer need less memory.
+
+    Raises:
+        OptionError: If a value is not allowed.
+    """
+
+    signals: Sequence[str] = option((), "Signals to compute, by name.", rule="all of them")
+    most_witnesses: int = option(3, "Blocks at most for which ablation and gain witnesses are measured.")
+    micro_batch_tokens: int = option(
+        MICRO_BATCH_TOKENS, "Tokens that go through the model at a time; fewer need less memory."
+    )
+
+    def __post_init__(self) -> None:
+        check_least(self, 0, "most_witnesses")
+        check_least(self, 1, "micro_batch_tokens")
+        known = {signal.name for signal in of_kinds(OVER_DEPTH)}
+        for name in self.signals:
+            if name not in known:
+                raise OptionError(f"signals: there is no signal {name!r}. Known: {', '.join(sorted(known))}.")
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Names of the signals to compute."""
+        return tuple(self.signals) or tuple(signal.name for signal in of_kinds(OVER_DEPTH))
+
+    def plain(self) -> Plain:
+        """Return the settings as plain values under the keys of the record."""
+        return {
+            "signals": ",".join(self.signals) or None,
+            "most_witnesses": self.most_witnesses,
+            "micro_batch_tokens": self.micro_batch_tokens,
+        }
