@@ -31,8 +31,9 @@ class Surgery:
         """Return a linear layer of the block by the end of its name."""
         block = self.blocks[self.index if index is None else index]
         found = [linear.module for linear in block.linears if linear.name.endswith(part)]
-        assert len(found) == 1 and isinstance(found[0], nn.Linear), part
-        return found[0]
+        (layer,) = found
+        assert isinstance(layer, nn.Linear)
+        return layer
 
     def layers(self, index: int | None = None) -> list[nn.Linear]:
         """Return all linear layers of the block."""

@@ -1,7 +1,7 @@
 """Which blocks are unlike their neighbours: a rule over the signals of all blocks against depth. No torch.
 
-1. Every signal is compared over depth by kind of part (a query matrix with query matrices), as a logarithm where it is a
-   quotient. Its **deviation** at a block is the difference from the median of the blocks up to three away, over the
+1. Every signal is compared over depth by kind of part (a query matrix with query matrices), as a logarithm where it is
+   a quotient. Its **deviation** at a block is the difference from the median of the blocks up to three away, over the
    robust spread of such differences over depth.
 2. Signals that measure nearly the same thing form a **family**; a family's say is the largest deviation in it, so that
    ten ways of measuring a norm do not outvote one slope.

@@ -1,4 +1,4 @@
-"""The parts that every block of a model has: its branches, norms and linear layers, by names that are the same in all."""
+"""The parts of a block: its branches, norms and linear layers, by names that are the same in all blocks."""
 
 from __future__ import annotations
 

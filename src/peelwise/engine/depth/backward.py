@@ -112,7 +112,7 @@ def weight_gradient_norm(part: Backward) -> float | None:
 
 
 def gradient_rank(part: Backward) -> float | None:
-    """Return ``|G|_*^2 / |G|_F^2``: the nuclear norm of the gradient (arXiv:2410.23743) against its size, at least 1."""
+    """Return ``|G|_*^2 / |G|_F^2``, at least 1: the gradient's nuclear norm (arXiv:2410.23743) against its size."""
     if part.gradient is None or part.gradient.cross is None:
         return None
     G = part.gradient.cross

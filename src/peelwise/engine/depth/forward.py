@@ -71,7 +71,7 @@ def angular_distance(stream: Stream) -> float:
 
 
 def stream_kurtosis(stream: Stream) -> float:
-    """Return the mean over tokens of ``E_d[u^4] / E_d[u^2]^2`` of the block's update: large where few channels do all."""
+    """Return the mean over tokens of ``E_d[u^4] / E_d[u^2]^2`` of the update: large where few channels do all."""
     squares = stream.update.double().square()
     return float((squares.square().mean(1) / squares.mean(1).square().clamp_min(1e-300)).mean())
 

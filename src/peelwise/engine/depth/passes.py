@@ -37,6 +37,7 @@ def observe(
     trace: Trace,
     *,
     gradients: bool = True,
+    of_weights: bool = True,
     after_block: Callable[[int], None] = lambda done: None,
 ) -> Iterator[tuple[Parts, Seen]]:
     """Yield every block, the last one first, with what a pass forward and (with ``gradients``) backward saw of it.
@@ -46,17 +47,18 @@ def observe(
         all_parts: the parts of its blocks, in order.
         trace: tokens, with stations.
         gradients: also differentiate the loss.
+        of_weights: also add up the gradients of weights, which costs a third of the backward pass.
         after_block: called with the number of blocks done.
     """
     above = runner.tail_gradients(trace) if gradients else None
     for done, parts in enumerate(reversed(all_parts), start=1):
-        seen, above = _observe_block(runner, parts, trace, above)
+        seen, above = _observe_block(runner, parts, trace, above, of_weights)
         yield parts, seen
         after_block(done)
 
 
 def _observe_block(
-    runner: Runner, parts: Parts, trace: Trace, above: list[Tensor] | None
+    runner: Runner, parts: Parts, trace: Trace, above: list[Tensor] | None, of_weights: bool
 ) -> tuple[Seen, list[Tensor] | None]:
     index = parts.block.index
     backward: dict[str, Backward] = {}
@@ -65,7 +67,7 @@ def _observe_block(
     below: list[Tensor] = []
     for place, batch in enumerate(trace.batches):
         hidden = batch.stations[index].detach().requires_grad_(above is not None)
-        with torch.set_grad_enabled(above is not None), outputs(parts) as found, attention:
+        with torch.set_grad_enabled(above is not None), outputs(parts, of_weights) as found, attention:
             out = runner.run_block(parts.block, hidden, batch)
         if not updates:
             attention.only_first()  # the first micro-batch says enough of what attention looks at
@@ -139,8 +141,13 @@ class Outputs:
 
 
 @contextmanager
-def outputs(parts: Parts) -> Iterator[Outputs]:
-    """Record what linear layers, norms and branches of a block give while the context is open."""
+def outputs(parts: Parts, of_weights: bool) -> Iterator[Outputs]:
+    """Record what linear layers, norms and branches of a block give while the context is open.
+
+    Args:
+        parts: of the block.
+        of_weights: also what linear layers are given.
+    """
     found = Outputs()
     handles = []
     inner = {id(branch.writer.module): branch.name + INNER for branch in parts.branches if len(branch.linears) > 1}
@@ -153,7 +160,8 @@ def outputs(parts: Parts) -> Iterator[Outputs]:
             found.tensors[name] = y
             x = args[0] if args else next(iter(kwargs.values()), None)
             if linear and isinstance(x, Tensor):
-                found.inputs[name] = x
+                if of_weights:
+                    found.inputs[name] = x
                 if id(module) in inner:
                     found.tensors[inner[id(module)]] = x
 

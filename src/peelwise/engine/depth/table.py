@@ -8,7 +8,6 @@ from functools import cache
 from pkgutil import resolve_name
 from typing import Any
 
-from peelwise.engine.depth.forward import Stream
 from peelwise.engine.depth.passes import observe
 from peelwise.engine.depth.weights import (
     Sketch,
@@ -20,8 +19,10 @@ from peelwise.engine.depth.weights import (
 )
 from peelwise.model.parts import MLP, Parts
 from peelwise.model.runner import Runner, Trace
-from peelwise.records.signals import FROM_BACKWARD, FROM_FORWARD, OVER_DEPTH, SIGNALS, Kind, Signal, of_kinds
+from peelwise.records.signals import FROM_BACKWARD, SIGNALS, Kind, Signal, of_kinds
 
+# Those that need the gradient of a weight, not only that of what it gives.
+OF_WEIGHTS = frozenset({"weight_gradient_norm", "gradient_rank", "fisher_trace", "gradient_alignment"})
 BLOCK = ""  # the part of a signal that is one of the whole block
 
 
@@ -109,7 +110,9 @@ def pass_table(
         after_block: called with the number of blocks done.
     """
     table = DepthTable(len(all_parts))
-    for parts, seen in observe(runner, all_parts, trace, gradients=gradients, after_block=after_block):
+    of_weights = not OF_WEIGHTS.isdisjoint(signals)
+    passes = observe(runner, all_parts, trace, gradients=gradients, of_weights=of_weights, after_block=after_block)
+    for parts, seen in passes:
         index = parts.block.index
         _put(table, ("stream",), BLOCK, index, signals, seen.stream)
         for branch, update in seen.stream.updates.items():

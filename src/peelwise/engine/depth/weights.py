@@ -109,7 +109,7 @@ def large_weights(matrix: Matrix) -> float | None:
     """Return the share of entries above one standard deviation of the matrix, ZD of arXiv:2406.17415."""
     W = matrix.weight
     spread = W.std()
-    return float((W > W.mean() + spread).float().mean()) if spread > 0 else None
+    return float((W.mean() + spread < W).float().mean()) if spread > 0 else None
 
 
 def weight_kurtosis(matrix: Matrix) -> float | None:

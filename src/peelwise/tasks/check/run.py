@@ -1,4 +1,4 @@
-"""Check one model at one moment: weights, one pass forward and back, a score over depth, and proofs where it stands out."""
+"""Check one model at one moment: weights, a pass forward and back, a score over depth, proofs where it stands out."""
 
 from __future__ import annotations
 
