@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peelwise.certificate import audit as certificates
-from peelwise.certificate.base import Verification, tolerance_of
+from peelwise.certificate.base import Verification, read_probe, tolerance_of
+from peelwise.certificate.check import scaled_model, verify_check
 from peelwise.certificate.own_text import Text
 from peelwise.certificate.peel import verify_peel
 from peelwise.errors import CertificateError, ModelError, OutputError, PeelwiseError
 from peelwise.model.checkpoints import OpenedModel, open_model, open_tokenizer, require_tokenizer, save_model
 from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
+from peelwise.probe.probe import Probe
+from peelwise.records.audit import AuditRecord
 from peelwise.records.base import SealedRecord
+from peelwise.records.check import CheckRecord
 from peelwise.records.files import check_unchanged, read_any_record, read_record, what_changed
 from peelwise.records.folder import check_free, written_whole
 from peelwise.records.peel import PeelRecord
@@ -75,6 +79,8 @@ def verify(
     with _one_line(path):
         if isinstance(record, PeelRecord):
             return verify_peel(path, record, opened, text=own, source=source)
+        if isinstance(record, CheckRecord):
+            return verify_check(path, record, opened, text=own, source=source)
         return certificates.verify_certificate(path, opened, full=full, text=own, source=source)
 
 
@@ -87,6 +93,8 @@ def apply(
     opening: OpenOptions | None = None,
 ) -> float:
     """Write a model folder with the composed witness merged, and check that its loss is the certified one.
+
+    Of a check, its composed gain witnesses: factors on layers.
 
     Args:
         folder: the certificate.
@@ -104,19 +112,20 @@ def apply(
     """
     out = Path(out)
     check_free(out, force=force, ours="config.json")
-    check_unchanged(Path(folder), read_record(Path(folder)))
-    certificate = certificates.read_certificate(Path(folder))
-    opened = _open_for(certificate.record, model, opening, with_tokenizer=True)
+    path = Path(folder)
+    record = read_any_record(path)
+    if isinstance(record, PeelRecord):
+        record = read_record(path)  # says what is expected
+    check_unchanged(path, record)
+    opened = _open_for(record, model, opening, with_tokenizer=True)
     if Path(opened.source).resolve() == out.resolve():
         raise OutputError(f"{out} is the model itself, which is never replaced. Choose another --out.")
-    with _one_line(Path(folder)):
-        certificates.check_certified(Path(folder), certificate, opened.model)
-        changed = certificates.merged_model(certificate, opened.model)
+    with _one_line(path):
+        changed, certified, probe = _merged(path, record, opened.model)
     with written_whole(out) as temporary:
         save_model(changed, opened.tokenizer, temporary)
-        again = open_model(temporary, dtype=certificate.record.model.dtype, with_tokenizer=False)
-        loss = certificates.report_loss(again.model, certificate)
-        certified = certificate.record.loss.composed
+        again = open_model(temporary, dtype=record.model.dtype, with_tokenizer=False)
+        loss = certificates.report_loss(again.model, probe)
         tolerance = tolerance_of(again.model)
         if certified is None or not abs(loss - certified) <= tolerance:  # NaN too
             raise CertificateError(
@@ -124,6 +133,15 @@ def apply(
                 "In half precision merging rounds the witness away; audit with --dtype float32."
             )
     return loss
+
+
+def _merged(path: Path, record: AuditRecord | CheckRecord, model: nn.Module) -> tuple[nn.Module, float | None, Probe]:
+    """Return a copy of the model with what was certified merged, its certified loss, and the probe it was found on."""
+    if isinstance(record, CheckRecord):
+        return scaled_model(path, record, model), record.composed_loss, read_probe(path, record)
+    certificate = certificates.read_certificate(path)
+    certificates.check_certified(path, certificate, model)
+    return certificates.merged_model(certificate, model), record.loss.composed, certificate.probe
 
 
 def _own_text(text: str | Path | Sequence[str | Path] | ProbeOptions | None, tokens: int | None) -> ProbeOptions | None:

@@ -186,10 +186,10 @@ def merged_model(certificate: Certificate, model: nn.Module) -> nn.Module:
     return changed
 
 
-def report_loss(model: nn.Module, certificate: Certificate) -> float:
-    """Return the model's loss on the certificate's report part, nats per token."""
+def report_loss(model: nn.Module, probe: Probe) -> float:
+    """Return the model's loss on a probe's report part, nats per token."""
     with untouched(model):
-        return open_report(model, find_blocks(model), certificate.probe.report).report.mean
+        return open_report(model, find_blocks(model), probe.report).report.mean
 
 
 class _Recheck(Recheck):

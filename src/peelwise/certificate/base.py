@@ -145,7 +145,7 @@ def write_certificate(
     folder: Path,
     record: SomeRecord,
     witness: Mapping[str, Tensor],
-    probe: Probe,
+    probe: Probe | None,
     pages: Callable[[SomeRecord], Mapping[str, str]] = lambda record: {},
 ) -> SomeRecord:
     """Write the folder whole or not at all, and return the record as written (sealed, with its witness).
@@ -154,16 +154,17 @@ def write_certificate(
         folder: replaced if it exists; check first.
         record: what was found.
         witness: tensors by name.
-        probe: token ids of the three parts, so that anybody can check without the text.
+        probe: token ids of the three parts, so that anybody can check without the text; ``None`` where there is none.
         pages: makes further text files by name, such as the report, from the sealed record.
     """
     with written_whole(folder) as temporary:
         save_file(dict(witness), temporary / WITNESS_FILE)
-        save_file(probe.to_tensors(), temporary / PROBE_FILE)
+        if probe is not None:
+            save_file(probe.to_tensors(), temporary / PROBE_FILE)
         sealed = record.model_copy(update={"witness": _witness_record(temporary / WITNESS_FILE, witness)}).sealed()
         (temporary / RECORD_FILE).write_text(sealed.to_json() + "\n", encoding="utf-8")
-        for file in (WITNESS_FILE, PROBE_FILE):
-            (temporary / file).chmod(0o644)  # the library writes them for their owner alone
+        for file in temporary.glob("*.safetensors"):
+            file.chmod(0o644)  # the library writes them for their owner alone
         for name, text in pages(sealed).items():
             (temporary / name).write_text(text, encoding="utf-8")
     return sealed

@@ -8,18 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
-
-from peelwise.records.base import (
-    SCHEMA_VERSION,
-    CostRecord,
-    Interval,
-    ModelRecord,
-    Note,
-    ProbeRecord,
-    Record,
-    WitnessRecord,
-)
+from peelwise.records.base import Interval, ProbeRecord, Record, SealedRecord
 
 
 class SignalReason(Record):
@@ -86,7 +75,8 @@ class GainWitness(Record):
         head_dim: channels of a head, where ``head`` is given.
         factor: by which it is multiplied; below 0 it changes the sign, 0 is ablation of the part.
         gain: decrease of the loss on report with the factor in place, nats per token.
-        fit_gain: the same on the tokens that the factor was found on.
+        select_gain: the same on select, where the factor was found.
+        composed: whether it is one of those that together make the composed gain.
     """
 
     block: int
@@ -96,35 +86,27 @@ class GainWitness(Record):
     head_dim: int | None = None
     factor: float
     gain: Interval
-    fit_gain: float
+    select_gain: float
+    composed: bool = False
 
 
-class CheckRecord(Record):
+class CheckRecord(SealedRecord):
     """Everything that one check found.
 
     ``unlike`` is empty where no block stands out, and ``None`` where there is no depth to compare with (fewer than
-    five blocks). ``threshold`` is the score from which a block is named. ``loss`` is ``None`` without text.
+    five blocks). ``threshold`` is the score from which a block is named. ``composed_gain`` is what the gain witnesses
+    marked as composed gain together. Without text ``probe``, ``loss`` and all that is measured with them are ``None``.
     """
 
-    schema_version: int = Field(default=SCHEMA_VERSION, alias="schema")
     kind: Literal["check"] = "check"
-    created: str
     complete: bool = True
-    model: ModelRecord
-    probe: ProbeRecord | None = None
+    informative: bool | None = None
+    probe: ProbeRecord | None = None  # type: ignore[assignment]
     loss: float | None = None
+    composed_loss: float | None = None
+    composed_gain: Interval | None = None
     threshold: float
     blocks: tuple[BlockCheck, ...]
     matrices: tuple[MatrixCheck, ...] = ()
     unlike: tuple[UnlikeBlock, ...] | None
     gain_witnesses: tuple[GainWitness, ...] = ()
-    cost: CostRecord
-    witness: WitnessRecord | None = None
-    notes: tuple[Note, ...] = ()
-    settings: dict[str, bool | int | float | str | None]
-    seed: int
-    versions: dict[str, str]
-
-    def to_json(self) -> str:
-        """Return the record as indented JSON, with the key ``schema`` that readers look for."""
-        return self.model_dump_json(by_alias=True, indent=2)

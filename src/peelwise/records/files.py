@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from peelwise.errors import CertificateError
 from peelwise.records.audit import AuditRecord
 from peelwise.records.base import SCHEMA_VERSION, SealedRecord
+from peelwise.records.check import CheckRecord
 from peelwise.records.peel import PeelRecord
 
 RECORD_FILE, WITNESS_FILE, PROBE_FILE = "certificate.json", "witness.safetensors", "probe.safetensors"
@@ -25,7 +26,12 @@ HEADER_BYTES = 64 * 2**20  # of a safetensors file
 _LARGEST_INTEGER = 2**63 - 1
 _LARGEST = 1e100  # squares and cubes of it are still numbers
 _LARGEST_NATS = 1e9  # of an interval
-_KINDS: dict[str, type[AuditRecord] | type[PeelRecord]] = {"audit": AuditRecord, "peel": PeelRecord}
+CertifiedRecord = AuditRecord | PeelRecord | CheckRecord
+_KINDS: dict[str, type[AuditRecord] | type[PeelRecord] | type[CheckRecord]] = {
+    "audit": AuditRecord,
+    "peel": PeelRecord,
+    "check": CheckRecord,
+}
 
 
 def read_record(folder: Path) -> AuditRecord:
@@ -40,7 +46,7 @@ def read_record(folder: Path) -> AuditRecord:
     return record
 
 
-def read_any_record(folder: Path) -> AuditRecord | PeelRecord:
+def read_any_record(folder: Path) -> CertifiedRecord:
     """Read ``certificate.json``, whatever was measured.
 
     Raises:

@@ -17,7 +17,7 @@ HEAD = 4
 
 
 @pytest.fixture
-def W() -> Tensor:
+def W() -> Tensor:  # noqa: N802 - a matrix
     return torch.randn(24, 16, generator=torch.Generator().manual_seed(3))
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from peelwise.engine.depth.table import DepthTable
+from peelwise.engine.factors import scaled_change
 from peelwise.engine.session import Changes, Session
+from peelwise.evidence.verdict import default_margin
 from peelwise.model.layers import LinearLayer
 from peelwise.model.parts import Parts
 from peelwise.records.check import GainWitness
@@ -39,40 +40,53 @@ class Candidate:
         return {self.linear: scaled_change(self.linear, factor, self.head, self.head_dim)}
 
 
-def scaled_change(linear: LinearLayer, factor: float, head: int | None = None, head_dim: int | None = None) -> Tensor:
-    """Return ``(factor - 1) W [d_out, d_in]``, one more column where there is a bias; of one head's columns alone.
+@dataclass(frozen=True)
+class GainWitnesses:
+    """Factors, the one that gains most first, and the losses ``[sequences]`` on report with the composed ones."""
 
-    Args:
-        linear: the layer.
-        factor: by which it is multiplied.
-        head: the head whose inputs are scaled, or ``None`` for the layer as a whole.
-        head_dim: channels of a head, where ``head`` is given.
-    """
-    W = (factor - 1) * linear.weight().float()
-    bias = linear.bias()
-    if head is not None and head_dim is not None:
-        change = torch.zeros_like(W)
-        change[:, head * head_dim : (head + 1) * head_dim] = W[:, head * head_dim : (head + 1) * head_dim]
-        return change if bias is None else torch.cat([change, torch.zeros_like(bias.float())[:, None]], dim=1)
-    return W if bias is None else torch.cat([W, (factor - 1) * bias.float()[:, None]], dim=1)
+    each: tuple[GainWitness, ...]
+    composed: Tensor | None
 
 
-def gain_witnesses(session: Session, worst: Sequence[Parts], table: DepthTable) -> tuple[GainWitness, ...]:
-    """Return for each block the factors that gain on report, the largest first.
+def gain_witnesses(session: Session, worst: Sequence[Parts], table: DepthTable) -> GainWitnesses:
+    """Return for each block the factors that were found, and what they do together.
 
     Args:
         session: the model; factors are found on select, gains are those on report.
         worst: parts of the blocks in question.
         table: signals, for the side on which to search.
     """
-    found = []
+    found: list[tuple[GainWitness, Changes]] = []
     for done, parts in enumerate(worst, start=1):
         for candidate in candidates(parts, table):
             witness = _witness(session, parts, candidate)
             if witness is not None:
-                found.append(witness)
+                found.append((witness, candidate.change(witness.factor)))
         session.clock.tell(done, len(worst))
-    return tuple(sorted(found, key=lambda each: -each.gain.mean))
+    found.sort(key=lambda each: -each[0].gain.mean)
+    composed, losses = _composed(session, found)
+    return GainWitnesses(
+        tuple(witness.model_copy(update={"composed": i in composed}) for i, (witness, _) in enumerate(found)), losses
+    )
+
+
+def _composed(session: Session, found: Sequence[tuple[GainWitness, Changes]]) -> tuple[set[int], Tensor | None]:
+    """Return which witnesses do best together, chosen on select, and the losses ``[sequences]`` on report with them.
+
+    One after the other in the order of what they gain there, the first kept if it gains more than the margin, each of
+    the others if the loss falls further; never two on one layer.
+    """
+    kept: set[int] = set()
+    changes: Changes = {}
+    best = session.select.mean
+    for i in sorted(range(len(found)), key=lambda i: -found[i][0].select_gain):
+        own = found[i][1]
+        if not changes.keys().isdisjoint(own):
+            continue
+        loss = session.select.mean_of(session.losses(session.select, changes | own))
+        if loss < best - (0.0 if kept else default_margin(session.select.mean)):
+            kept, changes, best = kept | {i}, changes | own, loss
+    return kept, session.losses(session.report, changes) if kept else None
 
 
 def candidates(parts: Parts, table: DepthTable) -> Iterator[Candidate]:
@@ -109,7 +123,7 @@ def _witness(session: Session, parts: Parts, candidate: Candidate) -> GainWitnes
         head_dim=candidate.head_dim,
         factor=factor,
         gain=session.gain(session.report.losses, after).interval(),
-        fit_gain=session.select.mean - best,
+        select_gain=session.select.mean - best,
     )
 
 

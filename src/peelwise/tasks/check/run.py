@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from peelwise.engine.provenance import Setup, model_record, versions
 from peelwise.engine.session import Session
 from peelwise.errors import UnsupportedModelError
 from peelwise.evidence.unlike import THRESHOLD, Unlikeness, named, reasons, unlikeness
+from peelwise.evidence.verdict import default_margin
 from peelwise.model.architectures import find_blocks
 from peelwise.model.fingerprint import check_finite, fingerprint
 from peelwise.model.guard import untouched
@@ -26,8 +27,8 @@ from peelwise.model.selfcheck import check_shared
 from peelwise.model.splice import frozen
 from peelwise.probe.probe import Probe
 from peelwise.records.base import Interval, Note, note
-from peelwise.records.check import BlockCheck, CheckRecord, GainWitness, MatrixCheck, UnlikeBlock
-from peelwise.tasks.check.gains import gain_witnesses
+from peelwise.records.check import BlockCheck, CheckRecord, MatrixCheck, UnlikeBlock
+from peelwise.tasks.check.gains import GainWitnesses, gain_witnesses
 from peelwise.tasks.check.settings import CheckSettings
 
 
@@ -39,7 +40,7 @@ class _Found:
     loss: float | None = None
     notes: list[Note] | None = None
     ablation: dict[int, Interval] | None = None
-    witnesses: tuple[GainWitness, ...] = ()
+    witnesses: GainWitnesses = field(default_factory=lambda: GainWitnesses((), None))
 
 
 def run_check(
@@ -95,6 +96,7 @@ def run_check(
                 found.ablation = {index: _ablation(session, index) for index in worst}
             with clock.stage("gain-witnesses"):
                 found.witnesses = gain_witnesses(session, [all_parts[index] for index in worst], found.table)
+    composed = found.witnesses.composed
     tokens = 1 if probe is None else probe.fit.tokens + probe.select.tokens + probe.report.tokens
     if scored is None:
         found.notes = [*(found.notes or ()), note("few-blocks", blocks=len(blocks))]
@@ -102,12 +104,15 @@ def run_check(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         model=model_record(setup),
         probe=None if probe is None else probe.record(),
+        margin_nats=default_margin(found.loss or 0.0),
         loss=found.loss,
+        composed_loss=None if composed is None else session.report.mean_of(composed),
+        composed_gain=None if composed is None else session.gain(session.report.losses, composed).interval(),
         threshold=THRESHOLD,
         blocks=tuple(_block_record(block, found, scored) for block in blocks),
         matrices=tuple(_matrices(all_parts, found.table)),
         unlike=None if scored is None else tuple(_unlike(scored, found.table, index) for index in names),
-        gain_witnesses=found.witnesses,
+        gain_witnesses=found.witnesses.each,
         cost=clock.record(tokens, device_of(model)),
         notes=tuple(found.notes or ()),
         settings=setup.settings,
