@@ -16,6 +16,10 @@ class UnsupportedModelError(ModelError):
     """The model was opened, but its architecture is not one that peelwise can audit."""
 
 
+class NotDifferentiableError(UnsupportedModelError):
+    """The model runs, but hides its inner results from gradients (packed weights, reentrant checkpointing)."""
+
+
 class ProbeError(PeelwiseError):
     """The text or tokens given cannot serve as a probe (empty, too short, wrong vocabulary)."""
 

@@ -53,10 +53,12 @@ def open_session(
     watcher: Watcher | None,
     processes: Processes = ONE_PROCESS,
     checked: bool = False,
+    gradients: bool = True,
 ) -> Session:
     """Start the clock and measure the model as it stands on all parts of the probe.
 
-    ``checked`` says that this model has passed its self-checks before: only the replay of its loss is checked again.
+    ``checked`` says that this model has passed its self-checks before: only the replay of its loss is checked again;
+    ``gradients`` whether those of it will be needed, and are checked.
 
     Raises:
         UnsupportedModelError: If calling the blocks one by one is not what the model does.
@@ -67,7 +69,7 @@ def open_session(
     with clock.stage(LOSSES):
         if checked:
             check_replay(runner, probe.fit)
-        notes = () if checked else self_check(runner, probe.fit)
+        notes = () if checked else self_check(runner, probe.fit, gradients=gradients)
         fit, select, report = runner.trace(probe.fit), runner.trace(probe.select), runner.trace(probe.report)
     for trace in (fit, select, report):
         _check_loss(trace.mean, name)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.distributed.sharding import is_sharded
-from peelwise.errors import UnsupportedModelError
+from peelwise.errors import NotDifferentiableError, UnsupportedModelError
 from peelwise.model.architectures import find_head
 from peelwise.model.capture import Capture, captured
 from peelwise.model.layers import Block, LinearLayer, unwrapped
@@ -177,7 +177,7 @@ class Runner:
                 wanted = batch.targets if targets is None else targets(batch, position)
                 loss = (_token_losses(logits, wanted) * batch.weights).sum()
             if not loss.requires_grad:
-                raise _hidden_from_gradients(type(self.model).__name__)
+                raise not_differentiable(type(self.model).__name__)
             gradients.append(torch.autograd.grad(loss, hidden)[0])
         self.work.add(self.head_share, trace.predicted, 3)
         return gradients
@@ -201,7 +201,7 @@ class Runner:
                 out = self.run_block(block, hidden, batch)
             used = {name: y for name, y in capture.outputs.items() if y.requires_grad}
             if len(used) < len(capture.outputs):
-                raise _hidden_from_gradients(block.name)
+                raise not_differentiable(block.name)
             results = []
             for left, gradient in zip(range(len(gradients), 0, -1), gradients, strict=True):
                 found = torch.autograd.grad(
@@ -403,8 +403,9 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
             module.__dict__["forward"] = own
 
 
-def _hidden_from_gradients(what: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
+def not_differentiable(what: str) -> NotDifferentiableError:
+    """Return the error for a block or layer whose output has no gradient."""
+    return NotDifferentiableError(
         f"{what} hides its inner results from gradients (reentrant activation checkpointing?). "
         "Switch checkpointing off, or use use_reentrant=False."
     )

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from peelwise.errors import PeelwiseError, UnsupportedModelError
 from peelwise.model.capture import captured
 from peelwise.model.layers import Block, LinearLayer, unwrapped
-from peelwise.model.runner import Batch, Runner, Trace, check_replay, replaced_hidden
+from peelwise.model.runner import Batch, Runner, Trace, check_replay, not_differentiable, replaced_hidden
 from peelwise.model.splice import spliced
 from peelwise.probe.probe import Split
 from peelwise.records.base import Note, note
@@ -41,7 +41,7 @@ class _Slack:
 _EXACT, _HALF = _Slack(0.02, 0.01), _Slack(0.35, 0.25)
 
 
-def self_check(runner: Runner, split: Split) -> tuple[Note, ...]:
+def self_check(runner: Runner, split: Split, *, gradients: bool = True) -> tuple[Note, ...]:
     """Check on the first sequence of a split that the model is one that can be measured as it is.
 
     In order: its own forward returns logits of every position; no logit moves with a later token; blocks called one by
@@ -51,12 +51,14 @@ def self_check(runner: Runner, split: Split) -> tuple[Note, ...]:
     Args:
         runner: of the model, whose weights are not to change meanwhile.
         split: tokens; one sequence is used.
+        gradients: also compare gradients; without, a model that cannot be differentiated passes too.
 
     Returns:
         What is left out of refinement, where that is more than norms and biases.
 
     Raises:
         UnsupportedModelError: With the name of the layer or block where a check fails.
+        NotDifferentiableError: Of these, if gradients cannot be had.
     """
     few = Split(split.ids[:1], split.mask[:1])
     trace = _first_trace(runner, few)
@@ -66,7 +68,8 @@ def self_check(runner: Runner, split: Split) -> tuple[Note, ...]:
     check_causal(runner, trace.batches[0])
     called = {block: _called(runner, block, trace.batches[0]) for block in runner.blocks}
     if not runner.sharded:  # whole weights and gradients are nowhere to compare with
-        check_gradients(runner, trace, called)
+        if gradients:
+            check_gradients(runner, trace, called)
         for block, linears in called.items():
             check_splice(runner, block, linears, trace.batches[0])
     return tuple(_left_out(called))
@@ -271,10 +274,7 @@ def _whole_gradients(
         outputs = {linear: y for linear, y in capture.outputs.items() if y.requires_grad}
     if not loss.requires_grad or len(outputs) < len(linears):
         hidden = next((linear.name for linear in linears if linear not in outputs), type(runner.model).__name__)
-        raise UnsupportedModelError(
-            f"{hidden} hides its inner results from gradients (reentrant activation checkpointing?). "
-            "Switch checkpointing off, or use use_reentrant=False."
-        )
+        raise not_differentiable(hidden)
     found = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
     return {
         linear: torch.zeros_like(y, dtype=torch.float32) if g is None else g.float()

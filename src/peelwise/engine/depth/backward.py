@@ -26,11 +26,13 @@ class GateSums:
     squares: float = 0.0
     channels: Tensor | None = None  # [d] sum over tokens of g y
     channel_squares: Tensor | None = None  # [d] sum over tokens of (g y)^2
+    per_token: list[Tensor] = field(default_factory=list)  # per micro-batch [n], float32
 
     def update(self, y: Tensor, g: Tensor) -> None:
         """Add the tokens of ``y`` and its gradient ``g``, each ``[n, d]``."""
         products = y.float() * g.float()
         per_token = products.sum(1, dtype=torch.float64)
+        self.per_token.append(per_token.float().cpu())
         self.n += len(per_token)
         self.total += float(per_token.sum())
         self.squares += float(per_token.square().sum())

@@ -20,7 +20,7 @@ from peelwise.model.parts import Parts
 from peelwise.records.check import GainWitness
 
 # Tried from 1 outwards on the side that the slope points to, until two in a row are worse; then between neighbours.
-_LESS = (0.85, 0.7, 0.5, 0.25, 0.0, -0.5, -1.0)
+_LESS = (0.85, 0.7, 0.5, 0.25, 0.0, -0.5, -1.0, -1.5)
 _MORE = (1.15, 1.3, 1.6, 2.0, 3.0)
 _REFINEMENTS = 3
 

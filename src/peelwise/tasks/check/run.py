@@ -14,7 +14,7 @@ from peelwise.engine.depth.table import BLOCK, DepthTable, block_weights, joined
 from peelwise.engine.opening import checked_blocks, open_session
 from peelwise.engine.provenance import Setup, model_record, versions
 from peelwise.engine.session import Session
-from peelwise.errors import UnsupportedModelError
+from peelwise.errors import NotDifferentiableError
 from peelwise.evidence.unlike import THRESHOLD, Unlikeness, named, reasons, unlikeness
 from peelwise.evidence.verdict import default_margin
 from peelwise.model.architectures import find_blocks
@@ -77,17 +77,9 @@ def run_check(
             with clock.stage("weight-signals"):
                 found = _Found(_weights(all_parts, settings, clock), notes=[note("no-text")])
         else:
-            session = open_session(
-                model,
-                blocks,
-                probe,
-                name=name,
-                budget_seconds=float("inf"),
-                micro_batch_tokens=settings.micro_batch_tokens,
-                watcher=watcher,
-            )
+            session, differentiable = _session(model, blocks, probe, settings, name, watcher)
             clock = session.clock
-            found = _with_text(session, all_parts, settings)
+            found = _with_text(session, all_parts, settings, gradients=differentiable)
         scored = unlikeness(found.table.values, len(blocks))
         names = named(scored.scores) if scored is not None else []
         if probe is not None and names:
@@ -130,33 +122,53 @@ def _blocks(model: nn.Module, probe: Probe | None) -> tuple[Block, ...]:
     return blocks
 
 
-def _with_text(session: Session, all_parts: Sequence[Parts], settings: CheckSettings) -> _Found:
+def _session(
+    model: nn.Module,
+    blocks: tuple[Block, ...],
+    probe: Probe,
+    settings: CheckSettings,
+    name: str,
+    watcher: Watcher | None,
+) -> tuple[Session, bool]:
+    """Return a session, and whether the model can be differentiated: what forward passes say comes either way."""
+    for gradients in (True, False):
+        try:
+            opened = open_session(
+                model,
+                blocks,
+                probe,
+                name=name,
+                budget_seconds=float("inf"),
+                micro_batch_tokens=settings.micro_batch_tokens,
+                watcher=watcher,
+                gradients=gradients,
+            )
+        except NotDifferentiableError:
+            if not gradients:
+                raise
+            continue
+        break
+    return opened, gradients
+
+
+def _with_text(session: Session, all_parts: Sequence[Parts], settings: CheckSettings, *, gradients: bool) -> _Found:
     """Return the signals of weights and of a pass over fit and select, whose tokens nothing is proved on."""
     clock, notes = session.clock, [*session.notes]
     with clock.stage("weight-signals"):
         weights = _weights(all_parts, settings, clock)
     seen = both(session.fit, session.select)
     with clock.stage("pass-signals"):
-        try:
-            passed = _pass(session, all_parts, seen, settings, gradients=True)
-        except UnsupportedModelError:
-            # Packed weights, or blocks that hide from gradients: what a forward pass says still comes.
+        if not gradients:
             notes.append(note("no-gradients"))
-            passed = _pass(session, all_parts, seen, settings, gradients=False)
+        passed = pass_table(
+            session.runner,
+            all_parts,
+            seen,
+            gradients=gradients,
+            signals=settings.wanted,
+            after_block=session.tell_block,
+        )
     return _Found(joined(weights, passed), session.report.mean, notes)
-
-
-def _pass(
-    session: Session, all_parts: Sequence[Parts], seen: Trace, settings: CheckSettings, *, gradients: bool
-) -> DepthTable:
-    return pass_table(
-        session.runner,
-        all_parts,
-        seen,
-        gradients=gradients,
-        signals=settings.wanted,
-        after_block=session.tell_block,
-    )
 
 
 def both(first: Trace, second: Trace) -> Trace:
