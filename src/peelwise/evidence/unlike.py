@@ -1,30 +1,50 @@
 """Which blocks are unlike their neighbours: a rule over the signals of all blocks against depth. No torch.
 
-1. Every signal is compared over depth by kind of part (a query matrix with query matrices), as a logarithm where it is
-   a quotient. Its **deviation** at a block is the difference from the median of the blocks up to three away, over the
-   robust spread of such differences over depth.
-2. Signals that measure nearly the same thing form a **family**; a family's say is the largest deviation in it, so that
-   ten ways of measuring a norm do not outvote one slope.
-3. A block's **score** combines its families; a block is named when its score reaches the threshold.
+Three kinds of evidence are put on one scale, that of a standard normal variable, and added in squares:
+
+1. **Of its own scales.** `marginal_evidence` (engine.depth.joint) is about a chi-squared variable over its degrees of
+   freedom, the block's gates, where nothing is wrong; the median over depth corrects for tokens that are not
+   independent. It needs no neighbour, so the ends of the stack are judged like the middle.
+2. **Of structure.** Every signal of weights and of the stream is compared over depth by kind of part (a query matrix
+   with query matrices): its *deviation* is the difference, of logarithms where it is a quotient, from the median of the
+   blocks up to three away, over the robust spread of such differences. A signal's deviations at a block, the largest
+   and their root mean square over parts, are ranked against all blocks' once more, as logarithms, and the three signals
+   that stand out most count. Blocks at both ends differ from the middle in every model, so theirs are discounted.
+3. **Of gain.** Where these two leave it open, a few factors are tried on both branches of the first and the last block
+   and of those with the highest scores: what the best of them gains, in margins. It finds what breaks a model so badly
+   at its entry that no block behind it is as it was.
+
+A block is named when the root of the sum reaches `THRESHOLD` and half of the highest score. The numbers below were found on half of the kinds of
+damage in `benchmarks/check_truth.py`, whose other half judges them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from peelwise.records.check import SignalReason
-from peelwise.records.signals import SIGNALS
+from peelwise.records.signals import FROM_FORWARD, FROM_WEIGHTS, SIGNALS, Signal
 
 Floats = NDArray[np.float64]
 Key = tuple[str, str]  # signal, part
 
 LEAST_BLOCKS = 5
-REACH = 3
-THRESHOLD = 6.0
+THRESHOLD = 4.5
+OWN = "marginal_evidence"
+SLOPES = "gain_t"
+_MOST_INFLATION = 3.0  # of chance; a broken block of a short stack would else hide behind what it does to all others
+_REACH = 3
+_COUNTED = 3  # signals of structure that count at a block
+_SCREENED = 3  # blocks with the highest scores that factors are tried on
+_CLEAR = 1.5  # times the threshold, and times the next highest score
+_LEAST_SPREAD = 0.2  # of the logarithms of deviations over depth
+_UNIT = 2.5  # how far such a logarithm lies above the median, in spreads, for one standard deviation
+_ENDS = (4.0, 2.5, 1.0)  # discounts of the outermost, second and third block at either end, in spreads
+_STRUCTURE = (*FROM_WEIGHTS, *FROM_FORWARD)
 
 
 @dataclass(frozen=True)
@@ -33,88 +53,194 @@ class Unlikeness:
 
     Attributes:
         scores: ``[blocks]``, larger is more unlike its neighbours.
-        deviations: per signal and part ``[blocks]``, NaN where there is no value.
+        own: ``[blocks]``, the evidence of its own scales, in standard deviations; 0 without gradients.
+        structure: per signal ``[blocks]``, in standard deviations.
+        gains: ``[blocks]``, what factors gain, in standard deviations; 0 where none were tried.
+        deviations: per signal and part ``[blocks]``, in robust standard deviations over depth, NaN where there is none.
         typical: per signal and part ``[blocks]``, the median of the neighbours.
     """
 
     scores: Floats
-    deviations: dict[Key, Floats]
-    typical: dict[Key, Floats]
+    own: Floats
+    structure: dict[str, Floats]
+    gains: Floats
+    deviations: dict[Key, Floats] = field(default_factory=dict)
+    typical: dict[Key, Floats] = field(default_factory=dict)
 
 
-def unlikeness(values: Mapping[Key, Sequence[float | None]], blocks: int) -> Unlikeness | None:
+def unlikeness(
+    values: Mapping[Key, Sequence[float | None]], blocks: int, gates: Sequence[int] = ()
+) -> Unlikeness | None:
     """Return the scores of all blocks, or ``None`` for fewer than five blocks, which have no depth to compare with.
 
     Args:
         values: per signal and part, one value per block, ``None`` where it has none.
         blocks: how many there are.
+        gates: degrees of freedom of each block's own evidence.
     """
     if blocks < LEAST_BLOCKS:
         return None
-    deviations, typical = {}, {}
-    for key, row in values.items():
-        found = deviation(np.array([np.nan if v is None else v for v in row]), SIGNALS[key[0]].quotient)
-        if found is not None:
-            deviations[key], typical[key] = found
-    scores = np.zeros(blocks)
-    for row in deviations.values():
-        scores = np.fmax(scores, np.abs(row))
-    return Unlikeness(scores, deviations, typical)
+    rows = {key: np.array([np.nan if v is None else v for v in row]) for key, row in values.items()}
+    found = {key: deviation(row, SIGNALS[key[0]]) for key, row in rows.items() if SIGNALS[key[0]].kind in _STRUCTURE}
+    deviations = {key: each[0] for key, each in found.items()}
+    structure = {
+        name: standing_out([d for (signal, _), d in deviations.items() if signal == name])
+        for name in dict.fromkeys(signal for signal, _ in deviations)
+    }
+    own = np.zeros(blocks)
+    if (OWN, "") in rows and gates:
+        own = own_evidence(rows[OWN, ""], np.asarray(gates, dtype=float))
+    strongest = np.sort(np.array([np.zeros(blocks), *structure.values()]), axis=0)[::-1][:_COUNTED]
+    scores = np.sqrt(np.maximum(own, 0) ** 2 + (np.maximum(strongest, 0) ** 2).sum(axis=0))
+    typical = {key: each[1] for key, each in found.items()}
+    return Unlikeness(scores, own, structure, np.zeros(blocks), deviations, typical)
 
 
-def deviation(values: Floats, quotient: bool) -> tuple[Floats, Floats] | None:
+def own_evidence(evidence: Floats, gates: Floats) -> Floats:
+    """Return how many standard deviations a block's own evidence lies above chance, ``[blocks]``.
+
+    ``z(P(chi2_k >= k e / c))``, ``c`` such that the median block is at the median of its distribution.
+
+    Args:
+        evidence: chi-squared over degrees of freedom; NaN where there is none.
+        gates: degrees of freedom ``k``.
+    """
+    from scipy.stats import chi2, norm
+
+    k = np.maximum(gates, 1)
+    expected = chi2.median(k) / k
+    inflation = min(float(np.nanmedian(evidence / expected)), _MOST_INFLATION)
+    if not inflation > 0:
+        return np.zeros(len(evidence))
+    log_p = chi2.logsf(k * evidence / inflation, k)
+    # Beyond what logarithms of probabilities can be turned back from, a normal tail's leading term serves.
+    z = np.where(log_p > -700, norm.isf(np.exp(np.maximum(log_p, -700))), np.sqrt(np.maximum(-2 * log_p, 0)))
+    return np.nan_to_num(z)
+
+
+def deviation(values: Floats, signal: Signal) -> tuple[Floats, Floats]:
     """Return robust deviations from the neighbours' median ``[blocks]``, and that median, for one signal over depth.
+
+    Deviations on the side that says nothing are negative for a one-sided signal, and absolute for any other.
 
     Args:
         values: ``[blocks]``, NaN where there is none.
-        quotient: compare logarithms.
+        signal: how it is compared.
     """
-    x = np.log(np.maximum(values, 1e-30)) if quotient else values
-    known = np.isfinite(x)
-    if known.sum() < LEAST_BLOCKS:
-        return None
+    x = np.log(np.maximum(values, 1e-12)) if signal.quotient else values
     near = np.array([_near(x, place) for place in range(len(x))])
     away = x - near
-    spread = 1.4826 * float(np.nanmedian(np.abs(away)))
-    floor = 0.02 * float(np.nanmedian(np.abs(x))) + 1e-9
-    return away / max(spread, floor), np.exp(near) if quotient else near
+    known = np.abs(away[np.isfinite(away)])
+    spread = max(1.4826 * float(np.median(known)) if len(known) else 0.0, signal.resolution)
+    z = away / spread
+    signed = {"both": np.abs(z), "high": z, "low": -z}[signal.side]
+    return signed, np.exp(near) if signal.quotient else near
+
+
+def standing_out(parts: Sequence[Floats]) -> Floats:
+    """Return how far each block stands out in one signal, ``[blocks]``, in standard deviations; below 0 is nothing.
+
+    Args:
+        parts: deviations ``[blocks]`` of each part that has the signal.
+    """
+    table = np.maximum(np.nan_to_num(np.array(parts)), 0)
+    blocks = table.shape[1]
+    found = _above_the_others(table.max(axis=0))
+    if len(table) > 2:
+        found = np.maximum(found, _above_the_others(np.sqrt((table**2).mean(axis=0))))
+    discount = np.zeros(blocks)
+    for away, spreads in enumerate(_ENDS[: max(1, (blocks - 2) // 4)]):  # a short stack has short ends
+        discount[[away, blocks - 1 - away]] = spreads
+    return (found - discount) / _UNIT
+
+
+def to_screen(scores: Floats) -> list[int]:
+    """Return the blocks whose branches are worth trying factors on, or none where one block stands out by far."""
+    order = [int(b) for b in np.argsort(-scores, kind="stable")]
+    first, second = scores[order[0]], scores[order[1]]
+    if first >= _CLEAR * THRESHOLD and first >= _CLEAR * second:
+        return []
+    return list(dict.fromkeys([*order[:_SCREENED], 0, len(scores) - 1]))
+
+
+def with_gains(found: Unlikeness, gains: Mapping[int, float], margin: float) -> Unlikeness:
+    """Return the scores with what factors gain, ``3 log2(1 + gain / margin)`` standard deviations.
+
+    Args:
+        found: without.
+        gains: per block that was tried, the largest decrease of the loss on select, nats per token; 0 for none.
+        margin: smallest gain that matters, nats per token.
+    """
+    z = np.zeros(len(found.scores))
+    for block, gain in gains.items():
+        z[block] = 3 * np.log2(1 + max(gain, 0.0) / margin)
+    return replace(found, scores=np.sqrt(found.scores**2 + z**2), gains=z)
 
 
 def named(scores: Floats, threshold: float = THRESHOLD) -> list[int]:
-    """Return the blocks whose score reaches the threshold, the most unlike first."""
-    return [int(b) for b in np.argsort(-scores, kind="stable") if scores[b] >= threshold]
+    """Return the blocks whose score reaches the threshold and half of the highest, the most unlike first."""
+    least = max(threshold, float(scores.max()) / 2)
+    return [int(b) for b in np.argsort(-scores, kind="stable") if scores[b] >= least]
 
 
 def reasons(
     found: Unlikeness, values: Mapping[Key, Sequence[float | None]], block: int, most: int = 3
 ) -> tuple[SignalReason, ...]:
-    """Return the signals that say most clearly that a block is unlike, one per family, the strongest first."""
-    ranked = sorted(
-        ((abs(float(row[block])), key) for key, row in found.deviations.items() if np.isfinite(row[block])),
-        reverse=True,
-    )
-    chosen: list[SignalReason] = []
-    for _, (signal, part) in ranked:
-        value = values[signal, part][block]
-        if value is None or any(each.signal == signal for each in chosen):
-            continue
-        typical = float(found.typical[signal, part][block])
-        chosen.append(
-            SignalReason(
-                signal=signal,
-                part=part,
-                value=value,
-                typical=typical if np.isfinite(typical) else None,
-                deviation=float(found.deviations[signal, part][block]),
-            )
-        )
-        if len(chosen) == most:
+    """Return what says most clearly that a block is unlike, the strongest first.
+
+    Its own evidence speaks by the t-value of the part whose scale it is most certain of, a signal of structure by the
+    part that deviates most.
+    """
+    strength = {name: float(row[block]) for name, row in found.structure.items()}
+    strength[SLOPES] = float(found.own[block])
+    chosen = []
+    for name in sorted(strength, key=lambda name: -strength[name])[:most]:
+        if strength[name] < 1 and chosen:
             break
+        reason = _slope_reason(values, block) if name == SLOPES else _deviating_part(found, values, name, block)
+        if reason is not None:
+            chosen.append(reason)
     return tuple(chosen)
 
 
+def _slope_reason(values: Mapping[Key, Sequence[float | None]], block: int) -> SignalReason | None:
+    ts = {key: row[block] for key, row in values.items() if key[0] == SLOPES}
+    known = {key: value for key, value in ts.items() if value is not None}
+    if not known:
+        return None
+    key = max(known, key=lambda key: abs(known[key]))
+    return SignalReason(signal=SLOPES, part=key[1], value=known[key], typical=0.0, deviation=known[key])
+
+
+def _deviating_part(
+    found: Unlikeness, values: Mapping[Key, Sequence[float | None]], name: str, block: int
+) -> SignalReason | None:
+    rows = {key: float(row[block]) for key, row in found.deviations.items() if key[0] == name}
+    known = {key: value for key, value in rows.items() if np.isfinite(value) and values[key][block] is not None}
+    if not known:
+        return None
+    key = max(known, key=lambda key: known[key])
+    typical = float(found.typical[key][block])
+    value = values[key][block]
+    assert value is not None
+    return SignalReason(
+        signal=name,
+        part=key[1],
+        value=value,
+        typical=typical if np.isfinite(typical) else None,
+        deviation=known[key],
+    )
+
+
+def _above_the_others(sizes: Floats) -> Floats:
+    """Return how far the logarithms of deviations lie above their median over depth, in robust spreads."""
+    x = np.log1p(sizes)
+    away = x - np.median(x)
+    return np.asarray(away / max(1.4826 * float(np.median(np.abs(away))), _LEAST_SPREAD))
+
+
 def _near(x: Floats, place: int) -> float:
-    """Return the median of the values up to `REACH` blocks away, without that of the place itself."""
-    around = [x[i] for i in range(max(0, place - REACH), min(len(x), place + REACH + 1)) if i != place]
-    alive = [v for v in around if np.isfinite(v)]
-    return float(np.median(alive)) if alive else float("nan")
+    """Return the median of the values up to `_REACH` blocks away, without that of the place itself."""
+    around = np.concatenate([x[max(0, place - _REACH) : place], x[place + 1 : place + 1 + _REACH]])
+    alive = around[np.isfinite(around)]
+    return float(np.median(alive)) if len(alive) else float("nan")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Kind = Literal[
     "refinement",
@@ -24,7 +24,9 @@ Kind = Literal[
     "stream",
     "update",
     "gate",
+    "joint",
 ]
+Side = Literal["both", "high", "low"]
 OverLayers = Literal["sum", "root of sum", "mean", "largest"]
 
 # What one sweep gives of every block for nothing more.
@@ -32,7 +34,7 @@ SWEPT: tuple[Kind, ...] = ("backward", "forward", "weights")
 # What `check` compares over depth: from the weights alone, from a pass forward, from a pass backward.
 FROM_WEIGHTS: tuple[Kind, ...] = ("matrix", "neurons", "gain", "kin")
 FROM_FORWARD: tuple[Kind, ...] = ("stream", "update")
-FROM_BACKWARD: tuple[Kind, ...] = ("gate",)
+FROM_BACKWARD: tuple[Kind, ...] = ("gate", "joint")
 OVER_DEPTH: tuple[Kind, ...] = FROM_WEIGHTS + FROM_FORWARD + FROM_BACKWARD
 NATS = "nats per token"
 STEPS = "steps"
@@ -61,6 +63,8 @@ class Signal:
         heading: of a narrow column; empty for the title.
         form: how the terminal prints a value.
         in_history: whether monitors record it; certificates hold it either way.
+        side: on which side of its neighbours' a value over depth says that a block is unlike them.
+        resolution: the least spread over depth that deviations are measured in, of the value or its logarithm.
     """
 
     name: str
@@ -76,6 +80,8 @@ class Signal:
     heading: str = ""
     form: str = "{:.3g}"
     in_history: bool = True
+    side: Side = "both"
+    resolution: float = 0.03
 
     @property
     def column(self) -> str:
@@ -83,11 +89,21 @@ class Signal:
         return self.heading or self.title
 
 
-def _over_depth(kind: Kind, module: str, *rows: tuple[str, str, str, str], quotient: bool = True) -> tuple[Signal, ...]:
-    """Return rows of signals that `check` compares over depth: name, title, unit and meaning of each."""
-    return tuple(
-        Signal(*row, quotient=quotient, kind=kind, function=f"{module}:{row[0]}", in_history=False) for row in rows
-    )
+class _Row(NamedTuple):
+    """A signal that `check` compares over depth, before it has a kind and a module."""
+
+    name: str
+    title: str
+    unit: str
+    meaning: str
+    quotient: bool = True
+    side: Side = "both"
+    resolution: float = 0.03
+
+
+def _over_depth(kind: Kind, module: str, *rows: _Row) -> tuple[Signal, ...]:
+    """Return the rows of one kind; a signal's function is called as the signal is."""
+    return tuple(Signal(**row._asdict(), kind=kind, function=f"{module}:{row.name}", in_history=False) for row in rows)
 
 
 # In the order in which they are shown.
@@ -258,215 +274,243 @@ _ROWS = (
     *_over_depth(
         "matrix",
         "peelwise.engine.depth.weights",
-        ("weight_rms", "size of a weight", "", "Root mean square of a matrix's entries."),
-        ("stable_rank", "stable rank", "", "Squared Frobenius norm over squared largest singular value."),
-        ("effective_rank", "effective rank", "of the smaller side", "Exponential of the singular values' entropy."),
-        (
+        _Row("weight_rms", "size of a weight", "", "Root mean square of a matrix's entries."),
+        _Row("stable_rank", "stable rank", "", "Squared Frobenius norm over squared largest singular value."),
+        _Row(
+            "effective_rank",
+            "effective rank",
+            "of the smaller side",
+            "Exponential of the entropy of the singular values, over their number.",
+        ),
+        _Row(
             "singular_tail",
             "tail of singular values",
             "of the median",
             "A small singular value (95 % lie above it) over the median: near 0 where the matrix is of low rank.",
         ),
-        ("hill_alpha", "Hill exponent", "", "Of the eigenvalues above the median; small means heavy-tailed."),
-        ("row_dispersion", "dispersion of rows", "", "Standard deviation of the log norms of the rows (outputs)."),
-        (
+        _Row("hill_alpha", "Hill exponent", "", "Of the eigenvalues above the median; small means heavy-tailed."),
+        _Row("row_dispersion", "dispersion of rows", "", "Standard deviation of the log norms of the rows (outputs)."),
+        _Row(
             "column_dispersion",
             "dispersion of columns",
             "",
             "Standard deviation of the log norms of the columns (inputs).",
         ),
-        (
+        _Row(
             "weight_kurtosis",
             "kurtosis of weights",
             "",
             "Fourth moment over squared variance: 3 for a normal distribution.",
         ),
-        (
+        _Row(
             "smallest_head_share",
             "smallest head",
             "of the mean head",
             "Smallest share of a head in a matrix of attention: 0 where a head is dead.",
+            side="low",
         ),
-        ("largest_head_share", "largest head", "of the mean head", "Largest share of a head in a matrix of attention."),
-    ),
-    *_over_depth(
-        "matrix",
-        "peelwise.engine.depth.weights",
-        (
+        _Row(
+            "largest_head_share",
+            "largest head",
+            "of the mean head",
+            "Largest share of a head in a matrix of attention.",
+        ),
+        _Row(
             "large_weights",
             "weights above one deviation",
             "of its weights",
             "Share of entries above one standard deviation (ZD).",
+            quotient=False,
         ),
-        (
+        _Row(
             "zero_share",
             "all-zero rows and columns",
             "of rows and columns",
             "Rows and columns all of whose weights are zero.",
+            quotient=False,
+            side="high",
+            resolution=0.005,
         ),
-        ("head_similarity", "similarity of heads", "", "Largest correlation of two heads' weights: 1 for a copy."),
-        quotient=False,
+        _Row(
+            "head_similarity",
+            "similarity of heads",
+            "",
+            "Largest correlation of two heads' weights: 1 for a copy.",
+            quotient=False,
+            side="high",
+        ),
     ),
     *_over_depth(
         "neurons",
         "peelwise.engine.depth.weights",
-        (
-            "neuron_pairing",
-            "pairing of neurons",
-            "",
-            "Correlation of the log norms of both sides of the MLP's neurons; lost where one side was permuted.",
+        _Row(
+            "neuron_mismatch",
+            "mismatch of neurons",
+            "1 - correlation",
+            "Of the log norms on both sides of the MLP's neurons: near 1 where one side was permuted.",
+            side="high",
         ),
-        quotient=False,
     ),
     *_over_depth(
         "gain",
         "peelwise.engine.depth.weights",
-        ("gain_rms", "size of a gain", "", "Root mean square of a norm's gains."),
-        ("gain_dispersion", "dispersion of gains", "", "Standard deviation of the log of a norm's absolute gains."),
+        _Row("gain_rms", "size of a gain", "", "Root mean square of a norm's gains."),
+        _Row(
+            "gain_dispersion",
+            "dispersion of gains",
+            "",
+            "Standard deviation of the log of a norm's absolute gains.",
+        ),
     ),
     *_over_depth(
         "kin",
         "peelwise.engine.depth.weights",
-        (
-            "stream_agreement",
-            "agreement of channels",
-            "",
-            "Correlation of a matrix's norms along the stream's channels "
-            "with its neighbours'; lost where channels are mixed up.",
+        _Row(
+            "stream_mismatch",
+            "mismatch of channels",
+            "1 - correlation",
+            "Of the norms along the stream's channels with the neighbours': near 1 where channels are mixed up.",
+            side="high",
         ),
-        (
-            "head_agreement",
-            "agreement of positions in heads",
-            "",
-            "Correlation of the norms of the positions within "
-            "heads with the neighbours'; lost where rows follow another rotary convention.",
+        _Row(
+            "head_mismatch",
+            "mismatch of positions in heads",
+            "1 - correlation",
+            "Of the norms of the positions within heads with the neighbours': near 1 where rows follow another rotary "
+            "convention.",
+            side="high",
         ),
-        (
+        _Row(
             "copy_similarity",
             "similarity to another block",
             "",
             "Largest correlation with the same matrix of another block: 1 for a copy.",
+            quotient=False,
+            side="high",
         ),
-        quotient=False,
     ),
     *_over_depth(
         "stream",
         "peelwise.engine.depth.forward",
-        ("block_influence", "block influence", "", "1 minus the mean cosine of a block's input and output."),
-        ("angular_distance", "angular distance", "of a half turn", "Mean angle between a block's input and output."),
-        (
+        _Row("block_influence", "block influence", "", "1 minus the mean cosine of a block's input and output."),
+        _Row("angular_distance", "angular distance", "of a half turn", "Mean angle of a block's input and output."),
+        _Row(
             "stream_kurtosis",
             "kurtosis of the update",
             "",
             "Fourth moment over squared second of a block's update, over channels: large where few channels do all.",
         ),
-        (
+        _Row(
             "station_rank",
             "effective rank of the update",
             "directions",
             "Exponential of the entropy of the spectrum of a block's update over tokens.",
         ),
-        (
+        _Row(
             "attention_entropy",
             "attention entropy",
             "of log(keys)",
-            "Mean entropy of attention: 0 looks at one key, 1 at all alike.",
+            "Mean entropy of attention: 0 where it looks at one key, 1 at all alike.",
         ),
-    ),
-    *_over_depth(
-        "stream",
-        "peelwise.engine.depth.forward",
-        (
+        _Row(
             "successive_cosine",
             "cosine of successive updates",
             "",
             "Mean cosine of a block's update and that of the block before.",
+            quotient=False,
         ),
-        (
+        _Row(
             "massive_share",
             "massive coordinates",
             "of the energy",
             "Energy of a block's update in coordinates above ten root mean squares.",
+            quotient=False,
         ),
-        ("linear_cka", "linear CKA", "", "Similarity of a block's input and output over tokens."),
-        (
+        _Row("linear_cka", "linear CKA", "", "Similarity of a block's input and output over tokens.", quotient=False),
+        _Row(
             "recoverability",
             "linear recoverability",
             "",
             "What a linear map of its input explains of a block's update, held out.",
+            quotient=False,
         ),
-        ("attention_sink", "attention sink", "", "Mean attention paid to the first key."),
-        quotient=False,
+        _Row("attention_sink", "attention sink", "", "Mean attention paid to the first key.", quotient=False),
     ),
     *_over_depth(
         "update",
         "peelwise.engine.depth.forward",
-        (
+        _Row(
             "update_ratio",
             "size of the update",
             "of the stream",
             "Root mean square of what a branch adds over that of the stream.",
         ),
-    ),
-    *_over_depth(
-        "update",
-        "peelwise.engine.depth.forward",
-        (
+        _Row(
             "update_cosine",
             "cosine of update and stream",
             "",
             "Below 0 where a branch takes away from the stream, above where it adds to what is there.",
+            quotient=False,
         ),
-        quotient=False,
     ),
     *_over_depth(
         "gate",
         "peelwise.engine.depth.backward",
-        (
+        _Row(
             "gain_slope",
             "gain slope",
             "nats per log scale",
-            "Derivative of the loss by the log of a scale on what the "
-            "part gives: above 0 less would be better, below 0 more.",
+            "Derivative of the loss by the log of a scale on what the part gives: above 0 less would be better, below "
+            "0 more.",
+            quotient=False,
         ),
-        ("gain_t", "t-value of the gain slope", "", "Gain slope over its standard error over tokens."),
-        quotient=False,
-    ),
-    *_over_depth(
-        "gate",
-        "peelwise.engine.depth.backward",
-        (
+        _Row(
+            "gain_t", "t-value of the gain slope", "", "Gain slope over its standard error over tokens.", quotient=False
+        ),
+        _Row(
             "gain_evidence",
             "evidence of wrong scales",
             "of chance",
-            "Natural-gradient energy of one scale per channel, "
-            "mean over channels: about 1 where no channel wants another scale.",
+            "Natural-gradient energy of one scale per channel, mean over channels: about 1 where no channel wants "
+            "another scale.",
         ),
-        (
+        _Row(
             "head_slope",
             "largest gain slope of a head",
             "nats per log scale",
             "Over attention's heads, in absolute value.",
         ),
-        (
+        _Row(
             "weight_gradient_norm",
             "gradient norm of a weight",
             "nats per unit of weight",
             "Frobenius norm of a matrix's mean gradient.",
         ),
-        (
+        _Row(
             "gradient_rank",
             "nuclear rank of the gradient",
             "",
             "Squared nuclear norm over squared Frobenius norm of a matrix's mean gradient.",
         ),
-        ("fisher_trace", "trace of the Fisher", "", "Mean over tokens of the squared norms of gradient and input."),
-        (
+        _Row("fisher_trace", "trace of the Fisher", "", "Mean over tokens of the squared norms of gradient and input."),
+        _Row(
             "gradient_alignment",
             "agreement of gradients",
             "of chance",
-            "Squared norm of the mean gradient times the "
-            "number of tokens, over the mean squared norm: about 1 where tokens have nothing in common.",
+            "Squared norm of the mean gradient times the number of tokens, over the mean squared norm: about 1 where "
+            "tokens have nothing in common.",
+        ),
+    ),
+    *_over_depth(
+        "joint",
+        "peelwise.engine.depth.joint",
+        _Row(
+            "marginal_evidence",
+            "marginal evidence of wrong scales",
+            "of chance",
+            "What the gain slopes of this block explain that those of all others do not, over its expectation by "
+            "chance; a damaged block's own, where every block behind it has large slopes too.",
+            side="high",
         ),
     ),
 )

@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from peelwise.engine.depth import backward, forward
+from peelwise.engine.depth.joint import marginal_evidence
 from peelwise.engine.depth.passes import Seen, observe
 from peelwise.engine.depth.table import block_weights, joined, pass_table, weight_table
 from peelwise.model.architectures import find_blocks
@@ -247,3 +248,31 @@ def test_tables_hold_every_signal_for_every_block_and_without_gradients_those_of
     missing = {key for key, row in table.values.items() if None in row}
     assert missing == {("successive_cosine", "")}  # the first block has none before it
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_marginal_evidence_is_what_is_lost_without_a_block() -> None:
+    random = torch.Generator().manual_seed(4)
+    products = {block: torch.randn(300, 3, generator=random) + 0.1 * block for block in range(4)}
+    found = marginal_evidence(products, damping=0.5)
+
+    def energy(blocks: list[int]) -> float:
+        X = torch.cat([products[block] for block in blocks], dim=1).double().numpy()
+        size = np.sqrt((X**2).mean(0))
+        F = X.T @ X / len(X) / np.outer(size, size) + 0.5 * np.eye(X.shape[1])
+        s = X.mean(0) / size
+        return float(len(X) * s @ np.linalg.solve(F, s))
+
+    for block in range(4):
+        without = [other for other in range(4) if other != block]
+        assert found[block] == pytest.approx((energy([0, 1, 2, 3]) - energy(without)) / 3, rel=1e-6)
+
+
+def test_a_block_that_only_follows_another_has_no_evidence_of_its_own() -> None:
+    random = torch.Generator().manual_seed(6)
+    cause = torch.randn(2000, 2, generator=random) + 0.3
+    follows = cause + 0.05 * torch.randn(2000, 2, generator=random)
+    bystander = torch.randn(2000, 2, generator=random)
+    found = marginal_evidence({0: cause, 1: follows, 2: bystander}, damping=0.01)
+    alone = marginal_evidence({1: follows}, damping=0.01)
+    assert found[1] < 0.05 * alone[1]
+    assert found[2] < 5

@@ -96,13 +96,13 @@ def test_neurons_that_grew_together_are_paired_until_one_side_is_permuted() -> N
     expected = min(
         float(np.corrcoef(np.log(W.norm(dim=1).numpy()), np.log(down.norm(dim=0).numpy()))[0, 1]) for W in (up, gate)
     )
-    healthy = weights.neuron_pairing(Neurons((gate, up), down))
-    assert healthy == pytest.approx(expected, abs=1e-5)
+    healthy = weights.neuron_mismatch(Neurons((gate, up), down))
+    assert healthy == pytest.approx(1 - expected, abs=1e-5)
     assert expected > 0.7
     order = torch.randperm(64, generator=random)
-    permuted = weights.neuron_pairing(Neurons((gate, up[order]), down))
+    permuted = weights.neuron_mismatch(Neurons((gate, up[order]), down))
     assert permuted is not None
-    assert permuted < 0.3
+    assert permuted > 0.7
 
 
 def test_gains() -> None:
@@ -119,12 +119,12 @@ def test_channels_that_are_mixed_up_and_copies_are_seen_among_their_kin() -> Non
     profiles = [np.log(W.norm(dim=1).double().numpy()) for W in writers]
     expected = np.corrcoef(profiles[2], np.median([profiles[i] for i in (0, 1, 3, 4, 5)], axis=0))[0, 1]
     # torch's median of an even number is the lower of the two in the middle; of five there is one
-    assert weights.stream_agreement(made)[2] == pytest.approx(expected, abs=1e-6)
+    assert weights.stream_mismatch(made)[2] == pytest.approx(max(1 - expected, 0.02), abs=1e-6)
     writers[2] = writers[2][torch.randperm(32, generator=random)]
     writers[4] = writers[0]
     made = [weights.sketch(Matrix(W, writes=True), 32) for W in writers]
-    found = weights.stream_agreement(made)
-    assert min(range(6), key=lambda i: found[i] or 0) == 2
+    found = weights.stream_mismatch(made)
+    assert max(range(6), key=lambda i: found[i] or 0) == 2
     similar = weights.copy_similarity(made)
     assert [i for i, value in enumerate(similar) if value is not None and value > 0.99] == [0, 4]
     assert max(similar[i] or 0 for i in (1, 2, 3, 5)) < 0.6
@@ -135,6 +135,6 @@ def test_rows_in_another_rotary_layout_are_seen_within_heads() -> None:
     frequencies = torch.linspace(0.2, 2, 8).repeat(2)  # a head of 16: both halves of a pair alike
     queries = [torch.randn(64, 32, generator=random) * frequencies.repeat(4)[:, None] for _ in range(6)]
     queries[3] = queries[3].unflatten(0, (-1, 2, 8)).transpose(1, 2).reshape(64, 32)
-    found = weights.head_agreement([weights.sketch(Matrix(W, 16), 32) for W in queries])
+    found = weights.head_mismatch([weights.sketch(Matrix(W, 16), 32) for W in queries])
     assert found[3] is not None
-    assert found[3] < 0.6 < min(value or 0 for i, value in enumerate(found) if i != 3)
+    assert found[3] > 0.4 > max(value or 0 for i, value in enumerate(found) if i != 3)

@@ -44,7 +44,7 @@ class GateSums:
     def groups(self, size: int) -> Tensor:
         """Return the slopes of groups of ``size`` channels in succession (heads), ``[d / size]``, nats per token."""
         assert self.channels is not None
-        return self.channels.unflatten(0, (-1, size)).sum(1) / self.n
+        return self.channels.view(-1, size).sum(1) / self.n
 
 
 @dataclass

@@ -8,6 +8,10 @@ from functools import cache
 from pkgutil import resolve_name
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from peelwise.engine.depth.joint import gates_of
 from peelwise.engine.depth.passes import observe
 from peelwise.engine.depth.weights import (
     Sketch,
@@ -19,7 +23,7 @@ from peelwise.engine.depth.weights import (
 )
 from peelwise.model.parts import MLP, Parts
 from peelwise.model.runner import Runner, Trace
-from peelwise.records.signals import FROM_BACKWARD, SIGNALS, Kind, Signal, of_kinds
+from peelwise.records.signals import SIGNALS, Kind, Signal, of_kinds
 
 # Those that need the gradient of a weight, not only that of what it gives.
 OF_WEIGHTS = frozenset({"weight_gradient_norm", "gradient_rank", "fisher_trace", "gradient_alignment"})
@@ -65,7 +69,7 @@ def block_weights(parts: Parts, width: int, signals: Collection[str] = tuple(SIG
         of.append(("neurons", MLP, neurons))
     values = {}
     for kind, part, each in of:
-        for signal in _wanted((kind,), signals):
+        for signal in _wanted([kind], signals):
             value = _function(signal)(each)
             if value is not None:
                 values[signal.name, part] = value
@@ -110,15 +114,22 @@ def pass_table(
         after_block: called with the number of blocks done.
     """
     table = DepthTable(len(all_parts))
+    products: dict[int, Tensor] = {}
     of_weights = not OF_WEIGHTS.isdisjoint(signals)
     passes = observe(runner, all_parts, trace, gradients=gradients, of_weights=of_weights, after_block=after_block)
     for parts, seen in passes:
         index = parts.block.index
-        _put(table, ("stream",), BLOCK, index, signals, seen.stream)
+        _put(table, ["stream"], BLOCK, index, signals, seen.stream)
         for branch, update in seen.stream.updates.items():
-            _put(table, ("update",), branch, index, signals, seen.stream, update)
+            _put(table, ["update"], branch, index, signals, seen.stream, update)
         for part, found in seen.backward.items():
-            _put(table, FROM_BACKWARD, part, index, signals, found)
+            _put(table, ["gate"], part, index, signals, found)
+        gates = [torch.cat(seen.backward[name].gate.per_token) for name in gates_of(parts) if name in seen.backward]
+        if gates:
+            products[index] = torch.stack(gates, dim=1)
+    for signal in _wanted(["joint"], signals):
+        for index, value in _function(signal)(products).items():
+            table.put(signal.name, BLOCK, index, value)
     return table
 
 

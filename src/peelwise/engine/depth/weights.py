@@ -45,7 +45,8 @@ class Matrix:
         """
         W = self.weight.double()
         gram = W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W
-        return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
+        values: Tensor = torch.linalg.eigvalsh(gram)
+        return values.flip(0).clamp_min(0).sqrt()
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,15 +187,15 @@ class Neurons:
     last: Tensor
 
 
-def neuron_pairing(mlp: Neurons) -> float | None:
-    """Return how well an MLP's two sides fit: the smallest correlation of the neurons' log norms before and behind.
+def neuron_mismatch(mlp: Neurons) -> float | None:
+    """Return how badly an MLP's two sides fit: 1 minus the smallest correlation of the neurons' log norms on them.
 
     Training lets both sides of a neuron grow together; where one side was permuted nothing of it is left.
     """
     out = mlp.last.norm(dim=0).double()
     found = [_correlation_of_logs(W.norm(dim=1).double(), out) for W in mlp.first]
     values = [value for value in found if value is not None]
-    return min(values) if values else None
+    return _mismatch(min(values)) if values else None
 
 
 def neurons_of(parts: Parts) -> Neurons | None:
@@ -241,22 +242,22 @@ def gain_sketch(norm: Gain, width: int) -> Sketch:
     return Sketch(along, None, _sample(norm.gain))
 
 
-def stream_agreement(kin: Sequence[Sketch]) -> list[float | None]:
-    """Return the correlation of every sketch's channel profile with the median of its neighbours'.
+def stream_mismatch(kin: Sequence[Sketch]) -> list[float | None]:
+    """Return 1 minus the correlation of every sketch's channel profile with the median of its neighbours'.
 
     The stream's channels differ by orders of magnitude, about alike for all that reads or writes them nearby; where
     the channels of one matrix were mixed up the correlation is lost.
     """
-    return _agreement([each.stream for each in kin])
+    return [None if r is None else _mismatch(r) for r in _agreement([each.stream for each in kin])]
 
 
-def head_agreement(kin: Sequence[Sketch]) -> list[float | None]:
-    """Return the correlation of every sketch's head profile with the median of its neighbours'.
+def head_mismatch(kin: Sequence[Sketch]) -> list[float | None]:
+    """Return 1 minus the correlation of every sketch's head profile with the median of its neighbours'.
 
     Rotary positions give every pair of positions its frequency, in all blocks alike; rows in the layout of another
     convention have another profile.
     """
-    return _agreement([each.heads for each in kin])
+    return [None if r is None else _mismatch(r) for r in _agreement([each.heads for each in kin])]
 
 
 def copy_similarity(kin: Sequence[Sketch]) -> list[float | None]:
@@ -285,6 +286,11 @@ def _agreement(profiles: Sequence[Tensor | None], reach: int = 3) -> list[float 
     return found
 
 
+def _mismatch(correlation: float) -> float:
+    # Below 0.02 profiles are alike, and the differences between such values would say nothing as quotients.
+    return max(1 - correlation, 0.02)
+
+
 def _logs(norms: Tensor) -> Tensor:
     return norms.double().clamp_min(1e-30).log()
 
@@ -299,7 +305,7 @@ def _heads(matrix: Matrix) -> Tensor | None:
     if matrix.head_dim is None:
         return None
     W = matrix.weight.T if matrix.heads_last else matrix.weight
-    return W.unflatten(0, (-1, matrix.head_dim))
+    return W.reshape(-1, matrix.head_dim, W.shape[1])
 
 
 def _head_shares(matrix: Matrix) -> Tensor | None:

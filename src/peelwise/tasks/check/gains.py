@@ -6,6 +6,7 @@ its bias) exactly, so that it can be merged: 0 is ablation of the part, below 0 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ from peelwise.records.check import GainWitness
 _LESS = (0.85, 0.7, 0.5, 0.25, 0.0, -0.5, -1.0, -1.5)
 _MORE = (1.15, 1.3, 1.6, 2.0, 3.0)
 _REFINEMENTS = 3
+# Tried of many blocks: the sign turned, the part left out, half of it; or more of it.
+_SCREEN_LESS, _SCREEN_MORE = (-1.0, 0.0, 0.6), (1.5, 2.5)
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,28 @@ class Candidate:
     def change(self, factor: float) -> Changes:
         """Return the change of the layer that multiplies the part by ``factor``: ``(factor - 1) W``, bias included."""
         return {self.linear: scaled_change(self.linear, factor, self.head, self.head_dim)}
+
+
+def screened(session: Session, few: Sequence[Parts], table: DepthTable) -> dict[int, float]:
+    """Return for each block what the best of a few factors on one of its branches gains on select, nats per token.
+
+    Args:
+        session: the model.
+        few: parts of the blocks in question.
+        table: signals, for the side on which to try.
+    """
+    gains = {}
+    for done, parts in enumerate(few, start=1):
+        best = session.select.mean
+        for branch in parts.branches:
+            slope = _slope(table, branch.name, parts.block.index)
+            for factor in _SCREEN_MORE if slope is not None and slope < 0 else _SCREEN_LESS:
+                changes = Candidate(branch.name, branch.writer, slope).change(factor)
+                loss = session.select.mean_of(session.losses(session.select, changes, parts.block.index))
+                best = min(best, loss) if math.isfinite(loss) else best
+        gains[parts.block.index] = session.select.mean - best
+        session.clock.tell(done, len(few))
+    return gains
 
 
 @dataclass(frozen=True)

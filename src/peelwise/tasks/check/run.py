@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from peelwise.engine.clock import Clock, Watcher
+from peelwise.engine.depth.joint import gates_of
 from peelwise.engine.depth.table import BLOCK, DepthTable, block_weights, joined, pass_table, weight_table
 from peelwise.engine.opening import checked_blocks, open_session
 from peelwise.engine.provenance import Setup, model_record, versions
 from peelwise.engine.session import Session
 from peelwise.errors import NotDifferentiableError
-from peelwise.evidence.unlike import THRESHOLD, Unlikeness, named, reasons, unlikeness
+from peelwise.evidence.unlike import THRESHOLD, Unlikeness, named, reasons, to_screen, unlikeness, with_gains
 from peelwise.evidence.verdict import default_margin
 from peelwise.model.architectures import find_blocks
 from peelwise.model.fingerprint import check_finite, fingerprint
@@ -28,7 +29,7 @@ from peelwise.model.splice import frozen
 from peelwise.probe.probe import Probe
 from peelwise.records.base import Interval, Note, note
 from peelwise.records.check import BlockCheck, CheckRecord, MatrixCheck, UnlikeBlock
-from peelwise.tasks.check.gains import GainWitnesses, gain_witnesses
+from peelwise.tasks.check.gains import GainWitnesses, gain_witnesses, screened
 from peelwise.tasks.check.settings import CheckSettings
 
 
@@ -80,7 +81,12 @@ def run_check(
             session, differentiable = _session(model, blocks, probe, settings, name, watcher)
             clock = session.clock
             found = _with_text(session, all_parts, settings, gradients=differentiable)
-        scored = unlikeness(found.table.values, len(blocks))
+        scored = unlikeness(found.table.values, len(blocks), [len(gates_of(parts)) for parts in all_parts])
+        if probe is not None and scored is not None:
+            few = to_screen(scored.scores)
+            with clock.stage("gain-witnesses"):
+                gains = screened(session, [all_parts[index] for index in few], found.table)
+            scored = with_gains(scored, gains, default_margin(session.report.mean))
         names = named(scored.scores) if scored is not None else []
         if probe is not None and names:
             worst = names[: settings.most_witnesses]
@@ -205,9 +211,9 @@ def _block_record(block: Block, found: _Found, scored: Unlikeness | None) -> Blo
         name=block.name,
         score=None if scored is None else float(scored.scores[block.index]),
         signals={
-            f"{signal}.{part}" if part != BLOCK else signal: row[block.index]
+            f"{signal}.{part}" if part != BLOCK else signal: value
             for (signal, part), row in found.table.values.items()
-            if row[block.index] is not None
+            if (value := row[block.index]) is not None
         },
         ablation=(found.ablation or {}).get(block.index),
     )
