@@ -14,8 +14,8 @@ Three kinds of evidence are put on one scale, that of a standard normal variable
    and of those with the highest scores: what the best of them gains, in margins. It finds what breaks a model so badly
    at its entry that no block behind it is as it was.
 
-A block is named when the root of the sum reaches `THRESHOLD` and half of the highest score. The numbers below were found
-on half of the kinds of damage in `benchmarks/check_truth.py`, whose other half judges them.
+A block is named when the root of the sum reaches `THRESHOLD` and half of the highest score. The numbers below were
+found on half of the kinds of damage in `benchmarks/check_truth.py`, whose other half judges them.
 """
 
 from __future__ import annotations
