@@ -36,15 +36,22 @@ LEAST_BLOCKS = 5
 THRESHOLD = 4.5
 OWN = "marginal_evidence"
 SLOPES = "gain_t"
+UNTRAINED = "trace_of_training"
 _MOST_INFLATION = 3.0  # of chance; a broken block of a short stack would else hide behind what it does to all others
+_MOST_OWN = 8.0  # standard deviations
+_LEAST_LOG_P = 700.0
 _REACH = 3
 _COUNTED = 3  # signals of structure that count at a block
 _SCREENED = 3  # blocks with the highest scores that factors are tried on
 _CLEAR = 1.5  # times the threshold, and times the next highest score
 _LEAST_SPREAD = 0.2  # of the logarithms of deviations over depth
 _UNIT = 2.5  # how far such a logarithm lies above the median, in spreads, for one standard deviation
+_TRAINED, _RANDOM = 1.6, 1.0  # traces of training: of any trained matrix at least, and of one that was just drawn
+_UNTRAINED = 6.0  # standard deviations that a random matrix among trained ones counts for
 _ENDS = (4.0, 2.5, 1.0)  # discounts of the outermost, second and third block at either end, in spreads
 _STRUCTURE = (*FROM_WEIGHTS, *FROM_FORWARD)
+# Too noisy on a few thousand tokens to say something that the others do not.
+_NOT_COUNTED = frozenset({"linear_cka", "station_rank", "recoverability"})
 
 
 @dataclass(frozen=True)
@@ -81,12 +88,13 @@ def unlikeness(
     if blocks < LEAST_BLOCKS:
         return None
     rows = {key: np.array([np.nan if v is None else v for v in row]) for key, row in values.items()}
-    found = {key: deviation(row, SIGNALS[key[0]]) for key, row in rows.items() if SIGNALS[key[0]].kind in _STRUCTURE}
+    found = {key: deviation(row, SIGNALS[key[0]]) for key, row in rows.items() if _counts(SIGNALS[key[0]])}
     deviations = {key: each[0] for key, each in found.items()}
     structure = {
         name: standing_out([d for (signal, _), d in deviations.items() if signal == name])
         for name in dict.fromkeys(signal for signal, _ in deviations)
     }
+    structure[UNTRAINED] = np.maximum(structure.get(UNTRAINED, np.zeros(blocks)), _untrained(found, rows, blocks))
     own = np.zeros(blocks)
     if (OWN, "") in rows and gates:
         own = own_evidence(rows[OWN, ""], np.asarray(gates, dtype=float))
@@ -96,10 +104,16 @@ def unlikeness(
     return Unlikeness(scores, own, structure, np.zeros(blocks), deviations, typical)
 
 
-def own_evidence(evidence: Floats, gates: Floats) -> Floats:
-    """Return how many standard deviations a block's own evidence lies above chance, ``[blocks]``.
+def _counts(signal: Signal) -> bool:
+    return signal.kind in _STRUCTURE and signal.name not in _NOT_COUNTED
 
-    ``z(P(chi2_k >= k e / c))``, ``c`` such that the median block is at the median of its distribution.
+
+def own_evidence(evidence: Floats, gates: Floats) -> Floats:
+    """Return how many standard deviations a block's own evidence lies above chance, ``[blocks]``, at most eight.
+
+    ``8 tanh(z / 8)`` with ``z(P(chi2_k >= k e / c))``, ``c`` such that the median block is at the median of its
+    distribution. Bounded, since in a model that was broken at its entry many blocks have evidence without limit, and
+    the one at fault may have structure or gains to show for it.
 
     Args:
         evidence: chi-squared over degrees of freedom; NaN where there is none.
@@ -112,10 +126,9 @@ def own_evidence(evidence: Floats, gates: Floats) -> Floats:
     inflation = min(float(np.nanmedian(evidence / expected)), _MOST_INFLATION)
     if not inflation > 0:
         return np.zeros(len(evidence))
-    log_p = chi2.logsf(k * evidence / inflation, k)
-    # Beyond what logarithms of probabilities can be turned back from, a normal tail's leading term serves.
-    z = np.where(log_p > -700, norm.isf(np.exp(np.maximum(log_p, -700))), np.sqrt(np.maximum(-2 * log_p, 0)))
-    return np.nan_to_num(z)
+    log_p = np.nan_to_num(chi2.logsf(k * evidence / inflation, k), nan=0.0, neginf=-_LEAST_LOG_P)
+    z = norm.isf(np.exp(np.maximum(log_p, -_LEAST_LOG_P)))
+    return np.asarray(_MOST_OWN * np.tanh(np.maximum(z, -_MOST_OWN) / _MOST_OWN))
 
 
 def deviation(values: Floats, signal: Signal) -> tuple[Floats, Floats]:
@@ -164,7 +177,7 @@ def to_screen(scores: Floats) -> list[int]:
 
 
 def with_gains(found: Unlikeness, gains: Mapping[int, float], margin: float) -> Unlikeness:
-    """Return the scores with what factors gain, ``3 log2(1 + gain / margin)`` standard deviations.
+    """Return the scores with what factors gain, ``2 log2(1 + gain / margin)`` standard deviations.
 
     Args:
         found: without.
@@ -173,8 +186,23 @@ def with_gains(found: Unlikeness, gains: Mapping[int, float], margin: float) -> 
     """
     z = np.zeros(len(found.scores))
     for block, gain in gains.items():
-        z[block] = 3 * np.log2(1 + max(gain, 0.0) / margin)
+        z[block] = 2 * np.log2(1 + max(gain, 0.0) / margin)
     return replace(found, scores=np.sqrt(found.scores**2 + z**2), gains=z)
+
+
+def _untrained(found: Mapping[Key, tuple[Floats, Floats]], rows: Mapping[Key, Floats], blocks: int) -> Floats:
+    """Return for every block the evidence that a matrix was never trained, in standard deviations.
+
+    What random weights look like is known, so that the ends of the stack are judged like the middle; where the
+    neighbours' matrices are random too, nothing is said.
+    """
+    evidence = np.zeros(blocks)
+    for key, (_, typical) in found.items():
+        if key[0] == UNTRAINED:
+            share = (_TRAINED - rows[key]) / (_TRAINED - _RANDOM)
+            share = np.where(typical >= _TRAINED, np.nan_to_num(share), 0.0)
+            evidence = np.maximum(evidence, _UNTRAINED * np.clip(share, 0, 1))
+    return evidence
 
 
 def named(scores: Floats, threshold: float = THRESHOLD) -> list[int]:

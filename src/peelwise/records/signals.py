@@ -297,6 +297,14 @@ _ROWS = (
             "Standard deviation of the log norms of the columns (inputs).",
         ),
         _Row(
+            "trace_of_training",
+            "trace of training",
+            "of random weights",
+            "Dispersion of rows and columns over that of independent normal weights: 1 where a matrix was never "
+            "trained.",
+            side="low",
+        ),
+        _Row(
             "weight_kurtosis",
             "kurtosis of weights",
             "",

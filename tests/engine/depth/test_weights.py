@@ -59,6 +59,17 @@ def test_moments_and_dispersions(W: Tensor) -> None:
     assert weights.large_weights(matrix) == pytest.approx(above)
 
 
+def test_random_weights_have_no_trace_of_training_and_scaled_rows_have() -> None:
+    random = torch.Generator().manual_seed(1)
+    drawn = torch.randn(400, 300, generator=random)
+    assert weights.trace_of_training(Matrix(drawn)) == pytest.approx(1, abs=0.1)
+    trained = drawn * torch.rand(400, 1, generator=random).add(0.5) * torch.rand(1, 300, generator=random).add(0.5)
+    found = weights.trace_of_training(Matrix(trained))
+    rows, columns = (np.std(np.log(np.linalg.norm(trained.double().numpy(), axis=a)), ddof=1) for a in (1, 0))
+    assert found == pytest.approx(math.sqrt(rows * math.sqrt(2 * 300) * columns * math.sqrt(2 * 400)), rel=1e-4)
+    assert found > 4
+
+
 def test_zero_rows_and_columns(W: Tensor) -> None:
     W[:, 3] = 0
     W[5] = 0

@@ -106,6 +106,19 @@ def column_dispersion(matrix: Matrix) -> float | None:
     return _dispersion(matrix.weight.norm(dim=0))
 
 
+def trace_of_training(matrix: Matrix) -> float | None:
+    """Return the dispersions of rows and columns, geometric mean, over those of independent normal weights.
+
+    The log norm of a row of ``d`` independent normal weights has the standard deviation ``1 / sqrt(2 d)``. Training
+    makes rows and columns differ: 1 where a matrix was drawn and never trained, 2 and more where it was.
+    """
+    rows, columns = row_dispersion(matrix), column_dispersion(matrix)
+    d_out, d_in = matrix.weight.shape
+    if rows is None or columns is None:
+        return None
+    return float((rows * columns * 2 * (d_out * d_in) ** 0.5) ** 0.5)
+
+
 def large_weights(matrix: Matrix) -> float | None:
     """Return the share of entries above one standard deviation of the matrix, ZD of arXiv:2406.17415."""
     W = matrix.weight
