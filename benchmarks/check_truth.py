@@ -5,8 +5,8 @@
 
 Kinds in `truth.damage.DEVELOPMENT` were looked at while the rule of `evidence/unlike.py` was made, at blocks 4, 15 and
 both ends; those of `HELD_BACK` were run once, after it was fixed, at other blocks and both ends. Each case is saved
-when it is done, so the run can be stopped and goes on where it was. What a case computes is what `run_check` does, but that
-signals of weights are computed again for changed blocks alone.
+when it is done, so the run can be stopped and goes on where it was. What a case computes is what `run_check` does,
+but that signals of weights are computed again for changed blocks alone.
 """
 
 from __future__ import annotations
