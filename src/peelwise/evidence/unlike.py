@@ -221,7 +221,7 @@ def reasons(
     """
     strength = {name: float(row[block]) for name, row in found.structure.items()}
     strength[SLOPES] = float(found.own[block])
-    chosen = []
+    chosen: list[SignalReason] = []
     for name in sorted(strength, key=lambda name: -strength[name])[:most]:
         if strength[name] < 1 and chosen:
             break
