@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peelwise.api.audit import AuditReport, audit
     from peelwise.api.certificate import apply, verify
+    from peelwise.api.check import CheckReport, check
     from peelwise.api.monitor import Monitor
     from peelwise.api.peel import PeelReport, peel
     from peelwise.api.quantcheck import QuantcheckReport, quantcheck
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from peelwise.probe.options import ProbeOptions
     from peelwise.probe.probe import Probe
     from peelwise.tasks.audit.settings import AuditSettings
+    from peelwise.tasks.check.settings import CheckSettings
     from peelwise.tasks.monitor.schedules import every, log_spaced
     from peelwise.tasks.peel.settings import PeelSettings
     from peelwise.tasks.quantcheck.settings import QuantcheckSettings
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AuditReport",
     "AuditSettings",
+    "CheckReport",
+    "CheckSettings",
     "Monitor",
     "OpenOptions",
     "PeelReport",
@@ -40,6 +44,7 @@ __all__ = [
     "YesMonitor",
     "apply",
     "audit",
+    "check",
     "every",
     "log_spaced",
     "peel",
@@ -53,6 +58,8 @@ if find_spec("transformers") is not None:
 _HOME = {
     "AuditReport": "peelwise.api.audit",
     "AuditSettings": "peelwise.tasks.audit.settings",
+    "CheckReport": "peelwise.api.check",
+    "CheckSettings": "peelwise.tasks.check.settings",
     "Monitor": "peelwise.api.monitor",
     "OpenOptions": "peelwise.model.options",
     "PeelReport": "peelwise.api.peel",
@@ -66,6 +73,7 @@ _HOME = {
     "apply": "peelwise.api.certificate",
     "attach": "peelwise.integrations.huggingface",
     "audit": "peelwise.api.audit",
+    "check": "peelwise.api.check",
     "every": "peelwise.tasks.monitor.schedules",
     "log_spaced": "peelwise.tasks.monitor.schedules",
     "peel": "peelwise.api.peel",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,14 +77,19 @@ def progress_bar(what: str) -> Iterator[Watcher]:
         task = bar.add_task(what, total=1.0, left="")
 
         def watch(step: Step) -> None:
-            total = step.elapsed_seconds + step.left_seconds
             detail = f" ({step.done} of {step.total})" if step.total else ""
-            left = f"at most {_minutes(step.left_seconds)} left" if step.left_seconds else "finishing"
-            bar.update(
-                task, description=stage_words(step.stage) + detail, completed=step.elapsed_seconds / total, left=left
-            )
+            completed, left = _progress(step)
+            bar.update(task, description=stage_words(step.stage) + detail, completed=completed, left=left)
 
         yield watch
+
+
+def _progress(step: Step) -> tuple[float, str]:
+    """Return how much of the bar is done, and what is said of the rest; without a budget, of this stage alone."""
+    if math.isinf(step.left_seconds):
+        return (step.done / step.total if step.total else 0.0), f"{_minutes(step.elapsed_seconds)} so far"
+    left = f"at most {_minutes(step.left_seconds)} left" if step.left_seconds else "finishing"
+    return step.elapsed_seconds / (step.elapsed_seconds + step.left_seconds), left
 
 
 def _line_per_stage() -> Watcher:

@@ -284,7 +284,7 @@ _ROWS = (
         ),
         _Row(
             "singular_tail",
-            "tail of singular values",
+            "tail of the spectrum",
             "of the median",
             "A small singular value (95 % lie above it) over the median: near 0 where the matrix is of low rank.",
         ),
@@ -292,7 +292,7 @@ _ROWS = (
         _Row("row_dispersion", "dispersion of rows", "", "Standard deviation of the log norms of the rows (outputs)."),
         _Row(
             "column_dispersion",
-            "dispersion of columns",
+            "spread of column norms",
             "",
             "Standard deviation of the log norms of the columns (inputs).",
         ),
@@ -306,13 +306,13 @@ _ROWS = (
         ),
         _Row(
             "weight_kurtosis",
-            "kurtosis of weights",
+            "weight kurtosis",
             "",
             "Fourth moment over squared variance: 3 for a normal distribution.",
         ),
         _Row(
             "smallest_head_share",
-            "smallest head",
+            "share of the smallest head",
             "of the mean head",
             "Smallest share of a head in a matrix of attention: 0 where a head is dead.",
             side="low",
@@ -325,14 +325,14 @@ _ROWS = (
         ),
         _Row(
             "large_weights",
-            "weights above one deviation",
+            "share of large weights",
             "of its weights",
             "Share of entries above one standard deviation (ZD).",
             quotient=False,
         ),
         _Row(
             "zero_share",
-            "all-zero rows and columns",
+            "share of all-zero rows and columns",
             "of rows and columns",
             "Rows and columns all of whose weights are zero.",
             quotient=False,
@@ -429,7 +429,7 @@ _ROWS = (
         ),
         _Row(
             "massive_share",
-            "massive coordinates",
+            "share of massive coordinates",
             "of the energy",
             "Energy of a block's update in coordinates above ten root mean squares.",
             quotient=False,
@@ -477,7 +477,7 @@ _ROWS = (
         ),
         _Row(
             "gain_evidence",
-            "evidence of wrong scales",
+            "evidence for other scales",
             "of chance",
             "Natural-gradient energy of one scale per channel, mean over channels: about 1 where no channel wants "
             "another scale.",

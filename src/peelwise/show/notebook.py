@@ -12,10 +12,12 @@ from types import MappingProxyType
 
 from peelwise.records.audit import AuditRecord, BlockRecord
 from peelwise.records.base import Colour, Interval, ModelRecord
+from peelwise.records.check import BlockCheck, CheckRecord
 from peelwise.records.peel import PeelRecord
 from peelwise.records.quantcheck import LayerCheck, QuantcheckRecord
 from peelwise.records.run import COLOURS, WHOLE_MODEL, Measurement
 from peelwise.show.audit import words as audit_words
+from peelwise.show.check import words as check_words
 from peelwise.show.html.markup import esc
 from peelwise.show.peel import words as peel_words
 from peelwise.show.quantcheck import words as quantcheck_words
@@ -42,8 +44,10 @@ _QUIET = "opacity:.75"
 _CLOUDS: Mapping[str, Colour] = MappingProxyType({"red": "red", "yellow": "yellow", "green": "green"})
 
 
-def record_html(record: AuditRecord | PeelRecord | QuantcheckRecord) -> str:
+def record_html(record: AuditRecord | CheckRecord | PeelRecord | QuantcheckRecord) -> str:
     """Return the fragment of any record."""
+    if isinstance(record, CheckRecord):
+        return _check(record)
     if isinstance(record, QuantcheckRecord):
         return _quantcheck(record)
     return _peel(record) if isinstance(record, PeelRecord) else _audit(record)
@@ -244,6 +248,61 @@ def _quantcheck(record: QuantcheckRecord) -> str:
         "" if loss.kept else _line(quantcheck_words.NOT_KEPT, bold=True),
         *(_line(f"Note: {note_words(note)}", quiet=True) for note in record.notes),
         _line(f"Cost: {duration(record.cost.wall_seconds)}.", quiet=True),
+    )
+
+
+def _check(record: CheckRecord) -> str:
+    named = check_words.named_blocks(record)
+    reasons = [
+        [
+            str(each.block),
+            esc(check_words.score_words(each.score)),
+            *(esc(cell) for cell in check_words.reason_cells(reason)),
+        ]
+        for each in record.unlike or ()
+        for reason in each.reasons
+    ]
+    factors = [
+        [str(one.block), esc(check_words.part_words(one.part)), f"{one.factor:.3g}", _interval(one.gain)]
+        for one in check_words.shown_witnesses(record)
+    ]
+    headers = ["block", "score", "signal", "part", "value", "neighbours", "robust z"]
+    return fragment(
+        _title(record.model.name, _facts(record.model)),
+        _line(check_words.conclusion(record)),
+        _scores(record.blocks, named, record.threshold),
+        _table(headers, reasons, f"Unlike their neighbours ({len(named)})"),
+        _table(["block", "part", "factor", "gain, nats/token"], factors, f"Gain witnesses ({len(factors)})"),
+        *(_line(f"Note: {note_words(note)}", quiet=True) for note in record.notes),
+        _line(f"Cost: {duration(record.cost.wall_seconds)}. {check_words.UNLIKE}", quiet=True),
+    )
+
+
+def _scores(blocks: Sequence[BlockCheck], named: Sequence[int], threshold: float) -> str:
+    """Return a bar for each block, as high as its score; named blocks are filled, with their number below."""
+    if all(block.score is None for block in blocks):
+        return ""
+    step, height = max(6, min(_TILE, 900 // len(blocks))), 44
+    bars = []
+    for place, block in enumerate(blocks):
+        tall = height * check_words.share_of_bar(block.score, threshold)
+        is_named = block.index in named
+        bars.append(
+            f"<g><title>{esc(f'block {block.index}: score {check_words.score_words(block.score)}')}</title>"
+            f'<rect x="{place * step}" y="{height - tall:.1f}" width="{step - 2}" height="{tall:.1f}" '
+            f'fill="currentColor" opacity="{1 if is_named else 0.35}"/>'
+            + (
+                f'<text x="{place * step + step / 2 - 1:.0f}" y="{height + 13}" text-anchor="middle" font-size="11" '
+                f'font-weight="700" fill="currentColor">{block.index}</text></g>'
+                if is_named
+                else "</g>"
+            )
+        )
+    width, said = len(blocks) * step, f"Scores of {len(blocks)} blocks, {len(named)} unlike their neighbours"
+    return (
+        f'<svg role="img" aria-label="{esc(said)}" width="{width}" height="{height + 16}" '
+        f'viewBox="0 0 {width} {height + 16}" style="max-width:100%;height:auto;display:block;margin:8px 0 4px">'
+        f"{''.join(bars)}</svg>"
     )
 
 

@@ -13,6 +13,10 @@ of certificates; they stay. Titles are for people.
 *Compared*: what `to_median` and `to_trend` hold in the run history, a quotient (2 means twice as much) or a difference;
 of codes, steps and the edges of the cloud both are null. *Event*: a lasting change against all other blocks is told,
 see [monitor](monitor.md). *Trackers*: it goes to live loggers too.
+
+*Over depth*: what [`peelwise check`](check.md) compares with the blocks around, a query matrix with query matrices, as
+a quotient or a difference. A part is a linear layer, a norm, attention or the MLP, and the key is `NAME.PART`. They
+stand in the record of a check only, not in the run history.
 """
 _KINDS: dict[Kind, str] = {
     "refinement": "Measured by refining blocks, on the report part, with 95 % intervals",
@@ -21,6 +25,13 @@ _KINDS: dict[Kind, str] = {
     "weights": "From the weights, free",
     "codes": "From the codes of low-bit layers in training, free",
     "model": "Of the whole model (block -1)",
+    "matrix": "Over depth: of each linear layer's weights",
+    "neurons": "Over depth: of the MLP's neurons, from the weights",
+    "gain": "Over depth: of each norm's gains",
+    "kin": "Over depth: of a weight beside the same weight of other blocks",
+    "stream": "Over depth: of a block's input and output, from a pass forward",
+    "update": "Over depth: of what attention and MLP add to the stream, from a pass forward",
+    "gate": "Over depth: of each part's output and its gradient, from a pass backward",
 }
 _TITLES = "| name | title | unit | meaning | compared | event | trackers | certificate only |"
 

@@ -7,17 +7,21 @@ from pathlib import Path
 from rich.console import Console, RenderableType
 
 from peelwise.records.audit import AuditRecord
+from peelwise.records.check import CheckRecord
 from peelwise.records.peel import PeelRecord
 from peelwise.records.quantcheck import QuantcheckRecord
 from peelwise.show.audit import report, terminal
 from peelwise.show.audit import words as audit_words
+from peelwise.show.check import report as check_report
+from peelwise.show.check import terminal as check_terminal
+from peelwise.show.check import words as check_words
 from peelwise.show.peel import report as peel_report
 from peelwise.show.peel import terminal as peel_terminal
 from peelwise.show.peel import words as peel_words
 from peelwise.show.quantcheck import terminal as quantcheck_terminal
 from peelwise.show.quantcheck import words as quantcheck_words
 
-PageRecord = AuditRecord | PeelRecord
+PageRecord = AuditRecord | CheckRecord | PeelRecord
 AnyRecord = PageRecord | QuantcheckRecord
 
 
@@ -30,6 +34,8 @@ def render(record: AnyRecord, folder: Path | str | None = None) -> RenderableTyp
     """
     if isinstance(record, QuantcheckRecord):
         return quantcheck_terminal.render(record)
+    if isinstance(record, CheckRecord):
+        return check_terminal.render(record, folder)
     if isinstance(record, PeelRecord):
         return peel_terminal.render(record, folder)
     return terminal.render(record, folder)
@@ -44,6 +50,8 @@ def conclusion(record: AnyRecord) -> str:
     """Return in a few sentences what was found."""
     if isinstance(record, QuantcheckRecord):
         return quantcheck_words.conclusion(record)
+    if isinstance(record, CheckRecord):
+        return check_words.conclusion(record)
     return peel_words.conclusion(record) if isinstance(record, PeelRecord) else audit_words.conclusion(record)
 
 
@@ -51,6 +59,8 @@ def render_html(record: PageRecord) -> str:
     """Return the report as one self-contained HTML document.
 
     Raises:
-        MissingExtraError: If matplotlib is not installed.
+        MissingExtraError: If matplotlib is not installed, which the page of a check does not need.
     """
+    if isinstance(record, CheckRecord):
+        return check_report.render_html(record)
     return peel_report.render_html(record) if isinstance(record, PeelRecord) else report.render_html(record)

@@ -44,7 +44,7 @@ STAGES: Mapping[str, str] = MappingProxyType(
     {
         "losses": "losses of the model as it stands",
         "statistics": "statistics of all blocks",
-        "ablation": "ablation of every block",
+        "ablation": "ablation (blocks skipped one at a time)",
         "joint-rounds": "refining all blocks together",
         "joint-rounds-dense": "refining all blocks together, without the low-bit formats",
         "leave-one-out": "leaving each block out of the composed witness",
@@ -57,6 +57,9 @@ STAGES: Mapping[str, str] = MappingProxyType(
         "untrained-control": "control: untrained",
         "best-weights": "best weights of every layer",
         "best-weights-losses": "losses with the best weights",
+        "weight-signals": "signals of the weights",
+        "pass-signals": "signals of a pass forward and back",
+        "gain-witnesses": "gain witnesses: factors on parts of blocks that stand out",
     }
 )
 
@@ -84,6 +87,10 @@ NOTES: Mapping[str, str] = MappingProxyType(
         "shown with the model's own head.",
         "other-tensors": "{count} other tensors differ too, such as {name} (embedding, norms, head). What they cost "
         "counts as quantisation gap.",
+        "no-text": "Without text there are signals of the weights alone: no slopes, no ablation, no gain witnesses.",
+        "no-gradients": "The model cannot be differentiated, so the signals of the backward pass are missing: gain "
+        "slopes and all that is made from gradients.",
+        "few-blocks": "A model of {blocks} blocks has no depth to compare with: at least five are needed for a score.",
         "left-out": "{count} parameters of the blocks ({share:.1%} of their numbers) are in no linear layer that is "
         "called, so they are neither refined nor judged: {names}. Nothing is said of them.",
     }

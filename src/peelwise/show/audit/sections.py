@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peelwise.records.audit import AuditRecord, BlockRecord
-from peelwise.records.base import Interval, SealedRecord
+from peelwise.records.base import Interval, ProbeRecord, SealedRecord
 from peelwise.records.signals import RANKED_BY, SIGNALS
 from peelwise.show.audit import charts
 from peelwise.show.audit.words import reasons
@@ -219,32 +219,40 @@ def cost(record: SealedRecord) -> str:
     )
 
 
-def origin(record: SealedRecord) -> str:
-    """Show what exactly was audited, on which text, with which settings and versions."""
-    model, probe = record.model, record.probe
+def origin(record: SealedRecord, title: str = "What was audited") -> str:
+    """Show what exactly was measured, on which text, with which settings and versions."""
+    model = record.model
     about = (
         ("model", model.name),
         ("source", model.source or "not stated"),
         ("fingerprint", model.fingerprint),
-        ("probe", probe.source),
-        ("probe fingerprint", probe.fingerprint),
-        ("fit", f"{probe.fit_tokens:,} tokens in {probe.fit_sequences:,} sequences"),
-        ("select", f"{probe.select_tokens:,} tokens in {probe.select_sequences:,} sequences"),
-        ("report", f"{probe.report_tokens:,} tokens in {probe.report_sequences:,} sequences"),
-        ("sequence length", f"{probe.sequence_length:,}"),
-        ("seed", record.seed),
+        *_about_text(record.probe, record.seed),
     )
     settings = [(name, "not set" if value is None else value) for name, value in sorted(record.settings.items())]
     notes = "".join(f"<li>{esc(note_words(note))}</li>" for note in record.notes)
     return section(
         "origin",
-        "What was audited",
+        title,
         f"<h3>Notes</h3><ul>{notes}</ul>" if notes else "",
         pairs(about),
         "<h3>Settings</h3>",
         pairs(settings),
         "<h3>Versions</h3>",
         pairs(sorted(record.versions.items())),
+    )
+
+
+def _about_text(probe: ProbeRecord | None, seed: int) -> tuple[tuple[str, object], ...]:
+    if probe is None:  # a check of weights alone
+        return (("probe", "none: weights alone"),)
+    return (
+        ("probe", probe.source),
+        ("probe fingerprint", probe.fingerprint),
+        ("fit", f"{probe.fit_tokens:,} tokens in {probe.fit_sequences:,} sequences"),
+        ("select", f"{probe.select_tokens:,} tokens in {probe.select_sequences:,} sequences"),
+        ("report", f"{probe.report_tokens:,} tokens in {probe.report_sequences:,} sequences"),
+        ("sequence length", f"{probe.sequence_length:,}"),
+        ("seed", seed),
     )
 
 

@@ -50,6 +50,7 @@ BAR_CELLS = 8
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 # One character each, so that columns stay aligned where the terminal cannot show the original.
 _ASCII = str.maketrans({"±": "~", "·": "-", "–": "-", "—": "-", "→": ">", "…": "."} | dict.fromkeys("▏▎▍▌", " "))
+_ASCII |= str.maketrans(dict.fromkeys("▁▂", ".") | dict.fromkeys("▃▄", "o") | dict.fromkeys("▅▆▇", "O"))
 _ASCII |= str.maketrans(dict.fromkeys("▋▊▉█", "#") | {"■": "#", "▲": "^", "●": "o", "◇": "?"})
 
 
