@@ -29,6 +29,10 @@ CELLS = {
         'peelwise.peel(model, probe, peelwise.PeelSettings("1m", [[1, 2, 3]], rounds=1, controls=False))',
         ("1 2 3", "gain over model"),
     ),
+    "check": (
+        "peelwise.check(model, probe, peelwise.CheckSettings(('gain_slope',)))",
+        ("no depth to compare with", "LlamaForCausalLM"),
+    ),
     "quantcheck": (
         "low = ZOO['llama'](); quantize_(low, 'int3')\n"
         "peelwise.quantcheck(low, model, probe, peelwise.QuantcheckSettings('1m', max_sweeps=1))",

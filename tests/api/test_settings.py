@@ -22,8 +22,8 @@ FEW = {"tokens": 1_200, "sequence_length": 32}
 def test_settings_come_without_torch():
     code = (
         "import sys; sys.modules['torch'] = None; import peelwise as p; "
-        "print(p.AuditSettings('5m').budget_seconds, p.PeelSettings(), p.QuantcheckSettings(), p.OpenOptions(), "
-        "p.ProbeOptions())"
+        "print(p.AuditSettings('5m').budget_seconds, p.PeelSettings(), p.QuantcheckSettings(), p.CheckSettings(), "
+        "p.OpenOptions(), p.ProbeOptions())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("300.0 ")
