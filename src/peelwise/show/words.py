@@ -87,12 +87,12 @@ NOTES: Mapping[str, str] = MappingProxyType(
         "shown with the model's own head.",
         "other-tensors": "{count} other tensors differ too, such as {name} (embedding, norms, head). What they cost "
         "counts as quantisation gap.",
+        "left-out": "{count} parameters of the blocks ({share:.1%} of their numbers) are in no linear layer that is "
+        "called, so they are neither refined nor judged: {names}. Nothing is said of them.",
         "no-text": "Without text there are signals of the weights alone: no slopes, no ablation, no gain witnesses.",
         "no-gradients": "The model cannot be differentiated, so the signals of the backward pass are missing: gain "
         "slopes and all that is made from gradients.",
         "few-blocks": "A model of {blocks} blocks has no depth to compare with: at least five are needed for a score.",
-        "left-out": "{count} parameters of the blocks ({share:.1%} of their numbers) are in no linear layer that is "
-        "called, so they are neither refined nor judged: {names}. Nothing is said of them.",
     }
 )
 

@@ -90,7 +90,7 @@ def test_the_table_has_signals_factors_and_what_they_gain() -> None:
     row = next(line for line in text.splitlines() if line.startswith(f"   {NAMED}") and "weight RMS" in line)
     assert row.split() == ["15", "12", "weight", "RMS", "mlp.down_proj", "0.0021", "0.07", "-41.0", "-0.2100"]
     assert "+1.300 [1.100, 1.500]" in text
-    assert "1 factors were found whose gain may be nothing" in text or "1 factor was found" in text
+    assert "Of 1 more factor the gain may be nothing" in text
     assert "out/check" in text
     assert "lowers the loss" in text
 
@@ -184,7 +184,7 @@ def test_quotients_are_logarithmic_and_differences_bear_a_block_far_out() -> Non
     one, two, three = heights("weight_rms", (1.0, 10.0, 100.0))
     assert one - two == pytest.approx(two - three, abs=0.2)
     usual = heights("linear_cka", (0.1, 0.2, 0.3, 0.2, 0.1, 0.2, 1000.0))
-    assert usual[0] - usual[2] > 8  # still told apart, in a chart of 106
+    assert usual[0] - usual[2] > 4  # a linear scale would draw them 0.02 apart
     assert usual[6] < usual[2]
 
 
@@ -206,7 +206,7 @@ def test_the_main_parts_are_there(pages: dict[str, str]) -> None:
         record.model.fingerprint,
         "+1.3000 [+1.1000, +1.5000]",
         "Block 15: score 12",
-        "1 of 30 blocks",
+        "of 30 blocks",
     ):
         assert part in text
     assert "Without text there are signals of the weights alone" in text_of(pages["weights"])

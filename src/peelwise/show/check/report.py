@@ -20,6 +20,7 @@ from peelwise.show.check.words import (
     named_blocks,
     part_words,
     reason_words,
+    rest_words,
     score_words,
     share_of_bar,
     shown_witnesses,
@@ -170,7 +171,7 @@ def _witnesses(record: CheckRecord) -> str:
     titles = ("block", "part", "factor", "gain, nats per token", "gain on select", "together")
     listing = table(titles, cells, caption="Gain witnesses") if shown else ""
     rest = len(record.gain_witnesses) - len(shown)
-    more = paragraph(f"{rest} factors whose gain may be nothing are in check.json.", "small") if rest else ""
+    more = paragraph(rest_words(rest), "small") if rest else ""
     return section("witnesses", "Gain witnesses: factors on parts of a block", paragraph(about), listing, more)
 
 

@@ -23,6 +23,7 @@ from peelwise.show.check.words import (
     named_blocks,
     part_words,
     reason_cells,
+    rest_words,
     score_words,
     share_of_bar,
     shown_witnesses,
@@ -167,7 +168,7 @@ def _witnesses(record: CheckRecord) -> RenderableType:
         lines.append(Text(f"and {len(shown) - MOST_WITNESSES} more in the record.", style="dim"))
     rest = len(record.gain_witnesses) - len(shown)
     if rest:
-        lines.append(Text(f"{rest} factors were found whose gain may be nothing; the record holds them.", style="dim"))
+        lines.append(Text(rest_words(rest), style="dim"))
     return Group(*lines)
 
 

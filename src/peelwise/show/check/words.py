@@ -151,6 +151,11 @@ def deviation_words(deviation: float) -> str:
     return f"{deviation:+.1f}" if abs(deviation) < 999.95 else f"{deviation:+.0e}"
 
 
+def rest_words(count: int) -> str:
+    """Return what is said of factors whose gain is not shown."""
+    return f"Of {count} more factor{'' if count == 1 else 's'} the gain may be nothing; they are in the record."
+
+
 def blocks_words(count: int) -> str:
     """Return a number of blocks."""
     return f"{count} block{'' if count == 1 else 's'}"
