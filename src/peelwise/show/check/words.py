@@ -21,7 +21,7 @@ UNLIKE = (
 )
 NOT_EXCLUDED = (
     "This does not exclude a fault that all blocks share, one that these signals do not see, or blocks that are "
-    "under-optimised alike, which peelwise audit measures."
+    "under-trained alike, which peelwise audit measures."
 )
 _WEIGHTS_ALONE = "Only weights were looked at, not what the model does with a text."
 
@@ -200,8 +200,9 @@ def _limits(record: CheckRecord) -> str:
     return _WEIGHTS_ALONE if record.probe is None else ""
 
 
-def _gained(witness: GainWitness) -> float:
-    return witness.gain.mean
+def _gained(witness: GainWitness) -> tuple[float, bool]:
+    """Return what a factor gains; of a branch and a layer in it with the same gain, the branch says more."""
+    return round(witness.gain.mean, 3), witness.part in _BRANCHES
 
 
 def _lowers(gain: Interval) -> str:
