@@ -91,6 +91,7 @@ def test_a_module_without_probe_and_tokenizer_is_checked_by_its_weights(model: A
     )
 
 
+@pytest.mark.filterwarnings("ignore:Only 6 sequences")  # a little text is enough for the signals
 def test_with_a_tokenizer_the_default_is_a_little_reference_prose() -> None:
     few = peelwise.CheckSettings(("gain_slope",), most_witnesses=0)
     record = peelwise.check(stage_folder("early"), settings=few).record
