@@ -11,7 +11,7 @@ from show.sample import HOSTILE, MATRICES, interval, whole
 NAMED = 15
 REASONS = (
     SignalReason(signal="weight_rms", part="mlp.down_proj", value=0.0021, typical=0.07, deviation=-41.0),
-    SignalReason(signal="gain_t", part="mlp", value=12.3, typical=-0.4, deviation=12.7),
+    SignalReason(signal="gain_t", part="mlp", value=12.3, typical=0.0, deviation=12.3),
     SignalReason(signal="linear_cka", part="", value=0.41, typical=0.93, deviation=-9.2),
 )
 
@@ -83,7 +83,7 @@ def hostile_check() -> CheckRecord:
 def _block(index: int, named: bool, *, text: bool) -> BlockCheck:
     wobble = math.sin(3.1 * index)
     signals = {f"weight_rms.{part}": 0.07 + 0.002 * wobble for part in MATRICES}
-    signals |= {"gain_rms.input_layernorm": 1.0, "neuron_pairing.mlp": 0.6 + 0.05 * wobble}
+    signals |= {"gain_rms.input_layernorm": 1.0, "neuron_mismatch.mlp": 0.6 + 0.05 * wobble}
     if text:
         signals |= {"linear_cka": 0.93 + 0.01 * wobble, "gain_t.mlp": 0.4 * wobble, "gain_t.mlp.inner": 0.3 * wobble}
         if index:

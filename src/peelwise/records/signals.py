@@ -274,7 +274,7 @@ _ROWS = (
     *_over_depth(
         "matrix",
         "peelwise.engine.depth.weights",
-        _Row("weight_rms", "size of a weight", "", "Root mean square of a matrix's entries."),
+        _Row("weight_rms", "weight RMS", "", "Root mean square of a matrix's entries."),
         _Row("stable_rank", "stable rank", "", "Squared Frobenius norm over squared largest singular value."),
         _Row(
             "effective_rank",
@@ -289,7 +289,7 @@ _ROWS = (
             "A small singular value (95 % lie above it) over the median: near 0 where the matrix is of low rank.",
         ),
         _Row("hill_alpha", "Hill exponent", "", "Of the eigenvalues above the median; small means heavy-tailed."),
-        _Row("row_dispersion", "dispersion of rows", "", "Standard deviation of the log norms of the rows (outputs)."),
+        _Row("row_dispersion", "spread of row norms", "", "Standard deviation of the log norms of the rows (outputs)."),
         _Row(
             "column_dispersion",
             "spread of column norms",
@@ -319,7 +319,7 @@ _ROWS = (
         ),
         _Row(
             "largest_head_share",
-            "largest head",
+            "share of the largest head",
             "of the mean head",
             "Largest share of a head in a matrix of attention.",
         ),
@@ -341,7 +341,7 @@ _ROWS = (
         ),
         _Row(
             "head_similarity",
-            "similarity of heads",
+            "similarity of two heads",
             "",
             "Largest correlation of two heads' weights: 1 for a copy.",
             quotient=False,
@@ -362,10 +362,10 @@ _ROWS = (
     *_over_depth(
         "gain",
         "peelwise.engine.depth.weights",
-        _Row("gain_rms", "size of a gain", "", "Root mean square of a norm's gains."),
+        _Row("gain_rms", "gain RMS", "", "Root mean square of a norm's gains."),
         _Row(
             "gain_dispersion",
-            "dispersion of gains",
+            "spread of gains",
             "",
             "Standard deviation of the log of a norm's absolute gains.",
         ),
@@ -514,7 +514,7 @@ _ROWS = (
         "peelwise.engine.depth.joint",
         _Row(
             "marginal_evidence",
-            "marginal evidence of wrong scales",
+            "marginal evidence for other scales",
             "of chance",
             "What the gain slopes of this block explain that those of all others do not, over its expectation by "
             "chance; a damaged block's own, where every block behind it has large slopes too.",

@@ -32,6 +32,7 @@ _KINDS: dict[Kind, str] = {
     "stream": "Over depth: of a block's input and output, from a pass forward",
     "update": "Over depth: of what attention and MLP add to the stream, from a pass forward",
     "gate": "Over depth: of each part's output and its gradient, from a pass backward",
+    "joint": "Over depth: of the gain slopes of all blocks together, from a pass backward",
 }
 _TITLES = "| name | title | unit | meaning | compared | event | trackers | certificate only |"
 

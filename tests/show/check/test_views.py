@@ -88,7 +88,7 @@ def test_few_blocks_are_numbered_with_their_scores() -> None:
 def test_the_table_has_signals_factors_and_what_they_gain() -> None:
     text = printed(RECORDS["whole"], 120)
     row = next(line for line in text.splitlines() if line.startswith(f"   {NAMED}") and "weight RMS" in line)
-    assert row.split() == ["15", "12", "weight", "RMS", "mlp.down_proj", "0.0021", "0.07", "-41.0", "-0.2100"]
+    assert row.split() == ["15", "12", "weight", "RMS", "mlp.down_proj", "0.0021", "0.07", "41.0", "-0.2100"]
     assert "+1.300 [1.100, 1.500]" in text
     assert "Of 1 more factor the gain may be nothing" in text
     assert "out/check" in text
@@ -150,7 +150,7 @@ def test_every_signal_has_its_chart_with_a_line_for_each_part_and_the_block_mark
     root = ET.fromstring(pages["whole"])
     charts_of = {e.attrib["id"]: e for e in root.iter("figure") if e.attrib.get("id", "").startswith("signal-")}
     assert set(charts_of) == {
-        f"signal-{name}" for name in ("weight_rms", "neuron_pairing", "linear_cka", "gain_t", "successive_cosine")
+        f"signal-{name}" for name in ("weight_rms", "neuron_mismatch", "linear_cka", "gain_t", "successive_cosine")
     }
     weights = charts_of["signal-weight_rms"]
     assert [title.text for title in weights.iter("title")][-1] == "mlp.down_proj"

@@ -48,12 +48,11 @@ def reason(signal: str, part: str, value: float, typical: float | None) -> Signa
         (reason("linear_cka", "", 0.41, None), "The linear CKA is 0.41."),
         (
             reason("gain_t", "attention", 12.3, -0.4),
-            "The t-value of the gain slope of attention is 12.3, its neighbours' -0.4: "
-            "less of it would lower the loss.",
+            "The t-value of the gain slope of attention is 12.3: less of it would lower the loss.",
         ),
         (
             reason("gain_slope", "mlp", -0.2, 0.01),
-            "The gain slope of the MLP is -0.2, its neighbours' 0.01: more of it would lower the loss.",
+            "The gain slope of the MLP is -0.2: more of it would lower the loss.",
         ),
         (
             reason("of_a_newer_version", "mlp.inner", 2.0, 1.0),
@@ -137,4 +136,4 @@ def test_numbers_fit_into_a_tile_and_a_bar() -> None:
     assert [score_words(s) for s in (None, 0.04, 9.94, 9.96, 998.0, 1e30)] == ["–", "0.0", "9.9", "10", "998", "1k+"]
     assert [share_of_bar(s, 6.0) for s in (None, -1.0, 6.0, 12.0, 1e9)] == [0.0, 0.0, 0.5, 1.0, 1.0]
     assert share_of_bar(1.0, 0.0) == 1.0
-    assert [deviation_words(d) for d in (7.04, -41.0, 5.2e5)] == ["+7.0", "-41.0", "+5e+05"]
+    assert [deviation_words(d) for d in (7.04, -41.0, 5.2e5)] == ["7.0", "41.0", "5e+05"]

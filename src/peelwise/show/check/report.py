@@ -227,8 +227,8 @@ def _reading(record: CheckRecord) -> str:
     lines = [
         UNLIKE,
         NOT_EXCLUDED,
-        "A signal is compared with the same part of the blocks up to a few away, over the robust spread of such "
-        "differences over depth (robust z). The score of a block combines its signals.",
+        "The score of a block combines what its gain slopes say that those of other blocks do not, how far its signals "
+        "of structure are from those of the blocks up to three away (robust z), and what a few factors gain.",
         "A large gain slope says that less (above 0) or more (below 0) of what a part gives would lower the loss; it "
         "is the derivative, not a proof.",
     ]

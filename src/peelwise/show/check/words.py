@@ -62,16 +62,15 @@ def reason_words(reason: SignalReason) -> str:
     """Return what one signal says of a block, its value beside that of the neighbours."""
     of = f" of {part_words(reason.part)}" if reason.part else ""
     subject, value = f"The {title_of(reason.signal)}{of}", significant(reason.value)
+    if reason.signal in _SLOPES:  # needs no neighbour: 0 is where nothing would be gained
+        return f"{subject} is {value}: {'less' if reason.value > 0 else 'more'} of it would lower the loss."
     if reason.typical is None:
         return f"{subject} is {value}."
     typical = significant(reason.typical)
     signal = SIGNALS.get(reason.signal)
     if signal is not None and signal.quotient and reason.value > 0 and reason.typical > 0:
         return f"{subject} is {_times(reason.value / reason.typical)} its neighbours' ({value} against {typical})."
-    said = f"{subject} is {value}, its neighbours' {typical}"
-    if reason.signal in _SLOPES:
-        said += f": {'less' if reason.value > 0 else 'more'} of it would lower the loss"
-    return f"{said}."
+    return f"{subject} is {value}, its neighbours' {typical}."
 
 
 def witness_words(witness: GainWitness) -> str:
@@ -148,7 +147,8 @@ def score_words(score: float | None) -> str:
 
 def deviation_words(deviation: float) -> str:
     """Return how many robust standard deviations a value is away, without the digits of what is far beyond."""
-    return f"{deviation:+.1f}" if abs(deviation) < 999.95 else f"{deviation:+.0e}"
+    away = abs(deviation)
+    return f"{away:.1f}" if away < 999.95 else f"{away:.0e}"
 
 
 def rest_words(count: int) -> str:
