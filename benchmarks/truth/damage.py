@@ -47,7 +47,7 @@ class Surgery:
 
     def set(self, parameter: Any, value: Tensor) -> None:
         """Write a value into a parameter; the old one comes back at the end."""
-        before = parameter.detach().clone()
+        before, value = parameter.detach().clone(), value.detach().clone()  # it may be a view of the parameter
 
         def back() -> None:
             with torch.no_grad():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import transformers
 
 import peelwise
 from audits import tiny_probe
+from peelwise.api.files import write_report
 from peelwise.errors import ModelError, OptionError, OutputError, ProbeError
 from peelwise.model.fingerprint import fingerprint
 from peelwise.records.check import CheckRecord
@@ -68,16 +68,20 @@ def test_frames_have_blocks_and_matrices_as_rows(report: peelwise.CheckReport) -
 
 def test_a_saved_report_is_read_again_and_not_replaced_unasked(report: peelwise.CheckReport, tmp_path: Path) -> None:
     folder = report.save(tmp_path / "out")
-    assert sorted(file.name for file in folder.iterdir()) == ["check.html", "check.json"]
-    assert CheckRecord.model_validate_json((folder / "check.json").read_text()) == report.record
-    assert json.loads((folder / "check.json").read_text())["kind"] == "check"
-    assert (folder / "check.html").read_text() == report.to_html()
+    files = {file.name for file in folder.iterdir()}
+    assert {"certificate.json", "report.html", "witness.safetensors"} <= files
+    saved = CheckRecord.model_validate_json((folder / "certificate.json").read_text())
+    assert saved.digest == saved.computed_digest()
+    assert saved.blocks == report.record.blocks
+    assert saved.kind == "check"
+    assert write_report(folder) == folder / "report.html"
+    assert (folder / "report.html").read_text() == report.to_html()
     with pytest.raises(OutputError, match="--force"):
         report.save(folder)
     assert report.save(folder, force=True) == folder
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    with pytest.raises(OutputError, match=r"holds no check\.json"):
+    with pytest.raises(OutputError, match=r"holds no certificate\.json"):
         report.save(tmp_path / "mine", force=True)
 
 

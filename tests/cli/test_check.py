@@ -35,13 +35,13 @@ def test_a_block_that_subtracts_is_named_in_words_with_its_proof_and_fails_if_as
     assert "Multiplying what the MLP gives by -0." in words
     assert "▲" in printed
     assert all(stage in progress for stage in ("signals of the weights", "gain witnesses", "ablation"))
-    record = CheckRecord.model_validate_json((out / "check.json").read_text())
+    record = CheckRecord.model_validate_json((out / "certificate.json").read_text())
     assert record.unlike is not None
     assert BLOCK in [each.block for each in record.unlike]
     assert record.probe is not None
     assert record.probe.source == "mine.txt"
     assert record.probe.fit_tokens + record.probe.select_tokens + record.probe.report_tokens <= 2_048
-    page = (out / "check.html").read_text()
+    page = (out / "report.html").read_text()
     assert f"<h3>Block {BLOCK}: score" in page
     code, _, error = run("check", broken_folder, "--out", out)
     assert code == 2

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from peelwise.api.inputs import Target, open_both, open_target
-from peelwise.api.report import Result, frame
+from peelwise.api.report import REPORT_FILE, Result, check_out, frame
+from peelwise.certificate.base import write_certificate
+from peelwise.certificate.check import factor_tensors
 from peelwise.engine.clock import Watcher
 from peelwise.errors import OptionError
 from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
 from peelwise.records.check import BlockCheck, CheckRecord, MatrixCheck
-from peelwise.records.folder import check_free, write_text_file, written_whole
 from peelwise.tasks.check.run import run_check
 from peelwise.tasks.check.settings import CHECK_TOKENS, CheckSettings
 
@@ -22,18 +23,18 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import nn
 
-CHECK_FILE, CHECK_PAGE = "check.json", "check.html"
-
 
 @dataclass(frozen=True, eq=False)
 class CheckReport(Result):
     """What a check found.
 
     Attributes:
-        record: every number, as in ``check.json``.
+        record: every number, as in ``certificate.json``.
+        probe: the token sequences that were used; ``None`` without text.
     """
 
     record: CheckRecord
+    probe: Probe | None = field(default=None, repr=False)
 
     def to_frame(self, rows: Literal["blocks", "matrices"] = "blocks") -> pd.DataFrame:
         """Return the signals as a data frame.
@@ -59,20 +60,17 @@ class CheckReport(Result):
         return render_html(self.record)
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
-        """Write ``check.json`` and the page ``check.html``; whole or not at all.
+        """Write the certificate: record, factors of the gain witnesses, probe and page; whole or not at all.
 
         Args:
             folder: must not exist or be empty, unless ``force``.
-            force: replace an earlier check.
+            force: replace an earlier result.
 
         Raises:
             OutputError: If the folder is taken or cannot be written.
         """
-        path = Path(folder)
-        check_free(path, force=force, ours=CHECK_FILE)
-        with written_whole(path) as temporary:
-            write_text_file(temporary / CHECK_FILE, self.to_json() + "\n")
-            write_text_file(temporary / CHECK_PAGE, self.to_html())
+        path = check_out(folder, force=force)
+        write_certificate(path, self.record, factor_tensors(self.record), self.probe, _pages)
         return path
 
 
@@ -101,7 +99,7 @@ def check(
         progress: called with a `Progress` at every step.
 
     Returns:
-        The report; print it, show it in a notebook, or ``save`` it as JSON and a page.
+        The report; print it, show it in a notebook, or ``save`` it as a certificate with its page.
 
     Raises:
         PeelwiseError: With one or two lines on what is wrong and what to do.
@@ -114,12 +112,12 @@ def check(
     if probe is not None and not text:
         raise OptionError("A probe and text=False exclude each other. Leave one of them out.")
     if out is not None:
-        check_free(Path(out), force=force, ours=CHECK_FILE)
+        check_out(out, force=force)
     target, drawn = _opened(model, probe, opening or OpenOptions(), text=text)
     record = run_check(
         target.model, drawn, settings or CheckSettings(), name=target.name, source=target.source, watcher=progress
     )
-    report = CheckReport(record)
+    report = CheckReport(record, drawn)
     if out is not None:
         report.save(out, force=force)
     return report
@@ -143,3 +141,9 @@ def _block_row(block: BlockCheck) -> dict[str, Any]:
 
 def _matrix_row(matrix: MatrixCheck) -> dict[str, Any]:
     return {"name": matrix.name, "block": matrix.block, "part": matrix.part} | matrix.signals
+
+
+def _pages(record: CheckRecord) -> dict[str, str]:
+    from peelwise.show.views import render_html
+
+    return {REPORT_FILE: render_html(record)}

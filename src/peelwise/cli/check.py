@@ -61,7 +61,7 @@ def check(
     allow_pickle: PickleOption = OpenOptions.allow_pickle,
     as_stored: StoredOption = OpenOptions.as_stored,
     tokenizer: TokenizerOption = None,
-    out: Annotated[Path | None, output(metavar="DIR", help="Folder for check.json and the page check.html.")] = None,
+    out: Annotated[Path | None, output(metavar="DIR", help="Folder for certificate, factors and report.")] = None,
     force: ForceOption = False,
     fail_on: Annotated[
         Literal["unlike"] | None, output(help="Exit with code 1 if a block is unlike its neighbours.")

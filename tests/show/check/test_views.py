@@ -230,7 +230,7 @@ def test_hostile_strings_are_text(pages: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("name", ["whole", "deep", "hostile"])
 def test_a_browser_opens_it_without_complaint(name: str, pages: dict[str, str], tmp_path: Path, chromium: str) -> None:
-    page = tmp_path / "check.html"
+    page = tmp_path / "report.html"
     page.write_text(pages[name], encoding="utf-8")
     dom, complaints = opened(page, tmp_path / "profile", chromium)
     assert complaints == []

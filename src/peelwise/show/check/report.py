@@ -122,7 +122,7 @@ def _stories(record: CheckRecord, rows: Rows, styles: Styles) -> str:
         return ""
     told = "".join(_story(record, each, rows, styles) for each in record.unlike[:MOST_STORIES])
     rest = len(record.unlike) - MOST_STORIES
-    more = paragraph(f"{blocks_words(rest)} more: their reasons are in check.json.", "small") if rest > 0 else ""
+    more = paragraph(f"{blocks_words(rest)} more: their reasons are in certificate.json.", "small") if rest > 0 else ""
     return section("unlike", "Unlike their neighbours", told, more)
 
 

@@ -203,6 +203,6 @@ def _closing(record: CheckRecord, folder: str | None) -> RenderableType:
     cost = f"Cost: {duration(record.cost.wall_seconds)}, peak memory {amount(record.cost.peak_bytes, 1024, 'B')}."
     lines.append(Text(cost, style="dim"))
     if folder is not None:
-        lines.append(Text(f"Files are in {clean(folder)}: the page check.html, every number in check.json."))
+        lines.append(Text(f"Files are in {clean(folder)}: the page report.html, every number in certificate.json."))
     lines.append(Text(UNLIKE, style="dim italic"))
     return Group(*lines)
