@@ -13,6 +13,7 @@ from peelwise.model import loading
 from peelwise.model.checkpoints import OpenedModel, open_model
 from peelwise.model.fingerprint import fingerprint
 from peelwise.model.weights import gguf_reader
+from peelwise.model.weights.gguf_header import check_gguf
 from peelwise.model.weights.gguf_reader import FileReader, dequantize
 
 gguf = pytest.importorskip("gguf")
@@ -117,7 +118,7 @@ def test_a_model_opens_the_same_with_either_reader(
     assert described(ours) == described(theirs)
     assert ours.tokenizer("aba")["input_ids"] == [2, 5, 0]
     raw = bytearray(file.read_bytes())
-    raw[-1] ^= 128  # a sign
+    raw[check_gguf(file).tensors["output.weight"].start + 1] ^= 128  # a sign: of a scale, or of a weight
     file.write_bytes(raw)
     assert described(ours) != described(open_model(file))
 
