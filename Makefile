@@ -95,6 +95,7 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/opening.py
 	$(BIN)/python benchmarks/audit_cost.py
 	$(BIN)/python benchmarks/monitor_share.py
 	$(BIN)/python benchmarks/monitor_growth.py

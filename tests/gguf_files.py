@@ -19,8 +19,13 @@ def llama_of_whole_blocks() -> LlamaForCausalLM:
     ).eval()
 
 
-def write_llama_gguf(model: LlamaForCausalLM, file: Path, kind: str) -> None:
-    """Write block matrices in the blocks of ``kind``, everything else in float32, without a tokenizer."""
+def write_llama_gguf(
+    model: LlamaForCausalLM, file: Path, kind: str, *, others: str = "F32", vocabulary: list[str] | None = None
+) -> None:
+    """Write block matrices in the blocks of ``kind``, embeddings in those of ``others``, and norms in float32.
+
+    With a vocabulary, which is that of bytes and single merges of its first two tokens, comes a tokenizer.
+    """
     gguf = pytest.importorskip("gguf")
     config, type_ = model.config, gguf.GGMLQuantizationType[kind]
     heads, key_value_heads = config.num_attention_heads, config.num_key_value_heads
@@ -35,14 +40,24 @@ def write_llama_gguf(model: LlamaForCausalLM, file: Path, kind: str) -> None:
     writer.add_rope_dimension_count(config.hidden_size // heads)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
+    if vocabulary is not None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(vocabulary)
+        writer.add_token_types([gguf.TokenType.NORMAL] * len(vocabulary))
+        writer.add_token_scores([-0.5 * n for n in range(len(vocabulary))])
+        writer.add_token_merges([f"{vocabulary[0]} {vocabulary[1]}"])
+        writer.add_bos_token_id(2)
+        writer.add_add_bos_token(True)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in model.state_dict().items():
         if "q_proj" in name or "k_proj" in name:
             weight = _interleaved(weight, heads if "q_proj" in name else key_value_heads)
         stored = names.get_name(name, try_suffixes=(".weight",))
         data = weight.float().numpy()
-        if "_proj" in name:
-            writer.add_tensor(stored, gguf.quants.quantize(data, type_), raw_dtype=type_)
+        if weight.ndim == 2:
+            form = type_ if "_proj" in name else gguf.GGMLQuantizationType[others]
+            writer.add_tensor(stored, gguf.quants.quantize(data, form), raw_dtype=form)
         else:
             writer.add_tensor(stored, data)
     writer.write_header_to_file()

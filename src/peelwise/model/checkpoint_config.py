@@ -103,7 +103,7 @@ def check_gguf_counts(file: Path, header: GgufHeader) -> None:
         ModelError: If the file announces more than it holds, or holds blocks that it does not announce.
     """
     name = header.values.get("general.architecture")
-    blocks = {int(found[1]) for tensor in header.shapes if (found := re.match(r"blk\.(\d{1,9})\.", tensor))}
+    blocks = {int(found[1]) for tensor in header.tensors if (found := re.match(r"blk\.(\d{1,9})\.", tensor))}
     for key, value in header.values.items():
         if not key.startswith(f"{name}.") or isinstance(value, bool) or not isinstance(value, int):
             continue

@@ -1,20 +1,20 @@
-"""transformers at work inside bounds: silent, offline, without kernels of others, and reading a GGUF file once."""
+"""transformers at work inside bounds: silent, offline, without kernels of others, and with our reader of GGUF files."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import importlib
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path, PurePath
 from typing import Any
 
 from peelwise.errors import MissingExtraError, ModelError
 from peelwise.model.checkpoint_files import brief, check_folder, read_json
+from peelwise.model.weights.gguf_reader import FileReader, dequantize
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken", "tekken.json")
 
@@ -34,7 +34,7 @@ def require_transformers() -> Any:
 
 @contextlib.contextmanager
 def contained() -> Iterator[None]:
-    """Let loaders work without output, network or kernels of others, and without reading the same header again.
+    """Let loaders work without output, network or kernels of others, and with our reader of GGUF files.
 
     What a checkpoint may name is checked before. This holds for what an architecture would fetch by itself.
     """
@@ -48,7 +48,7 @@ def contained() -> Iterator[None]:
         if find_spec("kernels") is not None:
             stack.enter_context(_replaced(importlib.import_module("kernels"), "get_kernel", _refuse_kernel))
         if find_spec("gguf") is not None:
-            _read_once(stack)
+            _read_quickly(stack)
         yield
 
 
@@ -128,26 +128,13 @@ def _refuse_kernel(*names: Any, **_: Any) -> Any:
     )
 
 
-def _read_once(stack: contextlib.ExitStack) -> None:
-    """Let the package gguf and its reader in transformers answer the same question once; each takes seconds."""
+def _read_quickly(stack: contextlib.ExitStack) -> None:
+    """Give the loaders our reader of GGUF files for that of the package, and its table of names once; seconds each."""
     import gguf
-    from transformers import modeling_gguf_pytorch_utils as reader
 
-    stack.enter_context(_replaced(gguf, "GGUFReader", functools.lru_cache(maxsize=1)(gguf.GGUFReader)))
+    stack.enter_context(_replaced(gguf, "GGUFReader", FileReader))
+    stack.enter_context(_replaced(gguf, "dequantize", dequantize))
     stack.enter_context(_replaced(gguf, "get_tensor_name_map", functools.lru_cache(gguf.get_tensor_name_map)))
-    stack.enter_context(_replaced(reader, "load_gguf_checkpoint", _parsed_once(reader.load_gguf_checkpoint)))
-
-
-def _parsed_once(parse: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Return a reader of GGUF metadata that parses each file once; callers change what they get."""
-    known = functools.lru_cache(maxsize=1)(lambda path: parse(path, return_tensors=False))
-
-    def load(path: Any, return_tensors: bool = False, **options: Any) -> dict[str, Any]:
-        if return_tensors or options:
-            return parse(path, return_tensors=return_tensors, **options)
-        return copy.deepcopy(known(str(path)))
-
-    return load
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Codes and scales of GGUF files as they are stored, for the linear layers of the model opened from the same file.
 
 A block is 32 neighbouring inputs (256 in ternary types) with a float16 scale, perhaps a float16 minimum, and codes of
-two, four, five or eight bits. Layouts are those of the ggml project; the reader is the ``gguf`` package.
+two, four, five or eight bits. Layouts and names of tensors are those of the ggml project.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from peelwise.errors import FormatError, MissingExtraError, UnsupportedModelErro
 from peelwise.formats.base import Encoded, Format
 from peelwise.formats.table import parse_format
 from peelwise.model.layers import Block, LinearLayer
-from peelwise.model.weights.gguf_header import check_gguf
+from peelwise.model.weights.gguf_reader import FileReader
 from peelwise.model.weights.held import Held
 
 _Bytes = NDArray[np.uint8]
@@ -49,8 +49,7 @@ def stored_layers(file: str | Path, blocks: Sequence[Block]) -> dict[LinearLayer
         import gguf
     except ImportError as error:
         raise MissingExtraError("Reading the blocks of a .gguf file", "gguf") from error
-    check_gguf(path)
-    reader = gguf.GGUFReader(path)
+    reader = FileReader(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     names = _names(gguf, reader, len(blocks))
     found = {}
@@ -95,10 +94,9 @@ def read_blocks(kind: str, data: _Bytes) -> tuple[Format, Encoded]:
     )
 
 
-def _names(gguf: Any, reader: Any, blocks: int) -> Any:
+def _names(gguf: Any, reader: FileReader, blocks: int) -> Any:
     """Return the package's table of tensor names for the architecture of the file."""
-    field = reader.get_field("general.architecture")
-    architecture = field.contents() if field is not None else None
+    architecture = reader.architecture
     known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
     if architecture not in known:
         raise UnsupportedModelError(f"Not yet: GGUF files of architecture {architecture!r}, whose names are not known.")

@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from peelwise.errors import MissingExtraError, ModelError
 from peelwise.model.checkpoint_files import check_present
@@ -25,6 +30,35 @@ _LEAST_BYTES_OF_KEY = 8 + 4 + 1  # length of the name, type, value
 _LEAST_BYTES_OF_TENSOR = 8 + 4 + 4 + 8  # length of the name, number of dimensions, type, offset
 _MOST_DIMENSIONS = 8
 _LARGEST_ALIGNMENT = 2**20
+_LENGTH = struct.Struct("<Q")
+
+
+@dataclass(frozen=True)
+class GgufField:
+    """A key's value as the package ``gguf`` hands it out.
+
+    Args:
+        types: Number of its type; of an array that of its elements too.
+        parts: What it consists of, one thing unless it is an array: texts as bytes, numbers as arrays ``[1]``.
+    """
+
+    types: list[int]
+    parts: Sequence[Any]
+
+    @property
+    def data(self) -> range:
+        """Which of the parts hold data: all of them."""
+        return range(len(self.parts))
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """Where a tensor lies: its type, its shape ``[d_out, d_in]`` in the order of torch, and bytes of the file."""
+
+    kind: int
+    shape: tuple[int, ...]
+    start: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -32,15 +66,15 @@ class GgufHeader:
     """What a GGUF file says about itself.
 
     Args:
-        values: Key -> value; arrays are left out, only their length is kept, in ``lengths``.
-        lengths: Key -> number of elements, of arrays.
-        shapes: Tensor -> shape ``[d_out, d_in]`` in the order of torch.
+        fields: Key -> value, of any kind.
+        values: Key -> value; arrays are left out.
+        tensors: Name -> where it lies.
         size: Bytes of the file.
     """
 
+    fields: dict[str, GgufField]
     values: dict[str, str | int | float | bool]
-    lengths: dict[str, int]
-    shapes: dict[str, tuple[int, ...]]
+    tensors: dict[str, GgufTensor]
     size: int
 
 
@@ -74,9 +108,19 @@ class _Cursor:
         return count
 
     def text(self) -> str:
-        size = self.number("Q")
-        start = self.skip(size)
-        return self.blob[start : start + size].decode("utf-8")
+        return self.texts(1)[0].decode("utf-8")
+
+    def texts(self, count: int) -> list[bytes]:
+        """Return so many texts in a row; a vocabulary has a hundred thousand, so nothing is called for each."""
+        found, blob, at, end = [], self.blob, self.at, len(self.blob)
+        for _ in range(count):
+            start = at + 8
+            at = start + _LENGTH.unpack_from(blob, at)[0]
+            if at > end:
+                raise EOFError(f"{at - start} bytes are announced at {start}, {end - start} are left")
+            found.append(blob[start:at])
+        self.at = at
+        return found
 
 
 def check_gguf(file: Path) -> GgufHeader:
@@ -111,56 +155,68 @@ def _read(blob: mmap.mmap, sizes: dict[int, tuple[int, int]]) -> GgufHeader:
         raise ValueError(f"version {version}, expected one of {_VERSIONS}")
     tensors = cursor.count("Q", _LEAST_BYTES_OF_TENSOR)
     keys = cursor.count("Q", _LEAST_BYTES_OF_KEY)
+    fields: dict[str, GgufField] = {}
     values: dict[str, str | int | float | bool] = {}
-    lengths: dict[str, int] = {}
     for _ in range(keys):
-        _read_value(cursor, cursor.text(), values, lengths)
-    shapes: dict[str, tuple[int, ...]] = {}
-    end = 0
-    for _ in range(tensors):
-        name = cursor.text()
-        if name in shapes:
-            raise ValueError(f"tensor {name[:80]!r} comes twice")
-        dimensions = cursor.number("I")
-        if not 1 <= dimensions <= _MOST_DIMENSIONS:
-            raise ValueError(f"tensor {name[:80]!r} has {dimensions} dimensions")
-        shape = tuple(reversed([cursor.number("Q") for _ in range(dimensions)]))
-        kind, offset = cursor.number("I"), cursor.number("Q")
-        if kind not in sizes:
-            raise ValueError(f"tensor {name[:80]!r} is of the unknown type {kind}")
-        weights, size = sizes[kind]
-        if not all(shape) or shape[-1] % weights:
-            raise ValueError(f"tensor {name[:80]!r} has shape {shape}, expected rows of whole blocks of {weights}")
-        shapes[name] = shape
-        end = max(end, offset + prod(shape) // weights * size)
+        key = cursor.text()
+        if key in fields:
+            raise ValueError(f"key {key[:80]!r} comes twice")
+        fields[key] = field = _read_field(cursor, key)
+        if field.types[0] != _ARRAY:
+            values[key] = field.parts[0].decode("utf-8") if field.types[0] == _STRING else field.parts[0].item()
+    table = [_read_tensor(cursor, sizes) for _ in range(tensors)]
     alignment = values.get("general.alignment", 32)
-    if not isinstance(alignment, int) or not 1 <= alignment <= _LARGEST_ALIGNMENT:
-        raise ValueError(f"general.alignment is {alignment!r}")
+    if not isinstance(alignment, int) or not 1 <= alignment <= _LARGEST_ALIGNMENT or alignment & (alignment - 1):
+        raise ValueError(f"general.alignment is {alignment!r}, expected a power of two")
     begin = -(-cursor.at // alignment) * alignment
-    if not shapes or begin + end > len(blob):
-        raise ValueError(f"{len(shapes)} tensors need {begin + end} bytes")
-    return GgufHeader(values, lengths, shapes, len(blob))
+    found: dict[str, GgufTensor] = {}
+    for name, kind, shape, offset, size in table:
+        if name in found:
+            raise ValueError(f"tensor {name[:80]!r} comes twice")
+        found[name] = GgufTensor(kind, shape, begin + offset, size)
+    end = max((tensor.start + tensor.size for tensor in found.values()), default=0)
+    if not found or end > len(blob):
+        raise ValueError(f"{len(found)} tensors need {end} bytes")
+    return GgufHeader(fields, values, found, len(blob))
 
 
-def _read_value(
-    cursor: _Cursor, key: str, values: dict[str, str | int | float | bool], lengths: dict[str, int]
-) -> None:
+def _read_tensor(cursor: _Cursor, sizes: dict[int, tuple[int, int]]) -> tuple[str, int, tuple[int, ...], int, int]:
+    """Return name, type, shape, offset and bytes of a tensor."""
+    name = cursor.text()
+    dimensions = cursor.number("I")
+    if not 1 <= dimensions <= _MOST_DIMENSIONS:
+        raise ValueError(f"tensor {name[:80]!r} has {dimensions} dimensions")
+    shape = tuple(reversed([cursor.number("Q") for _ in range(dimensions)]))
+    kind, offset = cursor.number("I"), cursor.number("Q")
+    if kind not in sizes:
+        raise ValueError(f"tensor {name[:80]!r} is of the unknown type {kind}")
+    weights, size = sizes[kind]
+    if not all(shape) or shape[-1] % weights:
+        raise ValueError(f"tensor {name[:80]!r} has shape {shape}, expected rows of whole blocks of {weights}")
+    return name, kind, shape, offset, prod(shape) // weights * size
+
+
+def _read_field(cursor: _Cursor, key: str) -> GgufField:
     kind = cursor.number("I")
     if kind == _STRING:
-        values[key] = cursor.text()
-    elif kind in _SCALARS:
-        values[key] = cursor.number(_SCALARS[kind])
-    elif kind == _ARRAY:
-        element = cursor.number("I")
-        if element == _STRING:
-            lengths[key] = cursor.count("Q", 8)
-            for _ in range(lengths[key]):
-                cursor.skip(cursor.number("Q"))
-        elif element in _SCALARS:
-            width = struct.calcsize(f"<{_SCALARS[element]}")
-            lengths[key] = cursor.count("Q", width)
-            cursor.skip(lengths[key] * width)
-        else:  # arrays of arrays: nested without end, and used by nobody
-            raise ValueError(f"{key[:80]!r} is an array of type {element}")
-    else:
+        return GgufField([kind], cursor.texts(1))
+    if kind in _SCALARS:
+        return GgufField([kind], _numbers(cursor, kind, 1))
+    if kind != _ARRAY:
         raise ValueError(f"{key[:80]!r} is of the unknown type {kind}")
+    element = cursor.number("I")
+    if element == _STRING:
+        return GgufField([kind, element], cursor.texts(cursor.count("Q", 8)))
+    if element in _SCALARS:
+        count = cursor.count("Q", struct.calcsize(f"<{_SCALARS[element]}"))
+        return GgufField([kind, element], _numbers(cursor, element, count))
+    # arrays of arrays: nested without end, and used by nobody
+    raise ValueError(f"{key[:80]!r} is an array of type {element}")
+
+
+def _numbers(cursor: _Cursor, kind: int, count: int) -> NDArray[Any]:
+    """Return numbers ``[count, 1]``, each an array of one as readers expect it."""
+    dtype = np.dtype(f"<{_SCALARS[kind]}" if _SCALARS[kind] != "?" else "?")
+    size = count * dtype.itemsize
+    start = cursor.skip(size)
+    return np.frombuffer(cursor.blob[start : start + size], dtype=dtype).reshape(count, 1)
