@@ -87,7 +87,7 @@ def weight_table(blocks: Sequence[BlockWeights], signals: Collection[str] = tupl
         for part, each in block.sketches.items():
             kin.setdefault(part, {})[index] = each
     for part, sketches in kin.items():
-        for one in _wanted(("kin",), signals):
+        for one in _wanted(["kin"], signals):
             found = _function(one)(list(sketches.values()))
             for index, value in zip(sketches, found, strict=True):
                 table.put(one.name, part, index, value)
@@ -140,7 +140,7 @@ def joined(*tables: DepthTable) -> DepthTable:
 
 
 def _put(table: DepthTable, kinds: Collection[Kind], part: str, block: int, signals: Collection[str], *of: Any) -> None:
-    for signal in _wanted(kinds, signals):
+    for signal in _wanted([kind], signals):
         table.put(signal.name, part, block, _function(signal)(*of))
 
 

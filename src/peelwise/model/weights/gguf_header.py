@@ -43,7 +43,7 @@ class GgufField:
     """
 
     types: list[int]
-    parts: Sequence[Any]
+    parts: Sequence[Any] | NDArray[Any]
 
     @property
     def data(self) -> range:
