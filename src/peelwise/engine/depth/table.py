@@ -140,7 +140,7 @@ def joined(*tables: DepthTable) -> DepthTable:
 
 
 def _put(table: DepthTable, kinds: Collection[Kind], part: str, block: int, signals: Collection[str], *of: Any) -> None:
-    for signal in _wanted([kind], signals):
+    for signal in _wanted(kinds, signals):
         table.put(signal.name, part, block, _function(signal)(*of))
 
 
