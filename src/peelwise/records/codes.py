@@ -36,6 +36,12 @@ Stage = Literal[
     "untrained-control",
     "best-weights",
     "best-weights-losses",
+    "changes",
+    "outputs",
+    "repairs",
+    "breaks",
+    "layers",
+    "swap-path",
 ]
 
 # What a reader of a record should know besides its numbers; the values that each has are in `base.Note`.
@@ -55,4 +61,5 @@ NoteCode = Literal[
     "few-heads",
     "other-tensors",
     "left-out",
+    "shared-tensors",
 ]
