@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peelwise.api.audit import AuditReport, audit
     from peelwise.api.certificate import apply, verify
+    from peelwise.api.compare import CompareReport, CompareSeriesReport, compare, compare_run
     from peelwise.api.monitor import Monitor
     from peelwise.api.peel import PeelReport, peel
     from peelwise.api.quantcheck import QuantcheckReport, quantcheck
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from peelwise.probe.options import ProbeOptions
     from peelwise.probe.probe import Probe
     from peelwise.tasks.audit.settings import AuditSettings
+    from peelwise.tasks.compare.settings import CompareSettings
     from peelwise.tasks.monitor.schedules import every, log_spaced
     from peelwise.tasks.peel.settings import PeelSettings
     from peelwise.tasks.quantcheck.settings import QuantcheckSettings
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 __all__ = [
     "AuditReport",
     "AuditSettings",
+    "CompareReport",
+    "CompareSeriesReport",
+    "CompareSettings",
     "Monitor",
     "OpenOptions",
     "PeelReport",
@@ -40,6 +45,8 @@ __all__ = [
     "YesMonitor",
     "apply",
     "audit",
+    "compare",
+    "compare_run",
     "every",
     "log_spaced",
     "peel",
@@ -53,6 +60,9 @@ if find_spec("transformers") is not None:
 _HOME = {
     "AuditReport": "peelwise.api.audit",
     "AuditSettings": "peelwise.tasks.audit.settings",
+    "CompareReport": "peelwise.api.compare",
+    "CompareSeriesReport": "peelwise.api.compare",
+    "CompareSettings": "peelwise.tasks.compare.settings",
     "Monitor": "peelwise.api.monitor",
     "OpenOptions": "peelwise.model.options",
     "PeelReport": "peelwise.api.peel",
@@ -66,6 +76,8 @@ _HOME = {
     "apply": "peelwise.api.certificate",
     "attach": "peelwise.integrations.huggingface",
     "audit": "peelwise.api.audit",
+    "compare": "peelwise.api.compare",
+    "compare_run": "peelwise.api.compare",
     "every": "peelwise.tasks.monitor.schedules",
     "log_spaced": "peelwise.tasks.monitor.schedules",
     "peel": "peelwise.api.peel",

@@ -20,7 +20,19 @@ from peelwise.tasks.audit.run import AuditOutcome
 from stages import stage_folder
 
 QUICK = ("--tokens", "1200", "--sequence-length", "32", "--budget", "2s", "--no-controls")
-COMMANDS = ("audit", "peel", "quantcheck", "verify", "apply", "report", "export", "watch", "serve", "demo-training")
+COMMANDS = (
+    "audit",
+    "peel",
+    "quantcheck",
+    "compare",
+    "verify",
+    "apply",
+    "report",
+    "export",
+    "watch",
+    "serve",
+    "demo-training",
+)
 
 
 @pytest.fixture(scope="module")

@@ -63,8 +63,8 @@ class UnitChange(Record):
     of the two steps minus what the part repairs by itself. ``None``: not measured within the budget.
 
     ``relative_distance`` is that of all its weights, ``output_distance`` how far its output is from OLD's for the
-    same inputs (NEW's), relative to what OLD's part adds to them. ``same_weights`` is exact; ``same_code`` says whether OLD's
-    code and configuration compute the same with NEW's weights (``None``: cannot be tried).
+    same inputs (NEW's), relative to what OLD's part adds to them. ``same_weights`` is exact; ``same_code`` says whether
+    OLD's code and configuration compute the same with NEW's weights (``None``: cannot be tried).
     """
 
     kind_of_change: KindOfChange
@@ -107,17 +107,12 @@ class FirstDifference(Record):
 
 
 class CompareLosses(Record):
-    """Losses of both models; ``damage`` = NEW - OLD, ``interaction`` is what all repairs do not add up to of it.
-
-    ``restored`` is NEW with the witness: OLD's linear layers put back in the blocks that hurt; ``None`` without one.
-    """
+    """Losses of both models; ``damage`` = NEW - OLD, ``interaction`` is what all repairs do not add up to of it."""
 
     old: float
     new: float
     damage: Interval
     interaction: float | None = None
-    restored: float | None = None
-    restored_gain: Interval | None = None
 
 
 class CompareConclusion(Record):
@@ -138,7 +133,7 @@ class CompareConclusion(Record):
 
 
 class CompareRecord(SealedRecord):
-    """Everything that one comparison found; ``model`` is NEW, ``old`` OLD."""
+    """Everything that one comparison found; ``model`` is NEW, ``old`` OLD. There is no witness: OLD is one itself."""
 
     kind: Literal["compare"] = "compare"
     conclusion: CompareConclusion

@@ -1,4 +1,4 @@
-"""Kinds of change: each is recognised on trained weights, exactly and under rounding, and is not seen where it is not."""
+"""Kinds of change: each is recognised on uneven weights, exactly and under rounding, and not seen where it is not."""
 
 from __future__ import annotations
 
@@ -106,7 +106,11 @@ def test_every_kind_is_recognised_in_a_copy_rounded_to_bfloat16(name: str) -> No
 def test_nothing_is_named_where_nothing_or_only_rounding_happened() -> None:
     old = _trained()
     assert kind_of(old, old.clone()) == Kind("unchanged")
-    for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16), ("float8_e4m3fn", torch.float8_e4m3fn)):
+    for name, dtype in (
+        ("bfloat16", torch.bfloat16),
+        ("float16", torch.float16),
+        ("float8_e4m3fn", torch.float8_e4m3fn),
+    ):
         assert kind_of(old, old.to(dtype).float()) == Kind("rounding", {"dtype": name})
 
 

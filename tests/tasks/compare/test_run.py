@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import damage
-
 from audits import Snapshot, part_of, slow_losses, tiny_probe
 from peelwise.errors import ModelError, OptionError
 from peelwise.model.architectures import find_blocks
@@ -228,7 +227,7 @@ def test_an_update_of_low_rank_merged_or_not() -> None:
             ("mlp.up_proj.weight", "low-rank", {"rank": 4})
         ]
         assert changed[0].repairs_nats.mean == pytest.approx(record.loss.damage.mean, abs=1e-5)
-    assert _compare(beside, merged).conclusion.case == "same-function"
+    assert _compare(beside, merged).conclusion.case in ("identical", "same-function")
 
 
 def test_quantised_layers_against_their_parent() -> None:
@@ -264,7 +263,7 @@ def test_bad_input_is_one_line() -> None:
     del shorter.model.layers[2]
     with pytest.raises(ModelError, match="OLD has 3 blocks, NEW has 2"):
         _compare(old, shorter)
-    with pytest.raises(ModelError, match="NEW has no"):
+    with pytest.raises(ModelError, match=r"OLD has no attn\.c_attn\.bias"):
         _compare(old, ZOO["gpt2"]())
     wider = copy.deepcopy(old)
     wider.model.layers[0].mlp.up_proj = nn.Linear(48, 81, bias=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_GROUPS = (256, 128, 64, 32)  # along a row, after the whole row
+_GROUPS = (256, 128, 64, 32, 16)  # along a row, after the whole row
 _SAMPLED = 192  # groups looked at
 _MOST_STEPS = 255  # of an evenly spaced lattice: eight bits
 _MOST_LEVELS = 16  # of one that is not even, such as NF4

@@ -39,9 +39,11 @@ class Pair:
         count = len(self.new.blocks)
         blocks = [Part("block", (1 + i,), i) for i in range(count)]
         apart = self.old.runner.head is not None and self.new.runner.head is not None
-        ends = [Part("norm", (count + 1,)), Part("head", (count + 2,))] if apart else [
-            Part("head", (count + 1, count + 2))
-        ]
+        ends = (
+            [Part("norm", (count + 1,)), Part("head", (count + 2,))]
+            if apart
+            else [Part("head", (count + 1, count + 2))]
+        )
         return (Part("embedding", (0,)), *blocks, *ends)
 
     def losses(self, sides: Sequence[Side]) -> Tensor:

@@ -33,7 +33,7 @@ class Outputs:
 def block_outputs(old: Side, new: Side, index: int, *, same_weights: bool) -> Outputs:
     """Compare the outputs of one block in both models at the stations of NEW.
 
-    ``|f_old(H) - f_new(H)| / |f_old(H) - H|`` over the tokens of report, and the same for OLD's code with NEW's weights.
+    ``|f_old(H) - f_new(H)| / |f_old(H) - H|`` over the tokens of report; the same for OLD's code with NEW's weights.
 
     Args:
         old: one model.

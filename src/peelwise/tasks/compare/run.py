@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import nn
 
 from peelwise.engine.clock import Clock, Watcher
 from peelwise.engine.opening import checked_blocks
@@ -20,7 +20,6 @@ from peelwise.engine.provenance import Setup, model_record, versions
 from peelwise.engine.session import LOSSES
 from peelwise.errors import ModelError
 from peelwise.evidence.compare import conclusion
-from peelwise.evidence.intervals import paired
 from peelwise.evidence.verdict import default_margin
 from peelwise.model.fingerprint import fingerprint
 from peelwise.model.guard import untouched
@@ -240,9 +239,7 @@ def _blocks(pair: Pair, found: _Found) -> tuple[BlockChange, ...]:
 
 
 def _ends(pair: Pair, found: _Found) -> tuple[EndChange, ...]:
-    return tuple(
-        EndChange(unit=part.unit, **_change(part, found, None)) for part in pair.parts if part.block is None
-    )
+    return tuple(EndChange(unit=part.unit, **_change(part, found, None)) for part in pair.parts if part.block is None)
 
 
 def _change(part: Part, found: _Found, block: Block | None) -> dict[str, object]:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peelwise.records.options import MARGIN_RULE, MICRO_BATCH_TOKENS, Plain, check_least, check_margin, option, parse_seconds
+from peelwise.records.options import (
+    MARGIN_RULE,
+    MICRO_BATCH_TOKENS,
+    Plain,
+    check_least,
+    check_margin,
+    option,
+    parse_seconds,
+)
 
 
 @dataclass(frozen=True)
@@ -27,9 +35,7 @@ class CompareSettings:
         "5m", "Wall time, in seconds or like 90s, 5m, 1h; what is not reached by then is listed as not measured."
     )
     layers_of: int = option(3, "Blocks whose layers are put back one by one, those with the largest effect first.")
-    margin: float | None = option(
-        None, "Smallest effect that counts as evidence, nats per token.", rule=MARGIN_RULE
-    )
+    margin: float | None = option(None, "Smallest effect that counts as evidence, nats per token.", rule=MARGIN_RULE)
     path: bool = option(True, "Also put parts back one after another, from either end, to see interactions.")
     micro_batch_tokens: int = option(
         MICRO_BATCH_TOKENS, "Tokens that go through a model at a time; fewer need less memory."
