@@ -87,21 +87,20 @@ def compare(
     probe = probe_options(text, field, tokens, sequence_length, in_distribution, seed)
     settings = CompareSettings(budget, layers_of, margin, path, micro_batch_tokens)
     opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer)
-    console, found = Console(highlight=False), list["CompareRecord"]()
+    shown: CompareRecord | CompareSeries
     if new is None:
         with at_work(f"Opening the checkpoints in {old} ...") as watcher:
             run = api.compare_run(old, probe, settings, opening=opening, out=out, force=force, progress=watcher)
-        shown: CompareRecord | CompareSeries = run.record
-        found, view = list(run.record.pairs), terminal.render_series(run.record)
+        shown, found, view = run.record, run.record.pairs, terminal.render_series(run.record)
     else:
         with at_work(f"Opening {old} and {new} ...") as watcher:
             report = api.compare(old, new, probe, settings, opening=opening, out=out, force=force, progress=watcher)
-        shown, found = report.record, [report.record]
+        shown, found = report.record, (report.record,)
         view = terminal.render(report.record, every=every_part)
     if as_json:
         typer.echo(shown.to_json())
     else:
-        print_view(view, console)
+        print_view(view, Console(highlight=False))
     if any(_fails(record, fail_on) for record in found):
         raise typer.Exit(1)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 from peelwise.evidence.intervals import Paired
 from peelwise.evidence.verdict import harmful
 from peelwise.records.base import Interval
 from peelwise.records.compare import BlockChange, CompareConclusion, CompareLosses, EndChange
 
+Case = Literal["identical", "same-function", "worse", "better", "no-difference"]
 _ROUNDING = 1e-5  # nats per token: two ways of computing the same loss
 
 
@@ -51,7 +53,7 @@ def within(interval: Interval, size: float) -> bool:
     return max(abs(interval.low), abs(interval.high)) <= size
 
 
-def _case(loss: CompareLosses, changed: bool) -> str:
+def _case(loss: CompareLosses, changed: bool) -> Case:
     if not changed:
         return "identical"
     if within(loss.damage, _ROUNDING):

@@ -81,7 +81,15 @@ def test_the_page_says_it_all_and_runs_nothing() -> None:
         for b in missing.blocks
     ]
     ends = [e.model_copy(update=dict.fromkeys(("repairs_nats", "breaks_nats"))) for e in missing.ends]
-    page = views.render_html(missing.model_copy(update={"blocks": tuple(bare), "ends": tuple(ends)}))
+    page = views.render_html(
+        missing.model_copy(
+            update={
+                "blocks": tuple(bare),
+                "ends": tuple(ends),
+                "conclusion": CompareConclusion(case="worse", changed=(4,)),
+            }
+        )
+    )
     assert page.count("<svg") == 1
     assert "Not measured within the budget" in page
 

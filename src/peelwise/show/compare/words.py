@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from peelwise.records.base import Interval, Value
 from peelwise.records.compare import BlockChange, CompareRecord, EndChange, FirstDifference, KindOfChange
-from peelwise.show.words import NOT_IN_BUDGET, nats, significant
+from peelwise.show.words import NOT_IN_BUDGET, NOT_MEASURED, nats, significant
 
 SIGNS = (
     "Repairs: what the loss of NEW falls by when this part of OLD is put back. Breaks: what the loss of OLD rises by "
@@ -100,7 +100,7 @@ def _rank(values: Mapping[str, Value]) -> str:
     return f" ({values['rank']})" if "rank" in values else ""
 
 
-_DETAILS = {
+_DETAILS: Mapping[KindOfChange, Callable[[Mapping[str, Value]], str]] = {
     "rounding": lambda values: f" to {values['dtype']}" if "dtype" in values else "",
     "zeroed": _zeroed,
     "copied": lambda values: f" ({values['block']})" if "block" in values else "",
@@ -140,10 +140,8 @@ def _blamed(record: CompareRecord) -> list[str]:
     if found.hurt:
         lines.append(f"Putting back {_blocks(found.hurt)} repairs more than the margin of {margin}.")
         top = record.blocks[found.hurt[0]]
-        assert top.repairs_nats is not None
-        lines.append(
-            f"Block {top.index} repairs {top.repairs_nats.mean:.4f}: {kind_words(top.kind_of_change, top.kind_values)}."
-        )
+        effect = NOT_MEASURED if top.repairs_nats is None else nats(top.repairs_nats.mean)
+        lines.append(f"Block {top.index} repairs {effect}: {kind_words(top.kind_of_change, top.kind_values)}.")
     if found.helped:
         lines.append(f"The change of {_blocks(found.helped)} helped by more than the margin.")
     if not found.hurt and not found.helped and found.changed:

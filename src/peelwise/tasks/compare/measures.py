@@ -9,6 +9,7 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from peelwise.engine.clock import Clock
+from peelwise.engine.session import LOSSES
 from peelwise.evidence.intervals import Paired, paired
 from peelwise.model.layers import unwrapped
 from peelwise.records.base import Interval
@@ -70,9 +71,9 @@ class Pair:
         return paired((before - after).cpu().numpy(), self.new.trace.tokens.cpu().numpy())
 
     def seconds_for(self, part: Part) -> float:
-        """Estimate the seconds that the loss with one exchanged part takes, by the passes made so far."""
-        work, tokens = self.new.runner.work.token_forwards, self.new.trace.predicted
-        rate = self.clock.elapsed / work if work else 0.0
+        """Estimate the seconds that the loss with one exchanged part takes, by the first passes of both models."""
+        seconds, work = self.clock.stages.get(LOSSES, (0.0, 0.0))  # nothing but forward passes
+        rate, tokens = (seconds / work if work else 0.0), self.new.trace.predicted
         start = 0 if part.block is None and part.unit == "embedding" else min(part.places[0] - 1, len(self.new.blocks))
         return rate * tokens * (sum(self.new.runner.shares[start:]) + self.new.runner.head_share)
 

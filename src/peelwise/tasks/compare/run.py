@@ -11,6 +11,7 @@ import datetime
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -30,10 +31,12 @@ from peelwise.probe.probe import Probe, Split
 from peelwise.records.base import Interval, Note, note
 from peelwise.records.compare import (
     BlockChange,
+    Cause,
     CompareLosses,
     CompareRecord,
     EndChange,
     FirstDifference,
+    KindOfChange,
     TensorChange,
 )
 from peelwise.tasks.compare import measures
@@ -225,7 +228,7 @@ def _first_difference(pair: Pair, found: _Found) -> FirstDifference | None:
     for part in pair.parts:
         outputs = found.outputs.get(part)
         if outputs is not None and not outputs.same:
-            cause = "config-or-code" if found.twins[part].same else "weights"
+            cause: Cause = "config-or-code" if found.twins[part].same else "weights"
             return FirstDifference(unit=part.unit, block=part.block, cause=cause, output_distance=outputs.distance)
     return None
 
@@ -242,10 +245,10 @@ def _ends(pair: Pair, found: _Found) -> tuple[EndChange, ...]:
     return tuple(EndChange(unit=part.unit, **_change(part, found, None)) for part in pair.parts if part.block is None)
 
 
-def _change(part: Part, found: _Found, block: Block | None) -> dict[str, object]:
+def _change(part: Part, found: _Found, block: Block | None) -> dict[str, Any]:
     twins, outputs, measured = found.twins[part], found.outputs.get(part), found.measured
     kind = twins.kind
-    code = kind.code
+    code: KindOfChange = kind.code
     if outputs is not None and (
         (code == "unchanged" and not outputs.same) or (code == "rounding" and outputs.same_code is False)
     ):
