@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from peelwise.api.audit import AuditReport, audit
     from peelwise.api.certificate import apply, verify
     from peelwise.api.check import CheckReport, check
+    from peelwise.api.compare import CompareReport, CompareSeriesReport, compare, compare_run
     from peelwise.api.monitor import Monitor
     from peelwise.api.peel import PeelReport, peel
     from peelwise.api.quantcheck import QuantcheckReport, quantcheck
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from peelwise.probe.probe import Probe
     from peelwise.tasks.audit.settings import AuditSettings
     from peelwise.tasks.check.settings import CheckSettings
+    from peelwise.tasks.compare.settings import CompareSettings
     from peelwise.tasks.monitor.schedules import every, log_spaced
     from peelwise.tasks.peel.settings import PeelSettings
     from peelwise.tasks.quantcheck.settings import QuantcheckSettings
@@ -32,6 +34,9 @@ __all__ = [
     "AuditSettings",
     "CheckReport",
     "CheckSettings",
+    "CompareReport",
+    "CompareSeriesReport",
+    "CompareSettings",
     "Monitor",
     "OpenOptions",
     "PeelReport",
@@ -45,6 +50,8 @@ __all__ = [
     "apply",
     "audit",
     "check",
+    "compare",
+    "compare_run",
     "every",
     "log_spaced",
     "peel",
@@ -60,6 +67,9 @@ _HOME = {
     "AuditSettings": "peelwise.tasks.audit.settings",
     "CheckReport": "peelwise.api.check",
     "CheckSettings": "peelwise.tasks.check.settings",
+    "CompareReport": "peelwise.api.compare",
+    "CompareSeriesReport": "peelwise.api.compare",
+    "CompareSettings": "peelwise.tasks.compare.settings",
     "Monitor": "peelwise.api.monitor",
     "OpenOptions": "peelwise.model.options",
     "PeelReport": "peelwise.api.peel",
@@ -74,6 +84,8 @@ _HOME = {
     "attach": "peelwise.integrations.huggingface",
     "audit": "peelwise.api.audit",
     "check": "peelwise.api.check",
+    "compare": "peelwise.api.compare",
+    "compare_run": "peelwise.api.compare",
     "every": "peelwise.tasks.monitor.schedules",
     "log_spaced": "peelwise.tasks.monitor.schedules",
     "peel": "peelwise.api.peel",

@@ -25,6 +25,7 @@ COMMANDS = (
     "audit",
     "peel",
     "quantcheck",
+    "compare",
     "verify",
     "apply",
     "report",

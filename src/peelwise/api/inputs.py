@@ -12,6 +12,7 @@ from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
 from peelwise.tasks.audit.settings import AuditSettings
+from peelwise.tasks.compare.settings import CompareSettings
 from peelwise.tasks.peel.settings import PeelSettings
 from peelwise.tasks.quantcheck.settings import QuantcheckSettings
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-Settings = TypeVar("Settings", AuditSettings, PeelSettings, QuantcheckSettings)
+Settings = TypeVar("Settings", AuditSettings, PeelSettings, QuantcheckSettings, CompareSettings)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from peelwise.errors import MissingExtraError
 from peelwise.probe.probe import Probe
 from peelwise.records.audit import AuditRecord
 from peelwise.records.check import CheckRecord
+from peelwise.records.compare import CompareRecord, CompareSeries
 from peelwise.records.files import RECORD_FILE
 from peelwise.records.folder import check_free
 from peelwise.records.peel import PeelRecord
@@ -33,7 +34,7 @@ class Result:
         record: every number, as in the JSON file.
     """
 
-    record: AuditRecord | CheckRecord | PeelRecord | QuantcheckRecord
+    record: AuditRecord | CheckRecord | PeelRecord | QuantcheckRecord | CompareRecord | CompareSeries
 
     def __str__(self) -> str:
         from rich.console import Console

@@ -128,7 +128,7 @@ class Runner:
             hidden = batch.stations[start]
             for block in self.blocks[start:]:
                 hidden = self.run_block(block, hidden, batch)
-            losses.append(_sequence_losses(self.logits(batch, hidden), batch))
+            losses.append(self.end_losses(batch, hidden))
         self.work.add(sum(self.shares[start:]) + self.head_share, trace.predicted)
         return self._of_all(losses, len(trace.tokens))
 
@@ -145,7 +145,7 @@ class Runner:
             batch = replace(old, stations=list(old.stations[: start + 1]))
             for block in self.blocks[start:]:
                 batch.stations.append(self.run_block(block, batch.stations[-1], batch))
-            losses.append(_sequence_losses(self.logits(batch, batch.stations[-1]), batch))
+            losses.append(self.end_losses(batch, batch.stations[-1]))
             batches.append(batch)
         self.work.add(sum(self.shares[start:]) + self.head_share, trace.predicted)
         return Trace(batches, self._of_all(losses, len(trace.tokens)), trace.tokens)
@@ -153,6 +153,11 @@ class Runner:
     def _of_all(self, losses: list[Tensor], sequences: int) -> Tensor:
         """Return the losses of all processes' sequences, in their order, without those that only fill up."""
         return self.processes.all_gather(torch.cat(losses))[:sequences]
+
+    @torch.no_grad()
+    def end_losses(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """Return the losses ``[b]`` of one micro-batch, in nats, that the model's end makes of a last station."""
+        return _sequence_losses(self.logits(batch, hidden), batch)
 
     def run_block(self, block: Block, hidden: Tensor, batch: Batch) -> Tensor:
         """Call one block as the model called it, and return its hidden state ``[b, t, d]``."""
@@ -371,7 +376,7 @@ def _skipping(blocks: Sequence[Block], hidden: Tensor, rest: tuple[Any, ...] | l
         for block in blocks:
             last = block is blocks[-1]
             forward = (lambda *a, **k: out) if last else _identity(rest)
-            stack.enter_context(_forward_replaced(block.module, forward))
+            stack.enter_context(forward_replaced(block.module, forward))
         yield
 
 
@@ -391,7 +396,8 @@ def _like(rest: tuple[Any, ...] | list[Any] | None, hidden: Tensor) -> Any:
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module compute something else inside the context; nothing of it is changed afterwards."""
     own = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
     try:

@@ -44,6 +44,7 @@ class Note(Record):
     ``map-unfinished``      the budget ended inside ``map``
     ``few-heads``           only so many ``heads`` were fitted, as the vocabulary is large
     ``other-tensors``       ``count`` tensors besides the quantised ones differ, such as ``name``
+    ``shared-tensors``      ``count`` parameters that both models of a comparison hold in common
     ``left-out``            ``count`` parameters of blocks with a ``share`` of their numbers, such as ``names``
     ``no-text``             signals of weights alone
     ``no-gradients``        the model cannot be differentiated, so there are no signals of a backward pass

@@ -39,6 +39,12 @@ Stage = Literal[
     "weight-signals",
     "pass-signals",
     "gain-witnesses",
+    "changes",
+    "outputs",
+    "repairs",
+    "breaks",
+    "layers",
+    "swap-path",
 ]
 
 # What a reader of a record should know besides its numbers; the values that each has are in `base.Note`.
@@ -61,4 +67,5 @@ NoteCode = Literal[
     "no-text",
     "no-gradients",
     "few-blocks",
+    "shared-tensors",
 ]

@@ -13,11 +13,13 @@ from types import MappingProxyType
 from peelwise.records.audit import AuditRecord, BlockRecord
 from peelwise.records.base import Colour, Interval, ModelRecord
 from peelwise.records.check import BlockCheck, CheckRecord
+from peelwise.records.compare import CompareRecord, CompareSeries
 from peelwise.records.peel import PeelRecord
 from peelwise.records.quantcheck import LayerCheck, QuantcheckRecord
 from peelwise.records.run import COLOURS, WHOLE_MODEL, Measurement
 from peelwise.show.audit import words as audit_words
 from peelwise.show.check import words as check_words
+from peelwise.show.compare import words as compare_words
 from peelwise.show.html.markup import esc
 from peelwise.show.peel import words as peel_words
 from peelwise.show.quantcheck import words as quantcheck_words
@@ -44,12 +46,18 @@ _QUIET = "opacity:.75"
 _CLOUDS: Mapping[str, Colour] = MappingProxyType({"red": "red", "yellow": "yellow", "green": "green"})
 
 
-def record_html(record: AuditRecord | CheckRecord | PeelRecord | QuantcheckRecord) -> str:
+def record_html(
+    record: AuditRecord | CheckRecord | PeelRecord | QuantcheckRecord | CompareRecord | CompareSeries,
+) -> str:
     """Return the fragment of any record."""
     if isinstance(record, CheckRecord):
         return _check(record)
     if isinstance(record, QuantcheckRecord):
         return _quantcheck(record)
+    if isinstance(record, CompareRecord):
+        return fragment(*_compare(record))
+    if isinstance(record, CompareSeries):
+        return fragment(*(part for one in record.pairs for part in _compare(one)))
     return _peel(record) if isinstance(record, PeelRecord) else _audit(record)
 
 
@@ -304,6 +312,27 @@ def _scores(blocks: Sequence[BlockCheck], named: Sequence[int], threshold: float
         f'viewBox="0 0 {width} {height + 16}" style="max-width:100%;height:auto;display:block;margin:8px 0 4px">'
         f"{''.join(bars)}</svg>"
     )
+
+
+def _compare(record: CompareRecord) -> list[str]:
+    changed = [part for part in compare_words.in_order(record) if part.kind_of_change != "unchanged"]
+    rows = [
+        [
+            esc(compare_words.part_name(part)),
+            _interval(part.repairs_nats),
+            _interval(part.breaks_nats),
+            esc(compare_words.kind_words(part.kind_of_change, part.kind_values)),
+        ]
+        for part in changed
+    ]
+    headers = ["block", "repairs, nats/token", "breaks, nats/token", "kind of change"]
+    return [
+        _title(f"{record.model.name} against {record.old.name}", _facts(record.model)),
+        _line(compare_words.conclusion(record)),
+        _table(headers, rows, f"Changed parts ({len(rows)})"),
+        *(_line(f"Note: {note_words(note)}", quiet=True) for note in record.notes),
+        _line(f"Cost: {duration(record.cost.wall_seconds)}. {compare_words.SIGNS}", quiet=True),
+    ]
 
 
 def _foot(record: AuditRecord | PeelRecord, controls: str) -> list[str]:

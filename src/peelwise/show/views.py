@@ -8,6 +8,7 @@ from rich.console import Console, RenderableType
 
 from peelwise.records.audit import AuditRecord
 from peelwise.records.check import CheckRecord
+from peelwise.records.compare import CompareRecord, CompareSeries
 from peelwise.records.peel import PeelRecord
 from peelwise.records.quantcheck import QuantcheckRecord
 from peelwise.show.audit import report, terminal
@@ -15,13 +16,16 @@ from peelwise.show.audit import words as audit_words
 from peelwise.show.check import report as check_report
 from peelwise.show.check import terminal as check_terminal
 from peelwise.show.check import words as check_words
+from peelwise.show.compare import report as compare_report
+from peelwise.show.compare import terminal as compare_terminal
+from peelwise.show.compare import words as compare_words
 from peelwise.show.peel import report as peel_report
 from peelwise.show.peel import terminal as peel_terminal
 from peelwise.show.peel import words as peel_words
 from peelwise.show.quantcheck import terminal as quantcheck_terminal
 from peelwise.show.quantcheck import words as quantcheck_words
 
-PageRecord = AuditRecord | CheckRecord | PeelRecord
+PageRecord = AuditRecord | CheckRecord | PeelRecord | CompareRecord | CompareSeries
 AnyRecord = PageRecord | QuantcheckRecord
 
 
@@ -36,6 +40,10 @@ def render(record: AnyRecord, folder: Path | str | None = None) -> RenderableTyp
         return quantcheck_terminal.render(record)
     if isinstance(record, CheckRecord):
         return check_terminal.render(record, folder)
+    if isinstance(record, CompareRecord):
+        return compare_terminal.render(record)
+    if isinstance(record, CompareSeries):
+        return compare_terminal.render_series(record)
     if isinstance(record, PeelRecord):
         return peel_terminal.render(record, folder)
     return terminal.render(record, folder)
@@ -52,6 +60,10 @@ def conclusion(record: AnyRecord) -> str:
         return quantcheck_words.conclusion(record)
     if isinstance(record, CheckRecord):
         return check_words.conclusion(record)
+    if isinstance(record, CompareRecord):
+        return compare_words.conclusion(record)
+    if isinstance(record, CompareSeries):
+        return "\n".join(f"{one.model.name}: {compare_words.conclusion(one)}" for one in record.pairs)
     return peel_words.conclusion(record) if isinstance(record, PeelRecord) else audit_words.conclusion(record)
 
 
@@ -63,4 +75,8 @@ def render_html(record: PageRecord) -> str:
     """
     if isinstance(record, CheckRecord):
         return check_report.render_html(record)
+    if isinstance(record, CompareRecord):
+        return compare_report.render_html(record)
+    if isinstance(record, CompareSeries):
+        return compare_report.render_series(record)
     return peel_report.render_html(record) if isinstance(record, PeelRecord) else report.render_html(record)

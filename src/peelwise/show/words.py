@@ -60,6 +60,12 @@ STAGES: Mapping[str, str] = MappingProxyType(
         "weight-signals": "signals of the weights",
         "pass-signals": "signals of a pass forward and back",
         "gain-witnesses": "gain witnesses: factors on parts of blocks that stand out",
+        "changes": "kinds of change, tensor by tensor",
+        "outputs": "what each part computes in both models",
+        "repairs": "putting OLD's parts into NEW",
+        "breaks": "putting NEW's parts into OLD",
+        "layers": "layers of the blocks that matter most",
+        "swap-path": "putting parts back one after another",
     }
 )
 
@@ -87,6 +93,8 @@ NOTES: Mapping[str, str] = MappingProxyType(
         "shown with the model's own head.",
         "other-tensors": "{count} other tensors differ too, such as {name} (embedding, norms, head). What they cost "
         "counts as quantisation gap.",
+        "shared-tensors": "Both models hold {count} parameters in common (the same tensors, not copies), which cannot "
+        "differ.",
         "left-out": "{count} parameters of the blocks ({share:.1%} of their numbers) are in no linear layer that is "
         "called, so they are neither refined nor judged: {names}. Nothing is said of them.",
         "no-text": "Without text there are signals of the weights alone: no slopes, no ablation, no gain witnesses.",

@@ -1,0 +1,1 @@
+"""A comparison of two models: words, terminal and page."""
