@@ -220,7 +220,7 @@ def test_folder_without_a_tokenizer(run, text, tmp_path):
 
 
 def test_ctrl_c_before_anything_is_known(run, text, tmp_path, monkeypatch):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(opening, "self_check", interrupted)
