@@ -14,7 +14,7 @@ from peelwise.probe.options import ProbeOptions
 from peelwise.records.options import options_of
 from peelwise.references.map_search import BEAM_WIDTH
 from peelwise.tasks.audit.settings import AuditSettings
-from peelwise.tasks.check.settings import CHECK_TOKENS, CheckSettings
+from peelwise.tasks.check.settings import CHECK_LENGTH, CHECK_TOKENS, CheckSettings
 from peelwise.tasks.compare.settings import CompareSettings
 from peelwise.tasks.peel.settings import PeelSettings
 from peelwise.tasks.quantcheck.settings import QuantcheckSettings
@@ -28,7 +28,7 @@ SETTINGS = {
 }
 CLASSES = (*SETTINGS.values(), OpenOptions, ProbeOptions)
 RENAMED = {("quantcheck", "format"): "form"}  # a parameter of this name would hide the built-in
-OWN_DEFAULTS = {("check", "tokens"): CHECK_TOKENS}
+OWN_DEFAULTS = {("check", "tokens"): CHECK_TOKENS, ("check", "sequence_length"): CHECK_LENGTH}
 
 
 def parameters(command):

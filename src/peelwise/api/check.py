@@ -17,7 +17,7 @@ from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
 from peelwise.records.check import BlockCheck, CheckRecord, MatrixCheck
 from peelwise.tasks.check.run import run_check
-from peelwise.tasks.check.settings import CHECK_TOKENS, CheckSettings
+from peelwise.tasks.check.settings import CHECK_LENGTH, CHECK_TOKENS, CheckSettings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -130,7 +130,7 @@ def _opened(
     given_as_module = not isinstance(model, str | Path)
     if not text or (given_as_module and probe is None and opening.tokenizer is None):
         return open_target(model, opening), None
-    return open_both(model, probe or ProbeOptions(tokens=CHECK_TOKENS), opening)
+    return open_both(model, probe or ProbeOptions(tokens=CHECK_TOKENS, sequence_length=CHECK_LENGTH), opening)
 
 
 def _block_row(block: BlockCheck) -> dict[str, Any]:

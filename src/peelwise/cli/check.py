@@ -31,7 +31,7 @@ from peelwise.cli.terminal import at_work
 from peelwise.errors import OptionError
 from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
-from peelwise.tasks.check.settings import CHECK_TOKENS, CheckSettings
+from peelwise.tasks.check.settings import CHECK_LENGTH, CHECK_TOKENS, CheckSettings
 
 app = typer.Typer()
 
@@ -48,7 +48,7 @@ def check(
     ] = False,
     field: FieldOption = ProbeOptions.field,
     tokens: TokensOption = CHECK_TOKENS,
-    sequence_length: LengthOption = ProbeOptions.sequence_length,
+    sequence_length: LengthOption = CHECK_LENGTH,
     in_distribution: InDistributionOption = ProbeOptions.in_distribution,
     seed: SeedOption = ProbeOptions.seed,
     signals: Annotated[str | None, flag(CheckSettings, "signals", metavar="NAMES")] = None,

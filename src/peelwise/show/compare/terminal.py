@@ -99,7 +99,7 @@ def _layers(record: CompareRecord) -> list[RenderableType]:
             continue
         table = Table(box=None, padding=(0, 1), show_header=False, pad_edge=False)
         for justify in ("left", "right", "left"):
-            table.add_column(justify=justify)  # type: ignore[arg-type]
+            table.add_column(justify=justify)
         for tensor in sorted(measured, key=lambda t: -abs(t.repairs_nats.mean if t.repairs_nats else 0.0)):
             words = kind_words(tensor.kind_of_change, tensor.kind_values)
             table.add_row(clean(tensor.name), _interval(tensor.repairs_nats), clean(words))

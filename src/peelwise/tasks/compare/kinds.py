@@ -106,7 +106,8 @@ def kind_of(old: Tensor, new: Tensor, elsewhere: Mapping[int, Tensor] | None = N
     dtype = _rounded(old, new)
     if dtype is not None:
         return dtype
-    change = Change(*(t.float().reshape(shape) for t in (old, new)), _same_shape(old, elsewhere or {}))
+    before, after = (t.float().reshape(shape) for t in (old, new))
+    change = Change(before, after, _same_shape(old, elsewhere or {}))
     return next((kind for test in tests if (kind := test(change)) is not None), Kind("other"))
 
 
@@ -153,7 +154,7 @@ def _scaled(change: Change) -> Kind | None:
     if part.explains(factor * part.old):
         if abs(factor + 1) <= _CLOSE:
             return Kind("sign", _affected(change))
-        return Kind("scale", {"factor": factor} | _affected(change))
+        return Kind("scale", {"factor": factor, **_affected(change)})
     for name, along in (("rows", 1), ("columns", 0)) if part.old.dim() == 2 else ():
         if part.old.shape[along] < _FEWEST:
             continue  # a factor for so few numbers explains anything
@@ -171,7 +172,8 @@ def _affected(change: Change) -> dict[str, Value]:
     if change.old.dim() != 2 or change.part is change:
         return {}
     (m, n), (rows, columns) = change.old.shape, change.part.old.shape
-    return ({"rows": rows} if rows < m else {}) | ({"columns": columns} if columns < n else {})
+    found: dict[str, Value] = {"rows": rows} if rows < m else {}
+    return found | ({"columns": columns} if columns < n else {})
 
 
 def _transposed(change: Change) -> Kind | None:
@@ -192,7 +194,7 @@ def _permuted(change: Change) -> Kind | None:
         source[where] = found
         if not Change(old, new).explains(old[source]):
             continue
-        if len(source.unique()) < len(source):
+        if len(torch.unique(source)) < len(source):
             return Kind("duplicated", {"of": name})
         return Kind("permutation", {"of": name, "moved": int(where.sum()), "group": moved_group(source)})
     return None

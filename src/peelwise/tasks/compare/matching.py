@@ -23,7 +23,7 @@ def matched_rows(old: Tensor, new: Tensor) -> Tensor | None:
     tried = torch.linspace(0, len(new) - 1, min(_TRIED, len(new))).long()
     if float((unit_new[tried] @ unit_old.T).amax(dim=1).quantile(0.1)) < _ALIKE:
         return None
-    return torch.cat([(piece @ unit_old.T).argmax(dim=1) for piece in unit_new.split(_PIECE)])
+    return torch.cat([(piece @ unit_old.T).argmax(dim=1) for piece in torch.split(unit_new, _PIECE)])
 
 
 def moved_group(source: Tensor) -> int:

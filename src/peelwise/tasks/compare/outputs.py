@@ -72,7 +72,8 @@ def _with_weights_of(old: Side, new: Side, index: int, place: int, hidden: Tenso
     args, kwargs = batch.calls[index]
     weights = {name: p.to(own[name]) for name, p in theirs.items()}
     out = functional_call(module, weights, (like(hidden, batch), *args), kwargs)
-    return out[0] if isinstance(out, (tuple, list)) else out
+    found: Tensor = out[0] if isinstance(out, (tuple, list)) else out
+    return found
 
 
 def of_end(distance: float, old: Side, new: Side, *, same_weights: bool) -> Outputs:

@@ -101,7 +101,8 @@ def run_compare(
         with clock.stage("changes"):
             twins, ends = block_twins(before, after), end_twins(runners[0], runners[1])
         with clock.stage(LOSSES):
-            pair = Pair(*(_side(runner, probe.report, probe.fit) for runner in runners), clock)
+            sides = [_side(runner, probe.report, probe.fit) for runner in runners]
+            pair = Pair(sides[0], sides[1], clock)
             for part in pair.parts:
                 found.twins[part] = ends[part.unit] if part.block is None else twins[part.block]
         try:

@@ -19,7 +19,8 @@ def singular_values(W: Tensor) -> Tensor:
     below 1e-8 of the largest are rounding.
     """
     short = W.double() if W.shape[0] <= W.shape[1] else W.double().T
-    return torch.linalg.eigvalsh(short @ short.T).clamp_min(0).sqrt().flip(0)
+    values: Tensor = torch.linalg.eigvalsh(short @ short.T)
+    return values.clamp_min(0).sqrt().flip(0)
 
 
 def rank_within(values: Tensor, tolerance: float) -> int:
@@ -59,4 +60,4 @@ def outstanding(W: Tensor) -> float:
                 return float("inf")
             scaled = scaled / size
     m, n = W.shape
-    return float(singular_values(scaled)[0]) / (m**0.5 + n**0.5)
+    return float(singular_values(scaled)[0]) / float(m**0.5 + n**0.5)
