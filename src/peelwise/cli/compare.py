@@ -45,7 +45,7 @@ def compare(
     old: Annotated[
         str, typer.Argument(metavar="OLD", help="Folder, .gguf file, or `smollm2`; without NEW: folder of a run.")
     ],
-    new: Annotated[str | None, typer.Argument(metavar="[NEW]", help="What was made from OLD.")] = None,
+    new: Annotated[str | None, typer.Argument(metavar="NEW", help="What was made from OLD.")] = None,
     text: TextOption = None,
     field: FieldOption = ProbeOptions.field,
     tokens: TokensOption = ProbeOptions.tokens,
