@@ -26,7 +26,9 @@ import torch
 from common import RESULTS, environment
 from peelwise.api.inputs import open_both
 from peelwise.engine.clock import Clock
+from peelwise.engine.depth.gains import screened
 from peelwise.engine.depth.joint import gates_of
+from peelwise.engine.depth.look import both, stream_width
 from peelwise.engine.depth.table import BlockWeights, block_weights, joined, pass_table, weight_table
 from peelwise.engine.session import Session
 from peelwise.evidence.unlike import THRESHOLD, named, to_screen, unlikeness, with_gains
@@ -36,8 +38,6 @@ from peelwise.model.parts import parts_of
 from peelwise.model.runner import Runner, Trace
 from peelwise.probe.options import ProbeOptions
 from peelwise.records.signals import SIGNALS
-from peelwise.tasks.check.gains import screened
-from peelwise.tasks.check.run import both, stream_width
 from peelwise.tasks.check.settings import CHECK_TOKENS
 from truth.damage import DEVELOPMENT, HELD_BACK, damaged
 

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from peelwise.records.base import Colour, Interval, Record, SealedRecord, SplitRecord
+from peelwise.records.check import CheckPart
 from peelwise.records.codes import Reason
 
 
@@ -146,7 +147,7 @@ class AuditConclusion(Record):
 
 
 class AuditRecord(SealedRecord):
-    """Everything one audit found."""
+    """Everything one audit found; ``check`` is ``None`` in a model of fewer than five blocks, and in records of old."""
 
     kind: Literal["audit"] = "audit"
     conclusion: AuditConclusion | str | None = None
@@ -154,3 +155,4 @@ class AuditRecord(SealedRecord):
     blocks: tuple[BlockRecord, ...]
     head: HeadRecord | None = None
     rounds: tuple[RoundRecord, ...] = ()
+    check: CheckPart | None = None

@@ -90,6 +90,14 @@ class GainWitness(Record):
     composed: bool = False
 
 
+class CheckPart(Record):
+    """What an audit, which begins with a check, keeps of it: ``scores`` of all blocks, and those that are unlike."""
+
+    threshold: float
+    scores: tuple[float, ...]
+    unlike: tuple[UnlikeBlock, ...] = ()
+
+
 class CheckRecord(SealedRecord):
     """Everything that one check found.
 

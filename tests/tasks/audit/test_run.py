@@ -4,6 +4,7 @@ import dataclasses
 import math
 import time
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -337,3 +338,15 @@ def test_a_block_taken_out_is_a_block_whose_outputs_are_zero(small_gpt, training
         model.model.layers[2].self_attn.o_proj.weight.zero_()
         model.model.layers[2].mlp.down_proj.weight.zero_()
         assert torch.allclose(without, runner.trace(training_probe.select).losses, rtol=1e-6)
+
+
+def test_an_audit_begins_with_a_check_and_names_the_block_that_is_unlike(audited: Any) -> None:
+    check = audited[0].record.check
+    assert check is not None
+    assert len(check.scores) == 6
+    assert [each.block for each in check.unlike][:1] == [3]
+    assert max(range(6), key=lambda i: check.scores[i]) == 3
+    assert all(each.score >= check.threshold for each in check.unlike)
+    names = [stage.name for stage in audited[0].record.cost.stages]
+    assert names.index("pass-signals") < names.index("statistics")
+    assert "Block 3 is unlike its neighbours" in str(audited[0])

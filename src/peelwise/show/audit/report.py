@@ -8,6 +8,7 @@ from peelwise.records.audit import AuditRecord, BlockRecord
 from peelwise.show.audit import sections
 from peelwise.show.audit.low_bit import low_bit
 from peelwise.show.audit.words import conclusion, reasons
+from peelwise.show.check import words as check_words
 from peelwise.show.html.markup import chip, esc, paragraph
 from peelwise.show.html.page import document, facts
 from peelwise.show.words import (
@@ -24,6 +25,7 @@ from peelwise.show.words import (
 )
 
 MOST_IN_A_ROW = 32
+UNLIKE = '<em class="unlike">▲</em>'
 FLAG = '<em class="flag">✕</em>'
 
 
@@ -92,7 +94,11 @@ def _verdicts(record: AuditRecord) -> str:
     odd = sum(is_interaction(block.unique_nats) for block in record.blocks)
     if odd:
         tally += f'<li><strong>{odd}</strong><span class="chip">{FLAG}<span>{INTERACTION}</span></span></li>'
-    cells = "".join(map(_cell, record.blocks, reasons(record)))
+    unlike = {each.block for each in record.check.unlike} if record.check is not None else set()
+    cells = "".join(
+        _cell(block, reason, block.index in unlike)
+        for block, reason in zip(record.blocks, reasons(record), strict=True)
+    )
     # Rows of equal length, so that no last row of two blocks hangs below thirty.
     rows = max(1, math.ceil(len(record.blocks) / MOST_IN_A_ROW))
     columns = max(1, math.ceil(len(record.blocks) / rows))
@@ -100,19 +106,28 @@ def _verdicts(record: AuditRecord) -> str:
         '<section id="verdicts" class="card"><div class="hero">'
         f'<div>{number}</div><ul class="tally">{tally}</ul></div>'
         f'<ol class="strip" style="--columns:{columns}" aria-label="Verdict of each block, first to last">'
-        f"{cells}</ol></section>"
+        f"{cells}</ol>{_check(record)}</section>"
     )
 
 
-def _cell(block: BlockRecord, reason: str) -> str:
+def _check(record: AuditRecord) -> str:
+    """What the check that an audit begins with says: a second row under the strip."""
+    if record.check is None:
+        return ""
+    lines = "".join(f"<li>{esc(line)}</li>" for line in check_words.part_sentences(record.check))
+    return f'<ul class="said" aria-label="Blocks unlike their neighbours">{lines}</ul>'
+
+
+def _cell(block: BlockRecord, reason: str, unlike: bool) -> str:
     words = VERDICTS[block.verdict]
     odd = is_interaction(block.unique_nats)
     label = (
         f"Block {block.index} ({block.name}): {words.words}. Solo gain {with_ends(block.recoverable_nats)}, "
         f"marginal gain {with_ends(block.unique_nats)} nats per token. {reason}"
-        f"{f'. {INTERACTION}' if odd else ''}"
+        f"{f'. {INTERACTION}' if odd else ''}{'. Unlike its neighbours' if unlike else ''}"
     )
+    marks = (FLAG if odd else "") + (UNLIKE if unlike else "")
     return (
         f'<li title="{esc(label)}" aria-label="{esc(label)}" data-block="{block.index}">'
-        f'<b class="tile {block.verdict}">{words.letter}</b><i>{block.index}</i>{FLAG if odd else ""}</li>'
+        f'<b class="tile {block.verdict}">{words.letter}</b><i>{block.index}</i>{marks}</li>'
     )

@@ -21,6 +21,7 @@ from peelwise.records.plain_text import clean
 from peelwise.records.signals import RANKED_BY, SIGNALS
 from peelwise.show.audit.low_bit import terminal_view
 from peelwise.show.audit.words import conclusion, reasons
+from peelwise.show.check import words as check_words
 from peelwise.show.words import (
     INTERACTION,
     INTERACTION_MEANING,
@@ -103,6 +104,9 @@ class _AuditView:
         yield Text(_counts_line(record), style="dim")
         yield _block_table(record, options.max_width)
         yield Text("Intervals are 95 % for each block; verdicts hold for all together (Holm).", style="dim")
+        if record.check is not None:
+            style = "bold yellow" if record.check.unlike else "dim"
+            yield Text("\n".join(map(clean, check_words.part_sentences(record.check))), style=style)
         if any(is_interaction(block.unique_nats) for block in record.blocks):
             yield Text(f"\n{INTERACTION}: {INTERACTION_MEANING}.", style="magenta")
         yield _why(record)
@@ -139,10 +143,11 @@ def _block_table(record: AuditRecord, width: int) -> Table:
         table.add_column("rounds", justify="right", no_wrap=True)
     energies = [value for block in record.blocks if (value := ranking(block)) is not None and value > 0]
     ends = (min(energies), max(energies)) if energies else (1.0, 1.0)
+    unlike = {each.block for each in record.check.unlike} if record.check is not None else set()
     for block in record.blocks:
         table.add_row(
             str(block.index),
-            _verdict(block, wide),
+            _verdict(block, wide, block.index in unlike),
             _measured(block.recoverable_nats),
             _unique(block.unique_nats),
             *([_removal(block.removal_nats), _energy_bar(ranking(block), ends)] if wide else []),
@@ -151,9 +156,10 @@ def _block_table(record: AuditRecord, width: int) -> Table:
     return table
 
 
-def _verdict(block: BlockRecord, wide: bool) -> Text:
+def _verdict(block: BlockRecord, wide: bool, unlike: bool) -> Text:
     words = VERDICTS[block.verdict]
-    return Text(f"{words.letter} {words.words if wide else words.short}", style=words.style)
+    verdict = Text(f"{words.letter} {words.words if wide else words.short}", style=words.style)
+    return verdict.append(" ▲", style="bold yellow") if unlike else verdict
 
 
 def _measured(interval: Interval | None) -> Text:

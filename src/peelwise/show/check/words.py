@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from peelwise.records.base import Interval
-from peelwise.records.check import BlockCheck, CheckRecord, GainWitness, SignalReason, UnlikeBlock
+from peelwise.records.check import BlockCheck, CheckPart, CheckRecord, GainWitness, SignalReason, UnlikeBlock
 from peelwise.records.signals import SIGNALS, title_of
 from peelwise.show.words import nats, significant
 
@@ -89,6 +89,21 @@ def ablation_words(ablation: Interval) -> str:
     if ablation.high < 0:
         return f"Skipping the block lowers the loss by {-ablation.mean:.3f} ({min_max(ablation, -1)})."
     return f"Skipping the block changes the loss by {ablation.mean:+.3f} {ends}, not distinguishable from nothing."
+
+
+def part_sentences(check: CheckPart) -> list[str]:
+    """Return what an audit's check says: one line for each block that is unlike its neighbours, or that none is."""
+    if not check.unlike:
+        highest = max(range(len(check.scores)), key=lambda i: check.scores[i])
+        return [
+            f"No block is unlike its neighbours (highest score {score_words(check.scores[highest])}, block {highest}; "
+            f"named from {score_words(check.threshold)})."
+        ]
+    return [
+        f"Block {each.block} is unlike its neighbours (score {score_words(each.score)}). "
+        + " ".join(map(reason_words, each.reasons))
+        for each in check.unlike
+    ]
 
 
 def part_words(part: str) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from peelwise.engine.depth.look import Look
 from peelwise.engine.refine import Proposals, Refined
 from peelwise.evidence.intervals import Paired
 from peelwise.records.audit import HeadRecord
@@ -33,6 +34,7 @@ class Findings:
         without: per block, report losses ``[sequences]`` of the composed witness without that block.
         alone: per block, the block refined by itself, evaluated on report.
         dense_composed, dense_alone: the same for a low-bit model without its formats: what the bits are compared with.
+        look: signals over depth, and which blocks are unlike their neighbours.
         head, head_gain, shuffled, untrained: the head's reference and the null controls.
         notes: what a reader should know besides the numbers.
         complete: whether every planned stage ran to its end.
@@ -50,5 +52,6 @@ class Findings:
     head_control: Control | None = None
     shuffled: Control | None = None
     untrained: Control | None = None
+    look: Look | None = None
     notes: list[Note] = field(default_factory=list)
     complete: bool = False

@@ -26,6 +26,7 @@ from peelwise.tasks.audit.summary import summarise
 
 # Stages are cut short so that the next ones get their turn: no further joint round and no untrained control is begun
 # after these parts of the budget; leaving one out gets a part of what is left, the head one of the whole.
+_LOOK_SHARE = 0.15
 _REMOVAL_SHARE, _JOINT_SHARE, _CONTROL_SHARE, _UNIQUE_SHARE, _HEAD_SHARE = 0.1, 0.4, 0.8, 0.6, 0.02
 
 
@@ -93,7 +94,8 @@ def run_audit(
 def _stages(session: Session, findings: Findings, settings: AuditSettings) -> bool:
     """Run the stages in the order of what they are worth; return whether all of them ended by themselves."""
     null = shuffled_targets(session.fit, session.seed, shift_first=True) if settings.controls else None
-    complete = stages.first_sweep(session, findings, null=null)
+    complete = stages.look_over_depth(session, findings, share=_LOOK_SHARE)
+    complete &= stages.first_sweep(session, findings, null=null)
     complete &= stages.take_out(session, findings, share=_REMOVAL_SHARE)
     complete &= stages.joint_rounds(session, findings, rounds=settings.joint_rounds, share=_JOINT_SHARE)
     _shuffled(session, findings)

@@ -4,16 +4,35 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from peelwise.engine.depth.look import look
 from peelwise.engine.refine import unrefined
 from peelwise.engine.rounds import Kind, kinds, next_round
 from peelwise.engine.session import REMOVED, WITHOUT, Session
 from peelwise.engine.sweep import Direction, Targets, sweep
+from peelwise.evidence.unlike import LEAST_BLOCKS
+from peelwise.model.parts import parts_of
 from peelwise.records.codes import Stage
 from peelwise.tasks.audit.findings import Findings
 
 _JOINT: dict[Kind, Stage] = {"certified": "joint-rounds", "dense": "joint-rounds-dense"}
 # How many evaluations of the select loss a round takes as a rule, both directions together, to estimate its time.
 _USUAL_EVALUATIONS = 5
+# What a look takes, in forward passes over its tokens: blocks once more, back, and some factors on a few of them.
+_LOOK_PASSES = 12
+
+
+def look_over_depth(session: Session, findings: Findings, *, share: float) -> bool:
+    """Look at all blocks against depth, as `peelwise check` does, on the select tokens: who is unlike the neighbours?
+
+    Returns whether ``share`` of the whole budget allowed it.
+    """
+    blocks, clock = session.runner.blocks, session.clock
+    if len(blocks) < LEAST_BLOCKS:
+        return True
+    if session.seconds_for(_LOOK_PASSES * session.select.predicted) > share * clock.budget:
+        return False
+    findings.look = look(session, [parts_of(block) for block in blocks], session.select)
+    return True
 
 
 def first_sweep(session: Session, findings: Findings, *, null: Targets | None = None) -> bool:
@@ -145,8 +164,10 @@ def refine_alone(session: Session, findings: Findings, *, rounds: int) -> bool:
 
 
 def by_energy(findings: Findings) -> list[int]:
-    """Return block indices, highest natural-gradient score first: there the fault most often is (docs/truth.md)."""
-    return sorted(findings.proposals, key=lambda i: -findings.proposals[i].ranking)
+    """Return block indices: those unlike their neighbours, then by natural-gradient score (docs/truth.md)."""
+    unlike = findings.look.names if findings.look is not None else []
+    order = sorted(findings.proposals, key=lambda i: -findings.proposals[i].ranking)
+    return [*(i for i in unlike if i in findings.proposals), *(i for i in order if i not in unlike)]
 
 
 def _promising(findings: Findings) -> list[int]:

@@ -14,10 +14,12 @@ from peelwise.engine.session import Session
 from peelwise.engine.witness import witness_tensors
 from peelwise.evidence.audit import conclusion, informative, tokens_needed
 from peelwise.evidence.intervals import Paired
+from peelwise.evidence.unlike import THRESHOLD
 from peelwise.evidence.verdict import Evidence, Verdict, default_margin, judge
 from peelwise.model.layers import Block, device_of
 from peelwise.records.audit import AuditRecord, BlockRecord, LossRecord
 from peelwise.records.base import Interval
+from peelwise.records.check import CheckPart
 from peelwise.tasks.audit.findings import Control, Findings
 from peelwise.tasks.audit.loss_parts import coded_matrices, matrices_of, split_of
 
@@ -54,6 +56,7 @@ def summarise(
         blocks=blocks,
         head=findings.head,
         rounds=findings.composed.rounds if findings.composed else (),
+        check=_check(findings),
         cost=session.clock.record(_probe_tokens(session), device_of(setup.model)),
         notes=tuple(findings.notes),
         settings=setup.settings,
@@ -97,6 +100,13 @@ def _block_record(
         split=parts[0] if parts else None,
         price_nats=parts[1] if parts else None,
     )
+
+
+def _check(findings: Findings) -> CheckPart | None:
+    look = findings.look
+    if look is None or look.scored is None:
+        return None
+    return CheckPart(threshold=THRESHOLD, scores=tuple(map(float, look.scored.scores)), unlike=look.unlike())
 
 
 def _signals(found: dict[str, float]) -> dict[str, Any]:

@@ -10,26 +10,26 @@ import torch
 from torch import nn
 
 from peelwise.engine.clock import Clock, Watcher
-from peelwise.engine.depth.joint import gates_of
-from peelwise.engine.depth.table import BLOCK, DepthTable, block_weights, joined, pass_table, weight_table
+from peelwise.engine.depth.gains import GainWitnesses, gain_witnesses
+from peelwise.engine.depth.look import Look, both, look, look_at_weights
+from peelwise.engine.depth.table import BLOCK, DepthTable
 from peelwise.engine.opening import checked_blocks, open_session
 from peelwise.engine.provenance import Setup, model_record, versions
 from peelwise.engine.session import Session
 from peelwise.errors import NotDifferentiableError
-from peelwise.evidence.unlike import THRESHOLD, Unlikeness, named, reasons, to_screen, unlikeness, with_gains
+from peelwise.evidence.unlike import THRESHOLD
 from peelwise.evidence.verdict import default_margin
 from peelwise.model.architectures import find_blocks
 from peelwise.model.fingerprint import check_finite, fingerprint
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, device_of
 from peelwise.model.parts import Parts, parts_of
-from peelwise.model.runner import Runner, Trace
+from peelwise.model.runner import Runner
 from peelwise.model.selfcheck import check_shared
 from peelwise.model.splice import frozen
 from peelwise.probe.probe import Probe
-from peelwise.records.base import Interval, Note, note
-from peelwise.records.check import BlockCheck, CheckRecord, MatrixCheck, UnlikeBlock
-from peelwise.tasks.check.gains import GainWitnesses, gain_witnesses, screened
+from peelwise.records.base import CostRecord, Interval, Note, note
+from peelwise.records.check import BlockCheck, CheckRecord, MatrixCheck
 from peelwise.tasks.check.settings import CheckSettings
 
 
@@ -37,10 +37,10 @@ from peelwise.tasks.check.settings import CheckSettings
 class _Found:
     """What the stages of a check found."""
 
-    table: DepthTable
-    loss: float | None = None
-    notes: list[Note] | None = None
-    ablation: dict[int, Interval] | None = None
+    look: Look
+    session: Session | None = None
+    notes: list[Note] = field(default_factory=list)
+    ablation: dict[int, Interval] = field(default_factory=dict)
     witnesses: GainWitnesses = field(default_factory=lambda: GainWitnesses((), None))
 
 
@@ -75,44 +75,50 @@ def run_check(
     with untouched(model), frozen(linears), torch.no_grad():
         if probe is None:
             clock = Clock(float("inf"), Runner(model, blocks).work, watcher)
-            with clock.stage("weight-signals"):
-                found = _Found(_weights(all_parts, settings, clock), notes=[note("no-text")])
+            found = _Found(look_at_weights(all_parts, clock, settings.wanted), notes=[note("no-text")])
         else:
             session, differentiable = _session(model, blocks, probe, settings, name, watcher)
-            clock = session.clock
-            found = _with_text(session, all_parts, settings, gradients=differentiable)
-        scored = unlikeness(found.table.values, len(blocks), [len(gates_of(parts)) for parts in all_parts])
-        if probe is not None and scored is not None:
-            few = to_screen(scored.scores)
-            with clock.stage("gain-witnesses"):
-                gains = screened(session, [all_parts[index] for index in few], found.table)
-            scored = with_gains(scored, gains, default_margin(session.report.mean))
-        names = named(scored.scores) if scored is not None else []
-        if probe is not None and names:
-            worst = names[: settings.most_witnesses]
-            with clock.stage("ablation"):
-                found.ablation = {index: _ablation(session, index) for index in worst}
-            with clock.stage("gain-witnesses"):
-                found.witnesses = gain_witnesses(session, [all_parts[index] for index in worst], found.table)
-    composed = found.witnesses.composed
+            clock, found = session.clock, _with_text(session, all_parts, settings, gradients=differentiable)
+    if found.look.scored is None:
+        found.notes.append(note("few-blocks", blocks=len(blocks)))
     tokens = 1 if probe is None else probe.fit.tokens + probe.select.tokens + probe.report.tokens
-    if scored is None:
-        found.notes = [*(found.notes or ()), note("few-blocks", blocks=len(blocks))]
+    return _record(setup, probe, found, all_parts).model_copy(update={"cost": clock.record(tokens, device_of(model))})
+
+
+def _with_text(session: Session, all_parts: Sequence[Parts], settings: CheckSettings, *, gradients: bool) -> _Found:
+    """Look at fit and select, whose tokens nothing is proved on, and prove on report what can be of the worst."""
+    seen = both(session.fit, session.select)
+    found = _Found(look(session, all_parts, seen, wanted=settings.wanted, gradients=gradients), session)
+    found.notes += [*session.notes, *([] if gradients else [note("no-gradients")])]
+    worst = found.look.names[: settings.most_witnesses]
+    if worst:
+        with session.clock.stage("ablation"):
+            found.ablation = {index: _ablation(session, index) for index in worst}
+        with session.clock.stage("gain-witnesses"):
+            found.witnesses = gain_witnesses(session, [all_parts[index] for index in worst], found.look.table)
+    return found
+
+
+def _record(setup: Setup, probe: Probe | None, found: _Found, all_parts: Sequence[Parts]) -> CheckRecord:
+    scored, session, composed = found.look.scored, found.session, found.witnesses.composed
+    loss = None if session is None else session.report.mean
     return CheckRecord(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         model=model_record(setup),
         probe=None if probe is None else probe.record(),
-        margin_nats=default_margin(found.loss or 0.0),
-        loss=found.loss,
-        composed_loss=None if composed is None else session.report.mean_of(composed),
-        composed_gain=None if composed is None else session.gain(session.report.losses, composed).interval(),
+        margin_nats=default_margin(loss or 0.0),
+        loss=loss,
+        composed_loss=None if composed is None or session is None else session.report.mean_of(composed),
+        composed_gain=(
+            None if composed is None or session is None else session.gain(session.report.losses, composed).interval()
+        ),
         threshold=THRESHOLD,
-        blocks=tuple(_block_record(block, found, scored) for block in blocks),
-        matrices=tuple(_matrices(all_parts, found.table)),
-        unlike=None if scored is None else tuple(_unlike(scored, found.table, index) for index in names),
+        blocks=tuple(_block_record(parts.block, found) for parts in all_parts),
+        matrices=tuple(_matrices(all_parts, found.look.table)),
+        unlike=None if scored is None else found.look.unlike(),
         gain_witnesses=found.witnesses.each,
-        cost=clock.record(tokens, device_of(model)),
-        notes=tuple(found.notes or ()),
+        cost=CostRecord(forward_equivalents=0.0, wall_seconds=0.0, peak_bytes=0),
+        notes=tuple(found.notes),
         settings=setup.settings,
         seed=setup.seed,
         versions=versions(),
@@ -157,65 +163,23 @@ def _session(
     return opened, gradients
 
 
-def _with_text(session: Session, all_parts: Sequence[Parts], settings: CheckSettings, *, gradients: bool) -> _Found:
-    """Return the signals of weights and of a pass over fit and select, whose tokens nothing is proved on."""
-    clock, notes = session.clock, [*session.notes]
-    with clock.stage("weight-signals"):
-        weights = _weights(all_parts, settings, clock)
-    seen = both(session.fit, session.select)
-    with clock.stage("pass-signals"):
-        if not gradients:
-            notes.append(note("no-gradients"))
-        passed = pass_table(
-            session.runner,
-            all_parts,
-            seen,
-            gradients=gradients,
-            signals=settings.wanted,
-            after_block=session.tell_block,
-        )
-    return _Found(joined(weights, passed), session.report.mean, notes)
-
-
-def both(first: Trace, second: Trace) -> Trace:
-    """Return two parts of a probe as one."""
-    return Trace(
-        [*first.batches, *second.batches],
-        torch.cat([first.losses, second.losses]),
-        torch.cat([first.tokens, second.tokens]),
-    )
-
-
-def _weights(all_parts: Sequence[Parts], settings: CheckSettings, clock: Clock) -> DepthTable:
-    found = []
-    for done, parts in enumerate(all_parts, start=1):
-        found.append(block_weights(parts, stream_width(all_parts), settings.wanted))
-        clock.tell(done, len(all_parts))
-    return weight_table(found, settings.wanted)
-
-
-def stream_width(all_parts: Sequence[Parts]) -> int:
-    """Return the channels of the residual stream: the outputs of the layer that writes to it."""
-    branches = all_parts[0].branches
-    return int(branches[-1].writer.weight().shape[0]) if branches else 0
-
-
 def _ablation(session: Session, index: int) -> Interval:
     without = session.losses_without(session.report, index)
     return session.gain(without, session.report.losses).interval()
 
 
-def _block_record(block: Block, found: _Found, scored: Unlikeness | None) -> BlockCheck:
+def _block_record(block: Block, found: _Found) -> BlockCheck:
+    scored = found.look.scored
     return BlockCheck(
         index=block.index,
         name=block.name,
         score=None if scored is None else float(scored.scores[block.index]),
         signals={
             f"{signal}.{part}" if part != BLOCK else signal: value
-            for (signal, part), row in found.table.values.items()
+            for (signal, part), row in found.look.table.values.items()
             if (value := row[block.index]) is not None
         },
-        ablation=(found.ablation or {}).get(block.index),
+        ablation=found.ablation.get(block.index),
     )
 
 
@@ -237,7 +201,3 @@ def _matrices(all_parts: Sequence[Parts], table: DepthTable) -> list[MatrixCheck
         for parts in all_parts
         for part, linear in parts.linears.items()
     ]
-
-
-def _unlike(scored: Unlikeness, table: DepthTable, index: int) -> UnlikeBlock:
-    return UnlikeBlock(block=index, score=float(scored.scores[index]), reasons=reasons(scored, table.values, index))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peelwise.tasks.check.gains import search
+from peelwise.engine.depth.gains import search
 
 
 @pytest.mark.parametrize("best", [-0.9, 0.0, 0.6, 1.4, 2.3])

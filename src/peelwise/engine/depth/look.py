@@ -1,0 +1,120 @@
+"""A look at all blocks against depth: signals, scores, and factors where the scores leave it open."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from peelwise.engine.clock import Clock
+from peelwise.engine.depth.gains import screened
+from peelwise.engine.depth.joint import gates_of
+from peelwise.engine.depth.table import DepthTable, block_weights, joined, pass_table, weight_table
+from peelwise.engine.session import Session
+from peelwise.evidence.unlike import Unlikeness, named, reasons, to_screen, unlikeness, with_gains
+from peelwise.evidence.verdict import default_margin
+from peelwise.model.parts import Parts
+from peelwise.model.runner import Trace
+from peelwise.records.check import UnlikeBlock
+from peelwise.records.signals import SIGNALS
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was seen.
+
+    Attributes:
+        table: every signal.
+        scored: the scores, or ``None`` where there is no depth to compare with.
+    """
+
+    table: DepthTable
+    scored: Unlikeness | None
+
+    @property
+    def names(self) -> list[int]:
+        """Blocks that are unlike their neighbours, the most unlike first."""
+        return [] if self.scored is None else named(self.scored.scores)
+
+    def unlike(self) -> tuple[UnlikeBlock, ...]:
+        """Return those blocks with what says so."""
+        if self.scored is None:
+            return ()
+        scores, values = self.scored.scores, self.table.values
+        return tuple(
+            UnlikeBlock(block=i, score=float(scores[i]), reasons=reasons(self.scored, values, i)) for i in self.names
+        )
+
+
+def look_at_weights(
+    all_parts: Sequence[Parts],
+    clock: Clock,
+    wanted: Collection[str] = tuple(SIGNALS),
+) -> Look:
+    """Return what the weights say by themselves, without any text."""
+    with clock.stage("weight-signals"):
+        table = _weights(all_parts, clock, wanted)
+    return Look(table, unlikeness(table.values, len(all_parts)))
+
+
+def look(
+    session: Session,
+    all_parts: Sequence[Parts],
+    seen: Trace,
+    *,
+    wanted: Collection[str] = tuple(SIGNALS),
+    gradients: bool = True,
+) -> Look:
+    """Return what weights, a pass over ``seen`` and a few factors on select say of all blocks.
+
+    Args:
+        session: the model.
+        all_parts: the parts of its blocks, in order.
+        seen: tokens to look at; nothing is proved on them.
+        wanted: names of the signals to compute.
+        gradients: also differentiate the loss.
+    """
+    clock = session.clock
+    with torch.no_grad():
+        with clock.stage("weight-signals"):
+            weights = _weights(all_parts, clock, wanted)
+        with clock.stage("pass-signals"):
+            passed = pass_table(
+                session.runner,
+                all_parts,
+                seen,
+                gradients=gradients,
+                signals=wanted,
+                after_block=session.tell_block,
+            )
+        table = joined(weights, passed)
+        scored = unlikeness(table.values, len(all_parts), [len(gates_of(parts)) for parts in all_parts])
+        if scored is None:
+            return Look(table, None)
+        with clock.stage("gain-witnesses"):
+            gains = screened(session, [all_parts[index] for index in to_screen(scored.scores)], table)
+        return Look(table, with_gains(scored, gains, default_margin(session.report.mean)))
+
+
+def _weights(all_parts: Sequence[Parts], clock: Clock, wanted: Collection[str]) -> DepthTable:
+    found = []
+    for done, parts in enumerate(all_parts, start=1):
+        found.append(block_weights(parts, stream_width(all_parts), wanted))
+        clock.tell(done, len(all_parts))
+    return weight_table(found, wanted)
+
+
+def both(first: Trace, second: Trace) -> Trace:
+    """Return two parts of a probe as one."""
+    return Trace(
+        [*first.batches, *second.batches],
+        torch.cat([first.losses, second.losses]),
+        torch.cat([first.tokens, second.tokens]),
+    )
+
+
+def stream_width(all_parts: Sequence[Parts]) -> int:
+    """Return the channels of the residual stream: the outputs of the layer that writes to it."""
+    branches = all_parts[0].branches
+    return int(branches[-1].writer.weight().shape[0]) if branches else 0
