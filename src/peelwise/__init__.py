@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from peelwise.api.monitor import Monitor
     from peelwise.api.peel import PeelReport, peel
     from peelwise.api.quantcheck import QuantcheckReport, quantcheck
+    from peelwise.api.yes import YesBounds, yes_bounds
     from peelwise.integrations.huggingface import attach as attach
     from peelwise.model.options import OpenOptions
     from peelwise.probe.options import ProbeOptions
@@ -26,8 +27,7 @@ if TYPE_CHECKING:
     from peelwise.tasks.monitor.schedules import every, log_spaced
     from peelwise.tasks.peel.settings import PeelSettings
     from peelwise.tasks.quantcheck.settings import QuantcheckSettings
-    from peelwise.tasks.yes.bounds import YesMonitor, yes_bounds
-    from peelwise.tasks.yes.result import YesBounds
+    from peelwise.tasks.yes.bounds import YesMonitor
 
 __all__ = [
     "AuditReport",
@@ -78,7 +78,7 @@ _HOME = {
     "ProbeOptions": "peelwise.probe.options",
     "QuantcheckReport": "peelwise.api.quantcheck",
     "QuantcheckSettings": "peelwise.tasks.quantcheck.settings",
-    "YesBounds": "peelwise.tasks.yes.result",
+    "YesBounds": "peelwise.api.yes",
     "YesMonitor": "peelwise.tasks.yes.bounds",
     "apply": "peelwise.api.certificate",
     "attach": "peelwise.integrations.huggingface",
@@ -91,7 +91,7 @@ _HOME = {
     "peel": "peelwise.api.peel",
     "quantcheck": "peelwise.api.quantcheck",
     "verify": "peelwise.api.certificate",
-    "yes_bounds": "peelwise.tasks.yes.bounds",
+    "yes_bounds": "peelwise.api.yes",
 }
 
 

@@ -4,13 +4,16 @@ from html.parser import HTMLParser
 
 import pytest
 
+from peelwise.api.yes import YesBounds
 from peelwise.records.base import CostRecord, Note, SplitRecord
 from peelwise.records.quantcheck import LayerCheck, QuantcheckConclusion, QuantcheckRecord, QuantLosses
 from peelwise.records.run import WHOLE_MODEL, Event, Measurement, Statistic
+from peelwise.records.yes import YesPart
 from peelwise.show.audit.words import conclusion
 from peelwise.show.notebook import MOST_ROWS, bounds_html, measurement_html, nothing_html, record_html, strip
 from peelwise.show.peel.words import conclusion as peel_conclusion
 from peelwise.show.quantcheck.words import NOT_KEPT
+from peelwise.show.yes import text
 from show.peel_sample import hostile_record, peel_record, unmeasured_record
 from show.sample import HOSTILE, hostile, interval, partial, unmeasured, whole
 
@@ -158,9 +161,31 @@ def test_a_measurement_tells_what_it_measured_and_no_more():
 
 
 def test_bounds_are_shown_with_their_cloud():
-    found = tree(bounds_html("YES bounds", "yellow", ["network 0.5"], ["", "bound"], [["YES-0", "0.7"]]))
+    found = tree(bounds_html(bounds()))
+    assert "YES bounds (default), squared error per sample, 40 samples of report" in found.text
+    assert "network 0.5: yellow; 2 of 2 maps" in found.text
     assert "cloud: yellow" in found.text
-    assert "YES-0" in found.text
+    assert "+0.2 [+0.1, +0.3]" in found.text
+    assert "controls: not run" in found.text
+    assert str(bounds()) == text(bounds())
+    assert text(bounds()).splitlines() == [
+        "YES bounds (default), squared error per sample, 40 samples of report",
+        "network 0.5: yellow; 2 of 2 maps",
+        "       bound  on fit  bound - network (95 %)  map",
+        "YES-0  0.7    0.6     +0.2 [+0.1, +0.3]       [2, 2]  uninformative",
+        "YES-1  0.4    0.3                             [1, 2]",
+        "controls: not run, so nothing is known about what these bounds are worth",
+    ]
+
+
+def bounds(**changes):
+    """Made-up bounds of two layers."""
+    fit, report = YesPart(100, 0.45, (0.6, 0.3)), YesPart(40, 0.5, (0.7, 0.4))
+    measured = {"mode": "default", "objective": "squared", "loss": 0.5, "yes_0": 0.7, "yes_k": {1: 0.4}} | changes
+    return YesBounds(
+        **measured, cloud="yellow", best_map={0: (2, 2), 1: (1, 2)}, maps_visited=2, maps_total=2, beam_width=None,
+        fit=fit, report=report, gap={0: interval(0.2, 0.1)}, controls=None, informative={0: False},
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -170,7 +195,7 @@ def test_bounds_are_shown_with_their_cloud():
         lambda: record_html(hostile_record()),
         lambda: record_html(quantcheck_record(name=HOSTILE, notes=(Note(code=HOSTILE),))),
         lambda: measurement_html(measurement(HOSTILE), [HOSTILE]),
-        lambda: bounds_html(HOSTILE, "red", [HOSTILE], [HOSTILE], [[HOSTILE]]),
+        lambda: bounds_html(bounds(mode=HOSTILE)),
     ],
 )
 def test_hostile_names_stay_text(fragment):

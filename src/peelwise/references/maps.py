@@ -19,7 +19,7 @@ from itertools import combinations, pairwise
 
 from peelwise.errors import MapError
 
-StationMap = tuple[int, ...]
+StationMap = tuple[int, ...]  # as in the records, which this mathematics does not know
 
 
 def map_of_subset(subset: Iterable[int], layers: int) -> StationMap:

@@ -17,6 +17,8 @@ from peelwise.records.compare import CompareRecord, CompareSeries
 from peelwise.records.peel import PeelRecord
 from peelwise.records.quantcheck import LayerCheck, QuantcheckRecord
 from peelwise.records.run import COLOURS, WHOLE_MODEL, Measurement
+from peelwise.records.yes import YesRecord
+from peelwise.show import yes as yes_words
 from peelwise.show.audit import words as audit_words
 from peelwise.show.check import words as check_words
 from peelwise.show.compare import words as compare_words
@@ -119,21 +121,14 @@ def nothing_html() -> str:
     return fragment(_line("No measurement yet: the first comes when the budget allows."))
 
 
-def bounds_html(
-    title: str, cloud: str, facts: Sequence[str], headers: Sequence[str], rows: Iterable[Sequence[str]]
-) -> str:
-    """Return the fragment of YES bounds, which know their own words.
-
-    Args:
-        title: what was bounded.
-        cloud: red, yellow or green.
-        facts: further lines of text.
-        headers: of the table.
-        rows: its cells, as text.
-    """
+def bounds_html(bounds: YesRecord) -> str:
+    """Return the fragment of YES bounds: what a terminal prints, with the cloud as a tile."""
+    title, *facts = yes_words.head(bounds)
+    headers, *rows = yes_words.rows(bounds)
     cells = [[esc(cell) for cell in row] for row in rows]
-    tile = _tile(_CLOUDS[cloud], f"cloud: {cloud}")
-    return fragment(_title(title, ()), f"<div>{tile}</div>", *map(_line, facts), _table(headers, cells, "Bounds"))
+    tile = _tile(_CLOUDS[bounds.cloud], f"cloud: {bounds.cloud}")
+    lines = map(_line, [*facts, *yes_words.foot(bounds)])
+    return fragment(_title(title, ()), f"<div>{tile}</div>", *lines, _table(headers, cells, "Bounds"))
 
 
 def fragment(*parts_html: str) -> str:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from peelwise.errors import MapError, OptionError, PeelwiseError, ProbeError, TooFewSamplesError, UnsupportedModelError
+from peelwise.records.yes import cloud_of
+from peelwise.show.yes import text
 from peelwise.tasks.yes.bounds import YesMonitor, yes_bounds
 from peelwise.tasks.yes.chain import read_chain
-from peelwise.tasks.yes.result import cloud_of
 from peelwise.tasks.yes.samples import checked_samples
 from yes_reference import yes_reference
 
@@ -150,9 +151,8 @@ def test_any_widths_and_activations_beat_the_mean_and_their_controls_say_so(acti
     assert found.informative[3]  # trained features beat untrained ones
     assert found.controls.head_control < found.loss * 1.05
     assert found.gap[3].mean == pytest.approx(found.yes_k[3] - found.loss, rel=1e-6)
-    text = str(found)
-    assert "YES-3" in text
-    assert "untrained" in text
+    assert "YES-3" in text(found)
+    assert "untrained" in text(found)
 
 
 def test_control_untrained_networks_bounds_are_not_informative() -> None:
@@ -160,7 +160,7 @@ def test_control_untrained_networks_bounds_are_not_informative() -> None:
     net = _net([6, 8, 8, 8])
     found = yes_bounds(net, x, y, untrained=copy.deepcopy(net))
     assert not any(found.informative.values())
-    assert "uninformative" in str(found)
+    assert "uninformative" in text(found)
 
 
 @pytest.mark.parametrize("layers", [1, 2])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -39,11 +38,12 @@ class GgufField:
 
     Args:
         types: Number of its type; of an array that of its elements too.
-        parts: What it consists of, one thing unless it is an array: texts as bytes, numbers as arrays ``[1]``.
+        parts: A sequence of what it consists of, one thing unless it is an array: texts as bytes, numbers as
+            arrays ``[1]``.
     """
 
     types: list[int]
-    parts: Sequence[Any] | NDArray[Any]
+    parts: Any
 
     @property
     def data(self) -> range:
@@ -112,7 +112,8 @@ class _Cursor:
 
     def texts(self, count: int) -> list[bytes]:
         """Return so many texts in a row; a vocabulary has a hundred thousand, so nothing is called for each."""
-        found, blob, at, end = [], self.blob, self.at, len(self.blob)
+        found: list[bytes] = []
+        blob, at, end = self.blob, self.at, len(self.blob)
         for _ in range(count):
             start = at + 8
             at = start + _LENGTH.unpack_from(blob, at)[0]

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from peelwise.errors import OptionError, TooFewSamplesError, UnsupportedModelError
 from peelwise.records.base import Interval
+from peelwise.records.yes import Mode, YesControls, YesPart, YesRecord, YesRow, cloud_of
 from peelwise.references.least_squares import DAMPINGS
 from peelwise.references.maps import MapPlan, StationMap, best_by_size
 from peelwise.stats.projection import Projector
 from peelwise.tasks.yes.chain import Chain, read_chain
 from peelwise.tasks.yes.published import PublishedStacks
-from peelwise.tasks.yes.result import Mode, YesBounds, YesControls, YesPart, YesRow, cloud_of
 from peelwise.tasks.yes.samples import Samples, checked_samples
 from peelwise.tasks.yes.streamed import PairedMeans, StreamedStacks, StreamOptions, head_control, paired_means
 
@@ -44,7 +44,7 @@ def yes_bounds(
     regress_to: Literal["preactivation", "activation"] = "preactivation",
     controls: bool = True,
     untrained: nn.Module | None = None,
-) -> YesBounds:
+) -> YesRecord:
     """Return YES-0 and YES-k, ``k = 1..L-1``, of a chain of affine maps and activations at this moment.
 
     Each map sigma of `peelwise.references.maps` gives a stack of reference layers, fitted one after another:
@@ -143,7 +143,7 @@ class YesMonitor:
         self.rows.append(row)
         return row
 
-    def _bounds(self) -> YesBounds:
+    def _bounds(self) -> YesRecord:
         return yes_bounds(self._net, self._x, self._y, controls=False, **self._options)  # type: ignore[arg-type]
 
 
@@ -158,7 +158,7 @@ class _Run:
     head: tuple[float, ...] = ()
 
 
-def _default(chain: Chain, samples: Samples, plan: MapPlan, options: StreamOptions, start: Chain | None) -> YesBounds:
+def _default(chain: Chain, samples: Samples, plan: MapPlan, options: StreamOptions, start: Chain | None) -> YesRecord:
     run = _run(chain, samples, plan, options, with_head=start is not None)
     found = None
     if start is not None:
@@ -167,7 +167,7 @@ def _default(chain: Chain, samples: Samples, plan: MapPlan, options: StreamOptio
         found = YesControls(untrained.report.bounds, shuffled.report.bounds, run.head[0])
     bounds = run.report.bounds
     gaps = zip(run.report.gap_mean, run.report.gap_deviation, strict=True)
-    return YesBounds(
+    return YesRecord(
         mode="default",
         objective=samples.loss,
         loss=run.report.loss,
@@ -197,7 +197,7 @@ def _run(chain: Chain, samples: Samples, plan: MapPlan, options: StreamOptions, 
     return _Run(best, fit.first(size), report.first(size), stacks.maps_visited, report.bounds[size:])
 
 
-def _published(chain: Chain, samples: Samples, plan: MapPlan, start: Chain | None) -> YesBounds:
+def _published(chain: Chain, samples: Samples, plan: MapPlan, start: Chain | None) -> YesRecord:
     x = samples.x.to(samples.device).double().flatten(1)
     y = samples.y.to(samples.device).double()
     with torch.no_grad():
@@ -214,7 +214,7 @@ def _published(chain: Chain, samples: Samples, plan: MapPlan, start: Chain | Non
                 _published_values(chain, x, other, plan),
                 _head_in_sample(chain, stations[-2][1], y),
             )
-    return YesBounds(
+    return YesRecord(
         mode="published",
         objective="squared",
         loss=loss,

@@ -1,4 +1,4 @@
-"""What a YES bound says: frozen numbers and their words. Knows neither networks nor tensors."""
+"""What YES bounds are: frozen numbers, which know neither networks nor tensors."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from peelwise.records.base import Interval
-from peelwise.references.maps import StationMap
 
+StationMap = tuple[int, ...]  # per layer, the station whose values it is fitted to
 Cloud = Literal["red", "yellow", "green"]
 Mode = Literal["default", "published"]
-UNITS = {"squared": "squared error per sample", "cross_entropy": "nats per sample"}
 
 
 def cloud_of(loss: float, yes_0: float, yes_last: float) -> Cloud:
@@ -53,7 +52,7 @@ class YesControls:
 
 
 @dataclass(frozen=True)
-class YesBounds:
+class YesRecord:
     """YES-0 and YES-k of a network at one moment.
 
     Values are on report in default mode, and on the samples fitted to in published mode. ``fit`` holds the
@@ -82,50 +81,6 @@ class YesBounds:
         """YES-0..YES-(L-1) as one tuple."""
         return (self.yes_0, *self.yes_k.values())
 
-    def __str__(self) -> str:
-        return "\n".join([*self._head(), *self._table(), *self._foot()])
-
-    def _repr_html_(self) -> str:
-        from peelwise.show.notebook import bounds_html
-
-        title, *facts = self._head()
-        headers, *rows = self._rows()
-        return bounds_html(title, self.cloud, [*facts, *self._foot()], headers, rows)
-
-    def _head(self) -> list[str]:
-        where = "report" if self.report else "the samples fitted to"
-        part = self.report or self.fit
-        beam = f", beam of {self.beam_width}" if self.beam_width else ""
-        return [
-            f"YES bounds ({self.mode}), {UNITS[self.objective]}, {part.samples} samples of {where}",
-            f"network {self.loss:.6g}: {self.cloud}; {self.maps_visited} of {self.maps_total} maps{beam}",
-        ]
-
-    def _rows(self) -> list[list[str]]:
-        columns = ["", "bound", *(["on fit", "bound - network (95 %)"] if self.report else []), "map"]
-        rows = [columns]
-        for k, bound in enumerate(self.bounds):
-            row = [f"YES-{k}", f"{bound:.6g}"]
-            if self.report:
-                row += [f"{self.fit.bounds[k]:.6g}", _interval_words(self.gap.get(k))]
-            flag = "" if self.informative.get(k, True) else "  uninformative"
-            rows.append([*row, str(list(self.best_map[k])) + flag])
-        return rows
-
-    def _table(self) -> list[str]:
-        rows = self._rows()
-        widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-        return ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
-
-    def _foot(self) -> list[str]:
-        if self.controls is None:
-            return ["controls: not run, so nothing is known about what these bounds are worth"]
-        c = self.controls
-        return [
-            f"controls: untrained {min(c.untrained):.6g}, shuffled {min(c.shuffled):.6g}, "
-            f"network with its last layer fitted anew {c.head_control:.6g}"
-        ]
-
 
 @dataclass(frozen=True)
 class YesRow:
@@ -139,7 +94,3 @@ class YesRow:
     cloud: Cloud
     best_map: dict[int, StationMap]
     informative: dict[int, bool]
-
-
-def _interval_words(interval: Interval | None) -> str:
-    return "" if interval is None else f"{interval.mean:+.4g} [{interval.low:+.4g}, {interval.high:+.4g}]"
