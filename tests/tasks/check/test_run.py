@@ -197,5 +197,7 @@ def test_a_model_that_cannot_be_differentiated_still_has_its_other_signals(
 def test_only_the_signals_that_were_asked_for(stored_stage: Callable[[str], Any], probe: peelwise.Probe) -> None:
     record = run_check(stored_stage("final")[0], probe, CheckSettings(signals=("gain_slope", "weight_rms")))
     assert {name.partition(".")[0] for block in record.blocks for name in block.signals} == {"gain_slope", "weight_rms"}
+    weights = run_check(stored_stage("final")[0], probe, CheckSettings(signals=("weight_rms",), most_witnesses=0))
+    assert weights.cost.forward_equivalents < record.cost.forward_equivalents - 1.5  # no pass was made
     with pytest.raises(OptionError, match="no signal 'nonsense'"):
         CheckSettings(signals=("nonsense",))

@@ -23,7 +23,7 @@ from peelwise.engine.depth.weights import (
 )
 from peelwise.model.parts import MLP, Parts
 from peelwise.model.runner import Runner, Trace
-from peelwise.records.signals import SIGNALS, Kind, Signal, of_kinds
+from peelwise.records.signals import FROM_BACKWARD, FROM_FORWARD, SIGNALS, Kind, Signal, of_kinds
 
 # Those that need the gradient of a weight, not only that of what it gives.
 OF_WEIGHTS = frozenset({"weight_gradient_norm", "gradient_rank", "fisher_trace", "gradient_alignment"})
@@ -110,10 +110,13 @@ def pass_table(
         all_parts: the parts of all blocks, in order.
         trace: tokens, with stations.
         gradients: also differentiate the loss.
-        signals: names of those wanted.
+        signals: names of those wanted; what none of them needs is not done.
         after_block: called with the number of blocks done.
     """
     table = DepthTable(len(all_parts))
+    if not any(_wanted([*FROM_FORWARD, *FROM_BACKWARD], signals)):
+        return table
+    gradients = gradients and any(_wanted(FROM_BACKWARD, signals))
     products: dict[int, Tensor] = {}
     of_weights = not OF_WEIGHTS.isdisjoint(signals)
     passes = observe(runner, all_parts, trace, gradients=gradients, of_weights=of_weights, after_block=after_block)
