@@ -63,9 +63,9 @@ NoteCode = Literal[
     "map-unfinished",
     "few-heads",
     "other-tensors",
+    "shared-tensors",
     "left-out",
     "no-text",
     "no-gradients",
     "few-blocks",
-    "shared-tensors",
 ]

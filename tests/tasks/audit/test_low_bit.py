@@ -72,7 +72,9 @@ def test_the_witness_of_a_low_bit_model_is_in_its_formats_and_is_certified(tmp_p
     peelwise.AuditReport(record, outcome.witness, outcome.probe).save(tmp_path / "out")
     assert peelwise.verify(tmp_path / "out", model, full=True).status == "holds"
     merged = merged_model(read_certificate(tmp_path / "out"), model)
-    assert report_loss(merged, read_certificate(tmp_path / "out")) == pytest.approx(record.loss.composed, abs=1e-5)
+    assert report_loss(merged, read_certificate(tmp_path / "out").probe) == pytest.approx(
+        record.loss.composed, abs=1e-5
+    )
 
 
 def _assert_splits_add_up(record) -> None:
@@ -247,7 +249,7 @@ def test_a_gguf_file_is_audited_at_the_bits_it_stores(tmp_path) -> None:
     assert peelwise.verify(tmp_path / "out", full=True).holds
     save_model(merged_model(certificate, opened.model), None, tmp_path / "applied")  # the file has no tokenizer
     written = open_model(tmp_path / "applied", with_tokenizer=False).model
-    assert report_loss(written, certificate) == pytest.approx(outcome.record.loss.composed, abs=1e-4)
+    assert report_loss(written, certificate.probe) == pytest.approx(outcome.record.loss.composed, abs=1e-4)
     assert all(m.held().format.name == "int4:group=32,symmetric" for b in find_blocks(written) for m in b.linears)
 
 

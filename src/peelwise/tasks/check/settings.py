@@ -11,7 +11,7 @@ from peelwise.records.signals import OVER_DEPTH, of_kinds
 
 # Tokens that a check draws unless told otherwise: few numbers are fitted, so few decide.
 CHECK_TOKENS = 2_048
-CHECK_LENGTH = 96  # of a sequence: enough of them to report on
+CHECK_LENGTH = 64  # of a sequence: enough of them to report on
 
 
 @dataclass(frozen=True)
