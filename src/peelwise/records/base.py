@@ -16,7 +16,7 @@ from peelwise.records.codes import NoteCode
 
 SCHEMA_VERSION = 1
 
-Colour = Literal["red", "yellow", "green", "grey"]
+Colour = Literal["red", "yellow", "green", "grey", "frozen"]  # the last is none: the block is not asked about
 Value = int | float | str
 
 
@@ -45,6 +45,13 @@ class Note(Record):
     ``few-heads``           only so many ``heads`` were fitted, as the vocabulary is large
     ``other-tensors``       ``count`` tensors besides the quantised ones differ, such as ``name``
     ``left-out``            ``count`` parameters of blocks with a ``share`` of their numbers, such as ``names``
+    ``frozen-layers``       ``layers`` that are not asked about, with a ``share`` of the blocks' numbers; ``blocks``
+                            that have no others
+    ``untied``              the configuration says that ``embedding`` and ``head`` share a weight, and they do not;
+                            ``same``: 1 if their values are equal all the same
+    ``checkpoint``          tensors of ``folder`` ``compared`` with the model: so many ``differ``, such as ``names``;
+                            ``only_model`` and ``only_file`` are in one of them alone
+    ``autocast``            the model's own forward computes in ``dtype``
     ======================  ================================================================================
     """
 

@@ -50,7 +50,7 @@ BAR_CELLS = 8
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 # One character each, so that columns stay aligned where the terminal cannot show the original.
 _ASCII = str.maketrans({"±": "~", "·": "-", "–": "-", "—": "-", "→": ">", "…": "."} | dict.fromkeys("▏▎▍▌", " "))
-_ASCII |= str.maketrans(dict.fromkeys("▋▊▉█", "#") | {"■": "#", "▲": "^", "●": "o", "◇": "?"})
+_ASCII |= str.maketrans(dict.fromkeys("▋▊▉█", "#") | {"■": "#", "▲": "^", "●": "o", "◇": "?", "□": "-"})
 
 
 def render(record: AuditRecord, folder: Path | str | None = None) -> RenderableType:
@@ -142,8 +142,7 @@ def _block_table(record: AuditRecord, width: int) -> Table:
         table.add_row(
             str(block.index),
             _verdict(block, wide),
-            _measured(block.recoverable_nats),
-            _unique(block.unique_nats),
+            *_gains(block),
             *([_removal(block.removal_nats), _energy_bar(ranking(block), ends)] if wide else []),
             *([Text(str(block.rounds) if is_measured(block) else "–")] if widest else []),
         )
@@ -153,6 +152,12 @@ def _block_table(record: AuditRecord, width: int) -> Table:
 def _verdict(block: BlockRecord, wide: bool) -> Text:
     words = VERDICTS[block.verdict]
     return Text(f"{words.letter} {words.words if wide else words.short}", style=words.style)
+
+
+def _gains(block: BlockRecord) -> list[Text]:
+    if block.frozen:
+        return [Text("–", style="dim")] * 2
+    return [_measured(block.recoverable_nats), _unique(block.unique_nats)]
 
 
 def _measured(interval: Interval | None) -> Text:
