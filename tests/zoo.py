@@ -9,7 +9,7 @@ Attention is what transformers chooses (``sdpa``), but for Gemma 2, whose capped
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -133,6 +133,30 @@ OPT = {name: value for name, value in NEOX.items() if name != "intermediate_size
 GEMMA = COMMON | {"head_dim": 12}
 WINDOWED = GEMMA | {"sliding_window": 8}  # shorter than the sample, so that the window is felt
 
+
+class Lora(nn.Module):
+    """A frozen linear layer with a trained product of two small ones beside it, named as PEFT names them."""
+
+    def __init__(self, base: nn.Linear, rank: int = 2) -> None:
+        super().__init__()
+        self.base_layer = base.requires_grad_(False)
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+
+def with_lora(model: nn.Module, ending: str, *, blocks: Sequence[str] = ("",)) -> nn.Module:
+    """Freeze a model and put trained adapters beside its linear layers that are called so, in some blocks or in all."""
+    model.requires_grad_(False)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name.endswith(ending) and any(block in name for block in blocks):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, Lora(module))
+    return model
+
+
 ZOO: dict[str, Factory] = {
     "llama": _transformer("LlamaConfig", **COMMON, tie_word_embeddings=False),
     "llama-tied": _transformer("LlamaConfig", **COMMON, tie_word_embeddings=True),
@@ -150,6 +174,9 @@ ZOO: dict[str, Factory] = {
     "mistral": _transformer("MistralConfig", **COMMON, sliding_window=8, tie_word_embeddings=False),
     "plain": _seeded(PlainGPT),
 }
+
+# Adapters in the first block and the last; the one between is frozen whole.
+LORA = _seeded(lambda: with_lora(_transformer("LlamaConfig", **COMMON)(), "q_proj", blocks=("layers.0.", "layers.2.")))
 
 UNSUPPORTED: dict[str, Factory] = {
     # Experts are three-dimensional parameters: a search for linear modules finds attention and head only.

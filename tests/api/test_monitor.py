@@ -548,6 +548,76 @@ def test_threads_take_turns_and_a_forked_child_ends_nothing(tmp_path):
         assert reader.latest().status == "finished"  # the control: its maker can
 
 
+@pytest.mark.parametrize("who", ["on_event", "on_measurement", "logger"])
+def test_other_peoples_code_may_block_without_holding_up_other_threads(who):
+    entered, leave, seen = threading.Event(), threading.Event(), []
+
+    def blocking(row):
+        seen.append(row.step)
+        entered.set()
+        assert leave.wait(60)
+
+    class Slow:
+        measurement = staticmethod(blocking)
+        step = event = lambda self, row: None
+        close = lambda self: None  # noqa: E731
+
+    options = {"loggers": [Slow()]} if who == "logger" else {who: blocking}
+    monitor = scheduled(1, **options)(model_of("plain"), None)
+    first = threading.Thread(target=monitor.step, args=(0,), kwargs={"loss": float("nan")})
+    first.start()
+    assert entered.wait(60)
+    second = threading.Thread(target=monitor.step, args=(1,), kwargs={"loss": 1.0})
+    second.start()
+    second.join(60)
+    assert not second.is_alive()
+    assert first.is_alive()  # the control: it does block
+    assert monitor.last.step == 1
+    leave.set()
+    first.join(60)
+    assert sorted(seen) == seen  # in order, and nothing is lost
+    assert seen[-1] == 1 or who == "on_event"
+    monitor.close()
+
+
+INTERRUPTED = """
+import sys, torch
+sys.path[:0] = {path!r}
+import peelwise
+from audits import tiny_probe
+from zoo import ZOO
+
+monitor = peelwise.Monitor(ZOO["plain"](), tiny_probe(), budget=None, schedule=peelwise.every(1), store=None)
+
+class Once:
+    seen = 0
+    def find_spec(self, name, path=None, target=None):
+        if name == "scipy.special" and not Once.seen:
+            Once.seen = 1
+            raise KeyboardInterrupt  # the user, at the first import of it
+        return None
+
+assert "scipy.special" not in sys.modules
+sys.meta_path.insert(0, Once())
+for step in range(200):
+    try:
+        found = monitor.step(step, loss=1.0 + 1 / (step + 1))
+    except KeyboardInterrupt:
+        print("interrupted at", step)
+    if Once.seen and found is not None:
+        print("measured again")
+        break
+"""
+
+
+def test_an_interrupted_first_import_ends_no_later_step():
+    code = INTERRUPTED.format(path=[path for path in sys.path if path])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "interrupted at" in done.stdout
+    assert "measured again" in done.stdout
+
+
 class Rows:
     """A recorder that keeps what it is told."""
 
@@ -573,9 +643,9 @@ def test_a_damaged_block_turns_red_when_the_loss_stands_still_and_a_healthy_mode
     for name in ("damaged", "healthy"):
         model, _ = small_gpt("final")
         model = sign_flip(model, 3) if name == "damaged" else model
-        model.model.layers[3].requires_grad_(False)
         kept = Rows()
         follower = Follower(model, probe, settings, kept)
+        model.model.layers[3].requires_grad_(False)  # while it trains: not by design
         for step in range(41):
             follower.step(step, loss=3.0 + noise[step])
         (row,) = kept.rows

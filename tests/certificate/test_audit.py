@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from audits import ONE_ROUND, Snapshot, slow_losses, tiny_probe, written
 from peelwise.certificate.audit import changes_of, merged_model, read_certificate, report_loss, verify_certificate
 from peelwise.certificate.base import PROBE_FILE, WITNESS_FILE, tolerance_of, write_certificate
+from peelwise.engine.witness import merge_
 from peelwise.errors import CertificateError, PeelwiseError
 from peelwise.evidence.audit import conclusion_of
 from peelwise.model.architectures import find_blocks
@@ -360,3 +361,17 @@ def test_merging_without_a_witness_is_refused(audited, model):
     certificate = dataclasses.replace(read_certificate(audited[1]), witness={})
     with pytest.raises(CertificateError, match="no composed witness"):
         merged_model(certificate, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_nothing_is_written_into_packed_weights(dtype):
+    model = ZOO["plain"]()
+    linear = model.blocks[1].attention.out
+    change = {"composed/blocks.1.attention.out": torch.ones(48, 49)}
+    assert merge_(change, "composed", find_blocks(copy.deepcopy(model)))  # the control
+    linear.weight = torch.nn.Parameter(torch.ones(48, 48).to(dtype), requires_grad=False)
+    before = linear.bias.clone()
+    with pytest.raises(CertificateError, match=r"blocks\.1\.attention\.out keeps its weight as"):
+        merge_(change, "composed", find_blocks(model))
+    assert torch.equal(linear.weight.float(), torch.ones(48, 48))
+    assert torch.equal(linear.bias, before)

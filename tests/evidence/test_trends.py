@@ -14,6 +14,7 @@ from peelwise.evidence.trends import (
     against_own,
     change_points,
     equivalent_steps,
+    loss_gap,
     loss_slope,
     own_parts,
     probe_slope,
@@ -197,3 +198,23 @@ def test_slope_of_too_few_looks():
     assert probe_slope([], [], 10) is None
     assert probe_slope(range(4), [1.0] * 4, 10) is None
     assert probe_slope(range(40), [1.0] * 40, 3) is None
+
+
+# -- training's loss and the probe's --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("training", "probe", "gap"),
+    [
+        ([2.86] * 20, [1.76, 1.76], 1.10),  # padding that counts
+        ([0.4, 0.5, 0.6], [2.0, 2.1], -1.5),  # memorised
+        ([1.9] * 20, [1.76, 1.75], None),  # dropout
+        ([2.0] * 20, [2.6, 1.7], None),  # it fell between the two
+        ([1.0, 9.0, 1.0], [1.0, 1.0], None),  # one bad batch
+        ([0.2], [0.05, 0.05], None),  # little of little
+        ([math.nan], [1.0, 1.0], None),
+        ([], [1.0, 1.0], None),
+    ],
+)
+def test_losses_that_are_far_apart(training, probe, gap):
+    assert loss_gap(training, probe) == (None if gap is None else pytest.approx(gap))

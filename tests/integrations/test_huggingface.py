@@ -98,12 +98,37 @@ def test_refusals(tmp_path):
 
 
 def test_a_monitor_that_cannot_be_made_ends_no_training(tmp_path, caplog):
-    trainer = trainer_of(tmp_path)
-    callback = peelwise.attach(trainer, tiny_probe(), budget=3)  # refused, but only when training begins
+    trainer, told = trainer_of(tmp_path), []
+    options = {"budget": 3, "store": tmp_path / "run.db", "on_event": told.append}
+    callback = peelwise.attach(trainer, tiny_probe(), **options)  # refused, but only when training begins
     trainer.train()
     assert trainer.state.global_step == STEPS
     assert callback.monitor is None
     assert sum("training goes on unmonitored" in record.message for record in caplog.records) == 1
+    with RunReader(tmp_path / "run.db") as reader:
+        assert reader.latest().status == "failed"
+        (row,) = reader.events(1)
+    assert [event.kind for event in told] == [row["kind"]] == ["not-monitored"]
+    assert "share of wall time above 0 and up to 1" in row["text"]
+
+
+def test_a_monitor_measures_in_the_models_own_precision_where_training_is_in_another(tmp_path):
+    """With bf16=True the forward is wrapped; for some probes, replay and forward would not agree."""
+    trainer = trainer_of(tmp_path, bf16=True)
+    callback = peelwise.attach(trainer, tiny_probe(), budget=None, schedule=peelwise.every(STEPS), store=None)
+    trainer.train()
+    assert not [e for e in callback.monitor.events if e.kind in ("not-measured", "not-monitored", "autocast")]
+    model, report = ZOO["gpt2"](), tiny_probe().report
+    model.load_state_dict(trainer.model.state_dict())
+    with torch.no_grad():
+        logits = model(report.inputs).logits
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), report.targets.flatten(), reduction="none")
+    exact = float(losses.double().view(report.targets.shape)[report.weights].mean())
+    assert callback.monitor.last.probe_loss == pytest.approx(exact, abs=1e-6)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rounded = model(report.inputs).logits.float()
+    losses = torch.nn.functional.cross_entropy(rounded.flatten(0, 1), report.targets.flatten())
+    assert abs(float(losses) - exact) > 1e-6  # the control
 
 
 def test_without_transformers():

@@ -103,6 +103,19 @@ def test_autocast_is_off_inside_and_on_again_outside(device):
         assert (x @ x).dtype == torch.bfloat16
 
 
+def test_autocast_inside_of_a_forward_is_off_inside_too():
+    """Trainer with bf16=True: accelerate puts autocast into the model's forward, where no context of ours reaches."""
+    accelerate = pytest.importorskip("accelerate")
+    ids, plain = sample_ids(), ZOO["gpt2"]()
+    exact = plain(ids).logits
+    model = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(copy.deepcopy(plain))
+    wrapped = model.__dict__["forward"]
+    assert not torch.equal(model(ids).logits, exact)  # the control
+    with untouched(model):
+        assert torch.equal(model(ids).logits, exact)
+    assert model.__dict__["forward"] is wrapped
+
+
 @pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: float(torch.rand(1))])
 def test_random_numbers_go_on_as_if_nothing_had_been_drawn(draw):
     with untouched(nn.Linear(1, 1)):

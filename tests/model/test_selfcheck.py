@@ -217,6 +217,14 @@ def vit() -> nn.Module:
     return ViTForImageClassification(ViTConfig(image_size=28, patch_size=14, **sizes))
 
 
+class Mixed(Lm):
+    """Computes in half precision by itself, wherever it is called."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(ids)
+
+
 # Models that are measured as they are, each beside a member of its kind below that is refused.
 RIGHT: dict[str, Callable[[], nn.Module]] = {
     "plain": lambda: Lm(Mlp(), Mlp(), Mlp()),
@@ -227,6 +235,7 @@ RIGHT: dict[str, Callable[[], nn.Module]] = {
     "TransformerEncoder": encoder,
     "MultiheadAttention": lambda: Lm(Attention(), Attention()),
     "GPT-1": gpt1,
+    "autocast inside": lambda: Mixed(Mlp(), Mlp(), Mlp()),
     "Granite without experts": granite,
 }
 # Models that are refused, and what the refusal names.
@@ -287,6 +296,19 @@ def test_no_false_alarm_and_nothing_left_out_in_the_zoo(name: str, dtype: torch.
     with untouched(model):
         runner = Runner(model, find_blocks(model))
         assert self_check(runner, Split(ids, torch.ones_like(ids, dtype=torch.bool))) == ()
+
+
+def test_an_autocast_of_the_models_own_is_told_and_kept() -> None:
+    model = Mixed(Mlp(), Mlp()).eval()
+    (said,) = opened(model)
+    assert (said.code, said.values) == ("autocast", {"dtype": "bfloat16"})
+    assert opened(Lm(Mlp(), Mlp()).eval()) == ()  # the control
+    with untouched(model):
+        runner = Runner(model, find_blocks(model))
+        trace = runner.trace(probe().report)
+        assert torch.equal(runner.losses_from(trace, 0), trace.losses)  # block by block, in the same precision
+        runner.autocast = None
+        assert not torch.equal(runner.losses_from(trace, 0), trace.losses)
 
 
 def test_left_out_parameters_are_counted_with_their_share() -> None:

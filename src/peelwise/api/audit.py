@@ -10,6 +10,7 @@ from peelwise.api.inputs import open_both, with_budget
 from peelwise.api.report import Report, check_out, frame
 from peelwise.engine.clock import Watcher
 from peelwise.model.options import OpenOptions
+from peelwise.model.whereabouts import checkpoint_note
 from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
 from peelwise.records.audit import AuditRecord
@@ -49,6 +50,7 @@ def audit(
     *,
     budget: float | str | None = None,
     opening: OpenOptions | None = None,
+    checkpoint: str | Path | None = None,
     name: str | None = None,
     out: str | Path | None = None,
     force: bool = False,
@@ -62,6 +64,7 @@ def audit(
         settings: rounds, margin, controls, budget.
         budget: shorthand for that of ``settings``: wall time, in seconds or like ``"5m"``.
         opening: how a folder or file is opened.
+        checkpoint: a folder whose tensors are compared with the model's; a note of the report says which differ.
         name: the model's name in the report.
         out: folder to save the report in; refused before the work if it is taken.
         force: replace an earlier result there.
@@ -81,7 +84,16 @@ def audit(
     if out is not None:
         check_out(out, force=force)
     target, drawn = open_both(model, probe, opening)
-    outcome = run_audit(target.model, drawn, settings, name=name or target.name, source=target.source, watcher=progress)
+    notes = [] if checkpoint is None else [checkpoint_note(target.model, checkpoint)]
+    outcome = run_audit(
+        target.model,
+        drawn,
+        settings,
+        name=name or target.name,
+        source=target.source,
+        watcher=progress,
+        notes=notes,
+    )
     report = AuditReport(outcome.record, outcome.witness, outcome.probe)
     if out is not None:
         report.save(out, force=force)

@@ -6,25 +6,24 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 
+from peelwise.api.outlets import Outlets, ShownMeasurement
 from peelwise.distributed.processes import current_processes
 from peelwise.distributed.sharding import unwrap_ddp
 from peelwise.engine.provenance import versions
-from peelwise.errors import StoreError
-from peelwise.evidence.events import not_called, not_followed, not_recorded
+from peelwise.evidence.events import not_followed, not_monitored
 from peelwise.loggers.base import Logger
 from peelwise.loggers.table import logger_of
 from peelwise.model.layers import parameter_count, unwrapped
 from peelwise.probe.probe import Probe
-from peelwise.records.run import Event, Measurement, RunInfo, StepRow
+from peelwise.records.options import Refine
+from peelwise.records.run import Event, Measurement, RunInfo
 from peelwise.store.plain import whole
-from peelwise.store.writer import RunWriter
 from peelwise.tasks.monitor.follower import Follower, MonitorSettings
 from peelwise.tasks.monitor.schedules import Schedule
 
@@ -32,16 +31,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 log = logging.getLogger("peelwise")
-_LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "alert": logging.WARNING}
-
-
-class ShownMeasurement(Measurement):
-    """What a measurement found, as it shows itself in a notebook."""
-
-    def _repr_html_(self) -> str:
-        from peelwise.show.notebook import measurement_html
-
-        return measurement_html(self)
 
 
 class Monitor:
@@ -65,6 +54,8 @@ class Monitor:
         name: of the run.
         margin: smallest recoverable loss that matters, nats per token; default: the larger of 0.5 % of the loss and
             0.003.
+        refine: which linear layers are asked about, as in `AuditSettings`: ``"trainable"`` when the monitor is made
+            and later, ``"all"``, ``"adapters"``. Blocks without any have the letter F.
         loggers: further places for what is seen, live: ``"console"``, ``"jsonl:FILE"``, ``"tensorboard:FOLDER"``,
             ``"wandb"``, ``"mlflow"``, ``"trackio"`` (each with ``":PROJECT"`` if you like), or objects like those of
             `peelwise.loggers.table`.
@@ -100,14 +91,16 @@ class Monitor:
         store: str | Path | None = "run.db",
         name: str | None = None,
         margin: float | None = None,
+        refine: Refine = "trainable",
         loggers: Sequence[str | Logger] = (),
         on_event: Callable[[Event], None] | None = None,
         on_measurement: Callable[[Measurement], None] | None = None,
     ) -> None:
         model, processes = unwrap_ddp(model), current_processes()
         self._owner, self._lock, self._closed, self._latest = os.getpid(), threading.RLock(), False, -1
-        settings = MonitorSettings(budget=budget, schedule=schedule, margin_nats=margin)
-        self._outlets = _Outlets(on_event, on_measurement) if processes.is_main else _Outlets(None, None, quiet=True)
+        settings = MonitorSettings(budget=budget, schedule=schedule, margin_nats=margin, refine=refine)
+        told = (on_event, on_measurement) if processes.is_main else (None, None)
+        self._outlets = Outlets(*told, lock=self._lock, quiet=not processes.is_main)
         self._follower = Follower(model, probe, settings, self._outlets, optimizer=optimizer, processes=processes)
         info = RunInfo(
             name=name or type(unwrapped(model)).__name__,
@@ -117,12 +110,13 @@ class Monitor:
             budget=budget,
             in_distribution=probe.in_distribution,
             probe=probe.record().model_dump(),
-            settings={"margin": margin, "scheduled": schedule is not None},
+            settings={"margin": margin, "scheduled": schedule is not None, "refine": refine},
             versions=versions(),
         )
         with processes.agreeing():  # a logger that cannot be had ends all of them, not only the first
             if processes.is_main:
                 self._outlets.open([logger_of(each, name) for each in loggers], store, info)
+        self._outlets.deliver()
 
     def step(self, step: int, loss: float | Tensor | None = None) -> Measurement | None:
         """Tell that a training step is done; call it after the optimiser's step and before gradients are cleared.
@@ -140,14 +134,17 @@ class Monitor:
         if os.getpid() != self._owner:  # before the lock, which another thread may have held when this one was forked
             return None
         with self._lock:
-            if self._closed:
-                return None
-            number = self._latest = self._number(step)
-            try:
-                return None if self._follower.step(number, self._value(number, loss)) is None else self.last
-            except Exception as error:  # whatever goes wrong here, the training must not end of it
-                self._outlets.say_once(not_followed(number, error), type(error))
-                return None
+            found = None if self._closed else self._followed(step, loss)
+        self._outlets.deliver()  # to other people's code, which may take its time: other threads need not wait for it
+        return found
+
+    def _followed(self, step: Any, loss: Any) -> Measurement | None:
+        number = self._latest = self._number(step)
+        try:
+            return None if self._follower.step(number, self._value(number, loss)) is None else self.last
+        except Exception as error:  # whatever goes wrong here, the training must not end of it
+            self._outlets.say_once(not_followed(number, error), type(error))
+            return None
 
     def _number(self, step: Any) -> int:
         """Return the number of a step; one more than the last where it is none that can be recorded."""
@@ -190,7 +187,9 @@ class Monitor:
         if os.getpid() == self._owner:
             with self._lock:
                 self._closed = True
-                self._outlets.close(status)
+                self._outlets.end(status)
+            self._outlets.deliver()
+            self._outlets.close_loggers()
 
     def _repr_html_(self) -> str:
         from peelwise.show.notebook import measurement_html, nothing_html
@@ -207,95 +206,38 @@ class Monitor:
         self.close("finished" if kind is None else "failed")
 
 
-class _Outlets:
-    """Everything that is told goes to the file, the log and the callbacks.
+def tell_unmonitored(model: nn.Module, probe: Probe, error: Exception, **options: Any) -> None:
+    """Say that a training goes on unmonitored: in the log, to callbacks and loggers, and in the run history.
 
-    The file may fail at the start of a night or while a model trains for days: training goes on, and that it is not, or
-    no longer, recorded is said once.
+    For trainers, whose training must not end because no monitor could be made. The run has that event and nothing else.
+
+    Args:
+        model: that trains.
+        probe: it was to be measured on.
+        error: why that was not possible.
+        options: of `Monitor`, one of which may be what is wrong.
     """
-
-    def __init__(
-        self,
-        on_event: Callable[[Event], None] | None,
-        on_measurement: Callable[[Measurement], None] | None,
-        *,
-        quiet: bool = False,
-    ) -> None:
-        self._loggers: list[Logger] = []
-        self._quiet = quiet  # the first process has said it
-        self.writer: RunWriter | None = None
-        self.events: list[Event] = []
-        self.last: ShownMeasurement | None = None
-        self._on_event, self._on_measurement = on_event, on_measurement
-        self._said: set[object] = set()
-
-    def open(self, loggers: list[Logger], store: str | Path | None, info: RunInfo) -> None:
-        self._loggers = loggers
-        if store is not None:
-            try:
-                self.writer = RunWriter(store, info)
-            except StoreError as error:
-                self._announce(not_recorded(0, error, begun=False))
-
-    def step(self, row: StepRow) -> None:
-        self._write(row.step, "step", row)
-
-    def measurement(self, row: Measurement) -> None:
-        row = self.last = ShownMeasurement(**{one.name: getattr(row, one.name) for one in fields(row)})
-        self._write(row.step, "measurement", row)
-        for event in row.events:
-            self._announce(event)
-        if self._on_measurement is not None:
-            try:
-                self._on_measurement(row)
-            except Exception as error:  # third-party code: the training must not end of it
-                self._on_measurement = None
-                self.event(not_called(row.step, error, "on_measurement"))
-
-    def say_once(self, event: Event, key: object) -> None:
-        """Hand on an event unless another one with the same key was."""
-        if key not in self._said:
-            self._said.add(key)
-            self.event(event)
-
-    def event(self, event: Event) -> None:
-        if not self._quiet:  # what a process sees by itself, such as its own loss
-            self._write(event.step, "event", event)
-            self._announce(event)
-
-    def close(self, status: Literal["finished", "failed"]) -> None:
-        if self.writer is not None:
-            writer, self.writer = self.writer, None
-            writer.close(status)
-        while self._loggers:
-            logger = self._loggers.pop()
-            try:
-                logger.close()
-            except Exception as error:  # third-party code and disk
-                log.warning("%s could not be closed: %s", type(logger).__name__, error)
-
-    def _write(self, step: int, what: str, row: Any) -> None:
-        if self.writer is not None:
-            try:
-                getattr(self.writer, what)(row)
-            except StoreError as error:
-                writer, self.writer = self.writer, None
-                writer.close("failed")
-                self._announce(not_recorded(step, error))
-        for logger in tuple(self._loggers):
-            try:
-                getattr(logger, what)(row)
-            except Exception as error:  # third-party code and disk: the training must not end of it
-                self._loggers.remove(logger)
-                self._announce(not_recorded(step, error, type(logger).__name__))
-
-    def _announce(self, event: Event) -> None:
-        self.events.append(event)
-        if not self._quiet:
-            log.log(_LEVELS[event.level], "%s", event)
-        if self._on_event is not None:
-            try:
-                self._on_event(event)
-            except Exception as error:  # third-party code: the training must not end of it
-                self._on_event = None
-                self._announce(not_called(event.step, error, "on_event"))
+    outlets = Outlets(options.get("on_event"), None, lock=threading.RLock())
+    model = unwrap_ddp(model)
+    kind, budget = type(unwrapped(model)).__name__, options.get("budget", 0.03)
+    info = RunInfo(
+        name=options.get("name") or kind,
+        architecture=kind,
+        parameters=parameter_count(model),
+        blocks=(),
+        budget=budget if isinstance(budget, float) else None,
+        in_distribution=probe.in_distribution,
+        versions=versions(),
+    )
+    distributed = torch.distributed
+    first = not distributed.is_available() or not distributed.is_initialized() or distributed.get_rank() == 0
+    try:
+        if first:
+            loggers = [logger_of(each, options.get("name")) for each in options.get("loggers", ())]
+            outlets.open(loggers, options.get("store", "run.db"), info)
+    except Exception as other:  # an option that cannot be followed may be why there is no monitor
+        log.debug("no run history of it", exc_info=other)
+    outlets.event(not_monitored(0, error))
+    outlets.end("failed")
+    outlets.deliver()
+    outlets.close_loggers()

@@ -46,7 +46,8 @@ _UNCHECKED = (
     "the quantisation gap of low-bit models, and whether the text is training text"
 )
 _AUTHORS = (
-    "the name, settings, versions, date and source that the record gives, and that the witness was not fitted on report"
+    "the name, settings, versions, date and source that the record gives, which layers are frozen, and that the "
+    "witness was not fitted on report"
 )
 
 
@@ -199,7 +200,7 @@ class _Recheck(Recheck):
         super().__init__(session, tolerance)
         self.record, self.witness = certificate.record, certificate.witness
         self.blocks = session.runner.blocks
-        self.evidence = [Evidence() for _ in self.blocks]
+        self.evidence = [Evidence(frozen=block.frozen) for block in self.record.blocks]
 
     def run(self, *, full: bool) -> None:
         loss, session = self.record.loss, self.session
@@ -280,6 +281,8 @@ def _disagreements(certificate: Certificate, model: nn.Module, tolerance: float)
         yield "The witness changes all blocks together, and the record does not say what that gains."
     for recorded, block in zip(record.blocks, blocks, strict=True):
         has = any(linear.name in kinds["alone"] for linear in block.linears)
+        if recorded.frozen and any(linear.name in kinds["composed"] | kinds["alone"] for linear in block.linears):
+            yield f"{block.name}: it is said to be frozen, and the witness has weights for it."
         if has and recorded.recoverable_nats is None:
             yield f"{block.name}: the witness has weights for it, and the record does not say what they gain."
 

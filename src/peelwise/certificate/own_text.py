@@ -87,7 +87,9 @@ def audit_on(record: AuditRecord, witness: dict[str, Tensor], probe: Probe, mode
     if record.loss.composed_gain is not None:
         composed = _gain(session, witness, "composed", None)
     evidence = [
-        Evidence() if block.recoverable_nats is None else Evidence(_gain(session, witness, "alone", block.index))
+        Evidence(frozen=block.frozen)
+        if block.recoverable_nats is None
+        else Evidence(_gain(session, witness, "alone", block.index))
         for block in record.blocks
     ]
     verdicts = judge(evidence, margin, in_distribution=text.in_distribution)

@@ -30,6 +30,7 @@ from peelwise.cli.output import print_report
 from peelwise.cli.terminal import at_work
 from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
+from peelwise.records.options import Refine
 from peelwise.tasks.audit.settings import AuditSettings
 
 app = typer.Typer()
@@ -56,6 +57,7 @@ def audit(
     micro_batch_tokens: Annotated[
         int, flag(AuditSettings, "micro_batch_tokens", min=1)
     ] = AuditSettings.micro_batch_tokens,
+    refine: Annotated[Refine, flag(AuditSettings, "refine")] = AuditSettings.refine,
     device: DeviceOption = OpenOptions.device,
     dtype: DtypeOption = OpenOptions.dtype,
     allow_pickle: PickleOption = OpenOptions.allow_pickle,
@@ -75,7 +77,7 @@ def audit(
     from peelwise.api import audit as api
 
     probe = probe_options(text, field, tokens, sequence_length, in_distribution, seed)
-    settings = AuditSettings(budget, joint_rounds, solo_rounds, margin, controls, micro_batch_tokens)
+    settings = AuditSettings(budget, joint_rounds, solo_rounds, margin, controls, micro_batch_tokens, refine)
     opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer)
     with at_work(f"Opening {model} ...") as watcher:
         report = api.audit(model, probe, settings, opening=opening, out=out, force=force, progress=watcher)

@@ -15,21 +15,32 @@ from peelwise.model.architectures import find_blocks
 from peelwise.model.fingerprint import check_finite
 from peelwise.model.fresh import fresh_copy
 from peelwise.model.layers import Block, LinearLayer, context_length, vocabulary_size
+from peelwise.model.refined import chosen, frozen_note, names_of, only
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner, check_replay
 from peelwise.model.selfcheck import check_dtypes, check_shared, self_check
 from peelwise.model.weights.held import Held
+from peelwise.model.whereabouts import check_in_memory, untied_note
 from peelwise.probe.probe import Probe, Split, check_context, check_vocabulary
+from peelwise.records.base import Note
+from peelwise.records.options import Refine
 
 
-def checked_blocks(model: nn.Module, probe: Probe) -> tuple[Block, ...]:
+def checked_blocks(model: nn.Module, probe: Probe, refine: Refine = "all") -> tuple[Block, ...]:
     """Return the blocks of a model that can be measured on ``probe``.
 
+    Args:
+        model: as it stands, with its flags of training.
+        probe: the text.
+        refine: which of their linear layers are asked about; see `peelwise.model.refined.chosen`.
+
     Raises:
-        UnsupportedModelError: If the architecture cannot be measured.
+        OptionError: If there are no such layers.
+        UnsupportedModelError: If the architecture cannot be measured, or weights are not in memory.
         ModelError: If the model holds NaN or Inf.
         ProbeError: If the probe's tokens do not fit the model's vocabulary, or its sequences the context.
     """
-    blocks = find_blocks(model)
+    check_in_memory(model)
+    blocks = chosen(find_blocks(model), refine)
     check_shared(blocks)
     check_dtypes(blocks)
     size = vocabulary_size(model)
@@ -69,11 +80,16 @@ def open_session(
     with clock.stage(LOSSES):
         if checked:
             check_replay(runner, probe.fit)
-        notes = () if checked else self_check(runner, probe.fit, gradients=gradients)
+        notes = () if checked else first_notes(runner, probe.fit, gradients=gradients)
         fit, select, report = runner.trace(probe.fit), runner.trace(probe.select), runner.trace(probe.report)
     for trace in (fit, select, report):
         _check_loss(trace.mean, name)
     return Session(runner, report, probe, fit, select, clock, probe.seed, low_bit_layers(blocks), notes)
+
+
+def first_notes(runner: Runner, split: Split, *, gradients: bool = True) -> tuple[Note, ...]:
+    """Make the self-checks of a model, and return what there is to say of it besides its numbers."""
+    return (*self_check(runner, split, gradients=gradients), *frozen_note(runner.blocks), *untied_note(runner.model))
 
 
 def open_report(
@@ -96,7 +112,7 @@ def untrained_session(session: Session, probe: Probe) -> Session | None:
     fresh = fresh_copy(session.runner.model, session.seed)
     if fresh is None:
         return None
-    blocks = find_blocks(fresh)
+    blocks = only(find_blocks(fresh), names_of(session.runner.blocks))
     runner = Runner(fresh, blocks, micro_batch_tokens=session.runner.micro_batch_tokens)
     runner.work = session.runner.work
     fit, select, report = runner.trace(probe.fit), runner.trace(probe.select), runner.trace(probe.report)

@@ -69,7 +69,7 @@ def sweep(
         fit: tokens that make the directions, with stations of the same (spliced) model.
         select: tokens that calibrate them, likewise.
         directions: which of the two directions to make.
-        only: indices of the blocks wanted; ``None`` for all.
+        only: indices of the blocks wanted; ``None`` for all that have layers to ask about.
         targets: what the fit tokens are to predict, one set of proposals for each: ``None`` for the next token,
             or other targets for a null control. All of them share the inputs' sums and decompositions.
         after_block: called with the number of blocks done.
@@ -78,7 +78,7 @@ def sweep(
     Returns:
         For each of ``targets``, block index -> proposals.
     """
-    wanted = set(range(len(runner.blocks))) if only is None else set(only)
+    wanted = {block.index for block in runner.blocks if block.linears} if only is None else set(only)
     with_F = "two-sided" in directions
     above = [runner.tail_gradients(fit, each) for each in targets]
     above_select = [runner.tail_gradients(select)]

@@ -113,6 +113,7 @@ def merge_(witness: Mapping[str, Tensor], kind: str, blocks: tuple[Block, ...]) 
     for linear, change in changes.items():
         held = linear.held() if linear.low_bit else None
         if held is None:
+            _check_writable(linear)
             _add(linear.module.weight, (change[:, :-1] if linear.has_bias else change), transposed=linear.transposed)
         else:
             encoded = codes_of(witness, kind, linear, held)
@@ -160,6 +161,17 @@ def _add(parameter: Tensor | nn.Module, change: Tensor, *, transposed: bool) -> 
     assert isinstance(parameter, Tensor)
     change = change.to(parameter.device)
     parameter.copy_(parameter.float() + (change.T if transposed else change))
+
+
+def _check_writable(linear: LinearLayer) -> None:
+    """Refuse to add a change to bytes: rounded to whole numbers it would be another one, or none."""
+    weight = linear.module.weight
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
+        kind = str(weight.dtype).removeprefix("torch.") if isinstance(weight, Tensor) else type(weight).__name__
+        raise CertificateError(
+            f"{linear.name} keeps its weight as {kind} (packed?), into which no change can be written: expected "
+            "floating-point numbers. Apply the certificate to the model in the dtype that it was audited in."
+        )
 
 
 def _as_bytes(text: str) -> Tensor:

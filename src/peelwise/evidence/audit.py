@@ -34,6 +34,7 @@ _SETTINGS: dict[str, type | tuple[type, ...]] = {
     "dense_references": bool,
     "maps": str,
     "start": str,
+    "refine": str,
 }
 # More blocks than these that are not distinguishable point nowhere.
 _MOST_NAMED = 3
@@ -70,7 +71,8 @@ def _look_first(blocks: Sequence[BlockRecord], in_distribution: bool) -> LookFir
     On training text that is the one with the largest solo gain; on other text all gain by adapting to it, which
     cancels in the marginal gain (docs/truth.md).
     """
-    marginal = not in_distribution and all(b.unique_nats for b in blocks)
+    marginal = not in_distribution and all(b.unique_nats for b in blocks if not b.frozen)
+    blocks = [b for b in blocks if not b.frozen]
     found = [b.unique_nats if marginal else b.recoverable_nats for b in blocks]
     order = leaders([None if i is None else Paired.of(i) for i in found])
     if not all(found) or len(order) > _MOST_NAMED or len(blocks) <= len(order):
@@ -109,6 +111,7 @@ def contradictions(record: AuditRecord, tolerance: float) -> Iterator[str]:
     yield from _losses(record.loss, tolerance)
     yield from _impossible(record)
     yield from _left_out(record)
+    yield from _frozen(record)
     yield from _head(record.head, record.loss)
     yield from _rounds(record)
     yield from _splits(record)
@@ -161,11 +164,21 @@ def _impossible(record: AuditRecord) -> Iterator[str]:
             yield f"{block.name} unique: {marginal.mean:.6f} was certified, which no loss leaves room for."
 
 
+def _frozen(record: AuditRecord) -> Iterator[str]:
+    """Nothing was asked about a frozen block, so nothing was found."""
+    for block in record.blocks:
+        if block.frozen and (block.recoverable_nats or block.unique_nats or block.matrices or block.rounds):
+            yield f"{block.name}: it is said to be frozen, and what its layers gain is certified."
+    if record.blocks and all(block.frozen for block in record.blocks):
+        yield "blocks: every one is said to be frozen, so nothing was asked."
+
+
 def _left_out(record: AuditRecord) -> Iterator[str]:
     """An audit that is complete measured the same of all blocks."""
     for field, name in (("recoverable_nats", "recoverable"), ("unique_nats", "unique"), ("removal_nats", "removal")):
-        missing = [block.name for block in record.blocks if getattr(block, field) is None]
-        if record.complete and 0 < len(missing) < len(record.blocks):
+        asked = [block for block in record.blocks if field == "removal_nats" or not block.frozen]
+        missing = [block.name for block in asked if getattr(block, field) is None]
+        if record.complete and 0 < len(missing) < len(asked):
             yield f"{missing[0]} {name}: it is missing, though the audit is said to be complete."
 
 
@@ -281,7 +294,7 @@ def _verdicts(record: AuditRecord) -> Iterator[str]:
 def verdicts_of(record: AuditRecord) -> list[Verdict]:
     """Return the verdicts that follow from a record's numbers, one per block."""
     evidence = [
-        Evidence(*(None if i is None else Paired.of(i) for i in (b.recoverable_nats, b.unique_nats)))
+        Evidence(*(None if i is None else Paired.of(i) for i in (b.recoverable_nats, b.unique_nats)), frozen=b.frozen)
         for b in record.blocks
     ]
     return judge(evidence, record.margin_nats, in_distribution=record.probe.in_distribution)

@@ -6,7 +6,7 @@ suggestion fits what was seen and says no more.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -214,6 +214,70 @@ def not_measured(step: int, why: str, *, later: bool) -> Event:
     """Return the event of a measurement that failed; ``later``: the next is tried only after some were left out."""
     text = f"the model could not be measured: {why}" + (" It is tried again later." if later else "")
     return Event(step, "warning", "not-measured", text)
+
+
+def blocks_changed(step: int, names: Sequence[str]) -> Event:
+    """Return the event of blocks that came or went: what is recorded has a place for each that there was."""
+    named = ", ".join(names[:_NAMED]) + (", .." if len(names) > _NAMED else "")
+    text = f"the blocks are not those of the start ({named} came or went); nothing is measured while that is so."
+    return Event(step, "warning", "blocks-changed", text, suggestion="Close this monitor and make another.")
+
+
+def layers_changed(step: int, replaced: int, asked: int, total: int) -> Event:
+    """Return the event of linear layers that are other ones, or are asked about, since the last measurement."""
+    what = f"{replaced} linear layers of the blocks are new or replaced" if replaced else "layers were frozen or thawed"
+    text = f"{what}; {asked} of {total} are asked about."
+    return Event(step, "info", "layers-changed", text)
+
+
+def noted(step: int, note: Note) -> Event:
+    """Return the event of a remark that a self-check of the model has made."""
+    found = note.values
+    texts = {
+        "left-out": "{count} parameters of the blocks ({share:.1%} of their numbers) are in no linear layer that is "
+        "called, so nothing is said of them: {names}.",
+        "frozen-layers": "{layers} linear layers ({share:.1%} of the blocks' numbers) are frozen and not asked about; "
+        "{blocks} blocks have no others.",
+        "untied": "the configuration says that {embedding} and {head} share one weight; each has its own.",
+        "autocast": "the model's own forward computes in {dtype} (autocast inside of it); measurements do, too.",
+    }
+    text = texts[note.code].format(**found) if note.code in texts else f"{note.code}: {dict(found)}."
+    return Event(step, "warning" if note.code in ("left-out", "untied") else "info", note.code, text)
+
+
+def stepped_back(last: int, step: int) -> Event:
+    """Return the event of a step that is before the last one."""
+    text = f"steps went back from {last} to {step}; what was seen from {step} on counts no more."
+    return Event(step, "info", "stepped-back", text)
+
+
+def losses_disagree(step: int, training: float, probe: float) -> Event:
+    """Return the event of a training loss that is far from the probe's loss of the same model."""
+    text = f"the training loss ({training:.2f}) and the probe's ({probe:.2f}) are far apart, at two measurements."
+    if training > probe:
+        advice = (
+            "Usual causes: padding or prompts that count in the loss, label smoothing or further terms in it, a sum "
+            "where a mean is meant, strong dropout, or a branch (such as quantisation) that only training runs."
+        )
+    else:
+        advice = (
+            "Usual causes: training text that was memorised, a loss that is divided (gradient accumulation) or masked, "
+            "or a probe of another tokenizer or format than training text."
+        )
+    return Event(step, "warning", "losses-disagree", text, suggestion=advice)
+
+
+def gains_not_finite(step: int, blocks: Sequence[int]) -> Event:
+    """Return the event of differences that are no numbers; ``blocks`` may hold the whole model."""
+    named = ", ".join("all together" if block < 0 else f"block {block}" for block in blocks[:_NAMED])
+    named += ", .." if len(blocks) > _NAMED else ""
+    text = f"what refining gains is NaN or Inf ({named}) and counts as not measured."
+    return Event(step, "warning", "gains-not-finite", text)
+
+
+def not_monitored(step: int, error: Exception) -> Event:
+    """Return the event of a training that no monitor could be made for."""
+    return Event(step, "warning", "not-monitored", f"training goes on unmonitored: {_named(error)}")
 
 
 def cost(step: int, seconds: float, budget: float) -> Event:

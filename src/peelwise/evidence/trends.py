@@ -19,6 +19,7 @@ _FEWEST_FOR_MEDIAN, _FEWEST_FOR_TREND = 3, 5
 _GROUPS, _FEWEST_LOSSES = 16, 32
 _FEWEST_LOOKS = 5  # in the same span of steps; their text is always the same
 _SHORTEST_LOSS_WINDOW, _LONGEST_LOSS_WINDOW, _LOSS_SHARE = 100, 2000, 0.2
+_LOSSES_APART, _LEAST_APART = 0.2, 0.3  # part of the probe's loss; nats per token
 _ROBUST = 1.4826  # median absolute deviation of normal numbers -> standard deviation
 
 _Array = NDArray[np.float64]
@@ -183,6 +184,23 @@ def probe_slope(steps: Sequence[float], losses: Sequence[float], window: float) 
     recent = x >= x[-1] - window if len(x) else np.zeros(0, dtype=bool)
     x, y = x[recent], y[recent]
     return None if len(y) < _FEWEST_LOOKS else _line(x, y, float(x[-1] - x[0]))
+
+
+def loss_gap(training: Sequence[float], probe: Sequence[float]) -> float | None:
+    """Return how far training's loss is above the probe's (below: negative), or ``None`` where that is not by far.
+
+    By far is more than a fifth of the probe's loss and more than 0.3: dropout and noise make less.
+
+    Args:
+        training: recent losses; their median counts.
+        probe: losses of the probe around the same time; between the lowest and the highest nothing is apart.
+    """
+    known = [value for value in training if np.isfinite(value)]
+    if not known or not probe:
+        return None
+    middle, low, high = float(np.median(known)), min(probe), max(probe)
+    gap = middle - high if middle > high else min(middle - low, 0.0)
+    return gap if abs(gap) > max(_LOSSES_APART * high, _LEAST_APART) else None
 
 
 def _line(x: _Array, y: _Array, steps: float) -> Slope | None:

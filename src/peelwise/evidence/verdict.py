@@ -1,4 +1,4 @@
-"""From numbers to colours: red, yellow, green or grey, with the reason as a code. No torch.
+"""From numbers to colours: red, yellow, green or grey, with the reason as a code; frozen blocks get none. No torch.
 
 Thirty blocks are thirty questions: a colour is given only where Holm's procedure over all measured blocks
 rejects the opposite, at 2.5 % on each side (95 % together). The plain 95 % interval is what is drawn.
@@ -23,10 +23,11 @@ _APART = 1.96  # standard errors
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was measured for one block; ``None`` means not measured."""
+    """What was measured for one block; ``None`` means not measured. Of a ``frozen`` one nothing is asked."""
 
     alone: Paired | None = None
     unique: Paired | None = None
+    frozen: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,9 @@ def judge(
     outlying = stands_out([a.mean if a else None for a in alone], margin)
     verdicts = []
     for i, measured in enumerate(alone):
+        if evidence[i].frozen:
+            verdicts.append(Verdict("frozen", "frozen"))
+            continue
         verdict = _one(measured, margin, above[i], below[i], unique_above[i])
         if verdict.colour == "red" and still_falling:
             verdict = Verdict("yellow", "still-falling")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
-from peelwise.api.monitor import Monitor
+from peelwise.api.monitor import Monitor, tell_unmonitored
 from peelwise.engine.opening import checked_blocks
 from peelwise.errors import MissingExtraError, OptionError
 from peelwise.probe.probe import Probe
-
-log = logging.getLogger("peelwise")
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -45,7 +42,7 @@ class PeelwiseCallback(TrainerCallback):  # type: ignore[misc]
         try:
             self.monitor = Monitor(found["model"], self._probe, optimizer=found.get("optimizer"), **self._options)
         except Exception as error:  # a monitor must never end a training
-            log.warning("training goes on unmonitored: %s: %s", type(error).__name__, error)
+            tell_unmonitored(found["model"], self._probe, error, **self._options)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **found: Any) -> None:
         """Step the monitor while gradients are still there; the trainer counts the step only afterwards."""

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from torch import nn
 
-from peelwise.api.monitor import Monitor
+from peelwise.api.monitor import Monitor, tell_unmonitored
 from peelwise.errors import MissingExtraError
 from peelwise.probe.probe import Probe
-
-log = logging.getLogger("peelwise")
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -51,7 +48,7 @@ class PeelwiseCallback(Callback):  # type: ignore[misc]
         try:
             self.monitor = Monitor(self._model_of(pl_module), self._probe, optimizer=optimizer, **self._options)
         except Exception as error:  # a monitor must never end a training
-            log.warning("training goes on unmonitored: %s: %s", type(error).__name__, error)
+            tell_unmonitored(self._model_of(pl_module), self._probe, error, **self._options)
         self._step = trainer.global_step
 
     def on_train_batch_end(

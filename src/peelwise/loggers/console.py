@@ -24,7 +24,8 @@ class Console:
 
     def measurement(self, row: Measurement) -> None:
         """Print the verdicts in one line, then the events."""
-        counts = ", ".join(f"{row.letters.count(letter)} {colour}" for colour, letter in LETTERS.items())
+        found = {colour: row.letters.count(letter) for colour, letter in LETTERS.items()}
+        counts = ", ".join(f"{number} {colour}" for colour, number in found.items() if number or colour != "frozen")
         self._print(
             f"step {row.step}: {row.probe_loss:.4f} nats on the probe, blocks {row.letters} ({counts}), "
             f"{row.kind} in {row.seconds:.2g} s, {row.share:.1%} of the time so far"

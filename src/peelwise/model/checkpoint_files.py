@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -135,11 +135,16 @@ def check_safetensors(file: Path) -> dict[str, tuple[int, ...]]:
 
 def read_tensors(folder: Path, names: Collection[str]) -> dict[str, Tensor]:
     """Return those of the named tensors that the folder's safetensors files hold; call `check_weights` first."""
-    found = {}
+    return dict(each_tensor(folder, names))
+
+
+def each_tensor(folder: Path, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield what `read_tensors` returns, one tensor in memory at a time."""
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
-            found.update({name: opened.get_tensor(name) for name in opened.keys() if name in names})  # noqa: SIM118
-    return found
+            for name in opened.keys():  # noqa: SIM118
+                if name in names:
+                    yield name, opened.get_tensor(name)
 
 
 def check_present(file: Path) -> None:

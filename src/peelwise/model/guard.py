@@ -21,11 +21,26 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
     Restored, also after an exception or Ctrl-C: each module's training flag, each parameter's
     ``requires_grad``, the random states of Python, NumPy and PyTorch, and PyTorch's precision flags.
-    Compiled code is run eagerly inside, because hooks added after compilation would be ignored, and autocast is off.
+    Compiled code is run eagerly inside, because hooks added after compilation would be ignored, and autocast is off,
+    also where accelerate has put it inside of the model's ``forward`` (a Trainer with ``bf16=True``).
     Of a model that is spread over processes all of them enter together.
     """
-    with at_rest(model), _restored(model):
+    with at_rest(model), _restored(model), _own_forward(model):
         yield
+
+
+@contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    """Give modules the ``forward`` back that accelerate keeps beside the one in autocast that it made of it."""
+    wrapped = [m for m in model.modules() if "forward" in m.__dict__ and "_original_forward" in m.__dict__]
+    made = [(module, module.__dict__["forward"]) for module in wrapped]
+    try:
+        for module in wrapped:
+            module.__dict__["forward"] = module.__dict__["_original_forward"]
+        yield
+    finally:
+        for module, forward in made:
+            module.__dict__["forward"] = forward
 
 
 @contextmanager

@@ -58,12 +58,16 @@ class LinearLayer:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One transformer block and its linear layers, in the order of their registration."""
+    """One transformer block and its linear layers, in the order of their registration.
+
+    ``linears`` are those that are asked about, ``frozen`` those that are left as they are (`peelwise.model.refined`).
+    """
 
     index: int
     name: str
     module: nn.Module
     linears: tuple[LinearLayer, ...]
+    frozen: tuple[LinearLayer, ...] = ()
 
 
 def vocabulary_size(model: nn.Module) -> int | None:

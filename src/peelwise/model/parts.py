@@ -55,7 +55,10 @@ class Parts:
 def parts_of(block: Block) -> Parts:
     """Return the parts of a block; names are those within it, so that they can be compared over depth."""
     module = unwrapped(block.module)
-    linears = {linear.name.removeprefix(f"{block.name}."): linear for linear in block.linears}
+    # Also those that an audit leaves as they are: a part is what the model computes with.
+    order = {id(child): place for place, child in enumerate(module.modules())}
+    everything = sorted((*block.linears, *block.frozen), key=lambda linear: order[id(linear.module)])
+    linears = {linear.name.removeprefix(f"{block.name}."): linear for linear in everything}
     norms = {name: child for name, child in module.named_modules() if _is_norm(child)}
     return Parts(block, _branches(module, linears), norms, linears, _head_dim(module))
 

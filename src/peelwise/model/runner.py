@@ -102,6 +102,7 @@ class Runner:
         self.blocks = tuple(blocks)
         self.head = find_head(self.model, self.blocks)
         self.micro_batch_tokens = micro_batch_tokens
+        self.autocast: torch.dtype | None = None  # what the model's own forward computes its blocks in, if it says so
         self.work = Work()
         sizes = [sum(p.numel() for p in b.module.parameters()) for b in self.blocks]
         head = sum(p.numel() for p in self.head.parameters()) if self.head is not None else 0
@@ -163,7 +164,17 @@ class Runner:
         """Call one block as the model called it, and return its hidden state ``[b, t, d]``."""
         self._meet()
         args, kwargs = batch.calls[block.index]
-        return _hidden(block.module(hidden, *args, **kwargs))
+        with self.as_called(hidden):
+            return _hidden(block.module(hidden, *args, **kwargs))
+
+    @contextmanager
+    def as_called(self, hidden: Tensor) -> Iterator[None]:
+        """Compute in the precision that the model's own forward calls its blocks in."""
+        if self.autocast is None:
+            yield
+        else:
+            with torch.autocast(hidden.device.type, self.autocast):
+                yield
 
     # -- backward --------------------------------------------------------------------------------------
 
@@ -310,6 +321,7 @@ class Runner:
             hidden, args, kwargs = _without_hidden(args, kwargs, module)
             batch.stations.append(hidden)
             batch.calls.append((args, kwargs))
+            self.autocast = _autocast(hidden.device.type)
 
         def after(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             batch.stations.append(_hidden(out))
@@ -349,6 +361,12 @@ class Runner:
                 padded=not bool(split.mask[rows].all()),
                 attended=attended.to(device),
             )
+
+
+def _autocast(device: str) -> torch.dtype | None:
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def check_replay(runner: Runner, split: Split) -> None:

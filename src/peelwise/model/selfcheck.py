@@ -54,7 +54,7 @@ def self_check(runner: Runner, split: Split, *, gradients: bool = True) -> tuple
         gradients: also compare gradients; without, a model that cannot be differentiated passes too.
 
     Returns:
-        What is left out of refinement, where that is more than norms and biases.
+        What is left out of refinement, where that is more than norms and biases, and an autocast of the model's own.
 
     Raises:
         UnsupportedModelError: With the name of the layer or block where a check fails.
@@ -72,7 +72,7 @@ def self_check(runner: Runner, split: Split, *, gradients: bool = True) -> tuple
             check_gradients(runner, trace, called)
         for block, linears in called.items():
             check_splice(runner, block, linears, trace.batches[0])
-    return tuple(_left_out(called))
+    return (*_left_out(called), *_in_autocast(runner))
 
 
 def check_shared(blocks: Sequence[Block]) -> None:
@@ -227,6 +227,8 @@ def _first_trace(runner: Runner, few: Split) -> Trace:
 
 def _called(runner: Runner, block: Block, batch: Batch) -> tuple[LinearLayer, ...]:
     """Return the linear layers of a block that run; a hook on another has no effect."""
+    if not block.linears:
+        return ()  # nothing is asked about it
     with torch.no_grad(), captured(block.linears) as capture:
         runner.run_block(block, batch.stations[block.index], batch)
     found = tuple(linear for linear in block.linears if linear in capture.inputs)
@@ -242,7 +244,7 @@ def _left_out(called: dict[Block, tuple[LinearLayer, ...]]) -> Iterator[Note]:
     """Yield a note on parameters of blocks that are neither in a layer that runs nor norms, biases and the like."""
     names, left, total, seen = [], 0, 0, set()
     for block, linears in called.items():
-        inside = {id(p) for linear in linears for p in linear.module.parameters()}
+        inside = {id(p) for linear in (*linears, *block.frozen) for p in linear.module.parameters()}
         for name, parameter in unwrapped(block.module).named_parameters():
             if id(parameter) in seen:
                 continue
@@ -254,6 +256,11 @@ def _left_out(called: dict[Block, tuple[LinearLayer, ...]]) -> Iterator[Note]:
                 left += parameter.numel()
     if names:
         yield note("left-out", count=len(names), share=left / total, names=", ".join(names[:_NAMED]))
+
+
+def _in_autocast(runner: Runner) -> Iterator[Note]:
+    if runner.autocast is not None:
+        yield note("autocast", dtype=str(runner.autocast).removeprefix("torch."))
 
 
 def _whole_gradients(
@@ -303,10 +310,11 @@ def _block_output(runner: Runner, block: Block, batch: Batch, weights: dict[str,
     if not weights:
         return runner.run_block(block, hidden, batch).float()
     args, kwargs = batch.calls[block.index]
-    out = functional_call(unwrapped(block.module), weights, (hidden, *args), kwargs)
+    with runner.as_called(hidden):
+        out = functional_call(unwrapped(block.module), weights, (hidden, *args), kwargs)
     return (out if isinstance(out, Tensor) else out[0]).float()
 
 
 def _slack(runner: Runner) -> _Slack:
     dtypes = {p.dtype for p in runner.model.parameters() if p.is_floating_point()}
-    return _EXACT if dtypes <= {torch.float32, torch.float64} else _HALF
+    return _EXACT if dtypes <= {torch.float32, torch.float64} and runner.autocast is None else _HALF

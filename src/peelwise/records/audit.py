@@ -42,7 +42,7 @@ class BlockRecord(Record):
     ``removal_nats`` is the **ablation**: what the loss rises by when the block is skipped, its input passed on as its
     output. Below zero, the model is better without it, which replacement weights of zero prove.
     ``split`` takes the loss of a low-bit model apart for this block alone, with the interval of its price in
-    ``price_nats``.
+    ``price_nats``. Of a ``frozen`` block no linear layer is asked about; it has an ablation and nothing else.
     """
 
     index: int
@@ -64,6 +64,7 @@ class BlockRecord(Record):
     matrices: tuple[MatrixRecord, ...] = ()
     split: SplitRecord | None = None
     price_nats: Interval | None = None
+    frozen: bool = False
 
 
 class HeadRecord(Record):

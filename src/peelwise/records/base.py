@@ -16,7 +16,7 @@ from peelwise.records.codes import NoteCode
 
 SCHEMA_VERSION = 1
 
-Colour = Literal["red", "yellow", "green", "grey"]
+Colour = Literal["red", "yellow", "green", "grey", "frozen"]  # the last is none: the block is not asked about
 Value = int | float | str
 
 
@@ -49,6 +49,13 @@ class Note(Record):
     ``no-text``             signals of weights alone
     ``no-gradients``        the model cannot be differentiated, so there are no signals of a backward pass
     ``few-blocks``          with ``blocks`` there is no depth to compare with
+    ``frozen-layers``       ``layers`` that are not asked about, with a ``share`` of the blocks' numbers; ``blocks``
+                            that have no others
+    ``untied``              the configuration says that ``embedding`` and ``head`` share a weight, and they do not;
+                            ``same``: 1 if their values are equal all the same
+    ``checkpoint``          tensors of ``folder`` ``compared`` with the model: so many ``differ``, such as ``names``;
+                            ``only_model`` and ``only_file`` are in one of them alone
+    ``autocast``            the model's own forward computes in ``dtype``
     ======================  ================================================================================
     """
 

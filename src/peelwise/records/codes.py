@@ -16,6 +16,7 @@ Reason = Literal[
     "more-tokens",  # grey: the interval covers the margin
     "not-refined",  # grey: not refined by itself within the budget
     "marginal-only",  # grey: the same, but its marginal gain is above the margin
+    "frozen",  # no colour: none of its linear layers is asked about, since training does not change them
 ]
 INTERACTS = "+interacts"  # behind a reason in a run history: the block's marginal gain is significantly negative
 
@@ -68,4 +69,8 @@ NoteCode = Literal[
     "no-text",
     "no-gradients",
     "few-blocks",
+    "frozen-layers",
+    "untied",
+    "checkpoint",
+    "autocast",
 ]

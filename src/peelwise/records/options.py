@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from peelwise.errors import OptionError
 
 Panel = Literal["Text", "Measurement", "Model", "Output"]
 Plain = dict[str, bool | int | float | str | None]
+Refine = Literal["trainable", "all", "adapters"]
 
 MARGIN_RULE = "the larger of 0.5 % of the loss and 0.003 nats per token"
 MICRO_BATCH_TOKENS = 1024
+REFINE_HELP = (
+    "Which linear layers of the blocks are refined: those whose weights training can change (requires_grad; where "
+    "there are none, all), all of them, or adapters (LoRA) alone."
+)
 # Nats per token. Below, a gain could be what losses differ by from one machine to another; above, nothing would count.
 LEAST_MARGIN, MOST_MARGIN = 5e-4, 1.0
 
@@ -90,6 +95,16 @@ def check_least(settings: object, least: float, *names: str) -> None:
         value = getattr(settings, name)
         if value is not None and not value >= least:
             raise OptionError(f"{name}: expected at least {least:g}, got {value}. Leave it out for the default.")
+
+
+def check_refine(refine: object) -> None:
+    """Refuse what is no choice of layers.
+
+    Raises:
+        OptionError: If it is none.
+    """
+    if refine not in get_args(Refine):
+        raise OptionError(f"refine: expected one of {', '.join(get_args(Refine))}, got {refine!r}.")
 
 
 def check_margin(margin: float | None) -> None:

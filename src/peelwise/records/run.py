@@ -18,7 +18,7 @@ MeasurementKind = Literal["ranking", "alone", "joint"]
 Level = Literal["info", "warning", "alert"]
 
 # One letter per block in depth order, so that a heat map needs one short text per record.
-LETTERS: dict[Colour, str] = {"red": "R", "yellow": "Y", "green": "G", "grey": "?"}
+LETTERS: dict[Colour, str] = {"red": "R", "yellow": "Y", "green": "G", "grey": "?", "frozen": "F"}
 COLOURS: dict[str, Colour] = {letter: colour for colour, letter in LETTERS.items()}
 
 
@@ -164,7 +164,8 @@ class Measurement:
     def scalars(self) -> dict[str, float]:
         """Return what trackers want: the probe's loss, how many blocks have which colour, and numbers per block."""
         found = {"peelwise/probe_loss": self.probe_loss}
-        found |= {f"peelwise/blocks_{colour}": float(self.letters.count(letter)) for colour, letter in LETTERS.items()}
+        counts = {colour: self.letters.count(letter) for colour, letter in LETTERS.items()}
+        found |= {f"peelwise/blocks_{c}": float(number) for c, number in counts.items() if number or c != "frozen"}
         tracked = {name for name, signal in SIGNALS.items() if signal.tracked}
         return found | {tag(s.name, s.block): s.value for s in self.statistics if s.name in tracked}
 

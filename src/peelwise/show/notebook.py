@@ -33,6 +33,7 @@ from peelwise.show.words import (
     control_sentence,
     duration,
     gain_sentence,
+    legend,
     nats,
     note_words,
     with_ends,
@@ -143,7 +144,7 @@ def strip(colours: Sequence[Colour]) -> str:
     step = _TILE + _GAP
     columns, lines = min(len(colours), _IN_A_LINE), -(-len(colours) // _IN_A_LINE)
     width, height = columns * step, lines * (step + 14)
-    label = ", ".join(f"{sum(c == colour for c in colours)} {VERDICTS[colour].words}" for colour in VERDICTS)
+    label = ", ".join(f"{sum(c == colour for c in colours)} {VERDICTS[colour].words}" for colour in legend(colours))
     tiles = []
     for index, colour in enumerate(colours):
         x, y = index % _IN_A_LINE * step, index // _IN_A_LINE * (step + 14)

@@ -8,7 +8,7 @@ one reader in twenty cannot tell red from green, and a printed page often has no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -36,6 +36,7 @@ REASONS: Mapping[str, str] = MappingProxyType(
         "not-refined": "undecided: its solo gain was not measured within the budget",
         "marginal-only": "undecided: its marginal gain is above the margin, its solo gain was not measured within the "
         "budget",
+        "frozen": "not asked about: training does not change its linear layers",
     }
 )
 _INTERACTS = "; it interacts with its neighbours: together, they do better without its changes"
@@ -101,6 +102,13 @@ NOTES: Mapping[str, str] = MappingProxyType(
         "no-gradients": "The model cannot be differentiated, so the signals of the backward pass are missing: gain "
         "slopes and all that is made from gradients.",
         "few-blocks": "A model of {blocks} blocks has no depth to compare with: at least five are needed for a score.",
+        "frozen-layers": "{layers} linear layers ({share:.1%} of the blocks' numbers) are frozen and were left as they "
+        "are; {blocks} blocks have no others. Option refine: all asks about them too.",
+        "untied": "The configuration says that {embedding} and {head} share one weight; in memory each has its own "
+        "(values equal: {same:d}). What was trained or loaded may not be what is meant.",
+        "checkpoint": "Compared with {folder}: {differ} of {compared} tensors differ from those in memory ({names}); "
+        "{only_model} are in the model alone, {only_file} in the checkpoint alone.",
+        "autocast": "The model's own forward computes in {dtype} (autocast inside), and so does every measurement.",
     }
 )
 
@@ -161,6 +169,17 @@ VERDICTS: Mapping[Colour, VerdictWords] = MappingProxyType(
             words="undecided",
             meaning="The interval covers the margin, or the block was not measured: more probe tokens or a "
             "larger budget are needed.",
+            light="#5d6675",
+            dark="#a5afbd",
+            style="dim",
+        ),
+        "frozen": VerdictWords(
+            letter="F",
+            shape="□",
+            short="frozen",
+            words="frozen, not asked about",
+            meaning="Training does not change the linear layers of the block (requires_grad is False, or adapters "
+            "alone were asked about), so nothing was tried on them and nothing is said of them.",
             light="#5d6675",
             dark="#a5afbd",
             style="dim",
@@ -236,6 +255,12 @@ def note_words(note: Note | str) -> str:
     return f"{said} (And {more} more like it.)" if more else said
 
 
+def legend(colours: Iterable[Colour]) -> list[Colour]:
+    """Return the verdicts that a key explains: the four colours, and frozen where a block is."""
+    used = set(colours)
+    return [colour for colour in VERDICTS if colour != "frozen" or colour in used]
+
+
 def ranking(block: BlockRecord) -> float | None:
     """Return what ranks blocks before anything is evaluated: `RANKED_BY`, in older records the plain energy."""
     return block.energy if block.natural_energy is None else block.natural_energy
@@ -302,8 +327,9 @@ def is_measured(block: BlockRecord) -> bool:
 
 
 def counts(record: AuditRecord) -> dict[Colour, int]:
-    """Return how many blocks carry each verdict, in the order red, yellow, green, grey."""
-    return {colour: sum(block.verdict == colour for block in record.blocks) for colour in VERDICTS}
+    """Return how many blocks carry each verdict, in the order red, yellow, green, grey, and frozen where there are."""
+    verdicts = [block.verdict for block in record.blocks]
+    return {colour: verdicts.count(colour) for colour in legend(verdicts)}
 
 
 def gain_sentence(record: AuditRecord) -> str:

@@ -18,7 +18,7 @@ from peelwise.store.reader import RunReader
 from peelwise.store.writer import RunWriter
 from runs import event, measurement_row, run_info, write_run
 
-RANK = {letter: rank for rank, letter in enumerate("G?YR")}
+RANK = {letter: rank for rank, letter in enumerate("FG?YR")}
 
 
 def slow_worst(letters, stride):

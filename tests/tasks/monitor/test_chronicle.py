@@ -18,8 +18,8 @@ MUCH, NOTHING = Paired(0.05, 0.004, 40), Paired(0.001, 0.001, 40)
 def visit_of(loss=3.0, *, energies=(1.0,) * BLOCKS, alone=None, unique=None):
     free = {
         "energy": list(energies),
-        "natural_energy": [e / 2 for e in energies],
-        "gradient_norm": [e**0.5 for e in energies],
+        "natural_energy": [None if e is None else e / 2 for e in energies],
+        "gradient_norm": [None if e is None else e**0.5 for e in energies],
     }
     return Measured("alone", loss, free, alone or {}, unique or {}, None, None, (MatrixShare(0, "out", 1.0),))
 
@@ -181,6 +181,64 @@ def test_a_change_of_level_is_told_once_with_its_date(factor):
         assert (event.kind, event.block, event.since_step, event.step) == ("change", 1, 200, 210)
         assert "between steps 190 and 200" in event.text
         assert ("rose" if factor > 1 else "fell") in event.text
+
+
+@pytest.mark.parametrize(
+    ("probe", "options", "kinds"),
+    [
+        (1.8, {}, ["losses-disagree"]),
+        (4.5, {}, ["losses-disagree"]),
+        (3.0, {}, []),  # the control
+        (4.5, {"in_distribution": False}, []),  # other text costs more
+        (1.8, {"in_distribution": False}, ["losses-disagree"]),
+    ],
+)
+def test_losses_that_disagree_by_far_are_told_once(probe, options, kinds):
+    made, told = chronicle(**options), []
+    for step in range(100, 200, 20):
+        told += add(made, step, visit_of(probe)).events
+    assert [event.kind for event in told] == kinds
+    assert all("Usual causes" in event.suggestion and event.step == 140 for event in told)
+
+
+def test_differences_that_are_no_numbers_count_as_not_measured():
+    made, lost = chronicle(), Paired(float("nan"), float("nan"), 40)
+    row = add(made, 200, visit_of(alone={0: MUCH, 1: lost}, unique={2: lost, 3: NOTHING}))
+    assert row.letters == "R???"
+    assert all(np.isfinite(s.value) for s in row.statistics)
+    (event,) = [event for event in row.events if event.kind == "gains-not-finite"]
+    assert "(block 1, block 2)" in event.text
+    assert add(made, 210, visit_of(alone={1: MUCH})).letters == "RR??"
+    assert "gains-not-finite" not in [event.kind for event in add(chronicle(), 200, visit_of(alone={0: MUCH})).events]
+
+
+def test_frozen_blocks_have_no_colour_and_are_not_refined():
+    made = chronicle(frozen=frozenset({1, 2}))
+    assert add(made, 200, visit_of(alone={0: MUCH, 3: NOTHING})).letters == "RFFG"
+    assert sorted(made.wanted_first()) == [0, 3]
+    made.frozen = frozenset({2})
+    assert add(made, 210, visit_of()).letters == "R?FG"
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+def test_changes_of_level_are_dated_beside_frozen_blocks(factor):
+    made, draw, told = chronicle(frozen=frozenset({0})), np.random.default_rng(0), []
+    for step in range(0, 300, 10):
+        energies = np.exp(0.05 * draw.normal(size=BLOCKS)).tolist()
+        energies[2] *= factor if step >= 200 else 1.0
+        told += add(made, step, visit_of(energies=(None, *energies[1:]))).events
+    assert [(event.kind, event.block) for event in told] == ([] if factor == 1.0 else [("change", 2)])
+
+
+def test_what_was_seen_behind_a_step_that_training_goes_back_to_is_forgotten():
+    made, plain = chronicle(count=300), chronicle(count=100)
+    add(plain, 90, visit_of(alone={1: NOTHING}))
+    add(made, 90, visit_of(alone={1: NOTHING}))
+    for step in range(150, 300, 10):
+        add(made, step, visit_of(5.0, alone={0: MUCH, 1: MUCH}))
+    made.forget_from(100)
+    found, expected = (add(each, 100, visit_of(alone={2: NOTHING})) for each in (made, plain))
+    assert found == expected  # as if it had never been there
 
 
 def test_blocks_are_refined_in_turn_and_changed_ones_first():

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 WIDTH = 912
 MOST_MATRICES = 20
-MARKERS: dict[Colour, str] = {"red": "s", "yellow": "^", "green": "o", "grey": "D"}
+MARKERS: dict[Colour, str] = {"red": "s", "yellow": "^", "green": "o", "grey": "D", "frozen": "s"}
 OTHERS = "(others)"
 
 
@@ -193,7 +193,7 @@ def _depth_axis(axes: Axes, blocks: Sequence[BlockRecord]) -> None:
 
 
 def _marker(colour: Colour) -> dict[str, Any]:
-    hollow = colour == "grey"
+    hollow = colour in ("grey", "frozen")
     return {
         "linestyle": "none",
         "marker": MARKERS[colour],

@@ -17,6 +17,7 @@ from peelwise.show.words import (
     amount,
     bracket,
     control_sentence,
+    counts,
     duration,
     is_interaction,
     is_measured,
@@ -35,14 +36,17 @@ _MISSING = f"{NOT_IN_BUDGET[0].upper()}{NOT_IN_BUDGET[1:]}."
 
 def recoverable(record: AuditRecord) -> str:
     """Show what each block can give, by itself and beside all others."""
-    shapes = " · ".join(f"{words.shape} {words.short}" for words in VERDICTS.values())
+    shapes = " · ".join(f"{VERDICTS[colour].shape} {VERDICTS[colour].short}" for colour in counts(record))
     caption = [
         f"{esc(shapes)}. Lines are 95 % intervals; the dashed line is the margin, "
         f"{nats(record.margin_nats)} nats per token. Neighbours can do part of each other's work, so the two "
         "rows answer different questions."
     ]
-    if any(block.recoverable_nats is None or block.unique_nats is None for block in record.blocks):
-        caption.append(f"Shaded: {NOT_IN_BUDGET}.")
+    asked = [block for block in record.blocks if not block.frozen]
+    missing = [NOT_IN_BUDGET] if any(b.recoverable_nats is None or b.unique_nats is None for b in asked) else []
+    missing += [VERDICTS["frozen"].words] if len(asked) < len(record.blocks) else []
+    if missing:
+        caption.append(f"Shaded: {' or '.join(missing)}.")
     odd = [str(block.index) for block in record.blocks if is_interaction(block.unique_nats)]
     if odd:
         caption.append(f"✕ {INTERACTION} (block {', '.join(odd)}): {INTERACTION_MEANING}.")
@@ -82,7 +86,7 @@ def losses(record: AuditRecord) -> str:
 def reading(record: AuditRecord) -> str:
     """Say what the colours mean, what is proven and what is not."""
     meanings = "".join(
-        f"<div><dt>{chip(colour)}</dt><dd>{esc(words.meaning)}</dd></div>" for colour, words in VERDICTS.items()
+        f"<div><dt>{chip(colour)}</dt><dd>{esc(VERDICTS[colour].meaning)}</dd></div>" for colour in counts(record)
     )
     text = (
         "A witness is a set of replacement weights of the same shape. If it lowers the loss on text it was "

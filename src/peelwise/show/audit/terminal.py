@@ -52,7 +52,7 @@ EIGHTHS = " ▏▎▍▌▋▊▉█"
 # One character each, so that columns stay aligned where the terminal cannot show the original.
 _ASCII = str.maketrans({"±": "~", "·": "-", "–": "-", "—": "-", "→": ">", "…": "."} | dict.fromkeys("▏▎▍▌", " "))
 _ASCII |= str.maketrans(dict.fromkeys("▁▂", ".") | dict.fromkeys("▃▄", "o") | dict.fromkeys("▅▆▇", "O"))
-_ASCII |= str.maketrans(dict.fromkeys("▋▊▉█", "#") | {"■": "#", "▲": "^", "●": "o", "◇": "?"})
+_ASCII |= str.maketrans(dict.fromkeys("▋▊▉█", "#") | {"■": "#", "▲": "^", "●": "o", "◇": "?", "□": "-"})
 
 
 def render(record: AuditRecord, folder: Path | str | None = None) -> RenderableType:
@@ -148,8 +148,7 @@ def _block_table(record: AuditRecord, width: int) -> Table:
         table.add_row(
             str(block.index),
             _verdict(block, wide, block.index in unlike),
-            _measured(block.recoverable_nats),
-            _unique(block.unique_nats),
+            *_gains(block),
             *([_removal(block.removal_nats), _energy_bar(ranking(block), ends)] if wide else []),
             *([Text(str(block.rounds) if is_measured(block) else "–")] if widest else []),
         )
@@ -160,6 +159,12 @@ def _verdict(block: BlockRecord, wide: bool, unlike: bool) -> Text:
     words = VERDICTS[block.verdict]
     verdict = Text(f"{words.letter} {words.words if wide else words.short}", style=words.style)
     return verdict.append(" ▲", style="bold yellow") if unlike else verdict
+
+
+def _gains(block: BlockRecord) -> list[Text]:
+    if block.frozen:
+        return [Text("–", style="dim")] * 2
+    return [_measured(block.recoverable_nats), _unique(block.unique_nats)]
 
 
 def _measured(interval: Interval | None) -> Text:

@@ -28,7 +28,7 @@ EVENTS = 300
 UPPER, LOWER = "bound_upper", "bound_lower"  # the cloud: statistics of the whole model
 
 # Best first: where several measurements share a column, the last of these that occurs among them is shown.
-_WORST_LAST = "".join(LETTERS[colour] for colour in ("green", "grey", "yellow", "red"))
+_WORST_LAST = "".join(LETTERS[colour] for colour in ("frozen", "green", "grey", "yellow", "red"))
 _RANK = np.zeros(256, np.uint8)
 _RANK[np.frombuffer(_WORST_LAST.encode(), np.uint8)] = np.arange(len(_WORST_LAST), dtype=np.uint8)
 _LETTER = np.frombuffer(_WORST_LAST.encode(), np.uint8)
@@ -38,7 +38,7 @@ Row = sqlite3.Row | Mapping[str, Any]
 
 
 def verdict_words() -> list[Json]:
-    """Return letter, colour, shape, words and meaning of the four verdicts, worst first."""
+    """Return letter, colour, shape, words and meaning of the verdicts, worst first."""
     return [
         {"letter": w.letter, "colour": c, "shape": w.shape, "words": w.words, "meaning": w.meaning}
         for c, w in VERDICTS.items()
@@ -205,7 +205,7 @@ def look_columns(probes: Sequence[sqlite3.Row]) -> Json:
 
 
 def worst(letters: Sequence[str], stride: int) -> list[str]:
-    """Return for every ``stride`` of the texts one text: at each place the worst letter (R, Y, ?, G) of theirs."""
+    """Return for every ``stride`` of the texts one text: at each place the worst letter (R, Y, ?, G, F) of theirs."""
     if not letters or not letters[0]:
         return ["" for _ in letters[::stride]]
     codes = np.frombuffer("".join(letters).encode("ascii"), np.uint8).reshape(len(letters), -1)

@@ -22,7 +22,7 @@ COLOURS = MappingProxyType(
     {
         name: f"#01a2{place:02x}"
         for place, name in enumerate(
-            ("ink", "muted", "line", "page", "accent", "mark", "red", "yellow", "green", "grey")
+            ("ink", "muted", "line", "page", "accent", "mark", "red", "yellow", "green", "grey", "frozen")
         )
     }
 )

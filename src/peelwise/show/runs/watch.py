@@ -18,7 +18,7 @@ from peelwise.records.signals import NATS, Kind, Signal, of_kinds
 from peelwise.store.reader import Run, RunReader
 from peelwise.store.schema import sound
 
-_STYLES = {"red": "bold red", "yellow": "yellow", "green": "green", "grey": "dim"}
+_STYLES = {"red": "bold red", "yellow": "yellow", "green": "green", "grey": "dim", "frozen": "dim"}
 _LEVELS = {"alert": "bold red", "warning": "yellow", "info": "dim"}
 _EVENTS = 6
 _REFINED_WITHIN = 500  # measurements

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ def run_audit(
     name: str = "model",
     source: str | None = None,
     watcher: Watcher | None = None,
+    notes: Sequence[Note] = (),
 ) -> AuditOutcome:
     """Audit ``model`` on ``probe`` and leave the model exactly as it was.
 
@@ -59,13 +61,14 @@ def run_audit(
         name: the model's name in the record.
         source: where it was opened from, for ``verify``.
         watcher: told about progress.
+        notes: what is known of the model already.
 
     Raises:
         UnsupportedModelError: If the architecture cannot be audited.
         ModelError: If the model holds NaN or Inf, or its loss is not finite.
         ProbeError: If the probe's tokens do not fit the model's vocabulary, or its sequences the context.
     """
-    blocks = checked_blocks(model, probe)
+    blocks = checked_blocks(model, probe, settings.refine)
     setup = Setup(model, blocks, name, source, fingerprint(model), settings.plain(), probe.seed)
     linears = [linear for block in blocks for linear in block.linears]
     with untouched(model), frozen(linears), warnings.catch_warnings(record=True) as caught:
@@ -79,7 +82,7 @@ def run_audit(
             micro_batch_tokens=settings.micro_batch_tokens,
             watcher=watcher,
         )
-        findings = Findings(notes=[*session.notes])
+        findings = Findings(notes=[*notes, *session.notes])
         if session.held:
             findings.notes.append(note("low-bit", layers=len(session.held), formats=format_names(session.held)))
         try:

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from peelwise.records.options import (
     MARGIN_RULE,
     MICRO_BATCH_TOKENS,
+    REFINE_HELP,
     Plain,
+    Refine,
     check_least,
     check_margin,
+    check_refine,
     option,
     parse_seconds,
 )
@@ -27,6 +30,8 @@ class AuditSettings:
             0.003 nats per token.
         controls: Run the null controls.
         micro_batch_tokens: Tokens that go through the model at a time; fewer need less memory.
+        refine: Which linear layers of the blocks are refined: those whose weights training can change (requires_grad;
+            where there are none, all), all of them, or adapters (LoRA) alone.
 
     Raises:
         OptionError: If a value is not allowed.
@@ -42,12 +47,14 @@ class AuditSettings:
     micro_batch_tokens: int = option(
         MICRO_BATCH_TOKENS, "Tokens that go through the model at a time; fewer need less memory."
     )
+    refine: Refine = option("trainable", REFINE_HELP)
 
     def __post_init__(self) -> None:
         parse_seconds(self.budget)
         check_least(self, 0, "joint_rounds", "solo_rounds")
         check_margin(self.margin)
         check_least(self, 1, "micro_batch_tokens")
+        check_refine(self.refine)
 
     @property
     def budget_seconds(self) -> float:
@@ -63,4 +70,5 @@ class AuditSettings:
             "margin_nats": self.margin,
             "controls": self.controls,
             "micro_batch_tokens": self.micro_batch_tokens,
+            "refine": self.refine,
         }

@@ -57,7 +57,7 @@ def first_sweep(session: Session, findings: Findings, *, null: Targets | None = 
             keep_going=lambda: session.clock.left > 0,
         )
         findings.shuffled_proposals = others[0] if others else None
-    return len(findings.proposals) == len(session.runner.blocks)
+    return len(findings.proposals) == sum(bool(block.linears) for block in session.runner.blocks)
 
 
 def take_out(session: Session, findings: Findings, *, share: float) -> bool:

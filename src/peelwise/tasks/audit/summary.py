@@ -68,6 +68,8 @@ def summarise(
 
 def evidence_of(session: Session, findings: Findings, index: int) -> Evidence:
     """Return what was measured of one block on report."""
+    if not session.runner.blocks[index].linears:
+        return Evidence(frozen=True)
     alone = findings.alone.get(index)
     measured = None
     if alone is not None and alone.report_losses is not None:
@@ -99,6 +101,7 @@ def _block_record(
         matrices=coded_matrices(session, findings, block) if session.held else matrices_of(block, proposals),
         split=parts[0] if parts else None,
         price_nats=parts[1] if parts else None,
+        frozen=not block.linears,
     )
 
 

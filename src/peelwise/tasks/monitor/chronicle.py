@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from statistics import median
 
 from peelwise.evidence import events as alerts
 from peelwise.evidence.events import Change, Seen
@@ -15,6 +16,7 @@ from peelwise.evidence.trends import (
     against_own,
     change_points,
     equivalent_steps,
+    loss_gap,
     loss_slope,
     own_parts,
     probe_slope,
@@ -27,6 +29,8 @@ from peelwise.tasks.monitor.measure import Measured
 _SMALLEST_CHANGE = math.log(1.5)
 _LOOKED_BACK = 200  # measurements in which changes are looked for
 _REMEMBERED_LOSSES = 20_000
+_COMPARED = 50  # losses of training, at most, that the probe's is compared with
+_APART_TWICE = 2
 
 
 @dataclass
@@ -37,6 +41,11 @@ class _Series:
     def add(self, step: int, value: float) -> None:
         self.steps.append(step)
         self.values.append(value)
+
+    def cut(self, step: int) -> None:
+        """Drop what is not of before a step."""
+        kept = sum(each < step for each in self.steps)
+        del self.steps[kept:], self.values[kept:]
 
 
 @dataclass(frozen=True)
@@ -62,9 +71,13 @@ class Chronicle:
         blocks: number of blocks.
         margin: nats per token that matter, or ``None`` for the default.
         in_distribution: whether the probe is training text.
+        frozen: blocks that are not asked about; others later, where training changes them.
     """
 
-    def __init__(self, blocks: int, *, margin: float | None, in_distribution: bool) -> None:
+    def __init__(
+        self, blocks: int, *, margin: float | None, in_distribution: bool, frozen: frozenset[int] = frozenset()
+    ) -> None:
+        self.frozen = frozen
         self._count, self._margin, self._in_distribution = blocks, margin, in_distribution
         self._losses = _Series()
         self._probe_losses = _Series()
@@ -76,12 +89,26 @@ class Chronicle:
         self._told: dict[int, int] = {}  # block -> how long it had been red when that was last said
         self._changes: list[tuple[int, Change]] = []
         self._upper: float | None = None
+        self._apart = 0  # measurements in a row at which training's loss was far from the probe's
 
     def loss(self, step: int, value: float) -> None:
         """Remember a training loss."""
         self._losses.add(step, value)
         if len(self._losses.steps) > 2 * _REMEMBERED_LOSSES:
             del self._losses.steps[:_REMEMBERED_LOSSES], self._losses.values[:_REMEMBERED_LOSSES]
+
+    def forget_from(self, step: int) -> None:
+        """Forget what was seen from a step on: training has gone back to before it, to another state of the model."""
+        for series in (self._losses, self._probe_losses, *self._series.values()):
+            series.cut(step)
+        for kept in (self._alone, self._unique):
+            for block in [b for b, m in kept.items() if m.step >= step]:
+                del kept[block]
+        self._changes = [(block, change) for block, change in self._changes if change.by_step < step]
+        for block in [b for b, since in self._red_since.items() if since >= step]:
+            del self._red_since[block], self._told[block]
+        self._told = {block: min(lasted, step - self._red_since[block]) for block, lasted in self._told.items()}
+        self._apart = 0
 
     def slope(self) -> Slope | None:
         """Return the slope of the training loss; of the probe's where no training loss was ever given."""
@@ -101,7 +128,7 @@ class Chronicle:
             measured = block in self._alone
             return measured, block not in changed, self._step_of(block), -score[0] if score else 0.0
 
-        return sorted(range(self._count), key=rank)
+        return sorted((block for block in range(self._count) if block not in self.frozen), key=rank)
 
     def add(
         self, step: int, measured: Measured, *, seconds: float, share: float, seen: Mapping[int, Seen] | None = None
@@ -115,7 +142,9 @@ class Chronicle:
             share: the monitor's share of wall time so far.
             seen: what else is known of blocks, for suggestions.
         """
+        measured, unknown = _finite(measured)
         self._probe_losses.add(step, measured.loss)
+        apart = self._losses_apart(step)
         slope = self.slope()
         statistics = [*self._free(step, measured), *self._measured(step, measured, slope), *self._cloud(measured)]
         changes = self._new_changes(step)
@@ -123,6 +152,8 @@ class Chronicle:
         # Asked before the row's own verdicts replace the last ones.
         news = self._news(verdicts)
         events = [
+            *([alerts.gains_not_finite(step, unknown)] if unknown else []),
+            *([apart] if apart else []),
             *(alerts.changed(step, block, change) for block, change in changes),
             *self._red_events(step, verdicts, slope, seen or {}),
         ]
@@ -142,6 +173,21 @@ class Chronicle:
             verdicts=tuple(news),
             events=tuple(events),
         )
+
+    def _losses_apart(self, step: int) -> Event | None:
+        """Return an event where training's loss is far from the probe's, at the second measurement in a row."""
+        before = self._probe_losses.steps[-2] if len(self._probe_losses.steps) > 1 else None
+        recent = [v for s, v in zip(self._losses.steps[-_COMPARED:], self._losses.values[-_COMPARED:], strict=True)
+                  if before is not None and s > before]  # fmt: skip
+        gap = loss_gap(recent, self._probe_losses.values[-2:])
+        # On text of another kind the probe's loss is higher by nature.
+        if gap is None or (gap < 0 and not self._in_distribution):
+            self._apart = 0
+            return None
+        self._apart += 1
+        if self._apart != _APART_TWICE:
+            return None
+        return alerts.losses_disagree(step, median(recent), self._probe_losses.values[-1])
 
     def _step_of(self, block: int) -> float:
         return self._alone[block].step if block in self._alone else -math.inf
@@ -196,7 +242,9 @@ class Chronicle:
             for block in [b for b, m in kept.items() if m.outdated(loss, margin)]:
                 del kept[block]
         evidence = [
-            Evidence(*(kept[block].value if block in kept else None for kept in (self._alone, self._unique)))
+            Evidence(frozen=True)
+            if block in self.frozen
+            else Evidence(*(kept[block].value if block in kept else None for kept in (self._alone, self._unique)))
             for block in range(self._count)
         ]
         # Until the slope is known, training counts as going on: red says that it is not. Losses of small batches may be
@@ -220,7 +268,8 @@ class Chronicle:
         """Return changes of level that were not told before; one per block, the clearer statistic first."""
         found = []
         for name in (signal.name for signal in SIGNALS.values() if signal.watched):
-            rows = [self._series[name, block] for block in range(self._count)]
+            asked = [block for block in range(self._count) if block not in self.frozen]
+            rows = [self._series[name, block] for block in asked]
             recent = [row.values[-_LOOKED_BACK:] for row in rows]
             steps = rows[0].steps[-_LOOKED_BACK:]
             # Blocks are compared with each other, by logarithms: all must have it, at all times, and above zero.
@@ -228,7 +277,7 @@ class Chronicle:
                 continue
             for point in change_points(own_parts(recent), smallest=_SMALLEST_CHANGE):
                 change = Change(name, math.exp(point.size), steps[point.index - 1], steps[point.index])
-                found.append((point.deviations, point.series, change))
+                found.append((point.deviations, asked[point.series], change))
         new = []
         for _, block, change in sorted(found, key=lambda item: -item[0]):
             # As measurements come in, the date of a change may move by one of them.
@@ -265,6 +314,21 @@ class Chronicle:
     def _with_change(self, block: int, seen: Seen) -> Seen:
         changes = [change for b, change in self._changes if b == block]
         return replace(seen, change=max(changes, key=lambda c: c.by_step)) if changes else seen
+
+
+def _finite(measured: Measured) -> tuple[Measured, tuple[int, ...]]:
+    """Return what was measured without differences that are NaN or Inf, and whose they were."""
+
+    def known(value: Paired) -> bool:
+        return math.isfinite(value.mean) and math.isfinite(value.standard_error)
+
+    alone = {block: value for block, value in measured.alone.items() if known(value)}
+    unique = {block: value for block, value in measured.unique.items() if known(value)}
+    composed = measured.composed if measured.composed is None or known(measured.composed) else None
+    lost = ({*measured.alone} - {*alone}) | ({*measured.unique} - {*unique})
+    if composed is not measured.composed:
+        lost.add(WHOLE_MODEL)
+    return replace(measured, alone=alone, unique=unique, composed=composed), tuple(sorted(lost))
 
 
 def _near(one: Change, other: Change, steps: list[int]) -> bool:

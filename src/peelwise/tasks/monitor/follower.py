@@ -18,20 +18,23 @@ from torch import nn
 
 from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.distributed.sharding import check_blocks
-from peelwise.engine.opening import checked_blocks
+from peelwise.engine.opening import checked_blocks, first_notes
 from peelwise.errors import OptionError, OtherProcessError, PeelwiseError
 from peelwise.evidence import events as alerts
 from peelwise.evidence.events import Complaint, Finding, Seen
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, device_of, unwrapped
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner
-from peelwise.model.selfcheck import self_check
+from peelwise.model.selfcheck import check_dtypes, check_shared
 from peelwise.probe.probe import Probe, Split
+from peelwise.records.base import Note
+from peelwise.records.options import Refine, check_refine
 from peelwise.records.run import Event, Measurement, MeasurementKind, StepRow
 from peelwise.tasks.monitor.chronicle import Chronicle
 from peelwise.tasks.monitor.code_signals import CodeSignals
 from peelwise.tasks.monitor.measure import Measured, measure
 from peelwise.tasks.monitor.schedules import Schedule, affordable, every, log_spaced
+from peelwise.tasks.monitor.structure import changed_layers, looked_at_again, other_blocks
 from peelwise.tasks.monitor.vitals import Vitals
 
 _log = logging.getLogger("peelwise")
@@ -66,6 +69,7 @@ class MonitorSettings:
         margin_nats: smallest recoverable loss that matters; ``None`` for the default.
         micro_batch_tokens: tokens that go through the model at a time.
         plan: kinds of measurements, in turn.
+        refine: which linear layers are asked about; see `peelwise.model.refined.chosen`.
     """
 
     budget: float | None = 0.03
@@ -73,6 +77,7 @@ class MonitorSettings:
     margin_nats: float | None = None
     micro_batch_tokens: int = MICRO_BATCH_TOKENS
     plan: Sequence[MeasurementKind] = PLAN
+    refine: Refine = "trainable"
 
 
 class Follower:
@@ -111,12 +116,15 @@ class Follower:
         self._model, self._probe, self._settings, self._recorder = model, probe, settings, recorder
         self._processes = processes
         with processes.agreeing():
-            self.blocks: tuple[Block, ...] = checked_blocks(model, probe)
+            self.blocks: tuple[Block, ...] = checked_blocks(model, probe, settings.refine)
             check_blocks({block.name: unwrapped(block.module) for block in self.blocks})
             _check_same(processes, model, probe)
-            self._costs = self._guessed_costs()
+            self._costs, self._notes = self._guessed_costs()
         self._chronicle = Chronicle(
-            len(self.blocks), margin=settings.margin_nats, in_distribution=probe.in_distribution
+            len(self.blocks),
+            margin=settings.margin_nats,
+            in_distribution=probe.in_distribution,
+            frozen=_frozen(self.blocks),
         )
         self._codes = CodeSignals(model, self.blocks)
         self._vitals = Vitals(model, self.blocks, optimizer, processes)
@@ -128,6 +136,7 @@ class Follower:
         self._tokens = settings.micro_batch_tokens
         self.spent = time.monotonic() - began
         self._start: float | None = None
+        self._last: int | None = None
 
     @property
     def elapsed(self) -> float:
@@ -155,6 +164,13 @@ class Follower:
             self.spent += time.monotonic() - began
 
     def _step(self, step: int, loss: float | None, began: float) -> Measurement | None:
+        while self._notes:  # of the self-checks; only now there is a run for them
+            first, *self._notes = self._notes
+            self._tell(alerts.noted(step, first), once=f"note {first.code}")
+        if self._last is not None and step < self._last:
+            self._tell(alerts.stepped_back(self._last, step), once=f"stepped-back {self._last} {step}")
+            self._chronicle.forget_from(step)
+        self._last = step
         if loss is not None:
             self._chronicle.loss(step, loss)
             if not math.isfinite(loss):
@@ -183,8 +199,12 @@ class Follower:
         _wait_for(self._model)  # what training has queued on a device is not the monitor's time
         start = time.monotonic()
         self._measurements += 1
-        order = self._processes.broadcast(self._chronicle.wanted_first())
         try:
+            with self._processes.agreeing():
+                changed = self._look_at_blocks(step)
+            if changed is None:
+                return None
+            order = self._processes.broadcast(self._chronicle.wanted_first())
             found = measure(
                 self._model,
                 self.blocks,
@@ -193,6 +213,7 @@ class Follower:
                 order,
                 micro_batch_tokens=self._tokens,
                 processes=self._processes,
+                checked=not changed,
             )
         except Exception as error:  # whatever goes wrong here, the training must not end of it
             self._costs[kind] = time.monotonic() - start
@@ -208,15 +229,39 @@ class Follower:
         row = self._codes.noted(row)
         self._recorder.measurement(row)
         self._tell_cost(step, kind)
-        if found.notes:
-            self._tell(alerts.few_tokens(step, found.notes[0]))
+        for note in found.notes:
+            if note.code in ("few-fit-tokens", "more-damping"):
+                self._tell(alerts.few_tokens(step, note))
+            else:
+                self._tell(alerts.noted(step, note), once=f"note {note.code}")
         return row
+
+    def _look_at_blocks(self, step: int) -> bool | None:
+        """Return whether layers are other ones than at the last measurement; ``None`` where blocks are, which is told.
+
+        A run history has one letter per block from its beginning to its end.
+        """
+        others = other_blocks(self._model, self.blocks)
+        if others:
+            self._tell(alerts.blocks_changed(step, others), once=f"blocks-changed {others}")
+            return None
+        now = looked_at_again(self._model, self.blocks, self._settings.refine)
+        if now is self.blocks:
+            return False
+        check_shared(now)
+        check_dtypes(now)
+        self._tell(alerts.layers_changed(step, *changed_layers(self.blocks, now)), once=f"layers-changed {step}")
+        self.blocks = now
+        self._chronicle.frozen = _frozen(now)
+        self._vitals.blocks = now
+        return True
 
     def _row(self, step: int, found: Measured, seconds: float, share: float) -> Measurement:
         return self._chronicle.add(step, found, seconds=seconds, share=share, seen=self._seen())
 
     def _check_vitals(self, step: int) -> None:
-        self._findings = self._vitals.check()
+        with self._processes.agreeing():  # they add up what they see, and nobody waits for one that failed
+            self._findings = self._vitals.check()
         self._checks += 1
         for finding in self._findings:
             # A fault that goes away and comes back is told again; one that only spreads is, too.
@@ -274,22 +319,30 @@ class Follower:
             self._told.add(key)
             self._recorder.event(event)
 
-    def _guessed_costs(self) -> dict[MeasurementKind, float]:
-        """Check that the model can be run block by block, and guess from that what a measurement will cost."""
+    def _guessed_costs(self) -> tuple[dict[MeasurementKind, float], tuple[Note, ...]]:
+        """Check that the model can be run block by block, and guess from that what a measurement will cost.
+
+        Returns the guess, and what the self-checks have to say.
+        """
         tokens = self._settings.micro_batch_tokens
         runner = Runner(self._model, self.blocks, micro_batch_tokens=tokens, processes=self._processes)
         fit, parts = self._probe.fit, (self._probe.fit, self._probe.select, self._probe.report)
         rows = max(1, tokens // fit.inputs.shape[1])
         with untouched(self._model):
-            self_check(runner, fit)  # which also warms up
+            notes = first_notes(runner, fit)  # which also warms up
             start = time.monotonic()
             some = runner.trace(Split(fit.ids[:rows], fit.mask[:rows]))
             seconds = time.monotonic() - start
         forward = seconds * sum(part.tokens for part in parts) / some.predicted
-        return {kind: forward * passes for kind, passes in _FIRST_GUESS.items()}
+        return {kind: forward * passes for kind, passes in _FIRST_GUESS.items()}, notes
+
+
+def _frozen(blocks: Sequence[Block]) -> frozenset[int]:
+    return frozenset(block.index for block in blocks if not block.linears)
 
 
 def _check(settings: MonitorSettings) -> None:
+    check_refine(settings.refine)
     budget = settings.budget
     if budget is not None and not 0 < budget <= 1:
         raise OptionError(f"The budget is a share of wall time above 0 and up to 1, got {budget}. The default is 0.03.")

@@ -43,7 +43,7 @@ class Measured:
         composed: what one joint round gains.
         upper: nats per token of a reference without any block, where it was made.
         matrices: shares of the matrices of the blocks that were refined.
-        notes: which sums are ill-conditioned.
+        notes: which sums are ill-conditioned, and what the self-checks have to say where they were made.
     """
 
     kind: MeasurementKind
@@ -66,6 +66,7 @@ def measure(
     *,
     micro_batch_tokens: int,
     processes: Processes = ONE_PROCESS,
+    checked: bool = True,
 ) -> Measured:
     """Measure ``model`` as it stands and leave it, and every random state, exactly as they were.
 
@@ -79,6 +80,7 @@ def measure(
         order: blocks for ``alone``, those that are wanted most first; at least one is refined.
         micro_batch_tokens: tokens that go through the model at a time.
         processes: the processes that share the work; what is found is the same in all of them.
+        checked: whether these blocks have passed their self-checks before, such as when the monitor was made.
 
     Raises:
         PeelwiseError: If the model cannot be measured, such as when its loss is no finite number.
@@ -100,7 +102,7 @@ def measure(
             micro_batch_tokens=micro_batch_tokens,
             watcher=None,
             processes=processes,
-            checked=True,  # when the monitor was made
+            checked=checked,
         )
         (proposals,) = sweep(session.runner, session.fit, session.select)
         found, upper = Findings(proposals=proposals), None
@@ -123,7 +125,10 @@ def measure(
         kind,
         session.report.mean,
         {
-            signal.name: [proposals[block.index].signals.get(signal.name) for block in blocks]
+            signal.name: [
+                proposals[block.index].signals.get(signal.name) if block.index in proposals else None
+                for block in blocks
+            ]
             for signal in of_kinds(SWEPT)
             if signal.in_history
         },
@@ -138,7 +143,7 @@ def measure(
             for block in refined
             for matrix in matrices_of(block, proposals[block.index])
         ),
-        tuple({str(w): Note(code=w.code, values=w.values) for w in own}.values()),
+        (*{str(w): Note(code=w.code, values=w.values) for w in own}.values(), *session.notes),
     )
 
 

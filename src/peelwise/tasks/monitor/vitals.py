@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.distributed.sharding import is_sharded, local_shard
 from peelwise.evidence.events import DEAD_CHECKS, Complaint, Finding
-from peelwise.model.layers import Block, LinearLayer, plain_name
+from peelwise.model.layers import Block, plain_name
 
 _DEAD_SHARE = 0.1  # of a map's outputs; a few dead units are nothing unusual
 _SAME_NORMS, _SAME = 4, 1e-3  # so many norms in a row that differ by less than a thousandth are no chance
@@ -30,6 +30,7 @@ class Vitals:
         processes: the processes that train it, each of which looks at its own part of a gradient; all check at once.
 
     Attributes:
+        blocks: as they are at present.
         saw_gradients: whether any check found gradients; if never, it is called after they are cleared.
     """
 
@@ -41,13 +42,14 @@ class Vitals:
         processes: Processes = ONE_PROCESS,
     ) -> None:
         self._processes = processes
-        self._parameters = {plain_name(name): p for name, p in model.named_parameters()}
-        self._blocks = blocks
+        self._model = model
+        self._parameters: dict[str, nn.Parameter] = {}
+        self.blocks = blocks
         self._optimizer = optimizer
         self._versions: dict[str, int] = {}
         self._still: dict[str, int] = {}
         self._zero_rate_before: set[str] = set()
-        self._silent: dict[LinearLayer, Tensor] = {}  # per map [d_out]: checks in a row without a gradient
+        self._silent: dict[str, Tensor] = {}  # per layer [d_out]: checks in a row without a gradient
         self._norms: list[float] = []  # of all gradients together, at the latest checks
         self.saw_gradients = False
 
@@ -60,6 +62,8 @@ class Vitals:
 
     def check(self) -> list[Finding]:
         """Return what is wrong now."""
+        # Asked for anew each time: parameters may be replaced while training goes on.
+        self._parameters = {plain_name(name): p for name, p in self._model.named_parameters()}
         trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
         found = [self._finding("frozen", (n for n in self._parameters if n not in trained))]
         groups = self._groups()
@@ -84,9 +88,9 @@ class Vitals:
         """Return the learning rate of every block (the mean over its maps), ``None`` where it is not known."""
         groups = self._groups()
         if groups is None:
-            return [None] * len(self._blocks)
+            return [None] * len(self.blocks)
         rates = []
-        for block in self._blocks:
+        for block in self.blocks:
             found = [groups[id(p)] for p in block.module.parameters() if id(p) in groups and p.dim() > 1]
             rates.append(sum(found) / len(found) if found else None)
         return rates
@@ -118,7 +122,7 @@ class Vitals:
 
     def _dead(self) -> Iterator[Finding]:
         maps, counts = [], []
-        for block in self._blocks:
+        for block in self.blocks:
             for linear in block.linears:
                 gradient = getattr(linear.module.weight, "grad", None)
                 if not isinstance(gradient, Tensor) or gradient.is_sparse or gradient.dim() != 2:
@@ -129,9 +133,11 @@ class Vitals:
                 silent = (local_shard(gradient) == 0).all(
                     dim=0 if linear.transposed else 1
                 )  # [d_out, or this part of it]
-                before = self._silent.get(linear)
+                before = self._silent.get(linear.name)
+                if before is not None and before.shape != silent.shape:
+                    before = None  # another layer has taken its place
                 rows = silent.int() if before is None else (before + 1) * silent
-                self._silent[linear] = rows
+                self._silent[linear.name] = rows
                 maps.append((block, linear))
                 # What is whole in every process is counted by the first.
                 own = spread or self._processes.is_main
@@ -156,7 +162,7 @@ class Vitals:
         found = tuple(names)
         if not found:
             return None
-        blocks = tuple(b.index for b in self._blocks if any(name.startswith(f"{b.name}.") for name in found))
+        blocks = tuple(b.index for b in self.blocks if any(name.startswith(f"{b.name}.") for name in found))
         return Finding(kind, found, blocks, len(self._parameters))
 
 

@@ -6,7 +6,7 @@ import { find } from "./loss.js";
 import { area, marker, path, Plot } from "./plot.js";
 import { against, amount, integer, percent } from "./scale.js";
 
-const COLOURS = { R: "red", Y: "yellow", G: "green", "?": "grey" };
+const COLOURS = { R: "red", Y: "yellow", G: "green", "?": "grey", F: "frozen" };
 
 export class BlockPanel {
   constructor({ words }) {

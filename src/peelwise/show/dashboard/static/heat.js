@@ -208,7 +208,7 @@ export class HeatMap {
     if (this.row < 12) return;
     context.font = `700 ${Math.min(12, this.row - 3)}px system-ui, sans-serif`;
     context.textBaseline = "middle";
-    const ink = { R: colour("--page"), Y: colour("--ink"), G: colour("--green"), "?": colour("--grey") };
+    const ink = { R: colour("--page"), Y: colour("--ink"), G: colour("--green"), "?": colour("--grey"), F: colour("--muted") };
     for (const [b, from, to, letter] of runs) {
       if (to - from < 15) continue;
       context.fillStyle = ink[letter];

@@ -95,6 +95,7 @@ export function marker(colour, x, y, size = 4) {
     red: `M${x - r} ${y - r}h${2 * r}v${2 * r}h${-2 * r}Z`,
     yellow: `M${x} ${y - r * 1.2}L${x + r * 1.15} ${y + r}H${x - r * 1.15}Z`,
     green: `M${x - r} ${y}a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0Z`,
+    frozen: `M${x - r} ${y - r}h${2 * r}v${2 * r}h${-2 * r}Z`,
     grey: `M${x} ${y - r * 1.25}L${x + r * 1.25} ${y}L${x} ${y + r * 1.25}L${x - r * 1.25} ${y}Z`,
   };
   return s("path", { class: `marker ${colour}`, d: shapes[colour] });

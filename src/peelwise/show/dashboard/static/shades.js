@@ -2,7 +2,7 @@
 
 import { colour } from "./dom.js";
 
-export const WORST = "G?YR"; // best first
+export const WORST = "FG?YR"; // best first, behind blocks that are not asked about
 
 // A red of one look among thousands is still seen: it takes at least so many pixels, from where it began.
 export function widenRed(ranks, least) {
@@ -29,7 +29,7 @@ function packed(shade, page, share) {
 }
 
 // The tiles' colours and patterns as squares of 8 by 8 pixels, one per rank: red plain, yellow striped, green light,
-// grey dotted.
+// grey dotted, frozen next to nothing.
 export function verdictPatterns() {
   const page = rgb("--page");
   const [red, yellow, green, grey] = ["--red", "--yellow", "--green", "--grey"].map(rgb);
@@ -37,6 +37,7 @@ export function verdictPatterns() {
   const [dot, blank] = [packed(grey, page, 0.75), packed(grey, page, 0.08)];
   const [solid, light] = [packed(red, page, 1), packed(green, page, 0.26)];
   const of = {
+    F: () => blank,
     G: () => light,
     "?": (x, y) => (x % 4 === 1 && y % 4 === 1 ? dot : blank),
     Y: (x, y) => stripes[((x + y) >> 2) & 1],
