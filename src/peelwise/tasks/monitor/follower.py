@@ -239,7 +239,7 @@ class Follower:
         return row
 
     def _look_at_blocks(self, step: int) -> bool:
-        """Take layers that are other ones than at the last measurement; return whether the blocks are those of the start.
+        """Take layers that are other ones than last time, and return whether the blocks are those of the start.
 
         A run history has one letter per block from its beginning to its end.
         """
