@@ -141,6 +141,7 @@ def test_the_letter_is_shown_without_a_colour(audited: peelwise.AuditReport) -> 
         console.print(render(audited.record))
     line = next(row for row in captured.get().splitlines() if "F frozen, not asked about" in row)
     assert not any(code in line for code in ("\x1b[31m", "\x1b[32m", "\x1b[33m", "\x1b[1;31m"))
+    assert "Block 1 is frozen and was not asked about." in captured.get()
     page = render_html(audited.record)
     assert '<b class="tile frozen">F</b>' in page
     assert "F" not in [
@@ -168,6 +169,9 @@ def test_a_block_cannot_be_called_frozen_to_hide_what_was_found(audited: peelwis
     assert any("it is said to be frozen" in said for said in contradictions(hidden, 1e-3))
     awake = forged(record, 1, frozen=False)
     assert list(contradictions(awake, 1e-3))
+    for value, words in (("all", "settings.refine says that all"), ("some", "no value of it"), (3, "no value of it")):
+        settings = record.model_copy(update={"settings": record.settings | {"refine": value}})
+        assert any(words in said for said in contradictions(settings, 1e-3))
 
 
 def test_gradients_that_are_zero_at_the_start_are_no_obstacle() -> None:

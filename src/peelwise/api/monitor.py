@@ -99,8 +99,9 @@ class Monitor:
         model, processes = unwrap_ddp(model), current_processes()
         self._owner, self._lock, self._closed, self._latest = os.getpid(), threading.RLock(), False, -1
         settings = MonitorSettings(budget=budget, schedule=schedule, margin_nats=margin, refine=refine)
-        told = (on_event, on_measurement) if processes.is_main else (None, None)
-        self._outlets = Outlets(*told, lock=self._lock, quiet=not processes.is_main)
+        if not processes.is_main:
+            on_event = on_measurement = None
+        self._outlets = Outlets(on_event, on_measurement, lock=self._lock, quiet=not processes.is_main)
         self._follower = Follower(model, probe, settings, self._outlets, optimizer=optimizer, processes=processes)
         info = RunInfo(
             name=name or type(unwrapped(model)).__name__,

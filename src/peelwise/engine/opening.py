@@ -112,7 +112,10 @@ def untrained_session(session: Session, probe: Probe) -> Session | None:
     fresh = fresh_copy(session.runner.model, session.seed)
     if fresh is None:
         return None
-    blocks = only(find_blocks(fresh), names_of(session.runner.blocks))
+    found, asked = find_blocks(fresh), names_of(session.runner.blocks)
+    if not asked <= names_of(found):
+        return None  # what was put into the model after it was made, such as adapters, is in no configuration
+    blocks = only(found, asked)
     runner = Runner(fresh, blocks, micro_batch_tokens=session.runner.micro_batch_tokens)
     runner.work = session.runner.work
     fit, select, report = runner.trace(probe.fit), runner.trace(probe.select), runner.trace(probe.report)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 from peelwise.evidence.intervals import Paired
 from peelwise.evidence.verdict import Evidence, Verdict, default_margin, harmful, judge, leaders
 from peelwise.records.audit import AuditConclusion, AuditRecord, BlockRecord, HeadRecord, LookFirst, LossRecord
 from peelwise.records.base import Interval, SealedRecord
-from peelwise.records.options import LEAST_MARGIN, MOST_MARGIN, is_margin
+from peelwise.records.options import LEAST_MARGIN, MOST_MARGIN, Refine, is_margin
 
 # Sums of the same numbers in another order and precision; far below anything that is shown.
 _ROUNDING = 1e-5
@@ -34,7 +34,6 @@ _SETTINGS: dict[str, type | tuple[type, ...]] = {
     "dense_references": bool,
     "maps": str,
     "start": str,
-    "refine": str,
 }
 # More blocks than these that are not distinguishable point nowhere.
 _MOST_NAMED = 3
@@ -169,6 +168,11 @@ def _frozen(record: AuditRecord) -> Iterator[str]:
     for block in record.blocks:
         if block.frozen and (block.recoverable_nats or block.unique_nats or block.matrices or block.rounds):
             yield f"{block.name}: it is said to be frozen, and what its layers gain is certified."
+    asked = record.settings.get("refine", "all")  # records of old asked about everything
+    if asked not in get_args(Refine):
+        yield f"settings.refine: {asked!r} was certified, which is no value of it."
+    elif asked == "all" and any(block.frozen for block in record.blocks):
+        yield "blocks: some are said to be frozen, and settings.refine says that all were asked about."
     if record.blocks and all(block.frozen for block in record.blocks):
         yield "blocks: every one is said to be frozen, so nothing was asked."
 
@@ -293,10 +297,7 @@ def _verdicts(record: AuditRecord) -> Iterator[str]:
 
 def verdicts_of(record: AuditRecord) -> list[Verdict]:
     """Return the verdicts that follow from a record's numbers, one per block."""
-    evidence = [
-        Evidence(*(None if i is None else Paired.of(i) for i in (b.recoverable_nats, b.unique_nats)), frozen=b.frozen)
-        for b in record.blocks
-    ]
+    evidence = [Evidence(_paired(b.recoverable_nats), _paired(b.unique_nats), b.frozen) for b in record.blocks]
     return judge(evidence, record.margin_nats, in_distribution=record.probe.in_distribution)
 
 
@@ -304,3 +305,7 @@ def instead(name: str, recorded: object, follows: object, of: str = "its other n
     """Say that a value is not the one that follows."""
     shown = [f"{v:.6f}" if isinstance(v, float) else str(v) for v in (recorded, follows)]
     return f"{name}: {shown[0]} was certified, {shown[1]} follows from {of}."
+
+
+def _paired(interval: Interval | None) -> Paired | None:
+    return None if interval is None else Paired.of(interval)

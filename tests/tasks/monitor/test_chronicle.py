@@ -235,10 +235,13 @@ def test_what_was_seen_behind_a_step_that_training_goes_back_to_is_forgotten():
     add(plain, 90, visit_of(alone={1: NOTHING}))
     add(made, 90, visit_of(alone={1: NOTHING}))
     for step in range(150, 300, 10):
-        add(made, step, visit_of(5.0, alone={0: MUCH, 1: MUCH}))
+        row = add(made, step, visit_of(alone={0: MUCH, 3: MUCH}))
+    assert row.letters[0] == row.letters[3] == "R"
     made.forget_from(100)
     found, expected = (add(each, 100, visit_of(alone={2: NOTHING})) for each in (made, plain))
-    assert found == expected  # as if it had never been there
+    # As if it had never been there; but for the verdicts, which the history has to take back.
+    assert replace(found, verdicts=()) == replace(expected, verdicts=())
+    assert [(verdict.block, verdict.colour) for verdict in found.verdicts] == [(0, "grey"), (2, "green"), (3, "grey")]
 
 
 def test_blocks_are_refined_in_turn_and_changed_ones_first():

@@ -109,6 +109,26 @@ def test_merged_adapters_are_no_end_of_measuring():
     assert "not-measured" not in kinds(monitor)
 
 
+def test_layers_that_fail_their_self_checks_are_never_measured():
+    """New layers are checked at every measurement until they pass, not only at the first."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + nn.functional.linear(x, self.weight)
+
+    model = ZOO["plain"]().train()
+    with monitor_of(model) as monitor:
+        assert monitor.step(0, loss=4.6) is not None
+        own, doubled = model.blocks[1].attention.out, Doubled(48, 48)
+        model.blocks[1].attention.out = doubled
+        assert monitor.step(1, loss=4.6) is None
+        assert monitor.step(2, loss=4.6) is None
+        model.blocks[1].attention.out = own
+        assert monitor.step(3, loss=4.6) is not None
+    (event,) = [event for event in monitor.events if event.kind == "not-measured"]
+    assert "hooked into blocks.1.attention.out does not" in event.text
+
+
 @pytest.mark.parametrize("how", ["dtype", "parameters"])
 def test_parameters_replaced_in_the_middle(how):
     model = ZOO["plain"]().train()

@@ -24,6 +24,7 @@ def conclusion(record: AuditRecord) -> str:
         _look_first(record, found),
         _harm(record, found),
         _green(record),
+        _frozen(record),
     )
     return " ".join(filter(None, parts))
 
@@ -92,6 +93,15 @@ def _green(record: AuditRecord) -> str:
     if not any(block.verdict == "green" for block in record.blocks):
         return ""
     return "Green does not mean undamaged: only other weights of linear layers were tried."
+
+
+def _frozen(record: AuditRecord) -> str:
+    frozen = tuple(block.index for block in record.blocks if block.frozen)
+    if not frozen:
+        return ""
+    one = len(frozen) == 1
+    what = f"Block {frozen[0]} is" if one else f"{len(frozen)} blocks ({listed(frozen)}) are"
+    return f"{what} frozen and {'was' if one else 'were'} not asked about."
 
 
 def _block(record: AuditRecord, index: int) -> BlockRecord | None:

@@ -244,7 +244,7 @@ class Chronicle:
         evidence = [
             Evidence(frozen=True)
             if block in self.frozen
-            else Evidence(*(kept[block].value if block in kept else None for kept in (self._alone, self._unique)))
+            else Evidence(_value(self._alone, block), _value(self._unique, block))
             for block in range(self._count)
         ]
         # Until the slope is known, training counts as going on: red says that it is not. Losses of small batches may be
@@ -335,3 +335,7 @@ def _near(one: Change, other: Change, steps: list[int]) -> bool:
     """Whether two dates are within three measurements of each other."""
     between = sum(min(one.by_step, other.by_step) < s <= max(one.by_step, other.by_step) for s in steps)
     return between <= 3
+
+
+def _value(kept: Mapping[int, _Measured], block: int) -> Paired | None:
+    return kept[block].value if block in kept else None

@@ -119,7 +119,8 @@ class Follower:
             self.blocks: tuple[Block, ...] = checked_blocks(model, probe, settings.refine)
             check_blocks({block.name: unwrapped(block.module) for block in self.blocks})
             _check_same(processes, model, probe)
-            self._costs, self._notes = self._guessed_costs()
+            self._costs, notes = self._guessed_costs()
+        self._notes = list(notes)
         self._chronicle = Chronicle(
             len(self.blocks),
             margin=settings.margin_nats,
@@ -134,6 +135,7 @@ class Follower:
         self._measurements = self._checks = 0
         self._failures = self._left_out = 0  # unforeseen ones in a row; measurements to leave out after them
         self._tokens = settings.micro_batch_tokens
+        self._checked = True  # whether the blocks as they are have passed their self-checks
         self.spent = time.monotonic() - began
         self._start: float | None = None
         self._last: int | None = None
@@ -165,7 +167,7 @@ class Follower:
 
     def _step(self, step: int, loss: float | None, began: float) -> Measurement | None:
         while self._notes:  # of the self-checks; only now there is a run for them
-            first, *self._notes = self._notes
+            first, self._notes = self._notes[0], self._notes[1:]
             self._tell(alerts.noted(step, first), once=f"note {first.code}")
         if self._last is not None and step < self._last:
             self._tell(alerts.stepped_back(self._last, step), once=f"stepped-back {self._last} {step}")
@@ -201,8 +203,8 @@ class Follower:
         self._measurements += 1
         try:
             with self._processes.agreeing():
-                changed = self._look_at_blocks(step)
-            if changed is None:
+                as_many = self._look_at_blocks(step)
+            if not as_many:
                 return None
             order = self._processes.broadcast(self._chronicle.wanted_first())
             found = measure(
@@ -213,13 +215,13 @@ class Follower:
                 order,
                 micro_batch_tokens=self._tokens,
                 processes=self._processes,
-                checked=not changed,
+                checked=self._checked,
             )
         except Exception as error:  # whatever goes wrong here, the training must not end of it
             self._costs[kind] = time.monotonic() - start
             self._tell_failure(step, error)
             return None
-        self._failures = 0
+        self._failures, self._checked = 0, True
         now = time.monotonic()
         self._costs[kind] = now - start
         share = (self.spent + now - began) / max(self.elapsed, 1e-9)
@@ -236,22 +238,22 @@ class Follower:
                 self._tell(alerts.noted(step, note), once=f"note {note.code}")
         return row
 
-    def _look_at_blocks(self, step: int) -> bool | None:
-        """Return whether layers are other ones than at the last measurement; ``None`` where blocks are, which is told.
+    def _look_at_blocks(self, step: int) -> bool:
+        """Take layers that are other ones than last time, and return whether the blocks are those of the start.
 
         A run history has one letter per block from its beginning to its end.
         """
         others = other_blocks(self._model, self.blocks)
         if others:
             self._tell(alerts.blocks_changed(step, others), once=f"blocks-changed {others}")
-            return None
+            return False
         now = looked_at_again(self._model, self.blocks, self._settings.refine)
         if now is self.blocks:
-            return False
+            return True
         check_shared(now)
         check_dtypes(now)
         self._tell(alerts.layers_changed(step, *changed_layers(self.blocks, now)), once=f"layers-changed {step}")
-        self.blocks = now
+        self.blocks, self._checked = now, False
         self._chronicle.frozen = _frozen(now)
         self._vitals.blocks = now
         return True
