@@ -238,7 +238,8 @@ export class HeatMap {
   #describe() {
     const name = this.statistic ? this.statistic.name : "";
     const letters = this.data.now.look?.letters ?? "";
-    const spoken = this.words.map((word) => `${letters.split(word.letter).length - 1} ${word.colour}`).join(", ");
+    const words = this.words.filter((word) => word.letter !== "F" || letters.includes("F"));
+    const spoken = words.map((word) => `${letters.split(word.letter).length - 1} ${word.colour}`).join(", ");
     this.stage.setAttribute(
       "aria-label",
       `Heat map of ${this.data.facts.blocks.length} blocks by ${this.columns.length} columns of measurements. Now ${spoken}. ` +
@@ -246,14 +247,14 @@ export class HeatMap {
     );
     const full = this.statistic && !this.data.heat.quotient ? this.#fullDifference().toFixed(4) : "";
     const most = Math.max(1, ...this.columns.map((column) => column.rows));
-    if (this.described === `${name} ${full} ${most}`) return;
-    this.described = `${name} ${full} ${most}`;
+    if (this.described === `${name} ${full} ${most} ${words.length}`) return;
+    this.described = `${name} ${full} ${most} ${words.length}`;
     const shown = this.statistic ? "farthest from its median" : "worst";
     const shared = most > 1 ? h("span", {}, `up to ${most} measurements share a column: the ${shown} is shown`) : null;
     setText(this.title, this.statistic ? `${this.statistic.title} against its own median` : "Verdicts of all blocks");
     if (!this.statistic) {
       const meaning = (word) => h("span", { class: "chip small", title: word.meaning }, tile(word), word.words);
-      this.legend.replaceChildren(...[...this.words.map(meaning), shared].filter(Boolean));
+      this.legend.replaceChildren(...[...words.map(meaning), shared].filter(Boolean));
       return;
     }
     const [below, above] = full

@@ -120,7 +120,12 @@ export class RunView {
   #tiles() {
     this.#arrangeStrip();
     const letters = this.data.now.look?.letters ?? "";
-    for (const word of this.words) setText(this.counts.get(word.letter), String(letters.split(word.letter).length - 1));
+    for (const word of this.words) {
+      const count = letters.split(word.letter).length - 1;
+      setText(this.counts.get(word.letter), String(count));
+      // Most runs have no frozen block, and need no line on them.
+      this.counts.get(word.letter).parentElement.style.display = word.letter === "F" && !count ? "none" : "";
+    }
     this.tiles.forEach((button, b) => {
       const word = this.words.find((each) => each.letter === (letters[b] ?? "?"));
       const mark = button.firstChild;
