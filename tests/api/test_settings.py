@@ -37,6 +37,7 @@ def test_keys_of_the_record_are_those_of_files_that_people_have():
         "margin_nats": 0.5,
         "controls": False,
         "micro_batch_tokens": 1024,
+        "refine": "trainable",
     }
     assert list(peelwise.PeelSettings().plain("")) == [
         *("budget_seconds", "maps", "start", "weighted", "rounds", "steps", "dense_references", "beam_width"),
@@ -57,6 +58,11 @@ def test_keys_of_the_record_are_those_of_files_that_people_have():
     [
         (lambda: peelwise.AuditSettings("soon"), OptionError, "A budget is"),
         (lambda: peelwise.AuditSettings(joint_rounds=-1), OptionError, "joint_rounds: expected at least 0"),
+        (
+            lambda: peelwise.AuditSettings(refine="most"),
+            OptionError,
+            "refine: expected one of trainable, all, adapters",
+        ),
         (lambda: peelwise.AuditSettings(margin=float("nan")), OptionError, "margin: expected 0.0005 to 1"),
         (lambda: peelwise.PeelSettings(micro_batch_tokens=0), OptionError, "micro_batch_tokens: expected at least 1"),
         (lambda: peelwise.PeelSettings(maps="3;x"), MapError, "maps: expected"),

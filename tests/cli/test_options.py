@@ -101,6 +101,6 @@ def test_functions_take_few_typed_arguments_and_no_settings_twice(name):
     settings = SETTINGS[name]
     arguments = inspect.signature(getattr(peelwise, name)).parameters
     assert set(options_of(settings)) & set(arguments) == set(options_of(settings)) & {"budget"}
-    assert len(arguments) <= 9
+    assert len(arguments) <= 10
     hints = typing.get_type_hints(settings.__init__, {**vars(inspect.getmodule(settings)), "Format": object})
     assert set(options_of(settings)) <= set(hints)
