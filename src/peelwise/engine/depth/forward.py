@@ -16,6 +16,7 @@ from torch import Tensor
 from peelwise.stats.linalg import DampedFactor
 
 _DAMPING = 0.1  # of the ridge regression behind `recoverability`, in units of the mean diagonal
+_TINY = 1e-30  # a divisor in float32 is not 0; 1e-300 would be rounded to 0
 _MASSIVE = 10.0  # a coordinate is massive from so many root mean squares on
 
 
@@ -87,7 +88,7 @@ def linear_cka(stream: Stream) -> float:
     """Return linear CKA of a block's input and output, ``|X'Z|^2 / (|X'X| |Z'Z|)``, centred (arXiv:2410.11451)."""
     x, z = _centred(stream.before), _centred(stream.after)
     norms = (x.T @ x).norm() * (z.T @ z).norm()
-    return float((x.T @ z).norm().square() / norms.clamp_min(1e-300))
+    return float((x.T @ z).norm().square() / norms.clamp_min(_TINY))
 
 
 def station_rank(stream: Stream) -> float:
@@ -95,9 +96,9 @@ def station_rank(stream: Stream) -> float:
     directions."""
     u = _centred(stream.update)
     gram = u @ u.T if u.shape[0] < u.shape[1] else u.T @ u
-    values = torch.linalg.eigvalsh(gram).clamp_min(0)
+    values = torch.linalg.eigvalsh(gram).double().clamp_min(0)  # rounding puts some of a deficient spectrum below 0
     p = values / values.sum().clamp_min(1e-300)
-    return float((-(p * p.clamp_min(1e-300).log()).sum()).exp())
+    return float(torch.special.entr(p).sum().exp())
 
 
 def recoverability(stream: Stream) -> float:
@@ -115,7 +116,7 @@ def recoverability(stream: Stream) -> float:
     else:
         factor = DampedFactor(x[:half].T @ x[:half], _DAMPING, name="recoverability")
         made = x[half:] @ factor.solve(x[:half].T @ u[:half]).to(x)
-    left = (u[half:] - made).square().sum() / u[half:].square().sum().clamp_min(1e-300)
+    left = (u[half:] - made).square().sum() / u[half:].square().sum().clamp_min(_TINY)
     return max(-1.0, float(1 - left))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -41,8 +42,8 @@ class DepthTable:
     values: dict[tuple[str, str], list[float | None]] = field(default_factory=dict)
 
     def put(self, signal: str, part: str, block: int, value: float | None) -> None:
-        """Set one value; ``None`` leaves the place empty."""
-        if value is not None:
+        """Set one value; ``None``, and what is not a finite number, leave the place empty."""
+        if value is not None and math.isfinite(value):
             self.values.setdefault((signal, part), [None] * self.blocks)[block] = value
 
 
@@ -71,7 +72,7 @@ def block_weights(parts: Parts, width: int, signals: Collection[str] = tuple(SIG
     for kind, part, each in of:
         for signal in _wanted([kind], signals):
             value = _function(signal)(each)
-            if value is not None:
+            if value is not None and math.isfinite(value):
                 values[signal.name, part] = value
     sketches = {part: sketch(matrix, width) for part, matrix in matrices.items()}
     return BlockWeights(values, sketches | {part: gain_sketch(gain, width) for part, gain in gains.items()})

@@ -335,8 +335,7 @@ def _dispersion(norms: Tensor) -> float | None:
 
 
 def _entropy(values: Tensor) -> Tensor:
-    p = values / values.sum()
-    return -(p * p.clamp_min(1e-300).log()).sum()
+    return torch.special.entr((values / values.sum()).double()).sum()
 
 
 def _correlation_of_logs(a: Tensor, b: Tensor) -> float | None:
