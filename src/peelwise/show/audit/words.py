@@ -8,7 +8,7 @@ from peelwise.evidence.audit import conclusion_of, verdicts_of
 from peelwise.records.audit import AuditConclusion, AuditRecord, BlockRecord
 from peelwise.records.base import Interval
 from peelwise.records.codes import INTERACTS
-from peelwise.show.words import VERDICTS, reason_words
+from peelwise.show.words import VERDICTS, nats, reason_words
 
 _MOST_LISTED, _MOST_HARMFUL = 6, 3
 GAINS = {"solo": "solo gain", "marginal": "marginal gain (leave-one-out)"}
@@ -23,7 +23,8 @@ def conclusion(record: AuditRecord) -> str:
         _together(record.loss.composed_gain),
         _look_first(record, found),
         _harm(record, found),
-        _green(record),
+        _above(record, found),
+        _green(record, found),
         _frozen(record),
     )
     return " ".join(filter(None, parts))
@@ -89,10 +90,30 @@ def _harm(record: AuditRecord, found: AuditConclusion) -> str:
     return f"The model is better without block {', without block '.join(named)}." if named else ""
 
 
-def _green(record: AuditRecord) -> str:
-    if not any(block.verdict == "green" for block in record.blocks):
+def _above(record: AuditRecord, found: AuditConclusion) -> str:
+    if found.above is None:
         return ""
-    return "Green does not mean undamaged: only other weights of linear layers were tried."
+    loss = record.loss
+    cost, who = {
+        "unigram": (loss.unigram, "to one who only counts tokens"),
+        "without-blocks": (loss.without_blocks, "to a new head on the embedding, without any block"),
+    }[found.above]
+    return (
+        f"The loss of {loss.current:.3f} is above what this text costs {who} ({nats(cost)}): look first outside of the "
+        "linear layers (tokenizer, positions, norms, order of the blocks), or the text is not what the model is for."
+    )
+
+
+def _green(record: AuditRecord, found: AuditConclusion) -> str:
+    green = any(block.verdict == "green" for block in record.blocks)
+    if not green and found.case != "none-found":
+        return ""
+    what = "Green" if green else "None found"
+    said = f"{what} does not mean undamaged: only other weights of linear layers were tried."
+    without, current = record.loss.without_blocks, record.loss.current
+    if found.above is not None or without is None:
+        return said
+    return f"{said} Without any block this text costs {without:.3f} nats per token, with the model {current:.3f}."
 
 
 def _frozen(record: AuditRecord) -> str:
