@@ -259,7 +259,8 @@ def other_model(record: SealedRecord, model: nn.Module) -> str | None:
         return None if tensors == record.model.fingerprint else NOT_THE_MODEL
     other = other_configuration(certified, configuration(model))
     if over_both(tensors, certified) != record.model.fingerprint:
-        return f"{NOT_THE_MODEL[:-1]}{f'; and its {other}' if other else ''}."
+        also = f" (its {other})" if other else ""
+        return f"The model's tensors or configuration are not those that were certified{also}."
     return f"The model computes something else with the certified tensors: its {other}." if other else None
 
 
