@@ -54,7 +54,7 @@ def test_a_witness_fitted_to_report_does_not_come_out_again(small_gpt, held_out_
 def held_out_probe(small_gpt):
     from small_gpt.text import held_out_documents
 
-    return peelwise.Probe.from_text(held_out_documents(), small_gpt("final")[1], tokens=2_600, in_distribution=True)
+    return peelwise.Probe.from_text(held_out_documents(), small_gpt("final")[1], tokens=3_200, in_distribution=True)
 
 
 @pytest.fixture(scope="module")

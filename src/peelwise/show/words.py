@@ -24,6 +24,8 @@ INTERACTION_MEANING = (
     "twice, so none of them can be judged by itself; it never means that nothing is there"
 )
 
+UNDAMAGED = "does not mean undamaged: only other weights of linear layers were tried."
+
 # The tables below have a line for every code of `records.codes`; a test says so.
 REASONS: Mapping[str, str] = MappingProxyType(
     {

@@ -8,7 +8,7 @@ from peelwise.evidence.audit import conclusion_of, verdicts_of
 from peelwise.records.audit import AuditConclusion, AuditRecord, BlockRecord
 from peelwise.records.base import Interval
 from peelwise.records.codes import INTERACTS
-from peelwise.show.words import VERDICTS, nats, reason_words
+from peelwise.show.words import UNDAMAGED, VERDICTS, nats, reason_words
 
 _MOST_LISTED, _MOST_HARMFUL = 6, 3
 GAINS = {"solo": "solo gain", "marginal": "marginal gain (leave-one-out)"}
@@ -108,8 +108,7 @@ def _green(record: AuditRecord, found: AuditConclusion) -> str:
     green = any(block.verdict == "green" for block in record.blocks)
     if not green and found.case != "none-found":
         return ""
-    what = "Green" if green else "None found"
-    said = f"{what} does not mean undamaged: only other weights of linear layers were tried."
+    said = f"{'Green' if green else 'None found'} {UNDAMAGED}"
     without, current = record.loss.without_blocks, record.loss.current
     if found.above is not None or without is None:
         return said

@@ -20,7 +20,7 @@ from peelwise.errors import NotDifferentiableError
 from peelwise.evidence.unlike import THRESHOLD
 from peelwise.evidence.verdict import default_margin
 from peelwise.model.architectures import find_blocks
-from peelwise.model.identify import check_finite, fingerprint
+from peelwise.model.fingerprint import check_finite, identify
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, device_of
 from peelwise.model.parts import Parts, parts_of
