@@ -50,7 +50,8 @@ def test_the_conclusion_holds_the_blocks_without_which_the_model_is_better():
     [
         (1.7, 5.0, 3.0, None),
         (4.6, 5.0, 3.0, "without-blocks"),
-        (5.5, 5.0, 3.0, "unigram"),
+        (5.5, 5.0, 6.0, "unigram"),
+        (5.5, 5.0, 3.0, "without-blocks"),
         (5.5, None, None, None),
         (5.5, None, 3.0, "without-blocks"),
     ],

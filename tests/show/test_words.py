@@ -96,20 +96,21 @@ AUDITS = {
     ),
     "none, below the baseline": (
         audit(AuditConclusion(case="none-found", blocks=(0, 1)), current=1.7, without_blocks=3.25, unigram=5.0),
-        f"{NONE_FOUND} None found does not mean undamaged: only other weights of linear layers were tried. Without any "
-        "block this text costs 3.250 nats per token, with the model 1.700.",
+        f"{NONE_FOUND} None found does not mean undamaged: only other weights of linear layers were tried. This text "
+        "costs a new head on the embedding without any block 3.250 nats per token and this model 1.700; a damaged one "
+        "may lie between.",
     ),
     "green, worse than counting": (
         audit(
             AuditConclusion(case="none-found", blocks=(0, 1), above="unigram"), colour="green", current=5.5, unigram=5.0
         ),
-        f"{NONE_FOUND} The loss of 5.500 is above what this text costs to one who only counts tokens (5.0000): "
+        f"{NONE_FOUND} The loss of 5.500 is above what this text costs one who only counts tokens, 5.000: "
         f"{OUTSIDE} Green does not mean undamaged: only other weights of linear layers were tried.",
     ),
     "red, worse than no block": (
         audit(AuditConclusion(case="certified", blocks=(0,), above="without-blocks"), current=4.6, without_blocks=3.25),
-        f"{ONE_RED} The loss of 4.600 is above what this text costs to a new head on the embedding, without any block "
-        f"(3.2500): {OUTSIDE}",
+        f"{ONE_RED} The loss of 4.600 is above what this text costs a new head on the embedding without any block, "
+        f"3.250: {OUTSIDE}",
     ),
     "unmeasured": (audit(AuditConclusion(case="not-measured")), NOTHING_MEASURED),
     "together": (

@@ -14,6 +14,7 @@ from peelwise.evidence.intervals import Paired
 from peelwise.evidence.verdict import Evidence, Verdict, default_margin, harmful, judge, leaders
 from peelwise.records.audit import AuditConclusion, AuditRecord, BlockRecord, HeadRecord, LookFirst, LossRecord
 from peelwise.records.base import Interval, SealedRecord
+from peelwise.records.codes import Baseline
 from peelwise.records.options import LEAST_MARGIN, MOST_MARGIN, Refine, is_margin
 
 # Sums of the same numbers in another order and precision; far below anything that is shown.
@@ -75,13 +76,19 @@ def conclusion(
     return AuditConclusion(case=case, blocks=measured, harmful=worse, above=above)
 
 
-def above_baseline(losses: LossRecord) -> Literal["unigram", "without-blocks"] | None:
-    """Return the simplest baseline that has a lower loss than the whole model, or ``None``."""
-    if losses.unigram is not None and losses.current > losses.unigram:
-        return "unigram"
-    if losses.without_blocks is not None and losses.current > losses.without_blocks:
-        return "without-blocks"
-    return None
+def above_baseline(losses: LossRecord) -> Baseline | None:
+    """Return the baseline that does best, if it has a lower loss than the whole model."""
+    best = best_baseline(losses)
+    return best[0] if best is not None and best[1] < losses.current else None
+
+
+def best_baseline(losses: LossRecord) -> tuple[Baseline, float] | None:
+    """Return which baseline has the lowest loss, and that loss in nats per token; ``None`` if none was measured."""
+    known: list[tuple[Baseline, float | None]] = [
+        ("unigram", losses.unigram),
+        ("without-blocks", losses.without_blocks),
+    ]
+    return min(((name, loss) for name, loss in known if loss is not None), key=lambda pair: pair[1], default=None)
 
 
 def conclusion_of(record: AuditRecord) -> AuditConclusion:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from peelwise.records.base import Colour, Interval, Record, SealedRecord, SplitRecord
 from peelwise.records.check import CheckPart
-from peelwise.records.codes import Reason
+from peelwise.records.codes import Baseline, Reason
 
 
 class MatrixRecord(Record):
@@ -142,14 +142,14 @@ class AuditConclusion(Record):
     ``case`` is the first of these that applies, and ``blocks`` are those that it holds for: some blocks are
     ``certified`` (red), some gains are ``recoverable`` (yellow), blocks were refined by themselves and ``none-found``,
     or nothing was refined: ``not-measured``. Without the ``harmful`` blocks (the worst first) the model is better.
-    ``above`` is the cheap baseline that does better than the whole model, if one does.
+    ``above`` is the best of the cheap baselines, if it does better than the whole model.
     """
 
     case: Literal["certified", "recoverable", "none-found", "not-measured"]
     blocks: tuple[int, ...] = ()
     look_first: LookFirst | None = None
     harmful: tuple[int, ...] = ()
-    above: Literal["unigram", "without-blocks"] | None = None
+    above: Baseline | None = None
 
 
 class AuditRecord(SealedRecord):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peelwise.evidence.audit import conclusion_of, verdicts_of
+from peelwise.evidence.audit import best_baseline, conclusion_of, verdicts_of
 from peelwise.records.audit import AuditConclusion, AuditRecord, BlockRecord
 from peelwise.records.base import Interval
 from peelwise.records.codes import INTERACTS
-from peelwise.show.words import UNDAMAGED, VERDICTS, nats, reason_words
+from peelwise.show.words import BASELINES, UNDAMAGED, VERDICTS, reason_words
 
 _MOST_LISTED, _MOST_HARMFUL = 6, 3
 GAINS = {"solo": "solo gain", "marginal": "marginal gain (leave-one-out)"}
@@ -91,16 +91,14 @@ def _harm(record: AuditRecord, found: AuditConclusion) -> str:
 
 
 def _above(record: AuditRecord, found: AuditConclusion) -> str:
-    if found.above is None:
+    best = best_baseline(record.loss)
+    if found.above is None or best is None:
         return ""
-    loss = record.loss
-    cost, who = {
-        "unigram": (loss.unigram, "to one who only counts tokens"),
-        "without-blocks": (loss.without_blocks, "to a new head on the embedding, without any block"),
-    }[found.above]
+    who, cost = BASELINES[best[0]], best[1]
     return (
-        f"The loss of {loss.current:.3f} is above what this text costs {who} ({nats(cost)}): look first outside of the "
-        "linear layers (tokenizer, positions, norms, order of the blocks), or the text is not what the model is for."
+        f"The loss of {record.loss.current:.3f} is above what this text costs {who}, {cost:.3f}: look "
+        "first outside of the linear layers (tokenizer, positions, norms, order of the blocks), or the text is not "
+        "what the model is for."
     )
 
 
@@ -109,10 +107,13 @@ def _green(record: AuditRecord, found: AuditConclusion) -> str:
     if not green and found.case != "none-found":
         return ""
     said = f"{'Green' if green else 'None found'} {UNDAMAGED}"
-    without, current = record.loss.without_blocks, record.loss.current
-    if found.above is not None or without is None:
+    best = best_baseline(record.loss)
+    if found.above is not None or best is None:
         return said
-    return f"{said} Without any block this text costs {without:.3f} nats per token, with the model {current:.3f}."
+    return (
+        f"{said} This text costs {BASELINES[best[0]]} {best[1]:.3f} nats per token and this model "
+        f"{record.loss.current:.3f}; a damaged one may lie between."
+    )
 
 
 def _frozen(record: AuditRecord) -> str:
