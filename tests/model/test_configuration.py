@@ -52,7 +52,7 @@ def test_what_changes_no_logit_changes_no_fingerprint():
     assert fingerprint(rebuilt(model)) == fingerprint(model)
 
 
-@pytest.mark.parametrize("name", sorted(n for n in ZOO if n.startswith(("llama", "gpt2", "gemma3", "opt", "neox"))))
+@pytest.mark.parametrize("name", sorted(set(ZOO) - {"plain"}))
 def test_a_saved_model_is_the_same_when_it_is_opened(name, tmp_path):
     model = ZOO[name]()
     model.save_pretrained(tmp_path)
