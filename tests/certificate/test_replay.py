@@ -91,6 +91,22 @@ def test_an_audit_that_ended_early_is_made_again_as_far_as_its_joint_rounds(tiny
     assert 0 < result.replay.tensors < len(report.witness)
 
 
+def test_what_was_frozen_is_not_asked_about_again(tmp_path):
+    """A model that is merely open says of no layer that it was frozen."""
+    model = ZOO["llama"]()
+    model.model.layers[0].requires_grad_(False)
+    model.model.layers[1].mlp.requires_grad_(False)
+    report = peelwise.audit(model, tiny_probe(), QUIET)
+    names = {name.partition("/")[2] for name in report.witness}
+    assert not any(".layers.0." in name or ".layers.1.mlp" in name for name in names)
+    assert any(".layers.1." in name for name in names)
+    opened = ZOO["llama"]()
+    result = peelwise.verify(report.save(tmp_path / "frozen"), opened, replay=True)
+    assert result.holds, result.reason
+    assert result.replay.differing == 0
+    assert all(parameter.requires_grad for parameter in opened.parameters())
+
+
 def test_one_that_was_cut_before_any_round_cannot_be(tiny, tmp_path):
     model, _ = tiny
     report = peelwise.audit(model, tiny_probe(), dataclasses.replace(QUIET, joint_rounds=0))

@@ -18,9 +18,11 @@ from peelwise.engine.provenance import versions
 from peelwise.engine.session import ReportSession
 from peelwise.engine.witness import changes_of
 from peelwise.errors import CertificateError
+from peelwise.model.architectures import find_blocks
 from peelwise.probe.probe import Probe
 from peelwise.records.audit import AuditRecord
 from peelwise.records.base import Note, SealedRecord
+from peelwise.records.options import Refine
 from peelwise.records.peel import PeelRecord
 from peelwise.tasks.audit.run import run_audit
 from peelwise.tasks.audit.settings import AuditSettings
@@ -47,7 +49,12 @@ def audit_again(record: AuditRecord, probe: Probe, model: nn.Module) -> tuple[di
             raise CertificateError("The audit ended early, before a joint round, so its witness cannot be made again.")
         joint, solo, left_out = len(record.rounds), 0, ("the blocks by themselves (the audit ended early)",)
     settings = AuditSettings(
-        _FOREVER, joint, solo, controls=False, micro_batch_tokens=_micro_batch(record, AuditSettings())
+        _FOREVER,
+        joint,
+        solo,
+        controls=False,
+        refine=_ask_again(record, model),
+        micro_batch_tokens=_micro_batch(record, AuditSettings()),
     )
     return run_audit(model, probe, settings).witness, left_out
 
@@ -141,6 +148,22 @@ def audit_gains(
             continue
         losses = session.losses(session.report, changes_of(made, kind, changed))
         yield name, certified.mean, session.gain(session.report.losses, losses).mean
+
+
+def _ask_again(record: AuditRecord, model: nn.Module) -> Refine:
+    """Let training change the layers that the record has, and no other; the model is in the state of `untouched`.
+
+    Which layers were frozen is in no file of the model.
+    """
+    linears = [linear for block in find_blocks(model) for linear in block.linears]
+    asked = {f"{block.name}.{matrix.name}" for block in record.blocks for matrix in block.matrices}
+    if not asked or all(linear.name in asked for linear in linears):
+        return "all"
+    for linear in linears:
+        for parameter in linear.module.parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(linear.name in asked)
+    return "trainable"
 
 
 def _micro_batch(record: SealedRecord, usual: AuditSettings | PeelSettings) -> int:
