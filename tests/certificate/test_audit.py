@@ -64,7 +64,7 @@ def test_full_checks_every_number_of_every_block(audited, model):
     assert result.holds
     blocks = audited[0].record.blocks
     measured = [n for b in blocks for n in (b.unique_nats, b.recoverable_nats, b.removal_nats)]
-    expected = 5 + 3 * sum(interval is not None for interval in measured)
+    expected = 6 + 3 * sum(interval is not None for interval in measured)
     assert len(result.checks) == expected > 30
     assert max(abs(check.recorded - check.found) for check in result.checks) < 1e-5
 

@@ -208,7 +208,7 @@ def merged_model(certificate: Certificate, model: nn.Module) -> nn.Module:
     """
     other = other_model(certificate.record, model)
     if other:
-        raise CertificateError(f"Not the same model: {other}")
+        raise CertificateError(f"This is not the same model: {other}")
     changed = copy.deepcopy(model)
     if not merge_(certificate.witness, "composed", find_blocks(changed)):
         raise CertificateError("The certificate holds no composed witness: the audit found none, so nothing to apply.")
@@ -234,8 +234,6 @@ class _Recheck(Recheck):
         loss, session = self.record.loss, self.session
         report = session.report
         self.loss("loss.current", loss.current, report.losses)
-        if loss.unigram is not None:
-            self.compare("loss.unigram", loss.unigram, probe_unigram(self.probe, session.runner.model))
         if loss.composed is not None:
             composed = changes_of(self.witness, "composed", self.blocks)
             after = session.refreshed(report, composed) if full else None
@@ -244,6 +242,8 @@ class _Recheck(Recheck):
             self.gain("loss.composed_gain", loss.composed_gain, report.losses, losses)
             if after is not None:
                 self._unique(composed, after)
+        if loss.unigram is not None:
+            self.compare("loss.unigram", loss.unigram, probe_unigram(self.probe, session.runner.model))
         if full:
             self._alone()
             self._removal()

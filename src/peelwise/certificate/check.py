@@ -123,7 +123,7 @@ def scaled_model(folder: Path, record: CheckRecord, model: nn.Module) -> nn.Modu
     """
     other = other_model(record, model)
     if other:
-        raise CertificateError(f"Not the same model: {other}")
+        raise CertificateError(f"This is not the same model: {other}")
     wrong = next(_contradictions(record, load_tensors(folder / WITNESS_FILE, witness_bytes(model))), None)
     if wrong:
         raise CertificateError(f"{folder} does not hold: {wrong}")

@@ -75,7 +75,8 @@ def other_configuration(certified: Mapping[str, Any], found: Mapping[str, Any]) 
 
     What only one of them has is no difference: versions of transformers add entries and drop them.
     """
-    for name in sorted(certified.keys() | found.keys()):
+    # The configuration says it in its own words, so it comes before what follows from it.
+    for name in sorted(certified.keys() | found.keys(), key=lambda name: (name.startswith(_BUFFER), name)):
         a, b = (each.get(name, each.get(_general(name), _MISSING)) for each in (certified, found))
         if _MISSING in (a, b) or a == b or (name.startswith(_BUFFER) and _near(a, b)):
             continue
