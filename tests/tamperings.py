@@ -124,6 +124,11 @@ def without_evidence(index: int) -> Change:
     return change
 
 
+def configured(name: str, value: object) -> Change:
+    """Return a change that sets one entry of the model's configuration."""
+    return lambda c, w, p: c["model"]["configuration"].update({name: value})
+
+
 def report_order(content: Content, witness: Tensors, probe: Tensors) -> None:
     """Put the report's sequences in another order."""
     for kind in ("ids", "lengths"):
@@ -169,6 +174,7 @@ TAMPERINGS: dict[str, dict[str, Change]] = {
     "a loss or an interval": {
         **{f"{path}.{part} {by:+g}": add(f"{path}.{part}", by) for path in INTERVALS for part, by in FAR.items()},
         **{f"loss.{k} -0.01": add(f"loss.{k}", -0.01) for k in ("current", "composed", "shuffled", "untrained")},
+        "loss.unigram -0.01": add("loss.unigram", -0.01),
         "one sequence more": add("loss.composed_gain.sequences", 1),
         "current and composed lowered alike": lambda c, w, p: [
             add("loss.current", -0.01)(c, w, p),
@@ -187,6 +193,7 @@ TAMPERINGS: dict[str, dict[str, Change]] = {
         "nothing was found": put("conclusion.case", "none-found"),
         "other blocks": put("conclusion.blocks", [0]),
         "no harm": put("conclusion.harmful", [5]),
+        "above a baseline": put("conclusion.above", "unigram"),
         "informative": lambda c, w, p: c.update(informative=not c["informative"]),
     },
     "the margin": {
@@ -209,6 +216,14 @@ TAMPERINGS: dict[str, dict[str, Change]] = {
         "a format that is not held": put("blocks.1.matrices.0.format", "ternary"),
     },
     "what stands beside the numbers": {f"{path} = {value!r}"[:60]: put(path, value) for path, value in PLACES.items()},
+    "the configuration": {
+        "another rotary base": configured("rope_parameters.rope_theta", 100.0),
+        "another epsilon": configured("rms_norm_eps", 1e-3),
+        "a buffer of another size": configured("buffer model.rotary_emb.inv_freq mean size", 1.0),
+        "an entry less": lambda c, w, p: c["model"]["configuration"].pop("rms_norm_eps"),
+        "an entry more": configured("nothing", 1),
+        "none": put("model.configuration", None),
+    },
     "settings": {
         f"{name} = {value!r}": put(f"settings.{name}", value)
         for name, values in BAD_SETTINGS.items()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from audits import ONE_ROUND, Snapshot, slow_losses, tiny_probe, written
+from audits import ONE_ROUND, Snapshot, part_of, slow_losses, tiny_probe, written
 from peelwise.certificate.audit import changes_of, merged_model, read_certificate, report_loss, verify_certificate
 from peelwise.certificate.base import PROBE_FILE, WITNESS_FILE, tolerance_of, write_certificate
 from peelwise.engine.witness import merge_
@@ -18,6 +18,7 @@ from peelwise.errors import CertificateError, PeelwiseError
 from peelwise.evidence.audit import conclusion_of
 from peelwise.model.architectures import find_blocks
 from peelwise.model.checkpoints import open_model
+from peelwise.model.fingerprint import tensors_sha256
 from peelwise.records.audit import AuditRecord
 from peelwise.records.files import RECORD_FILE
 from peelwise.show.audit import words
@@ -25,6 +26,7 @@ from peelwise.tasks.audit.run import run_audit
 from zoo import ZOO
 
 OTHER = "not the same model or data"
+NOTHING = dataclasses.replace(ONE_ROUND, joint_rounds=0, solo_rounds=0, controls=False)
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ def test_full_checks_every_number_of_every_block(audited, model):
     assert result.holds
     blocks = audited[0].record.blocks
     measured = [n for b in blocks for n in (b.unique_nats, b.recoverable_nats, b.removal_nats)]
-    expected = 5 + 3 * sum(interval is not None for interval in measured)
+    expected = 6 + 3 * sum(interval is not None for interval in measured)
     assert len(result.checks) == expected > 30
     assert max(abs(check.recorded - check.found) for check in result.checks) < 1e-5
 
@@ -375,3 +377,48 @@ def test_nothing_is_written_into_packed_weights(dtype):
         merge_(change, "composed", find_blocks(model))
     assert torch.equal(linear.weight.float(), torch.ones(48, 48))
     assert torch.equal(linear.bias, before)
+
+
+# -- the same tensors, another model ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def turned(model):
+    """The certified tensors under a rotary base of 100."""
+    config = copy.deepcopy(model.config)
+    config.rope_parameters["rope_theta"] = 100.0
+    other = type(model)(config).eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def test_genuine_tensors_under_another_rotary_base_are_not_the_certified_model(folder, model, turned):
+    result = verify_certificate(folder, turned)
+    assert result.status == OTHER
+    assert "rope_parameters.rope_theta is 100.0, 10000.0 was certified" in result.reason
+    assert "as it was handed over" in result.model  # what was opened is said there too
+    with pytest.raises(CertificateError, match="rope_theta"):
+        merged_model(read_certificate(folder), turned)
+    same = verify_certificate(folder, model)
+    assert same.holds
+    assert "the model's tensors, configuration and unsaved buffers" in same.rechecked
+
+
+def test_an_audit_of_it_does_not_have_the_genuine_fingerprint(audited, turned, training_probe):
+    outcome = run_audit(turned, part_of(training_probe, fit=4, select=2, report=4), NOTHING)
+    genuine = audited[0].record.model
+    assert tensors_sha256(turned) == tensors_sha256(open_model(genuine.source).model)
+    assert outcome.record.model.fingerprint != genuine.fingerprint
+    assert outcome.record.model.configuration["rope_parameters.rope_theta"] == 100.0
+
+
+def test_a_configuration_that_is_left_out_or_rewritten_is_another_model_or_said(folder, model, turned):
+    edited(folder, "model.configuration", {}, reseal=True)
+    assert verify_certificate(folder, model).status == OTHER
+    edited(folder, "model.configuration", None, reseal=True)
+    assert verify_certificate(folder, model).status == OTHER
+    edited(folder, "model.fingerprint", tensors_sha256(model), reseal=True)  # as an older version wrote it
+    old = verify_certificate(folder, model)
+    assert old.holds
+    assert any("older and does not have it" in said for said in old.not_rechecked)
+    assert verify_certificate(folder, turned).status == "does not hold"  # its losses are others

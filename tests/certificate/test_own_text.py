@@ -13,6 +13,7 @@ from audits import slow_losses
 from peelwise.certificate.audit import merged_model, read_certificate
 from peelwise.certificate.base import write_certificate
 from peelwise.certificate.own_text import Text, cut_like
+from peelwise.engine.baselines import probe_unigram
 from peelwise.errors import ModelError, ProbeError
 from peelwise.model.checkpoints import open_model
 
@@ -79,7 +80,8 @@ def test_a_witness_fitted_to_the_report_part_is_found_by_other_text_alone(mine, 
     probe = peelwise.Probe.from_text(documents[::2], tokenizer, tokens=3_000, in_distribution=True)
     settings = peelwise.AuditSettings(joint_rounds=2, solo_rounds=0, controls=False)
     cheat = peelwise.audit(model, replace(probe, fit=probe.report, select=probe.report), settings)
-    said = cheat.record.model_copy(update={"probe": probe.record()})
+    loss = cheat.record.loss.model_copy(update={"unigram": probe_unigram(probe, model)})  # anybody can count
+    said = cheat.record.model_copy(update={"probe": probe.record(), "loss": loss})
     write_certificate(tmp_path / "cheat", said, cheat.witness, probe)
     assert cheat.record.loss.composed_gain.low > 0.1
     assert peelwise.verify(tmp_path / "cheat", model).holds  # nothing in the folder betrays it

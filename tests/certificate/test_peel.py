@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
@@ -10,10 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import peelwise
-from audits import Snapshot, part_of, tiny_probe
-from peelwise.certificate.base import PROBE_FILE, WITNESS_FILE
+from audits import Snapshot, part_of, slow_losses, tiny_probe
+from peelwise.certificate.base import PROBE_FILE, WITNESS_FILE, read_probe
+from peelwise.certificate.own_text import Text, cut_like
+from peelwise.certificate.peel import on_own_text
 from peelwise.errors import CertificateError
 from peelwise.model.checkpoints import open_model
+from peelwise.model.guard import untouched
 from peelwise.records.files import RECORD_FILE, read_any_record, read_record
 from peelwise.records.peel import PeelRecord
 from zoo import ZOO
@@ -185,3 +189,84 @@ def test_commands_for_audits_name_the_kind(folder, audited, tmp_path):
     with pytest.raises(CertificateError, match="prophecy"):
         peelwise.verify(folder)
     assert read_record(audited[1]).kind == "audit"
+
+
+# -- what stands beside the numbers ------------------------------------------------------------------------------------
+
+BESIDE = {
+    **{f"probe.{name}": 7 for name in ("sequence_length", "fit_tokens", "select_tokens", "report_tokens")},
+    **{f"probe.{name}": 3 for name in ("fit_sequences", "select_sequences", "report_sequences")},
+    "model.parameters": 1,
+    "model.blocks": 5,
+    "model.dtype": "bfloat16",
+    "model.architecture": "GPT2LMHeadModel",
+}
+
+
+@pytest.mark.parametrize("path", BESIDE)
+def test_sizes_and_dtype_that_are_not_so_are_found(path, folder, model):
+    part, name = path.split(".")
+    resealed(folder, lambda content: content[part].update({name: BESIDE[path]}))
+    result = peelwise.verify(folder, model)
+    assert result.status == "does not hold"
+    assert f"{path}: {BESIDE[path]} was certified" in result.reason
+
+
+def test_sealing_an_unchanged_record_again_still_holds(folder, model):
+    """The control of all forgeries here."""
+    resealed(folder, lambda content: None)
+    assert peelwise.verify(folder, model).holds
+
+
+def test_the_certified_tensors_under_another_configuration(folder, model):
+    config = copy.deepcopy(model.config)
+    config.rope_parameters["rope_theta"] = 100.0
+    turned = type(model)(config).eval()
+    turned.load_state_dict(model.state_dict())
+    result = peelwise.verify(folder, turned)
+    assert result.status == OTHER
+    assert "rope_theta is 100.0" in result.reason
+
+
+# -- on text of whoever checks -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory):
+    from small_gpt.text import held_out_documents
+
+    file = tmp_path_factory.mktemp("mine") / "mine.jsonl"
+    file.write_text("\n".join(json.dumps({"text": d}) for d in held_out_documents()), encoding="utf-8")
+    return file
+
+
+def test_a_stack_on_other_text_gains_what_it_gains_there(peeled, broken_folder, model, mine):
+    report, folder = peeled
+    result = peelwise.verify(folder, broken_folder, text=mine, tokens=1_600)
+    assert result.status == "holds", result.reason
+    own = result.own
+    assert own.certified == report.record.loss.certified
+    assert own.found.low > 0
+    assert 1_000 < own.tokens <= 1_600
+    # Slow and obvious: the model's own loss on the same sequences, one by one.
+    documents = [json.loads(line)["text"] for line in mine.read_text(encoding="utf-8").splitlines()]
+    text = Text(documents, open_model(broken_folder).tokenizer, 1_600, "mine")
+    rows = cut_like(text, report.probe, model).split.rows()
+    assert own.loss == pytest.approx(float(slow_losses(model, rows).sum()) / own.tokens, abs=1e-5)
+
+
+def test_a_stack_of_noise_that_was_certified_gains_nothing_on_other_text(peeled, broken_folder, mine):
+    """The control: what is said to be certified of it is not so there."""
+    _, original = peeled
+    witness = load_file(original / WITNESS_FILE)
+    stack = [name for name in witness if name.startswith("stack/")]
+    noise = {name: torch.randn(witness[name].shape, generator=torch.Generator().manual_seed(0)) for name in stack}
+    record = read_any_record(original)
+    opened = open_model(broken_folder)
+    documents = [json.loads(line)["text"] for line in mine.read_text(encoding="utf-8").splitlines()]
+    probe = read_probe(original, record)
+    forged = witness | {name: (0.1 * noise[name]).to(witness[name].dtype) for name in stack}
+    with untouched(opened.model):
+        own = on_own_text(record, forged, probe, opened.model, Text(documents, opened.tokenizer, 1_600, "mine"))
+    assert not own.holds
+    assert "On your text the reference stack gains" in own.reason

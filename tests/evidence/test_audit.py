@@ -45,6 +45,23 @@ def test_the_conclusion_holds_the_blocks_without_which_the_model_is_better():
     assert conclusion(found, MARGIN).harmful == (3, 1)
 
 
+@pytest.mark.parametrize(
+    ("current", "unigram", "without", "above"),
+    [
+        (1.7, 5.0, 3.0, None),
+        (4.6, 5.0, 3.0, "without-blocks"),
+        (5.5, 5.0, 6.0, "unigram"),
+        (5.5, 5.0, 3.0, "without-blocks"),
+        (5.5, None, None, None),
+        (5.5, None, 3.0, "without-blocks"),
+    ],
+)
+def test_the_conclusion_says_which_cheap_baseline_does_better(current, unigram, without, above):
+    losses = LossRecord(current=current, unigram=unigram, without_blocks=without)
+    assert conclusion(blocks(["green"]), MARGIN, losses).above == above
+    assert conclusion(blocks(["red"]), MARGIN, losses).above == above
+
+
 def told(alone, unique, colour="red"):
     return tuple(
         BlockRecord(index=i, name="", verdict=colour, recoverable_nats=interval(a), unique_nats=interval(u))

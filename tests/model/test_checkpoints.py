@@ -12,7 +12,7 @@ from torch import nn
 from gguf_files import llama_of_whole_blocks, write_llama_gguf
 from peelwise.errors import DeviceError, MissingExtraError, ModelError, OutputError, UnsupportedModelError
 from peelwise.model.checkpoints import open_model, require_tokenizer, save_model
-from peelwise.model.fingerprint import check_finite, fingerprint
+from peelwise.model.fingerprint import check_finite, fingerprint, tensors_sha256
 from tiny_llama import cut, edit, tiny_llama
 
 transformers = pytest.importorskip("transformers")
@@ -309,15 +309,16 @@ def test_fingerprint_sees_one_bit_a_name_and_a_number_format():
     assert fingerprint(first.to(torch.bfloat16)) != before
 
 
-def test_fingerprint_knows_layout_from_values_and_skips_unsaved_buffers():
+def test_fingerprint_knows_layout_from_values_and_that_of_tensors_skips_unsaved_buffers():
     module = nn.Linear(4, 4, bias=False)
-    before = fingerprint(module)
+    before, tensors = fingerprint(module), tensors_sha256(module)
     module.weight = nn.Parameter(module.weight.data.T.contiguous().T)  # same values, other strides
-    assert fingerprint(module) == before
+    assert (fingerprint(module), tensors_sha256(module)) == (before, tensors)
     module.register_buffer("cache", torch.zeros(3), persistent=False)
-    assert fingerprint(module) == before
-    module.register_buffer("kept", torch.zeros(()))
+    assert tensors_sha256(module) == tensors
     assert fingerprint(module) != before
+    module.register_buffer("kept", torch.zeros(()))
+    assert tensors_sha256(module) != tensors
 
 
 def test_fingerprint_does_not_depend_on_the_size_of_pieces(monkeypatch):

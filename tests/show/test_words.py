@@ -8,7 +8,7 @@ import pytest
 
 from peelwise.records import codes
 from peelwise.records.audit import AuditConclusion, BlockRecord, LookFirst
-from peelwise.records.base import Interval, Note, note
+from peelwise.records.base import Colour, Interval, Note, note
 from peelwise.records.peel import PeelConclusion
 from peelwise.show import words
 from peelwise.show.audit.words import conclusion, reasons
@@ -51,25 +51,35 @@ def interval(mean: float, half: float = 0.01) -> Interval:
     )
 
 
-def audit(found: AuditConclusion, blocks: int = 3, composed: Interval | None = None):
+def audit(
+    found: AuditConclusion, blocks: int = 3, composed: Interval | None = None, colour: Colour = "grey", **losses: float
+):
     record = whole(3)
     rows = tuple(
         BlockRecord(
             index=i,
             name=f"layers.{i}",
-            verdict="grey",
+            verdict=colour,
             recoverable_nats=interval(0.3),
             unique_nats=interval(0.2),
             removal_nats=interval(-0.1 * i),
         )
         for i in range(blocks)
     )
-    loss = record.loss.model_copy(update={"composed_gain": composed})
+    loss = record.loss.model_copy(update={"composed_gain": composed, **losses})
     return record.model_copy(update={"blocks": rows, "loss": loss, "conclusion": found, "margin_nats": 0.01})
 
 
 ONE_RED = "1 of 3 blocks certified under-optimised (block 0)."
 NOTHING_MEASURED = "No verdict yet: no block was refined by itself within the budget."
+NONE_FOUND = (
+    "None found: of 2 blocks refined by themselves (of 3), none is shown to have a solo gain above 0.010 nats per "
+    "token."
+)
+OUTSIDE = (
+    "look first outside of the linear layers (tokenizer, positions, norms, order of the blocks), or the text is not "
+    "what the model is for."
+)
 AUDITS = {
     "one red": (audit(AuditConclusion(case="certified", blocks=(0,))), ONE_RED),
     "many red": (
@@ -82,8 +92,25 @@ AUDITS = {
     ),
     "none": (
         audit(AuditConclusion(case="none-found", blocks=(0, 1))),
-        "None found: of 2 blocks refined by themselves (of 3), none is shown to have a solo gain above 0.010 nats per "
-        "token.",
+        f"{NONE_FOUND} None found does not mean undamaged: only other weights of linear layers were tried.",
+    ),
+    "none, below the baseline": (
+        audit(AuditConclusion(case="none-found", blocks=(0, 1)), current=1.7, without_blocks=3.25, unigram=5.0),
+        f"{NONE_FOUND} None found does not mean undamaged: only other weights of linear layers were tried. This text "
+        "costs a new head on the embedding without any block 3.250 nats per token and this model 1.700; a damaged one "
+        "may lie between.",
+    ),
+    "green, worse than counting": (
+        audit(
+            AuditConclusion(case="none-found", blocks=(0, 1), above="unigram"), colour="green", current=5.5, unigram=5.0
+        ),
+        f"{NONE_FOUND} The loss of 5.500 is above what this text costs one who only counts tokens, 5.000: "
+        f"{OUTSIDE} Green does not mean undamaged: only other weights of linear layers were tried.",
+    ),
+    "red, worse than no block": (
+        audit(AuditConclusion(case="certified", blocks=(0,), above="without-blocks"), current=4.6, without_blocks=3.25),
+        f"{ONE_RED} The loss of 4.600 is above what this text costs a new head on the embedding without any block, "
+        f"3.250: {OUTSIDE}",
     ),
     "unmeasured": (audit(AuditConclusion(case="not-measured")), NOTHING_MEASURED),
     "together": (

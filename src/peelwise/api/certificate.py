@@ -34,6 +34,7 @@ def verify(
     model: nn.Module | str | Path | None = None,
     *,
     full: bool = False,
+    replay: bool = False,
     text: str | Path | Sequence[str | Path] | ProbeOptions | None = None,
     tokens: int | None = None,
     opening: OpenOptions | None = None,
@@ -47,6 +48,8 @@ def verify(
         folder: the certificate.
         model: the model, or where to open it; default: where it was opened from for the audit.
         full: also recompute the numbers of every block of an audit; a peel has nothing more to recompute.
+        replay: also make the witness again from the fit and select parts, and compare; as long as the audit or the peel
+            took. What was fitted to the report part does not come out again.
         text: files of your own text, or how a probe would be drawn from them; cut like the certificate's probe, and
             sequences that it has are left out.
         tokens: of your text to use at most; default: that of `ProbeOptions`.
@@ -78,10 +81,12 @@ def verify(
         own = Text(documents, tokenizer, options.tokens, options.source, options.in_distribution, options.seed)
     with _one_line(path):
         if isinstance(record, PeelRecord):
-            return verify_peel(path, record, opened, text=own, source=source)
+            return verify_peel(path, record, opened, replay=replay, text=own, source=source)
         if isinstance(record, CheckRecord):
+            if replay:
+                raise CertificateError("A check has no fitted witness to make again: run peelwise check on the model.")
             return verify_check(path, record, opened, text=own, source=source)
-        return certificates.verify_certificate(path, opened, full=full, text=own, source=source)
+        return certificates.verify_certificate(path, opened, full=full, replay=replay, text=own, source=source)
 
 
 def apply(

@@ -11,19 +11,23 @@ from torch import Tensor, nn
 
 from peelwise.certificate.base import (
     LOSSES_HOLD,
-    NOT_THE_MODEL,
+    OwnText,
+    Replay,
     Verification,
+    identity_words,
     load_tensors,
     not_as_certified,
     opened_words,
+    other_model,
     read_probe,
-    same_model,
     split_words,
     tolerance_of,
     witness_bytes,
 )
 from peelwise.certificate.own_text import Text, audit_on, require_witness
 from peelwise.certificate.recheck import Recheck
+from peelwise.certificate.replay import audit_again, audit_gains, compared
+from peelwise.engine.baselines import probe_unigram
 from peelwise.engine.opening import open_report
 from peelwise.engine.session import Changes, ReportSession
 from peelwise.engine.witness import changes_of, merge_
@@ -39,16 +43,14 @@ from peelwise.records.audit import AuditRecord
 from peelwise.records.files import WITNESS_FILE, read_record, what_changed
 
 _SELF = "that the record agrees with itself (intervals, gains and the losses beside them, margin, verdicts, conclusion)"
-_OWN = "the witness on your text"
+_OWN, _AGAIN = "the witness on your text", "the witness, made again from fit and select"
 _BLOCKS = "every block's solo gain, marginal gain and ablation"
 _UNCHECKED = (
     "the losses of the controls and of the head, energies and shares, rounds, cost, "
     "the quantisation gap of low-bit models, and whether the text is training text"
 )
-_AUTHORS = (
-    "the name, settings, versions, date and source that the record gives, which layers are frozen, and that the "
-    "witness was not fitted on report"
-)
+_FITTED = "that the witness was not fitted on report (--text and --replay do)"
+_AUTHORS = "the name, settings, versions, date and source that the record gives, and which layers are frozen"
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def verify_certificate(
     model: nn.Module,
     *,
     full: bool = False,
+    replay: bool = False,
     text: Text | None = None,
     source: str | None = None,
     micro_batch_tokens: int = MICRO_BATCH_TOKENS,
@@ -93,12 +96,14 @@ def verify_certificate(
         folder: the certificate.
         model: the model it is about, in the dtype it was audited in; left untouched.
         full: also recompute every block's solo gain, marginal gain and ablation (about as long as measuring them).
+        replay: also make the witness again from fit and select, and compare (as long as the audit took).
         text: also try the witness on this text, of which nothing may be in the certificate's probe.
         source: where the model was opened from.
         micro_batch_tokens: tokens that go through the model at a time.
 
     Raises:
-        CertificateError: If the folder is no readable certificate, or the witness does not fit the model.
+        CertificateError: If the folder is no readable certificate, the witness does not fit the model, or it cannot be
+            made again.
         ProbeError: If a text does not fit the model, or too little of it is fresh.
     """
     record = read_record(folder)
@@ -109,19 +114,19 @@ def verify_certificate(
     certificate = read_certificate(folder, model)
     other = not_as_certified(folder, record, certificate.probe, model)
     if other is not None:
-        return other
+        return replace(other, model=opened_words(model, source))
     about = Verification(
         "holds",
         "",
         tolerance=tolerance,
         margin=max(record.margin_nats, tolerance),
-        model=opened_words(record, model, source),
+        model=opened_words(model, source),
         split=split_words(record),
     )
     wrong = next(_disagreements(certificate, model, tolerance), None)
     if wrong:
         return replace(about, status="does not hold", reason=wrong)
-    own = None
+    own = again = None
     with untouched(model):
         session = open_report(
             model, find_blocks(model), certificate.probe.report, micro_batch_tokens=micro_batch_tokens
@@ -133,27 +138,50 @@ def verify_certificate(
             if text is not None and not wrong:
                 require_witness(certificate.witness)
                 own = audit_on(record, certificate.witness, certificate.probe, model, text)
+            if replay and not wrong:
+                again = _replayed(certificate, session, model, tolerance)
         except FormatError as error:  # a witness that is not at the same bits proves nothing
             return replace(about, status="does not hold", reason=str(error))
     losses = "the model's loss and, where there is one, the composed loss and its gain"
-    checked = [losses, *([_BLOCKS, "the verdicts that follow from them"] if full else []), _SELF]
+    same, unknown = identity_words(record)
+    checked = [losses, same, *([_BLOCKS, "the verdicts that follow from them"] if full else []), _SELF]
     found = replace(
         about,
         checks=tuple(recheck.checks),
-        rechecked=(*checked, "names of blocks and layers, formats, sizes and dtype", *([_OWN] if own else [])),
-        not_rechecked=(*([] if full else [f"{_BLOCKS} (--full does)"]), _UNCHECKED, _AUTHORS),
+        rechecked=(*checked, "names of blocks and layers, formats, sizes and dtype", *_extra(own, again)),
+        not_rechecked=(
+            *([] if full else [f"{_BLOCKS} (--full does)"]),
+            *unknown,
+            *([] if own or again else [_FITTED]),
+            _UNCHECKED,
+            _AUTHORS,
+        ),
         own=own,
+        replay=again,
     )
+    wrong = wrong or next((each.reason for each in (own, again) if each is not None and not each.holds), None)
     if wrong:
         return replace(found, status="does not hold", reason=wrong)
-    if own is not None and not own.holds:
-        return replace(found, status="does not hold", reason=own.reason)
     measured = any(block.recoverable_nats or block.unique_nats for block in record.blocks)
     return replace(
         found,
         status="holds" if full or own or not measured else LOSSES_HOLD,
         reason=f"{len(recheck.checks)} numbers found again.",
     )
+
+
+def _replayed(certificate: Certificate, session: ReportSession, model: nn.Module, tolerance: float) -> Replay:
+    record = certificate.record
+    made, left_out = audit_again(record, certificate.probe, model)
+    stored = certificate.witness
+    if left_out:
+        stored, made = ({n: t for n, t in each.items() if n.startswith("composed/")} for each in (stored, made))
+    gains = audit_gains(record, made, session, blocks=not left_out)
+    return compared(record, stored, made, gains, tolerance=tolerance, left_out=left_out)
+
+
+def _extra(own: OwnText | None, again: Replay | None) -> tuple[str, ...]:
+    return (*([_OWN] if own else []), *([_AGAIN] if again else []))
 
 
 def check_certified(folder: Path, certificate: Certificate, model: nn.Module) -> None:
@@ -175,12 +203,12 @@ def merged_model(certificate: Certificate, model: nn.Module) -> nn.Module:
 
     Raises:
         CertificateError: If the model is not the certified one, there is no composed witness, or a low-bit layer is of
-        a
-            kind that cannot be given other codes.
+            a kind that cannot be given other codes.
         FormatError: If the witness is not of the formats that low-bit layers hold.
     """
-    if not same_model(certificate.record, model):
-        raise CertificateError(f"{NOT_THE_MODEL[:-1]}: not the same model.")
+    other = other_model(certificate.record, model)
+    if other:
+        raise CertificateError(f"This is not the same model: {other}")
     changed = copy.deepcopy(model)
     if not merge_(certificate.witness, "composed", find_blocks(changed)):
         raise CertificateError("The certificate holds no composed witness: the audit found none, so nothing to apply.")
@@ -198,7 +226,7 @@ class _Recheck(Recheck):
 
     def __init__(self, certificate: Certificate, session: ReportSession, tolerance: float) -> None:
         super().__init__(session, tolerance)
-        self.record, self.witness = certificate.record, certificate.witness
+        self.record, self.witness, self.probe = certificate.record, certificate.witness, certificate.probe
         self.blocks = session.runner.blocks
         self.evidence = [Evidence(frozen=block.frozen) for block in self.record.blocks]
 
@@ -214,6 +242,8 @@ class _Recheck(Recheck):
             self.gain("loss.composed_gain", loss.composed_gain, report.losses, losses)
             if after is not None:
                 self._unique(composed, after)
+        if loss.unigram is not None:
+            self.compare("loss.unigram", loss.unigram, probe_unigram(self.probe, session.runner.model))
         if full:
             self._alone()
             self._removal()

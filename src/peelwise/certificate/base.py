@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from peelwise.errors import CertificateError, ProbeError
 from peelwise.model.architectures import find_blocks
-from peelwise.model.fingerprint import fingerprint
+from peelwise.model.configuration import configuration, other_configuration
+from peelwise.model.fingerprint import over_both, tensors_sha256
 from peelwise.model.layers import context_length, parameter_count, unwrapped, vocabulary_size
 from peelwise.probe.probe import Probe, check_context, check_vocabulary
 from peelwise.probe.split import Pool
@@ -104,6 +105,25 @@ class OwnText:
 
 
 @dataclass(frozen=True)
+class Replay:
+    """What came out when the witness was made again from fit and select.
+
+    Attributes:
+        tensors: of the witness that were compared.
+        differing: of them, not the same bit for bit.
+        left_out: in words, what was not made again.
+        holds: whether the bits or at least the gains are those of the certificate.
+        reason: of that, in words.
+    """
+
+    tensors: int
+    differing: int
+    left_out: tuple[str, ...] = ()
+    holds: bool = True
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Verification:
     """The outcome of `verify_certificate`: what is true of the certificate, and the numbers compared.
 
@@ -122,6 +142,7 @@ class Verification:
         model: what was opened, and from where.
         split: how sequences were assigned to the parts, in words.
         own: what the witness is worth on the text that was given.
+        replay: what came out when the witness was made again.
     """
 
     status: Status
@@ -134,6 +155,7 @@ class Verification:
     model: str | None = None
     split: str | None = None
     own: OwnText | None = None
+    replay: Replay | None = None
 
     @property
     def holds(self) -> bool:
@@ -218,8 +240,9 @@ def not_as_certified(folder: Path, record: SealedRecord, probe: Probe, model: nn
         return Verification("does not hold", changed)
     if probe.fingerprint != record.probe.fingerprint:
         return Verification("not the same model or data", f"{PROBE_FILE} is not the probe that was certified.")
-    if not same_model(record, model):
-        return Verification("not the same model or data", NOT_THE_MODEL)
+    other = other_model(record, model)
+    if other:
+        return Verification("not the same model or data", other)
     size, limit = vocabulary_size(model), context_length(model)
     if size is not None:
         check_vocabulary(probe, size)
@@ -229,9 +252,16 @@ def not_as_certified(folder: Path, record: SealedRecord, probe: Probe, model: nn
     return Verification("does not hold", wrong, tolerance=tolerance_of(model)) if wrong else None
 
 
-def same_model(record: SealedRecord, model: nn.Module) -> bool:
-    """Whether a model is the one that was certified, by its fingerprint."""
-    return fingerprint(model) == record.model.fingerprint
+def other_model(record: SealedRecord, model: nn.Module) -> str | None:
+    """Say why a model is not the one that was certified, or ``None``: by its tensors and by its configuration."""
+    certified, tensors = record.model.configuration, tensors_sha256(model)
+    if certified is None:  # a record of old, whose fingerprint is over the tensors alone
+        return None if tensors == record.model.fingerprint else NOT_THE_MODEL
+    other = other_configuration(certified, configuration(model))
+    if over_both(tensors, certified) != record.model.fingerprint:
+        also = f" (its {other})" if other else ""
+        return f"The model's tensors or configuration are not those that were certified{also}."
+    return f"The model computes something else with the certified tensors: its {other}." if other else None
 
 
 def _wrong_facts(record: SealedRecord, probe: Probe, model: nn.Module) -> Iterator[str]:
@@ -270,10 +300,17 @@ def split_words(record: SealedRecord) -> str:
     )
 
 
-def opened_words(record: SealedRecord, model: nn.Module, source: str | None) -> str:
+def opened_words(model: nn.Module, source: str | None) -> str:
     """Say which model was checked and where it was opened from."""
-    kind, dtype = type(unwrapped(model)).__name__, record.model.dtype
-    return f"{kind}, {dtype}, {source if source is not None else 'as it was handed over'}"
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return f"{type(unwrapped(model)).__name__}, {dtype}, {source if source is not None else 'as it was handed over'}"
+
+
+def identity_words(record: SealedRecord) -> tuple[str, tuple[str, ...]]:
+    """Say what of the model was found to be the certified one, and what was not looked at."""
+    if record.model.configuration is None:
+        return "the model's tensors", ("the model's configuration (this certificate is older and does not have it)",)
+    return "the model's tensors, configuration and unsaved buffers", ()
 
 
 def witness_bytes(model: nn.Module) -> int:

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from peelwise.certificate.base import (
-    NOT_THE_MODEL,
     OwnText,
     Verification,
+    identity_words,
     load_tensors,
     not_as_certified,
     opened_words,
+    other_model,
     read_probe,
-    same_model,
     split_words,
     tolerance_of,
     witness_bytes,
@@ -79,14 +79,14 @@ def verify_check(
     probe = read_probe(folder, record)
     other = not_as_certified(folder, record, probe, model)
     if other is not None:
-        return other
+        return replace(other, model=opened_words(model, source))
     tolerance = tolerance_of(model)
     about = Verification(
         "holds",
         "",
         tolerance=tolerance,
         margin=max(record.margin_nats, tolerance),
-        model=opened_words(record, model, source),
+        model=opened_words(model, source),
         split=split_words(record),
     )
     wrong = next(_contradictions(record, stored), None)
@@ -103,13 +103,14 @@ def verify_check(
             own = _on_own_text(record, session, text, tolerance, found.overlapping)
     if own is not None and not own.holds:
         wrong = own.reason
+    same, unknown = identity_words(record)
     return replace(
         about,
         status="does not hold" if wrong else "holds",
         reason=wrong or f"{len(recheck.checks)} numbers found again.",
         checks=tuple(recheck.checks),
-        rechecked=(_FOUND,),
-        not_rechecked=(_UNCHECKED,),
+        rechecked=(_FOUND, same),
+        not_rechecked=(*unknown, _UNCHECKED),
         own=own,
     )
 
@@ -120,8 +121,9 @@ def scaled_model(folder: Path, record: CheckRecord, model: nn.Module) -> nn.Modu
     Raises:
         CertificateError: If the model is not the certified one, there is no composed factor, or a layer holds codes.
     """
-    if not same_model(record, model):
-        raise CertificateError(f"{NOT_THE_MODEL[:-1]}: not the same model.")
+    other = other_model(record, model)
+    if other:
+        raise CertificateError(f"This is not the same model: {other}")
     wrong = next(_contradictions(record, load_tensors(folder / WITNESS_FILE, witness_bytes(model))), None)
     if wrong:
         raise CertificateError(f"{folder} does not hold: {wrong}")

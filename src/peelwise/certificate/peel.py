@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from peelwise.certificate.base import (
     OwnText,
+    Replay,
     Verification,
+    identity_words,
     load_tensors,
     not_as_certified,
     opened_words,
@@ -21,6 +23,7 @@ from peelwise.certificate.base import (
 )
 from peelwise.certificate.own_text import Text, cut_like, own_margin, require_witness
 from peelwise.certificate.recheck import Recheck, check_finite
+from peelwise.certificate.replay import compared, peel_again
 from peelwise.engine.heads import head_rows
 from peelwise.engine.opening import format_names, low_bit_layers, open_report
 from peelwise.engine.session import ReportSession
@@ -47,7 +50,13 @@ _UNCHECKED = (
 
 
 def verify_peel(
-    folder: Path, record: PeelRecord, model: nn.Module, *, text: Text | None = None, source: str | None = None
+    folder: Path,
+    record: PeelRecord,
+    model: nn.Module,
+    *,
+    replay: bool = False,
+    text: Text | None = None,
+    source: str | None = None,
 ) -> Verification:
     """Recompute current, head control and bound on report from the folder's own witness and probe.
 
@@ -55,11 +64,12 @@ def verify_peel(
         folder: the certificate.
         record: its record.
         model: the model it is about, in the dtype it was peeled in; left untouched.
+        replay: also make the stack again from fit and select, and compare (as long as the peel took).
         text: also try the reference stack on this text, of which nothing may be in the certificate's probe.
         source: where the model was opened from.
 
     Raises:
-        CertificateError: If the witness or the probe cannot be read, or do not fit the model.
+        CertificateError: If the witness or the probe cannot be read, do not fit the model, or cannot be made again.
         ProbeError: If a text does not fit the model, or too little of it is fresh.
     """
     changed = what_changed(folder, record)
@@ -68,20 +78,20 @@ def verify_peel(
     witness, probe = load_tensors(folder / WITNESS_FILE, witness_bytes(model)), read_probe(folder, record)
     other = not_as_certified(folder, record, probe, model)
     if other is not None:
-        return other
+        return replace(other, model=opened_words(model, source))
     tolerance, formats = tolerance_of(model), record.reference_formats
     about = Verification(
         "holds",
         "",
         tolerance=tolerance,
         margin=max(record.margin_nats, tolerance),
-        model=opened_words(record, model, source),
+        model=opened_words(model, source),
         split=split_words(record),
     )
     wrong = next(contradictions(record), None)
     if wrong:
         return replace(about, status="does not hold", reason=wrong)
-    own = None
+    own = again = None
     with untouched(model):
         recheck = _Recheck(record, witness, open_report(model, find_blocks(model), probe.report), tolerance)
         try:
@@ -89,23 +99,38 @@ def verify_peel(
             wrong = recheck.wrong_number()
             if text is not None and not wrong:
                 require_witness(witness)
-                own = _on_own_text(record, witness, probe, model, text)
+                own = on_own_text(record, witness, probe, model, text)
+            if replay and not wrong:
+                again = _replayed(record, witness, probe, recheck)
         except FormatError as error:  # references outside the formats that they are said to be of prove nothing
             return replace(about, status="does not hold", reason=str(error))
-    if own is not None and not own.holds:
-        wrong = own.reason
+    wrong = wrong or next((each.reason for each in (own, again) if each is not None and not each.holds), None)
+    same, unknown = identity_words(record)
     return replace(
         about,
         status="does not hold" if wrong else "holds",
         reason=wrong or f"{len(recheck.checks)} numbers found again.",
         checks=tuple(recheck.checks),
-        rechecked=(_LOSSES, *([f"that references are inside {formats}"] if formats else []), _SELF),
-        not_rechecked=(_UNCHECKED,),
+        rechecked=(_LOSSES, same, *([f"that references are inside {formats}"] if formats else []), _SELF),
+        not_rechecked=(*unknown, _UNCHECKED),
         own=own,
+        replay=again,
     )
 
 
-def _on_own_text(record: PeelRecord, witness: dict[str, Tensor], probe: Probe, model: nn.Module, text: Text) -> OwnText:
+def _replayed(record: PeelRecord, witness: dict[str, Tensor], probe: Probe, recheck: _Recheck) -> Replay:
+    session = recheck.session
+    made = peel_again(record, probe, session.runner.model)
+
+    def gains() -> Iterator[tuple[str, float, float]]:
+        if record.loss.bound_gain is not None:
+            bound = _Recheck(record, made, session, recheck.tolerance).bound()
+            yield "loss.bound_gain", record.loss.bound_gain.mean, session.gain(session.report.losses, bound).mean
+
+    return compared(record, witness, made, gains(), tolerance=recheck.tolerance)
+
+
+def on_own_text(record: PeelRecord, witness: dict[str, Tensor], probe: Probe, model: nn.Module, text: Text) -> OwnText:
     """Return what the reference stack gains on a text, over the model or its head control, whichever is less."""
     found, tolerance = cut_like(text, probe, model), tolerance_of(model)
     session = open_report(model, find_blocks(model), found.split)
@@ -194,7 +219,7 @@ class _Recheck(Recheck):
             self.loss("loss.head_control", loss.head_control, control)
             self.gain("loss.head_control_gain", loss.head_control_gain, report.losses, control)
         if loss.bound is not None:
-            bound = self._bound()
+            bound = self.bound()
             self.loss("loss.bound", loss.bound, bound)
             self.gain("loss.bound_gain", loss.bound_gain, report.losses, bound)
             if control is not None:
@@ -205,13 +230,13 @@ class _Recheck(Recheck):
         loss, report = self.record.loss, self.session.report
         if loss.bound is None:
             return None
-        bound, others = self._bound(), [report.losses]
+        bound, others = self.bound(), [report.losses]
         if loss.head_control is not None:
             others.append(self._with_head(report, CONTROL_HEAD))
         check_finite("loss.bound", bound, *others)
         return min((self.session.gain(other, bound).interval() for other in others), key=lambda gain: gain.low)
 
-    def _bound(self) -> Tensor:
+    def bound(self) -> Tensor:
         """Return the losses ``[sequences]`` of the stack with its head."""
         runner, formats = self.session.runner, self.record.reference_formats
         stack = Stack(runner, {"report": self.session.report})

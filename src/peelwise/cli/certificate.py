@@ -53,6 +53,9 @@ def verify(
     tokens: TokensOption = ProbeOptions.tokens,
     in_distribution: InDistributionOption = ProbeOptions.in_distribution,
     full: Annotated[bool, typer.Option("--full", help="Recheck every block's numbers too (slower).")] = False,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="Make the witness again from fit and select (as slow as the audit was).")
+    ] = False,
     device: DeviceOption = OpenOptions.device,
     allow_pickle: PickleOption = OpenOptions.allow_pickle,
     tokenizer: TokenizerOption = None,
@@ -70,7 +73,7 @@ def verify(
         own = ProbeOptions(tuple(text), field, tokens=tokens, in_distribution=in_distribution)
     with status("Recomputing the certified losses ..."):
         opening = OpenOptions(device, allow_pickle=allow_pickle, tokenizer=tokenizer)
-        result = api.verify(folder, model, full=full, text=own, opening=opening)
+        result = api.verify(folder, model, full=full, replay=replay, text=own, opening=opening)
     _print_verification(result)
     if not result.holds:
         raise typer.Exit(1)
@@ -86,6 +89,9 @@ def _print_verification(result: Verification) -> None:
     console.print(f"[{style}]{result.status}[/]: {escape(clean(result.reason))}", soft_wrap=True)
     if result.own is not None:
         _print_own(console, result.own)
+    if result.replay is not None:
+        said = "; not made again: ".join([result.replay.reason.rstrip("."), *result.replay.left_out])
+        console.print(f"Made again: {escape(clean(said))}.", soft_wrap=True)
     lines = {
         "Rechecked": "; ".join(result.rechecked),
         "Not rechecked": "; ".join(result.not_rechecked),

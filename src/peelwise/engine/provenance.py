@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from peelwise.model.checkpoints import gguf_file
+from peelwise.model.fingerprint import Identity
 from peelwise.model.layers import Block, parameter_count, unwrapped
 from peelwise.records.base import ModelRecord
 
@@ -24,7 +25,7 @@ class Setup:
     blocks: tuple[Block, ...]
     name: str
     source: str | None
-    fingerprint: str
+    identity: Identity
     settings: dict[str, bool | int | float | str | None]
     seed: int
 
@@ -48,7 +49,8 @@ def model_record(setup: Setup) -> ModelRecord:
     parameter = next(setup.model.parameters())
     return ModelRecord(
         name=setup.name,
-        fingerprint=setup.fingerprint,
+        fingerprint=setup.identity.fingerprint,
+        configuration=setup.identity.configuration,
         parameters=parameter_count(setup.model),
         blocks=len(setup.blocks),
         architecture=type(unwrapped(setup.model)).__name__,

@@ -14,13 +14,24 @@ from peelwise.evidence.intervals import Paired
 from peelwise.evidence.verdict import Evidence, Verdict, default_margin, harmful, judge, leaders
 from peelwise.records.audit import AuditConclusion, AuditRecord, BlockRecord, HeadRecord, LookFirst, LossRecord
 from peelwise.records.base import Interval, SealedRecord
+from peelwise.records.codes import Baseline
 from peelwise.records.options import LEAST_MARGIN, MOST_MARGIN, Refine, is_margin
 
 # Sums of the same numbers in another order and precision; far below anything that is shown.
 _ROUNDING = 1e-5
 # Nats per token: above what any vocabulary costs a model that knows nothing, 12.5 for 262,144 ids.
 _WORST = 50.0
-_LOSSES = ("current", "composed", "head_control", "shuffled", "untrained", "untrained_start", "dense")
+_LOSSES = (
+    "current",
+    "composed",
+    "head_control",
+    "shuffled",
+    "untrained",
+    "untrained_start",
+    "dense",
+    "without_blocks",
+    "unigram",
+)
 _SETTINGS: dict[str, type | tuple[type, ...]] = {
     "budget_seconds": (int, float),
     "joint_rounds": int,
@@ -39,12 +50,15 @@ _SETTINGS: dict[str, type | tuple[type, ...]] = {
 _MOST_NAMED = 3
 
 
-def conclusion(blocks: Sequence[BlockRecord], margin: float, *, in_distribution: bool = True) -> AuditConclusion:
+def conclusion(
+    blocks: Sequence[BlockRecord], margin: float, losses: LossRecord | None = None, *, in_distribution: bool = True
+) -> AuditConclusion:
     """Return what follows for all blocks together, and no more than that.
 
     Args:
         blocks: with their verdicts.
         margin: nats per token.
+        losses: of the model and the baselines.
         in_distribution: whether the text is training text; it decides which number points at a block.
     """
     red = tuple(b.index for b in blocks if b.verdict == "red")
@@ -52,16 +66,34 @@ def conclusion(blocks: Sequence[BlockRecord], margin: float, *, in_distribution:
     measured = tuple(b.index for b in blocks if b.recoverable_nats is not None)
     removals = [None if b.removal_nats is None else Paired.of(b.removal_nats) for b in blocks]
     worse = tuple(blocks[i].index for i in harmful(removals, margin))
+    case: Literal["certified", "recoverable", "none-found", "not-measured"]
+    above = None if losses is None else above_baseline(losses)
     if red or yellow:
         first = _look_first(blocks, in_distribution)
-        case: Literal["certified", "recoverable"] = "certified" if red else "recoverable"
-        return AuditConclusion(case=case, blocks=red or yellow, look_first=first, harmful=worse)
-    return AuditConclusion(case="none-found" if measured else "not-measured", blocks=measured, harmful=worse)
+        case = "certified" if red else "recoverable"
+        return AuditConclusion(case=case, blocks=red or yellow, look_first=first, harmful=worse, above=above)
+    case = "none-found" if measured else "not-measured"
+    return AuditConclusion(case=case, blocks=measured, harmful=worse, above=above)
+
+
+def above_baseline(losses: LossRecord) -> Baseline | None:
+    """Return the baseline that does best, if it has a lower loss than the whole model."""
+    best = best_baseline(losses)
+    return best[0] if best is not None and best[1] < losses.current else None
+
+
+def best_baseline(losses: LossRecord) -> tuple[Baseline, float] | None:
+    """Return which baseline has the lowest loss, and that loss in nats per token; ``None`` if none was measured."""
+    known: list[tuple[Baseline, float | None]] = [
+        ("unigram", losses.unigram),
+        ("without-blocks", losses.without_blocks),
+    ]
+    return min(((name, loss) for name, loss in known if loss is not None), key=lambda pair: pair[1], default=None)
 
 
 def conclusion_of(record: AuditRecord) -> AuditConclusion:
     """Return the conclusion that follows from a record's numbers."""
-    return conclusion(record.blocks, record.margin_nats, in_distribution=record.probe.in_distribution)
+    return conclusion(record.blocks, record.margin_nats, record.loss, in_distribution=record.probe.in_distribution)
 
 
 def _look_first(blocks: Sequence[BlockRecord], in_distribution: bool) -> LookFirst | None:

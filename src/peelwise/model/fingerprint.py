@@ -1,25 +1,62 @@
-"""What identifies a model: a SHA-256 over its tensors; and whether all of them are finite."""
+"""What identifies a model: a SHA-256 over its tensors and configuration; and whether all of them are finite."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peelwise.distributed.sharding import is_sharded, local_shard
 from peelwise.errors import ModelError
+from peelwise.model.configuration import configuration
 from peelwise.model.layers import plain_name
+from peelwise.records.options import Plain
 
 _PIECE = 1 << 22  # elements looked at together, so that no tensor is ever copied whole
 
 
+@dataclass(frozen=True)
+class Identity:
+    """What a record says of which model it is about: its fingerprint, and the configuration that it is taken over."""
+
+    fingerprint: str
+    configuration: Plain
+
+
+def identify(model: nn.Module) -> Identity:
+    """Return the fingerprint of a model, and its configuration.
+
+    Raises:
+        ModelError: If a tensor has no values, as on the ``meta`` device.
+    """
+    found = configuration(model)
+    return Identity(over_both(tensors_sha256(model), found), found)
+
+
 def fingerprint(model: nn.Module) -> str:
+    """Return the SHA-256 over the tensors of a model and what else it computes with (`configuration`).
+
+    Raises:
+        ModelError: If a tensor has no values, as on the ``meta`` device.
+    """
+    return identify(model).fingerprint
+
+
+def over_both(tensors: str, configured: Mapping[str, Any]) -> str:
+    """Return the SHA-256 over that of the tensors and a configuration, as JSON with sorted keys."""
+    return hashlib.sha256(f"{tensors}\n{json.dumps(dict(configured), sort_keys=True)}".encode()).hexdigest()
+
+
+def tensors_sha256(model: nn.Module) -> str:
     """Return the SHA-256 over name, shape, dtype and bytes of every tensor of the state, sorted by name.
 
     Tied tensors count under each of their names; buffers that are not saved do not count. The device and the
-    memory layout make no difference.
+    memory layout make no difference. Records of old have this as their fingerprint.
 
     Raises:
         ModelError: If a tensor has no values, as on the ``meta`` device.

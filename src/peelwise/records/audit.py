@@ -8,7 +8,7 @@ from pydantic import Field
 
 from peelwise.records.base import Colour, Interval, Record, SealedRecord, SplitRecord
 from peelwise.records.check import CheckPart
-from peelwise.records.codes import Reason
+from peelwise.records.codes import Baseline, Reason
 
 
 class MatrixRecord(Record):
@@ -89,7 +89,8 @@ class LossRecord(Record):
     ``shuffled`` the same construction from targets permuted across sequences, ``untrained`` the same
     construction on the same architecture at initialisation. ``dense`` is reached by all blocks refined together without
     the formats of low-bit layers, ``price`` is what the composed witness is above it, and ``split`` says it in three
-    parts.
+    parts. ``without_blocks`` and ``unigram`` are what the text costs a new head on the embedding and the final norm
+    alone, and one that only counts tokens: a model above them is broken, untrained, or made for other text.
     """
 
     current: float
@@ -105,6 +106,8 @@ class LossRecord(Record):
     dense: float | None = None
     price: Interval | None = None
     split: SplitRecord | None = None
+    without_blocks: float | None = None
+    unigram: float | None = None
 
 
 class RoundRecord(Record):
@@ -139,12 +142,14 @@ class AuditConclusion(Record):
     ``case`` is the first of these that applies, and ``blocks`` are those that it holds for: some blocks are
     ``certified`` (red), some gains are ``recoverable`` (yellow), blocks were refined by themselves and ``none-found``,
     or nothing was refined: ``not-measured``. Without the ``harmful`` blocks (the worst first) the model is better.
+    ``above`` is the best of the cheap baselines, if it does better than the whole model.
     """
 
     case: Literal["certified", "recoverable", "none-found", "not-measured"]
     blocks: tuple[int, ...] = ()
     look_first: LookFirst | None = None
     harmful: tuple[int, ...] = ()
+    above: Baseline | None = None
 
 
 class AuditRecord(SealedRecord):

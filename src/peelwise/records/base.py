@@ -115,9 +115,13 @@ class CostRecord(Record):
 
 
 class ModelRecord(Record):
-    """The audited model; ``fingerprint`` is SHA-256 over names, shapes, dtypes and bytes of its tensors.
+    """The audited model; ``fingerprint`` is SHA-256 over names, shapes, dtypes and bytes of its tensors, and
+    ``configuration``.
 
-    ``as_stored`` says that the codes of a GGUF file were audited, not the floating-point weights they stand for.
+    ``configuration`` is what changes the function besides the saved tensors: rotary base, epsilon, activation and the
+    like, and figures of the buffers that are not saved. ``None`` in records of old, whose fingerprint is over the
+    tensors alone. ``as_stored`` says that the codes of a GGUF file were audited, not the floating-point weights they
+    stand for.
     """
 
     name: str
@@ -128,6 +132,7 @@ class ModelRecord(Record):
     dtype: str
     source: str | None = None
     as_stored: bool = False
+    configuration: dict[str, bool | int | float | str | None] | None = None
 
 
 class ProbeRecord(Record):

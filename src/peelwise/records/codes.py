@@ -20,6 +20,12 @@ Reason = Literal[
 ]
 INTERACTS = "+interacts"  # behind a reason in a run history: the block's marginal gain is significantly negative
 
+# What a text costs without the model.
+Baseline = Literal[
+    "unigram",  # one who only counts tokens
+    "without-blocks",  # a new head on the embedding
+]
+
 # What the wall time of an audit, a peel or a comparison went into.
 Stage = Literal[
     "losses",

@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 from peelwise.records.audit import AuditRecord, BlockRecord
 from peelwise.records.base import Colour, Interval, Note
-from peelwise.records.codes import INTERACTS
+from peelwise.records.codes import INTERACTS, Baseline
 
 NOT_MEASURED = "not measured"
 NOT_IN_BUDGET = "not measured within the budget"
@@ -23,6 +23,14 @@ INTERACTION_MEANING = (
     "the marginal gain is significantly negative. Refined together, the block and its neighbours take the same step "
     "twice, so none of them can be judged by itself; it never means that nothing is there"
 )
+
+BASELINES: Mapping[Baseline, str] = MappingProxyType(
+    {
+        "unigram": "one who only counts tokens",
+        "without-blocks": "a new head on the embedding without any block",
+    }
+)
+UNDAMAGED = "does not mean undamaged: only other weights of linear layers were tried."
 
 # The tables below have a line for every code of `records.codes`; a test says so.
 REASONS: Mapping[str, str] = MappingProxyType(

@@ -70,6 +70,8 @@ def losses(record: AuditRecord) -> str:
         ),
         ("Shuffled targets", loss.shuffled, _gain(loss.shuffled_gain), "null control: must gain nothing"),
         ("Untrained", loss.untrained, start, "null control: the same construction at initialisation"),
+        ("Without blocks", loss.without_blocks, "", "baseline: a new head on the embedding, no block"),
+        ("Counting tokens", loss.unigram, "", "baseline: how often each token occurs, no model"),
     )
     cells = [
         (esc(name), _value(nats(value)), _value(gain) if value is not None else "", esc(meaning))
@@ -95,7 +97,8 @@ def reading(record: AuditRecord) -> str:
         "If none is found, nothing is proven: the words are “none found”, never “optimal”.",
         "Unless a number says otherwise, it is measured on the report part of the probe, whose sequences "
         "were used for nothing else. Differences are paired by sequence; verdicts are adjusted for asking "
-        "about many blocks, the intervals drawn are not.",
+        "about many blocks (Holm), the intervals drawn are not. The adjustment is over the solo gains of all blocks; "
+        "marginal gains and ablations are adjusted each for themselves, not together with them.",
         "The probe was declared to be training text."
         if record.probe.in_distribution
         else "The probe is not known to be training text. What can be recovered then mixes under-training "

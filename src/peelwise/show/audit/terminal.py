@@ -219,6 +219,8 @@ def _losses(record: AuditRecord) -> RenderableType:
         ("control: head re-fitted", loss.head_control, ""),
         ("control: shuffled targets", loss.shuffled, shuffled),
         ("control: untrained", loss.untrained, start),
+        ("baseline: without blocks", loss.without_blocks, ""),
+        ("baseline: counting tokens", loss.unigram, ""),
     )
     for name, value, remark in rows:
         bold = "bold" if name in ("now", "composed witness") else ""

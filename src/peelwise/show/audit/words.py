@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peelwise.evidence.audit import conclusion_of, verdicts_of
+from peelwise.evidence.audit import best_baseline, conclusion_of, verdicts_of
 from peelwise.records.audit import AuditConclusion, AuditRecord, BlockRecord
 from peelwise.records.base import Interval
 from peelwise.records.codes import INTERACTS
-from peelwise.show.words import VERDICTS, reason_words
+from peelwise.show.words import BASELINES, UNDAMAGED, VERDICTS, reason_words
 
 _MOST_LISTED, _MOST_HARMFUL = 6, 3
 GAINS = {"solo": "solo gain", "marginal": "marginal gain (leave-one-out)"}
@@ -23,7 +23,8 @@ def conclusion(record: AuditRecord) -> str:
         _together(record.loss.composed_gain),
         _look_first(record, found),
         _harm(record, found),
-        _green(record),
+        _above(record, found),
+        _green(record, found),
         _frozen(record),
     )
     return " ".join(filter(None, parts))
@@ -89,10 +90,30 @@ def _harm(record: AuditRecord, found: AuditConclusion) -> str:
     return f"The model is better without block {', without block '.join(named)}." if named else ""
 
 
-def _green(record: AuditRecord) -> str:
-    if not any(block.verdict == "green" for block in record.blocks):
+def _above(record: AuditRecord, found: AuditConclusion) -> str:
+    best = best_baseline(record.loss)
+    if found.above is None or best is None:
         return ""
-    return "Green does not mean undamaged: only other weights of linear layers were tried."
+    who, cost = BASELINES[best[0]], best[1]
+    return (
+        f"The loss of {record.loss.current:.3f} is above what this text costs {who}, {cost:.3f}: look "
+        "first outside of the linear layers (tokenizer, positions, norms, order of the blocks), or the text is not "
+        "what the model is for."
+    )
+
+
+def _green(record: AuditRecord, found: AuditConclusion) -> str:
+    green = any(block.verdict == "green" for block in record.blocks)
+    if not green and found.case != "none-found":
+        return ""
+    said = f"{'Green' if green else 'None found'} {UNDAMAGED}"
+    best = best_baseline(record.loss)
+    if found.above is not None or best is None:
+        return said
+    return (
+        f"{said} This text costs {BASELINES[best[0]]} {best[1]:.3f} nats per token and this model "
+        f"{record.loss.current:.3f}; a damaged one may lie between."
+    )
 
 
 def _frozen(record: AuditRecord) -> str:

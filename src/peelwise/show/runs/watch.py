@@ -15,6 +15,7 @@ from rich.text import Text
 from peelwise.records.plain_text import clean
 from peelwise.records.run import COLOURS
 from peelwise.records.signals import NATS, Kind, Signal, of_kinds
+from peelwise.show.words import UNDAMAGED
 from peelwise.store.reader import Run, RunReader
 from peelwise.store.schema import sound
 
@@ -116,6 +117,8 @@ def _blocks(reader: RunReader, run: Run) -> list[RenderableType]:
         if not tables:
             tables.append(_table(run, title, {each: newest[each] for each in shown[:_COLUMNS]}, probes[-1]["letters"]))
             shown = shown[_COLUMNS:]
+            if "G" in probes[-1]["letters"]:
+                tables.append(Text(f"Green {UNDAMAGED}", style="dim"))
         for start in range(0, len(shown), _COLUMNS):
             tables.append(_table(run, title, {each: newest[each] for each in shown[start : start + _COLUMNS]}))
     return tables

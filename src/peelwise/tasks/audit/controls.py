@@ -45,6 +45,18 @@ def head_reference(session: Session, *, share: float = 1.0) -> tuple[HeadRecord,
         return record, Control(float(after.mean()), difference)
 
 
+def embedding_baseline(session: Session, *, share: float) -> float | None:
+    """Return the report loss of a new head on the embedding, nats per token: what the text costs without any block.
+
+    It takes about ``share`` of the whole budget; ``None`` where one step would take more, or there is no such head.
+    """
+    step = session.seconds_for(3.0 * session.runner.head_share * session.fit.predicted)
+    if step > share * session.clock.budget:
+        return None
+    with session.clock.stage("head"):
+        return heads.without_blocks(session, seconds=share * session.clock.budget)
+
+
 def shuffled_control(session: Session, proposals: Proposals) -> Control:
     """Take one joint step along the proposals for targets permuted across sequences: inputs without their labels."""
     with session.clock.stage("shuffled-control"):

@@ -36,6 +36,7 @@ class Findings:
         dense_composed, dense_alone: the same for a low-bit model without its formats: what the bits are compared with.
         look: signals over depth, and which blocks are unlike their neighbours.
         head, head_gain, shuffled, untrained: the head's reference and the null controls.
+        without_blocks: report loss of a new head on the embedding, nats per token.
         notes: what a reader should know besides the numbers.
         complete: whether every planned stage ran to its end.
     """
@@ -53,5 +54,6 @@ class Findings:
     shuffled: Control | None = None
     untrained: Control | None = None
     look: Look | None = None
+    without_blocks: float | None = None
     notes: list[Note] = field(default_factory=list)
     complete: bool = False

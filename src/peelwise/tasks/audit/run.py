@@ -14,7 +14,7 @@ from peelwise.engine.permute import shuffled_targets
 from peelwise.engine.provenance import Setup
 from peelwise.engine.session import Session
 from peelwise.errors import IllConditionedWarning
-from peelwise.model.fingerprint import fingerprint
+from peelwise.model.fingerprint import identify
 from peelwise.model.guard import untouched
 from peelwise.model.splice import frozen
 from peelwise.probe.probe import Probe
@@ -69,7 +69,7 @@ def run_audit(
         ProbeError: If the probe's tokens do not fit the model's vocabulary, or its sequences the context.
     """
     blocks = checked_blocks(model, probe, settings.refine)
-    setup = Setup(model, blocks, name, source, fingerprint(model), settings.plain(), probe.seed)
+    setup = Setup(model, blocks, name, source, identify(model), settings.plain(), probe.seed)
     linears = [linear for block in blocks for linear in block.linears]
     with untouched(model), frozen(linears), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", IllConditionedWarning)
@@ -134,6 +134,7 @@ def _head(session: Session, findings: Findings) -> None:
         findings.notes.append(note("no-head" if session.runner.head is None else "logits-changed"))
     else:
         findings.head, findings.head_control = found
+    findings.without_blocks = controls.embedding_baseline(session, share=_HEAD_SHARE)
 
 
 def _with_warnings(record: AuditRecord, caught: list[warnings.WarningMessage]) -> AuditRecord:

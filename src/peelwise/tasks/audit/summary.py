@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from peelwise.engine.baselines import probe_unigram
 from peelwise.engine.provenance import Setup, model_record, versions
 from peelwise.engine.refine import unrefined
 from peelwise.engine.session import Session
@@ -46,7 +47,7 @@ def summarise(
     )
     record = AuditRecord(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        conclusion=conclusion(blocks, margin, in_distribution=session.probe.in_distribution),
+        conclusion=conclusion(blocks, margin, losses, in_distribution=session.probe.in_distribution),
         complete=findings.complete,
         margin_nats=margin,
         informative=informative(losses),
@@ -146,6 +147,8 @@ def _losses(session: Session, findings: Findings) -> LossRecord:
         dense=parts[0].irreducible if parts else None,
         price=parts[1] if parts else None,
         split=parts[0] if parts else None,
+        without_blocks=findings.without_blocks,
+        unigram=probe_unigram(session.probe, session.runner.model),
     )
 
 

@@ -20,7 +20,7 @@ from peelwise.errors import NotDifferentiableError
 from peelwise.evidence.unlike import THRESHOLD
 from peelwise.evidence.verdict import default_margin
 from peelwise.model.architectures import find_blocks
-from peelwise.model.fingerprint import check_finite, fingerprint
+from peelwise.model.fingerprint import check_finite, identify
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, device_of
 from peelwise.model.parts import Parts, parts_of
@@ -69,7 +69,7 @@ def run_check(
         ProbeError: If the probe's tokens do not fit the model's vocabulary, or its sequences the context.
     """
     blocks = _blocks(model, probe)
-    setup = Setup(model, blocks, name, source, fingerprint(model), settings.plain(), 0 if probe is None else probe.seed)
+    setup = Setup(model, blocks, name, source, identify(model), settings.plain(), 0 if probe is None else probe.seed)
     all_parts = [parts_of(block) for block in blocks]
     linears = [linear for block in blocks for linear in block.linears]
     with untouched(model), frozen(linears), torch.no_grad():

@@ -22,7 +22,7 @@ from peelwise.engine.session import LOSSES
 from peelwise.errors import ModelError
 from peelwise.evidence.compare import conclusion
 from peelwise.evidence.verdict import default_margin
-from peelwise.model.fingerprint import fingerprint
+from peelwise.model.fingerprint import identify
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, device_of, vocabulary_size
 from peelwise.model.runner import Runner, check_replay
@@ -115,7 +115,7 @@ def run_compare(
     margin = settings.margin if settings.margin is not None else default_margin(min(loss.old, loss.new))
     blocks, other = _blocks(pair, found), _ends(pair, found)
     records = [
-        model_record(Setup(c.model, b, c.name, c.source, fingerprint(c.model), {}, probe.seed))
+        model_record(Setup(c.model, b, c.name, c.source, identify(c.model), {}, probe.seed))
         for c, b in ((old, before), (new, after))
     ]
     return CompareRecord(

@@ -11,7 +11,7 @@ from peelwise.engine.opening import checked_blocks, format_names, low_bit_layers
 from peelwise.engine.provenance import Setup
 from peelwise.engine.session import Session
 from peelwise.errors import UnsupportedModelError
-from peelwise.model.fingerprint import fingerprint
+from peelwise.model.fingerprint import identify
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block
 from peelwise.model.runner import Trace
@@ -71,7 +71,7 @@ def run_peel(
     blocks = checked_blocks(model, probe)
     search = MapSearch(len(blocks), settings.station_maps, beam_width=settings.beam_width)
     formats = format_names(low_bit_layers(blocks))
-    setup = Setup(model, blocks, name, source, fingerprint(model), settings.plain(formats), probe.seed)
+    setup = Setup(model, blocks, name, source, identify(model), settings.plain(formats), probe.seed)
     with untouched(model):
         session = open_session(
             model,

@@ -26,7 +26,7 @@ from peelwise.engine.clock import Clock, Watcher
 from peelwise.engine.opening import checked_blocks
 from peelwise.engine.provenance import Setup, model_record, versions
 from peelwise.engine.session import LOSSES, Changes, ReportSession
-from peelwise.model.fingerprint import fingerprint
+from peelwise.model.fingerprint import identify
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, LinearLayer, device_of
 from peelwise.model.runner import Runner, Trace
@@ -181,4 +181,4 @@ def _other_differences(quantised: nn.Module, parent: nn.Module, held: dict[Linea
 
 def _model_record(candidate: Candidate, blocks: tuple[Block, ...], seed: int) -> ModelRecord:
     model = candidate.model
-    return model_record(Setup(model, blocks, candidate.name, candidate.source, fingerprint(model), {}, seed))
+    return model_record(Setup(model, blocks, candidate.name, candidate.source, identify(model), {}, seed))
