@@ -217,6 +217,15 @@ def test_a_linear_block_is_recoverable_and_a_random_one_is_not() -> None:
     assert forward.recoverability(noise) < 0.1
 
 
+def test_directions_of_a_deficient_update_are_counted() -> None:
+    """In float32 some of the spectrum is exactly 0, and 0 times the logarithm of 0 is no number."""
+    random = torch.Generator().manual_seed(5)
+    x, few = torch.randn(40, 64, generator=random), torch.randn(3, 64, generator=random)
+    update = torch.randn(40, 3, generator=random) @ few
+    assert 1 < forward.station_rank(forward.Stream(x, x + update, {})) < 3.001
+    assert forward.station_rank(forward.Stream(x, x, {})) == 1  # nothing is added
+
+
 def test_attention_is_what_eager_attention_computes(model: Any, split: Split, seen: Any) -> None:
     model.config._attn_implementation = "eager"
     try:

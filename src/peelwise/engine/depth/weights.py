@@ -335,7 +335,8 @@ def _dispersion(norms: Tensor) -> float | None:
 
 
 def _entropy(values: Tensor) -> Tensor:
-    return torch.special.entr((values / values.sum()).double()).sum()
+    found: Tensor = torch.special.entr((values / values.sum()).double()).sum()
+    return found
 
 
 def _correlation_of_logs(a: Tensor, b: Tensor) -> float | None:
