@@ -45,6 +45,45 @@ TABLE = {  # alone, unique, options -> colour, reason
     "foreign text": (SURELY, None, {"in_distribution": False}, "yellow", "foreign-text"),
     "foreign text, unique not above": (SURELY, BARELY, {"in_distribution": False}, "yellow", "foreign-text"),
     "foreign text, unique above": (SURELY, SURELY, {"in_distribution": False}, "red", "above-margin"),
+    "foreign text, unique below": (SURELY, HARDLY, {"in_distribution": False}, "green", "nothing-of-its-own"),
+    "foreign text, unique below, falling": (
+        SURELY,
+        HARDLY,
+        {"in_distribution": False, "still_falling": True},
+        "green",
+        "nothing-of-its-own",
+    ),
+    "foreign text, unique alone above": (None, SURELY, {"in_distribution": False}, "red", "own-above-margin"),
+    "foreign text, undecided alone, unique above": (
+        BARELY,
+        SURELY,
+        {"in_distribution": False},
+        "red",
+        "own-above-margin",
+    ),
+    "foreign text, unique alone above, falling": (
+        None,
+        SURELY,
+        {"in_distribution": False, "still_falling": True},
+        "yellow",
+        "still-falling",
+    ),
+    "foreign text, unique alone below": (None, HARDLY, {"in_distribution": False}, "green", "nothing-of-its-own"),
+    "foreign text, undecided both": (BARELY, BARELY, {"in_distribution": False}, "grey", "more-tokens"),
+    "by the rule of old, unique below": (
+        SURELY,
+        HARDLY,
+        {"in_distribution": False, "rule": 1},
+        "yellow",
+        "foreign-text",
+    ),
+    "by the rule of old, unique alone above": (
+        None,
+        SURELY,
+        {"in_distribution": False, "rule": 1},
+        "grey",
+        "marginal-only",
+    ),
     "nothing there": (HARDLY, None, {}, "green", "nothing-above-margin"),
     "worse than nothing": (-SURELY, None, {}, "green", "nothing-above-margin"),
     "nothing there, still falling": (HARDLY, None, {"still_falling": True}, "green", "nothing-above-margin"),
@@ -166,9 +205,17 @@ def test_what_stands_out_from_the_trend_over_depth(values, expected):
     assert [index for index, flag in enumerate(flags) if flag] == expected
 
 
+def test_on_foreign_text_a_block_that_takes_from_its_neighbours_has_nothing_of_its_own():
+    (verdict,) = verdicts([SURELY], [-SURELY], in_distribution=False)
+
+    assert (verdict.colour, verdict.reason, verdict.interaction) == ("green", "nothing-of-its-own", True)
+
+
 def test_on_foreign_text_the_block_above_the_trend_is_red():
     values = [0.03 + 0.004 * depth for depth in range(8)]
     values[2] += 0.02
+
+    assert colours(values, [HARDLY] * 8, in_distribution=False) == ["green"] * 2 + ["red"] + ["green"] * 5
 
     assert colours(values, in_distribution=False) == ["yellow"] * 2 + ["red"] + ["yellow"] * 5
     assert colours(values) == ["red"] * 8

@@ -6,6 +6,7 @@ from typing import get_args
 
 import pytest
 
+from peelwise.evidence.verdict import RULE
 from peelwise.records import codes
 from peelwise.records.audit import AuditConclusion, BlockRecord, LookFirst
 from peelwise.records.base import Colour, Interval, Note, note
@@ -70,6 +71,11 @@ def audit(
     return record.model_copy(update={"blocks": rows, "loss": loss, "conclusion": found, "margin_nats": 0.01})
 
 
+def foreign(record):
+    probe = record.probe.model_copy(update={"in_distribution": False})
+    return record.model_copy(update={"probe": probe, "rule": RULE})
+
+
 ONE_RED = "1 of 3 blocks certified under-optimised (block 0)."
 NOTHING_MEASURED = "No verdict yet: no block was refined by itself within the budget."
 NONE_FOUND = (
@@ -117,6 +123,13 @@ AUDITS = {
         audit(AuditConclusion(case="not-measured"), composed=interval(0.25)),
         f"{NOTHING_MEASURED} Refined together, the blocks lower the loss by 0.250 nats per token (95 % interval "
         "0.240 to 0.260).",
+    ),
+    "foreign, nothing of their own": (
+        foreign(audit(AuditConclusion(case="none-found", blocks=(0, 1, 2)), composed=interval(0.25))),
+        "None found: of 3 blocks measured (of 3), none is shown to have more than 0.010 nats per token to gain of its "
+        "own. All blocks together could adapt to this text by 0.250 nats per token (95 % interval 0.240 to 0.260); of "
+        "its own, block 0 has most to gain: 0.200. None found does not mean undamaged: only other weights of linear "
+        "layers were tried.",
     ),
     "look first": (
         audit(AuditConclusion(case="certified", blocks=(0,), look_first=LookFirst(block=0, by="solo", tied=(2,)))),

@@ -279,7 +279,9 @@ class _Recheck(Recheck):
         # A number within the tolerance of the margin may fall on either side of it elsewhere.
         # But a gain within the tolerance of nothing is no evidence, whatever the margin is.
         margins = [max(record.margin_nats + shift, self.tolerance) for shift in (0.0, -self.tolerance, self.tolerance)]
-        judged = [judge(self.evidence, m, in_distribution=record.probe.in_distribution) for m in margins]
+        judged = [
+            judge(self.evidence, m, in_distribution=record.probe.in_distribution, rule=record.rule) for m in margins
+        ]
         for index, block in enumerate(record.blocks):
             if block.verdict not in {verdicts[index].colour for verdicts in judged}:
                 follows = judged[0][index].colour

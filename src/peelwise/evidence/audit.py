@@ -11,7 +11,16 @@ from itertools import pairwise
 from typing import Literal, get_args
 
 from peelwise.evidence.intervals import Paired
-from peelwise.evidence.verdict import Evidence, Verdict, default_margin, harmful, judge, leaders
+from peelwise.evidence.verdict import (
+    RULE,
+    Evidence,
+    Verdict,
+    default_margin,
+    harmful,
+    judge,
+    leaders,
+    own_gains_decide,
+)
 from peelwise.records.audit import AuditConclusion, AuditRecord, BlockRecord, HeadRecord, LookFirst, LossRecord
 from peelwise.records.base import Interval, SealedRecord
 from peelwise.records.codes import Baseline
@@ -51,7 +60,12 @@ _MOST_NAMED = 3
 
 
 def conclusion(
-    blocks: Sequence[BlockRecord], margin: float, losses: LossRecord | None = None, *, in_distribution: bool = True
+    blocks: Sequence[BlockRecord],
+    margin: float,
+    losses: LossRecord | None = None,
+    *,
+    in_distribution: bool = True,
+    rule: int = RULE,
 ) -> AuditConclusion:
     """Return what follows for all blocks together, and no more than that.
 
@@ -60,10 +74,12 @@ def conclusion(
         margin: nats per token.
         losses: of the model and the baselines.
         in_distribution: whether the text is training text; it decides which number points at a block.
+        rule: by which the verdicts follow.
     """
     red = tuple(b.index for b in blocks if b.verdict == "red")
     yellow = tuple(b.index for b in blocks if b.verdict == "yellow")
-    measured = tuple(b.index for b in blocks if b.recoverable_nats is not None)
+    either = own_gains_decide(in_distribution, rule)
+    measured = tuple(b.index for b in blocks if b.recoverable_nats or (either and b.unique_nats))
     removals = [None if b.removal_nats is None else Paired.of(b.removal_nats) for b in blocks]
     worse = tuple(blocks[i].index for i in harmful(removals, margin))
     case: Literal["certified", "recoverable", "none-found", "not-measured"]
@@ -93,7 +109,8 @@ def best_baseline(losses: LossRecord) -> tuple[Baseline, float] | None:
 
 def conclusion_of(record: AuditRecord) -> AuditConclusion:
     """Return the conclusion that follows from a record's numbers."""
-    return conclusion(record.blocks, record.margin_nats, record.loss, in_distribution=record.probe.in_distribution)
+    known = record.probe.in_distribution
+    return conclusion(record.blocks, record.margin_nats, record.loss, in_distribution=known, rule=record.rule)
 
 
 def _look_first(blocks: Sequence[BlockRecord], in_distribution: bool) -> LookFirst | None:
@@ -311,6 +328,8 @@ def _rounds(record: AuditRecord) -> Iterator[str]:
 
 def _verdicts(record: AuditRecord) -> Iterator[str]:
     probe, margin = record.probe, margin_of(record, record.loss.current)
+    if not 1 <= record.rule <= RULE:
+        yield f"rule: verdicts follow by rule {record.rule}; this version knows 1 to {RULE}."
     if abs(record.margin_nats - margin) > 1e-9:
         yield instead("margin_nats", record.margin_nats, margin)
     if [b.index for b in record.blocks] != list(range(record.model.blocks)):
@@ -330,7 +349,7 @@ def _verdicts(record: AuditRecord) -> Iterator[str]:
 def verdicts_of(record: AuditRecord) -> list[Verdict]:
     """Return the verdicts that follow from a record's numbers, one per block."""
     evidence = [Evidence(_paired(b.recoverable_nats), _paired(b.unique_nats), b.frozen) for b in record.blocks]
-    return judge(evidence, record.margin_nats, in_distribution=record.probe.in_distribution)
+    return judge(evidence, record.margin_nats, in_distribution=record.probe.in_distribution, rule=record.rule)
 
 
 def instead(name: str, recorded: object, follows: object, of: str = "its other numbers") -> str:

@@ -7,7 +7,7 @@ rejects the opposite, at 2.5 % on each side (95 % together). The plain 95 % inte
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,6 +16,10 @@ from peelwise.records.base import Colour
 from peelwise.records.codes import INTERACTS, Reason
 
 LEVEL = 0.025
+# How verdicts follow from numbers. A record names its rule: what was certified by an older one is judged by that.
+# 1: solo gains decide. 2: on text that is not training text, marginal gains do.
+RULE = 2
+_OWN_GAINS = 2  # the rule since which marginal gains decide on other text
 _ROBUST_DEVIATIONS = 3.0
 _FEWEST_FOR_TREND = 5
 _APART = 1.96  # standard errors
@@ -71,22 +75,39 @@ def cloud_colour(loss: float, upper: float | None, lower: float, margin: float) 
     return "green" if loss <= lower + margin else "yellow"
 
 
+def own_gains_decide(in_distribution: bool, rule: int = RULE) -> bool:
+    """Return whether verdicts follow from marginal gains: on text that is not known to be training text."""
+    return not in_distribution and rule >= _OWN_GAINS
+
+
 def judge(
-    evidence: Sequence[Evidence], margin: float, *, in_distribution: bool, still_falling: bool = False
+    evidence: Sequence[Evidence],
+    margin: float,
+    *,
+    in_distribution: bool,
+    still_falling: bool = False,
+    rule: int = RULE,
 ) -> list[Verdict]:
     """Return one verdict per block.
+
+    On training text the solo gain decides. On other text it also holds what every block could adapt to that text, and
+    the marginal gain what is left after all others have adapted: a block is green if that is below the margin, and
+    red only if it is above, or if the solo gain stands out from the trend over depth.
 
     Args:
         evidence: per block in order of depth.
         margin: smallest recoverable loss that matters, nats per token.
-        in_distribution: whether the probe is training text. If not, red needs a block that stands out.
+        in_distribution: whether the probe is training text.
         still_falling: whether the training loss is still falling.
+        rule: by which verdicts follow; an earlier one for records that were made by it.
     """
     alone = [e.alone for e in evidence]
     above = _holm([a.p_at_most(margin) if a else None for a in alone])
     below = _holm([a.p_at_least(margin) if a else None for a in alone])
     unique_above = _holm([e.unique.p_at_most(margin) if e.unique else None for e in evidence])
+    unique_below = _holm([e.unique.p_at_least(margin) if e.unique else None for e in evidence])
     unique_negative = _holm([e.unique.p_at_least(0.0) if e.unique else None for e in evidence])
+    own_matters = own_gains_decide(in_distribution, rule)
     outlying = stands_out([a.mean if a else None for a in alone], margin)
     verdicts = []
     for i, measured in enumerate(alone):
@@ -94,17 +115,18 @@ def judge(
             verdicts.append(Verdict("frozen", "frozen"))
             continue
         verdict = _one(measured, margin, above[i], below[i], unique_above[i])
+        if own_matters and unique_below[i] and not (above[i] and outlying[i]):
+            verdict = Verdict("green", "nothing-of-its-own")
+        elif own_matters and unique_above[i] and verdict.colour != "red":
+            verdict = Verdict("red", "own-above-margin")
         if verdict.colour == "red" and still_falling:
             verdict = Verdict("yellow", "still-falling")
         elif verdict.colour == "red" and not in_distribution and not (outlying[i] or unique_above[i]):
             verdict = Verdict("yellow", "foreign-text")
         if unique_negative[i]:
-            verdict = Verdict(
-                verdict.colour if verdict.colour != "green" else "grey",
-                verdict.reason,
-                verdict.sequences_needed,
-                interaction=True,
-            )
+            # A block that takes away from its neighbours' gain has nothing of its own, and may have much by itself.
+            unsure = verdict.reason == "nothing-above-margin"
+            verdict = replace(verdict, colour="grey" if unsure else verdict.colour, interaction=True)
         verdicts.append(verdict)
     return verdicts
 

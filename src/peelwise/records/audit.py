@@ -153,9 +153,13 @@ class AuditConclusion(Record):
 
 
 class AuditRecord(SealedRecord):
-    """Everything one audit found; ``check`` is ``None`` in a model of fewer than five blocks, and in records of old."""
+    """Everything one audit found; ``check`` is ``None`` in a model of fewer than five blocks, and in records of old.
+
+    ``rule`` is the number of the rule by which verdicts follow (`evidence.verdict.RULE`); records of old have none.
+    """
 
     kind: Literal["audit"] = "audit"
+    rule: int = 1
     conclusion: AuditConclusion | str | None = None
     loss: LossRecord
     blocks: tuple[BlockRecord, ...]

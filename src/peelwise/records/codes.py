@@ -12,6 +12,8 @@ Reason = Literal[
     "above-margin",  # red
     "still-falling",  # yellow: the training loss still falls
     "foreign-text",  # yellow: no training text, so it may be adaptation
+    "own-above-margin",  # red on text that is no training text: its marginal gain is above the margin
+    "nothing-of-its-own",  # green on such text: its marginal gain is below the margin
     "nothing-above-margin",  # green
     "more-tokens",  # grey: the interval covers the margin
     "not-refined",  # grey: not refined by itself within the budget

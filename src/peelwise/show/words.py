@@ -39,6 +39,8 @@ REASONS: Mapping[str, str] = MappingProxyType(
         "still-falling": "recoverable, still training",
         "foreign-text": "recoverable on this text; adaptation and under-training are not distinguishable without "
         "training text",
+        "own-above-margin": "certified under-optimised: beside all others it still gains more than the margin",
+        "nothing-of-its-own": "nothing of its own found: what it gains by itself, its neighbours gain too",
         "nothing-above-margin": "nothing above the margin found",
         "more-tokens": "undecided: more probe tokens needed",
         "not-refined": "undecided: its solo gain was not measured within the budget",

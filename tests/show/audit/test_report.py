@@ -92,7 +92,7 @@ def test_uninformative_and_foreign_text_are_said() -> None:
     probe = record.probe.model_copy(update={"in_distribution": False})
     text = text_of(render_html(record.model_copy(update={"informative": False, "probe": probe})))
     assert "Uninformative" in text
-    assert "not distinguishable without training text" in text
+    assert "Verdicts follow the marginal gain" in text
 
 
 def test_the_main_parts_are_there(pages: dict[str, str]) -> None:

@@ -7,7 +7,7 @@ import math
 from peelwise.records.audit import AuditRecord, BlockRecord
 from peelwise.show.audit import sections
 from peelwise.show.audit.low_bit import low_bit
-from peelwise.show.audit.words import conclusion, reasons
+from peelwise.show.audit.words import conclusion, reasons, two_gains
 from peelwise.show.check import words as check_words
 from peelwise.show.html.markup import chip, esc, paragraph
 from peelwise.show.html.page import document, facts
@@ -106,8 +106,13 @@ def _verdicts(record: AuditRecord) -> str:
         '<section id="verdicts" class="card"><div class="hero">'
         f'<div>{number}</div><ul class="tally">{tally}</ul></div>'
         f'<ol class="strip" style="--columns:{columns}" aria-label="Verdict of each block, first to last">'
-        f"{cells}</ol>{_check(record)}</section>"
+        f"{cells}</ol>{_two_gains(record)}{_check(record)}</section>"
     )
+
+
+def _two_gains(record: AuditRecord) -> str:
+    said = two_gains(record)
+    return paragraph(f"The blocks {said[0]}; {said[1]} nats per token.", "small") if said else ""
 
 
 def _check(record: AuditRecord) -> str:

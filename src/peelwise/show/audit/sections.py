@@ -102,7 +102,8 @@ def reading(record: AuditRecord) -> str:
         "The probe was declared to be training text."
         if record.probe.in_distribution
         else "The probe is not known to be training text. What can be recovered then mixes under-training "
-        "with adaptation to this text, and the two are not distinguishable without training text.",
+        "with adaptation to this text, which all blocks can do. Verdicts follow the marginal gain: what a block gains "
+        "that the others, refined, do not. Below the margin it has nothing of its own to recover.",
     )
     points = "".join(f"<li>{esc(line)}</li>" for line in text)
     return section("reading", "How to read this", f'<dl class="meanings">{meanings}</dl>', f"<ul>{points}</ul>")

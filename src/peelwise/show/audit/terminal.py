@@ -20,7 +20,7 @@ from peelwise.records.base import Interval, SealedRecord
 from peelwise.records.plain_text import clean
 from peelwise.records.signals import RANKED_BY, SIGNALS
 from peelwise.show.audit.low_bit import terminal_view
-from peelwise.show.audit.words import conclusion, reasons
+from peelwise.show.audit.words import conclusion, reasons, two_gains
 from peelwise.show.check import words as check_words
 from peelwise.show.words import (
     INTERACTION,
@@ -124,9 +124,10 @@ def model_line(record: SealedRecord) -> str:
 
 
 def _counts_line(record: AuditRecord) -> str:
-    return " · ".join(
+    listed = [
         f"{VERDICTS[colour].letter} {number} {VERDICTS[colour].short}" for colour, number in counts(record).items()
-    )
+    ]
+    return " · ".join([*listed, *two_gains(record)])
 
 
 def _block_table(record: AuditRecord, width: int) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from peelwise.evidence.audit import best_baseline, conclusion_of, verdicts_of
+from peelwise.evidence.verdict import own_gains_decide
 from peelwise.records.audit import AuditConclusion, AuditRecord, BlockRecord
 from peelwise.records.base import Interval
 from peelwise.records.codes import INTERACTS
@@ -20,7 +21,7 @@ def conclusion(record: AuditRecord) -> str:
     found = record.conclusion if isinstance(record.conclusion, AuditConclusion) else conclusion_of(record)
     parts = (
         _first(record, found),
-        _together(record.loss.composed_gain),
+        _together(record),
         _look_first(record, found),
         _harm(record, found),
         _above(record, found),
@@ -50,6 +51,11 @@ def _first(record: AuditRecord, found: AuditConclusion) -> str:
         return f"{count} of {blocks} blocks certified under-optimised ({named})."
     if found.case == "recoverable":
         return f"No block is certified under-optimised; {count} of {blocks} have recoverable loss on this text."
+    if found.case == "none-found" and own_gains_decide(record.probe.in_distribution, record.rule):
+        return (
+            f"None found: of {count} blocks measured (of {blocks}), none is shown to have more than "
+            f"{record.margin_nats:.3f} nats per token to gain of its own."
+        )
     if found.case == "none-found":
         return (
             f"None found: of {count} blocks refined by themselves (of {blocks}), none is shown to have a solo gain "
@@ -58,13 +64,38 @@ def _first(record: AuditRecord, found: AuditConclusion) -> str:
     return "No verdict yet: no block was refined by itself within the budget."
 
 
-def _together(composed: Interval | None) -> str:
+def _together(record: AuditRecord) -> str:
+    composed = record.loss.composed_gain
     if composed is None:
         return ""
     interval = f"(95 % interval {composed.low:.3f} to {composed.high:.3f})"
     if composed.high < 0:
         return f"Refined together, the blocks raise the loss by {-composed.mean:.3f} nats per token {interval}."
-    return f"Refined together, the blocks lower the loss by {composed.mean:.3f} nats per token {interval}."
+    largest = of_its_own(record)
+    if largest is None:
+        return f"Refined together, the blocks lower the loss by {composed.mean:.3f} nats per token {interval}."
+    block, own = largest
+    return (
+        f"All blocks together could adapt to this text by {composed.mean:.3f} nats per token {interval}; of its own, "
+        f"block {block} has most to gain: {own.mean:.3f}."
+    )
+
+
+def of_its_own(record: AuditRecord) -> tuple[int, Interval] | None:
+    """Return the block with the largest marginal gain, and that gain, on text where marginal gains decide."""
+    found = [(block.index, block.unique_nats) for block in record.blocks if block.unique_nats is not None]
+    if not found or not own_gains_decide(record.probe.in_distribution, record.rule):
+        return None
+    return max(found, key=lambda pair: pair[1].mean)
+
+
+def two_gains(record: AuditRecord) -> tuple[str, ...]:
+    """Return what all blocks could gain together and the most that one gains of its own, to stand beside a strip."""
+    together, largest = record.loss.composed_gain, of_its_own(record)
+    if together is None or largest is None:
+        return ()
+    block, own = largest
+    return f"could adapt together {together.mean:+.3f}", f"of its own at most {own.mean:+.3f} (block {block})"
 
 
 def _look_first(record: AuditRecord, found: AuditConclusion) -> str:

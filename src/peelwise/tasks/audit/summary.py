@@ -16,7 +16,7 @@ from peelwise.engine.witness import witness_tensors
 from peelwise.evidence.audit import conclusion, informative, tokens_needed
 from peelwise.evidence.intervals import Paired
 from peelwise.evidence.unlike import THRESHOLD
-from peelwise.evidence.verdict import Evidence, Verdict, default_margin, judge
+from peelwise.evidence.verdict import RULE, Evidence, Verdict, default_margin, judge
 from peelwise.model.layers import Block, device_of
 from peelwise.records.audit import AuditRecord, BlockRecord, LossRecord
 from peelwise.records.base import Interval
@@ -49,6 +49,7 @@ def summarise(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         conclusion=conclusion(blocks, margin, losses, in_distribution=session.probe.in_distribution),
         complete=findings.complete,
+        rule=RULE,
         margin_nats=margin,
         informative=informative(losses),
         model=model_record(setup),
