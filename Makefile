@@ -20,14 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 QUICK = -m "not trained and not browser and not slow"
 
-define LINT
-$(BIN)/ruff format --check .
-$(BIN)/ruff check .
-$(BIN)/mypy
-$(BIN)/lint-imports
-endef
-
-.PHONY: demo-audit check test nightly lowest lint docs bench truth clean
+.PHONY: demo-audit check test nightly lowest lint types quick whole docs bench truth clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -55,7 +48,7 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.torch
 	@echo "Installing peelwise[dev] ..."
 	$(INSTALL) -e ".[dev]"
 	$(SMOLLM2)
-	@touch $@
+	@touch $(VENV)/.check $@
 
 # What the extra `docs` names, without peelwise itself: the build reads src/ and needs no torch.
 $(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
@@ -68,20 +61,32 @@ demo-audit: $(VENV)/.demo
 	$(BIN)/peelwise audit smollm2 --tokens 5120 --budget 510s --out out/demo --force
 
 lint: $(VENV)/.check
-	$(LINT)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 
-# Below a minute on two cores once its packages are there.
-check: $(VENV)/.check
-	$(LINT)
+types: $(VENV)/.check
+	$(BIN)/mypy
+
+quick: $(VENV)/.check
 	$(PYTEST) $(QUICK)
 
-test: $(VENV)/.dev
-	$(LINT)
+whole: $(VENV)/.dev
 	$(PYTEST)
 
+# Below a minute on two cores once its packages are there. Types are checked beside the tests: each leaves a part of two
+# processors idle.
+check: lint
+	$(MAKE) -j 2 types quick
+
+test: $(VENV)/.dev
+	$(MAKE) lint
+	$(MAKE) -j 2 types whole
+
 # What is too long for every change: kills by the dozen, more processes, long simulations, benchmarks' own tests, the
-# packaged model, and wheel and sdist installed where nothing else is.
+# packaged model, wheel and sdist installed where nothing else is, and further cases of the tests by day.
 nightly: $(VENV)/.dev
+	$(PYTEST) --nightly
 	$(PYTEST) tests/nightly
 
 # The quick tests with the lowest versions that pyproject.toml promises, in an environment of their own.

@@ -37,14 +37,29 @@ SmallGPT = Callable[..., tuple[Any, Any]]
 # What a test needs shows in the fixtures that it asks for, its own or those of its fixtures, and in its top folder.
 NEEDS = {"stored_stage": "trained", "chromium": "browser"}
 # Whole runs of a product are slow, wherever they are started from.
-FOLDERS = dict.fromkeys(("api", "certificate", "cli", "distributed", "examples", "integrations", "tasks"), "slow")
+SLOW = ("api", "certificate", "cli", "distributed", "docs", "examples", "integrations", "tasks")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what ``make check`` leaves to ``make test``, and begin with what takes long."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--nightly``."""
+    parser.addoption("--nightly", action="store_true", help="run what is marked nightly, and nothing else")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep tests of the day or of the night, mark what ``make check`` leaves out, begin with what takes long."""
+    for item in items:
+        if item.path.relative_to(TESTS).parts[0] == "nightly":
+            item.add_marker("nightly")
+    by_night = config.getoption("--nightly")
+    nightly = {item for item in items if item.get_closest_marker("nightly")}
+    if by_night or len(nightly) < len(items):  # whoever names tests of the night alone gets them
+        kept = [item for item in items if (item in nightly) == by_night]
+        config.hook.pytest_deselected(items=[item for item in items if (item in nightly) != by_night])
+        items[:] = kept
     for item in items:
         needed = {NEEDS[name] for name in getattr(item, "fixturenames", ()) if name in NEEDS}
-        for marker in needed | {FOLDERS.get(item.path.relative_to(TESTS).parts[0])} - {None}:
+        slow = {"slow"} if item.path.relative_to(TESTS).parts[0] in SLOW else set()
+        for marker in needed | slow:
             item.add_marker(marker)
     # A file is one process's work: long ones are begun first, so that no process is left alone with one at the end.
     long = {item.path for item in items if any(item.get_closest_marker(m) for m in ("slow", "trained", "browser"))}

@@ -484,7 +484,7 @@ def check_killed_trainings(folder, kills):
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_killing_a_training_process_at_random_moments_loses_at_most_a_record(tmp_path):
     check_killed_trainings(tmp_path, 3)
 

@@ -19,7 +19,7 @@ from zoo import ZOO
 QUIET = dataclasses.replace(ONE_ROUND, controls=False)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [2, pytest.param(1, marks=pytest.mark.nightly)])
 def test_an_honest_witness_comes_out_again_bit_for_bit(audited, broken_folder, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -242,7 +242,7 @@ def test_verify_says_what_holds(run, certificate, broken_folder):
     code, out, _ = run("verify", certificate, "--model", broken_folder, "--full")
     assert code == 0
     assert "the verdicts that follow from them" in out
-    assert "Not rechecked: the losses of the controls" in out
+    assert "the losses of the controls" in out.partition("Not rechecked: ")[2]
 
 
 def test_verify_says_what_does_not_hold(run, certificate):

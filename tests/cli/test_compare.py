@@ -46,6 +46,7 @@ def test_a_broken_block_is_named_saved_and_fails_on_demand(run, broken_folder, t
     assert json.loads(shown)["conclusion"]["helped"] == [3]
 
 
+@pytest.mark.nightly
 def test_the_folder_of_a_run_is_a_table_over_time(run, text) -> None:
     arguments = ("compare", CHECKPOINTS, "--text", text, "--tokenizer", CHECKPOINTS / "tokenizer", *QUICK, "--no-path")
     code, shown, _ = run(*arguments, "--json")

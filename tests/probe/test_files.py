@@ -190,6 +190,7 @@ def test_hostile_lines_name_file_and_line(tmp_path, line, message):
         read_texts([tmp_path / "a.jsonl"])
 
 
+@pytest.mark.slow
 def test_300_megabytes_take_bounded_memory(tmp_path):
     """In a process of its own that may not have more."""
     line = "The quick brown fox jumps over the lazy dog, and number {} looks on from afar.\n"

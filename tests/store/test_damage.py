@@ -17,6 +17,8 @@ from peelwise.store.reader import RunReader
 from peelwise.store.writer import RunWriter
 from runs import event, measurement_row, run_info
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def path(tmp_path):

@@ -18,6 +18,8 @@ from peelwise.store.reader import RunReader
 from peelwise.store.schema import sound
 from runs import write_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):

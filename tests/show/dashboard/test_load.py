@@ -22,6 +22,8 @@ from peelwise.store.writer import RunWriter
 from runs import run_info, write_run
 from show.dashboard.asking import served
 
+pytestmark = pytest.mark.slow
+
 STREAM = "/api/stream?from=0.1@40.4.1"
 
 

@@ -43,8 +43,8 @@ def _audited(name: str, form: str, skip: tuple[str, ...]):
 @pytest.mark.parametrize(
     ("name", "form", "skip"),
     [
-        ("plain", "ternary:tensor", ()),
-        ("llama", "ternary:tensor", ()),
+        pytest.param("plain", "ternary:tensor", (), marks=pytest.mark.nightly),
+        pytest.param("llama", "ternary:tensor", (), marks=pytest.mark.nightly),
         ("qwen2", "int2:group=16,affine", ("down_proj",)),  # biases, and dense maps among low-bit ones
         ("llama-tied", "int3:minimum,band=24", ()),
     ],
@@ -304,7 +304,7 @@ def test_a_module_that_does_not_store_its_format_is_named() -> None:
         run_audit(_with_foreign_layer(1.1), tiny_probe(), ONE_ROUND)
 
 
-@pytest.mark.parametrize("form", ["ternary:channel", "int4:minimum"])
+@pytest.mark.parametrize("form", ["ternary:channel", pytest.param("int4:minimum", marks=pytest.mark.nightly)])
 def test_rows_of_zeros_and_constant_rows_are_handled(form: str) -> None:
     model = ZOO["llama"]()
     quantize_(model, form)

@@ -279,7 +279,7 @@ def healthy(stored_stage, training_probe):
     return run_audit(stored_stage("final")[0], training_probe, DEPTH).record
 
 
-@pytest.mark.parametrize("name", DAMAGES)
+@pytest.mark.parametrize("name", ["sign flip", pytest.param("noise", marks=pytest.mark.nightly)])
 def test_a_damaged_block_is_found(name, healthy, small_gpt, training_probe):
     """Statistic: ``unique``, what only one block gives back once all are refined together.
 
@@ -308,7 +308,9 @@ def test_a_damaged_block_is_found(name, healthy, small_gpt, training_probe):
     assert record.conclusion.harmful[0] == index
 
 
-@pytest.mark.parametrize("name", ["stale", "scale 0.7", "scale 1.3", "reset"])
+@pytest.mark.parametrize(
+    "name", ["reset", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("stale", "scale 0.7", "scale 1.3"))]
+)
 def test_lighter_damage_is_certified_in_its_block_or_beside_it(name, healthy, small_gpt, training_probe):
     """A stale block costs only 0.1 nats, which its neighbours can give back as well: there intervals decide."""
     index = 3

@@ -52,7 +52,13 @@ def _double():
 
 @pytest.mark.parametrize(
     ("task", "layers", "bias"),
-    [(_phase, 5, True), (_phase, 5, False), (_denoise, 4, True), (_denoise, 4, False), (_digits, 4, True)],
+    [
+        (_phase, 5, True),
+        (_denoise, 4, False),
+        (_digits, 4, True),
+        pytest.param(_phase, 5, False, marks=pytest.mark.nightly),
+        pytest.param(_denoise, 4, True, marks=pytest.mark.nightly),
+    ],
 )
 def test_published_mode_is_the_plain_algorithm_to_the_digit(task, layers: int, bias: bool) -> None:
     x, y = task()
