@@ -45,6 +45,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--nightly", action="store_true", help="run what is marked nightly, and nothing else")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not even import what is slow where it is left out."""
+    slow = collection_path.parent == TESTS and collection_path.name in SLOW
+    return True if slow and "not slow" in config.option.markexpr else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep tests of the day or of the night, mark what ``make check`` leaves out, begin with what takes long."""
     for item in items:

@@ -64,12 +64,14 @@ def check_verdicts(n, noise):
 
 @pytest.mark.parametrize("n", QUICK)
 @pytest.mark.parametrize("noise", NOISES.values(), ids=NOISES)
+@pytest.mark.slow
 def test_intervals_cover_what_they_claim(n, noise):
     check_coverage(n, noise)
 
 
 @pytest.mark.parametrize("n", QUICK)
 @pytest.mark.parametrize("noise", NOISES.values(), ids=NOISES)
+@pytest.mark.slow
 def test_no_verdict_is_wrong_more_often_than_it_claims(n, noise):
     check_verdicts(n, noise)
 
@@ -82,6 +84,7 @@ def test_student_alone_would_not_do_for_skewed_differences():
 
 
 @pytest.mark.parametrize(("n", "least"), [(8, 0.895), (12, 0.91), (20, 0.92), (30, 0.93), (200, 0.94)])
+@pytest.mark.slow
 def test_very_skewed_differences_are_covered_as_the_docs_say(n, least):
     found = simulated(n, lambda rng, n: rng.lognormal(0, 1, n) - np.exp(0.5))
 

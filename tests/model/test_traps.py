@@ -55,6 +55,7 @@ def eager_outcome():
 
 
 @pytest.mark.parametrize("compiled", [compiled_whole, compiled_in_place, compiled_blocks])
+@pytest.mark.slow
 def test_compiled_model_gives_the_audit_of_the_plain_one(compiled, eager_outcome):
     model = compiled(ZOO["llama"]())
     model(sample_ids())  # compiled before the first hook is there
@@ -174,6 +175,7 @@ def test_a_bf16_product_is_not_positive_semi_definite():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "plain"])
+@pytest.mark.slow
 def test_half_precision_models_are_audited_without_nan(name, dtype):
     model = ZOO[name]().to(dtype)
     before = Snapshot.of(model)

@@ -78,6 +78,7 @@ def with_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("with_row")
+@pytest.mark.slow
 def test_a_row_more_and_the_signal_is_in_history_terminal_page_export_trackers_and_docs(tmp_path, run) -> None:
     path = tmp_path / "run.db"
     expected, told = monitored(path)
@@ -105,6 +106,7 @@ def test_a_row_more_and_the_signal_is_in_history_terminal_page_export_trackers_a
 
 
 @pytest.mark.usefixtures("with_row")
+@pytest.mark.slow
 def test_the_live_page_gets_its_words_and_values_by_query(tmp_path) -> None:
     pytest.importorskip("uvicorn", reason="the live page needs starlette and uvicorn")
     from peelwise.show.dashboard import queries
@@ -122,6 +124,7 @@ def test_the_live_page_gets_its_words_and_values_by_query(tmp_path) -> None:
 
 
 @pytest.mark.usefixtures("with_row")
+@pytest.mark.slow
 def test_it_is_in_certificates_and_their_report(tmp_path) -> None:
     model = ZOO["plain"]()
     report = peelwise.audit(model, tiny_probe(), peelwise.AuditSettings(joint_rounds=0, solo_rounds=1, controls=False))
@@ -162,6 +165,7 @@ def test_a_watched_signal_is_told_by_its_title_and_another_is_not_told(monkeypat
     assert changes_of(False, monkeypatch) == []
 
 
+@pytest.mark.slow
 def test_without_its_row_it_is_nowhere(tmp_path, run) -> None:
     """The control."""
     _, told = monitored(tmp_path / "run.db")

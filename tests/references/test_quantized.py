@@ -58,6 +58,7 @@ def _exhaustive(S: Tensor, T: Tensor, levels: list[int], *, rows_apart: bool) ->
         ("int2:scale=float32", [-2, -1, 0, 1], True),
     ],
 )
+@pytest.mark.slow
 def test_exhaustive_search_finds_nothing_better_and_rarely_much_better(
     name: str, levels: list[int], rows_apart: bool
 ) -> None:

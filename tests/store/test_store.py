@@ -203,6 +203,7 @@ def check_killed_writers(folder, kills):
     assert sum(map(int, done.stdout.split())) > 2 * kills  # the control: there was something to lose
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_loses_at_most_the_record_being_written(tmp_path):
     check_killed_writers(tmp_path, 8)
 
@@ -210,6 +211,7 @@ def test_kill_9_at_any_moment_loses_at_most_the_record_being_written(tmp_path):
 # -- refusals ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused_and_told_who_writes(run_db):
     with RunWriter(run_db, run_info("first")) as writer:
         with pytest.raises(StoreError, match=rf"is being written by process {os.getpid()} on .* \(run 2, 'first'\)"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from rich.console import Console
 
 from peelwise.records.audit import AuditRecord, MatrixRecord
@@ -59,6 +60,7 @@ def test_the_terminal_shows_the_three_parts_at_any_width() -> None:
     assert "quantisation gap" not in _printed(terminal.render(whole()))
 
 
+@pytest.mark.slow
 def test_the_report_has_a_section_with_every_layer_and_escapes_names() -> None:
     page = render_html(low_bit_record())
     assert '<section id="bits">' in page

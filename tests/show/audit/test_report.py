@@ -40,6 +40,7 @@ def text_of(page: str) -> str:
 
 
 @pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.slow
 def test_well_formed_small_and_without_foreign_references(name: str, pages: dict[str, str]) -> None:
     page = pages[name]
     root = ET.fromstring(page)
@@ -66,6 +67,7 @@ def test_ids_are_unique_and_every_block_is_there(name: str, pages: dict[str, str
     assert all(cell.attrib["aria-label"] and "".join(cell.itertext())[0] in "RYG?" for cell in cells)
 
 
+@pytest.mark.slow
 def test_the_same_record_gives_the_same_page(pages: dict[str, str]) -> None:
     assert render_html(whole()) == pages["whole"]
 

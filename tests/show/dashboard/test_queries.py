@@ -162,6 +162,7 @@ def plain(path, column):
     return [found[i : i + 3] for i in range(0, len(found), 3)]
 
 
+@pytest.mark.slow
 def test_one_look_among_ten_thousand_can_be_seen(tmp_path):
     path = noisy_run(tmp_path / "run.db", 10_000, red_at=7_654, spike_at={1_234: 300.0, 8_765: 1e-4})
     with RunReader(path) as reader:

@@ -41,6 +41,7 @@ def printed(record: PeelRecord, width: int = 110, *, encoding: str = "utf-8") ->
 
 
 @pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.slow
 def test_the_page_is_well_formed_and_has_nothing_foreign(name: str, pages: dict[str, str]) -> None:
     root = ET.fromstring(pages[name])
     assert len(pages[name].encode()) < 400_000
