@@ -1,6 +1,7 @@
-"""What `mkdocs build` makes from other files: the start page, the command line, notes, changelog, the small GPT.
+"""What `mkdocs build` makes from other files: the start page, the command line, the signals, notes, changelog, the small GPT.
 
-Each text has one source. The start page is the first part of README.md, the command line is read from the typer app.
+Each text has one source. The start page is the first part of README.md, the command line is read from the typer app, the signals from
+their table.
 Links are rewritten from the place of the source to the place of the page.
 """
 
@@ -32,7 +33,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         page: moved(text, source, page) for (source, page), text in zip(PAGES.items(), texts.values(), strict=True)
     }
     texts["index.md"] = start_page(root)
-    texts["commands.md"] = commands(root)
+    texts["commands.md"], texts["signals.md"] = from_code(root)
     for page, text in texts.items():
         files.append(File.generated(config, page, content=text))
     return files
@@ -67,18 +68,24 @@ def start_page(root: Path) -> str:
     return f"---\ntitle: peelwise\nhide: [toc]\n---\n\n{first}\n{further}"
 
 
-def commands(root: Path) -> str:
-    """Return the page of the command line, as typer writes it. The commands import torch only when they run."""
+def from_code(root: Path) -> tuple[str, str]:
+    """Return the pages of the command line and of the signals. Nothing here imports torch."""
     sys.path.insert(0, str(root / "src"))
     try:
         from peelwise.cli.main import app
+        from peelwise.show.signals import page
 
-        command = typer.main.get_command(app)
-        text = get_docs_for_click(
-            obj=command, ctx=typer.Context(command, info_name="peelwise"), name="peelwise", title="Command line"
-        )
+        return commands(app), page()
     finally:
         sys.path.remove(str(root / "src"))
+
+
+def commands(app: typer.Typer) -> str:
+    """Return the page of the command line, as typer writes it."""
+    command = typer.main.get_command(app)
+    text = get_docs_for_click(
+        obj=command, ctx=typer.Context(command, info_name="peelwise"), name="peelwise", title="Command line"
+    )
     for name in command.commands:
         text = text.replace(f"* `{name}`: ", f"* [`{name}`](#peelwise-{name}): ", 1)
     return text.replace("```console", "```{ .console .no-copy }")

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from peelwise.records.signals import SIGNALS
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("mkdocs.yml", "docs", "README.md", "NOTES.md", "CHANGELOG.md", "examples/small_gpt/README.md")
 # What the build reads, by the name it is imported under.
@@ -92,6 +94,8 @@ def test_every_command_and_public_name_is_there(site):
     reference += (site / "reference" / "integrations.html").read_text()
     for name in peelwise.__all__:
         assert f">{name}</span>" in reference, name
+    signals = (site / "signals.html").read_text()
+    assert all(f"<code>{name}</code>" in signals for name in SIGNALS)
 
 
 def _names(app):

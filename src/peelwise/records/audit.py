@@ -38,7 +38,7 @@ class BlockRecord(Record):
     refined. ``interaction`` marks one that is significantly negative over all blocks together: neighbours that
     compensate for each other. ``None`` means not measured within the budget, never "nothing there".
     ``energy`` to ``gradient_norm`` are the signals of a sweep that have a field of their own since earlier versions;
-    ``signals`` holds all others by name. What they mean is in `records.signals.SIGNALS` (docs/signals.md).
+    ``signals`` holds all others by name. What they mean is in `records.signals.SIGNALS`.
     ``removal_nats`` is the **ablation**: what the loss rises by when the block is skipped, its input passed on as its
     output. Below zero, the model is better without it, which replacement weights of zero prove.
     ``split`` takes the loss of a low-bit model apart for this block alone, with the interval of its price in

@@ -65,7 +65,7 @@ class Statistic:
     """One number of one block at one record, with its 95 % interval where it has one.
 
     Attributes:
-        name: such as ``energy``; all of them are in `records.signals.SIGNALS` (docs/signals.md).
+        name: such as ``energy``; all of them are in `records.signals.SIGNALS` (documentation: Signals of a block).
         block: index, or ``WHOLE_MODEL``.
         value, low, high: the number and its interval.
         to_median, to_trend: the number against its own running median and trend; a quotient or a

@@ -1,7 +1,7 @@
 """The table of layer signals: what each is called, measured in, and how it is compared with its own history. No torch.
 
 Whoever computes, stores, watches, shows, exports or documents a signal reads it here. A new one is a function, a row of
-`SIGNALS`, a test and a line in the changelog; `docs/signals.md` is made from this table.
+`SIGNALS`, a test and a line in the changelog; the page of the documentation is made from this table.
 """
 
 from __future__ import annotations

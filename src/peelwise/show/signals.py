@@ -1,4 +1,4 @@
-"""The page about signals, docs/signals.md, made from their table. No torch."""
+"""The page of the documentation about signals, made from their table. No torch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from peelwise.records.signals import Kind, Signal, of_kinds
 
 _HEAD = """# The signals: every number of a block, what it means and how it is compared
 
-Made from the table in `src/peelwise/records/signals.py` by `python -m peelwise.show.signals > docs/signals.md`. Names
-are those of the [run history](run-history.md), of trackers (`peelwise/NAME/block_07`) and, where no older key exists,
-of certificates; they stay. Titles are for people.
+Made from the table in `src/peelwise/records/signals.py` when the documentation is built. Names are those
+of the [run history](run-history.md), of trackers (`peelwise/NAME/block_07`) and, where no older key exists, of
+certificates; they stay. Titles are for people.
 
 *Compared*: what `to_median` and `to_trend` hold in the run history, a quotient (2 means twice as much) or a difference;
 of codes, steps and the edges of the cloud both are null. *Event*: a lasting change against all other blocks is told,
@@ -61,7 +61,3 @@ def _row(signal: Signal) -> str:
         "" if signal.in_history else "yes",
     )
     return f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")
-
-
-if __name__ == "__main__":
-    print(page(), end="")
