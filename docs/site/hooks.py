@@ -1,8 +1,7 @@
 """What `mkdocs build` makes from other files: start page, command line, signals, notes, changelog, the small GPT.
 
-Each text has one source. The start page is the first part of README.md, the command line is read from the typer app, the
-signals from their table. Links are rewritten from the place of the
-source to that of the page.
+Each text has one source. The start page is the first part of README.md, the command line is read from the typer app,
+the signals from their table. Links are rewritten from the place of the source to that of the page.
 """
 
 from __future__ import annotations
