@@ -101,8 +101,8 @@ def _stages(session: Session, findings: Findings, settings: AuditSettings) -> bo
     complete &= stages.first_sweep(session, findings, null=null)
     complete &= stages.take_out(session, findings, share=_REMOVAL_SHARE)
     complete &= stages.joint_rounds(session, findings, rounds=settings.joint_rounds, share=_JOINT_SHARE)
-    _shuffled(session, findings)
     complete &= stages.leave_one_out(session, findings, share=_UNIQUE_SHARE)
+    _shuffled(session, findings)
     if settings.controls:
         clock = session.clock
         affordable = clock.elapsed < _CONTROL_SHARE * clock.budget
