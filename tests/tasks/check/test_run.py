@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from peelwise.errors import CertificateError, OptionError
 from peelwise.model.fingerprint import fingerprint
 from peelwise.records.check import CheckRecord
 from peelwise.records.files import RECORD_FILE, WITNESS_FILE
+from peelwise.show.check.words import witness_words
 from peelwise.tasks.check.run import run_check
 from peelwise.tasks.check.settings import CheckSettings
 
@@ -81,6 +83,28 @@ def test_its_gain_witness_turns_the_sign_back(broken: tuple[Any, CheckRecord], h
     assert record.composed_loss is not None
     assert healthy.loss is not None
     assert record.composed_loss < healthy.loss + 0.6 * (record.loss - healthy.loss)
+
+
+def test_one_head_that_is_too_large_has_a_witness_of_its_own(
+    stored_stage: Callable[[str], Any], probe: peelwise.Probe, tmp_path: Path
+) -> None:
+    """What its columns of the last layer read is multiplied by 8, and a factor near an eighth puts it back."""
+    model = copy.deepcopy(stored_stage("final")[0])
+    attention = model.model.layers[3].self_attn
+    size = attention.head_dim
+    with torch.no_grad():
+        attention.o_proj.weight[:, 2 * size : 3 * size] *= 8
+    record = run_check(model, probe, CheckSettings())
+    assert record.unlike[0].block == 3
+    found = next(witness for witness in record.gain_witnesses if witness.head is not None and witness.block == 3)
+    assert (found.head, found.head_dim) == (2, size)
+    assert found.factor == pytest.approx(1 / 8, abs=0.1)
+    assert found == record.gain_witnesses[0]  # no other factor gains more
+    assert found.composed
+    assert found.gain.low > record.margin_nats
+    assert "head 2 of attention" in witness_words(found)
+    write_certificate(tmp_path / "head", record, factor_tensors(record), probe)
+    assert verify(tmp_path / "head", model).holds
 
 
 def test_in_the_healthy_model_nothing_is_named(healthy: CheckRecord) -> None:

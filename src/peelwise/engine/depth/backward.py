@@ -145,7 +145,11 @@ def gradient_alignment(part: Backward) -> float | None:
 def head_slope(part: Backward) -> float | None:
     """Return the largest gain slope of a head in absolute value, nats per token; of what goes into attention's last
     layer alone."""
+    slopes = head_slopes(part)
+    return None if slopes is None else float(slopes.abs().max())
+
+
+def head_slopes(part: Backward) -> Tensor | None:
+    """Return the gain slope of every head ``[heads]``, nats per token, where the part's channels are heads."""
     channels, size = part.gate.channels, part.head_dim
-    if channels is None or size is None or len(channels) % size:
-        return None
-    return float(part.gate.groups(size).abs().max())
+    return None if channels is None or size is None or len(channels) % size else part.gate.groups(size)

@@ -17,7 +17,7 @@ from peelwise.engine.factors import scaled_change
 from peelwise.engine.session import Changes, Session
 from peelwise.evidence.verdict import default_margin
 from peelwise.model.layers import LinearLayer
-from peelwise.model.parts import Parts
+from peelwise.model.parts import ATTENTION, Parts
 from peelwise.records.check import GainWitness
 
 # Tried from 1 outwards on the side that the slope points to, until two in a row are worse; then between neighbours.
@@ -115,7 +115,10 @@ def _composed(session: Session, found: Sequence[tuple[GainWitness, Changes]]) ->
 
 
 def candidates(parts: Parts, table: DepthTable) -> Iterator[Candidate]:
-    """Yield what factors are tried on: both branches, the layers that lead into them, and the head that pulls most."""
+    """Yield what factors are tried on: both branches, the layers that lead into them, and the head that pulls most.
+
+    A head is tried by its columns of attention's last layer, which read what it gives.
+    """
     index = parts.block.index
     names = {id(linear): name for name, linear in parts.linears.items()}
     for branch in parts.branches:
@@ -123,6 +126,10 @@ def candidates(parts: Parts, table: DepthTable) -> Iterator[Candidate]:
         for linear in branch.linears[:-1]:
             name = names[id(linear)]
             yield Candidate(name, linear, _slope(table, name, index))
+        slopes = table.heads.get(index)
+        if branch.name == ATTENTION and slopes and parts.head_dim is not None:
+            head = max(range(len(slopes)), key=lambda h: abs(slopes[h]))
+            yield Candidate(branch.name, branch.writer, slopes[head], head, parts.head_dim)
 
 
 def _slope(table: DepthTable, part: str, block: int) -> float | None:

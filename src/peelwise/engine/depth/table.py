@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peelwise.engine.depth.backward import head_slopes
 from peelwise.engine.depth.joint import gates_of
 from peelwise.engine.depth.passes import observe
 from peelwise.engine.depth.weights import (
@@ -36,10 +37,12 @@ class DepthTable:
     """Values of signals by ``(signal, part)``, one per block; ``None`` where a block has none.
 
     A part is a linear layer or norm by its name within the block, a branch, or `BLOCK` for the block as a whole.
+    ``heads`` are the gain slopes of attention's heads by block, where a pass backward saw them.
     """
 
     blocks: int
     values: dict[tuple[str, str], list[float | None]] = field(default_factory=dict)
+    heads: dict[int, list[float]] = field(default_factory=dict)
 
     def put(self, signal: str, part: str, block: int, value: float | None) -> None:
         """Set one value; ``None``, and what is not a finite number, leave the place empty."""
@@ -128,6 +131,9 @@ def pass_table(
             _put(table, ["update"], branch, index, signals, seen.stream, update)
         for part, found in seen.backward.items():
             _put(table, ["gate"], part, index, signals, found)
+            slopes = head_slopes(found)
+            if slopes is not None:
+                table.heads[index] = slopes.tolist()
         gates = [torch.cat(seen.backward[name].gate.per_token) for name in gates_of(parts) if name in seen.backward]
         if gates:
             products[index] = torch.stack(gates, dim=1)
@@ -140,7 +146,8 @@ def pass_table(
 def joined(*tables: DepthTable) -> DepthTable:
     """Return one table with the signals of several, of the same blocks."""
     values = {key: row for table in tables for key, row in table.values.items()}
-    return DepthTable(tables[0].blocks, values)
+    heads = {block: slopes for table in tables for block, slopes in table.heads.items()}
+    return DepthTable(tables[0].blocks, values, heads)
 
 
 def _put(table: DepthTable, kinds: Collection[Kind], part: str, block: int, signals: Collection[str], *of: Any) -> None:
