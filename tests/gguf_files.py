@@ -46,7 +46,8 @@ def write_llama_gguf(
         writer.add_token_list(vocabulary)
         writer.add_token_types([gguf.TokenType.NORMAL] * len(vocabulary))
         writer.add_token_scores([-0.5 * n for n in range(len(vocabulary))])
-        writer.add_token_merges([f"{vocabulary[0]} {vocabulary[1]}"])
+        # Twice: transformers before 5.21 takes a list of one for a single text.
+        writer.add_token_merges([f"{vocabulary[0]} {vocabulary[1]}"] * 2)
         writer.add_bos_token_id(2)
         writer.add_add_bos_token(True)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)

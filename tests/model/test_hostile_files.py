@@ -83,6 +83,7 @@ def test_wrong_types_of_quantisation(folder, value):
 
 @pytest.mark.parametrize("value", [{"quant_type": 3}, {"quant_type": {"os": {"system": "x"}}}, {"bits": "x" * 10**5}])
 def test_nonsense_of_a_known_quantiser_is_one_line(folder, value):
+    pytest.importorskip("torchao")
     edit(folder / "config.json", quantization_config={"quant_method": "torchao", **value})
     refused(folder)
 

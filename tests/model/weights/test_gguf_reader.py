@@ -116,7 +116,8 @@ def test_a_model_opens_the_same_with_either_reader(
     theirs = open_model(file)
     assert used
     assert described(ours) == described(theirs)
-    assert ours.tokenizer("aba")["input_ids"] == [2, 5, 0]
+    assert ours.tokenizer("aba")["input_ids"][-2:] == [5, 0]  # what stands before it is a matter of versions
+    assert ours.tokenizer("aba") == theirs.tokenizer("aba")
     raw = bytearray(file.read_bytes())
     raw[check_gguf(file).tensors["output.weight"].start + 1] ^= 128  # a sign: of a scale, or of a weight
     file.write_bytes(raw)
