@@ -32,7 +32,7 @@ def recoverable(record: AuditRecord) -> str:
         _intervals(top, blocks, [block.recoverable_nats for block in blocks], record.margin_nats)
         top.set_title("Solo gain: this block refined, all others as they are")
         _intervals(bottom, blocks, [block.unique_nats for block in blocks], record.margin_nats)
-        bottom.set_title("Marginal gain (leave-one-out): what this block adds once all others are refined")
+        bottom.set_title("Marginal gain: what it adds once all others are refined")
         _depth_axis(bottom, blocks)
         figure.supylabel("recoverable loss, nats per token", fontsize=12)
 
