@@ -22,6 +22,7 @@ from peelwise.probe.split import Pool
 from peelwise.records.base import Colour, Interval, SealedRecord, WitnessRecord
 from peelwise.records.files import (
     HEADER_BYTES,
+    PROBE_BYTES,
     PROBE_FILE,
     RECORD_FILE,
     WITNESS_FILE,
@@ -32,7 +33,6 @@ from peelwise.records.files import (
 )
 from peelwise.records.folder import written_whole
 
-_PROBE_BYTES = 256 * 2**20
 _PIECE = 1 << 24
 _DTYPES = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
@@ -87,7 +87,8 @@ class OwnText:
         certified: gain of the composed witness on the author's text; ``None`` if there is none.
         found: the same on this text.
         blocks: solo gains and verdicts.
-        holds: whether the composed gain is above the tolerance with its whole interval, and no red block is green here.
+        holds: whether a gain that was certified as above the margin is so here with its whole interval, and no block is
+            refuted: red and green here, or below the margin and its own weights gain more here.
         reason: of that, in words.
     """
 
@@ -219,7 +220,7 @@ def read_probe(folder: Path, record: SealedRecord) -> Probe:
         pool = Pool(said.pool_sequences, said.pool_sha256, said.pool_left_out or 0, said.documents)
     try:
         return Probe.from_tensors(
-            load_tensors(folder / PROBE_FILE, _PROBE_BYTES),
+            load_tensors(folder / PROBE_FILE, PROBE_BYTES),
             source=said.source,
             in_distribution=said.in_distribution,
             seed=record.seed,
