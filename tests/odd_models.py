@@ -218,6 +218,23 @@ class Mixed(Lm):
             return super().forward(ids)
 
 
+def own_class() -> nn.Module:
+    """A model of transformers' base class that says nothing of its cache, its embedding or its head."""
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    class Own(PreTrainedModel):
+        config_class = PreTrainedConfig
+
+        def __init__(self, config: PreTrainedConfig) -> None:
+            super().__init__(config)
+            self.inner = Lm(Mlp(), Mlp())
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.inner(input_ids)
+
+    return Own(PreTrainedConfig(tie_word_embeddings=True))
+
+
 # Models that are measured as they are, each beside a member of its kind below that is refused.
 RIGHT: dict[str, Callable[[], nn.Module]] = {
     "plain": lambda: Lm(Mlp(), Mlp(), Mlp()),
@@ -228,6 +245,7 @@ RIGHT: dict[str, Callable[[], nn.Module]] = {
     "TransformerEncoder": encoder,
     "MultiheadAttention": lambda: Lm(Attention(), Attention()),
     "GPT-1": gpt1,
+    "own class of transformers": own_class,
     "autocast inside": lambda: Mixed(Mlp(), Mlp(), Mlp()),
     "Granite without experts": granite,
 }

@@ -169,7 +169,7 @@ def check_unchanged(folder: Path, record: SealedRecord) -> None:
 
 
 def _probe_fingerprint(path: Path) -> str | None:
-    """Return the fingerprint of a stored probe as `probe.Probe.fingerprint` does with torch; ``None`` of any other file.
+    """Return the fingerprint of a stored probe as `Probe.fingerprint` does; ``None`` of any other file.
 
     Raises:
         CertificateError: If it is missing, no regular file, or no safetensors file.
@@ -191,7 +191,7 @@ def _probe_fingerprint(path: Path) -> str | None:
                 or not {ids.dtype.kind, lengths.dtype.kind} <= {"i", "u"}
             ):
                 return None
-            if not (ids.size and 2 <= int(lengths.min()) and int(lengths.max()) <= ids.shape[1]):
+            if not (ids.size and int(lengths.min()) >= 2 and int(lengths.max()) <= ids.shape[1]):
                 return None
             mask = np.arange(ids.shape[1]) < lengths[:, None]
             digest.update(f"{part} {mask.shape}\n".encode())
