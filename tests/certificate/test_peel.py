@@ -155,7 +155,7 @@ def test_maps_of_another_shape_are_one_line(name, folder, model):
     MAPS[name](content)
     (folder / RECORD_FILE).write_text(json.dumps(content))
     for act in (lambda: peelwise.verify(folder, model), lambda: write_report(folder)):
-        with pytest.raises(CertificateError, match="not a valid certificate: .*has not one of") as caught:
+        with pytest.raises(CertificateError, match=r"not a valid certificate: .*has not one of") as caught:
             act()
         assert "\n" not in str(caught.value)
 
