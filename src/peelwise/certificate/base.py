@@ -32,6 +32,7 @@ from peelwise.records.files import (
     what_changed,
 )
 from peelwise.records.folder import written_whole
+from peelwise.records.plain_text import clean
 
 _PIECE = 1 << 24
 _DTYPES = {
@@ -308,10 +309,18 @@ def opened_words(model: nn.Module, source: str | None) -> str:
 
 
 def identity_words(record: SealedRecord) -> tuple[str, tuple[str, ...]]:
-    """Say what of the model was found to be the certified one, and what was not looked at."""
+    """Say what of the model was found to be the certified one, and what of model and split was not looked at."""
+    unknown = []
+    if record.probe.pool_sequences is None:
+        unknown.append(
+            "how sequences were assigned to the parts (this certificate does not say what they are drawn from)"
+        )
     if record.model.configuration is None:
-        return "the model's tensors", ("the model's configuration (this certificate is older and does not have it)",)
-    return "the model's tensors, configuration and unsaved buffers", ()
+        return "the model's tensors", (
+            "the model's configuration (this certificate is older and does not have it)",
+            *unknown,
+        )
+    return "the model's tensors, configuration and unsaved buffers", tuple(unknown)
 
 
 def witness_bytes(model: nn.Module) -> int:
@@ -340,9 +349,9 @@ def load_tensors(path: Path, most: int | None = None) -> dict[str, Tensor]:
         raise CertificateError(f"{path} is missing or damaged: {reason}.") from error
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
-            raise CertificateError(f"{path}: {name[:80]} is of {tensor.dtype}, which no certificate holds.")
+            raise CertificateError(f"{path}: {clean(name[:80])} is of {tensor.dtype}, which no certificate holds.")
         if tensor.is_floating_point() and not all(
             bool(p.isfinite().all()) for p in torch.split(tensor.flatten(), _PIECE)
         ):
-            raise CertificateError(f"{path}: {name[:80]} holds NaN or Inf.")
+            raise CertificateError(f"{path}: {clean(name[:80])} holds NaN or Inf.")
     return tensors

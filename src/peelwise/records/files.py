@@ -19,6 +19,7 @@ from peelwise.records.audit import AuditRecord
 from peelwise.records.base import SCHEMA_VERSION, SealedRecord
 from peelwise.records.check import CheckRecord
 from peelwise.records.peel import PeelRecord
+from peelwise.records.plain_text import clean
 
 RECORD_FILE, WITNESS_FILE, PROBE_FILE = "certificate.json", "witness.safetensors", "probe.safetensors"
 RECORD_BYTES = 64 * 2**20  # far above what models of hundreds of blocks need
@@ -66,7 +67,7 @@ def read_any_record(folder: Path) -> CertifiedRecord:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole file"
-        raise CertificateError(f"{path} is not a valid certificate: {where}: {first['msg']}.") from error
+        raise CertificateError(f"{path} is not a valid certificate: {clean(where)}: {clean(first['msg'])}.") from error
 
 
 def _checked_kind(path: Path, text: str) -> str:
@@ -91,7 +92,7 @@ def _checked_kind(path: Path, text: str) -> str:
     except RecursionError:
         wrong = "it is nested too deeply"
     if wrong:
-        raise CertificateError(f"{path} is not a valid certificate: {wrong}.")
+        raise CertificateError(f"{path} is not a valid certificate: {clean(wrong)}.")
     schema, kind = content["schema"], content.get("kind", "audit")
     if type(schema) is int and not 1 <= schema <= SCHEMA_VERSION:
         remedy = "Update peelwise." if schema > SCHEMA_VERSION else "Use the file as it was written."
