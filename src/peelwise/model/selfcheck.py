@@ -117,8 +117,8 @@ def check_dtypes(blocks: Sequence[Block]) -> None:
 def check_causal(runner: Runner, batch: Batch) -> None:
     """Check that changing all tokens from a position on leaves all logits before it as they are.
 
-    Tried from the second token on, which shows whether the first tokens read each other (a prefix, a chunk), and from an
-    odd position near the middle, where no chunk of even size ends.
+    Tried from the second token on, which shows whether the first tokens read each other (a prefix, a chunk), and from
+    an odd position near the middle, where no chunk of even size ends.
 
     Raises:
         UnsupportedModelError: If an earlier logit moves: the model may read what it is to predict.
