@@ -44,14 +44,16 @@ class NeverCalls(Mlp):
 
 
 class Attention(Mlp):
-    """PyTorch's own attention, causal or not."""
+    """PyTorch's own attention: causal or not, or causal but for what ``seen [t, t]`` lets positions see besides."""
 
-    def __init__(self, *, causal: bool = True) -> None:
+    def __init__(self, *, causal: bool = True, seen: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
-        self.mha, self.causal = nn.MultiheadAttention(WIDTH, 4, batch_first=True), causal
+        self.mha, self.causal, self.seen = nn.MultiheadAttention(WIDTH, 4, batch_first=True), causal, seen
 
     def forward(self, x: Tensor) -> Tensor:
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1]) if self.causal else None
+        if mask is not None and self.seen is not None:
+            mask = mask.masked_fill(self.seen(torch.arange(x.shape[1])), 0.0)
         return super().forward(x + self.mha(x, x, x, attn_mask=mask, need_weights=False)[0])
 
 
@@ -218,6 +220,33 @@ class Mixed(Lm):
             return super().forward(ids)
 
 
+def chunks(size: int) -> nn.Module:
+    """Tokens see all of their own chunk, as in models that write several tokens at a time by diffusion."""
+    return Lm(Attention(seen=lambda at: at[:, None] // size == at // size), Attention())
+
+
+def prefix(length: int) -> nn.Module:
+    """The first tokens see each other, as in a prefix language model."""
+    return Lm(Attention(seen=lambda at: (at[:, None] < length) & (at < length)), Attention())
+
+
+def own_class() -> nn.Module:
+    """A model of transformers' base class that says nothing of its cache, its embedding or its head."""
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    class Own(PreTrainedModel):
+        config_class = PreTrainedConfig
+
+        def __init__(self, config: PreTrainedConfig) -> None:
+            super().__init__(config)
+            self.inner = Lm(Mlp(), Mlp())
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.inner(input_ids)
+
+    return Own(PreTrainedConfig(tie_word_embeddings=True))
+
+
 # Models that are measured as they are, each beside a member of its kind below that is refused.
 RIGHT: dict[str, Callable[[], nn.Module]] = {
     "plain": lambda: Lm(Mlp(), Mlp(), Mlp()),
@@ -228,6 +257,7 @@ RIGHT: dict[str, Callable[[], nn.Module]] = {
     "TransformerEncoder": encoder,
     "MultiheadAttention": lambda: Lm(Attention(), Attention()),
     "GPT-1": gpt1,
+    "own class of transformers": own_class,
     "autocast inside": lambda: Mixed(Mlp(), Mlp(), Mlp()),
     "Granite without experts": granite,
 }
@@ -235,6 +265,8 @@ RIGHT: dict[str, Callable[[], nn.Module]] = {
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "BERT": (bert, "BertForMaskedLM is not causal"),
     "attention without a mask": (lambda: Lm(Attention(causal=False), Attention()), "Lm is not causal"),
+    **{f"chunks of {n}": (lambda n=n: chunks(n), "Lm is not causal") for n in (2, 3, 4, 8, 12)},
+    **{f"prefix of {n}": (lambda n=n: prefix(n), "Lm is not causal") for n in (2, 4, 20)},
     "weight shared between blocks": (tied, r"h\.0\.up and h\.2\.up share one weight"),
     "weights read beside calls": (lambda: Lm(ReadsWeight(), ReadsWeight()), r"hooked into h\.0\.up does not"),
     "keys and values shared": (gemma4, "joined by more than the hidden state"),

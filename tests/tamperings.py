@@ -273,6 +273,8 @@ MALFORMED: dict[str, Change] = {
     **{f"standard error {v:g}": put("blocks.2.recoverable_nats.standard_error", v) for v in (1e200, 1e20, 1e308)},
     "a loss of 1e200": put("loss.current", 1e200),
     "an integer beyond 64 bits": put("probe.report_tokens", 10**30),
+    "a name of two lines": lambda c, w, p: c["settings"].update({"a\nb": 1e200}),
+    "a tensor of two lines": lambda c, w, p: w.update({"alone/a\nb": torch.full((1,), float("nan"))}),
     "settings of a list": put("settings.margin_nats", [1]),
     "settings of an object": put("settings", {"a": {"b": 1}}),
     "no settings": lambda c, w, p: c.pop("settings"),

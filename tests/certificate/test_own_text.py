@@ -14,7 +14,9 @@ from peelwise.certificate.audit import merged_model, read_certificate
 from peelwise.certificate.base import write_certificate
 from peelwise.certificate.own_text import Text, cut_like
 from peelwise.engine.baselines import probe_unigram
-from peelwise.errors import ModelError, ProbeError
+from peelwise.errors import ModelError, OptionError, ProbeError
+from peelwise.evidence.audit import conclusion_of, verdicts_of
+from peelwise.evidence.intervals import Paired
 from peelwise.model.checkpoints import open_model
 
 
@@ -73,6 +75,11 @@ def test_the_certificates_own_text_is_left_out(audited, broken_folder, mine, tmp
     assert own.overlapping > 0.5 * len(theirs)
 
 
+def test_tokens_of_no_text_are_refused(audited, broken_folder):
+    with pytest.raises(OptionError, match="no text was given"):
+        peelwise.verify(audited[1], broken_folder, tokens=1_600)
+
+
 def test_a_witness_fitted_to_the_report_part_is_found_by_other_text_alone(mine, small_gpt, tmp_path):
     """Fitted, selected and reported on the same sequences, then the parts are named as if they were apart."""
     model, tokenizer = small_gpt("final")
@@ -93,6 +100,44 @@ def test_a_witness_fitted_to_the_report_part_is_found_by_other_text_alone(mine, 
     assert result.status == "does not hold"
     assert result.own.found.low < 0
     assert "On your text the witness gains" in result.reason
+
+
+def test_an_honest_certificate_of_a_healthy_model_holds_on_other_text(mine, small_gpt, training_probe, tmp_path):
+    """It claims no gain, so none is asked for; the one before this claims one."""
+    model, tokenizer = small_gpt("final")
+    settings = peelwise.AuditSettings(joint_rounds=1, solo_rounds=1, controls=False)
+    rows = [row for part in ("fit", "select", "report") for row in getattr(training_probe, part).rows()]
+    probe = peelwise.Probe.from_tokens(rows, tokens=31 * 128, in_distribution=True)
+    report = peelwise.audit(model, probe, settings)
+    report.save(tmp_path / "healthy")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert report.record.conclusion.case == "none-found"
+    opening = peelwise.OpenOptions(tokenizer=tmp_path / "tokenizer")
+    result = peelwise.verify(tmp_path / "healthy", model, text=mine, tokens=3_000, opening=opening)
+    assert result.own.found.low <= result.own.margin
+    assert result.status == "holds", result.reason
+
+
+def test_a_block_that_is_said_to_gain_nothing_is_found_by_its_own_weights(audited, broken_folder, mine, tmp_path):
+    report, _ = audited
+    blocks = list(report.record.blocks)
+    nothing = Paired(0.0, 1e-3, blocks[3].recoverable_nats.sequences).interval()
+    blocks[3] = blocks[3].model_copy(update={"recoverable_nats": nothing})
+    record = report.record.model_copy(update={"blocks": tuple(blocks)})
+    verdicts = verdicts_of(record)
+    blocks = [
+        block.model_copy(update={"verdict": v.colour, "reason_code": v.reason, "interaction": v.interaction})
+        for block, v in zip(blocks, verdicts, strict=True)
+    ]
+    record = record.model_copy(update={"blocks": tuple(blocks)})
+    record = record.model_copy(update={"conclusion": conclusion_of(record)})
+    assert blocks[3].verdict == "green"
+    write_certificate(tmp_path / "forged", record, report.witness, report.probe)
+    assert peelwise.verify(tmp_path / "forged", broken_folder).holds  # verdicts are not rechecked there
+    result = peelwise.verify(tmp_path / "forged", broken_folder, text=mine, tokens=1_600)
+    assert result.status == "does not hold"
+    assert "its own weights gain more on your text" in result.reason
+    assert blocks[3].name in result.reason
 
 
 def test_a_module_needs_its_tokenizer(audited, broken_folder, mine):

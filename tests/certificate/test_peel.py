@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import peelwise
 from audits import Snapshot, part_of, slow_losses, tiny_probe
+from peelwise.api.files import write_report
 from peelwise.certificate.base import PROBE_FILE, WITNESS_FILE, read_probe
 from peelwise.certificate.own_text import Text, cut_like
 from peelwise.certificate.peel import on_own_text
@@ -138,6 +139,38 @@ def test_a_claim_that_does_not_follow_is_found(name, folder, model):
     result = peelwise.verify(folder, model)
     assert result.status == "does not hold"
     assert name in result.reason
+
+
+MAPS = {
+    "a station less": lambda c: (c["maps"][0]["stations"].pop(), c["best_map"].pop()),
+    "a station beyond": lambda c: (c["maps"][0]["stations"].__setitem__(0, 99), c["best_map"].__setitem__(0, 99)),
+    "station 0": lambda c: (c["maps"][0]["stations"].__setitem__(0, 0), c["best_map"].__setitem__(0, 0)),
+    "no errors": lambda c: c["maps"][1].update(unexplained=[]),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_maps_of_another_shape_are_one_line(name, folder, model):
+    content = json.loads((folder / RECORD_FILE).read_text())
+    MAPS[name](content)
+    (folder / RECORD_FILE).write_text(json.dumps(content))
+    for act in (lambda: peelwise.verify(folder, model), lambda: write_report(folder)):
+        with pytest.raises(CertificateError, match=r"not a valid certificate: .*has not one of") as caught:
+            act()
+        assert "\n" not in str(caught.value)
+
+
+def test_maps_of_another_model_are_found(folder, model):
+    def fewer(content):
+        for one in content["maps"]:
+            one["stations"] = [min(station, 5) for station in one["stations"][:5]]
+            one["unexplained"].pop()
+        content["best_map"] = content["maps"][0]["stations"]
+
+    resealed(folder, fewer)
+    result = peelwise.verify(folder, model)
+    assert result.status == "does not hold"
+    assert "stations for 5 blocks, the model has 6" in result.reason
 
 
 def test_one_weight_of_the_model(peeled, broken_folder):

@@ -171,6 +171,21 @@ def test_a_gain_within_the_tolerance_is_no_evidence(tmp_path):
     assert "red was certified" in result.reason
 
 
+def test_a_certificate_that_pretends_to_be_of_old_is_said_not_to_be_rechecked(original, drawn, tmp_path):
+    """Then sequences may be chosen; what is left is that nothing claims otherwise, and `--text`."""
+
+    def chosen(content, witness, probe):
+        content["probe"].update(dict.fromkeys(("pool_sequences", "pool_sha256", "pool_left_out", "documents")))
+        for part in ("fit", "select", "report"):
+            probe.pop(f"{part}.documents", None)
+
+    whole = verify_certificate(forged(original, lambda c, w, p: None, tmp_path / "whole"), drawn[1])
+    found = verify_certificate(forged(original, chosen, tmp_path / "of-old"), drawn[1])
+    assert found.split.startswith("not rechecked")
+    assert any("assigned to the parts" in what for what in found.not_rechecked)
+    assert not any("assigned to the parts" in what for what in whole.not_rechecked)
+
+
 def test_the_page_counts_what_is_tried():
     page = PAGE.read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| ([^|]+?) \| (\d+) \|", page, flags=re.MULTILINE))

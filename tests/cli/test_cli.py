@@ -281,6 +281,18 @@ def test_nothing_is_made_of_a_folder_that_was_changed(command, run, certificate,
     assert not out.exists()
 
 
+def test_no_page_is_made_beside_a_probe_that_is_not_the_certified_one(run, certificate, tmp_path):
+    assert run("report", certificate, "--out", tmp_path / "page.html")[0] == 0  # the control
+    file = certificate / "probe.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    code, _, error = run("report", certificate, "--out", tmp_path / "other.html")
+    assert code == 2
+    assert "probe.safetensors is not the probe that was certified" in error
+    assert not (tmp_path / "other.html").exists()
+
+
 def test_verify_says_what_is_another_model(run, certificate):
     code, out, _ = run("verify", certificate, "--model", stage_folder("final"))
     assert code == 1

@@ -13,7 +13,7 @@ from peelwise.certificate.base import Verification, read_probe, tolerance_of
 from peelwise.certificate.check import scaled_model, verify_check
 from peelwise.certificate.own_text import Text
 from peelwise.certificate.peel import verify_peel
-from peelwise.errors import CertificateError, ModelError, OutputError, PeelwiseError
+from peelwise.errors import CertificateError, ModelError, OptionError, OutputError, PeelwiseError
 from peelwise.model.checkpoints import OpenedModel, open_model, open_tokenizer, require_tokenizer, save_model
 from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
@@ -62,6 +62,7 @@ def verify(
     Raises:
         CertificateError: If the folder is no readable certificate.
         ModelError: If the model cannot be opened, or has no tokenizer for the text.
+        OptionError: If tokens are given without a text.
         ProbeError: If the text cannot be read, or too little of it is new to the certificate.
 
     Example:
@@ -151,6 +152,10 @@ def _merged(path: Path, record: AuditRecord | CheckRecord, model: nn.Module) -> 
 
 def _own_text(text: str | Path | Sequence[str | Path] | ProbeOptions | None, tokens: int | None) -> ProbeOptions | None:
     if text is None:
+        if tokens is not None:
+            raise OptionError(
+                "tokens: how many of your text to use, and no text was given. Give it with text (--text)."
+            )
         return None
     if not isinstance(text, ProbeOptions):
         text = ProbeOptions([text] if isinstance(text, str | Path) else tuple(text))

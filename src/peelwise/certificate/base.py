@@ -22,6 +22,7 @@ from peelwise.probe.split import Pool
 from peelwise.records.base import Colour, Interval, SealedRecord, WitnessRecord
 from peelwise.records.files import (
     HEADER_BYTES,
+    PROBE_BYTES,
     PROBE_FILE,
     RECORD_FILE,
     WITNESS_FILE,
@@ -31,8 +32,8 @@ from peelwise.records.files import (
     what_changed,
 )
 from peelwise.records.folder import written_whole
+from peelwise.records.plain_text import clean
 
-_PROBE_BYTES = 256 * 2**20
 _PIECE = 1 << 24
 _DTYPES = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
@@ -87,7 +88,8 @@ class OwnText:
         certified: gain of the composed witness on the author's text; ``None`` if there is none.
         found: the same on this text.
         blocks: solo gains and verdicts.
-        holds: whether the composed gain is above the tolerance with its whole interval, and no red block is green here.
+        holds: whether a gain that was certified as above the margin is so here with its whole interval, and no block is
+            refuted: red and green here, or below the margin and its own weights gain more here.
         reason: of that, in words.
     """
 
@@ -219,7 +221,7 @@ def read_probe(folder: Path, record: SealedRecord) -> Probe:
         pool = Pool(said.pool_sequences, said.pool_sha256, said.pool_left_out or 0, said.documents)
     try:
         return Probe.from_tensors(
-            load_tensors(folder / PROBE_FILE, _PROBE_BYTES),
+            load_tensors(folder / PROBE_FILE, PROBE_BYTES),
             source=said.source,
             in_distribution=said.in_distribution,
             seed=record.seed,
@@ -307,10 +309,18 @@ def opened_words(model: nn.Module, source: str | None) -> str:
 
 
 def identity_words(record: SealedRecord) -> tuple[str, tuple[str, ...]]:
-    """Say what of the model was found to be the certified one, and what was not looked at."""
+    """Say what of the model was found to be the certified one, and what of model and split was not looked at."""
+    unknown = []
+    if record.probe.pool_sequences is None:
+        unknown.append(
+            "how sequences were assigned to the parts (this certificate does not say what they are drawn from)"
+        )
     if record.model.configuration is None:
-        return "the model's tensors", ("the model's configuration (this certificate is older and does not have it)",)
-    return "the model's tensors, configuration and unsaved buffers", ()
+        return "the model's tensors", (
+            "the model's configuration (this certificate is older and does not have it)",
+            *unknown,
+        )
+    return "the model's tensors, configuration and unsaved buffers", tuple(unknown)
 
 
 def witness_bytes(model: nn.Module) -> int:
@@ -339,9 +349,9 @@ def load_tensors(path: Path, most: int | None = None) -> dict[str, Tensor]:
         raise CertificateError(f"{path} is missing or damaged: {reason}.") from error
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
-            raise CertificateError(f"{path}: {name[:80]} is of {tensor.dtype}, which no certificate holds.")
+            raise CertificateError(f"{path}: {clean(name[:80])} is of {tensor.dtype}, which no certificate holds.")
         if tensor.is_floating_point() and not all(
             bool(p.isfinite().all()) for p in torch.split(tensor.flatten(), _PIECE)
         ):
-            raise CertificateError(f"{path}: {name[:80]} holds NaN or Inf.")
+            raise CertificateError(f"{path}: {clean(name[:80])} holds NaN or Inf.")
     return tensors

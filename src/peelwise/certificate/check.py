@@ -24,7 +24,7 @@ from peelwise.certificate.base import (
     tolerance_of,
     witness_bytes,
 )
-from peelwise.certificate.own_text import Text, cut_like, own_margin
+from peelwise.certificate.own_text import Text, cut_like, gain_refused, own_margin
 from peelwise.certificate.recheck import Recheck, check_finite
 from peelwise.engine.factors import changes_of_factors
 from peelwise.engine.opening import open_report
@@ -204,20 +204,15 @@ def _on_own_text(
         losses = session.losses(session.report, changes_of_factors(_composed(record), session.runner.blocks))
         check_finite("composed_gain", session.report.losses, losses)
         gain = session.gain(session.report.losses, losses).interval()
-    wrong = None
-    claimed = record.composed_gain is not None and record.composed_gain.low > tolerance
-    if gain is not None and claimed and gain.low <= tolerance:
-        wrong = (
-            f"On your text the factors gain {gain.mean:.3f} ({gain.low:.3f} to {gain.high:.3f}): "
-            f"not more than the tolerance of {tolerance:g}."
-        )
+    margin = own_margin(record, session.report.mean, tolerance)
+    wrong = gain_refused("factors gain", record.composed_gain, gain, (max(record.margin_nats, tolerance), margin))
     return OwnText(
         source=text.source,
         sequences=len(session.report.tokens),
         tokens=int(session.report.predicted),
         overlapping=overlapping,
         loss=session.report.mean,
-        margin=own_margin(record, session.report.mean, tolerance),
+        margin=margin,
         certified=record.composed_gain,
         found=gain,
         holds=wrong is None,

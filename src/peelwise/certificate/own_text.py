@@ -98,7 +98,8 @@ def audit_on(record: AuditRecord, witness: dict[str, Tensor], probe: Probe, mode
         for b, v, e in zip(record.blocks, verdicts, evidence, strict=True)
     )
     interval = None if composed is None else composed.interval()
-    wrong = _not_confirmed(interval, blocks, tolerance)
+    least = max(record.margin_nats, tolerance), margin
+    wrong = _not_confirmed(record.loss.composed_gain, interval, blocks, least)
     return OwnText(
         source=text.source,
         sequences=found.split.sequences,
@@ -110,7 +111,7 @@ def audit_on(record: AuditRecord, witness: dict[str, Tensor], probe: Probe, mode
         found=interval,
         blocks=blocks,
         holds=wrong is None,
-        reason=wrong or "The witness gains on text that it was not made on.",
+        reason=wrong or "Nothing that was certified is refuted on text that the witness was not made on.",
     )
 
 
@@ -122,19 +123,52 @@ def _gain(session: ReportSession, witness: dict[str, Tensor], kind: str, block: 
     return session.gain(session.report.losses, losses)
 
 
-def _not_confirmed(composed: Interval | None, blocks: Sequence[OwnBlock], tolerance: float) -> str | None:
-    """Say what of a certificate is not so on another text, or ``None``. What is merely undecided there is not said."""
-    if composed is not None and composed.low <= tolerance:
-        return (
-            f"On your text the witness gains {composed.mean:.3f} ({composed.low:.3f} to {composed.high:.3f}): "
-            f"not more than the tolerance of {tolerance:g}."
-        )
+def gain_refused(
+    what: str, certified: Interval | None, found: Interval | None, least: tuple[float, float]
+) -> str | None:
+    """Say that a gain which was certified is not found on another text, or ``None``.
+
+    Args:
+        what: gains.
+        certified: on the author's text. Only what is above its least gain with the whole interval was claimed.
+        found: on the other text.
+        least: gain that counts on the author's text and on the other one, nats per token.
+    """
+    if certified is None or found is None or certified.low <= least[0] or found.low > least[1]:
+        return None
+    return (
+        f"On your text the {what} {found.mean:.3f} ({found.low:.3f} to {found.high:.3f}): "
+        f"not more than {least[1]:.4g}, which is the least that counts there."
+    )
+
+
+def _not_confirmed(
+    certified: Interval | None, found: Interval | None, blocks: Sequence[OwnBlock], least: tuple[float, float]
+) -> str | None:
+    """Say what of a certificate is not so on another text, or ``None``. What is merely undecided there is not said.
+
+    A certificate that claims no gain holds where nothing gains: that is what it says.
+    """
+    wrong = gain_refused("witness gains", certified, found, least)
+    if wrong:
+        return wrong
     refuted = [block.name for block in blocks if block.certified == "red" and block.found == "green"]
     if refuted:
         return f"{', '.join(refuted)}: red was certified, green is found on your text."
-    if composed is None and not any(block.found in ("red", "yellow") for block in blocks):
+    hidden = [block.name for block in blocks if _hidden(*block.gains, least)]
+    if hidden:
+        return (
+            f"{', '.join(hidden)}: no gain above the margin was certified, and its own weights gain more on your text."
+        )
+    claimed = any(block.certified in ("red", "yellow") for block in blocks)
+    if found is None and claimed and not any(block.found in ("red", "yellow") for block in blocks):
         return "The certificate has no composed witness, and no block's own gains above the margin on your text."
     return None
+
+
+def _hidden(certified: Interval | None, found: Interval | None, least: tuple[float, float]) -> bool:
+    """Whether a block was certified to gain less than the margin, and gains more on another text."""
+    return certified is not None and found is not None and certified.high < least[0] and found.low > least[1]
 
 
 def require_witness(witness: dict[str, Tensor]) -> None:

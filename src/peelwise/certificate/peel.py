@@ -21,7 +21,7 @@ from peelwise.certificate.base import (
     tolerance_of,
     witness_bytes,
 )
-from peelwise.certificate.own_text import Text, cut_like, own_margin, require_witness
+from peelwise.certificate.own_text import Text, cut_like, gain_refused, own_margin, require_witness
 from peelwise.certificate.recheck import Recheck, check_finite
 from peelwise.certificate.replay import compared, peel_again
 from peelwise.engine.heads import head_rows
@@ -135,19 +135,16 @@ def on_own_text(record: PeelRecord, witness: dict[str, Tensor], probe: Probe, mo
     found, tolerance = cut_like(text, probe, model), tolerance_of(model)
     session = open_report(model, find_blocks(model), found.split)
     gain = _Recheck(record, witness, session, tolerance).certified()
-    wrong = None
-    if gain is not None and gain.low <= tolerance and record.loss.certified and record.loss.certified.low > 0:
-        wrong = (
-            f"On your text the reference stack gains {gain.mean:.3f} ({gain.low:.3f} to {gain.high:.3f}): "
-            f"not more than the tolerance of {tolerance:g}."
-        )
+    margin = own_margin(record, session.report.mean, tolerance)
+    least = max(record.margin_nats, tolerance), margin
+    wrong = gain_refused("reference stack gains", record.loss.certified, gain, least)
     return OwnText(
         source=text.source,
         sequences=found.split.sequences,
         tokens=found.split.tokens,
         overlapping=found.overlapping,
         loss=session.report.mean,
-        margin=own_margin(record, session.report.mean, tolerance),
+        margin=margin,
         certified=record.loss.certified,
         found=gain,
         holds=wrong is None,

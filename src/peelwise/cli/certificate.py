@@ -122,7 +122,9 @@ def _print_own(console: Console, own: OwnText) -> None:
         certified, gain = ("not measured" if g is None else f"{g.mean:+.3f}" for g in block.gains)
         interval = "" if block.gains[1] is None else f" ({block.gains[1].low:+.3f} to {block.gains[1].high:+.3f})"
         name = escape(clean(block.name))
-        console.print(f"  {name:<24} {block.certified} {certified}; on yours: {block.found} {gain}{interval}")
+        console.print(
+            f"  {name:<24} {block.certified} {certified}; on yours: {block.found} {gain}{interval}", soft_wrap=True
+        )
     left_out = f", {own.overlapping} more left out that the certificate was made on" if own.overlapping else ""
     console.print(
         f"Your text: {text}, {own.tokens} tokens in {own.sequences} sequences{left_out}. Loss {own.loss:.4f}, margin "

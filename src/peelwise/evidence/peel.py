@@ -70,6 +70,8 @@ def contradictions(record: PeelRecord) -> Iterator[str]:
     best = record.maps[0] if record.maps else None
     if record.best_map != (best.stations if best else None):
         yield instead("best_map", record.best_map, best.stations if best else None)
+    if best is not None and len(best.stations) != record.model.blocks:
+        yield f"maps: they have stations for {len(best.stations)} blocks, the model has {record.model.blocks}."
     if best is not None and record.loss.bound != (best.loss or best.own_head).report:
         yield instead("loss.bound", record.loss.bound, (best.loss or best.own_head).report)
     for block in record.blocks:

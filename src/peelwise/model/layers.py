@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -70,10 +71,19 @@ class Block:
     frozen: tuple[LinearLayer, ...] = ()
 
 
+def named_embedding(model: nn.Module, which: Literal["input", "output"]) -> nn.Module | None:
+    """Return what a model of transformers calls its input embedding or its output head; ``None`` if it does not say."""
+    getter = getattr(model, f"get_{which}_embeddings", None)
+    try:
+        found = getter() if callable(getter) else None
+    except NotImplementedError:  # a class of somebody's own that leaves it to be overridden
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
 def vocabulary_size(model: nn.Module) -> int | None:
     """Return how many token ids the input embedding knows, or ``None`` if it cannot be told."""
-    getter = getattr(model, "get_input_embeddings", None)
-    embedding = getter() if callable(getter) else None
+    embedding = named_embedding(model, "input")
     if embedding is None:
         embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
     size = getattr(embedding, "num_embeddings", None)

@@ -115,30 +115,36 @@ def check_dtypes(blocks: Sequence[Block]) -> None:
 
 
 def check_causal(runner: Runner, batch: Batch) -> None:
-    """Check that changing the second half of the tokens leaves all logits of the first half as they are.
+    """Check that changing all tokens from a position on leaves all logits before it as they are.
+
+    Tried from the second token on, which shows whether the first tokens read each other (a prefix, a chunk), and from
+    an odd position near the middle, where no chunk of even size ends.
 
     Raises:
         UnsupportedModelError: If an earlier logit moves: the model may read what it is to predict.
     """
     length = int(batch.attended[0].sum())
-    half = length // 2
-    if half < 1:
-        return
+    before = runner.own_logits(batch)
+    for cut in dict.fromkeys((1, length // 2 | 1)):
+        if cut < length:
+            _check_causal_from(runner, batch, before, cut, length)
+
+
+def _check_causal_from(runner: Runner, batch: Batch, before: Tensor, cut: int, length: int) -> None:
     # Tokens of the sequence itself in another order: all are in the vocabulary, and most positions change.
     other = batch.inputs.clone()
-    other[:, half:length] = batch.inputs[:, :length].roll(half + 1, dims=1)[:, half:length]
+    other[:, cut:length] = batch.inputs[:, :length].roll(cut + 1, dims=1)[:, cut:length]
     if torch.equal(other, batch.inputs):
-        other[:, half:length] = 0 if bool((batch.inputs[:, half:length] != 0).any()) else 1
-    before, after = runner.own_logits(batch), runner.own_logits(batch, other)
-    moved = (after - before).float().abs()[0].amax(dim=-1)  # [t]
-    earlier, later = float(moved[:half].max()), float(moved[half:length].max())
+        other[:, cut:length] = 0 if bool((batch.inputs[:, cut:length] != 0).any()) else 1
+    moved = (runner.own_logits(batch, other) - before).float().abs()[0].amax(dim=-1)  # [t]
+    earlier, later = float(moved[:cut].max()), float(moved[cut:length].max())
     if earlier > 1e-2 * later and earlier > 1e-4 * float(before.float().abs().max()):
-        position = int(moved[:half].argmax())
+        position = int(moved[:cut].argmax())
         raise UnsupportedModelError(
-            f"{type(runner.model).__name__} is not causal: with other tokens from position {half} on, its logits at "
-            f"position {position} move by {earlier:.3g}. It reads the tokens that it is to predict (a masked or "
-            "bidirectional model, or a missing mask), so its loss on them says nothing. peelwise measures causal "
-            "language models."
+            f"{type(runner.model).__name__} is not causal: with other tokens from position {cut} on, its logits at "
+            f"position {position} move by {earlier:.3g}. It reads the tokens that it is to predict (a masked, "
+            "bidirectional, prefix or chunk-wise model, or a missing mask), so its loss on them says nothing. peelwise "
+            "measures causal language models."
         )
 
 

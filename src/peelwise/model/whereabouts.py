@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peelwise.distributed.sharding import is_sharded
 from peelwise.errors import ModelError, UnsupportedModelError
 from peelwise.model.checkpoint_files import check_folder, check_weights, each_tensor
-from peelwise.model.layers import plain_name, unwrapped
+from peelwise.model.layers import named_embedding, plain_name, unwrapped
 from peelwise.records.base import Note, note
 
 _NAMED = 3
@@ -47,10 +47,7 @@ def untied_note(model: nn.Module) -> Iterator[Note]:
     config = getattr(model, "config", None)
     if not getattr(config, "tie_word_embeddings", False):
         return
-    ends = [
-        getter() if callable(getter := getattr(model, name, None)) else None
-        for name in ("get_input_embeddings", "get_output_embeddings")
-    ]
+    ends = [named_embedding(model, "input"), named_embedding(model, "output")]
     weights = [getattr(end, "weight", None) for end in ends]
     if not all(isinstance(weight, Tensor) for weight in weights) or weights[0] is weights[1]:
         return

@@ -19,10 +19,13 @@ from peelwise.records.audit import AuditRecord
 from peelwise.records.base import SCHEMA_VERSION, SealedRecord
 from peelwise.records.check import CheckRecord
 from peelwise.records.peel import PeelRecord
+from peelwise.records.plain_text import clean
 
 RECORD_FILE, WITNESS_FILE, PROBE_FILE = "certificate.json", "witness.safetensors", "probe.safetensors"
 RECORD_BYTES = 64 * 2**20  # far above what models of hundreds of blocks need
 HEADER_BYTES = 64 * 2**20  # of a safetensors file
+PROBE_BYTES = 256 * 2**20
+PARTS = ("fit", "select", "report")
 _LARGEST_INTEGER = 2**63 - 1
 _LARGEST = 1e100  # squares and cubes of it are still numbers
 _LARGEST_NATS = 1e9  # of an interval
@@ -64,7 +67,7 @@ def read_any_record(folder: Path) -> CertifiedRecord:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole file"
-        raise CertificateError(f"{path} is not a valid certificate: {where}: {first['msg']}.") from error
+        raise CertificateError(f"{path} is not a valid certificate: {clean(where)}: {clean(first['msg'])}.") from error
 
 
 def _checked_kind(path: Path, text: str) -> str:
@@ -89,7 +92,7 @@ def _checked_kind(path: Path, text: str) -> str:
     except RecursionError:
         wrong = "it is nested too deeply"
     if wrong:
-        raise CertificateError(f"{path} is not a valid certificate: {wrong}.")
+        raise CertificateError(f"{path} is not a valid certificate: {clean(wrong)}.")
     schema, kind = content["schema"], content.get("kind", "audit")
     if type(schema) is int and not 1 <= schema <= SCHEMA_VERSION:
         remedy = "Update peelwise." if schema > SCHEMA_VERSION else "Use the file as it was written."
@@ -162,6 +165,44 @@ def check_unchanged(folder: Path, record: SealedRecord) -> None:
     changed = what_changed(folder, record)
     if changed:
         raise CertificateError(f"{folder} does not hold: {changed}")
+    if record.probe is not None and _probe_fingerprint(folder / PROBE_FILE) != record.probe.fingerprint:
+        raise CertificateError(f"{folder} does not hold: {PROBE_FILE} is not the probe that was certified.")
+
+
+def _probe_fingerprint(path: Path) -> str | None:
+    """Return the fingerprint of a stored probe as `Probe.fingerprint` does; ``None`` of any other file.
+
+    Raises:
+        CertificateError: If it is missing, no regular file, or no safetensors file.
+    """
+    import numpy as np
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    digest = hashlib.sha256()
+    try:
+        check_file(path, PROBE_BYTES)
+        check_header(path)
+        tensors = load_file(path)
+        for part in PARTS:
+            ids, lengths = tensors[f"{part}.ids"], tensors[f"{part}.lengths"]
+            if (
+                ids.ndim != 2
+                or lengths.shape != ids.shape[:1]
+                or not {ids.dtype.kind, lengths.dtype.kind} <= {"i", "u"}
+            ):
+                return None
+            if not (ids.size and int(lengths.min()) >= 2 and int(lengths.max()) <= ids.shape[1]):
+                return None
+            mask = np.arange(ids.shape[1]) < lengths[:, None]
+            digest.update(f"{part} {mask.shape}\n".encode())
+            for values in (ids * mask, mask, *(tensors[key] for key in [f"{part}.documents"] if key in tensors)):
+                digest.update(np.ascontiguousarray(values, dtype="<i8").tobytes())
+    except OSError as error:
+        raise CertificateError(f"{path} cannot be read: {error.strerror}.") from error
+    except (SafetensorError, KeyError, ValueError, TypeError, OverflowError, MemoryError):
+        return None
+    return digest.hexdigest()
 
 
 def sha256(path: Path) -> str:

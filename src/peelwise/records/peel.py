@@ -5,7 +5,9 @@ Losses are in nats per token on ``report`` unless a name says otherwise; a gain 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
+
+from pydantic import model_validator
 
 from peelwise.records.base import Interval, Record, SealedRecord
 
@@ -114,6 +116,14 @@ class PeelRecord(SealedRecord):
     maps: tuple[MapRecord, ...]
     maps_total: int
     blocks: tuple[StationRecord, ...]
+
+    @model_validator(mode="after")
+    def _one_station_per_block(self) -> Self:
+        count = len(self.maps[0].stations) if self.maps else 0
+        for place, one in enumerate(self.maps):
+            if not len(one.stations) == len(one.unexplained) == count or not all(1 <= s <= count for s in one.stations):
+                raise ValueError(f"map {place} has not one of {count} stations, and one error, for each block")
+        return self
 
     @property
     def reference_formats(self) -> str | None:

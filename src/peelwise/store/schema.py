@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from peelwise.errors import PeelwiseError, StoreError
+from peelwise.records.plain_text import clean
 
 APPLICATION_ID = 0x7065656C  # "peel": tells our files from everybody else's
 # What a history holds; the table of profiles only repeats numbers of statistics for quick reading.
@@ -196,13 +197,13 @@ def sound(path: Path) -> Iterator[None]:
     except PeelwiseError:
         raise
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
-        what = f"{type(error).__name__}: {error}"[:200]
+        what = clean(f"{type(error).__name__}: {error}"[:200])
         raise StoreError(f"{path} is damaged: what it holds does not go together ({what}).") from error
 
 
 def reason(path: Path, error: sqlite3.Error) -> str:
     """Return SQLite's words, or clearer ones."""
-    words = str(error)
+    words = clean(str(error))[:200]  # it quotes what it could not read
     if words == "interrupted":
         return "that takes too long; it is damaged, or very large"
     if "not a database" in words:

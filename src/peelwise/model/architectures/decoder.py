@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from peelwise.errors import UnsupportedModelError
-from peelwise.model.layers import Block, is_linear, linear_layers, plain_name, unwrapped
+from peelwise.model.layers import Block, is_linear, linear_layers, named_embedding, plain_name, unwrapped
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -39,9 +39,8 @@ def find_blocks(model: nn.Module) -> tuple[Block, ...]:
 
 def find_head(model: nn.Module, blocks: tuple[Block, ...]) -> nn.Module | None:
     """Return the output head: what transformers calls it, or the last linear layer outside the blocks."""
-    getter = getattr(model, "get_output_embeddings", None)
-    if callable(getter):
-        head = getter()
+    if callable(getattr(model, "get_output_embeddings", None)):
+        head = named_embedding(model, "output")
         return head if isinstance(head, nn.Linear) else None
     inside = {id(m) for block in blocks for m in block.module.modules()}
     outside = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in inside]
