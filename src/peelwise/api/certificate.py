@@ -153,9 +153,7 @@ def _merged(path: Path, record: AuditRecord | CheckRecord, model: nn.Module) -> 
 def _own_text(text: str | Path | Sequence[str | Path] | ProbeOptions | None, tokens: int | None) -> ProbeOptions | None:
     if text is None:
         if tokens is not None:
-            raise OptionError(
-                "tokens: how many of your text to use, and no text was given. Give it with text (--text)."
-            )
+            raise OptionError("tokens: how many of your text to use, and no text was given (--text).")
         return None
     if not isinstance(text, ProbeOptions):
         text = ProbeOptions([text] if isinstance(text, str | Path) else tuple(text))
