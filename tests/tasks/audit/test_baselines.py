@@ -15,15 +15,6 @@ from peelwise.tasks.audit.controls import embedding_baseline
 from zoo import ZOO
 
 
-def turned(model):
-    """The same tensors under another rotary base."""
-    config = copy.deepcopy(model.config)
-    config.rope_parameters["rope_theta"] = 100.0
-    other = type(model)(config).eval()
-    other.load_state_dict(model.state_dict())
-    return other
-
-
 def exchanged(model):
     layers = model.model.layers
     layers[2], layers[3] = layers[3], layers[2]
