@@ -205,10 +205,19 @@ def test_what_stands_out_from_the_trend_over_depth(values, expected):
     assert [index for index, flag in enumerate(flags) if flag] == expected
 
 
-def test_on_foreign_text_a_block_that_takes_from_its_neighbours_has_nothing_of_its_own():
-    (verdict,) = verdicts([SURELY], [-SURELY], in_distribution=False)
+@pytest.mark.parametrize(
+    ("alone", "colour", "reason"),
+    [
+        (HARDLY, "green", "nothing-of-its-own"),  # by itself neither
+        (SURELY, "yellow", "foreign-text"),
+        (BARELY, "grey", "more-tokens"),
+        (None, "grey", "not-refined"),
+    ],
+)
+def test_on_foreign_text_a_block_that_takes_from_its_neighbours_is_judged_by_itself_too(alone, colour, reason):
+    (verdict,) = verdicts([alone], [-SURELY], in_distribution=False)
 
-    assert (verdict.colour, verdict.reason, verdict.interaction) == ("green", "nothing-of-its-own", True)
+    assert (verdict.colour, verdict.reason, verdict.interaction) == (colour, reason, True)
 
 
 def test_on_foreign_text_the_block_above_the_trend_is_red():

@@ -12,7 +12,7 @@ from peelwise.records.audit import AuditConclusion, BlockRecord, LookFirst
 from peelwise.records.base import Colour, Interval, Note, note
 from peelwise.records.peel import PeelConclusion
 from peelwise.show import words
-from peelwise.show.audit.words import conclusion, reasons
+from peelwise.show.audit.words import conclusion, reasons, two_gains
 from peelwise.show.peel.words import conclusion as peel_conclusion
 from show.peel_sample import peel_record, unmeasured_record
 from show.sample import whole
@@ -171,3 +171,12 @@ def test_the_conclusion_of_a_peel_in_words():
     for case, start in (("none-found", "None found: of 3 maps"), ("uninformative", "The best map (")):
         assert peel_conclusion(record.model_copy(update={"conclusion": PeelConclusion(case=case)})).startswith(start)
     assert peel_conclusion(unmeasured_record()) == "No verdict yet: no map was visited within the budget."
+
+
+def test_two_gains_stand_beside_the_strip_on_text_that_all_blocks_can_adapt_to():
+    case = AuditConclusion(case="none-found", blocks=(0, 1, 2))
+    gains = audit(case, composed=interval(0.25))
+    assert two_gains(foreign(gains)) == "could adapt together +0.250, of its own at most +0.200 (block 0)"
+    assert two_gains(gains) == ""  # on training text solo gains decide
+    assert two_gains(foreign(audit(case, composed=interval(-0.02)))) == ""  # nothing was gained
+    assert two_gains(foreign(audit(case))) == ""

@@ -115,7 +115,9 @@ def judge(
             verdicts.append(Verdict("frozen", "frozen"))
             continue
         verdict = _one(measured, margin, above[i], below[i], unique_above[i])
-        if own_matters and unique_below[i] and not (above[i] and outlying[i]):
+        # A block that takes away from its neighbours' gain has nothing of its own, and may have much by itself.
+        nothing = unique_below[i] and (below[i] or not unique_negative[i])
+        if own_matters and nothing and not (above[i] and outlying[i]):
             verdict = Verdict("green", "nothing-of-its-own")
         elif own_matters and unique_above[i] and verdict.colour != "red":
             verdict = Verdict("red", "own-above-margin")
@@ -124,7 +126,6 @@ def judge(
         elif verdict.colour == "red" and not in_distribution and not (outlying[i] or unique_above[i]):
             verdict = Verdict("yellow", "foreign-text")
         if unique_negative[i]:
-            # A block that takes away from its neighbours' gain has nothing of its own, and may have much by itself.
             unsure = verdict.reason == "nothing-above-margin"
             verdict = replace(verdict, colour="grey" if unsure else verdict.colour, interaction=True)
         verdicts.append(verdict)

@@ -112,7 +112,7 @@ def _verdicts(record: AuditRecord) -> str:
 
 def _two_gains(record: AuditRecord) -> str:
     said = two_gains(record)
-    return paragraph(f"The blocks {said[0]}; {said[1]} nats per token.", "small") if said else ""
+    return paragraph(f"The blocks {said}, in nats per token.", "small") if said else ""
 
 
 def _check(record: AuditRecord) -> str:

@@ -127,7 +127,7 @@ def _counts_line(record: AuditRecord) -> str:
     listed = [
         f"{VERDICTS[colour].letter} {number} {VERDICTS[colour].short}" for colour, number in counts(record).items()
     ]
-    return " · ".join([*listed, *two_gains(record)])
+    return " · ".join(filter(None, [*listed, two_gains(record)]))
 
 
 def _block_table(record: AuditRecord, width: int) -> Table:

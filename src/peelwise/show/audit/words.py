@@ -89,13 +89,13 @@ def of_its_own(record: AuditRecord) -> tuple[int, Interval] | None:
     return max(found, key=lambda pair: pair[1].mean)
 
 
-def two_gains(record: AuditRecord) -> tuple[str, ...]:
+def two_gains(record: AuditRecord) -> str:
     """Return what all blocks could gain together and the most that one gains of its own, to stand beside a strip."""
     together, largest = record.loss.composed_gain, of_its_own(record)
-    if together is None or largest is None:
-        return ()
+    if together is None or largest is None or together.mean <= 0:
+        return ""
     block, own = largest
-    return f"could adapt together {together.mean:+.3f}", f"of its own at most {own.mean:+.3f} (block {block})"
+    return f"could adapt together {together.mean:+.3f}, of its own at most {own.mean:+.3f} (block {block})"
 
 
 def _look_first(record: AuditRecord, found: AuditConclusion) -> str:
