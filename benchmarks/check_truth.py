@@ -3,7 +3,7 @@
     python benchmarks/check_truth.py            # every case that is not done yet, then the table
     python benchmarks/check_truth.py --table    # the table of what is done
 
-Kinds in `truth.damage.DEVELOPMENT` were looked at while the rule of `evidence/unlike.py` was made, at blocks 4, 15 and
+Kinds in `truth.kinds.DEVELOPMENT` were looked at while the rule of `evidence/unlike.py` was made, at blocks 4, 15 and
 both ends; those of `HELD_BACK` were run once, after it was fixed, at other blocks and both ends. Each case is saved
 when it is done, so the run can be stopped and goes on where it was. What a case computes is what `run_check` does,
 but that signals of weights are computed again for changed blocks alone.
@@ -39,7 +39,7 @@ from peelwise.model.runner import Runner, Trace
 from peelwise.probe.options import ProbeOptions
 from peelwise.records.signals import SIGNALS
 from peelwise.tasks.check.settings import CHECK_TOKENS
-from truth.damage import DEVELOPMENT, HELD_BACK, damaged
+from truth.kinds import DEVELOPMENT, HELD_BACK, damaged
 
 OUT = Path("out/check_truth")
 BLOCKS = {"development": (4, 15, 29, 0), "held back": (19, 6, 29, 0)}

@@ -212,7 +212,7 @@ def _named(error: Exception) -> str:
 
 def not_measured(step: int, why: str, *, later: bool) -> Event:
     """Return the event of a measurement that failed; ``later``: the next is tried only after some were left out."""
-    text = f"the model could not be measured: {why}" + (" It is tried again later." if later else "")
+    text = f"the model could not be measured: {why.rstrip('.')}." + (" It is tried again later." if later else "")
     return Event(step, "warning", "not-measured", text)
 
 

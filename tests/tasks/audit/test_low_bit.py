@@ -93,6 +93,15 @@ def _assert_splits_add_up(record) -> None:
     assert not list(contradictions(record, 1e-3))
 
 
+def test_a_budget_that_ends_before_anything_was_proposed_is_said() -> None:
+    model = ZOO["plain"]()
+    quantize_(model, "ternary:tensor", skip=())
+    record = run_audit(model, tiny_probe(), replace(ONE_ROUND, budget=1e-3)).record
+    assert not record.complete
+    assert record.notes[-1].code == "budget-ended"
+    assert not record.rounds
+
+
 def test_an_audit_leaves_a_low_bit_model_as_it_was() -> None:
     model = ZOO["plain"]()
     quantize_(model, "ternary")

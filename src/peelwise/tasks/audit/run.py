@@ -118,7 +118,7 @@ def _stages(session: Session, findings: Findings, settings: AuditSettings) -> bo
 
 def _shuffled(session: Session, findings: Findings) -> None:
     proposals, findings.shuffled_proposals = findings.shuffled_proposals, None
-    if proposals is not None:
+    if proposals:
         findings.shuffled = controls.shuffled_control(session, proposals)
 
 

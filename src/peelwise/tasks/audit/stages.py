@@ -95,6 +95,8 @@ def joint_rounds(session: Session, findings: Findings, *, rounds: int, share: fl
 
     Returns whether the rounds ended by themselves.
     """
+    if not findings.proposals:  # the budget ended before the sweep
+        return False
     going = {kind: unrefined(session.select) for kind in kinds(session)}
     output_changes: dict[Direction, float] = {}
     for number in range(rounds):
