@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peelwise.api.inputs import Target, open_both, open_target, with_budget
-from peelwise.api.report import REPORT_FILE, Result, frame
+from peelwise.api.report import REPORT_FILE, Result, check_out, frame, pages
+from peelwise.certificate.base import write_certificate
 from peelwise.engine.clock import Watcher
 from peelwise.errors import MissingExtraError
 from peelwise.model.options import OpenOptions
@@ -28,8 +29,8 @@ COMPARE_FILE = "compare.json"
 
 
 @dataclass(frozen=True, eq=False)
-class _Saved(Result):
-    """A record that is saved as JSON with a page beside it."""
+class _WithPage(Result):
+    """A record with a page."""
 
     def to_html(self) -> str:
         """Return the report as one self-contained HTML page.
@@ -41,6 +42,52 @@ class _Saved(Result):
 
         assert isinstance(self.record, (CompareRecord, CompareSeries))
         return render_html(self.record)
+
+
+@dataclass(frozen=True, eq=False)
+class CompareReport(_WithPage):
+    """What a comparison of two models found.
+
+    Attributes:
+        record: every number, as in ``certificate.json``.
+        probe: the token sequences that were used.
+    """
+
+    record: CompareRecord
+    probe: Probe = field(repr=False)
+
+    def save(self, folder: str | Path, *, force: bool = False) -> Path:
+        """Write the certificate: record, probe and (with matplotlib) page; whole or not at all. OLD is the witness.
+
+        Args:
+            folder: must not exist or be empty, unless ``force``.
+            force: replace an earlier result.
+
+        Raises:
+            OutputError: If the folder is taken or cannot be written.
+        """
+        path = check_out(folder, force=force)
+        write_certificate(path, self.record, {}, self.probe, pages)
+        return path
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per block, intervals as columns ``repairs_mean``, ``repairs_low`` and so on.
+
+        Raises:
+            MissingExtraError: Without pandas.
+        """
+        return frame([_row(block.model_dump()) for block in self.record.blocks], "index")
+
+
+@dataclass(frozen=True, eq=False)
+class CompareSeriesReport(_WithPage):
+    """What comparisons of the checkpoints of one run found.
+
+    Attributes:
+        record: the comparisons, each with the checkpoint before.
+    """
+
+    record: CompareSeries
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
         """Write ``compare.json`` and (with matplotlib) ``report.html``; whole or not at all.
@@ -59,36 +106,6 @@ class _Saved(Result):
             with suppress(MissingExtraError):
                 (temporary / REPORT_FILE).write_text(self.to_html(), encoding="utf-8")
         return path
-
-
-@dataclass(frozen=True, eq=False)
-class CompareReport(_Saved):
-    """What a comparison of two models found.
-
-    Attributes:
-        record: every number, as in the JSON file.
-    """
-
-    record: CompareRecord
-
-    def to_frame(self) -> pd.DataFrame:
-        """Return one row per block, intervals as columns ``repairs_mean``, ``repairs_low`` and so on.
-
-        Raises:
-            MissingExtraError: Without pandas.
-        """
-        return frame([_row(block.model_dump()) for block in self.record.blocks], "index")
-
-
-@dataclass(frozen=True, eq=False)
-class CompareSeriesReport(_Saved):
-    """What comparisons of the checkpoints of one run found.
-
-    Attributes:
-        record: the comparisons, each with the checkpoint before.
-    """
-
-    record: CompareSeries
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per checkpoint, with what putting each block of the one before back would repair.
@@ -124,7 +141,7 @@ def compare(
         settings: budget, margin and how much is measured.
         budget: shorthand for that of ``settings``: wall time, in seconds or like ``"5m"``.
         opening: how folders and files are opened.
-        out: folder to save the report in; refused before the work if it is taken.
+        out: folder to save the certificate in; refused before the work if it is taken.
         force: replace an earlier result there.
         progress: called with a `Progress` at every step.
 
@@ -141,10 +158,10 @@ def compare(
     """
     settings = with_budget(settings or CompareSettings(), budget)
     if out is not None:
-        check_free(Path(out), force=force, ours=COMPARE_FILE)
+        check_out(out, force=force)
     target, drawn = open_both(new, probe, opening)
     before = _candidate(open_target(old, opening))
-    report = CompareReport(run_compare(before, _candidate(target), drawn, settings, progress))
+    report = CompareReport(run_compare(before, _candidate(target), drawn, settings, progress), drawn)
     if out is not None:
         report.save(out, force=force)
     return report
@@ -193,7 +210,8 @@ def _candidate(target: Target) -> Candidate:
 
 
 def _row(block: dict[str, Any]) -> dict[str, Any]:
-    plain = {k: v for k, v in block.items() if not isinstance(v, (dict, tuple, list)) and not k.endswith("_nats")}
+    hidden = ("_nats", "_sha256")
+    plain = {k: v for k, v in block.items() if not isinstance(v, (dict, tuple, list)) and not k.endswith(hidden)}
     for key in ("repairs", "breaks", "path_from_first", "path_from_last"):
         interval = block[f"{key}_nats"] or {}
         plain |= {f"{key}_{part}": interval.get(part) for part in ("mean", "low", "high")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +61,13 @@ def tensors_sha256(model: nn.Module) -> str:
     Raises:
         ModelError: If a tensor has no values, as on the ``meta`` device.
     """
+    return sha256_of(_tensors(model))
+
+
+def sha256_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the SHA-256 over name, shape, dtype and bytes of tensors, sorted by name."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(_tensors(model)):
+    for name, tensor in sorted(tensors, key=lambda each: each[0]):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         for piece in _pieces(tensor):
             digest.update(piece.cpu().view(torch.uint8).numpy().data)

@@ -79,7 +79,7 @@ def end_twins(old: Runner, new: Runner) -> dict[str, Twins]:
     Raises:
         ModelError: If one model has tensors that the other lacks, or of other shapes.
     """
-    before, after = (_ends(runner) for runner in (old, new))
+    before, after = (end_tensors(runner) for runner in (old, new))
     return {unit: _twins(unit, before[unit], after[unit], []) for unit in ("embedding", "norm", "head")}
 
 
@@ -160,7 +160,7 @@ def _computed(module: nn.Module, layer: nn.Module) -> dict[str, Tensor] | None:
     return {"weight": W.T} | ({"bias": nothing[0]} if plain.has_bias else {})
 
 
-def _ends(runner: Runner) -> dict[str, dict[str, Tensor]]:
+def end_tensors(runner: Runner) -> dict[str, dict[str, Tensor]]:
     """Return the tensors outside of the blocks; a tied head counts as embedding and as head."""
     found: dict[str, dict[str, Tensor]] = {"embedding": {}, "norm": {}, "head": {}}
     inside = {id(m) for block in runner.blocks for m in block.module.modules()}
