@@ -96,7 +96,7 @@ def compare(
         with at_work(f"Opening {old} and {new} ...") as watcher:
             report = api.compare(old, new, probe, settings, opening=opening, out=out, force=force, progress=watcher)
         shown, found = report.record, (report.record,)
-        view = terminal.render(report.record, every=every_part)
+        view = terminal.render(report.record, out, every=every_part)
     if as_json:
         typer.echo(shown.to_json())
     else:
