@@ -293,3 +293,42 @@ def test_other_code_cannot_be_put_back_as_tensors(tmp_path: Path) -> None:
 def test_a_model_record_of_old_is_part_of_it(original: Path) -> None:
     assert isinstance(_record(original).old, ModelRecord)
     assert all(len(part.old_sha256 or "") == 64 for part in (*_record(original).blocks, *_record(original).ends))
+
+
+@pytest.mark.parametrize("own", ["same", "short"])
+def test_text_that_is_no_new_text_is_refused(
+    own: str, original: Path, models: tuple[nn.Module, nn.Module], tmp_path: Path
+) -> None:
+    """Its sequences are in the certificate's probe, or it has none."""
+    from peelwise.certificate.base import read_probe
+    from peelwise.certificate.own_text import Text
+    from peelwise.errors import ProbeError
+
+    class Numbers:
+        """Reads token ids that are written as numbers."""
+
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": [int(word) for word in text.split()]}
+
+        def encode(self, text: str, **_: Any) -> list[int]:
+            return [int(word) for word in text.split()]
+
+    record = _record(original)
+    rows = read_probe(original, record).report.rows()
+    said = {"same": [" ".join(map(str, row)) for row in rows], "short": ["5"]}[own]
+    with pytest.raises(ProbeError):
+        verify_compare(original, record, *models, text=Text(said, Numbers(), None, "numbers"))
+
+
+def test_of_a_quantised_copy_nothing_is_put_back_but_all_is_found_again(tmp_path: Path) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    old = learned()
+    new = damaged(old)
+    torchao.quantize_(new, torchao.Int8WeightOnlyConfig())  # the head too
+    report = peelwise.compare(old, new, tiny_probe(), CompareSettings(path=False), out=tmp_path / "out")
+    assert report.record.conclusion.hurt == (BROKEN,)
+    assert {tensor.kind_of_change for tensor in report.record.ends[2].tensors} == {"lattice"}
+    assert report.record.mended is None
+    assert peelwise.verify(tmp_path / "out", new, old=old).status == "holds"
+    with pytest.raises(CertificateError, match="do not fit NEW"):
+        mended_model(tmp_path / "out", _record(tmp_path / "out"), old, new)

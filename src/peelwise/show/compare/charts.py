@@ -58,7 +58,7 @@ def path(record: CompareRecord) -> str:
         axes.axhline(record.loss.old, color=COLOURS["muted"], linewidth=1, linestyle="--")
         axes.annotate("OLD", (len(parts), record.loss.old), (4, 2), textcoords="offset points", color=COLOURS["muted"])
         axes.set_xlabel("changed parts put back")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         axes.set_ylabel("loss, nats per token")
         axes.legend()
 

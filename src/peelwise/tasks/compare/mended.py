@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from peelwise.errors import CertificateError
 from peelwise.model.architectures import find_blocks
-from peelwise.model.fingerprint import sha256_of
+from peelwise.model.fingerprint import is_plain, sha256_of
 from peelwise.model.layers import plain_name, unwrapped
 from peelwise.model.runner import Runner
 from peelwise.records.compare import CompareConclusion, Mended
@@ -33,8 +33,9 @@ def part_sha256(runner: Runner, part: Part) -> str:
 def parts_to_mend(pair: Pair, found: CompareConclusion, same_code: Mapping[int, bool | None]) -> list[Part]:
     """Return the parts that hurt and can be put back as tensors, from the input on.
 
-    A block can where its code is the same in both models and its tensors have the same names and shapes. Embedding and
-    head go together where they are one tensor; ends stay as they are where the head cannot be told apart.
+    A block can where its code is the same in both models and its tensors have the same names and shapes and are not
+    quantised. Embedding and head go together where they are one tensor; ends stay as they are where the head cannot be
+    told apart.
 
     Args:
         pair: both models.
@@ -101,4 +102,6 @@ def _is_tied(runner: Runner) -> bool:
 
 def _fits(pair: Pair, part: Part) -> bool:
     old, new = (part_tensors(side.runner, part) for side in (pair.old, pair.new))
-    return old.keys() == new.keys() and all(old[name].shape == new[name].shape for name in old)
+    if old.keys() != new.keys() or not all(map(is_plain, (*old.values(), *new.values()))):
+        return False
+    return all(old[name].shape == new[name].shape for name in old)

@@ -157,8 +157,8 @@ def check_two(old: Candidate, new: Candidate) -> None:
     sizes = vocabulary_size(old.model), vocabulary_size(new.model)
     if None not in sizes and sizes[0] != sizes[1]:
         raise ModelError(
-            f"{old.name} knows {sizes[0]} tokens, {new.name} {sizes[1]}. Compare models of one vocabulary: a model and "
-            "what was made from it."
+            f"OLD ({old.name}) knows {sizes[0]} tokens, NEW ({new.name}) {sizes[1]}. Compare models of one vocabulary: "
+            "a model and what was made from it."
         )
     devices = device_of(old.model), device_of(new.model)
     if devices[0] != devices[1]:

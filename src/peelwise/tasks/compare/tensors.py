@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peelwise.errors import ModelError
+from peelwise.model.fingerprint import is_plain
 from peelwise.model.layers import Block, is_linear, linear_layers, plain_name, unwrapped
 from peelwise.model.runner import Runner
 from peelwise.tasks.compare.kinds import Kind, joint_kind, kind_of
@@ -79,7 +80,10 @@ def end_twins(old: Runner, new: Runner) -> dict[str, Twins]:
     Raises:
         ModelError: If one model has tensors that the other lacks, or of other shapes.
     """
-    before, after = (end_tensors(runner) for runner in (old, new))
+    before, after = (
+        {unit: {name: _decoded(t) for name, t in held.items()} for unit, held in end_tensors(runner).items()}
+        for runner in (old, new)
+    )
     return {unit: _twins(unit, before[unit], after[unit], []) for unit in ("embedding", "norm", "head")}
 
 
@@ -158,6 +162,11 @@ def _computed(module: nn.Module, layer: nn.Module) -> dict[str, Tensor] | None:
     if W.shape != (d_in, d_out) or not torch.allclose(twice - nothing, 2 * W, rtol=_LINEAR_ENOUGH, atol=slack):
         return None
     return {"weight": W.T} | ({"bias": nothing[0]} if plain.has_bias else {})
+
+
+def _decoded(tensor: Tensor) -> Tensor:
+    """Return the numbers that a quantised tensor stands for, and any other as it is."""
+    return tensor if is_plain(tensor) else tensor.dequantize()
 
 
 def end_tensors(runner: Runner) -> dict[str, dict[str, Tensor]]:
