@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from peelwise.engine.clock import Clock, Watcher
 from peelwise.engine.opening import checked_blocks
 from peelwise.engine.provenance import Setup, model_record, versions
 from peelwise.engine.session import LOSSES
-from peelwise.errors import ModelError
+from peelwise.errors import ModelError, UnsupportedModelError
 from peelwise.evidence.compare import conclusion
 from peelwise.evidence.verdict import default_margin
 from peelwise.model.fingerprint import identify
@@ -90,7 +91,10 @@ def run_compare(
         ProbeError: If the probe does not fit.
     """
     check_two(old, new)
-    before, after = (checked_blocks(each.model, probe) for each in (old, new))
+    with _said_of("OLD"):
+        before = checked_blocks(old.model, probe)
+    with _said_of("NEW"):
+        after = checked_blocks(new.model, probe)
     with untouched(old.model), untouched(new.model):
         runners = [
             Runner(each.model, blocks, micro_batch_tokens=settings.micro_batch_tokens)
@@ -163,6 +167,15 @@ def check_two(old: Candidate, new: Candidate) -> None:
     devices = device_of(old.model), device_of(new.model)
     if devices[0] != devices[1]:
         raise ModelError(f"OLD is on {devices[0]}, NEW on {devices[1]}: move both to one device.")
+
+
+@contextmanager
+def _said_of(which: str) -> Iterator[None]:
+    """Let an error about a model say which of the two it is about."""
+    try:
+        yield
+    except (ModelError, UnsupportedModelError) as error:
+        raise type(error)(f"{which}: {error}") from error
 
 
 def opened_side(runner: Runner, report: Split, fit: Split) -> Side:
