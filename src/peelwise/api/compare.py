@@ -181,7 +181,7 @@ def compare_run(
     """Compare each checkpoint in a folder with the one before it; arguments as for `compare`.
 
     Args:
-        folder: holds the checkpoints as folders, in the order of the numbers in their names.
+        folder: holds the checkpoints as folders, in the order of the numbers in their names, those without one last.
         probe: the probe, or the text to draw it from with the last checkpoint's tokenizer.
         settings: the budget is that of all pairs together.
         budget: shorthand for that of ``settings``.
@@ -196,7 +196,8 @@ def compare_run(
     settings = with_budget(settings or CompareSettings(), budget)
     if out is not None:
         check_free(Path(out), force=force, ours=COMPARE_FILE)
-    folders = checkpoint_folders(Path(folder))
+    opening = opening or OpenOptions()
+    folders = checkpoint_folders(Path(folder), allow_pickle=opening.allow_pickle)
     _, drawn = open_both(folders[-1], probe, opening)
     series = run_series(folders, lambda path: _candidate(open_target(path, opening)), drawn, settings, progress)
     report = CompareSeriesReport(series)
