@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from peelwise.api.report import REPORT_FILE, Result, check_out, frame, pages
 from peelwise.certificate.base import write_certificate
 from peelwise.engine.clock import Watcher
 from peelwise.errors import MissingExtraError
+from peelwise.model.checkpoints import gguf_file
 from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
@@ -159,8 +160,8 @@ def compare(
     settings = with_budget(settings or CompareSettings(), budget)
     if out is not None:
         check_out(out, force=force)
-    target, drawn = open_both(new, probe, opening)
-    before = _candidate(open_target(old, opening))
+    target, drawn = open_both(new, probe, _opening_of(new, old, opening))
+    before = _candidate(open_target(old, _opening_of(old, new, opening)))
     report = CompareReport(run_compare(before, _candidate(target), drawn, settings, progress), drawn)
     if out is not None:
         report.save(out, force=force)
@@ -204,6 +205,16 @@ def compare_run(
     if out is not None:
         report.save(out, force=force)
     return report
+
+
+def _opening_of(
+    model: nn.Module | str | Path, other: nn.Module | str | Path, opening: OpenOptions | None
+) -> OpenOptions | None:
+    """Return how one of two models is opened: as stored where it is a GGUF file, whatever the other one is."""
+    if opening is None or not opening.as_stored or not isinstance(model, str | Path):
+        return opening
+    beside_gguf = isinstance(other, str | Path) and gguf_file(other) is not None
+    return replace(opening, as_stored=False) if beside_gguf and gguf_file(model) is None else opening
 
 
 def _candidate(target: Target) -> Candidate:
