@@ -17,6 +17,7 @@ import peelwise
 from audits import slow_losses, tiny_probe
 from peelwise.certificate.compare import mended_model, verify_compare
 from peelwise.errors import CertificateError, ModelError
+from peelwise.evidence.compare import conclusion
 from peelwise.records.base import ModelRecord
 from peelwise.records.compare import CompareRecord
 from peelwise.records.files import RECORD_FILE, WITNESS_FILE, read_any_record, sha256
@@ -230,6 +231,44 @@ def test_what_is_not_rechecked_at_once_is_found_in_full(
 ) -> None:
     folder = _forged(original, tmp_path / "forged", ONLY_IN_FULL[name])
     assert not verify_compare(folder, _record(folder), *models, full=True).holds
+
+
+def _whitewashed(*parts: int, end: int | None = None) -> Callable[[Content], None]:
+    """Let a record say, without a contradiction, that parts are the same in both models and nothing hurt."""
+
+    def change(content: Content) -> None:
+        nothing = copy.deepcopy(content["blocks"][1])
+        assert nothing["kind_of_change"] == "unchanged"
+        every = [*content["blocks"], *content["ends"]]
+        for part in [content["blocks"][i] for i in parts] + ([] if end is None else [content["ends"][end]]):
+            kept = {key: part[key] for key in ("index", "name", "unit", "old_sha256") if key in part}
+            part.update(nothing | kept)
+        for part in every:
+            part |= dict.fromkeys(("path_from_first_nats", "path_from_last_nats", "interaction_nats"))
+        repairs = sum(part["repairs_nats"]["mean"] for part in every)
+        content["loss"]["interaction"] = content["loss"]["damage"]["mean"] - repairs
+        content["mended"] = content["first_difference"] = None
+        record = CompareRecord.model_validate(content)
+        found = conclusion(record.loss, record.blocks, record.ends, record.margin_nats)
+        content["conclusion"] = found.model_dump(mode="json")
+
+    return change
+
+
+def test_a_part_that_hurts_cannot_be_said_to_be_the_same(
+    original: Path, models: tuple[nn.Module, nn.Module], tmp_path: Path
+) -> None:
+    folder = _forged(original, tmp_path / "block", _whitewashed(BROKEN))
+    assert not _record(folder).conclusion.hurt
+    assert verify_compare(folder, _record(folder), *models).reason == (
+        "model.layers.2 is said to be the same in both models, and its outputs differ."
+    )
+    old, new = models[0], copy.deepcopy(models[0])
+    with torch.no_grad():
+        new.model.norm.weight.mul_(-1)
+    peelwise.compare(old, new, tiny_probe(), CompareSettings(layers_of=0, path=False), out=tmp_path / "norm")
+    folder = _forged(tmp_path / "norm", tmp_path / "end", _whitewashed(end=1))
+    assert verify_compare(folder, _record(folder), old, new).reason.startswith("norm is said to be the same")
 
 
 def test_a_changed_file_is_found_before_anything_is_opened(original: Path, tmp_path: Path) -> None:

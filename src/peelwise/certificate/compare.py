@@ -46,17 +46,18 @@ from peelwise.records.compare import BlockChange, CompareRecord
 from peelwise.records.files import HEADER_BYTES, WITNESS_FILE, what_changed
 from peelwise.tasks.compare.measures import Measured, Pair, measure_layers, measure_repairs, parts_of
 from peelwise.tasks.compare.mended import measure_mended, mended_parts, part_sha256, parts_to_mend, put_back
+from peelwise.tasks.compare.outputs import block_outputs, end_outputs, of_end
 from peelwise.tasks.compare.run import Candidate, check_two, opened_side, run_compare
 from peelwise.tasks.compare.settings import CompareSettings
 
 _ENDLESS_HOURS = 1_000
 _FOUND = (
     "both losses, what every changed part of OLD repairs in NEW, by layer where layers were measured, what all that "
-    "hurt repair together, OLD's tensors part by part, and which parts hurt and helped"
+    "hurt repair together, OLD's tensors part by part, that all other parts compute the same, and which parts hurt and "
+    "helped"
 )
 _ALL_FOUND = "what the parts of NEW break in OLD, both ways from NEW to OLD, kinds of change, and distances"
 _UNCHECKED = "cost"
-_SAME = "that parts said to be the same compute the same"
 
 
 def verify_compare(
@@ -102,7 +103,7 @@ def verify_compare(
         reason = next(_wrong_parts(record, pair), None)
         if reason is None:
             recheck.run()
-            reason = recheck.wrong_number()
+            reason = recheck.wrong_number() or next(_not_the_same(record, pair), None)
         if text is not None and not reason:
             unseen = cut_like(text, probe, new)
             pair = _opened_pair(old, new, unseen.split, unseen.split)
@@ -120,7 +121,7 @@ def verify_compare(
         reason=reason or f"{len(checks)} numbers found again.",
         checks=tuple(checks),
         rechecked=(_FOUND, same.replace("the model's", "both models'"), *([_ALL_FOUND] if full else [])),
-        not_rechecked=(*unknown, _UNCHECKED) if full else (*unknown, _ALL_FOUND, _SAME, _UNCHECKED),
+        not_rechecked=(*unknown, _UNCHECKED) if full else (*unknown, _ALL_FOUND, _UNCHECKED),
         own=own,
     )
 
@@ -232,6 +233,20 @@ def _wrong_parts(record: CompareRecord, pair: Pair) -> Iterator[str]:
     mended = parts_to_mend(pair, record.conclusion, {b.index: b.same_code for b in record.blocks})
     if mended != ([] if record.mended is None else mended_parts(pair, record.mended)):
         yield "The parts that are said to be put back together are not those that hurt."
+
+
+def _not_the_same(record: CompareRecord, pair: Pair) -> Iterator[str]:
+    """Yield, in words, which parts compute something else than OLD's and are said to be unchanged: none can be hidden."""
+    ends = end_outputs(pair.old, pair.new)
+    for part, each in said_of(record, pair.parts):
+        if is_changed(each):
+            continue
+        if part.block is None:
+            found = of_end(ends[part.unit], pair.old, pair.new, same_weights=True)
+        else:
+            found = block_outputs(pair.old, pair.new, part.block, same_weights=True)
+        if not found.same:
+            yield f"{name_of(each)} is said to be the same in both models, and its outputs differ."
 
 
 def _on_own_text(record: CompareRecord, pair: Pair, text: Text, tolerance: float, overlapping: int) -> OwnText:
