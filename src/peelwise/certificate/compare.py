@@ -236,7 +236,7 @@ def _wrong_parts(record: CompareRecord, pair: Pair) -> Iterator[str]:
 
 
 def _not_the_same(record: CompareRecord, pair: Pair) -> Iterator[str]:
-    """Yield, in words, which parts that are said to be unchanged compute something else than OLD: none can be hidden."""
+    """Yield, in words, which parts that are said to be unchanged compute something else: none can be hidden."""
     ends = end_outputs(pair.old, pair.new)
     for part, each in said_of(record, pair.parts):
         if is_changed(each):

@@ -94,6 +94,18 @@ def test_the_page_says_it_all_and_runs_nothing() -> None:
     assert "Not measured within the budget" in page
 
 
+def test_the_page_lists_what_changed_and_counts_the_rest() -> None:
+    page = views.render_html(compare_sample.record())
+    table = page[page.index('id="parts"') :]
+    table = table[: table.index("</section>")]
+    assert table.count("<tr>") == 1 + 3  # titles, and blocks 4, 9 and 12
+    assert "The other 16 parts are the same in both models" in table
+    same = compare_sample.record()
+    quiet = same.blocks[0]
+    blocks = tuple(quiet.model_copy(update={"index": b.index, "name": b.name}) for b in same.blocks)
+    assert "All 19 parts are the same" in views.render_html(same.model_copy(update={"blocks": blocks}))
+
+
 def test_a_notebook_shows_the_changed_parts() -> None:
     shown = notebook.record_html(compare_sample.record())
     assert "sign flipped" in shown

@@ -204,8 +204,15 @@ def _way(record: CompareRecord) -> str:
 
 def _all_parts(record: CompareRecord) -> str:
     titles = ("part", "kind of change", "repairs", "breaks", "steps", "interaction", "weights moved", "output moved")
-    rows = [_part_row(part) for part in in_order(record)]
-    return section("parts", "Every part in numbers", table(titles, rows, caption="Every part", style="blocks"))
+    parts = in_order(record)
+    rows = [_part_row(part) for part in parts if part.kind_of_change != "unchanged"]
+    drawn = table(titles, rows, caption="Every part that changed", style="blocks") if rows else ""
+    same = len(parts) - len(rows)
+    which = (
+        f"The other {same} parts are" if rows and same > 1 else "The other part is" if rows else f"All {same} parts are"
+    )
+    quiet = f"{which} the same in both models: equal weights that compute the same, so exchanging them does nothing."
+    return section("parts", "Every changed part in numbers", paragraph(quiet) if same else "", drawn)
 
 
 def _old_model(record: CompareRecord) -> tuple[tuple[str, object], ...]:
@@ -215,8 +222,6 @@ def _old_model(record: CompareRecord) -> tuple[tuple[str, object], ...]:
 
 def _part_row(part: BlockChange | EndChange) -> tuple[str, ...]:
     steps = [part.path_from_first_nats, part.path_from_last_nats]
-    if part.kind_of_change == "unchanged":
-        return (esc(part_name(part)), "the same in both", "0", "0", "0", "0", "0 %", "0 %")
     return (
         esc(part_name(part)),
         esc(kind_words(part.kind_of_change, part.kind_values)),
