@@ -271,6 +271,24 @@ def test_a_part_that_hurts_cannot_be_said_to_be_the_same(
     assert verify_compare(folder, _record(folder), old, new).reason.startswith("norm is said to be the same")
 
 
+@pytest.mark.parametrize(("key", "value"), [("standard_error", 50.0), ("skewness", -60.0), ("sequences", 2)])
+def test_evidence_cannot_be_taken_away_behind_an_interval(
+    key: str, value: float, original: Path, models: tuple[nn.Module, nn.Module], tmp_path: Path
+) -> None:
+    """Verdicts follow from what an interval was made of, which must therefore give the interval."""
+
+    def change(content: Content) -> None:
+        content["blocks"][BROKEN]["repairs_nats"][key] = value
+        content["mended"] = None
+        record = CompareRecord.model_validate(content)
+        found = conclusion(record.loss, record.blocks, record.ends, record.margin_nats)
+        content["conclusion"] = found.model_dump(mode="json")
+
+    folder = _forged(original, tmp_path / "forged", change)
+    result = verify_compare(folder, _record(folder), *models)
+    assert "does not follow from its standard error" in result.reason, result.reason
+
+
 def test_a_changed_file_is_found_before_anything_is_opened(original: Path, tmp_path: Path) -> None:
     folder = _forged(original, tmp_path / "forged", lambda content: None)
     content = json.loads((folder / RECORD_FILE).read_text())

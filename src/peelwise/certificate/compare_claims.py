@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from peelwise.certificate.base import Check
 from peelwise.evidence.compare import conclusion
+from peelwise.evidence.intervals import Paired
 from peelwise.evidence.verdict import default_margin
 from peelwise.records.base import Interval
 from peelwise.records.compare import BlockChange, CompareRecord, EndChange
@@ -56,6 +57,8 @@ def contradictions(record: CompareRecord) -> Iterator[str]:
     for interval in _intervals(record):
         if not interval.low <= interval.mean <= interval.high:
             yield f"An interval from {interval.low:g} to {interval.high:g} has the mean {interval.mean:g}."
+        elif interval.sequences != record.probe.report_sequences or not _follows(interval):
+            yield f"The interval around {interval.mean:g} does not follow from its standard error and skewness."
     for part in parts:
         same = part.kind_of_change == "unchanged"
         if same and any(each and (each.low, each.high) != (0, 0) for each in _effects_of(part)):
@@ -63,6 +66,11 @@ def contradictions(record: CompareRecord) -> Iterator[str]:
         if same != (part.same_weights and part.same_code is not False):
             yield f"{name_of(part)}: its kind of change does not fit what is said of its weights and code."
     yield from _wrong_sums(record, parts)
+
+
+def _follows(interval: Interval) -> bool:
+    due = Paired.of(interval).interval()
+    return max(abs(due.low - interval.low), abs(due.high - interval.high)) <= _ROUNDING
 
 
 def _wrong_sums(record: CompareRecord, parts: Sequence[SomePart]) -> Iterator[str]:
