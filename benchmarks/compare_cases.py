@@ -6,7 +6,7 @@ The two halves were fixed before anything was measured: thresholds were looked a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -193,8 +193,8 @@ HELD_BACK = tuple(
 BLOCKS = (0, 6, 19, 29)
 
 
-def cases() -> Iterator[tuple[Known, int]]:
+def cases(blocks: Iterable[int] = BLOCKS) -> Iterator[tuple[Known, int]]:
     """Yield every kind at every block, one block after the other, the development half of the kinds first."""
-    for block in BLOCKS:
+    for block in blocks:
         for known in (*DEVELOPMENT, *HELD_BACK):
             yield known, block

@@ -14,7 +14,7 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +89,12 @@ def weighed(model: nn.Module, known: Known, block: int, converted: bool) -> dict
     }
 
 
-def weigh(converted: bool, only: str | None) -> None:
+def weigh(converted: bool, chosen: Iterable[tuple[Known, int]]) -> None:
     """Ask for the kind of every case that changes weights and has no file yet."""
     model = open_model("smollm2", device="cpu", with_tokenizer=False).model
-    for known, block in cases():
+    for known, block in chosen:
         path = _file(known, block, converted, weights=True)
-        if path.exists() or (only and only not in known.name) or known.kind == "config-or-code":
+        if path.exists() or known.kind == "config-or-code":
             continue
         row = weighed(model, known, block, converted)
         FOLDER.mkdir(parents=True, exist_ok=True)
@@ -102,15 +102,15 @@ def weigh(converted: bool, only: str | None) -> None:
         print({k: row[k] for k in ("change", "block", "first", "kind", "expected", "seconds")}, flush=True)
 
 
-def run(converted: bool, only: str | None) -> None:
+def run(converted: bool, chosen: Iterable[tuple[Known, int]]) -> None:
     """Measure every case that has no file yet."""
     opened = open_model("smollm2", device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FewSequencesWarning)
         probe = Probe.from_text(reference_prose(), opened.tokenizer, tokens=TOKENS, sequence_length=LENGTH)
-    for known, block in cases():
+    for known, block in chosen:
         path = _file(known, block, converted)
-        if path.exists() or (only and only not in known.name):
+        if path.exists():
             continue
         row = compared(opened.model, known, block, probe, converted)
         FOLDER.mkdir(parents=True, exist_ok=True)
@@ -166,13 +166,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--converted", action="store_true", help="round the altered copy to bfloat16")
     parser.add_argument("--weights", action="store_true", help="only the kind, from the weights")
-    parser.add_argument("--only", help="changes with this in their name")
+    parser.add_argument("--only", default="", help="changes with this in their name")
+    parser.add_argument("--half", choices=("development", "held-back"), help="one half of the kinds")
+    parser.add_argument("--blocks", type=int, nargs="+", default=BLOCKS, help="in this order; default: all four")
     parser.add_argument("--summary", action="store_true", help="write the figures of what was measured")
     arguments = parser.parse_args()
     if arguments.summary:
         summary()
     else:
-        (weigh if arguments.weights else run)(arguments.converted, arguments.only)
+        wanted = [(known, block) for known, block in cases(arguments.blocks) if arguments.only in known.name]
+        if arguments.half:
+            wanted = [(known, block) for known, block in wanted if known.held_back == (arguments.half == "held-back")]
+        (weigh if arguments.weights else run)(arguments.converted, wanted)
 
 
 if __name__ == "__main__":

@@ -24,12 +24,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_broken_block_is_named_saved_and_fails_on_demand(run, broken_folder, text, tmp_path) -> None:
     out = tmp_path / "changes"
     tokenizer = CHECKPOINTS / "tokenizer"
+    from small_gpt.text import training_documents
+
     arguments = ("compare", stage_folder("final"), broken_folder, "--text", text, "--tokenizer", tokenizer, *QUICK)
     code, shown, _ = run(*arguments, "--out", out, "--fail-on", "hurt")
     assert code == 1
     assert "Putting back block 3 repairs" in " ".join(shown.split())
     assert "sign flipped" in shown
-    record = json.loads((out / "compare.json").read_text())
+    record = json.loads((out / "certificate.json").read_text())
     assert record["kind"] == "compare"
     assert record["conclusion"]["hurt"] == [3]
     assert record["blocks"][3]["kind_of_change"] == "sign"
@@ -39,6 +41,31 @@ def test_a_broken_block_is_named_saved_and_fails_on_demand(run, broken_folder, t
     code, _, err = run(*arguments, "--out", out)
     assert code == 2
     assert "not empty" in " ".join(err.split())
+    code, shown, _ = run("verify", out)
+    assert (code, shown.count("differs")) == (0, 0)
+    assert "holds" in shown
+    own = tmp_path / "own.txt"
+    own.write_text("\n\n".join(document[1_500:3_000] for document in training_documents()[::12]), encoding="utf-8")
+    given = ("--old", stage_folder("final"), "--new", broken_folder)
+    code, shown, err = run("verify", out, *given, "--text", own, "--tokens", 2_000)
+    assert code == 0, shown + err
+    assert "hurt" in shown
+    assert "Your text" in shown
+    own.write_text(text.read_text()[::-1][:60_000])  # control: nonsense, which the broken block costs nothing on
+    code, shown, _ = run("verify", out, *given, "--text", own, "--tokens", 2_000)
+    assert code == 1
+    assert "On your text all that hurt repairs" in shown
+    code, shown, err = run("apply", out, "--out", tmp_path / "mended", *given)
+    assert code == 0, err
+    assert f"loss {record['mended']['loss']:.4f}" in shown
+    assert record["mended"]["blocks"] == [3]
+    code, shown, _ = run("verify", out, "--old", broken_folder, "--new", stage_folder("final"))  # exchanged
+    assert code == 1
+    assert "not the same model" in shown
+    (out / "report.html").unlink()
+    code, shown, _ = run("report", out)
+    assert code == 0
+    assert "<svg" in (out / "report.html").read_text()
     code, shown, _ = run(  # control: the other way round nothing hurts
         "compare", broken_folder, stage_folder("final"), *arguments[3:], "--json", "--no-path", "--fail-on", "hurt"
     )

@@ -169,3 +169,26 @@ def test_model_without_a_head_still_runs():
     runner = Runner(model, find_blocks(model))
     assert runner.head is None
     assert runner.trace(tiny_probe().fit).losses.isfinite().all()
+
+
+class _Hidden(nn.Module):
+    """Shows nobody the configuration, so nobody asks for a run without a cache of keys and values."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, ids):
+        return self.inner(ids)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "neox-parallel", "gemma2"])
+@torch.no_grad()
+def test_blocks_called_again_see_no_keys_of_an_earlier_call(name):
+    runner = runner_of(_Hidden(ZOO[name]()))
+    trace = runner.trace(tiny_probe().report)
+    for parameter in runner.blocks[0].module.parameters():
+        parameter.mul_(1.5)
+    again = runner.losses_from(trace, 0)
+    torch.testing.assert_close(again, runner.trace(tiny_probe().report).losses, rtol=1e-6, atol=1e-5)
+    assert not torch.allclose(again, trace.losses, rtol=1e-4)  # or a forgotten change would pass

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peelwise.certificate import audit as certificates
 from peelwise.certificate.base import Verification, read_probe, tolerance_of
 from peelwise.certificate.check import scaled_model, verify_check
+from peelwise.certificate.compare import mended_model, verify_compare
 from peelwise.certificate.own_text import Text
 from peelwise.certificate.peel import verify_peel
 from peelwise.errors import CertificateError, ModelError, OptionError, OutputError, PeelwiseError
@@ -19,8 +20,9 @@ from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
 from peelwise.records.audit import AuditRecord
-from peelwise.records.base import SealedRecord
+from peelwise.records.base import ModelRecord, SealedRecord
 from peelwise.records.check import CheckRecord
+from peelwise.records.compare import CompareRecord
 from peelwise.records.files import check_unchanged, read_any_record, read_record, what_changed
 from peelwise.records.folder import check_free, written_whole
 from peelwise.records.peel import PeelRecord
@@ -33,6 +35,7 @@ def verify(
     folder: str | Path,
     model: nn.Module | str | Path | None = None,
     *,
+    old: nn.Module | str | Path | None = None,
     full: bool = False,
     replay: bool = False,
     text: str | Path | Sequence[str | Path] | ProbeOptions | None = None,
@@ -46,8 +49,10 @@ def verify(
 
     Args:
         folder: the certificate.
-        model: the model, or where to open it; default: where it was opened from for the audit.
-        full: also recompute the numbers of every block of an audit; a peel has nothing more to recompute.
+        model: the model (of a comparison: NEW), or where to open it; default: where it was opened from for the audit.
+        old: of a comparison OLD, or where to open it; default: where it was opened from.
+        full: also recompute the numbers of every block of an audit, or make a whole comparison again; a peel has
+            nothing more to recompute.
         replay: also make the witness again from the fit and select parts, and compare; as long as the audit or the peel
             took. What was fitted to the report part does not come out again.
         text: files of your own text, or how a probe would be drawn from them; cut like the certificate's probe, and
@@ -83,10 +88,15 @@ def verify(
     with _one_line(path):
         if isinstance(record, PeelRecord):
             return verify_peel(path, record, opened, replay=replay, text=own, source=source)
+        if isinstance(record, CheckRecord | CompareRecord) and replay:
+            raise CertificateError(
+                f"A {record.kind} has no fitted witness to make again: run peelwise {record.kind} instead."
+            )
         if isinstance(record, CheckRecord):
-            if replay:
-                raise CertificateError("A check has no fitted witness to make again: run peelwise check on the model.")
             return verify_check(path, record, opened, text=own, source=source)
+        if isinstance(record, CompareRecord):
+            before, origin = _old_model(record, old, opening)
+            return verify_compare(path, record, before, opened, full=full, text=own, sources=(origin, source))
         return certificates.verify_certificate(path, opened, full=full, replay=replay, text=own, source=source)
 
 
@@ -95,17 +105,19 @@ def apply(
     model: str | Path | None,
     out: str | Path,
     *,
+    old: nn.Module | str | Path | None = None,
     force: bool = False,
     opening: OpenOptions | None = None,
 ) -> float:
     """Write a model folder with the composed witness merged, and check that its loss is the certified one.
 
-    Of a check, its composed gain witnesses: factors on layers.
+    Of a check, its composed gain witnesses: factors on layers. Of a comparison, OLD's tensors of all parts that hurt.
 
     Args:
         folder: the certificate.
         model: where the certified model is; default: where it was opened from for the audit.
         out: the new model folder, loadable by transformers.
+        old: of a comparison OLD, or where to open it; default: where it was opened from.
         force: replace an earlier result.
         opening: where and how the model is opened; its dtype and stored codes are the record's.
 
@@ -123,11 +135,18 @@ def apply(
     if isinstance(record, PeelRecord):
         record = read_record(path)  # says what is expected
     check_unchanged(path, record)
-    opened = _open_for(record, model, opening, with_tokenizer=True)
+    opened = _open_for(record.model, model, opening, with_tokenizer=True)
     if Path(opened.source).resolve() == out.resolve():
         raise OutputError(f"{out} is the model itself, which is never replaced. Choose another --out.")
     with _one_line(path):
-        changed, certified, probe = _merged(path, record, opened.model)
+        if isinstance(record, CompareRecord):
+            before, origin = _old_model(record, old, opening)
+            if origin is not None and Path(origin).resolve() == out.resolve():
+                raise OutputError(f"{out} is OLD itself, which is never replaced. Choose another --out.")
+            changed, probe = mended_model(path, record, before, opened.model), read_probe(path, record)
+            certified = record.mended.loss if record.mended is not None else None
+        else:
+            changed, certified, probe = _merged(path, record, opened.model)
     with written_whole(out) as temporary:
         save_model(changed, opened.tokenizer, temporary)
         again = open_model(temporary, dtype=record.model.dtype, with_tokenizer=False)
@@ -167,7 +186,7 @@ def _model_and_tokenizer(
     import torch
 
     if not isinstance(model, torch.nn.Module):
-        opened = _open_for(record, model, opening, with_tokenizer=with_tokenizer)
+        opened = _open_for(record.model, model, opening, with_tokenizer=with_tokenizer)
         return opened.model, str(opened.source), require_tokenizer(opened) if with_tokenizer else None
     if not with_tokenizer:
         return model, None, None
@@ -188,9 +207,26 @@ def _one_line(folder: Path) -> Iterator[None]:
         raise CertificateError(f"{folder} cannot be checked: {type(error).__name__}: {reason}") from error
 
 
-def _open_for(record: SealedRecord, model: Any, opening: OpenOptions | None, *, with_tokenizer: bool) -> OpenedModel:
-    source = model if model is not None else record.model.source
+def _old_model(record: CompareRecord, old: Any, opening: OpenOptions | None) -> tuple[nn.Module, str | None]:
+    """Return OLD of a comparison, and where it was opened from (``None`` for a module)."""
+    import torch
+
+    if isinstance(old, torch.nn.Module):
+        return old, None
+    opened = _open_for(record.old, old, opening, option="--old", with_tokenizer=False)
+    return opened.model, str(opened.source)
+
+
+def _open_for(
+    said: ModelRecord,
+    model: Any,
+    opening: OpenOptions | None,
+    *,
+    with_tokenizer: bool,
+    option: str = "--model",
+) -> OpenedModel:
+    source = model if model is not None else said.source
     if source is None:
-        raise OutputError("The certificate does not say where its model is. Name it with --model.")
-    how = asdict(opening or OpenOptions()) | {"dtype": record.model.dtype, "as_stored": record.model.as_stored}
+        raise OutputError(f"The certificate does not say where {said.name[:80]} is. Name it with {option}.")
+    how = asdict(opening or OpenOptions()) | {"dtype": said.dtype, "as_stored": said.as_stored}
     return open_model(source, with_tokenizer=with_tokenizer, **how)

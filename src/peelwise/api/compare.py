@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peelwise.api.inputs import Target, open_both, open_target, with_budget
-from peelwise.api.report import REPORT_FILE, Result, frame
+from peelwise.api.report import REPORT_FILE, Result, check_out, frame, pages
+from peelwise.certificate.base import write_certificate
 from peelwise.engine.clock import Watcher
 from peelwise.errors import MissingExtraError
+from peelwise.model.checkpoints import gguf_file
 from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
@@ -28,8 +30,8 @@ COMPARE_FILE = "compare.json"
 
 
 @dataclass(frozen=True, eq=False)
-class _Saved(Result):
-    """A record that is saved as JSON with a page beside it."""
+class _WithPage(Result):
+    """A record with a page."""
 
     def to_html(self) -> str:
         """Return the report as one self-contained HTML page.
@@ -41,6 +43,52 @@ class _Saved(Result):
 
         assert isinstance(self.record, (CompareRecord, CompareSeries))
         return render_html(self.record)
+
+
+@dataclass(frozen=True, eq=False)
+class CompareReport(_WithPage):
+    """What a comparison of two models found.
+
+    Attributes:
+        record: every number, as in ``certificate.json``.
+        probe: the token sequences that were used.
+    """
+
+    record: CompareRecord
+    probe: Probe = field(repr=False)
+
+    def save(self, folder: str | Path, *, force: bool = False) -> Path:
+        """Write the certificate: record, probe and (with matplotlib) page; whole or not at all. OLD is the witness.
+
+        Args:
+            folder: must not exist or be empty, unless ``force``.
+            force: replace an earlier result.
+
+        Raises:
+            OutputError: If the folder is taken or cannot be written.
+        """
+        path = check_out(folder, force=force)
+        write_certificate(path, self.record, {}, self.probe, pages)
+        return path
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per block, intervals as columns ``repairs_mean``, ``repairs_low`` and so on.
+
+        Raises:
+            MissingExtraError: Without pandas.
+        """
+        return frame([_row(block.model_dump()) for block in self.record.blocks], "index")
+
+
+@dataclass(frozen=True, eq=False)
+class CompareSeriesReport(_WithPage):
+    """What comparisons of the checkpoints of one run found.
+
+    Attributes:
+        record: the comparisons, each with the checkpoint before.
+    """
+
+    record: CompareSeries
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
         """Write ``compare.json`` and (with matplotlib) ``report.html``; whole or not at all.
@@ -59,36 +107,6 @@ class _Saved(Result):
             with suppress(MissingExtraError):
                 (temporary / REPORT_FILE).write_text(self.to_html(), encoding="utf-8")
         return path
-
-
-@dataclass(frozen=True, eq=False)
-class CompareReport(_Saved):
-    """What a comparison of two models found.
-
-    Attributes:
-        record: every number, as in the JSON file.
-    """
-
-    record: CompareRecord
-
-    def to_frame(self) -> pd.DataFrame:
-        """Return one row per block, intervals as columns ``repairs_mean``, ``repairs_low`` and so on.
-
-        Raises:
-            MissingExtraError: Without pandas.
-        """
-        return frame([_row(block.model_dump()) for block in self.record.blocks], "index")
-
-
-@dataclass(frozen=True, eq=False)
-class CompareSeriesReport(_Saved):
-    """What comparisons of the checkpoints of one run found.
-
-    Attributes:
-        record: the comparisons, each with the checkpoint before.
-    """
-
-    record: CompareSeries
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per checkpoint, with what putting each block of the one before back would repair.
@@ -124,7 +142,7 @@ def compare(
         settings: budget, margin and how much is measured.
         budget: shorthand for that of ``settings``: wall time, in seconds or like ``"5m"``.
         opening: how folders and files are opened.
-        out: folder to save the report in; refused before the work if it is taken.
+        out: folder to save the certificate in; refused before the work if it is taken.
         force: replace an earlier result there.
         progress: called with a `Progress` at every step.
 
@@ -141,10 +159,10 @@ def compare(
     """
     settings = with_budget(settings or CompareSettings(), budget)
     if out is not None:
-        check_free(Path(out), force=force, ours=COMPARE_FILE)
-    target, drawn = open_both(new, probe, opening)
-    before = _candidate(open_target(old, opening))
-    report = CompareReport(run_compare(before, _candidate(target), drawn, settings, progress))
+        check_out(out, force=force)
+    target, drawn = open_both(new, probe, _opening_of(new, old, opening))
+    before = _candidate(open_target(old, _opening_of(old, new, opening)))
+    report = CompareReport(run_compare(before, _candidate(target), drawn, settings, progress), drawn)
     if out is not None:
         report.save(out, force=force)
     return report
@@ -164,7 +182,7 @@ def compare_run(
     """Compare each checkpoint in a folder with the one before it; arguments as for `compare`.
 
     Args:
-        folder: holds the checkpoints as folders, in the order of the numbers in their names.
+        folder: holds the checkpoints as folders, in the order of the numbers in their names, those without one last.
         probe: the probe, or the text to draw it from with the last checkpoint's tokenizer.
         settings: the budget is that of all pairs together.
         budget: shorthand for that of ``settings``.
@@ -179,7 +197,8 @@ def compare_run(
     settings = with_budget(settings or CompareSettings(), budget)
     if out is not None:
         check_free(Path(out), force=force, ours=COMPARE_FILE)
-    folders = checkpoint_folders(Path(folder))
+    opening = opening or OpenOptions()
+    folders = checkpoint_folders(Path(folder), allow_pickle=opening.allow_pickle)
     _, drawn = open_both(folders[-1], probe, opening)
     series = run_series(folders, lambda path: _candidate(open_target(path, opening)), drawn, settings, progress)
     report = CompareSeriesReport(series)
@@ -188,12 +207,23 @@ def compare_run(
     return report
 
 
+def _opening_of(
+    model: nn.Module | str | Path, other: nn.Module | str | Path, opening: OpenOptions | None
+) -> OpenOptions | None:
+    """Return how one of two models is opened: as stored where it is a GGUF file, whatever the other one is."""
+    if opening is None or not opening.as_stored or not isinstance(model, str | Path):
+        return opening
+    beside_gguf = isinstance(other, str | Path) and gguf_file(other) is not None
+    return replace(opening, as_stored=False) if beside_gguf and gguf_file(model) is None else opening
+
+
 def _candidate(target: Target) -> Candidate:
     return Candidate(target.model, target.name, target.source)
 
 
 def _row(block: dict[str, Any]) -> dict[str, Any]:
-    plain = {k: v for k, v in block.items() if not isinstance(v, (dict, tuple, list)) and not k.endswith("_nats")}
+    hidden = ("_nats", "_sha256")
+    plain = {k: v for k, v in block.items() if not isinstance(v, (dict, tuple, list)) and not k.endswith(hidden)}
     for key in ("repairs", "breaks", "path_from_first", "path_from_last"):
         interval = block[f"{key}_nats"] or {}
         plain |= {f"{key}_{part}": interval.get(part) for part in ("mean", "low", "high")}

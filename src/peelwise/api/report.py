@@ -101,7 +101,7 @@ class Report(Result):
             OutputError: If the folder is taken or cannot be written.
         """
         path = check_out(folder, force=force)
-        write_certificate(path, self.record, self.witness, self.probe, _pages)
+        write_certificate(path, self.record, self.witness, self.probe, pages)
         return path
 
 
@@ -129,7 +129,7 @@ def frame(rows: list[dict[str, Any]], index: str) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index(index)
 
 
-def _pages(record: AuditRecord | PeelRecord) -> dict[str, str]:
+def pages(record: AuditRecord | PeelRecord | CompareRecord) -> dict[str, str]:
     """Return the files that show the record; none without matplotlib."""
     from peelwise.show.views import render_html
 

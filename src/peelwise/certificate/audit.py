@@ -206,7 +206,7 @@ def merged_model(certificate: Certificate, model: nn.Module) -> nn.Module:
             a kind that cannot be given other codes.
         FormatError: If the witness is not of the formats that low-bit layers hold.
     """
-    other = other_model(certificate.record, model)
+    other = other_model(certificate.record.model, model)
     if other:
         raise CertificateError(f"This is not the same model: {other}")
     changed = copy.deepcopy(model)

@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peelwise.errors import CertificateError, ProbeError
+from peelwise.evidence.compare import Effect
 from peelwise.model.architectures import find_blocks
 from peelwise.model.configuration import configuration, other_configuration
 from peelwise.model.fingerprint import over_both, tensors_sha256
 from peelwise.model.layers import context_length, parameter_count, unwrapped, vocabulary_size
 from peelwise.probe.probe import Probe, check_context, check_vocabulary
 from peelwise.probe.split import Pool
-from peelwise.records.base import Colour, Interval, SealedRecord, WitnessRecord
+from peelwise.records.base import Colour, Interval, ModelRecord, SealedRecord, WitnessRecord
 from peelwise.records.files import (
     HEADER_BYTES,
     PROBE_BYTES,
@@ -66,12 +67,13 @@ class Check:
 class OwnBlock:
     """One block on the text of whoever checks, beside what was certified; gains in nats per token.
 
-    ``certified`` and ``found`` are colours, ``gains`` the solo gain certified and found.
+    ``certified`` and ``found`` are colours, ``gains`` the solo gain certified and found; of a comparison, what the
+    block's change did, and what putting it back repairs.
     """
 
     name: str
-    certified: Colour
-    found: Colour
+    certified: Colour | Effect
+    found: Colour | Effect
     gains: tuple[Interval | None, Interval | None]
 
 
@@ -242,7 +244,7 @@ def not_as_certified(folder: Path, record: SealedRecord, probe: Probe, model: nn
         return Verification("does not hold", changed)
     if probe.fingerprint != record.probe.fingerprint:
         return Verification("not the same model or data", f"{PROBE_FILE} is not the probe that was certified.")
-    other = other_model(record, model)
+    other = other_model(record.model, model)
     if other:
         return Verification("not the same model or data", other)
     size, limit = vocabulary_size(model), context_length(model)
@@ -254,13 +256,13 @@ def not_as_certified(folder: Path, record: SealedRecord, probe: Probe, model: nn
     return Verification("does not hold", wrong, tolerance=tolerance_of(model)) if wrong else None
 
 
-def other_model(record: SealedRecord, model: nn.Module) -> str | None:
+def other_model(said: ModelRecord, model: nn.Module) -> str | None:
     """Say why a model is not the one that was certified, or ``None``: by its tensors and by its configuration."""
-    certified, tensors = record.model.configuration, tensors_sha256(model)
+    certified, tensors = said.configuration, tensors_sha256(model)
     if certified is None:  # a record of old, whose fingerprint is over the tensors alone
-        return None if tensors == record.model.fingerprint else NOT_THE_MODEL
+        return None if tensors == said.fingerprint else NOT_THE_MODEL
     other = other_configuration(certified, configuration(model))
-    if over_both(tensors, certified) != record.model.fingerprint:
+    if over_both(tensors, certified) != said.fingerprint:
         also = f" (its {other})" if other else ""
         return f"The model's tensors or configuration are not those that were certified{also}."
     return f"The model computes something else with the certified tensors: its {other}." if other else None

@@ -121,7 +121,7 @@ def scaled_model(folder: Path, record: CheckRecord, model: nn.Module) -> nn.Modu
     Raises:
         CertificateError: If the model is not the certified one, there is no composed factor, or a layer holds codes.
     """
-    other = other_model(record, model)
+    other = other_model(record.model, model)
     if other:
         raise CertificateError(f"This is not the same model: {other}")
     wrong = next(_contradictions(record, load_tensors(folder / WITNESS_FILE, witness_bytes(model))), None)

@@ -43,10 +43,13 @@ class Recheck:
         check_finite(name, before, after)
         found = self.session.gain(before, after)
         if recorded is not None:
-            again = found.interval()
-            for part in ("mean", "low", "high"):
-                self.compare(f"{name}.{part}", getattr(recorded, part), getattr(again, part))
+            self.interval(name, recorded, found.interval())
         return found
+
+    def interval(self, name: str, recorded: Interval, found: Interval) -> None:
+        """Compare mean and ends of an interval."""
+        for part in ("mean", "low", "high"):
+            self.compare(f"{name}.{part}", getattr(recorded, part), getattr(found, part))
 
     def compare(self, name: str, recorded: float, found: float) -> None:
         """Compare one number."""

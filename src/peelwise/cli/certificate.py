@@ -32,7 +32,19 @@ app = typer.Typer()
 
 WhereOption = Annotated[
     str | None,
-    typer.Option(help="Where the model is.", show_default="where it was opened for the audit", rich_help_panel="Model"),
+    typer.Option(
+        "--model",
+        "--new",
+        help="Where the model is; of a comparison: NEW.",
+        show_default="where it was opened for the audit",
+        rich_help_panel="Model",
+    ),
+]
+OldOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Of a comparison: where OLD is.", show_default="where it was opened for it", rich_help_panel="Model"
+    ),
 ]
 OwnTextOption = Annotated[
     list[str] | None,
@@ -48,11 +60,14 @@ OwnTextOption = Annotated[
 def verify(
     folder: FolderArgument,
     model: WhereOption = None,
+    old: OldOption = None,
     text: OwnTextOption = None,
     field: FieldOption = ProbeOptions.field,
     tokens: TokensOption = ProbeOptions.tokens,
     in_distribution: InDistributionOption = ProbeOptions.in_distribution,
-    full: Annotated[bool, typer.Option("--full", help="Recheck every block's numbers too (slower).")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Recheck every block's numbers too (slower); of a comparison, all of it.")
+    ] = False,
     replay: Annotated[
         bool, typer.Option("--replay", help="Make the witness again from fit and select (as slow as the audit was).")
     ] = False,
@@ -73,7 +88,7 @@ def verify(
         own = ProbeOptions(tuple(text), field, tokens=tokens, in_distribution=in_distribution)
     with status("Recomputing the certified losses ..."):
         opening = OpenOptions(device, allow_pickle=allow_pickle, tokenizer=tokenizer)
-        result = api.verify(folder, model, full=full, replay=replay, text=own, opening=opening)
+        result = api.verify(folder, model, old=old, full=full, replay=replay, text=own, opening=opening)
     _print_verification(result)
     if not result.holds:
         raise typer.Exit(1)
@@ -141,16 +156,20 @@ def apply(
     folder: FolderArgument,
     out: Annotated[Path, output(metavar="NEWDIR", help="New model folder, loadable by transformers.")],
     model: WhereOption = None,
+    old: OldOption = None,
     device: DeviceOption = OpenOptions.device,
     allow_pickle: PickleOption = OpenOptions.allow_pickle,
     force: ForceOption = False,
 ) -> None:
-    """Write a model folder with the composed witness of DIR merged, and check that its loss is the certified one."""
+    """Write a model folder with the composed witness of DIR merged, and check that its loss is the certified one.
+
+    Of a comparison: NEW with OLD's tensors of all parts that hurt put back.
+    """
     from peelwise.api import certificate as api
 
     with status("Merging the witness and checking the result ..."):
         opening = OpenOptions(device, allow_pickle=allow_pickle)
-        loss = api.apply(folder, model, out, force=force, opening=opening)
+        loss = api.apply(folder, model, out, old=old, force=force, opening=opening)
     typer.echo(f"{out}: loss {loss:.4f} nats per token on report, as certified.")
 
 

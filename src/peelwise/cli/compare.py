@@ -65,13 +65,13 @@ def compare(
     as_stored: StoredOption = OpenOptions.as_stored,
     tokenizer: TokenizerOption = None,
     out: Annotated[
-        Path | None, output(metavar="DIR", help="Folder for the record (compare.json) and the page.")
+        Path | None, output(metavar="DIR", help="Folder for certificate and page; of a run, compare.json.")
     ] = None,
     force: ForceOption = False,
     every_part: Annotated[bool, output("--all", help="List every part, not only those that changed.")] = False,
     fail_on: Annotated[
         Literal["hurt", "worse"] | None,
-        output(help="Exit with code 1 if a block's change hurt, or if NEW is worse, by more than the margin."),
+        output(help="Exit with code 1 if a part's change hurt, or if NEW is worse, by more than the margin."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -96,7 +96,7 @@ def compare(
         with at_work(f"Opening {old} and {new} ...") as watcher:
             report = api.compare(old, new, probe, settings, opening=opening, out=out, force=force, progress=watcher)
         shown, found = report.record, (report.record,)
-        view = terminal.render(report.record, every=every_part)
+        view = terminal.render(report.record, out, every=every_part)
     if as_json:
         typer.echo(shown.to_json())
     else:
@@ -107,4 +107,5 @@ def compare(
 
 def _fails(record: CompareRecord, fail_on: str | None) -> bool:
     worse = record.loss.damage.low > record.margin_nats
-    return {"hurt": bool(record.conclusion.hurt), "worse": worse}.get(fail_on or "", False)
+    hurt = bool(record.conclusion.hurt or record.conclusion.hurt_ends)
+    return {"hurt": hurt, "worse": worse}.get(fail_on or "", False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +61,14 @@ def tensors_sha256(model: nn.Module) -> str:
     Raises:
         ModelError: If a tensor has no values, as on the ``meta`` device.
     """
+    return sha256_of(_tensors(model))
+
+
+def sha256_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the SHA-256 over name, shape, dtype and bytes of tensors, sorted; of quantised ones, their parts."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(_tensors(model)):
+    plain = [part for name, tensor in tensors for part in _parts(name, tensor)]
+    for name, tensor in sorted(plain, key=lambda each: each[0]):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         for piece in _pieces(tensor):
             digest.update(piece.cpu().view(torch.uint8).numpy().data)
@@ -95,13 +101,17 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from _parts(plain_name(name), tensor.detach())
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor holds its own numbers, not those of others (torch's protocol for quantised ones)."""
+    return not hasattr(tensor, "__tensor_flatten__") or is_sharded(tensor)
+
+
 def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Yield a tensor, or the plain ones (codes, scales, zero points) of which a quantised one is made."""
-    flatten = getattr(tensor, "__tensor_flatten__", None)  # torch's protocol for tensors that wrap others
-    if flatten is None or is_sharded(tensor):
+    if is_plain(tensor):
         yield name, tensor
         return
-    for part in flatten()[0]:
+    for part in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
         yield from _parts(f"{name}.{part}", getattr(tensor, part))
 
 

@@ -320,7 +320,7 @@ class Runner:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden, args, kwargs = _without_hidden(args, kwargs, module)
             batch.stations.append(hidden)
-            batch.calls.append((args, kwargs))
+            batch.calls.append((tuple(map(_uncached, args)), {name: _uncached(a) for name, a in kwargs.items()}))
             self.autocast = _autocast(hidden.device.type)
 
         def after(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
@@ -361,6 +361,11 @@ class Runner:
                 padded=not bool(split.mask[rows].all()),
                 attended=attended.to(device),
             )
+
+
+def _uncached(argument: Any) -> Any:
+    """Return an argument of a block, but no cache of keys and values, which would grow with every further call."""
+    return None if callable(getattr(argument, "get_seq_length", None)) else argument
 
 
 def _autocast(device: str) -> torch.dtype | None:

@@ -54,6 +54,7 @@ Stage = Literal[
     "breaks",
     "layers",
     "swap-path",
+    "mended",
 ]
 
 # What a reader of a record should know besides its numbers; the values that each has are in `base.Note`.

@@ -64,7 +64,8 @@ class UnitChange(Record):
 
     ``relative_distance`` is that of all its weights, ``output_distance`` how far its output is from OLD's for the
     same inputs (NEW's), relative to what OLD's part adds to them. ``same_weights`` is exact; ``same_code`` says whether
-    OLD's code and configuration compute the same with NEW's weights (``None``: cannot be tried).
+    OLD's code and configuration compute the same with NEW's weights (``None``: cannot be tried). ``old_sha256`` is over
+    OLD's tensors of the part, which are the witness of its repair (``None`` in records of old).
     """
 
     kind_of_change: KindOfChange
@@ -79,6 +80,7 @@ class UnitChange(Record):
     path_from_last_nats: Interval | None = None
     interaction_nats: float | None = None
     tensors: tuple[TensorChange, ...] = ()
+    old_sha256: str | None = None
 
 
 class BlockChange(UnitChange):
@@ -121,8 +123,9 @@ class CompareConclusion(Record):
     ``case``: ``identical`` models; ``same-function``: other weights, same loss to rounding; ``worse``, ``better`` or
     ``no-difference`` of NEW against OLD. ``hurt`` are blocks whose repair is above the margin, ``helped`` those whose
     return to OLD costs more than the margin (both adjusted for asking about many, Holm), largest effect first;
-    ``changed`` all that are not as in OLD, in the order of what they repair; ``unexplained`` those whose code or
-    configuration differs, whatever their weights do.
+    ``hurt_ends`` are embedding, norm and head whose repair is above the margin, asked about likewise; ``changed`` all
+    that are not as in OLD, in the order of what they repair; ``unexplained`` those whose code or configuration differs,
+    whatever their weights do.
     """
 
     case: Literal["identical", "same-function", "worse", "better", "no-difference"]
@@ -130,10 +133,27 @@ class CompareConclusion(Record):
     helped: tuple[int, ...] = ()
     changed: tuple[int, ...] = ()
     unexplained: tuple[int, ...] = ()
+    hurt_ends: tuple[Unit, ...] = ()
+
+
+class Mended(Record):
+    """NEW with OLD's tensors of all parts that hurt put back together, on report.
+
+    ``blocks`` and ``ends`` are those parts of ``hurt`` and ``hurt_ends`` whose tensors fit and whose code is the same;
+    embedding and head go together where they are one tensor. ``gain`` is what they repair together.
+    """
+
+    blocks: tuple[int, ...]
+    ends: tuple[Unit, ...] = ()
+    loss: float
+    gain: Interval
 
 
 class CompareRecord(SealedRecord):
-    """Everything that one comparison found; ``model`` is NEW, ``old`` OLD. There is no witness: OLD is one itself."""
+    """Everything that one comparison found; ``model`` is NEW, ``old`` OLD, whose tensors are the witness.
+
+    ``mended`` is ``None`` where nothing hurt, or nothing that hurt can be put back as tensors.
+    """
 
     kind: Literal["compare"] = "compare"
     conclusion: CompareConclusion
@@ -142,6 +162,7 @@ class CompareRecord(SealedRecord):
     first_difference: FirstDifference | None
     blocks: tuple[BlockChange, ...]
     ends: tuple[EndChange, ...]
+    mended: Mended | None = None
 
 
 class CompareSeries(Record):

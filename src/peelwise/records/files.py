@@ -18,6 +18,7 @@ from peelwise.errors import CertificateError
 from peelwise.records.audit import AuditRecord
 from peelwise.records.base import SCHEMA_VERSION, SealedRecord
 from peelwise.records.check import CheckRecord
+from peelwise.records.compare import CompareRecord
 from peelwise.records.peel import PeelRecord
 from peelwise.records.plain_text import clean
 
@@ -29,11 +30,12 @@ PARTS = ("fit", "select", "report")
 _LARGEST_INTEGER = 2**63 - 1
 _LARGEST = 1e100  # squares and cubes of it are still numbers
 _LARGEST_NATS = 1e9  # of an interval
-CertifiedRecord = AuditRecord | PeelRecord | CheckRecord
-_KINDS: dict[str, type[AuditRecord] | type[PeelRecord] | type[CheckRecord]] = {
+CertifiedRecord = AuditRecord | PeelRecord | CheckRecord | CompareRecord
+_KINDS: dict[str, type[AuditRecord] | type[PeelRecord] | type[CheckRecord] | type[CompareRecord]] = {
     "audit": AuditRecord,
     "peel": PeelRecord,
     "check": CheckRecord,
+    "compare": CompareRecord,
 }
 
 

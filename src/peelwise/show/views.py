@@ -41,7 +41,7 @@ def render(record: AnyRecord, folder: Path | str | None = None) -> RenderableTyp
     if isinstance(record, CheckRecord):
         return check_terminal.render(record, folder)
     if isinstance(record, CompareRecord):
-        return compare_terminal.render(record)
+        return compare_terminal.render(record, folder)
     if isinstance(record, CompareSeries):
         return compare_terminal.render_series(record)
     if isinstance(record, PeelRecord):

@@ -77,6 +77,7 @@ STAGES: Mapping[str, str] = MappingProxyType(
         "breaks": "putting NEW's parts into OLD",
         "layers": "layers of the blocks that matter most",
         "swap-path": "putting parts back one after another",
+        "mended": "putting back together all that hurt",
     }
 )
 

@@ -9,7 +9,7 @@ from typing import get_args
 
 from rich.console import Console
 
-from peelwise.records.compare import CompareConclusion, KindOfChange
+from peelwise.records.compare import CompareConclusion, KindOfChange, Mended
 from peelwise.show import notebook, views
 from peelwise.show.compare import words
 from peelwise.show.compare.terminal import render, render_series
@@ -94,6 +94,18 @@ def test_the_page_says_it_all_and_runs_nothing() -> None:
     assert "Not measured within the budget" in page
 
 
+def test_the_page_lists_what_changed_and_counts_the_rest() -> None:
+    page = views.render_html(compare_sample.record())
+    table = page[page.index('id="parts"') :]
+    table = table[: table.index("</section>")]
+    assert table.count("<tr>") == 1 + 3  # titles, and blocks 4, 9 and 12
+    assert "The other 16 parts are the same in both models" in table
+    same = compare_sample.record()
+    quiet = same.blocks[0]
+    blocks = tuple(quiet.model_copy(update={"index": b.index, "name": b.name}) for b in same.blocks)
+    assert "All 19 parts are the same" in views.render_html(same.model_copy(update={"blocks": blocks}))
+
+
 def test_a_notebook_shows_the_changed_parts() -> None:
     shown = notebook.record_html(compare_sample.record())
     assert "sign flipped" in shown
@@ -114,3 +126,43 @@ def test_the_page_fits_its_width_in_a_browser(chromium: str, tmp_path: Path) -> 
     ]
     subprocess.run([*command, page.as_uri()], check=True, capture_output=True, timeout=120)
     assert image.stat().st_size > 10_000
+
+
+def test_what_is_put_back_together_is_said_where_it_can_be_applied() -> None:
+    record = compare_sample.record()
+    assert "cannot be put back as tensors" in words.mended(record)  # block 4 hurts, and nothing was put back
+    mended = Mended(blocks=(4,), ends=("head",), loss=3.1, gain=compare_sample.interval(0.83))
+    found = record.model_copy(update={"mended": mended})
+    assert words.mended(found) == (
+        "NEW with block 4 and the head of OLD has loss 3.1000: 0.8300 lower (95 % interval 0.8200 to 0.8400)."
+    )
+    assert "peelwise apply out/x --out" in _printed(render(found, "out/x"))
+    assert "peelwise apply DIR" in views.render_html(found)
+    nothing = mended.model_copy(update={"gain": compare_sample.interval(0.005)})
+    unproved = record.model_copy(update={"mended": nothing})
+    assert "no proof of a gain" in words.mended(unproved)
+    assert "peelwise apply" not in _printed(render(unproved, "out/x")) + views.render_html(unproved)
+
+
+def test_nothing_hurts_and_nothing_is_put_back() -> None:
+    record = compare_sample.record()
+    calm = record.model_copy(update={"conclusion": record.conclusion.model_copy(update={"hurt": ()})})
+    assert words.mended(calm) == ""
+    ends = calm.model_copy(update={"conclusion": calm.conclusion.model_copy(update={"hurt_ends": ("norm",)})})
+    assert "Putting back the final norm of OLD repairs" in words.conclusion(ends)
+
+
+def test_a_narrow_terminal_keeps_the_kind_and_leaves_out_the_ways() -> None:
+    narrow, wide = (_printed(render(compare_sample.record()), width) for width in (80, 120))
+    for shown in (narrow, wide):
+        assert "sign flipped" in shown
+        assert "same weights, other configuration or code" in " ".join(shown.split())
+    assert "…" not in narrow
+    assert "inter-" in wide
+    assert "inter-" not in narrow
+
+
+def test_axes_of_the_page_are_plain_numbers() -> None:
+    page = views.render_html(compare_sample.record())
+    assert "mathdefault" not in page
+    assert "fingerprint of OLD" in page

@@ -271,7 +271,7 @@ def test_bad_input_is_one_line() -> None:
         _compare(old, wider)
     words = copy.deepcopy(old)
     words.resize_token_embeddings(99)
-    with pytest.raises(ModelError, match="knows 97 tokens, new 99"):
+    with pytest.raises(ModelError, match=r"OLD \(old\) knows 97 tokens, NEW \(new\) 99"):
         _compare(old, words)
     with pytest.raises(OptionError, match="margin"):
         CompareSettings(margin=0.0)

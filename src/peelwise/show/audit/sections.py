@@ -227,10 +227,11 @@ def cost(record: SealedRecord) -> str:
     )
 
 
-def origin(record: SealedRecord, title: str = "What was audited") -> str:
-    """Show what exactly was measured, on which text, with which settings and versions."""
+def origin(record: SealedRecord, title: str = "What was audited", beside: tuple[tuple[str, object], ...] = ()) -> str:
+    """Show what exactly was measured, on which text, with which settings and versions; ``beside`` first."""
     model = record.model
     about = (
+        *beside,
         ("model", model.name),
         ("source", model.source or "not stated"),
         ("fingerprint", model.fingerprint),

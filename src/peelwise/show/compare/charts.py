@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -38,9 +39,9 @@ def effects(record: CompareRecord) -> str:
 
 
 def path(record: CompareRecord) -> str:
-    """Draw the loss on both ways from NEW to OLD; "" without a path."""
-    parts = in_order(record)
-    if any(part.path_from_first_nats is None for part in parts):
+    """Draw the loss on both ways from NEW to OLD; "" without a path, or where it is a single step."""
+    parts = [part for part in in_order(record) if part.kind_of_change != "unchanged"]
+    if len(parts) < 2 or any(part.path_from_first_nats is None for part in parts):
         return ""
 
     def paint(figure: Figure) -> None:
@@ -53,10 +54,11 @@ def path(record: CompareRecord) -> str:
             for part in order:
                 losses.append(losses[-1] - getattr(part, key).mean)
             places = list(range(len(losses)))
-            axes.step(places, losses, where="post", color=COLOURS[colour], linewidth=2.2, label=label)
+            axes.plot(places, losses, "o-", color=COLOURS[colour], linewidth=2.2, markersize=5, label=label)
         axes.axhline(record.loss.old, color=COLOURS["muted"], linewidth=1, linestyle="--")
         axes.annotate("OLD", (len(parts), record.loss.old), (4, 2), textcoords="offset points", color=COLOURS["muted"])
-        axes.set_xlabel("parts put back")
+        axes.set_xlabel("changed parts put back")
+        axes.locator_params(axis="x", integer=True)
         axes.set_ylabel("loss, nats per token")
         axes.legend()
 
@@ -77,7 +79,11 @@ def distances(record: CompareRecord) -> str:
             values = [100 * getattr(part, key) for part in parts]
             axes.plot(places, values, marker, color=COLOURS[colour], markersize=6, label=label)
         axes.set_yscale("symlog", linthresh=0.01)
-        axes.set_ylim(bottom=-0.002)
+        most = max(100 * max(part.relative_distance, part.output_distance) for part in parts)
+        marks = [0.0, *(10.0**power for power in range(-2, 2 + max(0, math.ceil(math.log10(max(most, 1.0)))) - 1))]
+        axes.set_yticks(marks, [f"{mark:g}" for mark in marks])
+        axes.minorticks_off()
+        axes.set_ylim(-0.002, 1.6 * max(most, marks[-1]))
         axes.set_ylabel("moved by, % (log)")
         axes.legend()
         _ticks(axes, parts)
@@ -124,7 +130,7 @@ def _intervals(
         named = isinstance(part, BlockChange) and part.index in hurt
         colour = COLOURS["red"] if named else COLOURS["accent"]
         if part.kind_of_change == "unchanged":
-            axes.plot([place], [0], "o", color=COLOURS["line"], markersize=4)
+            axes.plot([place], [0], "o", color=COLOURS["muted"], markersize=4)
             continue
         axes.plot([place, place], [one.low, one.high], color=colour, linewidth=2)
         axes.plot([place], [one.mean], "s" if named else "o", color=colour, markersize=8 if named else 6)

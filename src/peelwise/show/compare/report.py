@@ -6,7 +6,18 @@ from peelwise.records.base import Interval
 from peelwise.records.compare import BlockChange, CompareRecord, CompareSeries, EndChange, TensorChange
 from peelwise.show.audit import sections
 from peelwise.show.compare import charts
-from peelwise.show.compare.words import MEANINGS, PATH, SIGNS, WITNESS, conclusion, in_order, kind_words, part_name
+from peelwise.show.compare.words import (
+    MEANINGS,
+    PATH,
+    SIGNS,
+    WITNESS,
+    can_apply,
+    conclusion,
+    in_order,
+    kind_words,
+    mended,
+    part_name,
+)
 from peelwise.show.html.markup import chart, esc, pairs, paragraph, section, table
 from peelwise.show.html.page import document, facts
 from peelwise.show.words import NOT_IN_BUDGET, bracket, nats
@@ -25,13 +36,14 @@ def render_html(record: CompareRecord) -> str:
             _header(record),
             "<main>",
             _hero(record),
+            _mended(record),
             _effects(record),
             _layers(record),
             _way(record),
             _all_parts(record),
             _reading(record),
             sections.cost(record),
-            sections.origin(record),
+            sections.origin(record, "What was compared", _old_model(record)),
             "</main>",
         )
     )
@@ -96,6 +108,25 @@ def _hero(record: CompareRecord) -> str:
     return (
         f'<section id="loss" class="card"><div class="hero"><div>{number}</div><div>{side}</div></div>'
         f"{_strip(record)}</section>"
+    )
+
+
+def _mended(record: CompareRecord) -> str:
+    """Say what all parts that hurt repair together, and how to write and recheck that."""
+    said = mended(record)
+    commands = ["peelwise verify DIR --old OLD --new NEW --text FILE"]
+    if can_apply(record):
+        commands.append("peelwise apply DIR --old OLD --new NEW --out FOLDER")
+    shown = "\n".join(map(esc, commands))
+    return section(
+        "mended",
+        "Put back together, and checked",
+        paragraph(said) if said else "",
+        f"<pre><code>{shown}</code></pre>",
+        paragraph(
+            "DIR is the folder of this page. verify puts OLD's parts into NEW again, also on your own text; apply "
+            "writes NEW with those that hurt put back. OLD itself is the witness: nothing else has to be believed."
+        ),
     )
 
 
@@ -166,13 +197,27 @@ def _tensor_row(tensor: TensorChange) -> tuple[str, ...]:
 
 def _way(record: CompareRecord) -> str:
     drawn = charts.path(record)
+    if not drawn and sum(part.kind_of_change != "unchanged" for part in in_order(record)) < 2:
+        return ""  # a single step is what the part repairs
     return section("way", "From NEW to OLD, part by part", paragraph(PATH), chart(drawn, "", _MISSING))
 
 
 def _all_parts(record: CompareRecord) -> str:
     titles = ("part", "kind of change", "repairs", "breaks", "steps", "interaction", "weights moved", "output moved")
-    rows = [_part_row(part) for part in in_order(record)]
-    return section("parts", "Every part in numbers", table(titles, rows, caption="Every part", style="blocks"))
+    parts = in_order(record)
+    rows = [_part_row(part) for part in parts if part.kind_of_change != "unchanged"]
+    drawn = table(titles, rows, caption="Every part that changed", style="blocks") if rows else ""
+    same = len(parts) - len(rows)
+    which = (
+        f"The other {same} parts are" if rows and same > 1 else "The other part is" if rows else f"All {same} parts are"
+    )
+    quiet = f"{which} the same in both models: equal weights that compute the same, so exchanging them does nothing."
+    return section("parts", "Every changed part in numbers", paragraph(quiet) if same else "", drawn)
+
+
+def _old_model(record: CompareRecord) -> tuple[tuple[str, object], ...]:
+    old = record.old
+    return (("OLD", old.name), ("source of OLD", old.source or "not stated"), ("fingerprint of OLD", old.fingerprint))
 
 
 def _part_row(part: BlockChange | EndChange) -> tuple[str, ...]:

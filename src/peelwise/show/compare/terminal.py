@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -12,33 +14,65 @@ from rich.text import Text
 from peelwise.records.base import Interval
 from peelwise.records.compare import BlockChange, CompareRecord, CompareSeries, EndChange
 from peelwise.records.plain_text import clean
-from peelwise.show.compare.words import PATH, SIGNS, conclusion, in_order, kind_words, part_name
+from peelwise.show.compare.words import PATH, SIGNS, can_apply, conclusion, in_order, kind_words, mended, part_name
 from peelwise.show.words import NOT_IN_BUDGET, duration, nats, note_words, with_ends
 
 MOST_PARTS = 40
 _DECIMALS = 3
+_WIDE = 118  # columns from which on both intervals, the ways and the distance fit
+_WIDE_TITLES = ("steps of the\nway from\neither end", "inter-\naction", "weights\nmoved by")
 
 
-def render(record: CompareRecord, *, every: bool = False) -> RenderableType:
+def render(record: CompareRecord, folder: Path | str | None = None, *, every: bool = False) -> RenderableType:
     """Return the view of one comparison.
 
     Args:
         record: what was found.
+        folder: where its certificate is, if it was written.
         every: list unchanged parts too, and all of very many.
     """
-    lines: list[RenderableType] = [
+    return _CompareView(record, folder, every)
+
+
+@dataclass(frozen=True)
+class _CompareView:
+    """Waits with the layout until the width is known."""
+
+    record: CompareRecord
+    folder: Path | str | None
+    every: bool
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from _lines(self.record, self.folder, self.every, wide=options.max_width >= _WIDE)
+
+
+def _lines(record: CompareRecord, folder: Path | str | None, every: bool, *, wide: bool) -> list[RenderableType]:
+    return [
         Text.assemble((clean(record.model.name), "bold"), (" against ", "dim"), (clean(record.old.name), "bold")),
         Text(clean(conclusion(record))),
         Padding(_losses(record), (1, 0, 0, 1)),
-        *_parts(record, every),
+        *_parts(record, every, wide=wide),
         *_layers(record),
         Text(""),
         Text(SIGNS, style="dim"),
-        *([Text(PATH, style="dim")] if any(b.path_from_first_nats for b in record.blocks) else []),
+        *([Text(PATH, style="dim")] if wide and any(b.path_from_first_nats for b in record.blocks) else []),
         *(Text(f"Note: {clean(note_words(each))}") for each in record.notes),
         Text(f"Cost: {duration(record.cost.wall_seconds)}. Margin: {nats(record.margin_nats)} nats.", style="dim"),
+        *_next(record, folder),
     ]
-    return Group(*lines)
+
+
+def _next(record: CompareRecord, folder: Path | str | None) -> list[RenderableType]:
+    """Return what all parts that hurt repair together, and what to do with a certificate that was written."""
+    said = mended(record)
+    lines: list[RenderableType] = [Text(f"Together: {said}")] if said else []
+    if folder is None:
+        return lines
+    where = clean(str(folder))
+    lines.append(Text(f"Certificate and page: {where}. Recheck: peelwise verify {where}"))
+    if can_apply(record):
+        lines.append(Text(f"Put back what hurt: peelwise apply {where} --out FOLDER"))
+    return lines
 
 
 def _losses(record: CompareRecord) -> Table:
@@ -58,16 +92,15 @@ def _losses(record: CompareRecord) -> Table:
     return table
 
 
-def _parts(record: CompareRecord, every: bool) -> list[RenderableType]:
+def _parts(record: CompareRecord, every: bool, *, wide: bool) -> list[RenderableType]:
     parts = [part for part in in_order(record) if every or part.kind_of_change != "unchanged"]
     if not parts:
         return []
     shown = parts if every else sorted(sorted(parts, key=_effect)[:MOST_PARTS], key=in_order(record).index)
     table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
     table.add_column("block", justify="right", no_wrap=True)
-    for title in ("repairs\nnats/token", "breaks\nnats/token", "steps of the\nway from\neither end", "inter-\naction"):
+    for title in ("repairs\nnats/token", "breaks\nnats/token", *(_WIDE_TITLES if wide else ())):
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("weights\nmoved by", justify="right", no_wrap=True)
     table.add_column("kind of change", overflow="fold")
     for part in shown:
         hurt = isinstance(part, BlockChange) and part.index in record.conclusion.hurt
@@ -75,10 +108,8 @@ def _parts(record: CompareRecord, every: bool) -> list[RenderableType]:
         table.add_row(
             part_name(part),
             _interval(part.repairs_nats),
-            _interval(part.breaks_nats),
-            _steps(part),
-            "" if part.interaction_nats is None else f"{part.interaction_nats:+z.{_DECIMALS}f}",
-            _distance(part.relative_distance),
+            _interval(part.breaks_nats) if wide else _mean(part.breaks_nats),
+            *(_beside(part) if wide else ()),
             clean(kind_words(part.kind_of_change, part.kind_values)),
             style="bold red" if hurt else "bold green" if helped else "",
         )
@@ -145,6 +176,15 @@ def _effect(part: BlockChange | EndChange) -> float:
 
 def _interval(interval: Interval | None) -> str:
     return "-" if interval is None else with_ends(interval, _DECIMALS)
+
+
+def _mean(interval: Interval | None) -> str:
+    return "-" if interval is None else f"{interval.mean:+z.{_DECIMALS}f}"
+
+
+def _beside(part: BlockChange | EndChange) -> tuple[str, str, str]:
+    interaction = "" if part.interaction_nats is None else f"{part.interaction_nats:+z.{_DECIMALS}f}"
+    return _steps(part), interaction, _distance(part.relative_distance)
 
 
 def _steps(part: BlockChange | EndChange) -> str:

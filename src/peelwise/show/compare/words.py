@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from peelwise.records.base import Interval, Value
@@ -142,9 +142,11 @@ def _blamed(record: CompareRecord) -> list[str]:
         top = record.blocks[found.hurt[0]]
         effect = NOT_MEASURED if top.repairs_nats is None else nats(top.repairs_nats.mean)
         lines.append(f"Block {top.index} repairs {effect}: {kind_words(top.kind_of_change, top.kind_values)}.")
+    if found.hurt_ends:
+        lines.append(f"Putting back {_ends_named(found.hurt_ends)} of OLD repairs more than the margin of {margin}.")
     if found.helped:
         lines.append(f"The change of {_blocks(found.helped)} helped by more than the margin.")
-    if not found.hurt and not found.helped and found.changed:
+    if not (found.hurt or found.hurt_ends or found.helped) and found.changed:
         top = record.blocks[found.changed[0]]
         effect = NOT_IN_BUDGET if top.repairs_nats is None else f"{top.repairs_nats.mean:+.4f}"
         lines.append(
@@ -152,6 +154,34 @@ def _blamed(record: CompareRecord) -> list[str]:
             f"{top.index} ({effect}): {kind_words(top.kind_of_change, top.kind_values)}."
         )
     return lines
+
+
+def mended(record: CompareRecord) -> str:
+    """Return what all parts that hurt repair together; "" where nothing hurts."""
+    found, one = record.mended, record.conclusion
+    if found is None:
+        hurt = bool(one.hurt or one.hurt_ends)
+        return (
+            "What hurts cannot be put back as tensors: OLD's code differs, or its tensors do not fit." if hurt else ""
+        )
+    parts = [_blocks(found.blocks)] if found.blocks else []
+    parts += [_ends_named(found.ends)] if found.ends else []
+    left_out = set(one.hurt) - set(found.blocks)
+    also = f" {_blocks(tuple(sorted(left_out))).capitalize()} cannot be put back as tensors." if left_out else ""
+    said = (
+        f"NEW with {' and '.join(parts)} of OLD has loss {nats(found.loss)}: {nats(found.gain.mean)} lower "
+        f"(95 % interval {_ends(found.gain)}).{also}"
+    )
+    return said if can_apply(record) else f"{said} That is no proof of a gain."
+
+
+def can_apply(record: CompareRecord) -> bool:
+    """Whether `peelwise apply` writes what all parts that hurt repair together: it is a gain beyond chance."""
+    return record.mended is not None and record.mended.gain.low > 0
+
+
+def _ends_named(units: Sequence[str]) -> str:
+    return " and ".join(f"the {ENDS[unit]}" for unit in units)
 
 
 def _first(first: FirstDifference | None) -> list[str]:

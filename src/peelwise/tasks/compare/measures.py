@@ -12,6 +12,7 @@ from peelwise.engine.clock import Clock
 from peelwise.engine.session import LOSSES
 from peelwise.evidence.intervals import Paired, paired
 from peelwise.model.layers import unwrapped
+from peelwise.model.runner import Runner
 from peelwise.records.base import Interval
 from peelwise.records.compare import Unit
 from peelwise.tasks.compare.mixing import Mix, Side, lent, mixed_losses
@@ -26,6 +27,23 @@ class Part:
     block: int | None = None
 
 
+def heads_apart(old: Runner, new: Runner) -> bool:
+    """Whether in both models the head is a module of its own."""
+    return old.head is not None and new.head is not None
+
+
+def parts_of(old: Runner, new: Runner) -> tuple[Part, ...]:
+    """Return all parts from the input on; norm and head are one part where the head cannot be told apart."""
+    count = len(new.blocks)
+    blocks = [Part("block", (1 + i,), i) for i in range(count)]
+    ends = (
+        [Part("norm", (count + 1,)), Part("head", (count + 2,))]
+        if heads_apart(old, new)
+        else [Part("head", (count + 1, count + 2))]
+    )
+    return (Part("embedding", (0,)), *blocks, *ends)
+
+
 @dataclass(eq=False)
 class Pair:
     """Both models over report, and the clock. Losses are ``[sequences]``, nats."""
@@ -34,18 +52,15 @@ class Pair:
     new: Side
     clock: Clock
 
+    @property
+    def heads_apart(self) -> bool:
+        """Whether norm and head are exchanged one by one: in both models the head is a module of its own."""
+        return heads_apart(self.old.runner, self.new.runner)
+
     @cached_property
     def parts(self) -> tuple[Part, ...]:
-        """All parts from the input on; norm and head are one part where the head cannot be told apart."""
-        count = len(self.new.blocks)
-        blocks = [Part("block", (1 + i,), i) for i in range(count)]
-        apart = self.old.runner.head is not None and self.new.runner.head is not None
-        ends = (
-            [Part("norm", (count + 1,)), Part("head", (count + 2,))]
-            if apart
-            else [Part("head", (count + 1, count + 2))]
-        )
-        return (Part("embedding", (0,)), *blocks, *ends)
+        """All parts from the input on."""
+        return parts_of(self.old.runner, self.new.runner)
 
     def losses(self, sides: Sequence[Side]) -> Tensor:
         """Return the losses of the model put together from ``sides``: embedding, blocks, norm, head.

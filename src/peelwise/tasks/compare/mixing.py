@@ -88,6 +88,8 @@ def lent(pairs: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
     """Let modules compute what others compute, inside the context."""
     with ExitStack() as stack:
         for module, other in pairs.items():
+            if module is other:  # held in common: it computes that already
+                continue
             stack.enter_context(_lent(module, other))
         yield
 

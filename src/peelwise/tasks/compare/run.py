@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from peelwise.engine.clock import Clock, Watcher
 from peelwise.engine.opening import checked_blocks
 from peelwise.engine.provenance import Setup, model_record, versions
 from peelwise.engine.session import LOSSES
-from peelwise.errors import ModelError
+from peelwise.errors import ModelError, UnsupportedModelError
 from peelwise.evidence.compare import conclusion
 from peelwise.evidence.verdict import default_margin
 from peelwise.model.fingerprint import identify
@@ -41,6 +42,7 @@ from peelwise.records.compare import (
 )
 from peelwise.tasks.compare import measures
 from peelwise.tasks.compare.measures import Measured, Pair, Part
+from peelwise.tasks.compare.mended import measure_mended, part_sha256, parts_to_mend
 from peelwise.tasks.compare.mixing import Side
 from peelwise.tasks.compare.outputs import Outputs, block_outputs, end_outputs, of_end
 from peelwise.tasks.compare.settings import CompareSettings
@@ -88,8 +90,11 @@ def run_compare(
         UnsupportedModelError: If the architecture cannot be measured.
         ProbeError: If the probe does not fit.
     """
-    _check_two(old, new)
-    before, after = (checked_blocks(each.model, probe) for each in (old, new))
+    check_two(old, new)
+    with _said_of("OLD"):
+        before = checked_blocks(old.model, probe)
+    with _said_of("NEW"):
+        after = checked_blocks(new.model, probe)
     with untouched(old.model), untouched(new.model):
         runners = [
             Runner(each.model, blocks, micro_batch_tokens=settings.micro_batch_tokens)
@@ -101,7 +106,7 @@ def run_compare(
         with clock.stage("changes"):
             twins, ends = block_twins(before, after), end_twins(runners[0], runners[1])
         with clock.stage(LOSSES):
-            sides = [_side(runner, probe.report, probe.fit) for runner in runners]
+            sides = [opened_side(runner, probe.report, probe.fit) for runner in runners]
             pair = Pair(sides[0], sides[1], clock)
             for part in pair.parts:
                 found.twins[part] = ends[part.unit] if part.block is None else twins[part.block]
@@ -110,17 +115,19 @@ def run_compare(
         except KeyboardInterrupt:
             found.complete = False
             found.notes.append(note("stopped"))
+        loss, blocks, other = _losses(pair, found), _blocks(pair, found), _ends(pair, found)
+        margin = settings.margin if settings.margin is not None else default_margin(min(loss.old, loss.new))
+        follows = conclusion(loss, blocks, other, margin)
+        with clock.stage("mended"):
+            mended = measure_mended(pair, parts_to_mend(pair, follows, {b.index: b.same_code for b in blocks}))
         cost = clock.record(probe.report.tokens, device_of(new.model))
-    loss = _losses(pair, found)
-    margin = settings.margin if settings.margin is not None else default_margin(min(loss.old, loss.new))
-    blocks, other = _blocks(pair, found), _ends(pair, found)
     records = [
         model_record(Setup(c.model, b, c.name, c.source, identify(c.model), {}, probe.seed))
         for c, b in ((old, before), (new, after))
     ]
     return CompareRecord(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        conclusion=conclusion(loss, blocks, other, margin),
+        conclusion=follows,
         complete=found.complete,
         margin_nats=margin,
         informative=None,
@@ -131,6 +138,7 @@ def run_compare(
         first_difference=_first_difference(pair, found),
         blocks=blocks,
         ends=other,
+        mended=mended,
         cost=cost,
         notes=(*_shared(old.model, new.model), *found.notes),
         settings=settings.plain(),
@@ -139,7 +147,12 @@ def run_compare(
     )
 
 
-def _check_two(old: Candidate, new: Candidate) -> None:
+def check_two(old: Candidate, new: Candidate) -> None:
+    """Refuse two models that cannot be put together.
+
+    Raises:
+        ModelError: If they are the same module, know other vocabularies, or are on two devices.
+    """
     if old.model is new.model:
         raise ModelError(
             "OLD and NEW are one and the same module, so nothing can differ. Give a copy (copy.deepcopy) from before "
@@ -148,15 +161,30 @@ def _check_two(old: Candidate, new: Candidate) -> None:
     sizes = vocabulary_size(old.model), vocabulary_size(new.model)
     if None not in sizes and sizes[0] != sizes[1]:
         raise ModelError(
-            f"{old.name} knows {sizes[0]} tokens, {new.name} {sizes[1]}. Compare models of one vocabulary: a model and "
-            "what was made from it."
+            f"OLD ({old.name}) knows {sizes[0]} tokens, NEW ({new.name}) {sizes[1]}. Compare models of one vocabulary: "
+            "a model and what was made from it."
         )
     devices = device_of(old.model), device_of(new.model)
     if devices[0] != devices[1]:
         raise ModelError(f"OLD is on {devices[0]}, NEW on {devices[1]}: move both to one device.")
 
 
-def _side(runner: Runner, report: Split, fit: Split) -> Side:
+@contextmanager
+def _said_of(which: str) -> Iterator[None]:
+    """Let an error about a model say which of the two it is about."""
+    try:
+        yield
+    except (ModelError, UnsupportedModelError) as error:
+        raise type(error)(f"{which}: {error}") from error
+
+
+def opened_side(runner: Runner, report: Split, fit: Split) -> Side:
+    """Return a model run over report, after the self-checks that exchanging its parts rests on.
+
+    Raises:
+        UnsupportedModelError: If calling the blocks one by one is not what the model does.
+        ModelError: If its loss is no finite number.
+    """
     few = Split(fit.ids[:1], fit.mask[:1])
     check_replay(runner, few)
     check_causal(runner, runner.trace(few).batches[0])
@@ -237,16 +265,18 @@ def _first_difference(pair: Pair, found: _Found) -> FirstDifference | None:
 def _blocks(pair: Pair, found: _Found) -> tuple[BlockChange, ...]:
     parts = [part for part in pair.parts if part.block is not None]
     return tuple(
-        BlockChange(index=block.index, name=block.name, **_change(part, found, block))
+        BlockChange(index=block.index, name=block.name, **_change(pair, part, found, block))
         for part, block in zip(parts, pair.new.blocks, strict=True)
     )
 
 
 def _ends(pair: Pair, found: _Found) -> tuple[EndChange, ...]:
-    return tuple(EndChange(unit=part.unit, **_change(part, found, None)) for part in pair.parts if part.block is None)
+    return tuple(
+        EndChange(unit=part.unit, **_change(pair, part, found, None)) for part in pair.parts if part.block is None
+    )
 
 
-def _change(part: Part, found: _Found, block: Block | None) -> dict[str, Any]:
+def _change(pair: Pair, part: Part, found: _Found, block: Block | None) -> dict[str, Any]:
     twins, outputs, measured = found.twins[part], found.outputs.get(part), found.measured
     kind = twins.kind
     code: KindOfChange = kind.code
@@ -269,6 +299,7 @@ def _change(part: Part, found: _Found, block: Block | None) -> dict[str, Any]:
         "path_from_last_nats": measured.from_last.get(part),
         "interaction_nats": _interaction(steps, repairs),
         "tensors": tuple(_tensors(twins, measured, block)),
+        "old_sha256": part_sha256(pair.old.runner, part),
     }
 
 

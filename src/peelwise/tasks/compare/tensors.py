@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peelwise.errors import ModelError
+from peelwise.model.fingerprint import is_plain
 from peelwise.model.layers import Block, is_linear, linear_layers, plain_name, unwrapped
 from peelwise.model.runner import Runner
 from peelwise.tasks.compare.kinds import Kind, joint_kind, kind_of
@@ -26,10 +27,10 @@ class Twin:
 
     @property
     def relative(self) -> float:
-        """``|NEW - OLD| / |OLD|``."""
+        """``|NEW - OLD| / |OLD|``; 1 of a tensor that was all zero and is not now."""
         own = float(self.old.float().norm())
         distance = float((self.new.float() - self.old.float()).norm())
-        return distance / own if own else (0.0 if distance == 0 else float("inf"))
+        return distance / own if own else float(distance > 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +80,7 @@ def end_twins(old: Runner, new: Runner) -> dict[str, Twins]:
     Raises:
         ModelError: If one model has tensors that the other lacks, or of other shapes.
     """
-    before, after = (_ends(runner) for runner in (old, new))
+    before, after = _matching_ends(old, new), _matching_ends(new, old)
     return {unit: _twins(unit, before[unit], after[unit], []) for unit in ("embedding", "norm", "head")}
 
 
@@ -160,7 +161,25 @@ def _computed(module: nn.Module, layer: nn.Module) -> dict[str, Tensor] | None:
     return {"weight": W.T} | ({"bias": nothing[0]} if plain.has_bias else {})
 
 
-def _ends(runner: Runner) -> dict[str, dict[str, Tensor]]:
+def _matching_ends(runner: Runner, other: Runner) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors outside of the blocks as numbers, by the names that they have in the other model.
+
+    PEFT, for one, wraps the whole model, and all its names begin with that.
+    """
+    own, theirs = runner.blocks[0].name, other.blocks[0].name
+    wrapper = own.removesuffix(theirs) if own.endswith(f".{theirs}") else ""
+    return {
+        unit: {name.removeprefix(wrapper): _decoded(tensor) for name, tensor in held.items()}
+        for unit, held in end_tensors(runner).items()
+    }
+
+
+def _decoded(tensor: Tensor) -> Tensor:
+    """Return the numbers that a quantised tensor stands for, and any other as it is."""
+    return tensor if is_plain(tensor) else tensor.dequantize()
+
+
+def end_tensors(runner: Runner) -> dict[str, dict[str, Tensor]]:
     """Return the tensors outside of the blocks; a tied head counts as embedding and as head."""
     found: dict[str, dict[str, Tensor]] = {"embedding": {}, "norm": {}, "head": {}}
     inside = {id(m) for block in runner.blocks for m in block.module.modules()}
