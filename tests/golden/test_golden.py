@@ -15,6 +15,8 @@ from peelwise.records.files import read_any_record
 from peelwise.store import RunReader
 from stages import CHECKPOINTS
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 REPOSITORY = CHECKPOINTS.parents[2]
 RED = [2, 3]

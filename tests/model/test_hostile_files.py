@@ -16,7 +16,7 @@ from refusals import refused
 from tiny_llama import cut, edit, tiny_llama
 
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.usefixtures("in_time", "no_kernels")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_time", "no_kernels")]
 
 HUGE = 10**9
 

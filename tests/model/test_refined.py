@@ -19,6 +19,8 @@ from peelwise.show.audit.terminal import render
 from peelwise.show.views import render_html
 from zoo import BLOCKS, LORA, ZOO, with_lora
 
+pytestmark = pytest.mark.slow
+
 
 def asked(blocks: tuple[Block, ...]) -> list[list[str]]:
     return [[m.name.removeprefix(f"{block.name}.") for m in block.linears] for block in blocks]

@@ -18,6 +18,8 @@ from peelwise.probe.probe import Probe, Split
 from peelwise.records.base import Note
 from zoo import ZOO, sample_ids
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 24
 
 

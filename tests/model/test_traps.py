@@ -25,6 +25,8 @@ from peelwise.tasks.audit.run import run_audit
 from plain_gpt import Block, PlainGPT
 from zoo import ZOO, sample_ids
 
+pytestmark = pytest.mark.slow
+
 
 def moments_of(model):
     runner = runner_of(model)

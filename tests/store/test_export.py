@@ -15,6 +15,8 @@ from peelwise.store.schema import TABLES
 from peelwise.store.writer import RunWriter
 from runs import event, measurement_row, run_info, write_run
 
+pytestmark = pytest.mark.slow
+
 LIBRARIES = {"parquet": "pyarrow", "tensorboard": "tensorboard"}
 
 

@@ -16,6 +16,8 @@ from peelwise.show.audit.words import conclusion
 from peelwise.show.words import note_words
 from show.sample import HOSTILE, hostile, partial, unmeasured, whole
 
+pytestmark = pytest.mark.slow
+
 RECORDS = {
     "whole": whole(),
     "low-bit": whole(12, low_bit=True),

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import get_args
 
+import pytest
 from rich.console import Console
 
 from peelwise.records.compare import CompareConclusion, KindOfChange, Mended
@@ -14,6 +15,8 @@ from peelwise.show import notebook, views
 from peelwise.show.compare import words
 from peelwise.show.compare.terminal import render, render_series
 from show import compare_sample
+
+pytestmark = pytest.mark.slow
 
 
 def _printed(view: object, width: int = 120) -> str:

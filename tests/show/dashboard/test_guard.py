@@ -15,6 +15,8 @@ from peelwise.store.reader import RunReader
 from runs import write_run
 from show.dashboard.asking import served
 
+pytestmark = pytest.mark.slow
+
 ADDRESSES = (
     "/",
     "/static/app.js",

@@ -14,6 +14,8 @@ from peelwise.store.writer import RunWriter
 from runs import event, measurement_row, run_info, write_run
 from show.dashboard.asking import served
 
+pytestmark = pytest.mark.slow
+
 
 def told(path, place):
     with RunReader(path) as reader:

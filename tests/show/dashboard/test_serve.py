@@ -15,6 +15,8 @@ from peelwise.show.dashboard.serve import Address, Server, is_loopback
 from runs import write_run
 from show.dashboard.asking import Asker
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("host", "near"),

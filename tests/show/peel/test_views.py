@@ -19,6 +19,8 @@ from show.audit.test_report import opened, text_of
 from show.peel_sample import hostile_record, peel_record, unmeasured_record
 from show.sample import HOSTILE, interval, whole
 
+pytestmark = pytest.mark.slow
+
 RECORDS = {
     "whole": peel_record(),
     "thirty blocks": peel_record(30),
