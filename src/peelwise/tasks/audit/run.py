@@ -29,6 +29,7 @@ from peelwise.tasks.audit.summary import summarise
 # after these parts of the budget; leaving one out gets a part of what is left, the head one of the whole.
 _LOOK_SHARE = 0.15
 _REMOVAL_SHARE, _JOINT_SHARE, _CONTROL_SHARE, _UNIQUE_SHARE, _HEAD_SHARE = 0.1, 0.4, 0.8, 0.6, 0.02
+_UNIQUE_SHARE_ELSEWHERE = 0.9  # on text that is not training text leaving one out decides
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def _stages(session: Session, findings: Findings, settings: AuditSettings) -> bo
     complete &= stages.first_sweep(session, findings, null=null)
     complete &= stages.take_out(session, findings, share=_REMOVAL_SHARE)
     complete &= stages.joint_rounds(session, findings, rounds=settings.joint_rounds, share=_JOINT_SHARE)
-    complete &= stages.leave_one_out(session, findings, share=_UNIQUE_SHARE)
+    share = _UNIQUE_SHARE if session.probe.in_distribution else _UNIQUE_SHARE_ELSEWHERE
+    complete &= stages.leave_one_out(session, findings, share=share)
     _shuffled(session, findings)
     if settings.controls:
         clock = session.clock
