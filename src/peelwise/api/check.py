@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from peelwise.api.inputs import Target, open_both, open_target
-from peelwise.api.report import REPORT_FILE, Result, check_out, frame
-from peelwise.certificate.base import write_certificate
+from peelwise.api.report import Certified, check_out, frame
 from peelwise.certificate.check import factor_tensors
 from peelwise.engine.clock import Watcher
 from peelwise.errors import OptionError
@@ -21,11 +20,11 @@ from peelwise.tasks.check.settings import CHECK_LENGTH, CHECK_TOKENS, CheckSetti
 
 if TYPE_CHECKING:
     import pandas as pd
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True, eq=False)
-class CheckReport(Result):
+class CheckReport(Certified):
     """What a check found.
 
     Attributes:
@@ -53,25 +52,8 @@ class CheckReport(Result):
             return frame([_matrix_row(matrix) for matrix in self.record.matrices], "name")
         raise OptionError(f'rows: expected "blocks" or "matrices", got {rows!r}.')
 
-    def to_html(self) -> str:
-        """Return the report as one self-contained HTML page."""
-        from peelwise.show.views import render_html
-
-        return render_html(self.record)
-
-    def save(self, folder: str | Path, *, force: bool = False) -> Path:
-        """Write the certificate: record, factors of the gain witnesses, probe and page; whole or not at all.
-
-        Args:
-            folder: must not exist or be empty, unless ``force``.
-            force: replace an earlier result.
-
-        Raises:
-            OutputError: If the folder is taken or cannot be written.
-        """
-        path = check_out(folder, force=force)
-        write_certificate(path, self.record, factor_tensors(self.record), self.probe, _pages)
-        return path
+    def _proof(self) -> tuple[dict[str, Tensor], Probe | None]:
+        return factor_tensors(self.record), self.probe
 
 
 def check(
@@ -141,9 +123,3 @@ def _block_row(block: BlockCheck) -> dict[str, Any]:
 
 def _matrix_row(matrix: MatrixCheck) -> dict[str, Any]:
     return {"name": matrix.name, "block": matrix.block, "part": matrix.part} | matrix.signals
-
-
-def _pages(record: CheckRecord) -> dict[str, str]:
-    from peelwise.show.views import render_html
-
-    return {REPORT_FILE: render_html(record)}

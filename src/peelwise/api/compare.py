@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peelwise.api.inputs import Target, open_both, open_target, with_budget
-from peelwise.api.report import REPORT_FILE, Result, check_out, frame, pages
-from peelwise.certificate.base import write_certificate
+from peelwise.api.report import REPORT_FILE, Certified, WithPage, check_out, frame
 from peelwise.engine.clock import Watcher
 from peelwise.errors import MissingExtraError
 from peelwise.model.checkpoints import gguf_file
@@ -24,30 +23,14 @@ from peelwise.tasks.compare.settings import CompareSettings
 
 if TYPE_CHECKING:
     import pandas as pd
-    from torch import nn
+    from torch import Tensor, nn
 
 COMPARE_FILE = "compare.json"
 
 
 @dataclass(frozen=True, eq=False)
-class _WithPage(Result):
-    """A record with a page."""
-
-    def to_html(self) -> str:
-        """Return the report as one self-contained HTML page.
-
-        Raises:
-            MissingExtraError: Without matplotlib.
-        """
-        from peelwise.show.views import render_html
-
-        assert isinstance(self.record, (CompareRecord, CompareSeries))
-        return render_html(self.record)
-
-
-@dataclass(frozen=True, eq=False)
-class CompareReport(_WithPage):
-    """What a comparison of two models found.
+class CompareReport(Certified):
+    """What a comparison of two models found; OLD is the witness.
 
     Attributes:
         record: every number, as in ``certificate.json``.
@@ -57,19 +40,8 @@ class CompareReport(_WithPage):
     record: CompareRecord
     probe: Probe = field(repr=False)
 
-    def save(self, folder: str | Path, *, force: bool = False) -> Path:
-        """Write the certificate: record, probe and (with matplotlib) page; whole or not at all. OLD is the witness.
-
-        Args:
-            folder: must not exist or be empty, unless ``force``.
-            force: replace an earlier result.
-
-        Raises:
-            OutputError: If the folder is taken or cannot be written.
-        """
-        path = check_out(folder, force=force)
-        write_certificate(path, self.record, {}, self.probe, pages)
-        return path
+    def _proof(self) -> tuple[dict[str, Tensor], Probe | None]:
+        return {}, self.probe
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per block, intervals as columns ``repairs_mean``, ``repairs_low`` and so on.
@@ -81,7 +53,7 @@ class CompareReport(_WithPage):
 
 
 @dataclass(frozen=True, eq=False)
-class CompareSeriesReport(_WithPage):
+class CompareSeriesReport(WithPage):
     """What comparisons of the checkpoints of one run found.
 
     Attributes:

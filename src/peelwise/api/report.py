@@ -67,7 +67,57 @@ class Result:
 
 
 @dataclass(frozen=True, eq=False)
-class Report(Result):
+class WithPage(Result):
+    """A record with a page.
+
+    Attributes:
+        record: every number, as in the JSON file.
+    """
+
+    record: AuditRecord | CheckRecord | PeelRecord | CompareRecord | CompareSeries
+
+    def to_html(self) -> str:
+        """Return the report as one self-contained HTML page.
+
+        Raises:
+            MissingExtraError: Without matplotlib, which draws the pages of some records.
+        """
+        from peelwise.show.views import render_html
+
+        return render_html(self.record)
+
+
+@dataclass(frozen=True, eq=False)
+class Certified(WithPage):
+    """A record that is saved as a certificate, with its probe and the tensors that prove it.
+
+    Attributes:
+        record: every number, as in ``certificate.json``.
+    """
+
+    record: AuditRecord | CheckRecord | PeelRecord | CompareRecord
+
+    def _proof(self) -> tuple[dict[str, Tensor], Probe | None]:
+        """Return the tensors of the witness file by name, and the probe."""
+        raise NotImplementedError
+
+    def save(self, folder: str | Path, *, force: bool = False) -> Path:
+        """Write certificate, witness, probe and (with matplotlib) the HTML report; whole or not at all.
+
+        Args:
+            folder: must not exist or be empty, unless ``force``.
+            force: replace an earlier result.
+
+        Raises:
+            OutputError: If the folder is taken or cannot be written.
+        """
+        path, (witness, probe) = check_out(folder, force=force), self._proof()
+        write_certificate(path, self.record, witness, probe, _pages)
+        return path
+
+
+@dataclass(frozen=True, eq=False)
+class Report(Certified):
     """A record, the tensors that prove it and the probe; the parent of what `audit` and `peel` return.
 
     Attributes:
@@ -80,29 +130,8 @@ class Report(Result):
     witness: dict[str, Tensor] = field(repr=False)
     probe: Probe = field(repr=False)
 
-    def to_html(self) -> str:
-        """Return the report as one self-contained HTML page.
-
-        Raises:
-            MissingExtraError: Without matplotlib.
-        """
-        from peelwise.show.views import render_html
-
-        return render_html(self.record)
-
-    def save(self, folder: str | Path, *, force: bool = False) -> Path:
-        """Write certificate, witness, probe and (with matplotlib) the HTML report; whole or not at all.
-
-        Args:
-            folder: must not exist or be empty, unless ``force``.
-            force: replace an earlier result.
-
-        Raises:
-            OutputError: If the folder is taken or cannot be written.
-        """
-        path = check_out(folder, force=force)
-        write_certificate(path, self.record, self.witness, self.probe, pages)
-        return path
+    def _proof(self) -> tuple[dict[str, Tensor], Probe | None]:
+        return self.witness, self.probe
 
 
 def check_out(folder: str | Path, *, force: bool) -> Path:
@@ -129,7 +158,7 @@ def frame(rows: list[dict[str, Any]], index: str) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index(index)
 
 
-def pages(record: AuditRecord | PeelRecord | CompareRecord) -> dict[str, str]:
+def _pages(record: AuditRecord | CheckRecord | PeelRecord | CompareRecord) -> dict[str, str]:
     """Return the files that show the record; none without matplotlib."""
     from peelwise.show.views import render_html
 

@@ -13,14 +13,15 @@ from peelwise.certificate.base import (
     LOSSES_HOLD,
     OwnText,
     Replay,
+    Status,
     Verification,
+    begun,
     identity_words,
     load_tensors,
     not_as_certified,
-    opened_words,
     other_model,
     read_probe,
-    split_words,
+    refused,
     tolerance_of,
     witness_bytes,
 )
@@ -107,31 +108,21 @@ def verify_certificate(
         ProbeError: If a text does not fit the model, or too little of it is fresh.
     """
     record = read_record(folder)
-    tolerance = tolerance_of(model)
     changed = what_changed(folder, record)
     if changed:
         return Verification("does not hold", changed)
     certificate = read_certificate(folder, model)
-    other = not_as_certified(folder, record, certificate.probe, model)
-    if other is not None:
-        return replace(other, model=opened_words(model, source))
-    about = Verification(
-        "holds",
-        "",
-        tolerance=tolerance,
-        margin=max(record.margin_nats, tolerance),
-        model=opened_words(model, source),
-        split=split_words(record),
-    )
-    wrong = next(_disagreements(certificate, model, tolerance), None)
+    about = begun(folder, record, certificate.probe, model, source)
+    if not about.holds:
+        return about
+    wrong = next(_disagreements(certificate, model, about.tolerance), None)
     if wrong:
         return replace(about, status="does not hold", reason=wrong)
     own = again = None
     with untouched(model):
-        session = open_report(
-            model, find_blocks(model), certificate.probe.report, micro_batch_tokens=micro_batch_tokens
-        )
-        recheck = _Recheck(certificate, session, tolerance)
+        report = certificate.probe.report
+        session = open_report(model, find_blocks(model), report, micro_batch_tokens=micro_batch_tokens)
+        recheck = _Recheck(certificate, session, about.tolerance)
         try:
             recheck.run(full=full)
             wrong = recheck.wrong_number() or (recheck.wrong_verdict() if full else None)
@@ -139,35 +130,47 @@ def verify_certificate(
                 require_witness(certificate.witness)
                 own = audit_on(record, certificate.witness, certificate.probe, model, text)
             if replay and not wrong:
-                again = _replayed(certificate, session, model, tolerance)
+                again = _replayed(certificate, session, model, about.tolerance)
         except FormatError as error:  # a witness that is not at the same bits proves nothing
             return replace(about, status="does not hold", reason=str(error))
-    losses = "the model's loss and, where there is one, the composed loss and its gain"
-    same, unknown = identity_words(record)
-    checked = [losses, same, *([_BLOCKS, "the verdicts that follow from them"] if full else []), _SELF]
-    found = replace(
+    wrong = wrong or refused(own, again)
+    rechecked, not_rechecked = _what_was_rechecked(record, own, again, full=full)
+    measured = any(block.recoverable_nats or block.unique_nats for block in record.blocks)
+    held: Status = "holds" if full or own or not measured else LOSSES_HOLD
+    return replace(
         about,
+        status="does not hold" if wrong else held,
+        reason=wrong or f"{len(recheck.checks)} numbers found again.",
         checks=tuple(recheck.checks),
-        rechecked=(*checked, "names of blocks and layers, formats, sizes and dtype", *_extra(own, again)),
-        not_rechecked=(
-            *([] if full else [f"{_BLOCKS} (--full does)"]),
-            *unknown,
-            *([] if own or again else [_FITTED]),
-            _UNCHECKED,
-            _AUTHORS,
-        ),
+        rechecked=rechecked,
+        not_rechecked=not_rechecked,
         own=own,
         replay=again,
     )
-    wrong = wrong or next((each.reason for each in (own, again) if each is not None and not each.holds), None)
-    if wrong:
-        return replace(found, status="does not hold", reason=wrong)
-    measured = any(block.recoverable_nats or block.unique_nats for block in record.blocks)
-    return replace(
-        found,
-        status="holds" if full or own or not measured else LOSSES_HOLD,
-        reason=f"{len(recheck.checks)} numbers found again.",
+
+
+def _what_was_rechecked(
+    record: AuditRecord, own: OwnText | None, again: Replay | None, *, full: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return in words what was established, and what still rests on the author's word."""
+    same, unknown = identity_words(record)
+    rechecked = (
+        "the model's loss and, where there is one, the composed loss and its gain",
+        same,
+        *([_BLOCKS, "the verdicts that follow from them"] if full else []),
+        _SELF,
+        "names of blocks and layers, formats, sizes and dtype",
+        *([_OWN] if own else []),
+        *([_AGAIN] if again else []),
     )
+    not_rechecked = (
+        *([] if full else [f"{_BLOCKS} (--full does)"]),
+        *unknown,
+        *([] if own or again else [_FITTED]),
+        _UNCHECKED,
+        _AUTHORS,
+    )
+    return rechecked, not_rechecked
 
 
 def _replayed(certificate: Certificate, session: ReportSession, model: nn.Module, tolerance: float) -> Replay:
@@ -178,10 +181,6 @@ def _replayed(certificate: Certificate, session: ReportSession, model: nn.Module
         stored, made = ({n: t for n, t in each.items() if n.startswith("composed/")} for each in (stored, made))
     gains = audit_gains(record, made, session, blocks=not left_out)
     return compared(record, stored, made, gains, tolerance=tolerance, left_out=left_out)
-
-
-def _extra(own: OwnText | None, again: Replay | None) -> tuple[str, ...]:
-    return (*([_OWN] if own else []), *([_AGAIN] if again else []))
 
 
 def check_certified(folder: Path, certificate: Certificate, model: nn.Module) -> None:

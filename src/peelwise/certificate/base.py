@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -254,6 +254,25 @@ def not_as_certified(folder: Path, record: SealedRecord, probe: Probe, model: nn
         check_context(probe, limit)
     wrong = next(_wrong_facts(record, probe, model), None) or probe.split_faults()
     return Verification("does not hold", wrong, tolerance=tolerance_of(model)) if wrong else None
+
+
+def begun(folder: Path, record: SealedRecord, probe: Probe, model: nn.Module, source: str | None) -> Verification:
+    """Return what a verification begins with: tolerance, margin, model and split, and what is not as certified.
+
+    Raises:
+        ProbeError: If the probe's tokens do not fit the model's vocabulary, or its sequences the context.
+    """
+    opened, tolerance = opened_words(model, source), tolerance_of(model)
+    other = not_as_certified(folder, record, probe, model)
+    if other is not None:
+        return replace(other, model=opened)
+    margin = max(record.margin_nats, tolerance)
+    return Verification("holds", "", tolerance=tolerance, margin=margin, model=opened, split=split_words(record))
+
+
+def refused(*found: OwnText | Replay | None) -> str | None:
+    """Return why the first of these does not hold, or ``None``."""
+    return next((each.reason for each in found if each is not None and not each.holds), None)
 
 
 def other_model(said: ModelRecord, model: nn.Module) -> str | None:

@@ -14,14 +14,12 @@ from torch import nn
 from peelwise.certificate.base import (
     OwnText,
     Verification,
+    begun,
     identity_words,
     load_tensors,
-    not_as_certified,
-    opened_words,
     other_model,
     read_probe,
-    split_words,
-    tolerance_of,
+    refused,
     witness_bytes,
 )
 from peelwise.certificate.own_text import Text, cut_like, gain_refused, own_margin
@@ -77,32 +75,22 @@ def verify_check(
         )
     stored = load_tensors(folder / WITNESS_FILE, witness_bytes(model))
     probe = read_probe(folder, record)
-    other = not_as_certified(folder, record, probe, model)
-    if other is not None:
-        return replace(other, model=opened_words(model, source))
-    tolerance = tolerance_of(model)
-    about = Verification(
-        "holds",
-        "",
-        tolerance=tolerance,
-        margin=max(record.margin_nats, tolerance),
-        model=opened_words(model, source),
-        split=split_words(record),
-    )
+    about = begun(folder, record, probe, model, source)
+    if not about.holds:
+        return about
     wrong = next(_contradictions(record, stored), None)
     if wrong:
         return replace(about, status="does not hold", reason=wrong)
     own = None
     with untouched(model):
-        recheck = _Recheck(record, open_report(model, find_blocks(model), probe.report), tolerance)
+        recheck = _Recheck(record, open_report(model, find_blocks(model), probe.report), about.tolerance)
         recheck.run()
         wrong = recheck.wrong_number()
         if text is not None and not wrong:
             found = cut_like(text, probe, model)
             session = open_report(model, find_blocks(model), found.split)
-            own = _on_own_text(record, session, text, tolerance, found.overlapping)
-    if own is not None and not own.holds:
-        wrong = own.reason
+            own = _on_own_text(record, session, text, about.tolerance, found.overlapping)
+    wrong = wrong or refused(own)
     same, unknown = identity_words(record)
     return replace(
         about,

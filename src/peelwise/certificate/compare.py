@@ -20,6 +20,7 @@ from peelwise.certificate.base import (
     opened_words,
     other_model,
     read_probe,
+    refused,
     split_words,
     tolerance_of,
 )
@@ -108,7 +109,7 @@ def verify_compare(
             unseen = cut_like(text, probe, new)
             pair = _opened_pair(old, new, unseen.split, unseen.split)
             own = _on_own_text(record, pair, text, tolerance, unseen.overlapping)
-            reason = None if own.holds else own.reason
+            reason = refused(own)
     checks = recheck.checks
     if full and not reason:
         again = _compared_again(record, old, new, probe)

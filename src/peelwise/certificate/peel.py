@@ -12,12 +12,11 @@ from peelwise.certificate.base import (
     OwnText,
     Replay,
     Verification,
+    begun,
     identity_words,
     load_tensors,
-    not_as_certified,
-    opened_words,
     read_probe,
-    split_words,
+    refused,
     tolerance_of,
     witness_bytes,
 )
@@ -76,24 +75,15 @@ def verify_peel(
     if changed:
         return Verification("does not hold", changed)
     witness, probe = load_tensors(folder / WITNESS_FILE, witness_bytes(model)), read_probe(folder, record)
-    other = not_as_certified(folder, record, probe, model)
-    if other is not None:
-        return replace(other, model=opened_words(model, source))
-    tolerance, formats = tolerance_of(model), record.reference_formats
-    about = Verification(
-        "holds",
-        "",
-        tolerance=tolerance,
-        margin=max(record.margin_nats, tolerance),
-        model=opened_words(model, source),
-        split=split_words(record),
-    )
+    about, formats = begun(folder, record, probe, model, source), record.reference_formats
+    if not about.holds:
+        return about
     wrong = next(contradictions(record), None)
     if wrong:
         return replace(about, status="does not hold", reason=wrong)
     own = again = None
     with untouched(model):
-        recheck = _Recheck(record, witness, open_report(model, find_blocks(model), probe.report), tolerance)
+        recheck = _Recheck(record, witness, open_report(model, find_blocks(model), probe.report), about.tolerance)
         try:
             recheck.run()
             wrong = recheck.wrong_number()
@@ -104,7 +94,7 @@ def verify_peel(
                 again = _replayed(record, witness, probe, recheck)
         except FormatError as error:  # references outside the formats that they are said to be of prove nothing
             return replace(about, status="does not hold", reason=str(error))
-    wrong = wrong or next((each.reason for each in (own, again) if each is not None and not each.holds), None)
+    wrong = wrong or refused(own, again)
     same, unknown = identity_words(record)
     return replace(
         about,

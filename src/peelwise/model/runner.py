@@ -20,6 +20,7 @@ from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.distributed.sharding import is_sharded
 from peelwise.errors import NotDifferentiableError, UnsupportedModelError
 from peelwise.model.architectures import find_head
+from peelwise.model.calls import hidden_of, skipping, uncached, without_hidden
 from peelwise.model.capture import Capture, captured
 from peelwise.model.layers import Block, LinearLayer, unwrapped
 from peelwise.probe.probe import Split
@@ -165,7 +166,7 @@ class Runner:
         self._meet()
         args, kwargs = batch.calls[block.index]
         with self.as_called(hidden):
-            return _hidden(block.module(hidden, *args, **kwargs))
+            return hidden_of(block.module(hidden, *args, **kwargs))
 
     @contextmanager
     def as_called(self, hidden: Tensor) -> Iterator[None]:
@@ -318,13 +319,13 @@ class Runner:
         batch.calls.clear()
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden, args, kwargs = _without_hidden(args, kwargs, module)
+            hidden, args, kwargs = without_hidden(args, kwargs, module)
             batch.stations.append(hidden)
-            batch.calls.append((tuple(map(_uncached, args)), {name: _uncached(a) for name, a in kwargs.items()}))
+            batch.calls.append((tuple(map(uncached, args)), {name: uncached(a) for name, a in kwargs.items()}))
             self.autocast = _autocast(hidden.device.type)
 
         def after(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            batch.stations.append(_hidden(out))
+            batch.stations.append(hidden_of(out))
             batch.rest = out[1:] if type(out) is list else tuple(out[1:]) if isinstance(out, tuple) else None
 
         with ExitStack() as stack:
@@ -342,7 +343,7 @@ class Runner:
 
     def logits(self, batch: Batch, hidden: Tensor) -> Tensor:
         """Return the logits that the model's own code makes of the last station ``hidden``."""
-        with _skipping(self.blocks, hidden, batch.rest):
+        with skipping(self.blocks, hidden, batch.rest):
             return self._call(batch)
 
     def _batches(self, split: Split) -> Iterator[Batch]:
@@ -361,11 +362,6 @@ class Runner:
                 padded=not bool(split.mask[rows].all()),
                 attended=attended.to(device),
             )
-
-
-def _uncached(argument: Any) -> Any:
-    """Return an argument of a block, but no cache of keys and values, which would grow with every further call."""
-    return None if callable(getattr(argument, "get_seq_length", None)) else argument
 
 
 def _autocast(device: str) -> torch.dtype | None:
@@ -391,47 +387,6 @@ def check_replay(runner: Runner, split: Split) -> None:
         )
 
 
-@contextmanager
-def _skipping(blocks: Sequence[Block], hidden: Tensor, rest: tuple[Any, ...] | list[Any] | None) -> Iterator[None]:
-    """Let every block return its input and the last one ``hidden``, so that only the model's ends run."""
-    out = _like(rest, hidden)
-    with ExitStack() as stack:
-        for block in blocks:
-            last = block is blocks[-1]
-            forward = (lambda *a, **k: out) if last else _identity(rest)
-            stack.enter_context(forward_replaced(block.module, forward))
-        yield
-
-
-def _identity(rest: tuple[Any, ...] | list[Any] | None) -> Callable[..., Any]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden, _, _ = _without_hidden(args, kwargs)
-        return _like(rest, hidden)
-
-    return forward
-
-
-def _like(rest: tuple[Any, ...] | list[Any] | None, hidden: Tensor) -> Any:
-    """Return a hidden state in the way that the blocks return theirs."""
-    if rest is None:
-        return hidden
-    return [hidden, *rest] if isinstance(rest, list) else (hidden, *rest)
-
-
-@contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a module compute something else inside the context; nothing of it is changed afterwards."""
-    own = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = own
-
-
 def not_differentiable(what: str) -> NotDifferentiableError:
     """Return the error for a block or layer whose output has no gradient."""
     return NotDifferentiableError(
@@ -452,53 +407,6 @@ def _too_few_logits(model: nn.Module, logits: Tensor, batch: Batch) -> Unsupport
         f"{type(model).__name__} returns logits of {logits.shape[1]} positions for {batch.inputs.shape[1]} tokens; "
         "peelwise needs those of every position. Wrap the model in one that returns them all."
     )
-
-
-def _without_hidden(
-    args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module | None = None
-) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """Take the hidden state out of the arguments of a block: the first of them, or the keyword that stands for it."""
-    if args and isinstance(args[0], Tensor):
-        return args[0], tuple(args[1:]), dict(kwargs)
-    rest = dict(kwargs)
-    name = _hidden_keyword(rest)
-    if args or name is None or (module is not None and not _comes_first(module, name)):
-        what = "the block" if module is None else type(module).__name__
-        given = ", ".join([*(type(a).__name__ for a in args), *kwargs])
-        raise UnsupportedModelError(
-            f"{what} is called with ({given}); expected the hidden state as its first argument, one tensor."
-        )
-    return rest.pop(name), (), rest
-
-
-def _hidden_keyword(kwargs: dict[str, Any]) -> str | None:
-    if "hidden_states" in kwargs:
-        return "hidden_states"
-    return next((k for k, v in kwargs.items() if isinstance(v, Tensor) and v.dim() == 3), None)
-
-
-def _comes_first(module: nn.Module, name: str) -> bool:
-    return name == "hidden_states" or next(iter(inspect.signature(module.forward).parameters), None) == name
-
-
-def replaced_hidden(
-    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a block with ``change`` made to the hidden state among them."""
-    if args:
-        return (change(args[0]), *args[1:]), kwargs
-    name = _hidden_keyword(kwargs)
-    assert name is not None  # `_without_hidden` has found it before
-    return args, kwargs | {name: change(kwargs[name])}
-
-
-def _hidden(out: Any) -> Tensor:
-    hidden = out[0] if isinstance(out, (tuple, list)) and out else out
-    if not isinstance(hidden, Tensor):
-        raise UnsupportedModelError(
-            f"A block returns {type(out).__name__}; expected its hidden state, or a tuple or list that begins with it."
-        )
-    return hidden
 
 
 def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:

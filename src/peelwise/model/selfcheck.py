@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from peelwise.errors import PeelwiseError, UnsupportedModelError
+from peelwise.model.calls import replaced_hidden
 from peelwise.model.capture import captured
 from peelwise.model.layers import Block, LinearLayer, unwrapped
-from peelwise.model.runner import Batch, Runner, Trace, check_replay, not_differentiable, replaced_hidden
+from peelwise.model.runner import Batch, Runner, Trace, check_replay, not_differentiable
 from peelwise.model.splice import spliced
 from peelwise.probe.probe import Split
 from peelwise.records.base import Note, note
