@@ -70,6 +70,7 @@ TABLE = {  # alone, unique, options -> colour, reason
     ),
     "foreign text, unique alone below": (None, HARDLY, {"in_distribution": False}, "green", "nothing-of-its-own"),
     "foreign text, undecided both": (BARELY, BARELY, {"in_distribution": False}, "grey", "more-tokens"),
+    "foreign text, undecided unique alone": (None, BARELY, {"in_distribution": False}, "grey", "more-tokens"),
     "by the rule of old, unique below": (
         SURELY,
         HARDLY,
@@ -203,6 +204,11 @@ def test_what_stands_out_from_the_trend_over_depth(values, expected):
 
     assert len(flags) == len(values)
     assert [index for index, flag in enumerate(flags) if flag] == expected
+
+
+def test_on_foreign_text_the_marginal_gain_says_how_much_text_would_decide():
+    (verdict,) = verdicts([None], [BARELY], in_distribution=False)
+    assert verdict.sequences_needed == measured(BARELY).sequences_needed(MARGIN) > 64
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,7 @@ def judge(
         if evidence[i].frozen:
             verdicts.append(Verdict("frozen", "frozen"))
             continue
+        own = evidence[i].unique
         verdict = _one(measured, margin, above[i], below[i], unique_above[i])
         # A block that takes away from its neighbours' gain has nothing of its own, and may have much by itself.
         nothing = unique_below[i] and (below[i] or not unique_negative[i])
@@ -121,6 +122,8 @@ def judge(
             verdict = Verdict("green", "nothing-of-its-own")
         elif own_matters and unique_above[i] and verdict.colour != "red":
             verdict = Verdict("red", "own-above-margin")
+        elif own_matters and own is not None and verdict.colour == "grey" and not unique_below[i]:
+            verdict = Verdict("grey", "more-tokens", own.sequences_needed(margin))
         if verdict.colour == "red" and still_falling:
             verdict = Verdict("yellow", "still-falling")
         elif verdict.colour == "red" and not in_distribution and not (outlying[i] or unique_above[i]):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peelwise.model.calls import forward_replaced
 from peelwise.model.layers import LinearLayer
 from peelwise.nn.linear import QuantizedLinear
 
@@ -39,7 +40,7 @@ def frozen(linears: Iterable[LinearLayer]) -> Iterator[None]:
     with ExitStack() as stack:
         for linear in linears:
             if isinstance(linear.module, QuantizedLinear) and _plain(linear):
-                stack.enter_context(_replaced(linear.module, _Frozen(linear.weight(), linear.bias())))
+                stack.enter_context(forward_replaced(linear.module, _Frozen(linear.weight(), linear.bias())))
         yield
 
 
@@ -54,19 +55,6 @@ class _Frozen:
 
     def __call__(self, *args: Tensor, **named: Tensor) -> Tensor:
         return F.linear(_input(args, named), self.weight, self.bias)
-
-
-@contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before
 
 
 def _plain(linear: LinearLayer) -> bool:
@@ -99,7 +87,7 @@ def _merged(linear: LinearLayer, change: Tensor, scale: float) -> Iterator[None]
     def forward(*args: Tensor, **named: Tensor) -> Tensor:
         return spliced_in(*args, **named)
 
-    with _replaced(linear.module, forward):
+    with forward_replaced(linear.module, forward):
         yield
 
 
