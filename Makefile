@@ -110,6 +110,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run_history.py
 	$(BIN)/python benchmarks/dashboard.py
 	$(BIN)/python benchmarks/oracle_tightness.py
+	$(BIN)/python benchmarks/small_faults.py
 	$(BIN)/python benchmarks/yes_speed.py
 	$(BIN)/python benchmarks/lowbit_solvers.py
 
