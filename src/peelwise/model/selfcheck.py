@@ -26,6 +26,7 @@ from peelwise.model.runner import Batch, Runner, Trace, check_replay, not_differ
 from peelwise.model.splice import spliced
 from peelwise.probe.probe import Split
 from peelwise.records.base import Note, note
+from peelwise.stats.linalg import solve_dtype
 
 _CHANGE = 0.1  # of a weight's own root mean square: large enough to be seen in half precision
 _NAMED = 3  # layers or parameters that a message names
@@ -161,14 +162,14 @@ def check_gradients(runner: Runner, trace: Trace, called: dict[Block, tuple[Line
         return  # nothing to compare; the sweep names the layer that overflows
     batch, gradient = trace.batches[0], runner.tail_gradients(trace)[0]
     differences: list[tuple[float, LinearLayer]] = []
-    largest = max((float(g.norm()) for g in whole.values()), default=0.0)
+    largest = max((_norm(g) for g in whole.values()), default=0.0)
     for block in reversed(runner.blocks):
         _, ((gradient, found),) = runner.block_gradients(block, batch, [gradient])
         for linear in called[block]:
             true = whole[linear]
             other = found[linear].float() if linear in found else torch.zeros_like(true)
-            size = float(true.norm()) + 1e-3 * largest
-            differences.append((float((other - true).norm()) / size if size else 0.0, linear))
+            size = _norm(true) + 1e-3 * largest
+            differences.append((_norm(other - true) / size if size else 0.0, linear))
     worst, linear = max(differences, key=lambda pair: pair[0])
     if not worst <= slack.gradient:
         raise UnsupportedModelError(
@@ -204,8 +205,8 @@ def check_splice(runner: Runner, block: Block, linears: Sequence[LinearLayer], b
             hooked = _block_output(runner, block, batch, {})
         weights = {key: value for linear in some for key, value in written[linear].items()}
         true = _block_output(runner, block, batch, weights)
-        effect = max(float((true - base).norm()), float((hooked - base).norm()))
-        return float((hooked - true).norm()) / max(effect, 1e-4 * float(base.norm()), 1e-30)
+        effect = max(_norm(true - base), _norm(hooked - base))
+        return _norm(hooked - true) / max(effect, 1e-4 * _norm(base), 1e-30)
 
     if apart(list(changes)) <= slack.effect:
         return
@@ -300,7 +301,7 @@ def _random_change(linear: LinearLayer) -> Tensor:
     weight = linear.weight()
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(weight.shape, generator=generator).to(weight.device)
-    scale = float(weight.float().square().mean().sqrt()) or 1.0 / weight.shape[1] ** 0.5
+    scale = _norm(weight) / weight.numel() ** 0.5 or 1.0 / weight.shape[1] ** 0.5
     change = (_CHANGE * scale * noise).to(weight.dtype).float()
     return torch.nn.functional.pad(change, (0, int(linear.has_bias)))  # no change of the bias
 
@@ -320,6 +321,10 @@ def _block_output(runner: Runner, block: Block, batch: Batch, weights: dict[str,
     with runner.as_called(hidden):
         out = functional_call(unwrapped(block.module), weights, (hidden, *args), kwargs)
     return (out if isinstance(out, Tensor) else out[0]).float()
+
+
+def _norm(x: Tensor) -> float:
+    return float(x.to(solve_dtype(x.device)).norm())  # squares of large activations overflow in float32
 
 
 def _slack(runner: Runner) -> _Slack:
