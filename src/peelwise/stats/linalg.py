@@ -13,6 +13,7 @@ from torch import Tensor
 from peelwise.errors import IllConditionedWarning, ModelError
 
 _MAX_ESCALATIONS = 12
+_NotConverged: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
 class DampedFactor:
@@ -111,7 +112,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """
     try:
         values, vectors = torch.linalg.eigh(matrix)
-    except torch.linalg.LinAlgError:
+    except _NotConverged:
         values, vectors = _by_singular_values(matrix)
     _check_finite(values)
     return values, vectors
@@ -121,7 +122,7 @@ def eigvalsh(matrix: Tensor) -> Tensor:
     """Return the eigenvalues of `eigh` alone."""
     try:
         values: Tensor = torch.linalg.eigvalsh(matrix)
-    except torch.linalg.LinAlgError:
+    except _NotConverged:
         values, _ = _by_singular_values(matrix)
     _check_finite(values)
     return values
@@ -131,7 +132,7 @@ def _by_singular_values(S: Tensor) -> tuple[Tensor, Tensor]:
     _check_finite(S)
     try:
         left, values, right = torch.linalg.svd(S)  # descending
-    except torch.linalg.LinAlgError as error:
+    except _NotConverged as error:
         raise ModelError(f"The eigenvalues of a matrix {list(S.shape)} of sums do not converge: {error}") from error
     signs = (left * right.T).sum(0).sign()  # rounding makes some eigenvalues negative
     ascending = (values * signs).argsort()
