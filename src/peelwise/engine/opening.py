@@ -77,10 +77,11 @@ def open_session(
     """
     runner = Runner(model, blocks, micro_batch_tokens=micro_batch_tokens, processes=processes)
     clock = Clock(budget_seconds, runner.work, watcher)
-    with clock.stage(LOSSES):
+    with clock.stage("self-checks"):
         if checked:
             check_replay(runner, probe.fit)
         notes = () if checked else first_notes(runner, probe.fit, gradients=gradients)
+    with clock.stage(LOSSES):
         fit, select, report = runner.trace(probe.fit), runner.trace(probe.select), runner.trace(probe.report)
     for trace in (fit, select, report):
         _check_loss(trace.mean, name)

@@ -26,6 +26,8 @@ from peelwise.model.layers import Block, LinearLayer, unwrapped
 from peelwise.probe.probe import Split
 from peelwise.records.options import MICRO_BATCH_TOKENS as MICRO_BATCH_TOKENS
 
+_LOSS_NUMBERS = 2**22  # logits whose losses are taken at once
+
 
 @dataclass
 class Batch:
@@ -410,8 +412,11 @@ def _too_few_logits(model: nn.Module, logits: Tensor, batch: Batch) -> Unsupport
 
 
 def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    flat = logits.float().flatten(0, 1)
-    return F.cross_entropy(flat, targets.flatten(), reduction="none").view(targets.shape)
+    # A few rows at a time: what lies between logits and losses is as wide as the vocabulary, and stays in the cache.
+    few = max(_LOSS_NUMBERS // logits.shape[-1], 1)
+    rows = zip(logits.flatten(0, 1).split(few), targets.flatten().split(few), strict=True)
+    losses = [F.cross_entropy(each.float(), wanted, reduction="none") for each, wanted in rows]
+    return torch.cat(losses).view(targets.shape)
 
 
 def _sequence_losses(logits: Tensor, batch: Batch) -> Tensor:

@@ -30,6 +30,7 @@ Baseline = Literal[
 
 # What the wall time of an audit, a peel or a comparison went into.
 Stage = Literal[
+    "self-checks",
     "losses",
     "statistics",
     "ablation",

@@ -53,6 +53,7 @@ _INTERACTS = "; it interacts with its neighbours: together, they do better witho
 
 STAGES: Mapping[str, str] = MappingProxyType(
     {
+        "self-checks": "self-checks of the model",
         "losses": "losses of the model as it stands",
         "statistics": "statistics of all blocks",
         "ablation": "ablation (blocks skipped one at a time)",

@@ -22,7 +22,7 @@ from peelwise.errors import TooFewSamplesError
 from peelwise.stats.linalg import solve_dtype
 
 # Wide enough for full speed, narrow enough to skip most of the other triangle.
-_TILE = 128
+_TILE = 256
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,26 @@ class _ProductSum(_Sum):
 
 
 class GramSum(_ProductSum):
-    """Streaming ``sum_i x_i x_i^T``: `update` with rows, `merge` with another sum, `mean` for ``E[x x^T]``."""
+    """Streaming ``sum_i x_i x_i^T``: `update` with rows, `merge` with another sum, `mean` for ``E[x x^T]``.
+
+    Only the upper triangle of tiles is added up; `mean` mirrors it once.
+    """
 
     def update(self, x: Tensor) -> None:
         """Add the rows of ``x [n, d]``."""
-        self._add(x.shape[0], symmetric_product(x))
+        x = widened(x)
+        if not self.totals:
+            self.totals = (x.new_zeros(x.shape[1], x.shape[1], dtype=solve_dtype(x.device)),)
+        _add_upper_product(self.totals[0], x)
+        self.n += x.shape[0]
+
+    def mean(self) -> Tensor:
+        """Return ``E[x x^T] [d, d]`` over the rows seen, symmetric to the bit.
+
+        Raises:
+            TooFewSamplesError: If no row was added.
+        """
+        return _mirrored_(super().mean())
 
 
 class CrossSum(_ProductSum):
@@ -139,14 +154,29 @@ def symmetric_product(x: Tensor) -> Tensor:
     A wide ``x`` saves up to half of the products; the result is symmetric to the bit.
     """
     x = widened(x)
-    d = x.shape[1]
-    out = x.new_empty(d, d)
-    for start in range(0, d, _TILE):
-        stop = min(start + _TILE, d)
-        out[start:stop, start:] = x[:, start:stop].T @ x[:, start:]  # [tile, d - start]
-    # One triangle is mirrored: a product of x with itself may differ from its transpose in the last bit.
-    upper = out.triu_()
-    return upper + upper.triu(1).T
+    total = x.new_zeros(x.shape[1], x.shape[1])
+    _add_upper_product(total, x)
+    return _mirrored_(total)
+
+
+def _add_upper_product(total: Tensor, x: Tensor) -> None:
+    """Add the tiles of ``x^T x`` on and above the diagonal to ``total [d, d]``, which may be of a wider dtype."""
+    for start in range(0, x.shape[1], _TILE):
+        stop = start + _TILE
+        total[start:stop, start:].add_(x[:, start:stop].T @ x[:, start:])  # [tile, d - start]
+
+
+def _mirrored_(total: Tensor) -> Tensor:
+    """Copy the upper triangle of ``total [d, d]`` onto the lower one, in place.
+
+    Of the tiles on the diagonal too: a product of ``x`` with itself may differ from its transpose in the last bit.
+    """
+    for start in range(0, total.shape[0], _TILE):
+        stop = start + _TILE
+        upper = total[start:stop, start:stop].triu()
+        total[start:stop, start:stop] = upper + upper.triu(1).T
+        total[stop:, start:stop] = total[start:stop, stop:].T
+    return total
 
 
 def with_ones(x: Tensor) -> Tensor:

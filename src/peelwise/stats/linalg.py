@@ -25,13 +25,16 @@ class DampedFactor:
         matrix: ``S [d, d]``, symmetric positive semi-definite up to rounding; any float dtype.
         damping: lambda in units of the mean diagonal, no unit.
         name: what the matrix is, for the warning.
+        dtype: what to solve in; by default float64.
 
     Attributes:
         damping: the damping that was used, in units of the mean diagonal.
     """
 
-    def __init__(self, matrix: Tensor, damping: float, *, name: str = "matrix") -> None:
-        S = matrix.to(solve_dtype(matrix.device))  # [d, d]
+    def __init__(
+        self, matrix: Tensor, damping: float, *, name: str = "matrix", dtype: torch.dtype | None = None
+    ) -> None:
+        S = matrix.to(dtype or solve_dtype(matrix.device))  # [d, d]
         d = S.shape[0]
         mean_diagonal = float(S.diagonal().mean()) if d else 0.0
         # An all-zero matrix (inputs that never fire) still gets a finite, harmless factor.
@@ -92,6 +95,11 @@ class Spectrum:
         """Return the eigenvalues ``[d]`` of ``S + damping * unit * I``."""
         shifted: Tensor = self.values + damping * self.unit
         return shifted
+
+    def rounding(self, damping: float) -> float:
+        """Return the relative error that rounding can make in a solve with ``S + damping * unit * I``."""
+        largest = float(self.values[-1]) if len(self.values) else 0.0
+        return torch.finfo(self.values.dtype).eps * (1 + largest / max(damping * self.unit, 1e-300))
 
     def rank(self) -> int:
         """Return how many eigenvalues float32 sums can tell from zero."""

@@ -123,6 +123,7 @@ STAGES = [
     "solo-rounds",
 ]
 FIRST = "losses"
+BEFORE = "self-checks"
 
 
 class Stopper:
@@ -143,7 +144,7 @@ class Stopper:
 def reports_per_stage():
     seen: list[str] = []
     run_audit(ZOO["plain"](), tiny_probe(), ONE_ROUND, watcher=lambda progress: seen.append(progress.stage))
-    assert list(dict.fromkeys(seen)) == [FIRST, *STAGES]
+    assert list(dict.fromkeys(seen)) == [BEFORE, FIRST, *STAGES]
     return {stage: seen.count(stage) for stage in seen}
 
 
@@ -166,7 +167,7 @@ def test_ctrl_c_leaves_a_valid_report_of_what_was_finished(stage, at, reports_pe
     assert verify_certificate(tmp_path / "stopped", model, full=True).holds
 
 
-@pytest.mark.parametrize("stage", [FIRST, *STAGES])
+@pytest.mark.parametrize("stage", [BEFORE, FIRST, *STAGES])
 def test_an_error_is_passed_on_and_nothing_stays_behind(stage, reports_per_stage):
     model = ZOO["plain"]().train()
     before = Snapshot.of(model)

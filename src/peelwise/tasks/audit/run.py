@@ -100,7 +100,7 @@ def _stages(session: Session, findings: Findings, settings: AuditSettings) -> bo
     null = shuffled_targets(session.fit, session.seed, shift_first=True) if settings.controls else None
     complete = stages.look_over_depth(session, findings, share=_LOOK_SHARE)
     complete &= stages.first_sweep(session, findings, null=null)
-    complete &= stages.take_out(session, findings, share=_REMOVAL_SHARE)
+    taken_out = stages.take_out(session, findings, share=_REMOVAL_SHARE)
     complete &= stages.joint_rounds(session, findings, rounds=settings.joint_rounds, share=_JOINT_SHARE)
     share = _UNIQUE_SHARE if session.probe.in_distribution else _UNIQUE_SHARE_ELSEWHERE
     complete &= stages.leave_one_out(session, findings, share=share)
@@ -112,7 +112,9 @@ def _stages(session: Session, findings: Findings, settings: AuditSettings) -> bo
             _untrained(session, findings)
         _head(session, findings)
         complete &= affordable
-    complete &= stages.refine_alone(session, findings, rounds=settings.solo_rounds)
+    if not (taken_out or session.probe.in_distribution):  # there, solo gains come before
+        taken_out = stages.take_out(session, findings, share=1.0)
+    complete &= stages.refine_alone(session, findings, rounds=settings.solo_rounds) and taken_out
     if not complete:
         findings.notes.append(note("budget-ended"))
     return complete
