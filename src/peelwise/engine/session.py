@@ -15,7 +15,7 @@ from peelwise.model.layers import LinearLayer
 from peelwise.model.runner import Runner, Trace
 from peelwise.model.splice import spliced
 from peelwise.model.weights.held import Held
-from peelwise.probe.probe import Probe
+from peelwise.probe.probe import Probe, Split
 from peelwise.records.base import Note
 from peelwise.records.codes import Stage
 
@@ -95,6 +95,12 @@ class Session(ReportSession):
             if block is not None:
                 return sweep(self.runner, fit, select, only=[block])[0]
             return sweep(self.runner, fit, select, after_block=self.tell_block)[0]
+
+    def some_of_select(self, tokens: int) -> Trace:
+        """Return the first sequences of select, of so many predicted tokens at most, but one sequence at least."""
+        split = self.probe.select
+        few = max(int((split.weights.sum(dim=1).cumsum(0) <= tokens).sum()), 1)
+        return self.select if few == split.sequences else self.runner.trace(Split(split.ids[:few], split.mask[:few]))
 
     def tell_block(self, done: int) -> None:
         """Report that a sweep over all blocks has done so many."""
