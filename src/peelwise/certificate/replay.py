@@ -44,10 +44,11 @@ def audit_again(record: AuditRecord, probe: Probe, model: nn.Module) -> tuple[di
     said = record.settings
     left_out: tuple[str, ...] = ()
     joint, solo = _number(said.get("joint_rounds")) or 0, _number(said.get("alone_rounds")) or 0
+    factors = bool(record.rounds) and record.rounds[0].direction == "factors"
     if not record.complete:
         if not record.rounds:
             raise CertificateError("The audit ended early, before a joint round, so its witness cannot be made again.")
-        joint, solo, left_out = len(record.rounds), 0, ("the blocks by themselves (the audit ended early)",)
+        joint, solo, left_out = len(record.rounds) - factors, 0, ("the blocks by themselves (the audit ended early)",)
     settings = AuditSettings(
         _FOREVER,
         joint,
@@ -56,7 +57,7 @@ def audit_again(record: AuditRecord, probe: Probe, model: nn.Module) -> tuple[di
         refine=_ask_again(record, model),
         micro_batch_tokens=_micro_batch(record, AuditSettings()),
     )
-    return run_audit(model, probe, settings).witness, left_out
+    return run_audit(model, probe, settings, factors=factors).witness, left_out
 
 
 def peel_again(record: PeelRecord, probe: Probe, model: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """A demonstration: a model as it is, and a copy of it with one damaged block, audited one after the other.
 
-The damage turns the sign of what a block writes: every singular value, norm and histogram of its weights stays the same.
+The damage turns the sign of what a block writes: no singular value and no norm of its weights changes.
 """
 
 from __future__ import annotations
@@ -101,9 +101,7 @@ def demonstrate(
         title, what = about[folder]
         say(f"{title}:")
         name = target.name if folder == HEALTHY else f"{target.name}, block {plan.block} damaged"
-        report = audit(
-            model, probe, budget=plan.budget, name=name, out=out / folder, force=force, progress=watcher
-        )
+        report = audit(model, probe, budget=plan.budget, name=name, out=out / folder, force=force, progress=watcher)
         say(_summary(report))
         entries.append(Entry(title, what, f"{folder}/report.html", report.record))
     title = f"{target.name}, as it is and with one block damaged"

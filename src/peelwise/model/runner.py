@@ -414,7 +414,7 @@ def _too_few_logits(model: nn.Module, logits: Tensor, batch: Batch) -> Unsupport
 def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     # A few rows at a time: what lies between logits and losses is as wide as the vocabulary, and stays in the cache.
     few = max(_LOSS_NUMBERS // logits.shape[-1], 1)
-    rows = zip(logits.flatten(0, 1).split(few), targets.flatten().split(few), strict=True)
+    rows = zip(torch.split(logits.flatten(0, 1), few), torch.split(targets.flatten(), few), strict=True)
     losses = [F.cross_entropy(each.float(), wanted, reduction="none") for each, wanted in rows]
     return torch.cat(losses).view(targets.shape)
 

@@ -83,4 +83,5 @@ NoteCode = Literal[
     "untied",
     "checkpoint",
     "autocast",
+    "factor-first",
 ]

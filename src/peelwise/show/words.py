@@ -121,6 +121,8 @@ NOTES: Mapping[str, str] = MappingProxyType(
         "checkpoint": "Compared with {folder}: {differ} of {compared} tensors differ from those in memory ({names}); "
         "{only_model} are in the model alone, {only_file} in the checkpoint alone.",
         "autocast": "The model's own forward computes in {dtype} (autocast inside), and so does every measurement.",
+        "factor-first": "What {part} of block {block} writes was multiplied by {factor:.2f} before the first round; "
+        "the signals of the sweep are those of the model with this factor.",
     }
 )
 
