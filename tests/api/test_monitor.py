@@ -251,6 +251,29 @@ def test_history_of_a_run(tmp_path):
         assert reader.latest().status == "finished"
 
 
+def test_losses_on_a_device_are_read_together_and_none_is_lost(tmp_path, monkeypatch):
+    """A tensor that is not on the processor waits until something follows from it, or half a second."""
+    from peelwise.tasks.monitor import follower
+
+    monkeypatch.setattr("peelwise.api.monitor.read_later", lambda loss: True)
+    monkeypatch.setattr(follower, "_READ_EVERY", 1e9)
+    reads, read = [], follower.Follower._read
+    monkeypatch.setattr(follower.Follower, "_read", lambda self: reads.append(len(self._unread)) or read(self))
+    model, probe = ZOO["plain"]().train(), tiny_probe()
+    losses = torch.linspace(4.0, 3.0, 40)
+    with peelwise.Monitor(
+        model, probe, store=tmp_path / "run.db", budget=None, schedule=peelwise.every(1000)
+    ) as monitor:
+        for step in range(1, 41):
+            monitor.step(step, loss=losses[step - 1])
+    assert sum(reads) == 40
+    assert len(reads) < 15  # at steps that are looked at, and at the end
+    with RunReader(tmp_path / "run.db") as reader:
+        rows = reader.steps(1)
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert [row["loss"] for row in rows] == pytest.approx(losses.tolist())
+
+
 def test_the_share_is_kept():
     """Not a timing: whatever things take, what is spent stays around the budget once it was spent at all."""
     model = model_of("plain")

@@ -94,7 +94,7 @@ def test_red_is_told_when_it_begins_when_it_has_doubled_and_when_it_ends():
         if row.events:
             told[step] = row.events[0]
     assert list(told) == [200, 250, 300, 400, 600, 1000, 1100]
-    assert told[200].text.startswith("block 2 turned red: 0.050 +- 0.008 nats recoverable, ")
+    assert told[200].text.startswith("block 2 turned red: 0.0500 [0.0419, 0.0581] nats recoverable, ")
     assert told[600].text.startswith("block 2 red for 400 steps")
     assert told[1100].kind == "no-longer-red"
 

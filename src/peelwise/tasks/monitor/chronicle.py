@@ -11,6 +11,7 @@ from statistics import median
 from peelwise.evidence import events as alerts
 from peelwise.evidence.events import Change, Seen
 from peelwise.evidence.intervals import Paired
+from peelwise.evidence.reds import RedBlock, Reds
 from peelwise.evidence.trends import (
     Slope,
     against_own,
@@ -31,6 +32,8 @@ _LOOKED_BACK = 200  # measurements in which changes are looked for
 _REMEMBERED_LOSSES = 20_000
 _COMPARED = 50  # losses of training, at most, that the probe's is compared with
 _APART_TWICE = 2
+_RECENT = 16  # losses
+_AT_FAULT = Verdict("grey", "run-at-fault")
 
 
 @dataclass
@@ -85,8 +88,7 @@ class Chronicle:
         self._alone: dict[int, _Measured] = {}
         self._unique: dict[int, _Measured] = {}
         self._verdicts: dict[int, tuple[Verdict, int | None]] = {}
-        self._red_since: dict[int, int] = {}
-        self._told: dict[int, int] = {}  # block -> how long it had been red when that was last said
+        self._reds = Reds()
         self._changes: list[tuple[int, Change]] = []
         self._upper: float | None = None
         self._apart = 0  # measurements in a row at which training's loss was far from the probe's
@@ -105,9 +107,7 @@ class Chronicle:
             for block in [b for b, m in kept.items() if m.step >= step]:
                 del kept[block]
         self._changes = [(block, change) for block, change in self._changes if change.by_step < step]
-        for block in [b for b, since in self._red_since.items() if since >= step]:
-            del self._red_since[block], self._told[block]
-        self._told = {block: min(lasted, step - self._red_since[block]) for block, lasted in self._told.items()}
+        self._reds.forget_from(step)
         self._apart = 0
 
     def slope(self) -> Slope | None:
@@ -130,8 +130,26 @@ class Chronicle:
 
         return sorted((block for block in range(self._count) if block not in self.frozen), key=rank)
 
+    def recent(self) -> list[float]:
+        """Return the latest training losses."""
+        return self._losses.values[-_RECENT:]
+
+    @property
+    def count(self) -> int:
+        """How many training losses there were."""
+        return len(self._losses.values)
+
     def add(
-        self, step: int, measured: Measured, *, seconds: float, share: float, seen: Mapping[int, Seen] | None = None
+        self,
+        step: int,
+        measured: Measured,
+        *,
+        seconds: float,
+        share: float,
+        seen: Mapping[int, Seen] | None = None,
+        shared: str = "",
+        at_fault: bool = False,
+        counting: float | None = None,
     ) -> Measurement:
         """Return the row of a measured.
 
@@ -141,6 +159,9 @@ class Chronicle:
             seconds: what it took.
             share: the monitor's share of wall time so far.
             seen: what else is known of blocks, for suggestions.
+            shared: what all blocks have in common, in words.
+            at_fault: whether something is known to be wrong with the whole run, which has been told.
+            counting: what one who only counts tokens has on the probe, nats per token.
         """
         measured, unknown = _finite(measured)
         self._probe_losses.add(step, measured.loss)
@@ -149,13 +170,15 @@ class Chronicle:
         statistics = [*self._free(step, measured), *self._measured(step, measured, slope), *self._cloud(measured)]
         changes = self._new_changes(step)
         verdicts = self._judge(measured.loss, slope)
+        if at_fault or self._worse_than_none(measured.loss, counting):
+            verdicts = [_AT_FAULT if verdict.colour == "green" else verdict for verdict in verdicts]
         # Asked before the row's own verdicts replace the last ones.
         news = self._news(verdicts)
         events = [
             *([alerts.gains_not_finite(step, unknown)] if unknown else []),
             *([apart] if apart else []),
-            *(alerts.changed(step, block, change) for block, change in changes),
-            *self._red_events(step, verdicts, slope, seen or {}),
+            *([] if at_fault else [alerts.changed(step, block, change) for block, change in changes]),
+            *self._reds.events(step, self._red_blocks(step, verdicts, slope, seen or {}), shared, quiet=at_fault),
         ]
         return Measurement(
             step,
@@ -287,29 +310,25 @@ class Chronicle:
                 new.append((block, change))
         return new
 
-    def _red_events(
+    def _worse_than_none(self, loss: float, counting: float | None) -> bool:
+        """Whether the loss is above what is reached without blocks: then nothing that was not found says anything."""
+        return any(loss > each for each in (self._upper, counting) if each is not None)
+
+    def _red_blocks(
         self, step: int, verdicts: list[Verdict], slope: Slope | None, seen: Mapping[int, Seen]
-    ) -> list[Event]:
-        """Return an event where a block turned red, has been for twice as long as last said, or no longer is."""
-        events = []
+    ) -> list[RedBlock | str]:
+        """Return per block what there is to say of it if it is red, else its colour."""
+        rows: list[RedBlock | str] = []
         for block, verdict in enumerate(verdicts):
             if verdict.colour != "red":
-                if block in self._red_since:
-                    since = self._red_since.pop(block)
-                    del self._told[block]
-                    events.append(alerts.no_longer_red(step, block, verdict.colour, since))
+                rows.append(verdict.colour)
                 continue
-            since = self._red_since.setdefault(block, step)
-            lasted = step - since
-            if block in self._told and lasted < 2 * max(self._told[block], 1):
-                continue
-            self._told[block] = lasted
-            measured = self._alone[block]
+            # On text that is not training text, a block is red by its marginal gain.
+            measured = (self._unique if verdict.reason == "own-above-margin" else self._alone)[block]
             gain = measured.value.interval()
             worth = equivalent_steps(gain, slope) if slope else None
-            facts = self._with_change(block, seen.get(block, Seen()))
-            events.append(alerts.turned_red(step, block, gain, worth, since=since, measured=measured.step, seen=facts))
-        return events
+            rows.append(RedBlock(gain, worth, measured.step, self._with_change(block, seen.get(block, Seen()))))
+        return rows
 
     def _with_change(self, block: int, seen: Seen) -> Seen:
         changes = [change for b, change in self._changes if b == block]
