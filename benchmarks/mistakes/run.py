@@ -3,7 +3,8 @@
     python benchmarks/mistakes/run.py [--steps 300] [--budget 0.03] [--seeds 0 1 2] [--only NAME ..] [--name mistakes]
 
 Makes every training of trainings.py with every seed, a monitor beside it as a new user would have it, and notes what it
-said and which letters it showed. Resumable: what the result file holds is not run again.
+said and which letters it showed, until 40 steps after its mistake was named. Resumable: what the result file holds is
+not run again.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from common import RESULTS, environment  # noqa: E402
 from monitor import SmallGPT  # noqa: E402
 
 # What may be said of any run: no word about a mistake in it.
+AFTERWARDS = 40  # steps that a training is followed after its mistake was named
 ORDINARY = {"cost", "few-tokens", "pilot", "no-longer-red"}
 
 
@@ -43,6 +45,8 @@ def train(training, seed, steps, budget):
     letters, losses, start = [], [], time.perf_counter()
     with peelwise.Monitor(model, probe, optimizer=optimizer, budget=budget, store=None) as monitor:
         for step in range(steps):
+            if any(e.kind in training.kinds and step > e.step + AFTERWARDS for e in monitor.events):
+                break
             for group, rate in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = rate * training.schedule(step, steps)
             ids, labels = training.batch(stream, step, generator)

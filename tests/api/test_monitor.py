@@ -622,6 +622,7 @@ class Once:
 
 assert "scipy.special" not in sys.modules
 sys.meta_path.insert(0, Once())
+found = None
 for step in range(200):
     try:
         found = monitor.step(step, loss=1.0 + 1 / (step + 1))
@@ -673,7 +674,9 @@ def test_a_damaged_block_turns_red_when_the_loss_stands_still_and_a_healthy_mode
             follower.step(step, loss=3.0 + noise[step])
         (row,) = kept.rows
         letters[name] = row.letters
-        assert [event.block for event in row.events] == [i for i, letter in enumerate(row.letters) if letter == "R"]
+        if name == "damaged":
+            (others,) = [event for event in row.events if event.block is None]  # its neighbours can make up for it
+            assert "which has a common cause as a rule" in others.text
         if name == "damaged":
             (own,) = [event for event in row.events if event.block == 3]
             assert own.suggestion == "It has frozen parameters; check whether that is meant."

@@ -52,6 +52,14 @@ def test_a_known_common_cause_is_not_told_again_and_what_stays_without_it_is():
     assert kinds(reds.events(10, blocks(6, [3]))) == [("red", 3)]
 
 
+def test_a_block_with_a_cause_of_its_own_is_told_beside_the_others():
+    own = RedBlock(Paired(0.09, 0.002, 12).interval(), None, 0, Seen("frozen"))
+    events = Reds().events(5, [red(), red(), own, red(), "green"])
+    assert kinds(events) == [("red", 2), ("red", None)]
+    assert "has frozen parameters" in events[0].suggestion
+    assert "3 of 5 blocks (0, 1, 3)" in events[1].text
+
+
 def test_lopsided_intervals_are_told_with_both_ends():
     lopsided = red(0.093, skewness=2.5)
     (event,) = Reds().events(5, [lopsided, "green"])

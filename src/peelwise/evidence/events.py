@@ -92,6 +92,12 @@ class Seen:
     dead: Finding | None = None
     clipped_to: float | None = None
 
+    @property
+    def has_own_cause(self) -> bool:
+        """Whether something of this block alone explains why it is red."""
+        slow = self.rate_ratio is not None and self.rate_ratio < _SLOW
+        return self.untrained is not None or self.dead is not None or slow
+
 
 def changed(step: int, block: int, change: Change) -> Event:
     """Return the event of a statistic that has changed its level against all other blocks'."""
@@ -250,10 +256,27 @@ def not_monitored(step: int, error: Exception) -> Event:
     return Event(step, "warning", "not-monitored", f"training goes on unmonitored: {_named(error)}")
 
 
-def cost(step: int, seconds: float, budget: float) -> Event:
-    """Return the event of the first measurement: what it took, and how often the budget allows one."""
-    text = f"one measurement takes {seconds:.2g} s; a budget of {budget:.1%} allows one every {seconds / budget:.2g} s."
-    return Event(step, "info", "cost", text, suggestion="A smaller probe can be measured more often.")
+def cost(step: int, full: int, taken: int, seconds_per_token: float, budget: float) -> Event:
+    """Return the event of what measurements are expected to cost, at the first step.
+
+    Args:
+        step: the first one.
+        full: tokens of the whole probe.
+        taken: of them, what measurements begin with.
+        seconds_per_token: that the cheapest measurement takes.
+        budget: share of wall time.
+    """
+    text = f"{full:,} probe tokens at {budget:.1%} mean one measurement in {_time(full * seconds_per_token / budget)}"
+    if taken < full:
+        text += f"; {taken:,} are measured at first, one in {_time(taken * seconds_per_token / budget)}"
+    advice = "More are taken as the run gets longer." if taken < full else ""
+    return Event(step, "info", "cost", f"{text}.", suggestion=advice)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.2g} min" if seconds < 5400 else f"{seconds / 3600:.2g} h"
 
 
 def few_tokens(step: int, note: Note) -> Event:

@@ -24,6 +24,7 @@ _LOST = 0.5  # part of the weights with a gradient that did not move
 _SHRINK, _COUPLED = 0.01, 3.0  # part of the weights that decay takes a step; times the gradient
 _KEPT = 0.05  # part of the last gradient that is in this one
 _APART, _LEAST_APART, _ALIKE, _LEAST_ALIKE = 0.1, 0.1, 0.03, 0.02  # of a loss, and nats
+_BETTER = 0.05  # part of the loss: no healthy model predicts the token after the next better than the next
 _PADDED = 0.05  # part of a batch
 _REPEATED, _FEWEST_ROWS = 0.9, 32
 
@@ -324,7 +325,7 @@ def _labels_shifted(facts: StepFacts) -> Mistake | None:
     advice = "Shift labels once: transformers' models shift them themselves, others do not."
     if batch is not None and told is not None and not _alike(told, batch.unpadded):
         for name, other in (("the token after the next", batch.twice), ("the token that it has just read", batch.same)):
-            if _apart(batch.next, other) and abs(told - other) < 0.5 * abs(told - batch.next):
+            if other < (1 - _BETTER) * batch.next and abs(told - other) < 0.5 * abs(told - batch.next):
                 how = "shifted twice" if other == batch.twice else "not shifted"
                 text = (
                     f"labels are {how}: the training loss ({told:.2f}) is that of predicting {name} ({other:.2f} on "
@@ -344,7 +345,7 @@ def _padding_in_loss(facts: StepFacts) -> Mistake | None:
     batch, told = facts.batch, facts.loss
     if batch is None or told is None or batch.padding < _PADDED:
         return None
-    if not _alike(told, batch.next) or not _apart(told, batch.unpadded, either=True):
+    if not _alike(told, batch.next) or not _apart(told, batch.unpadded):
         return None
     text = (
         f"padding counts in the loss: {batch.padding:.0%} of the targets repeat one token at the end of their rows. "
@@ -409,10 +410,8 @@ def _could_tell(kind: str, facts: StepFacts) -> bool:
     return facts.batch is not None if kind in _FROM_BATCHES else facts.updates is not None
 
 
-def _apart(usual: float, other: float, *, either: bool = False) -> bool:
-    """Whether ``other`` is well below ``usual``, or, with ``either``, well above."""
-    gap = abs(usual - other) if either else usual - other
-    return gap > max(_APART * usual, _LEAST_APART)
+def _apart(one: float, other: float) -> bool:
+    return abs(one - other) > max(_APART * one, _LEAST_APART)
 
 
 def _alike(one: float, other: float) -> bool:

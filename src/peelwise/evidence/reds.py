@@ -62,10 +62,13 @@ class Reds:
         ended = [no_longer_red(step, block, str(blocks[block]), since) for block, since in over if block in self._told]
         self._told = {block: lasted for block, lasted in self._told.items() if block in red}
         asked = sum(each != "frozen" for each in blocks)
-        if len(red) >= max(_FEWEST_TOGETHER, _SHARE_TOGETHER * asked):
-            return [*ended, *self._of_most(step, red, asked, shared, quiet=quiet)]
+        # A block with a cause of its own is told with that, whatever the others have in common.
+        own = {block: each for block, each in red.items() if each.seen.has_own_cause}
+        rest = {block: each for block, each in red.items() if block not in own}
+        if len(rest) >= max(_FEWEST_TOGETHER, _SHARE_TOGETHER * asked):
+            return [*ended, *self._of_single(step, own), *self._of_most(step, rest, asked, shared, quiet=quiet)]
         self._together = None
-        return [*ended, *([] if quiet else self._of_single(step, red))]
+        return [*ended, *self._of_single(step, own if quiet else red)]
 
     def forget_from(self, step: int) -> None:
         """Forget what was seen from a step on."""

@@ -30,7 +30,7 @@ def test_what_is_shown(run_db):
     assert "measured at step 30: 2.9700 on the probe" in text
     assert "loss -1 per 1,000 steps" in text
     assert "blocks.0 R red" in text
-    assert "blocks.1 G green +0.0300 +- 0.0100 @30" in text  # measured then
+    assert "blocks.1 G green +0.0300 [0.0200, 0.0400] @30" in text  # measured then
     assert "Green does not mean undamaged" in text
     assert "30.1 (x1.5)" in text  # 1.5 times its running median
     assert "step 30: block 0 is red Look." in text

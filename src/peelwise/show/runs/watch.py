@@ -157,8 +157,10 @@ def _cell(signal: Signal, row: sqlite3.Row | None) -> Text:
         return Text("")
     value = signal.form.format(row["value"])
     if signal.kind == "refinement":
-        half = f" +- {(row['high'] - row['low']) / 2:.4f}" if signal.unit == NATS and row["low"] is not None else ""
-        return Text(f"{value}{half} @{row['step']:,}")
+        known = signal.unit == NATS and row["low"] is not None and row["high"] is not None
+        # Few sequences make intervals lopsided, so both ends are shown.
+        ends = f" [{row['low']:z.4f}, {row['high']:z.4f}]" if known else ""
+        return Text(f"{value}{ends} @{row['step']:,}")
     times = row["to_median"]
     if not signal.quotient or times is None or 0.67 < times < 1.5:
         return Text(value)

@@ -5,6 +5,7 @@ due? -> before the step: watchers -> after it: vitals, update, batch, pulse -> d
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from statistics import median
@@ -15,7 +16,6 @@ from torch import nn
 
 from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.engine.baselines import probe_unigram
-from peelwise.errors import PeelwiseError
 from peelwise.evidence import events as alerts
 from peelwise.evidence.events import Complaint, Finding, Seen
 from peelwise.evidence.mistakes import Diagnosis, PulseFacts, StepFacts, UpdateFacts, shared_words
@@ -207,11 +207,12 @@ class Checkup:
             return None
         start = time.monotonic()
         try:
-            return pulse(
+            found = pulse(
                 self._model, self._known, self._few, micro_batch_tokens=self._tokens, processes=self._processes
             )
-        except PeelwiseError:
-            return None  # a measurement says why
+            return found if math.isfinite(found.loss.mean) else None
+        except Exception:  # a measurement says why the model cannot be run
+            return None
         finally:
             self._pulse_cost = time.monotonic() - start
             self._pulse_seconds += self._pulse_cost

@@ -33,6 +33,7 @@ _REMEMBERED_LOSSES = 20_000
 _COMPARED = 50  # losses of training, at most, that the probe's is compared with
 _APART_TWICE = 2
 _RECENT = 16  # losses
+_SHORTEST = 50  # steps that a verdict is kept at least
 _AT_FAULT = Verdict("grey", "run-at-fault")
 
 
@@ -67,6 +68,15 @@ class _Measured:
         return self.loss - loss > max(self.value.mean, margin) or (self.value.mean < margin < loss - self.loss)
 
 
+@dataclass(frozen=True)
+class _Decided:
+    """A verdict that was decided: by a measurement of which step, and the probe's loss then."""
+
+    verdict: Verdict
+    step: int
+    loss: float
+
+
 class Chronicle:
     """Remembers losses, statistics and measurements of one run; `add` makes the row of a measured.
 
@@ -89,6 +99,7 @@ class Chronicle:
         self._unique: dict[int, _Measured] = {}
         self._verdicts: dict[int, tuple[Verdict, int | None]] = {}
         self._reds = Reds()
+        self._decided: dict[int, _Decided] = {}
         self._changes: list[tuple[int, Change]] = []
         self._upper: float | None = None
         self._apart = 0  # measurements in a row at which training's loss was far from the probe's
@@ -108,6 +119,7 @@ class Chronicle:
                 del kept[block]
         self._changes = [(block, change) for block, change in self._changes if change.by_step < step]
         self._reds.forget_from(step)
+        self._decided = {block: old for block, old in self._decided.items() if old.step < step}
         self._apart = 0
 
     def slope(self) -> Slope | None:
@@ -150,6 +162,7 @@ class Chronicle:
         shared: str = "",
         at_fault: bool = False,
         counting: float | None = None,
+        other_text: bool = False,
     ) -> Measurement:
         """Return the row of a measured.
 
@@ -162,14 +175,18 @@ class Chronicle:
             shared: what all blocks have in common, in words.
             at_fault: whether something is known to be wrong with the whole run, which has been told.
             counting: what one who only counts tokens has on the probe, nats per token.
+            other_text: whether more of the probe is measured than last time.
         """
+        if other_text:
+            self._rebase(measured.loss)
         measured, unknown = _finite(measured)
         self._probe_losses.add(step, measured.loss)
         apart = self._losses_apart(step)
         slope = self.slope()
         statistics = [*self._free(step, measured), *self._measured(step, measured, slope), *self._cloud(measured)]
         changes = self._new_changes(step)
-        verdicts = self._judge(measured.loss, slope)
+        falling = self._falling(measured.loss, slope)
+        verdicts = self._lasting(step, self._judge(measured.loss, falling), measured.loss, falling=falling)
         if at_fault or self._worse_than_none(measured.loss, counting):
             verdicts = [_AT_FAULT if verdict.colour == "green" else verdict for verdict in verdicts]
         # Asked before the row's own verdicts replace the last ones.
@@ -196,6 +213,16 @@ class Chronicle:
             verdicts=tuple(news),
             events=tuple(events),
         )
+
+    def _rebase(self, loss: float) -> None:
+        """Move all losses of the probe to other text: the model is taken to be as it was at the last measurement."""
+        if not self._probe_losses.values:
+            return
+        shift = loss - self._probe_losses.values[-1]
+        self._probe_losses.values = [value + shift for value in self._probe_losses.values]
+        for kept in (self._alone, self._unique):
+            kept.update({block: replace(each, loss=each.loss + shift) for block, each in kept.items()})
+        self._decided = {block: replace(old, loss=old.loss + shift) for block, old in self._decided.items()}
 
     def _losses_apart(self, step: int) -> Event | None:
         """Return an event where training's loss is far from the probe's, at the second measurement in a row."""
@@ -259,8 +286,8 @@ class Chronicle:
             gains = (gain.mean, gain.high, gain.low) if gain is not None else (0.0, 0.0, 0.0)
             yield Statistic("bound_lower", WHOLE_MODEL, *(measured.loss - max(nats, 0.0) for nats in gains))
 
-    def _judge(self, loss: float, slope: Slope | None) -> list[Verdict]:
-        margin = default_margin(loss) if self._margin is None else self._margin
+    def _judge(self, loss: float, falling: bool) -> list[Verdict]:
+        margin = self._margin_at(loss)
         for kept in (self._alone, self._unique):
             for block in [b for b, m in kept.items() if m.outdated(loss, margin)]:
                 del kept[block]
@@ -270,17 +297,24 @@ class Chronicle:
             else Evidence(_value(self._alone, block), _value(self._unique, block))
             for block in range(self._count)
         ]
-        # Until the slope is known, training counts as going on: red says that it is not. Losses of small batches may be
-        # too noisy to show what the probe shows; how slow is too slow, that the margin says.
-        own = probe_slope(self._probe_losses.steps, self._probe_losses.values, slope.steps) if slope else None
-        falling = slope is None or slope.falling or (own is not None and own.gains(margin))
         return judge(evidence, margin, in_distribution=self._in_distribution, still_falling=falling)
+
+    def _falling(self, loss: float, slope: Slope | None) -> bool:
+        """Whether training makes progress: until the slope is known it counts as going on; red says that it is not.
+
+        Losses of small batches may be too noisy to show what the probe shows; how slow is too slow, the margin says.
+        """
+        own = probe_slope(self._probe_losses.steps, self._probe_losses.values, slope.steps) if slope else None
+        return slope is None or slope.falling or (own is not None and own.gains(self._margin_at(loss)))
+
+    def _margin_at(self, loss: float) -> float:
+        return default_margin(loss) if self._margin is None else self._margin
 
     def _news(self, verdicts: list[Verdict]) -> list[VerdictRow]:
         """Return the rows of blocks whose verdict changed, and remember all."""
         rows = []
         for block, verdict in enumerate(verdicts):
-            measured = self._alone[block].step if block in self._alone else None
+            measured = self._decided[block].step if block in self._decided else None
             before, _ = self._verdicts.get(block, (None, None))
             if before is None or (before.colour, before.code) != (verdict.colour, verdict.code):
                 rows.append(VerdictRow(block, verdict.colour, verdict.code, measured))
@@ -309,6 +343,41 @@ class Chronicle:
                 self._changes.append((block, change))
                 new.append((block, change))
         return new
+
+    def _lasting(self, step: int, verdicts: list[Verdict], loss: float, *, falling: bool) -> list[Verdict]:
+        """Return the verdicts, where an undecided block keeps what was decided before and nothing has contradicted.
+
+        A measurement of few tokens that decides nothing is no news, and neither is it that training has moved on. A
+        verdict is kept until the run is twice as long as when it was measured; green only while the loss has not risen
+        by the margin and what is measured stays below it, others only while the measurement counts and is above it.
+        """
+        margin, kept = self._margin_at(loss), []
+        for block, verdict in enumerate(verdicts):
+            found = self._evidence(block, verdict)
+            if verdict.colour in ("red", "yellow", "green") and found is not None:
+                self._decided[block] = _Decided(verdict, found.step, found.loss)
+            old = self._decided.get(block)
+            if verdict.colour != "grey" or old is None:
+                kept.append(verdict)
+            elif verdict.interaction or step > 2 * old.step + _SHORTEST or self._contradicted(block, old, loss, margin):
+                del self._decided[block]
+                kept.append(verdict)
+            else:
+                red_yet_falling = old.verdict.colour == "red" and falling
+                kept.append(Verdict("yellow", "still-falling") if red_yet_falling else old.verdict)
+        return kept
+
+    def _evidence(self, block: int, verdict: Verdict) -> _Measured | None:
+        """Return the measurement that a verdict rests on."""
+        own = verdict.reason in ("own-above-margin", "nothing-of-its-own")
+        return (self._unique if own else self._alone).get(block)
+
+    def _contradicted(self, block: int, old: _Decided, loss: float, margin: float) -> bool:
+        if old.verdict.colour == "green":
+            newest = self._evidence(block, old.verdict)
+            return loss - old.loss > margin or (newest is not None and newest.value.mean > margin)
+        found = self._evidence(block, old.verdict)
+        return found is None or found.value.mean <= margin
 
     def _worse_than_none(self, loss: float, counting: float | None) -> bool:
         """Whether the loss is above what is reached without blocks: then nothing that was not found says anything."""

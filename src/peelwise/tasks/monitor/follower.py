@@ -34,6 +34,7 @@ from peelwise.tasks.monitor.chronicle import Chronicle
 from peelwise.tasks.monitor.code_signals import CodeSignals
 from peelwise.tasks.monitor.measure import Measured, measure
 from peelwise.tasks.monitor.schedules import Schedule, affordable
+from peelwise.tasks.monitor.sizes import PASSES, affordable_tokens, part_of, tokens_of
 from peelwise.tasks.monitor.structure import changed_layers, looked_at_again, other_blocks
 
 _log = logging.getLogger("peelwise")
@@ -42,7 +43,7 @@ _log = logging.getLogger("peelwise")
 PLAN: tuple[MeasurementKind, ...] = ("ranking", "alone", "ranking", "joint", "ranking", "alone")
 _READ_EVERY = 0.5  # seconds, losses that are on a device
 # What a kind costs in forward passes over the probe, as long as it was never measured.
-_FIRST_GUESS: dict[MeasurementKind, float] = {"ranking": 5.0, "alone": 10.0, "joint": 12.0}
+_FIRST_GUESS: dict[MeasurementKind, float] = {"ranking": PASSES, "alone": 10.0, "joint": 12.0}
 
 
 class Recorder(Protocol):
@@ -111,16 +112,19 @@ class Follower:
         processes: Processes = ONE_PROCESS,
     ) -> None:
         began = time.monotonic()
+        self._start: float | None = None
         _check(settings)
-        self._model, self._probe, self._settings, self._recorder = model, probe, settings, recorder
+        self._model, self._settings, self._recorder = model, settings, recorder
+        self._whole = self._probe = probe  # of a large one, measurements take a part at first
         self._processes = processes
         with processes.agreeing():
             self.blocks: tuple[Block, ...] = checked_blocks(model, probe, settings.refine)
             check_blocks({block.name: unwrapped(block.module) for block in self.blocks})
             _check_same(processes, model, probe)
             per_token, notes, self._leak = self._first_look()
-        tokens = sum(part.tokens for part in (probe.fit, probe.select, probe.report))
-        self._costs = {kind: per_token * tokens * passes for kind, passes in _FIRST_GUESS.items()}
+        self._per_token, self._size = per_token, 0
+        self._costs: dict[MeasurementKind, float] = {}
+        self._resize()
         self._notes = list(notes)
         self._chronicle = Chronicle(
             len(self.blocks),
@@ -145,7 +149,6 @@ class Follower:
         self._tokens = settings.micro_batch_tokens
         self._checked = True  # whether the blocks as they are have passed their self-checks
         self.spent = time.monotonic() - began
-        self._start: float | None = None
         self._last: int | None = None
         self._unread: list[tuple[int, float | Tensor | None, float]] = []  # step, loss and share so far
         self._last_read = 0.0
@@ -186,6 +189,7 @@ class Follower:
         self._read()
 
     def _step(self, step: int, loss: float | Tensor | None, began: float) -> Measurement | None:
+        self._forecast(step)
         if self._leak is not None:
             self._tell(leak(step, self._leak))
         while self._notes:  # of the self-checks; only now there is a run for them
@@ -246,6 +250,7 @@ class Follower:
                 as_many = self._look_at_blocks(step)
             if not as_many:
                 return None
+            grown = self._measurements > 1 and self._resize()
             order = self._processes.broadcast(self._chronicle.wanted_first())
             found = measure(
                 self._model,
@@ -264,13 +269,14 @@ class Follower:
         self._failures, self._checked = 0, True
         now = time.monotonic()
         self._costs[kind] = now - start
+        if kind == "ranking":
+            self._per_token = self._costs[kind] / PASSES / tokens_of(self._probe)
         share = (self.spent + now - began) / max(self.elapsed, 1e-9)
         row: Measurement = self._processes.broadcast(
-            self._row(step, found, now - start, share) if self._processes.is_main else None
+            self._row(step, found, now - start, share, grown=grown) if self._processes.is_main else None
         )
         row = self._codes.noted(row)
         self._recorder.measurement(row)
-        self._tell_cost(step, kind)
         for note in found.notes:
             if note.code in ("few-fit-tokens", "more-damping"):
                 self._tell(alerts.few_tokens(step, note))
@@ -298,7 +304,7 @@ class Follower:
         self._checkup.blocks = now
         return True
 
-    def _row(self, step: int, found: Measured, seconds: float, share: float) -> Measurement:
+    def _row(self, step: int, found: Measured, seconds: float, share: float, *, grown: bool) -> Measurement:
         return self._chronicle.add(
             step,
             found,
@@ -308,6 +314,7 @@ class Follower:
             shared=self._checkup.shared(),
             at_fault=self._checkup.at_fault,
             counting=self._checkup.counting,
+            other_text=grown,
         )
 
     def _tell_failure(self, step: int, error: Exception) -> None:
@@ -325,10 +332,26 @@ class Follower:
             _log.debug("measurement at step %d", step, exc_info=error)
         self._tell(alerts.not_measured(step, words, later=later), once=type(error))
 
-    def _tell_cost(self, step: int, kind: MeasurementKind) -> None:
-        budget, seconds = self._settings.budget, self._costs[kind]
-        if budget is not None and self._measurements == 1:
-            self._tell(alerts.cost(step, seconds, budget))
+    def _resize(self) -> bool:
+        """Take more of the probe where the budget pays for it by now, and return whether that is so."""
+        full, budget = tokens_of(self._whole), self._settings.budget
+        size = affordable_tokens(full, self._per_token, budget, self.elapsed, self._size)
+        size = self._processes.broadcast(size)  # by the first one's clock
+        if size == self._size:
+            return False
+        times = size / self._size if self._size else 1.0
+        self._size, self._probe = size, part_of(self._whole, size)
+        tokens = tokens_of(self._probe)
+        guessed = {kind: self._per_token * tokens * passes for kind, passes in _FIRST_GUESS.items()}
+        self._costs = {kind: self._costs.get(kind, 0.0) * times or guessed[kind] for kind in guessed}
+        return True
+
+    def _forecast(self, step: int) -> None:
+        """Say at the first step what a measurement is expected to cost, and what would fit."""
+        budget = self._settings.budget
+        if budget is not None:
+            full, size = tokens_of(self._whole), tokens_of(self._probe)
+            self._tell(alerts.cost(step, full, size, PASSES * self._per_token, budget))
 
     def _tell(self, event: Event, *, once: object = None) -> None:
         """Hand on an event, the same one once."""
