@@ -147,6 +147,12 @@ class Chronicle:
         return self._losses.values[-_RECENT:]
 
     @property
+    def undecided(self) -> float:
+        """The share of the blocks asked about that have no colour; all, before anything was measured."""
+        colours = [verdict.colour for verdict, _ in self._verdicts.values() if verdict.colour != "frozen"]
+        return colours.count("grey") / len(colours) if colours else 1.0
+
+    @property
     def count(self) -> int:
         """How many training losses there were."""
         return len(self._losses.values)

@@ -41,6 +41,8 @@ _log = logging.getLogger("peelwise")
 
 # Rankings date what changes, refining tells how much there is to gain, a joint round what only one block can give.
 PLAN: tuple[MeasurementKind, ...] = ("ranking", "alone", "ranking", "joint", "ranking", "alone")
+_KINDS: tuple[MeasurementKind, ...] = ("ranking", "alone", "joint")
+_FEW_UNDECIDED = 0.2  # of the blocks that are asked about
 _READ_EVERY = 0.5  # seconds, losses that are on a device
 # What a kind costs in forward passes over the probe, as long as it was never measured.
 _FIRST_GUESS: dict[MeasurementKind, float] = {"ranking": PASSES, "alone": 10.0, "joint": 12.0}
@@ -144,7 +146,7 @@ class Follower:
         )
         self._checkup.expect(per_token)
         self._told: set[object] = set()
-        self._measurements = 0
+        self._measurements = self._planned = 0
         self._failures = self._left_out = 0  # unforeseen ones in a row; measurements to leave out after them
         self._tokens = settings.micro_batch_tokens
         self._checked = True  # whether the blocks as they are have passed their self-checks
@@ -228,18 +230,32 @@ class Follower:
         return value
 
     def _due(self, step: int) -> MeasurementKind | None:
-        """Return the kind of measurement to make now, if any: the first process's clock decides."""
-        settings, kind = self._settings, self._settings.plan[self._measurements % len(self._settings.plan)]
+        """Return the kind of measurement to make now, if any: by the first process's clock and memory."""
+        settings = self._settings
+        kind = settings.plan[self._planned % len(settings.plan)]
         if settings.schedule is not None and not settings.schedule(step):
             return None
         if settings.budget is not None:
+            decides = self._decides_first()
+            kind = "alone" if decides else kind
             now = affordable(self.spent, self._costs[kind], self.elapsed, settings.budget)
-            if not self._processes.broadcast_number(int(now)):
+            code = self._processes.broadcast_number((1 + _KINDS.index(kind) + len(_KINDS) * decides) if now else 0)
+            if code == 0:
                 return None
+            decides, place = divmod(code - 1, len(_KINDS))
+            kind = _KINDS[place]
+        else:
+            decides = 0
         if self._left_out > 0:
             self._left_out -= 1
             return None
+        self._planned += not decides
         return kind
+
+    def _decides_first(self) -> int:
+        """Return 1 where a solo gain goes before the plan: at every other measurement, while blocks are undecided."""
+        usual = self._settings.plan is PLAN and self._measurements % 2 == 0
+        return int(usual and self._chronicle.undecided > _FEW_UNDECIDED)
 
     def _measure(self, step: int, kind: MeasurementKind, began: float) -> Measurement | None:
         _wait_for(self._model)  # what training has queued on a device is not the monitor's time
