@@ -263,7 +263,7 @@ def cost(step: int, full: int, taken: int, seconds_per_token: float, budget: flo
         step: the first one.
         full: tokens of the whole probe.
         taken: of them, what measurements begin with.
-        seconds_per_token: that the cheapest measurement takes.
+        seconds_per_token: that a measurement takes which can decide a block.
         budget: share of wall time.
     """
     text = f"{full:,} probe tokens at {budget:.1%} mean one measurement in {_time(full * seconds_per_token / budget)}"

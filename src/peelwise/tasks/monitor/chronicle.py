@@ -22,10 +22,11 @@ from peelwise.evidence.trends import (
     own_parts,
     probe_slope,
 )
-from peelwise.evidence.verdict import Evidence, Verdict, default_margin, judge
+from peelwise.evidence.verdict import Verdict, default_margin, judge
 from peelwise.records.run import LETTERS, WHOLE_MODEL, Event, Measurement, Statistic, VerdictRow
 from peelwise.records.signals import RANKED_BY, SIGNALS
 from peelwise.tasks.monitor.measure import Measured
+from peelwise.tasks.monitor.memory import Found, Memory
 
 _SMALLEST_CHANGE = math.log(1.5)
 _LOOKED_BACK = 200  # measurements in which changes are looked for
@@ -33,7 +34,6 @@ _REMEMBERED_LOSSES = 20_000
 _COMPARED = 50  # losses of training, at most, that the probe's is compared with
 _APART_TWICE = 2
 _RECENT = 16  # losses
-_SHORTEST = 50  # steps that a verdict is kept at least
 _AT_FAULT = Verdict("grey", "run-at-fault")
 
 
@@ -50,31 +50,6 @@ class _Series:
         """Drop what is not of before a step."""
         kept = sum(each < step for each in self.steps)
         del self.steps[kept:], self.values[kept:]
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """A difference, when it was measured, and the probe's loss at that time."""
-
-    step: int
-    loss: float
-    value: Paired
-
-    def outdated(self, loss: float, margin: float) -> bool:
-        """Whether it is of another model than the one that now has ``loss`` on the probe.
-
-        Training has since gained as much as was found; or nothing was found, and the loss has since risen.
-        """
-        return self.loss - loss > max(self.value.mean, margin) or (self.value.mean < margin < loss - self.loss)
-
-
-@dataclass(frozen=True)
-class _Decided:
-    """A verdict that was decided: by a measurement of which step, and the probe's loss then."""
-
-    verdict: Verdict
-    step: int
-    loss: float
 
 
 class Chronicle:
@@ -95,11 +70,9 @@ class Chronicle:
         self._losses = _Series()
         self._probe_losses = _Series()
         self._series: defaultdict[tuple[str, int], _Series] = defaultdict(_Series)
-        self._alone: dict[int, _Measured] = {}
-        self._unique: dict[int, _Measured] = {}
+        self._memory = Memory()
         self._verdicts: dict[int, tuple[Verdict, int | None]] = {}
         self._reds = Reds()
-        self._decided: dict[int, _Decided] = {}
         self._changes: list[tuple[int, Change]] = []
         self._upper: float | None = None
         self._apart = 0  # measurements in a row at which training's loss was far from the probe's
@@ -114,12 +87,9 @@ class Chronicle:
         """Forget what was seen from a step on: training has gone back to before it, to another state of the model."""
         for series in (self._losses, self._probe_losses, *self._series.values()):
             series.cut(step)
-        for kept in (self._alone, self._unique):
-            for block in [b for b, m in kept.items() if m.step >= step]:
-                del kept[block]
+        self._memory.forget_from(step)
         self._changes = [(block, change) for block, change in self._changes if change.by_step < step]
         self._reds.forget_from(step)
-        self._decided = {block: old for block, old in self._decided.items() if old.step < step}
         self._apart = 0
 
     def slope(self) -> Slope | None:
@@ -137,7 +107,7 @@ class Chronicle:
 
         def rank(block: int) -> tuple[bool, bool, float, float]:
             score = self._series[RANKED_BY, block].values[-1:]
-            measured = block in self._alone
+            measured = block in self._memory.alone
             return measured, block not in changed, self._step_of(block), -score[0] if score else 0.0
 
         return sorted((block for block in range(self._count) if block not in self.frozen), key=rank)
@@ -192,7 +162,7 @@ class Chronicle:
         statistics = [*self._free(step, measured), *self._measured(step, measured, slope), *self._cloud(measured)]
         changes = self._new_changes(step)
         falling = self._falling(measured.loss, slope)
-        verdicts = self._lasting(step, self._judge(measured.loss, falling), measured.loss, falling=falling)
+        verdicts = self._judge(step, measured.loss, falling=falling)
         if at_fault or self._worse_than_none(measured.loss, counting):
             verdicts = [_AT_FAULT if verdict.colour == "green" else verdict for verdict in verdicts]
         # Asked before the row's own verdicts replace the last ones.
@@ -226,9 +196,7 @@ class Chronicle:
             return
         shift = loss - self._probe_losses.values[-1]
         self._probe_losses.values = [value + shift for value in self._probe_losses.values]
-        for kept in (self._alone, self._unique):
-            kept.update({block: replace(each, loss=each.loss + shift) for block, each in kept.items()})
-        self._decided = {block: replace(old, loss=old.loss + shift) for block, old in self._decided.items()}
+        self._memory.rebase(shift)
 
     def _losses_apart(self, step: int) -> Event | None:
         """Return an event where training's loss is far from the probe's, at the second measurement in a row."""
@@ -246,7 +214,7 @@ class Chronicle:
         return alerts.losses_disagree(step, median(recent), self._probe_losses.values[-1])
 
     def _step_of(self, block: int) -> float:
-        return self._alone[block].step if block in self._alone else -math.inf
+        return self._memory.alone[block].step if block in self._memory.alone else -math.inf
 
     def _free(self, step: int, measured: Measured) -> list[Statistic]:
         """Return the signals of the sweep against their own history."""
@@ -267,12 +235,12 @@ class Chronicle:
         """Return the paired differences with their intervals, and what they are worth in steps."""
         rows = []
         for name, found, kept in (
-            ("recoverable", measured.alone, self._alone),
-            ("unique", measured.unique, self._unique),
+            ("recoverable", measured.alone, self._memory.alone),
+            ("unique", measured.unique, self._memory.unique),
             ("composed", {} if measured.composed is None else {WHOLE_MODEL: measured.composed}, {}),
         ):
             for block, value in found.items():
-                kept[block] = _Measured(step, measured.loss, value)
+                kept[block] = Found(step, measured.loss, value)
                 interval = value.interval()
                 compared = self._against_own(step, name, block, value.mean)
                 rows.append(Statistic(name, block, value.mean, interval.low, interval.high, *compared))
@@ -292,18 +260,11 @@ class Chronicle:
             gains = (gain.mean, gain.high, gain.low) if gain is not None else (0.0, 0.0, 0.0)
             yield Statistic("bound_lower", WHOLE_MODEL, *(measured.loss - max(nats, 0.0) for nats in gains))
 
-    def _judge(self, loss: float, falling: bool) -> list[Verdict]:
+    def _judge(self, step: int, loss: float, *, falling: bool) -> list[Verdict]:
         margin = self._margin_at(loss)
-        for kept in (self._alone, self._unique):
-            for block in [b for b, m in kept.items() if m.outdated(loss, margin)]:
-                del kept[block]
-        evidence = [
-            Evidence(frozen=True)
-            if block in self.frozen
-            else Evidence(_value(self._alone, block), _value(self._unique, block))
-            for block in range(self._count)
-        ]
-        return judge(evidence, margin, in_distribution=self._in_distribution, still_falling=falling)
+        evidence = self._memory.evidence(self._count, self.frozen, loss, margin)
+        judged = judge(evidence, margin, in_distribution=self._in_distribution, still_falling=falling)
+        return list(self._memory.lasting(step, judged, loss, margin, falling=falling))
 
     def _falling(self, loss: float, slope: Slope | None) -> bool:
         """Whether training makes progress: until the slope is known it counts as going on; red says that it is not.
@@ -320,7 +281,7 @@ class Chronicle:
         """Return the rows of blocks whose verdict changed, and remember all."""
         rows = []
         for block, verdict in enumerate(verdicts):
-            measured = self._decided[block].step if block in self._decided else None
+            measured = self._memory.step_of(block)
             before, _ = self._verdicts.get(block, (None, None))
             if before is None or (before.colour, before.code) != (verdict.colour, verdict.code):
                 rows.append(VerdictRow(block, verdict.colour, verdict.code, measured))
@@ -350,41 +311,6 @@ class Chronicle:
                 new.append((block, change))
         return new
 
-    def _lasting(self, step: int, verdicts: list[Verdict], loss: float, *, falling: bool) -> list[Verdict]:
-        """Return the verdicts, where an undecided block keeps what was decided before and nothing has contradicted.
-
-        A measurement of few tokens that decides nothing is no news, and neither is it that training has moved on. A
-        verdict is kept until the run is twice as long as when it was measured; green only while the loss has not risen
-        by the margin and what is measured stays below it, others only while the measurement counts and is above it.
-        """
-        margin, kept = self._margin_at(loss), []
-        for block, verdict in enumerate(verdicts):
-            found = self._evidence(block, verdict)
-            if verdict.colour in ("red", "yellow", "green") and found is not None:
-                self._decided[block] = _Decided(verdict, found.step, found.loss)
-            old = self._decided.get(block)
-            if verdict.colour != "grey" or old is None:
-                kept.append(verdict)
-            elif verdict.interaction or step > 2 * old.step + _SHORTEST or self._contradicted(block, old, loss, margin):
-                del self._decided[block]
-                kept.append(verdict)
-            else:
-                red_yet_falling = old.verdict.colour == "red" and falling
-                kept.append(Verdict("yellow", "still-falling") if red_yet_falling else old.verdict)
-        return kept
-
-    def _evidence(self, block: int, verdict: Verdict) -> _Measured | None:
-        """Return the measurement that a verdict rests on."""
-        own = verdict.reason in ("own-above-margin", "nothing-of-its-own")
-        return (self._unique if own else self._alone).get(block)
-
-    def _contradicted(self, block: int, old: _Decided, loss: float, margin: float) -> bool:
-        if old.verdict.colour == "green":
-            newest = self._evidence(block, old.verdict)
-            return loss - old.loss > margin or (newest is not None and newest.value.mean > margin)
-        found = self._evidence(block, old.verdict)
-        return found is None or found.value.mean <= margin
-
     def _worse_than_none(self, loss: float, counting: float | None) -> bool:
         """Whether the loss is above what is reached without blocks: then nothing that was not found says anything."""
         return any(loss > each for each in (self._upper, counting) if each is not None)
@@ -398,8 +324,8 @@ class Chronicle:
             if verdict.colour != "red":
                 rows.append(verdict.colour)
                 continue
-            # On text that is not training text, a block is red by its marginal gain.
-            measured = (self._unique if verdict.reason == "own-above-margin" else self._alone)[block]
+            measured = self._memory.of(block, verdict)
+            assert measured is not None
             gain = measured.value.interval()
             worth = equivalent_steps(gain, slope) if slope else None
             rows.append(RedBlock(gain, worth, measured.step, self._with_change(block, seen.get(block, Seen()))))
@@ -429,7 +355,3 @@ def _near(one: Change, other: Change, steps: list[int]) -> bool:
     """Whether two dates are within three measurements of each other."""
     between = sum(min(one.by_step, other.by_step) < s <= max(one.by_step, other.by_step) for s in steps)
     return between <= 3
-
-
-def _value(kept: Mapping[int, _Measured], block: int) -> Paired | None:
-    return kept[block].value if block in kept else None

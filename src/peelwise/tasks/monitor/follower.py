@@ -33,19 +33,13 @@ from peelwise.tasks.monitor.checkup import Checkup
 from peelwise.tasks.monitor.chronicle import Chronicle
 from peelwise.tasks.monitor.code_signals import CodeSignals
 from peelwise.tasks.monitor.measure import Measured, measure
-from peelwise.tasks.monitor.schedules import Schedule, affordable
-from peelwise.tasks.monitor.sizes import PASSES, affordable_tokens, part_of, tokens_of
+from peelwise.tasks.monitor.planner import PLAN, Planner
+from peelwise.tasks.monitor.schedules import Schedule
 from peelwise.tasks.monitor.structure import changed_layers, looked_at_again, other_blocks
 
 _log = logging.getLogger("peelwise")
 
-# Rankings date what changes, refining tells how much there is to gain, a joint round what only one block can give.
-PLAN: tuple[MeasurementKind, ...] = ("ranking", "alone", "ranking", "joint", "ranking", "alone")
-_KINDS: tuple[MeasurementKind, ...] = ("ranking", "alone", "joint")
-_FEW_UNDECIDED = 0.2  # of the blocks that are asked about
 _READ_EVERY = 0.5  # seconds, losses that are on a device
-# What a kind costs in forward passes over the probe, as long as it was never measured.
-_FIRST_GUESS: dict[MeasurementKind, float] = {"ranking": PASSES, "alone": 10.0, "joint": 12.0}
 
 
 class Recorder(Protocol):
@@ -117,16 +111,14 @@ class Follower:
         self._start: float | None = None
         _check(settings)
         self._model, self._settings, self._recorder = model, settings, recorder
-        self._whole = self._probe = probe  # of a large one, measurements take a part at first
+        self._probe = probe
         self._processes = processes
         with processes.agreeing():
             self.blocks: tuple[Block, ...] = checked_blocks(model, probe, settings.refine)
             check_blocks({block.name: unwrapped(block.module) for block in self.blocks})
             _check_same(processes, model, probe)
             per_token, notes, self._leak = self._first_look()
-        self._per_token, self._size = per_token, 0
-        self._costs: dict[MeasurementKind, float] = {}
-        self._resize()
+        self._planner = Planner(probe, settings.plan, settings.budget, per_token, processes)
         self._notes = list(notes)
         self._chronicle = Chronicle(
             len(self.blocks),
@@ -146,7 +138,6 @@ class Follower:
         )
         self._checkup.expect(per_token)
         self._told: set[object] = set()
-        self._measurements = self._planned = 0
         self._failures = self._left_out = 0  # unforeseen ones in a row; measurements to leave out after them
         self._tokens = settings.micro_batch_tokens
         self._checked = True  # whether the blocks as they are have passed their self-checks
@@ -191,7 +182,9 @@ class Follower:
         self._read()
 
     def _step(self, step: int, loss: float | Tensor | None, began: float) -> Measurement | None:
-        self._forecast(step)
+        forecast = self._planner.forecast(step)
+        if forecast is not None:
+            self._tell(forecast)
         if self._leak is not None:
             self._tell(leak(step, self._leak))
         while self._notes:  # of the self-checks; only now there is a run for them
@@ -231,47 +224,29 @@ class Follower:
 
     def _due(self, step: int) -> MeasurementKind | None:
         """Return the kind of measurement to make now, if any: by the first process's clock and memory."""
-        settings = self._settings
-        kind = settings.plan[self._planned % len(settings.plan)]
-        if settings.schedule is not None and not settings.schedule(step):
+        if self._settings.schedule is not None and not self._settings.schedule(step):
             return None
-        if settings.budget is not None:
-            decides = self._decides_first()
-            kind = "alone" if decides else kind
-            now = affordable(self.spent, self._costs[kind], self.elapsed, settings.budget)
-            code = self._processes.broadcast_number((1 + _KINDS.index(kind) + len(_KINDS) * decides) if now else 0)
-            if code == 0:
-                return None
-            decides, place = divmod(code - 1, len(_KINDS))
-            kind = _KINDS[place]
-        else:
-            decides = 0
-        if self._left_out > 0:
+        kind = self._planner.due(self.spent, self.elapsed, self._chronicle.undecided)
+        if kind is not None and self._left_out > 0:
             self._left_out -= 1
             return None
-        self._planned += not decides
         return kind
-
-    def _decides_first(self) -> int:
-        """Return 1 where a solo gain goes before the plan: at every other measurement, while blocks are undecided."""
-        usual = self._settings.plan is PLAN and self._measurements % 2 == 0
-        return int(usual and self._chronicle.undecided > _FEW_UNDECIDED)
 
     def _measure(self, step: int, kind: MeasurementKind, began: float) -> Measurement | None:
         _wait_for(self._model)  # what training has queued on a device is not the monitor's time
         start = time.monotonic()
-        self._measurements += 1
+        self._planner.begin(kind)
         try:
             with self._processes.agreeing():
                 as_many = self._look_at_blocks(step)
             if not as_many:
                 return None
-            grown = self._measurements > 1 and self._resize()
+            grown = self._planner.grow(self.elapsed)
             order = self._processes.broadcast(self._chronicle.wanted_first())
             found = measure(
                 self._model,
                 self.blocks,
-                self._probe,
+                self._planner.probe,
                 kind,
                 order,
                 micro_batch_tokens=self._tokens,
@@ -279,14 +254,12 @@ class Follower:
                 checked=self._checked,
             )
         except Exception as error:  # whatever goes wrong here, the training must not end of it
-            self._costs[kind] = time.monotonic() - start
+            self._planner.took(kind, time.monotonic() - start, failed=True)
             self._tell_failure(step, error)
             return None
         self._failures, self._checked = 0, True
         now = time.monotonic()
-        self._costs[kind] = now - start
-        if kind == "ranking":
-            self._per_token = self._costs[kind] / PASSES / tokens_of(self._probe)
+        self._planner.took(kind, now - start)
         share = (self.spent + now - began) / max(self.elapsed, 1e-9)
         row: Measurement = self._processes.broadcast(
             self._row(step, found, now - start, share, grown=grown) if self._processes.is_main else None
@@ -347,27 +320,6 @@ class Follower:
             self._tokens = max(1, self._tokens // 2)
             _log.debug("measurement at step %d", step, exc_info=error)
         self._tell(alerts.not_measured(step, words, later=later), once=type(error))
-
-    def _resize(self) -> bool:
-        """Take more of the probe where the budget pays for it by now, and return whether that is so."""
-        full, budget = tokens_of(self._whole), self._settings.budget
-        size = affordable_tokens(full, self._per_token, budget, self.elapsed, self._size)
-        size = self._processes.broadcast(size)  # by the first one's clock
-        if size == self._size:
-            return False
-        times = size / self._size if self._size else 1.0
-        self._size, self._probe = size, part_of(self._whole, size)
-        tokens = tokens_of(self._probe)
-        guessed = {kind: self._per_token * tokens * passes for kind, passes in _FIRST_GUESS.items()}
-        self._costs = {kind: self._costs.get(kind, 0.0) * times or guessed[kind] for kind in guessed}
-        return True
-
-    def _forecast(self, step: int) -> None:
-        """Say at the first step what a measurement is expected to cost, and what would fit."""
-        budget = self._settings.budget
-        if budget is not None:
-            full, size = tokens_of(self._whole), tokens_of(self._probe)
-            self._tell(alerts.cost(step, full, size, PASSES * self._per_token, budget))
 
     def _tell(self, event: Event, *, once: object = None) -> None:
         """Hand on an event, the same one once."""
