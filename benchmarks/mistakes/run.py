@@ -29,11 +29,10 @@ from common import RESULTS, environment  # noqa: E402
 from monitor import SmallGPT  # noqa: E402
 
 # What may be said of any run: no word about a mistake in it.
-AFTERWARDS = 40  # steps that a training is followed after its mistake was named
 ORDINARY = {"cost", "few-tokens", "pilot", "no-longer-red"}
 
 
-def train(training, seed, steps, budget):
+def train(training, seed, steps, budget, afterwards):
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     stream = torch.tensor(list("\n\n".join(reference_prose()).encode()))
@@ -45,7 +44,7 @@ def train(training, seed, steps, budget):
     letters, losses, start = [], [], time.perf_counter()
     with peelwise.Monitor(model, probe, optimizer=optimizer, budget=budget, store=None) as monitor:
         for step in range(steps):
-            if any(e.kind in training.kinds and step > e.step + AFTERWARDS for e in monitor.events):
+            if any(e.kind in training.kinds and step > e.step + afterwards for e in monitor.events):
                 break
             for group, rate in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = rate * training.schedule(step, steps)
@@ -103,6 +102,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--budget", type=float, default=0.03)
+    parser.add_argument("--afterwards", type=int, default=40, help="steps to follow it once its mistake was named")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", help="trainings, by the beginning of their names")
     parser.add_argument("--name", default="mistakes", help="of the result file")
@@ -116,7 +116,7 @@ def main():
             if key in runs or (options.only and not name.startswith(tuple(options.only))):
                 continue
             try:
-                runs[key] = train(training, seed, options.steps, options.budget)
+                runs[key] = train(training, seed, options.steps, options.budget, options.afterwards)
             except peelwise.errors.UnsupportedModelError as error:  # a monitor that could not be made ends the training
                 runs[key] = {"refused": str(error), "named_at": None, "loss": math.nan, "events": [], "green_cells": 0}
             said = [(e["step"], e["kind"]) for e in runs[key]["events"]]
