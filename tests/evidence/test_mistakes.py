@@ -83,8 +83,20 @@ def test_what_is_mended_is_present_no_more():
         diagnosis.add(replace(CASES["updates-lost"][0], step=step))
     diagnosis.add(wrong(updates=None))  # nothing was seen, so nothing is known
     assert diagnosis.present == {"updates-lost"}
-    diagnosis.add(HEALTHY)
+    for _ in range(5):
+        assert diagnosis.present == {"updates-lost"}  # a broken run looks well at single moments
+        diagnosis.add(HEALTHY)
     assert diagnosis.present == set()
+
+
+def test_a_rate_that_is_known_to_be_too_large_is_so_until_it_is_well_below():
+    less = updates(moved=(0.001,) * 4 + (0.01,), relative=(0.01,) * 4 + (0.005,))
+    diagnosis = Diagnosis()
+    assert [diagnosis.add(replace(less, step=step)) for step in range(3)] == [[]] * 3
+    assert diagnosis.present == set()
+    for facts in (FAST, FAST, *[less] * 8):
+        diagnosis.add(facts)
+    assert diagnosis.present == {"rate-too-large"}
 
 
 HARMLESS = {

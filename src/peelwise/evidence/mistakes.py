@@ -17,6 +17,8 @@ from peelwise.records.base import Interval
 from peelwise.records.run import Event, Level
 
 _SIGHTINGS = 2  # checks in a row that must show a mistake
+_GONE = 5  # checks in a row that must not show it any more: a broken run looks well at single moments
+_KNOWN = 0.2  # of the thresholds of a rate that is known to be too large
 _FASTER, _LARGE = 30.0, 0.01  # times the other blocks' update; the least part of the weights, in one step
 _SMALL, _LOSSES, _TOO_LONG = 1e-4, 40, 20.0  # update per step; losses to judge by; times as long as the run so far
 _STEADY, _DECAYED = 1.02, 0.3  # a rate that still rises or has fallen far is on its way, not wrong
@@ -159,11 +161,13 @@ class Diagnosis:
     """Remembers what checks have seen; `add` returns what is to be said now.
 
     Attributes:
-        present: kinds that the latest checks show; while there are any, no block of the run is called green.
+        present: kinds that were told and that one of the last five checks has shown; while there are any, no block
+            of the run is called green.
     """
 
     present: set[str] = field(default_factory=set)
     _sightings: Counter[str] = field(default_factory=Counter)
+    _misses: Counter[str] = field(default_factory=Counter)
     _said: set[str] = field(default_factory=set)
     _rates: list[float] = field(default_factory=list)  # the highest one at every check
     _lowest: float | None = None  # the probe's loss, so far
@@ -174,9 +178,12 @@ class Diagnosis:
         for kind in {*found, *self._sightings}:
             if kind in found:
                 self._sightings[kind] += 1
+                self._misses[kind] = 0
             elif _could_tell(kind, facts):
                 self._sightings[kind] = 0
-                self.present.discard(kind)
+                self._misses[kind] += 1
+                if self._misses[kind] >= _GONE:
+                    self.present.discard(kind)
         certain = [m for kind, m in found.items() if self._sightings[kind] >= _SIGHTINGS]
         self.present |= {m.kind for m in certain}
         if any(kind != _GENERAL for kind in self.present):  # a cause has been named: its consequence needs no word
@@ -187,8 +194,8 @@ class Diagnosis:
 
     def _all(self, facts: StepFacts) -> Iterator[Mistake]:
         steady = self._steady(facts)
-        for rule in _RULES:
-            mistake = rule(facts)
+        fast = _rate_too_large(facts, _KNOWN if "rate-too-large" in self.present else 1.0)
+        for mistake in (fast, *(rule(facts) for rule in _RULES)):
             if mistake is not None:
                 yield mistake
         lost = facts.updates is not None and facts.updates.lost is not None and facts.updates.lost > _LOST
@@ -232,7 +239,7 @@ def leak(step: int, words: str) -> Event:
     return Event(step, "alert", "leak", text, suggestion=advice)
 
 
-def _rate_too_large(facts: StepFacts) -> Mistake | None:
+def _rate_too_large(facts: StepFacts, part_of_thresholds: float) -> Mistake | None:
     seen = facts.updates
     if seen is None or seen.usual is None:
         return None
@@ -240,7 +247,10 @@ def _rate_too_large(facts: StepFacts) -> Mistake | None:
     fast = [
         block
         for block, (moved, part) in enumerate(zip(seen.moved, seen.relative, strict=True))
-        if moved is not None and part is not None and moved > _FASTER * usual and part > _LARGE
+        if moved is not None
+        and part is not None
+        and moved > part_of_thresholds * _FASTER * usual
+        and part > part_of_thresholds * _LARGE
     ]
     if not fast or usual == 0:
         return None
@@ -391,7 +401,6 @@ def _worse_than_counting(facts: StepFacts, lowest: float | None) -> Mistake | No
 
 _GENERAL = "worse-than-counting"
 _RULES: tuple[Callable[[StepFacts], Mistake | None], ...] = (
-    _rate_too_large,
     _updates_lost,
     _decay_too_strong,
     _gradients_kept,
