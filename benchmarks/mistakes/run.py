@@ -9,7 +9,6 @@ not run again.
 
 import argparse
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -118,9 +117,9 @@ def main():
             try:
                 runs[key] = train(training, seed, options.steps, options.budget, options.afterwards)
             except peelwise.errors.UnsupportedModelError as error:  # a monitor that could not be made ends the training
-                runs[key] = {"refused": str(error), "named_at": None, "loss": math.nan, "events": [], "green_cells": 0}
+                runs[key] = {"refused": str(error), "named_at": None, "loss": None, "events": [], "green_cells": 0}
             said = [(e["step"], e["kind"]) for e in runs[key]["events"]]
-            print(f"{key}: named at {runs[key]['named_at']}, {said[:6]}, loss {runs[key]['loss']:.2f}", flush=True)
+            print(f"{key}: named at {runs[key]['named_at']}, {said[:6]}, loss {runs[key]['loss']}", flush=True)
             path.write_text(json.dumps(environment() | {"summary": summary(runs), "runs": runs}, indent=1) + "\n")
     print(json.dumps(summary(runs), indent=1))
 
