@@ -88,9 +88,13 @@ def open_session(
     return Session(runner, report, probe, fit, select, clock, probe.seed, low_bit_layers(blocks), notes)
 
 
-def first_notes(runner: Runner, split: Split, *, gradients: bool = True) -> tuple[Note, ...]:
+def first_notes(runner: Runner, split: Split, *, gradients: bool = True, causal: bool = True) -> tuple[Note, ...]:
     """Make the self-checks of a model, and return what there is to say of it besides its numbers."""
-    return (*self_check(runner, split, gradients=gradients), *frozen_note(runner.blocks), *untied_note(runner.model))
+    return (
+        *self_check(runner, split, gradients=gradients, causal=causal),
+        *frozen_note(runner.blocks),
+        *untied_note(runner.model),
+    )
 
 
 def open_report(

@@ -125,6 +125,27 @@ class Runner:
         return Trace(batches, self._of_all(losses, split.sequences), tokens)
 
     @torch.no_grad()
+    def losses_ahead(self, split: Split) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Run the whole model over a split and return what its logits cost, and keep nothing.
+
+        Returns:
+            Per sequence ``[sequences]``: loss and number of the next tokens; loss of those that have one behind them,
+            and loss of that one under the same logits. A model whose labels were shifted twice predicts the latter.
+        """
+        columns: list[list[Tensor]] = [[], [], [], []]
+        for batch in self._batches(split):
+            logits = self._call(batch)
+            own = _token_losses(logits, batch.targets).double() * batch.weights  # [b, t]
+            both = batch.weights[:, :-1] & batch.weights[:, 1:]
+            after = _token_losses(logits[:, :-1], batch.targets[:, 1:]).double() * both
+            rows = own.sum(1), batch.weights.sum(1).double(), (own[:, :-1] * both).sum(1), after.sum(1)
+            for column, row in zip(columns, rows, strict=True):
+                column.append(row)
+        self.work.add(1.0, split.tokens)
+        first, second, third, fourth = (self._of_all(column, split.sequences) for column in columns)
+        return first, second, third, fourth
+
+    @torch.no_grad()
     def losses_from(self, trace: Trace, start: int) -> Tensor:
         """Return the losses ``[sequences]`` of running blocks ``start..`` on the cached station before them."""
         losses = []

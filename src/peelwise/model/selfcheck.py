@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from peelwise.errors import PeelwiseError, UnsupportedModelError
+from peelwise.errors import NotCausalError, PeelwiseError, UnsupportedModelError
 from peelwise.model.calls import replaced_hidden
 from peelwise.model.capture import captured
 from peelwise.model.layers import Block, LinearLayer, unwrapped
@@ -42,7 +42,7 @@ class _Slack:
 _EXACT, _HALF = _Slack(0.02, 0.01), _Slack(0.35, 0.25)
 
 
-def self_check(runner: Runner, split: Split, *, gradients: bool = True) -> tuple[Note, ...]:
+def self_check(runner: Runner, split: Split, *, gradients: bool = True, causal: bool = True) -> tuple[Note, ...]:
     """Check on the first sequence of a split that the model is one that can be measured as it is.
 
     In order: its own forward returns logits of every position; no logit moves with a later token; blocks called one by
@@ -53,6 +53,7 @@ def self_check(runner: Runner, split: Split, *, gradients: bool = True) -> tuple
         runner: of the model, whose weights are not to change meanwhile.
         split: tokens; one sequence is used.
         gradients: also compare gradients; without, a model that cannot be differentiated passes too.
+        causal: also check that no logit moves with a later token.
 
     Returns:
         What is left out of refinement, where that is more than norms and biases, and an autocast of the model's own.
@@ -66,7 +67,8 @@ def self_check(runner: Runner, split: Split, *, gradients: bool = True) -> tuple
     if not math.isfinite(trace.mean):
         return ()  # whoever reads the loss says so
     check_replay(runner, few)
-    check_causal(runner, trace.batches[0])
+    if causal:
+        check_causal(runner, trace.batches[0])
     called = {block: _called(runner, block, trace.batches[0]) for block in runner.blocks}
     if not runner.sharded:  # whole weights and gradients are nowhere to compare with
         if gradients:
@@ -122,7 +124,7 @@ def check_causal(runner: Runner, batch: Batch) -> None:
     an odd position near the middle, where no chunk of even size ends.
 
     Raises:
-        UnsupportedModelError: If an earlier logit moves: the model may read what it is to predict.
+        NotCausalError: If an earlier logit moves: the model may read what it is to predict.
     """
     length = int(batch.attended[0].sum())
     before = runner.own_logits(batch)
@@ -141,7 +143,7 @@ def _check_causal_from(runner: Runner, batch: Batch, before: Tensor, cut: int, l
     earlier, later = float(moved[:cut].max()), float(moved[cut:length].max())
     if earlier > 1e-2 * later and earlier > 1e-4 * float(before.float().abs().max()):
         position = int(moved[:cut].argmax())
-        raise UnsupportedModelError(
+        raise NotCausalError(
             f"{type(runner.model).__name__} is not causal: with other tokens from position {cut} on, its logits at "
             f"position {position} move by {earlier:.3g}. It reads the tokens that it is to predict (a masked, "
             "bidirectional, prefix or chunk-wise model, or a missing mask), so its loss on them says nothing. peelwise "

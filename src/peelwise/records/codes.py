@@ -18,6 +18,7 @@ Reason = Literal[
     "more-tokens",  # grey: the interval covers the margin
     "not-refined",  # grey: not refined by itself within the budget
     "marginal-only",  # grey: the same, but its marginal gain is above the margin
+    "run-at-fault",  # grey: nothing found, but the whole run is at fault, or worse than no blocks
     "frozen",  # no colour: none of its linear layers is asked about, since training does not change them
 ]
 INTERACTS = "+interacts"  # behind a reason in a run history: the block's marginal gain is significantly negative

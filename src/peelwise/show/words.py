@@ -46,6 +46,8 @@ REASONS: Mapping[str, str] = MappingProxyType(
         "not-refined": "undecided: its solo gain was not measured within the budget",
         "marginal-only": "undecided: its marginal gain is above the margin, its solo gain was not measured within the "
         "budget",
+        "run-at-fault": "undecided: something is wrong with the whole run (see its events), or its loss is above that "
+        "of no blocks at all; what is not found then says nothing",
         "frozen": "not asked about: training does not change its linear layers",
     }
 )
