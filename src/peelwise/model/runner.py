@@ -201,7 +201,7 @@ class Runner:
 
     def block_gradients(
         self, block: Block, batch: Batch, gradients: Sequence[Tensor]
-    ) -> tuple[Capture, list[tuple[Tensor, dict[LinearLayer, Tensor]]]]:
+    ) -> tuple[Capture, list[tuple[Tensor, dict[LinearLayer, list[Tensor]]]]]:
         """Pass gradients back through one block; several share its forward pass.
 
         Args:
@@ -210,21 +210,25 @@ class Runner:
             gradients: gradients at the block's output, each ``[b, t, d]``.
 
         Returns:
-            What its linear layers saw, and for each gradient the one at its input and those at each layer's output.
+            What its linear layers saw, and for each gradient the one at its input and those at each layer's output, one
+            per run. A layer whose output has no gradient, as one that only chooses which tokens are looked at, or that
+            the block's output does not depend on, is left out.
+
+        Raises:
+            NotDifferentiableError: If the block hides its inner results from gradients.
         """
         hidden = batch.stations[block.index].detach().requires_grad_(True)
         with torch.enable_grad():
             with captured(block.linears) as capture:
                 out = self.run_block(block, hidden, batch)
-            used = {name: y for name, y in capture.outputs.items() if y.requires_grad}
-            if len(used) < len(capture.outputs):
-                raise not_differentiable(block.name)
+            used = differentiable(capture, out, block.name)
+            outputs = [y for ys in used.values() for y in ys]
             results = []
             for left, gradient in zip(range(len(gradients), 0, -1), gradients, strict=True):
                 found = torch.autograd.grad(
-                    out, [hidden, *used.values()], gradient.to(out.dtype), retain_graph=left > 1, allow_unused=True
+                    out, [hidden, *outputs], gradient.to(out.dtype), retain_graph=left > 1, allow_unused=True
                 )
-                grads = {name: g for name, g in zip(used, found[1:], strict=True) if g is not None}
+                grads = gradients_by_layer(used, found[1:])
                 results.append((torch.zeros_like(hidden) if found[0] is None else found[0], grads))
         self.work.add(self.shares[block.index], float(batch.weights.sum()), 1 + 2 * len(gradients))
         return capture, results
@@ -385,6 +389,53 @@ def check_replay(runner: Runner, split: Split) -> None:
             f"{float(again.sum()):.4f} instead of {float(trace.losses.sum()):.4f}: the model computes "
             "something between its blocks, which is not supported yet."
         )
+
+
+def differentiable(capture: Capture, out: Tensor, name: str) -> dict[LinearLayer, list[Tensor]]:
+    """Return the outputs of the layers that gradients can be had of, one per run.
+
+    Args:
+        capture: what the layers saw.
+        out: what is to be differentiated.
+        name: of the block, for the error.
+
+    Raises:
+        NotDifferentiableError: If ``out`` has none, or hides some by reentrant activation checkpointing.
+    """
+    used = {}
+    for linear, calls in capture.calls.items():
+        outputs = [call.y for call in calls]
+        if all(y.requires_grad for y in outputs):
+            used[linear] = outputs
+    if not out.requires_grad or (len(used) < len(capture.calls) and _is_checkpointed(out)):
+        raise not_differentiable(name)
+    return used
+
+
+def gradients_by_layer(
+    used: dict[LinearLayer, list[Tensor]], found: Sequence[Tensor | None]
+) -> dict[LinearLayer, list[Tensor]]:
+    """Return the gradients ``found`` at the outputs of ``used``, zero for a run that has none, by layer."""
+    rest, grads = iter(found), {}
+    for linear, outputs in used.items():
+        own = [next(rest) for _ in outputs]
+        if any(g is not None for g in own):
+            grads[linear] = [torch.zeros_like(y) if g is None else g for y, g in zip(outputs, own, strict=True)]
+    return grads
+
+
+def _is_checkpointed(out: Tensor) -> bool:
+    """Whether reentrant activation checkpointing is part of the graph of ``out``."""
+    seen, left = set(), [out.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        if "CheckpointFunction" in node.name():
+            return True
+        seen.add(node)
+        left.extend(parent for parent, _ in node.next_functions)
+    return False
 
 
 def not_differentiable(what: str) -> NotDifferentiableError:
