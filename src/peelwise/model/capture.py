@@ -45,8 +45,9 @@ class Capture:
 def captured(linears: Sequence[LinearLayer]) -> Iterator[Capture]:
     """Record into the yielded `Capture` while the context is open, and leave no hook behind.
 
-    A layer that returns no tensor, as a router that returns weights and indices, is not recorded. Close the context
-    before the backward pass: activation checkpointing runs forward hooks again there.
+    A layer that returns no tensor, as a router that returns weights and indices, or uses its weight in groups of
+    channels, is not recorded. Close the context before the backward pass: activation checkpointing runs forward hooks
+    again there.
     """
     capture = Capture()
     first_with: dict[tuple[int, ...], LinearLayer] = {}
@@ -55,7 +56,7 @@ def captured(linears: Sequence[LinearLayer]) -> Iterator[Capture]:
     def hook(linear: LinearLayer) -> Any:
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            if not isinstance(y, Tensor):
+            if not isinstance(y, Tensor) or not _is_product(module, x, y):
                 return
             rows = module.rows if isinstance(module, ExpertLinear) else None
             # The tensor itself is kept so that its id stays its own until the context closes.
@@ -75,3 +76,10 @@ def captured(linears: Sequence[LinearLayer]) -> Iterator[Capture]:
             # Sharing a sum needs the same augmentation by ones.
             shared = first.has_bias == linear.has_bias and not linear.is_expert
             capture.groups[linear] = first if shared else linear
+
+
+def _is_product(module: nn.Module, x: Any, y: Tensor) -> bool:
+    """Whether ``x [.., d_in]`` and ``y [.., d_out]`` are as wide as the layer's weight."""
+    if type(module) is nn.Linear or not isinstance(module, nn.Linear):
+        return True  # layers that are no ``nn.Linear`` are recognised by what they compute
+    return x.shape[-1] == module.in_features and y.shape[-1] == module.out_features

@@ -81,7 +81,13 @@ class ExpertLinear(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """``b [d_out]``, a view, or ``None``."""
-        return getattr(self.owner, self.stack.bias).detach()[self.index] if self.stack.bias else None
+        if not self.stack.bias:
+            return None
+        whole = getattr(self.owner, self.stack.bias)
+        bias: Tensor = whole.detach()[self.index]
+        if isinstance(whole.grad, Tensor):
+            bias.grad = whole.grad[self.index]
+        return bias
 
     def matrix(self, whole: Tensor) -> Tensor:
         """Return the view ``[d_out, d_in]`` of its matrix in the parameter, or in one that stands for it."""
