@@ -31,7 +31,7 @@ from common import RESULTS, environment
 from peelwise.errors import PeelwiseError
 from peelwise.model.runner import Runner
 from peelwise.tasks.audit.settings import AuditSettings
-from tiny_models import LENGTH, build, types
+from tiny_models import EXPERTS, LENGTH, WIDTH, build, types
 
 TOKENS = 720
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 3e-4, 1e-2
@@ -67,7 +67,12 @@ def weight_of(model, name):
     if last.isdigit() and isinstance(getattr_path(model, parent), torch.nn.Parameter):  # one expert of several
         parameter, index = getattr_path(model, parent), int(last)
         owner = model.get_submodule(parent.rpartition(".")[0])
-        return parameter, index, experts_transposed(owner), getattr(owner, f"{parent.rpartition('.')[2]}_bias", None)
+        return (
+            parameter,
+            index,
+            experts_transposed(owner, parent.rpartition(".")[2]),
+            getattr(owner, f"{parent.rpartition('.')[2]}_bias", None),
+        )
     module = model.get_submodule(name)
     return module.weight, None, type(module).__name__ == "Conv1D", getattr(module, "bias", None)
 
@@ -78,9 +83,15 @@ def getattr_path(model, path):
     return model
 
 
-def experts_transposed(owner):
+def experts_transposed(owner, name):
     """Whether experts keep ``[d_in, d_out]``: the flag of transformers' protocol, or a class that has no flag."""
-    return getattr(owner, "is_transposed", type(owner).__name__ in ("Llama4TextExperts",))
+    dbrx = type(owner).__name__ == "DbrxExpertGLU" and name == "w2"
+    return getattr(owner, "is_transposed", type(owner).__name__ == "Llama4TextExperts") or dbrx
+
+
+def expert_of(tensor, index):
+    """Return what belongs to one expert; DBRX keeps the matrices of its four one below the other."""
+    return tensor[index] if tensor.dim() > 2 or len(tensor) <= EXPERTS else tensor.view(EXPERTS, -1, WIDTH)[index]
 
 
 def gradient_norms(model, record, split):
@@ -94,7 +105,7 @@ def gradient_norms(model, record, split):
             weight, index, _, bias = weight_of(model, f"{block.name}.{matrix.name}")
             for parameter in (weight, bias):
                 if isinstance(parameter, torch.Tensor) and parameter.grad is not None:
-                    grad = parameter.grad if index is None else parameter.grad[index]
+                    grad = parameter.grad if index is None else expert_of(parameter.grad, index)
                     total += float(grad.square().sum())
         norms.append(total**0.5)
     return norms, {name: p.grad for name, p in model.named_parameters()}
@@ -110,7 +121,7 @@ def written_loss(model, witness, kind, split, inside=""):
         if label != kind or not name.startswith(inside):
             continue
         weight, index, transposed, bias = weight_of(changed, name)
-        target = weight if index is None else weight[index]
+        target = weight if index is None else expert_of(weight, index)
         columns = target.shape[0] if transposed else target.shape[1]
         change, extra = change.float()[:, :columns], change.float()[:, columns:]
         target.add_(change.T if transposed else change)
@@ -185,6 +196,8 @@ def judge(kind):
     """Return what is wrong with the answers on one type, in words; nothing if all is right."""
     model = build(kind)
     text = probe()
+    with torch.no_grad():
+        loss_of(model, text.report)  # some change their own settings when they run for the first time
     before = state_of(model)
     settings = AuditSettings(budget="10m", joint_rounds=1, solo_rounds=1, controls=False)
     report = peelwise.audit(model, text, settings)

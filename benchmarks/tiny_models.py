@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-VOCABULARY, WIDTH, BLOCKS, LENGTH = 257, 32, 4, 32
+VOCABULARY, WIDTH, BLOCKS, LENGTH, EXPERTS = 257, 32, 4, 32, 4
 SEED = 7
 
 # By the attribute's name. Lists are cut or repeated to the number of blocks.
@@ -21,7 +21,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "word_embed_proj_dim", "n_embed",
                      "dim_model", "hidden_dim", "attention_hidden_size", "lru_width", "embed_dim",
                      "cross_attention_hidden_size", "backbone_hidden_size", "residual_embedding_size"), WIDTH),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner", "d_inner", "dim_ff",
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner", "dim_ff",
+                     "d_inner",
                      "feed_forward_size", "shared_intermediate_size", "ffn_hidden_size", "dense_intermediate_size",
                      "expert_ffn_hidden_size", "intermediate_size_mlp", "moe_intermediate_size", "ffn_size",
                      "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "block_ff_dim",
@@ -36,7 +37,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("head_dim", "global_head_dim", "d_kv", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
                      "linear_key_head_dim", "linear_value_head_dim", "kv_channels", "attention_head_dim", "dim_head",
                      "swa_head_dim", "swa_v_head_dim", "index_head_dim", "rotary_dim", "mamba_d_state", "mamba_d_head",
-                     "state_size", "ssm_state_size", "mamba_head_dim", "mamba_headdim", "o_lora_rank", "qk_head_dim"), 8),
+                     "state_size", "ssm_state_size", "mamba_head_dim", "mamba_headdim", "o_lora_rank",
+                     "qk_head_dim"), 8),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "ffn_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "top_k", "moe_k", "moe_top_k", "num_selected_experts",
                      "num_experts_per_token", "router_topk", "ffn_moe_top_k"), 2),
@@ -57,22 +59,36 @@ SIZES: dict[str, Any] = {
     "router_jitter_noise": 0.0, "input_jitter_noise": 0.0,
 }  # fmt: skip
 
+_INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16,
+            "indexer_compress_ratio": 4}  # fmt: skip
 # What a type needs besides, or instead (``None`` leaves the attribute as it is by default).
 OWN: dict[str, dict[str, Any]] = {
-    "dots1": {"topk_method": "noaux_tc", "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "dots1": {"n_routed_experts": 4, "moe_intermediate_size": 48, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
                      "activation_sparsity_pattern": [0.0] * 4, "intermediate_size": [48] * 4},
     "hunyuan_v1_dense": {"head_dim": 8}, "hunyuan_v1_moe": {"head_dim": 8}, "ministral": {"head_dim": 8},
-    "nemotron": {"head_dim": 8},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
+    "qwen4_exp": {"text_config": _INDEXER}, "qwen4_exp_text": _INDEXER,
+    "zamba": {"attention_hidden_size": 2 * WIDTH, "attention_head_dim": 16},
+    "zamba2": {"attention_hidden_size": 2 * WIDTH, "attention_head_dim": 16},
     "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"] * 2},
-    "longcat_flash": {"head_dim": 8, "num_key_value_heads": 4, "num_layers": 2, "num_hidden_layers": 4},
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16],
                  "attn_layers": ["local"] * 4, "local_attn_chunk_length": 16, "attention_head_size": 8,
                  "num_attention_heads": 4},
     "xmod": {"default_language": "en_XX", "is_decoder": True},
     "xlm": {"n_words": VOCABULARY, "causal": True, "emb_dim": WIDTH, "n_heads": 4, "max_position_embeddings": 64},
     "zaya": {"num_experts_per_tok": 1},
-    "mpt": {"attn_pdrop": None, "expansion_ratio": 2},
+    "mpt": {"attn_config": {"attn_pdrop": 0}, "expansion_ratio": 2},
+    "xlnet": {"attn_type": "uni"},
+    "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+    "kimi_linear": {
+        "linear_attn_config": {"head_dim": 8, "num_heads": 4, "short_conv_kernel_size": 4, "kda_layers": [1, 2, 3],
+                               "full_attn_layers": [4]}},
+    "ctrl": {"dff": 48},
+    "longcat_flash": {"head_dim": 8, "num_key_value_heads": 4, "num_layers": 2, "qk_head_dim": 16,
+                      "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+             "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": WIDTH}},
 }  # fmt: skip
 DECODERS = {"is_decoder": True}  # encoders that are causal only if they are told so
 
@@ -129,16 +145,16 @@ def _small(usual: Any, own: dict[str, Any]) -> dict[str, Any]:
     names = {usual.attribute_map.get(name, name) for name in known} | set(known)
     for name in sorted(names):
         value = known.get(name, getattr(usual, name, None))
-        if name in own:
+        if name in own and not hasattr(value, "attribute_map"):
             continue
         if hasattr(value, "attribute_map"):  # a configuration inside of a configuration
-            settings[name] = _small(value, {}) | {"model_type": value.model_type}
+            settings[name] = _small(value, own.get(name, {})) | {"model_type": value.model_type}
         elif name in SIZES and (value is not None or name in ("pad_token_id",)):
             size = SIZES[name]
             settings[name] = _as_list(value, size) if isinstance(value, (list, tuple)) else size
         elif isinstance(value, (list, tuple)) and len(value) == _layers_of(usual) and len(value) > 2:
             settings[name] = _spread(list(value))
-    return settings | {name: value for name, value in own.items() if value is not None}
+    return settings | {n: v for n, v in own.items() if v is not None and not hasattr(known.get(n), "attribute_map")}
 
 
 def _of_signature(usual: Any) -> dict[str, Any]:

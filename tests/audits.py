@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 from peelwise.engine.clock import Clock
 from peelwise.engine.session import Session
 from peelwise.engine.sweep import block_moments
-from peelwise.model.experts import experts_called
 from peelwise.model.architectures import find_blocks
+from peelwise.model.experts import experts_called
 from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.runner import Runner, Trace
 from peelwise.probe.probe import Probe, Split

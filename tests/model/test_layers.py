@@ -73,7 +73,9 @@ def test_blocks_hold_every_linear_map_once_in_order(name):
         expected = [n for n, m in modules.items() if n.startswith(f"{block.name}.") and is_linear(m)]
         assert [linear.name for linear in block.linears if not linear.is_expert] == expected
         assert len(block.linears) >= 4
-        stacks = [(n, p) for n, p in model.named_parameters() if n.startswith(f"{block.name}.mlp.experts") and p.dim() == 3]
+        stacks = [
+            (n, p) for n, p in model.named_parameters() if n.startswith(f"{block.name}.mlp.experts") and p.dim() == 3
+        ]
         experts = [f"{n}.{index}" for n, p in stacks for index in range(len(p))]
         assert [linear.name for linear in block.linears if linear.is_expert] == experts
 

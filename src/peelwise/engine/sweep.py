@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from peelwise.engine.signals import LayerSums, of_block, of_layer
+from peelwise.engine.signals import LayerSums, of_block, of_layer, routed
 from peelwise.errors import IllConditionedWarning, ModelError, UnsupportedModelError
 from peelwise.model.capture import Call
 from peelwise.model.layers import Block, LinearLayer
@@ -248,9 +248,12 @@ def proposals_of(
     for linear, moments in fits[0].items():
         if id(moments.S) not in references:
             references[id(moments.S)] = InputWhitened(moments.S, select[linear].S, name=linear.name)
-            _warn_of_rank(linear, moments, references[id(moments.S)].spectrum)
+            if not linear.is_expert:
+                _warn_of_rank(linear, moments, references[id(moments.S)].spectrum)
+    _warn_of_experts(block, fits[0])
     rotated_select = {m: references[id(moments.S)].rotate(select[m].C) for m, moments in fits[0].items()}
     made = []
+    tokens_of = routed(block, fits[0])
     shared: dict[int, Tensor] = {}
     for fit in fits:
         whitened: dict[LinearLayer, Proposal] = {}
@@ -273,6 +276,7 @@ def proposals_of(
                 rotated_select[linear],
                 whitened[linear],
                 natural.get(linear),
+                tokens_of.get(linear),
             )
             signals.append(of_layer(SWEPT, sums))
         changes: dict[Direction, dict[LinearLayer, Proposal]] = {}
@@ -334,6 +338,26 @@ def _numbers(made: BlockProposals) -> tuple[dict[str, Any], dict[Direction, list
 def _compact(proposals: dict[LinearLayer, Proposal]) -> dict[LinearLayer, Proposal]:
     """Return the proposals in half precision: those of all blocks are alive together."""
     return {linear: replace(p, change=p.change.to(PROPOSAL_DTYPE)) for linear, p in proposals.items()}
+
+
+def _warn_of_experts(block: Block, fit: dict[LinearLayer, Moments]) -> None:
+    """Warn once for all experts of a block that few tokens were routed to, or none."""
+    experts = [linear for linear in block.linears if linear.is_expert]
+    rows = {linear: fit[linear].n if linear in fit else 0 for linear in experts}
+    few = {linear: n for linear, n in rows.items() if n < linear.weight().shape[1]}
+    if not few:
+        return
+    none = sum(n == 0 for n in few.values())
+    text = (
+        f"{block.name}: {len(few)} of {len(experts)} matrices of experts saw fewer fit tokens than they have inputs, "
+        f"{none} of them none on fit or select. Damping keeps the result valid; more fit tokens would sharpen it."
+    )
+    warnings.warn(
+        IllConditionedWarning(
+            text, "few-expert-tokens", block=block.name, matrices=len(few), of=len(experts), without=none
+        ),
+        stacklevel=2,
+    )
 
 
 def _warn_of_rank(linear: LinearLayer, moments: Moments, spectrum: Spectrum) -> None:

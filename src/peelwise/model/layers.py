@@ -35,7 +35,7 @@ class LinearLayer:
 
     @property
     def parameter(self) -> object:
-        """What holds the weight: a parameter, that of all experts if it is one expert's; ``None`` if it is made of others."""
+        """What holds the weight: a parameter, of one expert that of all; ``None`` if the weight is made of others."""
         module = self.module
         return module.parameter if isinstance(module, ExpertLinear) else module._parameters.get("weight")
 

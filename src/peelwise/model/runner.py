@@ -36,7 +36,8 @@ class Batch:
     weights: Tensor  # [b, t] bool: predicted tokens
     padded: bool
     attended: Tensor  # [b, t] bool: real input positions that predict something, also in rows that only fill up
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)  # per block, without H
+    # Per block, without H; ``None`` for a block that the model skips for such a text.
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]] | None] = field(default_factory=list)
     stations: list[Tensor] = field(default_factory=list)  # L + 1 of [b, t, d]
     rest: tuple[Any, ...] | list[Any] | None = None  # what the last block returns beside H, if it is one of several
 
@@ -164,7 +165,10 @@ class Runner:
     def run_block(self, block: Block, hidden: Tensor, batch: Batch) -> Tensor:
         """Call one block as the model called it, and return its hidden state ``[b, t, d]``."""
         self._meet()
-        args, kwargs = batch.calls[block.index]
+        call = batch.calls[block.index]
+        if call is None:
+            return hidden
+        args, kwargs = call
         with self.as_called(hidden):
             return hidden_of(block.module(hidden, *args, **kwargs))
 
@@ -308,6 +312,10 @@ class Runner:
             raise _too_few_logits(self.model, logits, batch)
         return logits
 
+    def running(self, batch: Batch) -> list[Block]:
+        """Return the blocks that the model does not skip."""
+        return [block for block, call in zip(self.blocks, batch.calls, strict=True) if call is not None]
+
     @torch.no_grad()
     def own_logits(self, batch: Batch, inputs: Tensor | None = None) -> Tensor:
         """Return the logits ``[b, t, vocabulary]`` of the model's own forward, optionally for other token ids."""
@@ -322,32 +330,51 @@ class Runner:
         batch.stations.clear()
         batch.calls.clear()
 
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden, args, kwargs = without_hidden(args, kwargs, module)
+        runs: list[int] = []
+        chosen: list[Tensor] = []  # which tokens or experts the last block chose, if it says so beside the hidden state
+
+        def before(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden, args, kwargs = without_hidden(args, kwargs, block.module)
+            if not batch.calls:
+                runs.clear()  # the model is called once more, with targets
+            runs.append(block.index)
+            for value in (*args, *kwargs.values()):
+                if any(value is each for each in chosen):
+                    raise _handed_on(block)
+            while len(batch.calls) < block.index:  # blocks that were skipped
+                batch.stations.append(hidden)
+                batch.calls.append(None)
             batch.stations.append(hidden)
             batch.calls.append((tuple(map(uncached, args)), {name: uncached(a) for name, a in kwargs.items()}))
             self.autocast = _autocast(hidden.device.type)
 
-        def after(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            batch.stations.append(hidden_of(out))
+        def after(block: Block, out: Any) -> None:
             batch.rest = out[1:] if type(out) is list else tuple(out[1:]) if isinstance(out, tuple) else None
+            # What has a gradient is found by comparing gradients.
+            chosen[:] = [each for each in batch.rest or () if isinstance(each, Tensor) and not each.is_floating_point()]
+            batch.stations[block.index + 1 :] = [hidden_of(out)]
 
         with ExitStack() as stack:
             for block in self.blocks:
-                handle = block.module.register_forward_pre_hook(before, with_kwargs=True)
-                stack.callback(handle.remove)
-            stack.callback(self.blocks[-1].module.register_forward_hook(after).remove)
+                stack.callback(
+                    block.module.register_forward_pre_hook(
+                        lambda _m, args, kwargs, block=block: before(block, args, kwargs), with_kwargs=True
+                    ).remove
+                )
+                stack.callback(
+                    block.module.register_forward_hook(lambda _m, _args, out, block=block: after(block, out)).remove
+                )
             logits = self._call(batch)
-        if len(batch.calls) != len(self.blocks):
-            raise UnsupportedModelError(
-                f"Expected each of the {len(self.blocks)} blocks to run once, in order; "
-                f"saw {len(batch.calls)} runs. Shared or skipped blocks are not supported yet."
-            )
+        if not runs or runs != sorted(set(runs)):
+            raise _not_once(self.model, self.blocks, runs)
+        while len(batch.calls) < len(self.blocks):
+            batch.stations.append(batch.stations[-1])
+            batch.calls.append(None)
         return _sequence_losses(logits, batch)
 
     def logits(self, batch: Batch, hidden: Tensor) -> Tensor:
         """Return the logits that the model's own code makes of the last station ``hidden``."""
-        with skipping(self.blocks, hidden, batch.rest):
+        with skipping(self.running(batch), hidden, batch.rest):
             return self._call(batch)
 
     def _batches(self, split: Split) -> Iterator[Batch]:
@@ -451,6 +478,25 @@ def _accepted(model: nn.Module) -> Callable[[str], bool]:
     found = inspect.signature(model.forward).parameters
     anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in found.values())
     return lambda name: anything or name in found
+
+
+def _not_once(model: nn.Module, blocks: Sequence[Block], runs: Sequence[int]) -> UnsupportedModelError:
+    if not runs:
+        return UnsupportedModelError(
+            f"Not yet: none of {blocks[0].name} and the other {len(blocks) - 1} blocks is called when "
+            f"{type(model).__name__} runs on text: its text model is another part of it."
+        )
+    return UnsupportedModelError(
+        f"Not yet: {type(model).__name__} runs its {len(blocks)} blocks {len(runs)} times per forward pass; expected "
+        "each of them at most once, in order."
+    )
+
+
+def _handed_on(block: Block) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"Not yet: {block.name} ({type(block.module).__name__}) is given by the block before it not only the hidden "
+        "state but also what that one chose, which peelwise does not pass on."
+    )
 
 
 def _too_few_logits(model: nn.Module, logits: Tensor, batch: Batch) -> UnsupportedModelError:

@@ -22,7 +22,7 @@ from peelwise.errors import PeelwiseError, UnsupportedModelError
 from peelwise.model.calls import replaced_hidden
 from peelwise.model.capture import captured
 from peelwise.model.experts import ExpertLinear, experts_as_they_are
-from peelwise.model.layers import Block, LinearLayer, unwrapped
+from peelwise.model.layers import Block, LinearLayer, plain_name, unwrapped
 from peelwise.model.runner import (
     Batch,
     Runner,
@@ -37,7 +37,7 @@ from peelwise.probe.probe import Split
 from peelwise.records.base import Note, note
 
 _CHANGE = 0.1  # of a weight's own root mean square: large enough to be seen in half precision
-_NAMED = 3  # layers or parameters that a message names
+_NAMED = 8  # kinds of parameters that a note names
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ _EXACT, _HALF = _Slack(0.02, 0.01), _Slack(0.35, 0.25)
 def self_check(runner: Runner, split: Split, *, gradients: bool = True) -> tuple[Note, ...]:
     """Check on the first sequence of a split that the model is one that can be measured as it is.
 
-    Afterwards ``runner.blocks`` have the layers that run and have a gradient, and experts that share a parameter with one.
+    Afterwards ``runner.blocks`` have the layers that run and have a gradient, and experts beside such a one.
 
     In order: its own forward returns logits of every position; no logit moves with a later token; blocks called one by
     one give its loss, and its gradients at every linear layer's output; a random change of a block's layers has the
@@ -76,7 +76,7 @@ def self_check(runner: Runner, split: Split, *, gradients: bool = True) -> tuple
     trace = _first_trace(runner, few)
     if not math.isfinite(trace.mean):
         return ()  # whoever reads the loss says so
-    check_replay(runner, few)
+    _first_replay(runner, few)
     check_causal(runner, trace.batches[0])
     called = {block: _called(runner, block, trace.batches[0]) for block in runner.blocks}
     if not any(called.values()) and any(block.linears for block in runner.blocks):
@@ -244,6 +244,20 @@ def _first_trace(runner: Runner, few: Split) -> Trace:
         ) from error
 
 
+def _first_replay(runner: Runner, few: Split) -> None:
+    """Call the blocks one by one for the first time; what they raise is about how they want to be called."""
+    try:
+        check_replay(runner, few)
+    except PeelwiseError:
+        raise
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError) as error:
+        said = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no message"
+        raise UnsupportedModelError(
+            f"Not yet: the blocks of {type(runner.model).__name__} cannot be called one by one with the hidden state "
+            f"alone: {type(error).__name__}: {said}"
+        ) from error
+
+
 def _called(runner: Runner, block: Block, batch: Batch) -> tuple[LinearLayer, ...]:
     """Return the linear layers of a block that run; a hook on another has no effect."""
     with torch.no_grad(), captured(block.linears) as capture:
@@ -277,15 +291,14 @@ def _and_experts(block: Block, linears: Sequence[LinearLayer]) -> tuple[LinearLa
     reached = {id(linear.parameter) for linear in linears if linear.is_expert}
     kept = set(linears)
     return tuple(
-        linear
-        for linear in block.linears
-        if linear in kept or (linear.is_expert and id(linear.parameter) in reached)
+        linear for linear in block.linears if linear in kept or (linear.is_expert and id(linear.parameter) in reached)
     )
 
 
 def _left_out(called: dict[Block, tuple[LinearLayer, ...]]) -> Iterator[Note]:
     """Yield a note on parameters of blocks that are neither in a layer that runs nor norms, biases and the like."""
-    names, left, total, seen = [], 0, 0, set()
+    count, left, total, seen = 0, 0, 0, set()
+    owners: dict[str, list[int]] = {}  # by a parameter's name within its block
     for block, linears in called.items():
         inside = {id(p) for linear in (*linears, *block.frozen) for p in linear.module.parameters()}
         for name, parameter in unwrapped(block.module).named_parameters():
@@ -295,10 +308,19 @@ def _left_out(called: dict[Block, tuple[LinearLayer, ...]]) -> Iterator[Note]:
             total += parameter.numel()
             # One number a channel (a norm's gain, a bias) is left alone by design, however it is laid out.
             if id(parameter) not in inside and sum(size > 1 for size in parameter.shape) > 1:
-                names.append(f"{block.name}.{name}")
+                owners.setdefault(plain_name(name), []).append(block.index)
+                count += 1
                 left += parameter.numel()
-    if names:
-        yield note("left-out", count=len(names), share=left / total, names=", ".join(names[:_NAMED]))
+    if owners:
+        names = [f"{name} (block{'s' * (len(of) > 1)} {_spans(of)})" for name, of in owners.items()]
+        yield note("left-out", count=count, share=left / total, names=", ".join(names[:_NAMED]))
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Return ascending numbers in words, neighbours together: ``0-3, 7``."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def _in_autocast(runner: Runner) -> Iterator[Note]:
@@ -316,10 +338,10 @@ def _whole_gradients(
         return replaced_hidden(args, kwargs, lambda hidden: hidden.detach().requires_grad_(True))
 
     with ExitStack() as stack, torch.enable_grad():
-        handle = runner.blocks[0].module.register_forward_pre_hook(entry, with_kwargs=True)
+        batch = trace.batches[0]
+        handle = runner.running(batch)[0].module.register_forward_pre_hook(entry, with_kwargs=True)
         stack.callback(handle.remove)
         capture = stack.enter_context(captured(linears))
-        batch = trace.batches[0]
         loss = runner.own_loss(batch)
         used = differentiable(capture, loss, type(runner.model).__name__)
     if len(used) < len(linears):
@@ -374,7 +396,9 @@ def _block_output(runner: Runner, block: Block, batch: Batch, weights: dict[str,
     hidden = batch.stations[block.index]
     if not weights:
         return runner.run_block(block, hidden, batch).float()
-    args, kwargs = batch.calls[block.index]
+    call = batch.calls[block.index]
+    assert call is not None  # no layer of a block that is skipped is checked
+    args, kwargs = call
     with runner.as_called(hidden):
         out = functional_call(unwrapped(block.module), weights, (hidden, *args), kwargs)
     return (out if isinstance(out, Tensor) else out[0]).float()

@@ -60,9 +60,7 @@ def _candidate_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
                 yield name, module
 
 
-def _in_text_decoder(
-    model: nn.Module, candidates: list[tuple[str, nn.ModuleList]]
-) -> list[tuple[str, nn.ModuleList]]:
+def _in_text_decoder(model: nn.Module, candidates: list[tuple[str, nn.ModuleList]]) -> list[tuple[str, nn.ModuleList]]:
     """Return the lists inside of what a model of transformers calls its decoder, or all if it calls nothing so."""
     getter = getattr(model, "get_decoder", None)
     try:
@@ -91,6 +89,6 @@ def _what_was_found(model: nn.Module) -> str:
     special = [m for m in model.modules() if isinstance(m, _CONVOLUTIONS + _RECURRENT)]
     prefix = f"Not yet: {type(special[0]).__name__} layers. " if special else ""
     return (
-        f"{prefix}No blocks found in {type(model).__name__}: looked for an nn.ModuleList of blocks that hold nn.Linear, "
-        f"transformers' Conv1D or experts; the model is made of {found}."
+        f"{prefix}No blocks found in {type(model).__name__}: looked for an nn.ModuleList of blocks that hold "
+        f"nn.Linear, transformers' Conv1D or experts; the model is made of {found}."
     )

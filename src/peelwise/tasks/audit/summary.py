@@ -43,8 +43,7 @@ def summarise(
     verdicts = judge(evidence, margin, in_distribution=session.probe.in_distribution)
     losses = _losses(session, findings)
     blocks = tuple(
-        _block_record(session, findings, block, e, v)
-        for block, e, v in zip(every, evidence, verdicts, strict=True)
+        _block_record(session, findings, block, e, v) for block, e, v in zip(every, evidence, verdicts, strict=True)
     )
     record = AuditRecord(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

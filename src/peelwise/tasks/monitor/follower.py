@@ -232,7 +232,7 @@ class Follower:
         self._recorder.measurement(row)
         self._tell_cost(step, kind)
         for note in found.notes:
-            if note.code in ("few-fit-tokens", "more-damping"):
+            if note.code in ("few-fit-tokens", "few-expert-tokens", "more-damping"):
                 self._tell(alerts.few_tokens(step, note))
             else:
                 self._tell(alerts.noted(step, note), once=f"note {note.code}")
