@@ -85,6 +85,12 @@ OWN: dict[str, dict[str, Any]] = {
         "linear_attn_config": {"head_dim": 8, "num_heads": 4, "short_conv_kernel_size": 4, "kda_layers": [1, 2, 3],
                                "full_attn_layers": [4]}},
     "ctrl": {"dff": 48},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+            for kind in ("full_attention", "sliding_attention")
+        }
+    },
     "longcat_flash": {"head_dim": 8, "num_key_value_heads": 4, "num_layers": 2, "qk_head_dim": 16,
                       "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
