@@ -177,7 +177,7 @@ def _run_protocol(module: Any, layers: Layers, hidden: Tensor, index: Tensor, we
 
     def of_expert(expert: int, x: Tensor, rows: Tensor) -> Tensor:
         y = _called(last[expert], middle(_called(first[expert], x, rows)), rows)
-        return module.post_expert_norm(y) if module.has_post_expert_norm else y  # type: ignore[no-any-return]
+        return module.post_expert_norm(y) if module.has_post_expert_norm else y
 
     flat = hidden.reshape(-1, hidden.shape[-1])
     index, weights = index.reshape(len(flat), -1), weights.reshape(len(flat), -1)
@@ -237,7 +237,7 @@ def _run_dbrx(module: Any, layers: Layers, hidden: Tensor, index: Tensor, weight
 def _run_parallel(module: Any, layers: Layers, inputs: Tensor, expert_size: Sequence[int]) -> Tensor:
     """One matrix per expert for inputs that come sorted by expert; which tokens they are is not known here."""
     (each,) = layers.values()
-    parts = inputs.split(list(expert_size), dim=0)
+    parts = torch.split(inputs, list(expert_size))
     return torch.cat([_called(layer, x, None) for layer, x in zip(each, parts, strict=True) if len(x)])
 
 
