@@ -160,7 +160,8 @@ def _ask_again(record: AuditRecord, model: nn.Module) -> Refine:
     asked = {f"{block.name}.{matrix.name}" for block in record.blocks for matrix in block.matrices}
     if not asked or all(linear.name in asked for linear in linears):
         return "all"
-    for linear in linears:
+    # Those that are asked about last: experts share a parameter, of which some may have seen no token.
+    for linear in sorted(linears, key=lambda linear: linear.name in asked):
         for parameter in linear.module.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(linear.name in asked)

@@ -285,6 +285,9 @@ def few_tokens(step: int, note: Note) -> Event:
     if note.code == "few-fit-tokens":
         text = f"{found['tokens']} fit tokens are few for the {found['inputs']} inputs of {found['layer']}"
         text += f" (its sum has rank {found['rank']})"
+    elif note.code == "few-expert-tokens":
+        text = f"{found['matrices']} of {found['of']} matrices of experts of {found['block']} saw fewer fit tokens "
+        text += f"than they have inputs, {found['without']} of them none"
     else:
         text = f"the sum of {found['layer']} needs damping {found['used']:g} instead of {found['damping']:g}"
     advice = "Damping keeps the result valid; more fit tokens would sharpen it."

@@ -37,6 +37,8 @@ class Note(Record):
     ``logits-changed``      behind the head, so that it cannot be re-fitted
     ``not-initialised``     the model cannot be initialised again, so there is no untrained control
     ``few-fit-tokens``      ``tokens`` for the ``inputs`` of ``layer``, ``rank`` of its sum; ``more`` like it
+    ``few-expert-tokens``   so many ``matrices`` ``of`` all experts of ``block`` saw fewer fit tokens than they have
+                            inputs, ``without`` of them none; ``more`` like it
     ``more-damping``        ``used`` instead of ``damping`` for the ``size`` of ``layer``; ``more`` like it
     ``dense-references``    of low-bit layers that hold ``formats``
     ``no-head-fit``         the head of a peel cannot be re-fitted

@@ -68,6 +68,7 @@ NoteCode = Literal[
     "logits-changed",
     "not-initialised",
     "few-fit-tokens",
+    "few-expert-tokens",
     "more-damping",
     "dense-references",
     "no-head-fit",

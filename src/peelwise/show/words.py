@@ -112,6 +112,8 @@ NOTES: Mapping[str, str] = MappingProxyType(
         "differ.",
         "left-out": "{count} parameters of the blocks ({share:.1%} of their numbers) are in no linear layer that is "
         "called, so they are neither refined nor judged: {names}. Nothing is said of them.",
+        "few-expert-tokens": "{block}: {matrices} of {of} matrices of experts saw fewer fit tokens than they have "
+        "inputs, {without} of them none. Damping keeps the result valid; more fit tokens would sharpen it.",
         "no-text": "Without text there are signals of the weights alone: no slopes, no ablation, no gain witnesses.",
         "no-gradients": "The model cannot be differentiated, so the signals of the backward pass are missing: gain "
         "slopes and all that is made from gradients.",

@@ -27,7 +27,12 @@ _TILE = 256
 
 @dataclass(frozen=True)
 class Moments:
-    """Frozen means over ``n`` tokens; ``F`` is ``None`` where nobody asked for it."""
+    """Frozen means; ``F`` is ``None`` where nobody asked for it.
+
+    ``S`` and ``C`` are sums over the ``n`` rows that the layer saw, divided by *all* tokens: of an expert they weigh as
+    much as it is used, and slopes of all layers add up. ``F`` is a mean over the rows: divided by all tokens too, its
+    inverse would make the change of an expert the larger the less it is used.
+    """
 
     n: int
     S: Tensor  # [d_in, d_in]
@@ -76,8 +81,11 @@ class _Sum:
 class _ProductSum(_Sum):
     """The sum of one product of rows."""
 
-    def mean(self) -> Tensor:
-        """Return the mean product over the rows seen.
+    def mean(self, tokens: float | None = None) -> Tensor:
+        """Return the mean product over the rows seen, or over more or fewer tokens than rows.
+
+        Args:
+            tokens: what to divide by, where rows are not tokens: only some are routed to an expert.
 
         Raises:
             TooFewSamplesError: If no row was added.
@@ -85,7 +93,7 @@ class _ProductSum(_Sum):
         if self.n == 0:
             raise TooFewSamplesError("A mean needs at least 1 token, got none. Give a longer probe.")
         (total,) = self.totals
-        return total / self.n
+        return total / (self.n if tokens is None else tokens)
 
 
 class GramSum(_ProductSum):

@@ -267,7 +267,7 @@ class Follower:
         row = self._codes.noted(row)
         self._recorder.measurement(row)
         for note in found.notes:
-            if note.code in ("few-fit-tokens", "more-damping"):
+            if note.code in ("few-fit-tokens", "few-expert-tokens", "more-damping"):
                 self._tell(alerts.few_tokens(step, note))
             else:
                 self._tell(alerts.noted(step, note), once=f"note {note.code}")
