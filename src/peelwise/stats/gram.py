@@ -110,13 +110,13 @@ class GramSum(_ProductSum):
         _add_upper_product(self.totals[0], x)
         self.n += x.shape[0]
 
-    def mean(self) -> Tensor:
-        """Return ``E[x x^T] [d, d]`` over the rows seen, symmetric to the bit.
+    def mean(self, tokens: float | None = None) -> Tensor:
+        """Return ``E[x x^T] [d, d]`` over the rows seen, or over so many ``tokens``, symmetric to the bit.
 
         Raises:
             TooFewSamplesError: If no row was added.
         """
-        return _mirrored_(super().mean())
+        return _mirrored_(super().mean(tokens))
 
 
 class CrossSum(_ProductSum):
