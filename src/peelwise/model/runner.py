@@ -458,7 +458,7 @@ def differentiable(capture: Capture, out: Tensor, name: str) -> dict[LinearLayer
         if all(y.requires_grad for y in outputs):
             used[linear] = outputs
     if not out.requires_grad or (len(used) < len(capture.calls) and _is_checkpointed(out)):
-        raise not_differentiable(name)
+        raise not_differentiable(next((linear.name for linear in capture.calls if linear not in used), name))
     return used
 
 
