@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -329,7 +330,9 @@ def test_a_file_that_can_no_longer_be_written_ends_the_record_and_not_the_traini
         assert lost[0].step <= len(written) <= lost[0].step + 1
 
 
-@pytest.mark.parametrize("damage", ["removed", "log truncated", "shared memory truncated"])
+@pytest.mark.parametrize(
+    "damage", ["removed", "overwritten", "truncated", "log truncated", "log overwritten", "shared memory truncated"]
+)
 def test_what_others_do_to_the_file_is_said_once_and_training_goes_on(damage, tmp_path):
     path = tmp_path / "run.db"
     with peelwise.Monitor(
@@ -341,7 +344,13 @@ def test_what_others_do_to_the_file_is_said_once_and_training_goes_on(damage, tm
         if damage == "removed":
             path.unlink()
         else:
-            os.truncate(f"{path}-wal" if damage == "log truncated" else f"{path}-shm", 0)
+            what, how = damage.rsplit(" ", 1) if " " in damage else ("file", damage)
+            hurt = Path(str(path) + {"file": "", "log": "-wal", "shared memory": "-shm"}[what])
+            if how == "truncated":
+                os.truncate(hurt, 0)
+            else:  # in place: nothing of the file was copied out of the log yet
+                with hurt.open("r+b") as file:
+                    file.write(os.urandom(hurt.stat().st_size))
         for step in range(1, 5):
             monitor.step(step, loss=1.0)
         assert not monitor.recorded

@@ -1,15 +1,21 @@
 """After a measurement nothing of the model or the process has changed."""
 
+import contextlib
 import copy
 import random
+import sys
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from audits import Snapshot
+from peelwise.model.capture import captured
 from peelwise.model.guard import untouched
+from peelwise.model.layers import linear_layers
+from peelwise.model.splice import spliced
 from zoo import ZOO, sample_ids
 
 
@@ -92,6 +98,68 @@ def test_everything_is_restored(error):
     except (ValueError, KeyboardInterrupt):
         pass
     before.assert_unchanged(model)
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt at the ``at``-th call of Python or return from C, where Python looks for signals."""
+
+    def __init__(self, at):
+        self.left = at
+
+    def __call__(self, frame, event, argument):
+        if event in ("call", "c_return"):
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+    def __enter__(self):
+        sys.setprofile(self)
+        return self
+
+    def __exit__(self, *_):
+        sys.setprofile(None)
+
+
+def measured(model, changes, at):
+    """Hang in everything that measurements hang in; return whether an interrupt came in between."""
+    interrupt = Interrupt(at)
+    with contextlib.suppress(KeyboardInterrupt), interrupt:
+        with untouched(model), spliced(changes), captured(list(changes)), torch.no_grad():
+            model(torch.ones(1, 3))
+    return interrupt.left <= 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # within a generator that ends anyway
+def test_an_interrupt_at_any_moment_leaves_everything_as_it_was():
+    class Tiny(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(3, 4), nn.Linear(4, 3).bfloat16()
+
+        def forward(self, x):
+            return self.down(self.up(x).bfloat16())
+
+    model = Tiny()
+    model.up.eval()
+    model.up.weight.requires_grad_(False)
+    changes = {linear: torch.ones_like(linear.weight()) for linear in linear_layers(model, "")}
+    changes = {linear: F.pad(change.float(), (0, 1)) for linear, change in changes.items()}
+    before, at = (Snapshot.of(model), process_flags()), 1
+    while measured(model, changes, at):
+        before[0].assert_unchanged(model)
+        assert process_flags() == before[1], at
+        at += 1
+    assert at > 500  # the control: interrupts came
+
+
+def process_flags():
+    return (
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_num_threads(),
+        torch.backends.mha.get_fastpath_enabled(),
+        flags(),
+    )
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sqlite3
+import threading
 import time
 from pathlib import Path
 
@@ -43,8 +44,24 @@ def overwrite(path):
         file.write(os.urandom(path.stat().st_size))
 
 
+def another(path):
+    """As ``cp older.db run.db`` does: the same file, other content."""
+    with RunWriter(path.with_name("other.db"), run_info()) as writer:
+        for number in range(900):
+            writer.step(step(number))
+    content = path.with_name("other.db").read_bytes()
+    with path.open("r+b") as file:
+        file.write(content)
+    assert path.stat().st_size >= len(content)
+
+
 def log_of(path):
     return path.with_name("run.db-wal")
+
+
+def copy_log(path):
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("PRAGMA wal_checkpoint")
 
 
 DAMAGES = {
@@ -57,6 +74,8 @@ DAMAGES = {
     "emptied": (lambda path: end(path, 0), "(damaged|malformed|disk I/O|not a database|no SQLite)"),
     "halved": (lambda path: end(path, path.stat().st_size // 2), "(damaged|malformed|disk I/O)"),
     "overwritten": (overwrite, "(damaged|malformed|no SQLite)"),
+    "lengthened": (lambda path: end(path, path.stat().st_size + 4096), "size was changed"),
+    "another history written over it": (another, "damaged by another program"),
     "log removed": (lambda path: log_of(path).unlink(), "removed, truncated or overwritten"),
     "log emptied": (lambda path: end(log_of(path), 0), "removed, truncated or overwritten"),
     "log halved": (lambda path: end(log_of(path), log_of(path).stat().st_size // 2), "truncated or overwritten"),
@@ -65,20 +84,75 @@ DAMAGES = {
 }
 
 
+@pytest.mark.parametrize("copied", ["half", "nothing", "all"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_during_training_is_said_at_the_next_record(damage, path):
+def test_damage_during_training_is_said_at_the_next_record(damage, copied, path):
+    """Also where all that the file holds stands in the log too, which SQLite would write over the damage unsaid."""
     hurt, words = DAMAGES[damage]
     with RunWriter(path, run_info()) as writer:
-        for number in range(600):  # some of it in the file itself, some in the log
+        for number in range(600):
             writer.step(step(number))
-            if number == 300:
-                with contextlib.closing(sqlite3.connect(path)) as other:
-                    other.execute("PRAGMA wal_checkpoint")
+            if number == 300 and copied == "half":
+                copy_log(path)
         writer.measurement(measurement_row(600))  # the control: what a checkpoint does is no damage
+        if copied == "all":
+            copy_log(path)
+            writer.step(step(600))
         time.sleep(0.02)  # the clock of files has ticked
         hurt(path)
         with pytest.raises(StoreError, match=words):
             writer.step(step(601))
+
+
+def touch(path):
+    os.utime(path)
+
+
+def copy_and_restart(path):
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def rewrite(path):
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("CREATE TABLE IF NOT EXISTS mine (x)")
+        other.execute("VACUUM")
+
+
+def back_up(path):
+    with contextlib.closing(sqlite3.connect(path)) as other, contextlib.closing(sqlite3.connect(":memory:")) as copy:
+        other.backup(copy)
+
+
+@pytest.mark.parametrize("act", [touch, copy_log, copy_and_restart, rewrite, back_up])
+def test_what_is_no_damage_ends_no_record(act, path):
+    with RunWriter(path, run_info()) as writer:
+        for number in range(300):
+            writer.step(step(number))
+            if number % 50 == 49:
+                act(path)
+    assert steps_in(path) == list(range(300))
+
+
+def test_copying_of_the_log_at_any_moment_is_no_damage(path):
+    """The file is then half written while the next record comes."""
+    ended = threading.Event()
+
+    def copy_again_and_again():
+        with contextlib.closing(sqlite3.connect(path, timeout=10)) as other:
+            while not ended.is_set():
+                other.execute("PRAGMA wal_checkpoint")
+
+    with RunWriter(path, run_info()) as writer:
+        copier = threading.Thread(target=copy_again_and_again)
+        copier.start()
+        try:
+            for number in range(2_000):
+                writer.step(step(number))
+        finally:
+            ended.set()
+            copier.join()
+    assert len(steps_in(path)) == 2_000
 
 
 def test_the_process_that_writes_is_killed(path):

@@ -20,56 +20,89 @@ from peelwise.model.experts import experts_called
 def untouched(model: nn.Module) -> Iterator[None]:
     """Put ``model`` in eval mode without parameter gradients; restore everything on the way out.
 
-    Restored, also after an exception or Ctrl-C: each module's training flag, each parameter's
-    ``requires_grad``, the random states of Python, NumPy and PyTorch, and PyTorch's precision flags.
+    Restored, also after an exception or Ctrl-C: each module's training flag and forward, each parameter's
+    ``requires_grad``, the random states of Python, NumPy and PyTorch, and PyTorch's flags; our hooks are gone.
     Compiled code is run eagerly inside, because hooks added after compilation would be ignored, and autocast is off,
     also where accelerate has put it inside of the model's ``forward`` (a Trainer with ``bf16=True``).
     Experts are run one by one (`peelwise.model.experts`). Of a model that is spread over processes all of them enter
     together.
     """
-    with at_rest(model), _restored(model), _own_forward(model), experts_called(model):
+    with at_rest(model), _restored(model), experts_called(model):
         yield
-
-
-@contextmanager
-def _own_forward(model: nn.Module) -> Iterator[None]:
-    """Give modules the ``forward`` back that accelerate keeps beside the one in autocast that it made of it."""
-    wrapped = [m for m in model.modules() if "forward" in m.__dict__ and "_original_forward" in m.__dict__]
-    made = [(module, module.__dict__["forward"]) for module in wrapped]
-    try:
-        for module in wrapped:
-            module.__dict__["forward"] = module.__dict__["_original_forward"]
-        yield
-    finally:
-        for module, forward in made:
-            module.__dict__["forward"] = forward
 
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    training = [(module, module.training) for module in model.modules()]
-    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    states = _random_states()
-    flags, fast = _backend_flags(), torch.backends.mha.get_fastpath_enabled()
+    before = _Before(model)
     try:
         model.eval()
-        for parameter, _ in gradients:
+        for module, _ in before.wrapped:
+            module.__dict__["forward"] = module.__dict__["_original_forward"]
+        for parameter in model.parameters():
             parameter.requires_grad_(False)
-        _set_backend_flags(_exact(flags))
+        _set_backend_flags(_exact(before.flags))
         # The fast path of nn.TransformerEncoderLayer reads weights itself, past every hook.
         torch.backends.mha.set_fastpath_enabled(False)
-        device = next((parameter.device.type for parameter, _ in gradients), "cpu")
-        known = torch.amp.is_autocast_available(device)  # not for parameters that were moved away ("meta")
-        with torch.compiler.set_stance("force_eager"), torch.autocast(device if known else "cpu", enabled=False):
+        with torch.compiler.set_stance("force_eager"), torch.autocast(before.device, enabled=False):
             yield
     finally:
-        for module, flag in training:
-            module.training = flag
-        for parameter, flag in gradients:
+        try:
+            before.put_back()
+        except BaseException:  # Ctrl-C in the middle of it: once more, from the beginning
+            before.put_back()
+            raise
+
+
+class _Before:
+    """What is to be put back, as it was when this was made."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = [(module, module.training, module.__dict__.get("forward")) for module in model.modules()]
+        # Accelerate keeps a module's forward beside the one in autocast that it made of it.
+        self.wrapped = [(m, f) for m, _, f in self.modules if f is not None and "_original_forward" in m.__dict__]
+        self.hooks = [(hooks, frozenset(hooks)) for module, _, _ in self.modules for hooks in _hooks_of(module)]
+        self.gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self.states, self.flags = _random_states(), _backend_flags()
+        self.fast, self.threads = torch.backends.mha.get_fastpath_enabled(), torch.get_num_threads()
+        device = next((parameter.device.type for parameter, _ in self.gradients), "cpu")
+        # Not for parameters that were moved away ("meta").
+        self.device = device if torch.amp.is_autocast_available(device) else "cpu"
+        self.autocast, self.grad = torch.is_autocast_enabled(self.device), torch.is_grad_enabled()
+
+    def put_back(self) -> None:
+        """Put everything back; doing so again changes nothing.
+
+        What peelwise hangs into a model takes itself out. An interrupt between two of its instructions can leave
+        something behind: that is taken out here, and nothing of anybody else's.
+        """
+        for module, training, forward in self.modules:
+            module.training = training
+            present = module.__dict__.get("forward")
+            if present is not forward and _ours(present):
+                module.__dict__.pop("forward")
+                module.__dict__.update({} if forward is None else {"forward": forward})
+        for module, forward in self.wrapped:
+            module.__dict__["forward"] = forward
+        for hooks, known in self.hooks:
+            for key in [key for key, hook in hooks.items() if key not in known and _ours(hook)]:
+                del hooks[key]
+        for parameter, flag in self.gradients:
             parameter.requires_grad_(flag)
-        _set_backend_flags(flags)
-        torch.backends.mha.set_fastpath_enabled(fast)
-        _restore_random_states(states)
+        _set_backend_flags(self.flags)
+        torch.backends.mha.set_fastpath_enabled(self.fast)
+        if torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
+        torch.set_autocast_enabled(self.device, self.autocast)
+        torch.set_grad_enabled(self.grad)
+        _restore_random_states(self.states)
+
+
+def _hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+def _ours(added: object) -> bool:
+    return str(getattr(added, "__module__", "")).partition(".")[0] == __name__.partition(".")[0]
 
 
 @dataclass(frozen=True)

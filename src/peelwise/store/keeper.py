@@ -17,7 +17,7 @@ import sys
 import threading
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from peelwise.errors import StoreError
 from peelwise.store.lock import LockedError, WriterLock
@@ -27,6 +27,8 @@ Part = tuple[str, list[tuple[Any, ...]]]  # SQL and the rows it is executed with
 LOCKED = "locked"
 
 _START = "import sys; sys.path.insert(0, {root!r}); from peelwise.store.keeper import main; main()"
+_PAGE = 4096
+_COPIED = (96, 128)  # nBackfill and nBackfillAttempted in the shared memory (sqlite.org/walformat.html)
 _SILENCE = 120.0  # seconds without an answer after which the keeper is given up
 
 
@@ -65,6 +67,7 @@ class Keeper:
         except BaseException:
             self._lock.close()
             raise
+        self._shared = _opened(path.with_name(f"{path.name}-shm"))
         self._seen = self._state()
 
     def write(self, parts: list[Part], seconds: float) -> int | None:
@@ -97,28 +100,41 @@ class Keeper:
     def close(self) -> None:
         """Close the file and let the next writer in."""
         self._connection.close()
+        if self._shared >= 0:
+            os.close(self._shared)
         self._lock.close()
 
-    def _state(self) -> tuple[int, Any, Any]:
-        """Return what changes when somebody else writes: SQLite's own mark, and size and time of both files."""
+    def _state(self) -> _State:
+        """Return what changes when somebody else writes."""
         (version,) = self._connection.execute("PRAGMA data_version").fetchone()
-        return version, _stamp(self._path), _stamp(self._wal)
+        begun = self._copied()
+        head = os.pread(self._lock.file, _PAGE, 0) if hasattr(os, "pread") else b""
+        return _State(version, _stamp(self._path), _stamp(self._wal), head, begun, self._copied())
+
+    def _copied(self) -> tuple[bytes, ...]:
+        """Return how much of the log was copied into the file, and was to be; an attempt is noted before it begins."""
+        return tuple(os.pread(self._shared, 4, at) for at in _COPIED) if self._shared >= 0 else (b"", b"")
 
     def _check(self) -> None:
         """Refuse to go on with a file that is no longer the one that was opened, or no longer whole."""
-        path, (version, file, log), before = self._path, self._state(), self._seen
+        path, now, before = self._path, self._state(), self._seen
         own = os.fstat(self._lock.file)
-        if file is None:
+        if now.file is None:
             raise StoreError(f"{path} is gone: it was removed or renamed while the run was recorded in it.")
-        if file[:2] != (own.st_dev, own.st_ino):
+        if now.file[:2] != (own.st_dev, own.st_ino):
             raise StoreError(f"{path} was replaced by another file while the run was recorded in it.")
-        if version == before[0]:  # no other program has written by way of SQLite
-            if log != before[2]:
+        if now.version == before.version:  # no other program has written by way of SQLite
+            if now.log != before.log:
                 raise StoreError(f"{self._wal} was removed, truncated or overwritten while {path.name} was written.")
-            if file == before[1]:
+            if (now.file, now.head) == (before.file, before.head):
                 return
-            if file[2] < before[1][2]:  # to an empty one SQLite says "ok"
-                raise StoreError(f"{path} was damaged by another program while it was written: it was truncated.")
+            # Nor has one copied pages from the log, so the file is to be as it was but for its time. What the log
+            # holds hides from SQLite what the file has become, until it writes all of that over it.
+            untouched = before.begun == now.ended and len(set(now.ended)) == 1
+            if now.file[2] < before.file[2] or (untouched and now.file[2] > before.file[2]):
+                raise StoreError(f"{path} was damaged by another program while it was written: its size was changed.")
+            if untouched and now.head != before.head:
+                raise StoreError(f"{path} was damaged by another program while it was written: it was overwritten.")
         elif self._run is not None:
             row = self._connection.execute("SELECT status FROM runs WHERE id = ?", (self._run,)).fetchone()
             if row is None or row[0] != "running":
@@ -128,6 +144,28 @@ class Keeper:
             (verdict,) = other.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
             raise StoreError(f"{path} was damaged by another program while it was written: {verdict}.")
+
+
+class _State(NamedTuple):
+    """What changes when somebody else writes."""
+
+    version: int  # SQLite's own mark of other connections' commits
+    file: Any  # device, inode, size and time, `None` if there is none
+    log: Any
+    head: bytes  # the file's first page, as it is on the disk
+    begun: tuple[bytes, ...]  # how much of the log was copied before that was read,
+    ended: tuple[bytes, ...]  # and after
+
+
+def _opened(path: Path) -> int:
+    """Return a descriptor for reading, -1 if there is no such file.
+
+    It stays open as long as SQLite's own: closing any descriptor of a file gives up all the process's locks on it.
+    """
+    try:
+        return os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    except OSError:
+        return -1
 
 
 def _stamp(path: Path) -> tuple[int, int, int, int] | None:
