@@ -96,6 +96,8 @@ NOTES: Mapping[str, str] = MappingProxyType(
         "is no untrained control.",
         "few-fit-tokens": "{layer}: {tokens} fit tokens for {inputs} inputs make its [{inputs}, {inputs}] sum rank "
         "deficient (rank {rank}). Damping keeps the result valid; more fit tokens would sharpen it.",
+        "few-expert-tokens": "{block}: {matrices} of {of} matrices of experts saw fewer fit tokens than they have "
+        "inputs, {without} of them none. Damping keeps the result valid; more fit tokens would sharpen it.",
         "more-damping": "{layer}: its [{size}, {size}] sum is rank deficient or badly conditioned at damping "
         "{damping:g}, so {used:g} was used instead. The result is valid; more fit tokens would sharpen it.",
         "dense-references": "Low-bit layers hold {formats}. Their references are dense, so what they gain is not at "
@@ -112,8 +114,6 @@ NOTES: Mapping[str, str] = MappingProxyType(
         "differ.",
         "left-out": "{count} parameters of the blocks ({share:.1%} of their numbers) are in no linear layer that is "
         "called, so they are neither refined nor judged: {names}. Nothing is said of them.",
-        "few-expert-tokens": "{block}: {matrices} of {of} matrices of experts saw fewer fit tokens than they have "
-        "inputs, {without} of them none. Damping keeps the result valid; more fit tokens would sharpen it.",
         "no-text": "Without text there are signals of the weights alone: no slopes, no ablation, no gain witnesses.",
         "no-gradients": "The model cannot be differentiated, so the signals of the backward pass are missing: gain "
         "slopes and all that is made from gradients.",

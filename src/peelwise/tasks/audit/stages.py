@@ -184,14 +184,14 @@ def refine_alone(session: Session, findings: Findings, *, rounds: int) -> bool:
     with session.clock.stage("solo-rounds"):
         for number in range(rounds):
             still: dict[int, tuple[Kind, ...]] = {}
+            # The first sweep is of the model with factors, if there are any; a solo gain is of the model as it is.
+            swept = number == 0 and findings.factors is None
             for done, (index, open_kinds) in enumerate(going.items()):
                 session.clock.tell(done, len(going))
-                if not session.clock.affords(len(open_kinds) * _alone_seconds(session, index, number)):
+                if not session.clock.affords(len(open_kinds) * _alone_seconds(session, index, swept=swept)):
                     return False
                 found = tuple(
-                    k
-                    for k in open_kinds
-                    if _alone_round(session, findings, index, k, output_changes, first=number == 0)
+                    k for k in open_kinds if _alone_round(session, findings, index, k, output_changes, swept=swept)
                 )
                 if found:
                     still[index] = found
@@ -223,12 +223,12 @@ def _alone_round(
     kind: Kind,
     output_changes: dict[Direction, float],
     *,
-    first: bool,
+    swept: bool,
 ) -> bool:
     """Take one more round of a block by itself; return whether it helped on select."""
     into = findings.alone if kind == "certified" else findings.dense_alone
     before = into.get(index) or unrefined(session.select, index)
-    own = {index: findings.proposals[index]} if first else None
+    own = {index: findings.proposals[index]} if swept else None
     better = next_round(session, before, own, kind, output_changes=output_changes, evaluations=6, block=index)
     if better is None:
         # No step helped on select: the witness is the block as it stands, and it gains nothing.
@@ -238,11 +238,11 @@ def _alone_round(
     return True
 
 
-def _alone_seconds(session: Session, index: int, number: int) -> float:
+def _alone_seconds(session: Session, index: int, *, swept: bool) -> float:
     share = session.share_from(index)
     select, report = session.select.predicted, session.report.predicted
     seconds = session.seconds_for(share * (_USUAL_EVALUATIONS * select + report))
-    if number == 0:
+    if swept:
         return seconds
     sums, _ = session.clock.stages["statistics"]
     again = session.seconds_for(4 * share * (select + session.fit.predicted))
