@@ -123,8 +123,8 @@ class Interrupt:
 def measured(model, changes, at):
     """Hang in everything that measurements hang in; return whether an interrupt came in between."""
     interrupt = Interrupt(at)
-    changed = spliced(changes), captured(list(changes))
-    with contextlib.suppress(KeyboardInterrupt), interrupt, untouched(model), changed[0], changed[1], torch.no_grad():
+    stack = contextlib.suppress(KeyboardInterrupt)
+    with stack, interrupt, untouched(model), spliced(changes), captured(list(changes)), torch.no_grad():
         model(torch.ones(1, 3))
     return interrupt.left <= 0
 

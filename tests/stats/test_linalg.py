@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 from torch.testing import assert_close
 
-from peelwise.errors import IllConditionedWarning
-from peelwise.stats.linalg import DampedFactor, Spectrum
+from peelwise.errors import IllConditionedWarning, ModelError
+from peelwise.stats.linalg import DampedFactor, Spectrum, eigh, eigvalsh
 from planted import normal
 
 D = 12
@@ -110,3 +112,27 @@ RANKS = {
 @pytest.mark.parametrize(("matrix", "rank"), RANKS.values(), ids=RANKS)
 def test_numerical_rank(matrix, rank):
     assert Spectrum(matrix).rank() == rank
+
+
+@pytest.mark.parametrize("rank", [9, 4, 0])
+def test_eigenvalues_where_the_fast_solver_does_not_converge(rank, monkeypatch):
+    A = torch.randn(9, rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    S = A @ A.T
+    expected, _ = eigh(S)
+
+    def fail(*_):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", fail)
+    values, vectors = eigh(S)
+    torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(eigvalsh(S), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(vectors @ torch.diag(values) @ vectors.T, S, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("solve", [eigh, eigvalsh])
+def test_sums_that_overflowed_are_said(number, solve):
+    with pytest.raises(ModelError, match="NaN or Inf"):
+        solve(torch.full((3, 3), number, dtype=torch.float64))

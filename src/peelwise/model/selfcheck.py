@@ -23,6 +23,7 @@ from peelwise.model.calls import replaced_hidden
 from peelwise.model.capture import captured
 from peelwise.model.experts import ExpertLinear, experts_as_they_are
 from peelwise.model.layers import Block, LinearLayer, plain_name, unwrapped
+from peelwise.model.parts import parts_of
 from peelwise.model.runner import (
     Batch,
     Runner,
@@ -35,6 +36,7 @@ from peelwise.model.runner import (
 from peelwise.model.splice import spliced
 from peelwise.probe.probe import Split
 from peelwise.records.base import Note, note
+from peelwise.stats.linalg import solve_dtype
 
 _CHANGE = 0.1  # of a weight's own root mean square: large enough to be seen in half precision
 _NAMED = 8  # kinds of parameters that a note names
@@ -182,14 +184,14 @@ def check_gradients(runner: Runner, trace: Trace, called: dict[Block, tuple[Line
         return  # nothing to compare; the sweep names the layer that overflows
     batch, gradient = trace.batches[0], runner.tail_gradients(trace)[0]
     differences: list[tuple[float, LinearLayer]] = []
-    largest = max((float(g.norm()) for g in whole.values()), default=0.0)
+    largest = max((_norm(g) for g in whole.values()), default=0.0)
     for block in reversed(runner.blocks):
         _, ((gradient, found),) = runner.block_gradients(block, batch, [gradient])
         for linear in called[block]:
             true = whole[linear]
             other = _joined(found[linear]) if linear in found else torch.zeros_like(true)
-            size = float(true.norm()) + 1e-3 * largest
-            differences.append((float((other - true).norm()) / size if size else 0.0, linear))
+            size = _norm(true) + 1e-3 * largest
+            differences.append((_norm(other - true) / size if size else 0.0, linear))
     worst, linear = max(differences, key=lambda pair: pair[0])
     if not worst <= slack.gradient:
         raise UnsupportedModelError(
@@ -218,8 +220,8 @@ def check_splice(runner: Runner, block: Block, linears: Sequence[LinearLayer], b
             hooked = _block_output(runner, block, batch, {})
         with experts_as_they_are(module):  # what the model's own code makes of the weights
             true = _block_output(runner, block, batch, _written({m: changes[m] for m in some}, names))
-        effect = max(float((true - base).norm()), float((hooked - base).norm()))
-        return float((hooked - true).norm()) / max(effect, 1e-4 * float(base.norm()), 1e-30)
+        effect = max(_norm(true - base), _norm(hooked - base))
+        return _norm(hooked - true) / max(effect, 1e-4 * _norm(base), 1e-30)
 
     if apart(list(changes)) <= slack.effect:
         return
@@ -285,7 +287,11 @@ def _with_gradient(
     hidden = batch.stations[block.index].detach().requires_grad_(True)
     with torch.enable_grad(), captured(linears) as capture:
         out = runner.run_block(block, hidden, batch)
-    return tuple(differentiable(capture, out, block.name))
+    used = tuple(differentiable(capture, out, block.name))
+    for branch in parts_of(block).branches:
+        if branch.linears and all(linear in capture.calls and linear not in used for linear in branch.linears):
+            raise not_differentiable(branch.linears[0].name)  # a whole path is hidden: kernels of packed weights
+    return used
 
 
 def _and_experts(block: Block, linears: Sequence[LinearLayer]) -> tuple[LinearLayer, ...]:
@@ -365,7 +371,7 @@ def _random_change(linear: LinearLayer) -> Tensor:
     weight = linear.weight()
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(weight.shape, generator=generator).to(weight.device)
-    scale = float(weight.float().square().mean().sqrt()) or 1.0 / weight.shape[1] ** 0.5
+    scale = _norm(weight) / weight.numel() ** 0.5 or 1.0 / weight.shape[1] ** 0.5
     change = (_CHANGE * scale * noise).to(weight.dtype).float()
     return torch.nn.functional.pad(change, (0, int(linear.has_bias)))  # no change of the bias
 
@@ -404,6 +410,10 @@ def _block_output(runner: Runner, block: Block, batch: Batch, weights: dict[str,
     with runner.as_called(hidden):
         out = functional_call(unwrapped(block.module), weights, (hidden, *args), kwargs)
     return (out if isinstance(out, Tensor) else out[0]).float()
+
+
+def _norm(x: Tensor) -> float:
+    return float(x.to(solve_dtype(x.device)).norm())  # squares of large activations overflow in float32
 
 
 def _slack(runner: Runner) -> _Slack:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from peelwise.errors import TooFewSamplesError
 from peelwise.stats.gram import RegressionSums
+from peelwise.stats.linalg import eigh
 
 # Relative to the mean variance of a feature. 1e-8 is as good as none, 10 nearly predicts the mean.
 DAMPINGS = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -32,7 +33,7 @@ class Ridge:
         self._n, self._bias = sums.n, bias
         self._mean = sums.x / sums.n if bias else torch.zeros_like(sums.x)  # [d]
         centred = sums.xx / sums.n - self._mean[:, None] * self._mean  # [d, d]
-        values, self._vectors = torch.linalg.eigh(centred)
+        values, self._vectors = eigh(centred)
         self._values = values.clamp(min=0)
         self._unit = float(self._values.mean())
 
@@ -116,7 +117,7 @@ def shaped(weight: Tensor, fit: RegressionSums, width: int) -> Tensor:
     if weight.shape[1] > d:
         row = torch.cat([fit.x, fit.x.new_tensor([float(fit.n)])])
         second = torch.cat([torch.cat([fit.xx, fit.x[:, None]], dim=1), row[None]])  # [d + 1, d + 1]
-    _, vectors = torch.linalg.eigh(weight @ second @ weight.T)  # ascending
+    _, vectors = eigh(weight @ second @ weight.T)  # ascending
     leading = vectors[:, -width:].flip(1)  # [m, width]
     # Signs of eigenvectors are arbitrary: the largest entry is made positive, so that results repeat.
     signs = leading.gather(0, leading.abs().argmax(0, keepdim=True)).sign()  # [1, width]

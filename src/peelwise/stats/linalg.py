@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from peelwise.errors import IllConditionedWarning
+from peelwise.errors import IllConditionedWarning, ModelError
 
 _MAX_ESCALATIONS = 12
 
@@ -87,7 +87,7 @@ class Spectrum:
 
     def __init__(self, matrix: Tensor, dtype: torch.dtype | None = None) -> None:
         with _one_thread():
-            values, self.vectors = torch.linalg.eigh(matrix.to(dtype or solve_dtype(matrix.device)))
+            values, self.vectors = eigh(matrix.to(dtype or solve_dtype(matrix.device)))
         self.values = values.clamp_min(0.0)
         self.unit = float(self.values.double().mean()) or 1.0
 
@@ -106,9 +106,57 @@ class Spectrum:
         return int((self.values > len(self.values) * torch.finfo(torch.float32).eps * self.values[-1]).sum())
 
 
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues ``[d]``, ascending, and eigenvectors ``[d, d]`` of a positive semi-definite matrix.
+
+    LAPACK's fast solver does not converge on every matrix; singular values then are its eigenvalues.
+
+    Args:
+        matrix: ``S [d, d]``, symmetric, positive semi-definite up to rounding.
+
+    Raises:
+        ModelError: If it holds NaN or Inf, or neither way converges.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        values, vectors = _by_singular_values(matrix)
+    _check_finite(values)
+    return values, vectors
+
+
+def eigvalsh(matrix: Tensor) -> Tensor:
+    """Return the eigenvalues of `eigh` alone."""
+    try:
+        values: Tensor = torch.linalg.eigvalsh(matrix)
+    except torch.linalg.LinAlgError:
+        values, _ = _by_singular_values(matrix)
+    _check_finite(values)
+    return values
+
+
+def _by_singular_values(S: Tensor) -> tuple[Tensor, Tensor]:
+    _check_finite(S)
+    try:
+        left, values, right = torch.linalg.svd(S)  # descending
+    except torch.linalg.LinAlgError as error:
+        raise ModelError(f"The eigenvalues of a matrix {list(S.shape)} of sums do not converge: {error}") from error
+    signs = (left * right.T).sum(0).sign()  # rounding makes some eigenvalues negative
+    ascending = (values * signs).argsort()
+    return (values * signs)[ascending], left[:, ascending]
+
+
+def _check_finite(numbers: Tensor) -> None:
+    if not bool(numbers.isfinite().all()):
+        raise ModelError(
+            "Sums of activations or gradients hold NaN or Inf: they overflow. Look for activations above 1e18, or try "
+            "--dtype float32."
+        )
+
+
 def _is_regular(matrix: Tensor) -> bool:
     """Say whether the smallest eigenvalue of ``matrix [d, d]`` stands clear of rounding in its own dtype."""
-    eigenvalues = torch.linalg.eigvalsh(matrix)
+    eigenvalues = eigvalsh(matrix)
     resolution = matrix.shape[0] * torch.finfo(matrix.dtype).eps
     return eigenvalues.numel() == 0 or bool(eigenvalues[0] > resolution * eigenvalues[-1])
 

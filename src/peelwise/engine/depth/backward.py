@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from peelwise.stats.linalg import eigvalsh
+
 
 @dataclass
 class GateSums:
@@ -119,7 +121,7 @@ def gradient_rank(part: Backward) -> float | None:
         return None
     G = part.gradient.cross
     gram = G @ G.T if G.shape[0] <= G.shape[1] else G.T @ G
-    s = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    s = eigvalsh(gram).clamp_min(0).sqrt()
     size = float(s.square().sum())
     return float(s.sum().square()) / size if size > 0 else None
 

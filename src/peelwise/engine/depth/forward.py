@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peelwise.stats.linalg import DampedFactor
+from peelwise.stats.linalg import DampedFactor, eigvalsh
 
 _DAMPING = 0.1  # of the ridge regression behind `recoverability`, in units of the mean diagonal
 _TINY = 1e-30  # a divisor in float32 is not 0; 1e-300 would be rounded to 0
@@ -96,7 +96,7 @@ def station_rank(stream: Stream) -> float:
     directions."""
     u = _centred(stream.update)
     gram = u @ u.T if u.shape[0] < u.shape[1] else u.T @ u
-    values = torch.linalg.eigvalsh(gram).double().clamp_min(0)  # rounding puts some of a deficient spectrum below 0
+    values = eigvalsh(gram).double().clamp_min(0)  # rounding puts some of a deficient spectrum below 0
     p = values / values.sum().clamp_min(1e-300)
     return float(torch.special.entr(p).sum().exp())
 

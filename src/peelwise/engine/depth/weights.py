@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from peelwise.model.parts import Parts, gain_of
+from peelwise.stats.linalg import eigvalsh
 
 # Entries that stand for a matrix where it is compared with all others of its kind.
 _SAMPLE = 16_384
@@ -45,7 +46,7 @@ class Matrix:
         """
         W = self.weight.double()
         gram = W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W
-        values: Tensor = torch.linalg.eigvalsh(gram)
+        values: Tensor = eigvalsh(gram)
         return values.flip(0).clamp_min(0).sqrt()
 
 

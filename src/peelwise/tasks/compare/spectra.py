@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from peelwise.stats.linalg import eigvalsh
 
 # How far the largest singular value of independent numbers of one variance may lie above the asymptotic edge,
 # sqrt(m) + sqrt(n). Its fluctuations shrink with n^(-2/3) (Tracy and Widom).
@@ -19,7 +20,7 @@ def singular_values(W: Tensor) -> Tensor:
     below 1e-8 of the largest are rounding.
     """
     short = W.double() if W.shape[0] <= W.shape[1] else W.double().T
-    values: Tensor = torch.linalg.eigvalsh(short @ short.T)
+    values: Tensor = eigvalsh(short @ short.T)
     return values.clamp_min(0).sqrt().flip(0)
 
 

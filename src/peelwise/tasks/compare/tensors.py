@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,9 +13,18 @@ from peelwise.errors import ModelError
 from peelwise.model.fingerprint import is_plain
 from peelwise.model.layers import Block, is_linear, linear_modules, plain_name, unwrapped
 from peelwise.model.runner import Runner
+from peelwise.stats.linalg import solve_dtype
 from peelwise.tasks.compare.kinds import Kind, joint_kind, kind_of
 
 _LINEAR_ENOUGH = 1e-3  # relative: f(2x) - f(0) = 2 (f(x) - f(0)) within float32
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(solve_dtype(x.device))  # squares of large weights overflow in float32
+
+
+def _norm(x: Tensor) -> float:
+    return float(_wide(x).norm())
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +38,7 @@ class Twin:
     @property
     def relative(self) -> float:
         """``|NEW - OLD| / |OLD|``; 1 of a tensor that was all zero and is not now."""
-        own = float(self.old.float().norm())
-        distance = float((self.new.float() - self.old.float()).norm())
+        own, distance = _norm(self.old), _norm(_wide(self.new) - _wide(self.old))
         return distance / own if own else float(distance > 0)
 
 
@@ -48,9 +57,9 @@ class Twins:
     @property
     def relative(self) -> float:
         """``|NEW - OLD| / |OLD|`` over all tensors."""
-        own = sum(float(t.old.float().square().sum()) for t in self.tensors)
-        distance = sum(float((t.new.float() - t.old.float()).square().sum()) for t in self.tensors)
-        return (distance / own) ** 0.5 if own else float(distance > 0)
+        own = math.hypot(*(_norm(t.old) for t in self.tensors))
+        distance = math.hypot(*(_norm(_wide(t.new) - _wide(t.old)) for t in self.tensors))
+        return distance / own if own else float(distance > 0)
 
     @property
     def kind(self) -> Kind:

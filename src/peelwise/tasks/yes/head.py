@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from peelwise.stats.gram import RegressionSums
+from peelwise.stats.linalg import eigh
 from peelwise.tasks.yes.samples import FIT, SELECT, Samples
 
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4)
@@ -47,7 +48,7 @@ def fit_softmax_head(
     d = fit.x.shape[0]
     batches = _feature_batches(samples, features, d)
     mean = fit.x / fit.n if bias else torch.zeros_like(fit.x)  # [d]
-    values, vectors = torch.linalg.eigh(fit.xx / fit.n - mean[:, None] * mean)
+    values, vectors = eigh(fit.xx / fit.n - mean[:, None] * mean)
     values = values.clamp(min=0)
     unit = max(float(values.mean()), 1e-12)
     weight = torch.zeros(samples.classes, d + 1, dtype=torch.float64, device=fit.x.device)
