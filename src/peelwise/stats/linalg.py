@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from peelwise.errors import IllConditionedWarning, ModelError
 
@@ -119,7 +120,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """
     try:
         values, vectors = torch.linalg.eigh(matrix)
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         values, vectors = _by_singular_values(matrix)
     _check_finite(values)
     return values, vectors
@@ -129,7 +130,7 @@ def eigvalsh(matrix: Tensor) -> Tensor:
     """Return the eigenvalues of `eigh` alone."""
     try:
         values: Tensor = torch.linalg.eigvalsh(matrix)
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         values, _ = _by_singular_values(matrix)
     _check_finite(values)
     return values
@@ -139,7 +140,7 @@ def _by_singular_values(S: Tensor) -> tuple[Tensor, Tensor]:
     _check_finite(S)
     try:
         left, values, right = torch.linalg.svd(S)  # descending
-    except torch.linalg.LinAlgError as error:
+    except LinAlgError as error:
         raise ModelError(f"The eigenvalues of a matrix {list(S.shape)} of sums do not converge: {error}") from error
     signs = (left * right.T).sum(0).sign()  # rounding makes some eigenvalues negative
     ascending = (values * signs).argsort()
