@@ -58,7 +58,7 @@ $(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 demo-audit: $(VENV)/.demo
-	$(BIN)/peelwise audit smollm2 --tokens 5120 --budget 510s --out out/demo --force
+	$(BIN)/peelwise demo-audit --out out/demo --force
 
 lint: $(VENV)/.check
 	$(BIN)/ruff format --check .

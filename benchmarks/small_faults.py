@@ -145,7 +145,7 @@ def bound(
     """Return what one block gains by itself, and what its slope says at the step of its first round."""
     now = unrefined(session.select, index)
     for _ in range(ROUNDS):
-        own = {index: proposals[index]}
+        own = None if now.rounds else {index: proposals[index]}
         better = next_round(session, now, own, output_changes=output_changes, evaluations=6, block=index)
         if better is None:
             break

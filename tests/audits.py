@@ -17,6 +17,7 @@ from peelwise.engine.clock import Clock
 from peelwise.engine.session import Session
 from peelwise.engine.sweep import block_moments
 from peelwise.model.architectures import find_blocks
+from peelwise.model.experts import experts_called
 from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.runner import Runner, Trace
 from peelwise.probe.probe import Probe, Split
@@ -81,6 +82,9 @@ def _row_loss(model: nn.Module, row: list[int]) -> Tensor:
 def slow_moments(model: nn.Module, rows: list[list[int]]) -> dict[str, Moments]:
     """Return S, C, F of every map in float64: S and F from what hooks see, C from the parameters' own ``.grad``."""
     model = copy.deepcopy(model).double().requires_grad_(True)
+    twin = copy.deepcopy(model)  # by its own code, whose experts are no layers
+    if hasattr(twin, "set_experts_implementation"):
+        twin.set_experts_implementation("eager")  # there is no grouped product of float64
     maps = [linear for block in find_blocks(model) for linear in block.linears]
     seen: dict[LinearLayer, list[tuple[Tensor, Tensor]]] = {linear: [] for linear in maps}
 
@@ -94,17 +98,22 @@ def slow_moments(model: nn.Module, rows: list[list[int]]) -> dict[str, Moments]:
     for linear in maps:
         linear.module.register_forward_hook(keep(linear))
     tokens = sum(len(row) - 1 for row in rows)
-    (sum(_row_loss(model, row) for row in rows) / tokens).backward()
+    with experts_called(model):
+        (sum(_row_loss(model, row) for row in rows) / tokens).backward()
+    (sum(_row_loss(twin, row) for row in rows) / tokens).backward()
     found = {}
-    for linear in maps:
+    own = [linear for block in find_blocks(twin) for linear in block.linears]
+    for linear, theirs in zip(maps, own, strict=True):
+        if not seen[linear]:
+            continue  # an expert without tokens
         x = torch.cat([x.flatten(0, -2) for x, _ in seen[linear]])  # [n, d_in]
         g = tokens * torch.cat([y.grad.flatten(0, -2) for _, y in seen[linear]])  # [n, d_out]
-        weight, bias = linear.module.weight.grad, getattr(linear.module, "bias", None)
+        weight = theirs.module.weight.grad
         C = weight.T if linear.transposed else weight
         if linear.has_bias:
             x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
-            C = torch.cat([C, bias.grad[:, None]], dim=1)
-        found[linear.name] = Moments(len(x), x.T @ x / len(x), C, g.T @ g / len(g))
+            C = torch.cat([C, theirs.module.bias.grad[:, None]], dim=1)
+        found[linear.name] = Moments(len(x), x.T @ x / tokens, C, g.T @ g / len(g))
     return found
 
 

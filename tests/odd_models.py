@@ -260,6 +260,7 @@ RIGHT: dict[str, Callable[[], nn.Module]] = {
     "own class of transformers": own_class,
     "autocast inside": lambda: Mixed(Mlp(), Mlp(), Mlp()),
     "Granite without experts": granite,
+    "Granite with experts": lambda: granite(4),
 }
 # Models that are refused, and what the refusal names.
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
@@ -276,7 +277,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "always the last position": (lambda: AlwaysLast(Mlp(), Mlp()), "logits of 1 positions for"),
     "ViT": (vit, "ViTForImageClassification could not be run"),
     "nn.Transformer": (lambda: nn.Transformer(WIDTH, 4, 2, 2, 64), "Transformer could not be run"),
-    "Granite with experts": (lambda: granite(4), "mixture of experts"),
     "packed bytes": (packed, r"h\.1\.up \(Linear\) keeps its weight as uint8"),
     "float8": (float8, r"h\.1\.up \(Linear\) keeps its weight as float8_e4m3fn"),
 }

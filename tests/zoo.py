@@ -131,6 +131,9 @@ GPT2 = {
 NEOX = {name: value for name, value in COMMON.items() if name != "num_key_value_heads"}
 OPT = {name: value for name, value in NEOX.items() if name != "intermediate_size"} | {"ffn_dim": 80}
 GEMMA = COMMON | {"head_dim": 12}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+SLIDING_FIRST = ["sliding_attention", "full_attention", "sliding_attention"]
+LFM = {"block_ff_dim": 80, "block_dim": 48, "conv_dim": 48, "block_auto_adjust_ff_dim": False}
 WINDOWED = GEMMA | {"sliding_window": 8}  # shorter than the sample, so that the window is felt
 
 
@@ -173,14 +176,20 @@ ZOO: dict[str, Factory] = {
     "opt": _transformer("OPTConfig", **OPT, word_embed_proj_dim=48, dropout=0.0, tie_word_embeddings=True),
     "mistral": _transformer("MistralConfig", **COMMON, sliding_window=8, tie_word_embeddings=False),
     "plain": _seeded(PlainGPT),
+    # Experts are parameters of three dimensions: a search for linear modules finds attention and head only.
+    "mixtral": _transformer("MixtralConfig", **COMMON, **EXPERTS),
+    # Transposed, with biases, gate and up interleaved; a sink in attention.
+    "gpt-oss": _transformer("GptOssConfig", "eager", **WINDOWED, **EXPERTS, layer_types=SLIDING_FIRST),
+    # Blocks of two kinds: short convolutions, of which the filter is left as it is, and attention.
+    "lfm2": _transformer("Lfm2Config", **COMMON, **LFM, layer_types=["conv", "full_attention", "conv"]),
 }
+# How many parameters of their blocks are left as they are and named: routers, filters.
+LEFT_OUT = {"mixtral": BLOCKS, "gpt-oss": BLOCKS, "lfm2": 2}
 
 # Adapters in the first block and the last; the one between is frozen whole.
 LORA = _seeded(lambda: with_lora(_transformer("LlamaConfig", **COMMON)(), "q_proj", blocks=("layers.0.", "layers.2.")))
 
 UNSUPPORTED: dict[str, Factory] = {
-    # Experts are three-dimensional parameters: a search for linear modules finds attention and head only.
-    "mixtral": _transformer("MixtralConfig", **COMMON, num_local_experts=4, num_experts_per_tok=2),
     "convolution": _seeded(ConvolutionModel),
     "lstm": _seeded(RecurrentModel),
     "t5": _seeded(_t5),  # needs decoder inputs besides token ids

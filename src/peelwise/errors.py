@@ -16,6 +16,10 @@ class UnsupportedModelError(ModelError):
     """The model was opened, but its architecture is not one that peelwise can audit."""
 
 
+class NotCausalError(UnsupportedModelError):
+    """A model's logits move with tokens that come later."""
+
+
 class NotDifferentiableError(UnsupportedModelError):
     """The model runs, but hides its inner results from gradients (packed weights, reentrant checkpointing)."""
 

@@ -46,7 +46,7 @@ def test_audit_of_a_module_is_the_audit_of_the_pipeline():
     expected = run_audit(ZOO["llama"](), tiny_probe(), ONE_ROUND, name="mine")
     assert numbers(report.record) == numbers(expected.record)
     assert report.record.model.name == "mine"
-    assert len({progress.stage for progress in seen}) == 9
+    assert len({progress.stage for progress in seen}) == 10
     elapsed = [progress.elapsed_seconds for progress in seen]
     assert elapsed == sorted(elapsed)
     assert 0 < elapsed[0] < elapsed[-1]

@@ -1,9 +1,16 @@
 """From the values of linear layers to one of the block."""
 
 import pytest
+import torch
 
-from peelwise.engine.signals import of_block, of_layer
+from peelwise.engine.signals import LayerSums, expert_entropy, expert_load, experts_used, of_block, of_layer, routed
+from peelwise.engine.sweep import block_moments
+from peelwise.model.architectures import find_blocks
+from peelwise.model.guard import untouched
+from peelwise.model.runner import Runner
+from peelwise.probe.probe import Split
 from peelwise.records.signals import SIGNALS, Signal
+from zoo import ZOO, sample_ids
 
 
 def value(of):
@@ -26,3 +33,27 @@ def test_a_blocks_value_from_those_of_its_layers(monkeypatch, over_layers, value
     monkeypatch.setitem(SIGNALS, "dummy", signal)
     found = of_block(["weights"], [of_layer(["weights"], each) for each in values])
     assert found.get("dummy") == expected
+
+
+def test_signals_of_experts_are_those_of_a_count_and_tell_dead_ones() -> None:
+    model, ids = ZOO["mixtral"](), sample_ids(6, 24)
+    # Two of four experts are told to be the only ones: no token reaches the others.
+    gate = model.model.layers[-1].mlp.gate.weight.data
+    gate[2:] = 0.0
+    seen: list[torch.Tensor] = []
+    with untouched(model):
+        runner = Runner(model, find_blocks(model))
+        trace = runner.trace(Split(ids, torch.ones_like(ids, dtype=torch.bool)))
+        handle = model.model.layers[-1].mlp.experts.register_forward_pre_hook(lambda _m, args: seen.append(args[1]))
+        above = [runner.tail_gradients(trace)]
+        (moments,), _ = block_moments(runner, runner.blocks[-1], trace, above, keep=True, with_F=False)
+        handle.remove()
+    counts = torch.bincount(torch.cat([each.flatten() for each in seen[-1:]]), minlength=4).double()
+    p = counts / counts.sum()
+    found = routed(runner.blocks[-1], moments)
+    sums = [LayerSums(m, moments[m], moments[m], *[None] * 5, each) for m, each in found.items()]
+    assert max(filter(None, map(expert_load, sums))) == pytest.approx(float(p.max()) * 4)
+    assert sum(filter(None, map(experts_used, sums))) == pytest.approx(float((p > 0).double().mean()))
+    entropy = float(-(p[p > 0] * p[p > 0].log()).sum() / torch.tensor(4.0).log())
+    assert sum(filter(None, map(expert_entropy, sums))) == pytest.approx(entropy, rel=1e-5)
+    assert entropy < 1

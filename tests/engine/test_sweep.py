@@ -14,6 +14,7 @@ from audits import (
 )
 from peelwise.engine.sweep import sweep
 from peelwise.errors import IllConditionedWarning, UnsupportedModelError
+from peelwise.model.experts import experts_called
 from peelwise.model.splice import spliced
 from plain_gpt import Block
 from zoo import BLOCKS, ZOO
@@ -26,7 +27,8 @@ def test_float64_sums_equal_slow_ones(name):
     rows = [row for row in ragged_rows() if name != "gemma2" or len(row) > 9]
     model = ZOO[name]().double()
     runner = runner_of(model, micro_batch_tokens=40)
-    found = swept_moments(runner, runner.trace(split_of(rows)))
+    with experts_called(model):
+        found = swept_moments(runner, runner.trace(split_of(rows)))
     # Losses are taken in float32 whatever the model's format, which is what the tolerance is for.
     assert_same_moments(found, slow_moments(model, rows), rtol=1e-4, atol=1e-5)
 
@@ -143,13 +145,23 @@ class Pooled(Block):
         return x + self.attention(self.norm_1(x)) + self.feed_forward(x[:, :1])
 
 
-def test_a_map_that_does_not_see_one_row_per_token_is_refused():
+def pooled():
     model = ZOO["plain"]()
     for block in model.blocks:
         block.__class__ = Pooled
-    runner = runner_of(model)
-    trace = runner.trace(tiny_probe().fit)
-    with pytest.raises(
-        UnsupportedModelError, match=r"blocks\.2\.feed_forward\.\d sees .* instead of one row per token"
-    ):
+    return model
+
+
+def test_rows_that_are_not_tokens_count_by_the_tokens():
+    rows = [row[:9] for row in ragged_rows() if len(row) >= 9]
+    runner = runner_of(pooled())
+    found = swept_moments(runner, runner.trace(split_of(rows)))
+    assert_same_moments(found, slow_moments(pooled(), rows), rtol=1e-3, atol=1e-4)
+
+
+def test_rows_that_are_not_tokens_are_refused_beside_padding():
+    runner = runner_of(pooled())
+    trace = runner.trace(split_of(ragged_rows()))
+    said = r"blocks\.2\.feed_forward\.\d sees .* instead of one row per token, and some tokens are padding"
+    with pytest.raises(UnsupportedModelError, match=said):
         sweep(runner, trace, trace)

@@ -11,12 +11,11 @@ from peelwise.evidence.events import (
     Seen,
     changed,
     few_tokens,
-    no_longer_red,
     red_advice,
-    turned_red,
     wrong,
 )
 from peelwise.evidence.intervals import Paired
+from peelwise.evidence.reds import RedBlock, no_longer_red, turned_red
 from peelwise.evidence.trends import EquivalentSteps
 from peelwise.records.base import note
 
@@ -24,12 +23,12 @@ GAIN = Paired(0.031, 0.002, 20).interval()
 
 
 def red(worth=None, *, since=100, measured=500, seen=None):
-    return turned_red(500, 7, GAIN, worth, since=since, measured=measured, seen=seen or Seen())
+    return turned_red(500, 7, RedBlock(GAIN, worth, measured, seen or Seen()), since=since)
 
 
 def test_how_long_how_much_and_what_it_is_worth():
     event = red(EquivalentSteps(912.0, 700.0, 1100.0))
-    assert event.text == "block 7 red for 400 steps: 0.031 +- 0.004 nats recoverable, worth 910 steps."
+    assert event.text == "block 7 red for 400 steps: 0.0310 [0.0268, 0.0352] nats recoverable, worth 910 steps."
     assert (event.level, event.kind, event.block, event.since_step) == ("alert", "red", 7, 100)
     assert str(event).startswith("step 500: block 7 red for 400 steps")
 
@@ -37,8 +36,8 @@ def test_how_long_how_much_and_what_it_is_worth():
 @pytest.mark.parametrize(
     ("worth", "words"),
     [
-        (None, "with a loss that is not moving."),
-        (EquivalentSteps(None, None, None), "with a loss that is not moving."),
+        (None, "with a loss that is not shown to fall."),
+        (EquivalentSteps(None, None, None), "with a loss that is not shown to fall."),
         (EquivalentSteps(None, 1234.0, None), "worth 1,200 steps or more."),
         (EquivalentSteps(3.21, 2.0, 5.0), "worth 3.2 steps."),
     ],

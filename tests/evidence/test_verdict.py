@@ -5,6 +5,7 @@ from peelwise.evidence.verdict import (
     Evidence,
     cloud_colour,
     default_margin,
+    idle,
     judge,
     leaders,
     stands_out,
@@ -260,3 +261,23 @@ def test_regions_of_the_cloud():
     assert cloud_colour(3.0, 3.5, 3.0, 0.02) == "green"  # a witness that gains nothing
     assert cloud_colour(9.0, None, 2.9, 0.02) == "yellow"
     assert cloud_colour(4.0, 3.5, 4.0, 0.02) == "red"  # nothing found, and no better than no block at all
+
+
+@pytest.mark.parametrize(
+    ("means", "found"),
+    [
+        ([0.4, 0.5, -0.0075, 0.4, 0.6, 0.8], [2]),  # re-initialised: the others have learnt to do without it
+        ([0.4, 0.5, 0.05, 0.4, 0.6, 0.8], []),  # it costs more than the margin
+        ([0.4, 0.5, -0.05, 0.4, 0.6, 0.8], []),  # it does harm, which is said elsewhere
+        ([0.03, 0.02, 0.0, 0.01, 0.03, 0.02], []),  # where all do little, none stands out
+        ([0.4, 0.0, 0.4], []),  # too few
+    ],
+)
+def test_a_block_does_no_work_where_the_others_do(means, found):
+    removals = [Paired(mean, 0.001, 40, 0.0) for mean in means]
+    assert idle(removals, 0.01) == found
+    assert idle([*removals, None], 0.01) == found
+
+
+def test_a_block_whose_removal_is_uncertain_is_not_said_to_do_no_work():
+    assert idle([Paired(mean, 0.01, 40, 0.0) for mean in (0.4, 0.5, 0.0, 0.4, 0.6, 0.8)], 0.01) == []

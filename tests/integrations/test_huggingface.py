@@ -24,14 +24,13 @@ def trainer_of(folder, callbacks=(), **options):
         output_dir=str(folder),
         max_steps=STEPS,
         per_device_train_batch_size=2,
-        logging_steps=2,
         save_strategy="no",
         seed=0,
         use_cpu=True,
         disable_tqdm=True,
         dataloader_pin_memory=False,
         learning_rate=1e-3,
-        **({"report_to": "none"} | options),
+        **({"report_to": "none", "logging_steps": 2} | options),
     )
     return Trainer(ZOO["gpt2"]().train(), arguments, train_dataset=rows, callbacks=list(callbacks))
 
@@ -66,8 +65,9 @@ def test_attach(accumulate, tmp_path):
         assert (reader.latest().info.name, reader.latest().status) == ("mine", "finished")
         steps = [(row["step"], row["loss"]) for row in reader.steps(1)]
         assert [step for step, _ in steps] == list(range(1, STEPS + 1))
-        told = [loss for _, loss in steps if loss is not None]
-        assert told == [logs["loss"] for step, logs in user.seen if "loss" in logs and step < STEPS]
+        losses = [loss for _, loss in steps]  # of every step, where the trainer logs the mean of two
+        means = [(one + other) / 2 for one, other in zip(losses[::2], losses[1::2], strict=True)]
+        assert means == pytest.approx([logs["loss"] for _, logs in user.seen if "loss" in logs], abs=1e-3)
         assert [row["step"] for row in reader.probes(1)] == [4, 8, 12]
     assert not [e for e in callback.monitor.events if e.kind in ("not-measured", "no-gradients-seen", "not-optimised")]
     # Metrics reach the user's reporter and TensorBoard, each visit's once.
@@ -86,6 +86,16 @@ def tensorboard_tags(folder):
     for file in folder.rglob("events.out.*"):
         tags |= {tag.removeprefix("train/") for tag in EventAccumulator(str(file)).Reload().Tags()["scalars"]}
     return tags
+
+
+def test_the_loss_of_every_step_is_had_where_the_trainer_logs_none(tmp_path):
+    trainer = trainer_of(tmp_path, logging_steps=500)
+    peelwise.attach(trainer, tiny_probe(), store=tmp_path / "run.db")
+    trainer.train()
+    with RunReader(tmp_path / "run.db") as reader:
+        losses = [row["loss"] for row in reader.steps(1)]
+    assert len(losses) == STEPS
+    assert sum(losses) / STEPS == pytest.approx(trainer.state.log_history[-1]["train_loss"], rel=1e-4)
 
 
 def test_refusals(tmp_path):

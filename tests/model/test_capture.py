@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from audits import Snapshot, block_of
-from peelwise.errors import UnsupportedModelError
 from peelwise.model.architectures import find_blocks
 from peelwise.model.capture import captured
 from peelwise.model.layers import Block, LinearLayer
@@ -46,10 +45,11 @@ def test_maps_of_one_input_share_a_sum_only_where_both_or_neither_has_a_bias():
     a, b, unused = maps_of(module)
     with captured([a, b, unused]) as capture:
         y = module(x)
-    assert capture.inputs[a] is x
+    ((of_a,), (of_b,)) = capture.calls[a], capture.calls[b]
+    assert of_a.x is x
     assert capture.groups == {b: b, a: a}
-    torch.testing.assert_close(capture.outputs[a] + capture.outputs[b], y)
-    assert unused not in capture.outputs
+    torch.testing.assert_close(of_a.y + of_b.y, y)
+    assert unused not in capture.calls
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -71,8 +71,9 @@ def test_outputs_stay_in_the_graph():
     a = maps_of(module)[0]
     with captured([a]) as capture:
         loss = module(torch.randn(6, 4)).square().sum()
-    g, W = torch.autograd.grad(loss, [capture.outputs[a], module.a.weight])
-    torch.testing.assert_close(g.T @ capture.inputs[a], W)
+    (call,) = capture.calls[a]
+    g, W = torch.autograd.grad(loss, [call.y, module.a.weight])
+    torch.testing.assert_close(g.T @ call.x, W)
 
 
 def test_keyword_input():
@@ -80,13 +81,17 @@ def test_keyword_input():
     a = maps_of(module)[0]
     with captured([a]) as capture:
         module(x)
-    assert capture.inputs[a] is x
+    assert capture.calls[a][0].x is x
 
 
-def test_a_map_that_runs_twice_is_refused_by_name():
+def test_every_run_of_a_layer_is_kept():
     module = Twice(times=2)
-    with pytest.raises(UnsupportedModelError, match=r"a runs more than once"), captured(maps_of(module)):
-        module(torch.randn(6, 4))
+    a = maps_of(module)[0]
+    with captured([a]) as capture:
+        loss = module(torch.randn(6, 4)).square().sum()
+    one, two = capture.calls[a]
+    *g, W = torch.autograd.grad(loss, [one.y, two.y, module.a.weight])
+    torch.testing.assert_close(g[0].T @ one.x + g[1].T @ two.x, W)
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])

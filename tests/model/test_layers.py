@@ -39,7 +39,6 @@ REFUSED = {
     **{name: (factory, words) for (name, factory), words in zip(
         UNSUPPORTED.items(),
         [
-            ("mixture of experts", "MixtralSparseMoeBlock", "model.layers.0.mlp"),
             ("Not yet", "Conv1d"),
             ("Not yet", "LSTM"),
             ("encoder-decoder", "decoder.block", "T5ForConditionalGeneration"),
@@ -51,19 +50,6 @@ REFUSED = {
         ("looked for an nn.ModuleList", "Linear, ReLU"),
     ),
     "nothing": (lambda: nn.Module(), ("looked for an nn.ModuleList",)),
-    "experts by shape": (lambda: Stack(Experts(), Experts()), ("mixture of experts", "Experts", "blocks.0")),
-    "convolution beside linear": (
-        lambda: Stack(*(nn.Sequential(nn.Linear(8, 8), nn.Conv1d(8, 8, 3)) for _ in range(2))),
-        ("convolutional", "Conv1d", "blocks.0.1"),
-    ),
-    "recurrence beside linear": (
-        lambda: Stack(*(nn.Sequential(nn.Linear(8, 8), nn.GRU(8, 8)) for _ in range(2))),
-        ("recurrent", "GRU", "blocks.0.1"),
-    ),
-    "one class but two kinds": (
-        lambda: Stack(nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.LayerNorm(8))),
-        ("blocks.1", "holds no nn.Linear"),
-    ),
     "no linear map": (lambda: Stack(Quiet(), Quiet()), ("looked for", "LayerNorm")),
 }  # fmt: skip
 
@@ -85,8 +71,13 @@ def test_blocks_hold_every_linear_map_once_in_order(name):
     for block in blocks:
         assert modules[block.name] is block.module
         expected = [n for n, m in modules.items() if n.startswith(f"{block.name}.") and is_linear(m)]
-        assert [linear.name for linear in block.linears] == expected
-        assert len(expected) >= 4
+        assert [linear.name for linear in block.linears if not linear.is_expert] == expected
+        assert len(block.linears) >= 4
+        stacks = [
+            (n, p) for n, p in model.named_parameters() if n.startswith(f"{block.name}.mlp.experts") and p.dim() == 3
+        ]
+        experts = [f"{n}.{index}" for n, p in stacks for index in range(len(p))]
+        assert [linear.name for linear in block.linears if linear.is_expert] == experts
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2", "plain"])
@@ -103,6 +94,24 @@ def test_weight_and_bias_are_those_of_the_product(name):
 def test_only_conv1d_is_transposed():
     assert all(m.transposed and m.has_bias for b in find_blocks(ZOO["gpt2"]()) for m in b.linears)
     assert not any(m.transposed or m.has_bias for b in find_blocks(ZOO["llama"]()) for m in b.linears)
+
+
+OTHER_PARTS = {
+    "parameter of three dimensions": lambda: Experts(),
+    "convolution": lambda: nn.Sequential(nn.Linear(8, 8), nn.Conv1d(8, 8, 3)),
+    "recurrence": lambda: nn.Sequential(nn.Linear(8, 8), nn.GRU(8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_PARTS)
+def test_what_is_no_linear_layer_stands_beside_those_that_are(name):
+    model = Stack(*(OTHER_PARTS[name]() for _ in range(2)))
+    assert [len(block.linears) for block in find_blocks(model)] == [1, 1]
+
+
+def test_blocks_may_be_of_several_classes_and_hold_no_linear_layer():
+    model = Stack(nn.Sequential(nn.Linear(8, 8)), Quiet(), Experts())
+    assert [len(block.linears) for block in find_blocks(model)] == [1, 0, 1]
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -145,7 +145,7 @@ class NoTensor(PlainGPT):
 
 REFUSED = {
     Between: "something between its blocks",
-    Again: r"Expected each of the 3 blocks to run once, in order; saw 6",
+    Again: r"runs its 3 blocks 6 times per forward pass; expected each of them at most once, in order",
     LastOnly: r"must return logits \[batch, tokens, vocabulary\]; got torch.Size\(\[.*97\]\)",
     NoTensor: "must return logits .* got dict",
 }

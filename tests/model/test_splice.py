@@ -6,6 +6,7 @@ from torch import nn
 
 from audits import Snapshot, random_changes, written
 from peelwise.model import splice
+from peelwise.model.experts import experts_called
 from peelwise.model.layers import LinearLayer
 from peelwise.model.splice import spliced
 from zoo import ZOO, sample_ids
@@ -32,7 +33,7 @@ def test_equals_written_weights(name, path, monkeypatch):
     _, changes = random_changes(model)
     before, own = Snapshot.of(model), logits_of(model)
     expected = logits_of(written(model, changes, 0.5))
-    with spliced(changes, 0.5):
+    with experts_called(model), spliced(changes, 0.5):
         found = logits_of(model)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert (found - own).abs().max() > 0.05  # the control: the changes matter

@@ -6,6 +6,7 @@ from typing import get_args
 
 import pytest
 
+from peelwise.evidence.intervals import Paired
 from peelwise.evidence.verdict import RULE
 from peelwise.records import codes
 from peelwise.records.audit import AuditConclusion, BlockRecord, LookFirst
@@ -146,6 +147,20 @@ AUDITS = {
         "without block 1 (0.100 nats per token).",
     ),
 }
+
+
+def test_a_block_that_does_no_work_is_said():
+    record = whole(6)
+    cost = [0.4, 0.5, -0.0075, 0.4, 0.6, 0.8]
+    blocks = tuple(
+        block.model_copy(update={"removal_nats": Paired(mean, 0.001, 40).interval()})
+        for block, mean in zip(record.blocks, cost, strict=True)
+    )
+    assert "does no work" not in conclusion(record)
+    assert (
+        "Block 2 (-0.007, 95 % interval -0.010 to -0.005) does no work: the loss without it is the same within the "
+        "margin, where leaving out the median block costs 0.450 nats per token."
+    ) in conclusion(record.model_copy(update={"blocks": blocks}))
 
 
 @pytest.mark.parametrize(("record", "sentence"), AUDITS.values(), ids=AUDITS)

@@ -24,7 +24,7 @@ from peelwise.probe.probe import Probe
 from peelwise.records.options import Refine
 from peelwise.records.run import Event, Measurement, RunInfo
 from peelwise.store.plain import whole
-from peelwise.tasks.monitor.follower import Follower, MonitorSettings
+from peelwise.tasks.monitor.follower import Follower, MonitorSettings, read_later
 from peelwise.tasks.monitor.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -127,7 +127,8 @@ class Monitor:
 
         Args:
             step: its number; where it is no whole number of 64 bits, steps are counted on.
-            loss: its training loss; a tensor costs a synchronisation on a GPU.
+            loss: its training loss. A tensor on an accelerator is read later, together with others, so that no step
+                waits for it.
 
         Returns:
             What was found, if it measured at this step; else ``None``.
@@ -155,8 +156,10 @@ class Monitor:
             self._outlets.say_once(not_followed(self._latest + 1, error), "step")
             return self._latest + 1
 
-    def _value(self, step: int, loss: Any) -> float | None:
+    def _value(self, step: int, loss: Any) -> float | Tensor | None:
         try:
+            if isinstance(loss, torch.Tensor) and loss.numel() == 1 and read_later(loss):
+                return loss.detach().reshape(()).clone()  # to read it now would make the step wait for the device
             # float() of a tensor that still has its graph warns
             return None if loss is None else float(loss.item() if isinstance(loss, torch.Tensor) else loss)
         except Exception as error:  # any object may be given
@@ -188,6 +191,7 @@ class Monitor:
         if os.getpid() == self._owner:
             with self._lock:
                 self._closed = True
+                self._follower.close()
                 self._outlets.end(status)
             self._outlets.deliver()
             self._outlets.close_loggers()

@@ -44,10 +44,11 @@ def audit_again(record: AuditRecord, probe: Probe, model: nn.Module) -> tuple[di
     said = record.settings
     left_out: tuple[str, ...] = ()
     joint, solo = _number(said.get("joint_rounds")) or 0, _number(said.get("alone_rounds")) or 0
+    factors = bool(record.rounds) and record.rounds[0].direction == "factors"
     if not record.complete:
         if not record.rounds:
             raise CertificateError("The audit ended early, before a joint round, so its witness cannot be made again.")
-        joint, solo, left_out = len(record.rounds), 0, ("the blocks by themselves (the audit ended early)",)
+        joint, solo, left_out = len(record.rounds) - factors, 0, ("the blocks by themselves (the audit ended early)",)
     settings = AuditSettings(
         _FOREVER,
         joint,
@@ -56,7 +57,7 @@ def audit_again(record: AuditRecord, probe: Probe, model: nn.Module) -> tuple[di
         refine=_ask_again(record, model),
         micro_batch_tokens=_micro_batch(record, AuditSettings()),
     )
-    return run_audit(model, probe, settings).witness, left_out
+    return run_audit(model, probe, settings, factors=factors).witness, left_out
 
 
 def peel_again(record: PeelRecord, probe: Probe, model: nn.Module) -> dict[str, Tensor]:
@@ -159,7 +160,8 @@ def _ask_again(record: AuditRecord, model: nn.Module) -> Refine:
     asked = {f"{block.name}.{matrix.name}" for block in record.blocks for matrix in block.matrices}
     if not asked or all(linear.name in asked for linear in linears):
         return "all"
-    for linear in linears:
+    # Those that are asked about last: experts share a parameter, of which some may have seen no token.
+    for linear in sorted(linears, key=lambda linear: linear.name in asked):
         for parameter in linear.module.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(linear.name in asked)

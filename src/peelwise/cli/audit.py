@@ -1,7 +1,8 @@
-"""The command ``peelwise audit``."""
+"""The commands ``peelwise audit`` and ``peelwise demo-audit``."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -84,3 +85,25 @@ def audit(
     print_report(report, out, as_json)
     if any(block.verdict in _FAILING[fail_on] for block in report.record.blocks):
         raise typer.Exit(1)
+
+
+@app.command(
+    epilog="Example: `peelwise demo-audit --out out/demo`",
+    short_help="Audit the packaged model as it is and with one block damaged.",
+)
+def demo_audit(
+    out: Annotated[Path, output(metavar="DIR", help="Folder for both certificates and the page.")] = Path("out/demo"),
+    force: ForceOption = False,
+    block: Annotated[int, typer.Option(help="Which block is damaged in the copy.", min=0)] = 15,
+    tokens: TokensOption = 4096,
+    budget: Annotated[str, typer.Option(metavar="TIME", help="Wall time of each of the two audits.")] = "265s",
+) -> None:
+    """Audit the packaged model twice: as it is, and a copy in which one block writes with the wrong sign.
+
+    No norm and no singular value of the weights changes. Both are shown on one page; about ten minutes on two cores.
+    """
+    from peelwise.cli.demo_audit import Plan, demonstrate
+
+    plan = Plan(block=block, tokens=tokens, budget=budget)
+    with at_work("Opening smollm2 ...") as watcher:
+        demonstrate(out, force=force, say=typer.echo, watcher=watcher, plan=plan)

@@ -44,7 +44,7 @@ class Clock:
         self.work = work
         self._watcher = watcher
         self._start = time.monotonic()
-        self._stage: Stage = "losses"
+        self._stage: Stage = "self-checks"
         self.stages: dict[Stage, tuple[float, float]] = {}  # name -> seconds, token forwards
 
     @property

@@ -77,19 +77,24 @@ def open_session(
     """
     runner = Runner(model, blocks, micro_batch_tokens=micro_batch_tokens, processes=processes)
     clock = Clock(budget_seconds, runner.work, watcher)
-    with clock.stage(LOSSES):
+    with clock.stage("self-checks"):
         if checked:
             check_replay(runner, probe.fit)
         notes = () if checked else first_notes(runner, probe.fit, gradients=gradients)
+    with clock.stage(LOSSES):
         fit, select, report = runner.trace(probe.fit), runner.trace(probe.select), runner.trace(probe.report)
     for trace in (fit, select, report):
         _check_loss(trace.mean, name)
     return Session(runner, report, probe, fit, select, clock, probe.seed, low_bit_layers(blocks), notes)
 
 
-def first_notes(runner: Runner, split: Split, *, gradients: bool = True) -> tuple[Note, ...]:
+def first_notes(runner: Runner, split: Split, *, gradients: bool = True, causal: bool = True) -> tuple[Note, ...]:
     """Make the self-checks of a model, and return what there is to say of it besides its numbers."""
-    return (*self_check(runner, split, gradients=gradients), *frozen_note(runner.blocks), *untied_note(runner.model))
+    return (
+        *self_check(runner, split, gradients=gradients, causal=causal),
+        *frozen_note(runner.blocks),
+        *untied_note(runner.model),
+    )
 
 
 def open_report(

@@ -22,7 +22,7 @@ def kinds(session: Session) -> tuple[Kind, ...]:
 def next_round(
     session: Session,
     before: Refined,
-    proposals: Proposals,
+    proposals: Proposals | None,
     kind: Kind = "certified",
     *,
     output_changes: dict[Direction, float],
@@ -34,13 +34,13 @@ def next_round(
     Args:
         session: model and traces.
         before: the changes so far.
-        proposals: linearised at the model as it stands, for the first round; later ones make their own.
+        proposals: for the first round, those of the first sweep; ``None`` for new ones, linearised at ``before``.
         kind: which witness is refined.
         output_changes: per direction the step length to try first; see `take_round`.
         evaluations: most evaluations of the select loss per direction.
         block: the only one that is refined; ``None`` for all of them together.
     """
-    if before.rounds:
+    if proposals is None:
         proposals = session.relinearised(before.changes, block)
     if kind == "certified" and session.held:
         better = take_coded_round(session, before, proposals)

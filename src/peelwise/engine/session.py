@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from peelwise.model.layers import LinearLayer
 from peelwise.model.runner import Runner, Trace
 from peelwise.model.splice import spliced
 from peelwise.model.weights.held import Held
-from peelwise.probe.probe import Probe
+from peelwise.probe.probe import Probe, Split
 from peelwise.records.base import Note
 from peelwise.records.codes import Stage
 
@@ -90,11 +91,31 @@ class Session(ReportSession):
             changes: per linear layer; those of ``block`` alone if it is given.
             block: the only one that proposals are made for.
         """
+        if block is not None:
+            return self.swept(changes, block, only=[block])[0]
+        return self.swept(changes, after_block=self.tell_block)[0]
+
+    def swept(
+        self, changes: Mapping[LinearLayer, Tensor], start: int = 0, **how: Any
+    ) -> list[dict[int, BlockProposals]]:
+        """Return what `sweep` does at the model with ``changes`` in place.
+
+        Args:
+            changes: per linear layer; none for the model as it stands.
+            start: the lowest block that is changed or asked about.
+            how: further arguments of `sweep`.
+        """
+        fit, select = self.fit, self.select
         with spliced(changes):
-            fit, select = (self.runner.refreshed(part, block or 0) for part in (self.fit, self.select))
-            if block is not None:
-                return sweep(self.runner, fit, select, only=[block])[0]
-            return sweep(self.runner, fit, select, after_block=self.tell_block)[0]
+            if changes:
+                fit, select = (self.runner.refreshed(part, start) for part in (fit, select))
+            return sweep(self.runner, fit, select, **how)
+
+    def some_of_select(self, tokens: int) -> Trace:
+        """Return the first sequences of select, of so many predicted tokens at most, but one sequence at least."""
+        split = self.probe.select
+        few = max(int((split.weights.sum(dim=1).cumsum(0) <= tokens).sum()), 1)
+        return self.select if few == split.sequences else self.runner.trace(Split(split.ids[:few], split.mask[:few]))
 
     def tell_block(self, done: int) -> None:
         """Report that a sweep over all blocks has done so many."""

@@ -5,14 +5,15 @@ A new one is a function here (or anywhere) and a row of `records.signals.SIGNALS
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any
 
 from torch import Tensor
 
-from peelwise.model.layers import LinearLayer
+from peelwise.model.layers import Block, LinearLayer
 from peelwise.records.signals import Kind, OverLayers, Signal, of_kinds
 from peelwise.references.whitened import InputWhitened, Proposal
 from peelwise.stats.gram import Moments
@@ -26,6 +27,35 @@ _OVER_LAYERS: dict[OverLayers, Callable[[Sequence[float]], float]] = {
 
 
 @dataclass(frozen=True)
+class Routed:
+    """How many of the fit tokens that a mixture routes go to one expert.
+
+    Attributes:
+        share: of all that its parameter's experts were given, from 0 to 1.
+        experts: how many share the parameter.
+        parameters: how many such parameters the block has, over which a block's value is a mean.
+    """
+
+    share: float
+    experts: int
+    parameters: int
+
+
+def routed(block: Block, fit: Mapping[LinearLayer, Moments]) -> dict[LinearLayer, Routed]:
+    """Return how a block's tokens were routed, for every expert's matrix that saw any."""
+    tokens: dict[int, dict[LinearLayer, int]] = {}
+    for linear in block.linears:
+        if linear.is_expert:
+            tokens.setdefault(id(linear.parameter), {})[linear] = fit[linear].n if linear in fit else 0
+    return {
+        linear: Routed(n / sum(found.values()), len(found), len(tokens))
+        for found in tokens.values()
+        for linear, n in found.items()
+        if n
+    }
+
+
+@dataclass(frozen=True)
 class LayerSums:
     """What a sweep knows of one linear layer, alive only until the next one's turn.
 
@@ -36,6 +66,7 @@ class LayerSums:
         reference: the decomposition of ``S``.
         rotated, rotated_select: both ``C`` in the eigenbasis of ``S``.
         whitened, two_sided: the calibrated proposals.
+        routed: of one expert's matrix, how many tokens it was given.
     """
 
     linear: LinearLayer
@@ -46,6 +77,7 @@ class LayerSums:
     rotated_select: Tensor
     whitened: Proposal
     two_sided: Proposal | None
+    routed: Routed | None = None
 
 
 def natural_energy(of: LayerSums) -> float | None:
@@ -71,6 +103,23 @@ def cross_energy(of: LayerSums) -> float:
 def gradient_norm(of: LayerSums) -> float:
     """Return the squared Frobenius norm of the mean gradient; a block's norm is the root of the sum."""
     return float(of.fit.C.square().sum())
+
+
+def expert_load(of: LayerSums) -> float | None:
+    """Return an expert's tokens over those of an even load; a block's value is that of its busiest expert."""
+    return None if of.routed is None else of.routed.share * of.routed.experts
+
+
+def expert_entropy(of: LayerSums) -> float | None:
+    """Return ``-p log p / log E`` of an expert's share ``p``; the sum over ``E`` experts is 1 where all are even."""
+    if of.routed is None or of.routed.experts < 2:
+        return None
+    return -of.routed.share * math.log(of.routed.share) / math.log(of.routed.experts) / of.routed.parameters
+
+
+def experts_used(of: LayerSums) -> float | None:
+    """Return ``1 / E`` for an expert that was given a token; the sum is the share of experts that are not dead."""
+    return None if of.routed is None else 1 / of.routed.experts / of.routed.parameters
 
 
 def of_layer(kinds: Collection[Kind], layer: Any) -> dict[str, float | None]:

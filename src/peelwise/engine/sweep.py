@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from peelwise.engine.signals import LayerSums, of_block, of_layer
+from peelwise.engine.signals import LayerSums, of_block, of_layer, routed
 from peelwise.errors import IllConditionedWarning, ModelError, UnsupportedModelError
+from peelwise.model.capture import Call
 from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.runner import Batch, Runner, Trace
 from peelwise.records.signals import RANKED_BY, SWEPT
@@ -92,7 +93,8 @@ def sweep(
         if keep:
             made = _agreed(runner, proposals_of(block, moments, select_moments[0], directions))
             for proposals, into in zip(made, found, strict=True):
-                into[block.index] = proposals
+                if proposals.signals:  # else none of its layers has a gradient
+                    into[block.index] = proposals
         after_block(done)
     return found
 
@@ -117,6 +119,8 @@ def block_moments(
     C: list[dict[LinearLayer, CrossSum]] = [{} for _ in above]
     F: list[dict[LinearLayer, GramSum]] = [{} for _ in above]
     groups: dict[LinearLayer, LinearLayer] = {}
+    if keep and runner.processes.count > 1:
+        _expect_experts(block, S, C, F if with_F else ())
     below: list[list[Tensor]] = [[] for _ in above]
     for batch, *gradients in zip(trace.batches, *above, strict=True):
         capture, results = runner.block_gradients(block, batch, gradients)
@@ -124,50 +128,103 @@ def block_moments(
             into.append(down)
         if not keep:
             continue
-        groups.update({linear: capture.groups[linear] for linear in results[0][1]})
-        rows = {first: token_rows(capture.inputs[first], batch, first) for first in dict.fromkeys(groups.values())}
-        for first, x in rows.items():
-            S.setdefault(first, GramSum()).update(x)
+        here = {linear: capture.groups[linear] for linear in results[0][1]}
+        for linear, first in here.items():
+            if groups.setdefault(linear, first) is not first:
+                raise UnsupportedModelError(f"Not yet: {linear.name} shares its input with other layers now and then.")
+        rows = {
+            first: [token_rows(call.x, call, batch, first) for call in capture.calls[first]]
+            for first in dict.fromkeys(here.values())
+        }
+        for first, inputs in rows.items():
+            for x in inputs:
+                S.setdefault(first, GramSum()).update(x)
         for (_, grads), C_sums, F_sums in zip(results, C, F, strict=True):
-            for linear, g in grads.items():
-                g = token_rows(g, batch, linear, ones=False)
-                C_sums.setdefault(linear, CrossSum()).update(g, rows[groups[linear]])
-                if with_F:
-                    F_sums.setdefault(linear, GramSum()).update(g)
+            for linear, of_runs in grads.items():
+                for call, g, x in zip(capture.calls[linear], of_runs, rows[here[linear]], strict=True):
+                    g = token_rows(g, call, batch, linear, ones=False)
+                    C_sums.setdefault(linear, CrossSum()).update(g, x)
+                    if with_F:
+                        F_sums.setdefault(linear, GramSum()).update(g)
     of_gradients = [total for sums in C for total in sums.values()]
     all_reduce([*S.values(), *of_gradients, *(total for sums in F for total in sums.values())], runner.processes)
-    means = {first: total.mean() for first, total in S.items()}
+    tokens = trace.predicted
+    means = {first: total.mean(tokens) for first, total in S.items() if total.n}
     moments = [
         {
             linear: Moments(
-                total.n, means[groups[linear]], _finite_mean(total, linear), F_sums[linear].mean() if with_F else None
+                total.n,
+                means[groups[linear]],
+                _finite_mean(total, linear, tokens),
+                F_sums[linear].mean() if with_F else None,
             )
             for linear, total in C_sums.items()
+            if total.n
         }
         for C_sums, F_sums in zip(C, F, strict=True)
     ]
     return moments, below
 
 
-def _finite_mean(total: CrossSum, linear: LinearLayer) -> Tensor:
-    mean = total.mean()
+def _expect_experts(
+    block: Block,
+    S: dict[LinearLayer, GramSum],
+    C: Sequence[dict[LinearLayer, CrossSum]],
+    F: Sequence[dict[LinearLayer, GramSum]],
+) -> None:
+    """Begin the sums of all experts, in the same order in every process: an expert is given tokens in some only."""
+    for linear in block.linears:
+        if not linear.is_expert:
+            continue
+        none = linear.weight()[:0]  # [0, d_in]
+        x, g = widened(none), widened(none.new_empty(0, linear.weight().shape[0]))
+        x = with_ones(x) if linear.has_bias else x
+        S.setdefault(linear, GramSum()).update(x)
+        for C_sums in C:
+            C_sums.setdefault(linear, CrossSum()).update(g, x)
+        for F_sums in F:
+            F_sums.setdefault(linear, GramSum()).update(g)
+
+
+def _finite_mean(total: CrossSum, linear: LinearLayer, tokens: float) -> Tensor:
+    mean = total.mean(tokens)
     if not bool(mean.isfinite().all()):
         dtype = str(linear.weight().dtype).removeprefix("torch.")
         raise ModelError(f"The gradients of {linear.name} overflow in {dtype}. Try --dtype float32.")
     return mean
 
 
-def token_rows(x: Tensor, batch: Batch, linear: LinearLayer, *, ones: bool = True) -> Tensor:
-    """Return the rows of predicted tokens ``[n, d]``, with a column of ones if the map has a bias."""
-    if x.shape[:-1] != batch.weights.shape:
-        x_rows = x.reshape(-1, x.shape[-1])
-        if x_rows.shape[0] != batch.weights.numel():
-            raise UnsupportedModelError(
-                f"Not yet: {linear.name} sees {tuple(x.shape)} instead of one row per token (mixture of experts?)."
-            )
-        x = x_rows.view(*batch.weights.shape, x.shape[-1])
-    rows = widened(x.detach()[batch.weights])
+def token_rows(x: Tensor, call: Call, batch: Batch, linear: LinearLayer, *, ones: bool = True) -> Tensor:
+    """Return the rows of predicted tokens ``[n, d]``, with a column of ones if the map has a bias.
+
+    Args:
+        x: input or output of the layer, or a gradient there, ``[..., d]``.
+        call: the run that it belongs to.
+        batch: the micro-batch.
+        linear: the layer.
+        ones: whether a column of ones is wanted.
+
+    Raises:
+        UnsupportedModelError: If some tokens are padding and it cannot be told which rows are theirs.
+    """
+    rows = widened(_predicted(x.detach(), call.rows, batch.weights, linear))
     return with_ones(rows) if ones and linear.has_bias else rows
+
+
+def _predicted(x: Tensor, rows: Tensor | None, weights: Tensor, linear: LinearLayer) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    if rows is not None:
+        return flat[weights.flatten()[rows]]
+    if x.dim() > 2 and x.shape[:2] == weights.shape:
+        return x[weights].reshape(-1, x.shape[-1])  # also several rows per token, such as one for each head
+    if len(flat) == weights.numel():
+        return flat[weights.flatten()]
+    if not bool(weights.all()):
+        raise UnsupportedModelError(
+            f"Not yet: {linear.name} sees {tuple(x.shape)} instead of one row per token, and some tokens are padding "
+            "that cannot be told from the others. Use a probe whose sequences are all full."
+        )
+    return flat
 
 
 def proposals_of(
@@ -186,12 +243,17 @@ def proposals_of(
     """
     # Maps that share an input share the very tensor S, hence its decomposition.
     references: dict[int, InputWhitened] = {}
+    # An expert that select gives no token cannot be calibrated; it stays as it is.
+    fits = [{linear: moments for linear, moments in fit.items() if linear in select} for fit in fits]
     for linear, moments in fits[0].items():
         if id(moments.S) not in references:
             references[id(moments.S)] = InputWhitened(moments.S, select[linear].S, name=linear.name)
-            _warn_of_rank(linear, moments, references[id(moments.S)].spectrum)
+            if not linear.is_expert:
+                _warn_of_rank(linear, moments, references[id(moments.S)].spectrum)
+    _warn_of_experts(block, fits[0])
     rotated_select = {m: references[id(moments.S)].rotate(select[m].C) for m, moments in fits[0].items()}
     made = []
+    tokens_of = routed(block, fits[0])
     shared: dict[int, Tensor] = {}
     for fit in fits:
         whitened: dict[LinearLayer, Proposal] = {}
@@ -214,6 +276,7 @@ def proposals_of(
                 rotated_select[linear],
                 whitened[linear],
                 natural.get(linear),
+                tokens_of.get(linear),
             )
             signals.append(of_layer(SWEPT, sums))
         changes: dict[Direction, dict[LinearLayer, Proposal]] = {}
@@ -275,6 +338,26 @@ def _numbers(made: BlockProposals) -> tuple[dict[str, Any], dict[Direction, list
 def _compact(proposals: dict[LinearLayer, Proposal]) -> dict[LinearLayer, Proposal]:
     """Return the proposals in half precision: those of all blocks are alive together."""
     return {linear: replace(p, change=p.change.to(PROPOSAL_DTYPE)) for linear, p in proposals.items()}
+
+
+def _warn_of_experts(block: Block, fit: dict[LinearLayer, Moments]) -> None:
+    """Warn once for all experts of a block that few tokens were routed to, or none."""
+    experts = [linear for linear in block.linears if linear.is_expert]
+    rows = {linear: fit[linear].n if linear in fit else 0 for linear in experts}
+    few = {linear: n for linear, n in rows.items() if n < linear.weight().shape[1]}
+    if not few:
+        return
+    none = sum(n == 0 for n in few.values())
+    text = (
+        f"{block.name}: {len(few)} of {len(experts)} matrices of experts saw fewer fit tokens than they have inputs, "
+        f"{none} of them none on fit or select. Damping keeps the result valid; more fit tokens would sharpen it."
+    )
+    warnings.warn(
+        IllConditionedWarning(
+            text, "few-expert-tokens", block=block.name, matrices=len(few), of=len(experts), without=none
+        ),
+        stacklevel=2,
+    )
 
 
 def _warn_of_rank(linear: LinearLayer, moments: Moments, spectrum: Spectrum) -> None:

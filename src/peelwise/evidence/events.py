@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from peelwise.evidence.trends import EquivalentSteps
-from peelwise.records.base import Interval, Note
+from peelwise.records.base import Note
 from peelwise.records.run import Event, Level
 from peelwise.records.signals import title_of
 
@@ -93,34 +92,11 @@ class Seen:
     dead: Finding | None = None
     clipped_to: float | None = None
 
-
-def turned_red(
-    step: int, block: int, gain: Interval, worth: EquivalentSteps | None, *, since: int, measured: int, seen: Seen
-) -> Event:
-    """Return the event of a block that is red, now or still.
-
-    Args:
-        step: now.
-        block: its index.
-        gain: recoverable loss.
-        worth: the same in steps of training, where a slope is known.
-        since: step from which on it has been red.
-        measured: step of the measurement.
-        seen: what else is known of it.
-    """
-    how_long = f"block {block} red for {step - since} steps" if step > since else f"block {block} turned red"
-    half = (gain.high - gain.low) / 2
-    text = f"{how_long}: {gain.mean:.3f} +- {half:.3f} nats recoverable, {_worth(worth)}"
-    if measured < step:
-        text += f" (measured at step {measured})"
-    return Event(step, "alert", "red", f"{text}.", block, since, red_advice(seen))
-
-
-def no_longer_red(step: int, block: int, colour: str, since: int) -> Event:
-    """Return the event of a block that was red until now."""
-    words = {"green": "nothing above the margin is found now", "yellow": "the loss is falling again"}
-    why = words.get(colour, "it is undecided now")
-    return Event(step, "info", "no-longer-red", f"block {block} is no longer red: {why}.", block, since)
+    @property
+    def has_own_cause(self) -> bool:
+        """Whether something of this block alone explains why it is red."""
+        slow = self.rate_ratio is not None and self.rate_ratio < _SLOW
+        return self.untrained is not None or self.dead is not None or slow
 
 
 def changed(step: int, block: int, change: Change) -> Event:
@@ -280,10 +256,27 @@ def not_monitored(step: int, error: Exception) -> Event:
     return Event(step, "warning", "not-monitored", f"training goes on unmonitored: {_named(error)}")
 
 
-def cost(step: int, seconds: float, budget: float) -> Event:
-    """Return the event of the first measurement: what it took, and how often the budget allows one."""
-    text = f"one measurement takes {seconds:.2g} s; a budget of {budget:.1%} allows one every {seconds / budget:.2g} s."
-    return Event(step, "info", "cost", text, suggestion="A smaller probe can be measured more often.")
+def cost(step: int, full: int, taken: int, seconds_per_token: float, budget: float) -> Event:
+    """Return the event of what measurements are expected to cost, at the first step.
+
+    Args:
+        step: the first one.
+        full: tokens of the whole probe.
+        taken: of them, what measurements begin with.
+        seconds_per_token: that a measurement takes which can decide a block.
+        budget: share of wall time.
+    """
+    text = f"{full:,} probe tokens at {budget:.1%} mean one measurement in {_time(full * seconds_per_token / budget)}"
+    if taken < full:
+        text += f"; {taken:,} are measured at first, one in {_time(taken * seconds_per_token / budget)}"
+    advice = "More are taken as the run gets longer." if taken < full else ""
+    return Event(step, "info", "cost", f"{text}.", suggestion=advice)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.2g} min" if seconds < 5400 else f"{seconds / 3600:.2g} h"
 
 
 def few_tokens(step: int, note: Note) -> Event:
@@ -292,6 +285,9 @@ def few_tokens(step: int, note: Note) -> Event:
     if note.code == "few-fit-tokens":
         text = f"{found['tokens']} fit tokens are few for the {found['inputs']} inputs of {found['layer']}"
         text += f" (its sum has rank {found['rank']})"
+    elif note.code == "few-expert-tokens":
+        text = f"{found['matrices']} of {found['of']} matrices of experts of {found['block']} saw fewer fit tokens "
+        text += f"than they have inputs, {found['without']} of them none"
     else:
         text = f"the sum of {found['layer']} needs damping {found['used']:g} instead of {found['damping']:g}"
     advice = "Damping keeps the result valid; more fit tokens would sharpen it."
@@ -319,17 +315,3 @@ def dead_rows(step: int, block: int, dead: int, layer: str) -> Event:
     text = f"block {block}: {dead} outputs of {layer} have all-zero weights."
     advice = "They contribute nothing; a scale per channel, or a smaller threshold, may bring them back."
     return Event(step, "warning", "dead-rows", text, block, suggestion=advice)
-
-
-def _worth(worth: EquivalentSteps | None) -> str:
-    if worth is None or worth.low is None:
-        return "with a loss that is not moving"
-    if worth.mean is None:
-        return f"worth {_steps(worth.low)} steps or more"
-    return f"worth {_steps(worth.mean)} steps"
-
-
-def _steps(steps: float) -> str:
-    """Round to two digits: more would be noise."""
-    rounded = float(f"{steps:.2g}")
-    return f"{rounded:,.0f}" if rounded >= 10 else f"{rounded:g}"

@@ -22,6 +22,7 @@ RULE = 2
 _OWN_GAINS = 2  # the rule since which marginal gains decide on other text
 _ROBUST_DEVIATIONS = 3.0
 _FEWEST_FOR_TREND = 5
+_AT_WORK = 4.0  # margins that the median block's removal costs where it says something that one costs nothing
 _APART = 1.96  # standard errors
 
 
@@ -187,6 +188,23 @@ def harmful(removals: Sequence[Paired | None], margin: float) -> list[int]:
     shown = _holm([r.p_at_least(-margin) if r else None for r in removals])
     found = [(r.mean, i) for i, (r, flag) in enumerate(zip(removals, shown, strict=True)) if r and flag]
     return [i for _, i in sorted(found)]
+
+
+def idle(removals: Sequence[Paired | None], margin: float) -> list[int]:
+    """Return the blocks that do no work: leaving one out changes the loss by less than the margin (Holm over all).
+
+    Only where the median block is worth several margins: in a model whose blocks all do little, none stands out.
+
+    Args:
+        removals: what the loss rises by without each block, nats per token.
+        margin: smallest change that matters.
+    """
+    known = [r.mean for r in removals if r]
+    if len(known) < _FEWEST_FOR_TREND or float(np.median(known)) < _AT_WORK * margin:
+        return []
+    below = _holm([r.p_at_least(margin) if r else None for r in removals])
+    above = _holm([r.p_at_most(-margin) if r else None for r in removals])
+    return [i for i, shown in enumerate(zip(below, above, strict=True)) if all(shown)]
 
 
 def _holm(p_values: Sequence[float | None]) -> list[bool]:

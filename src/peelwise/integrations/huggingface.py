@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from peelwise.api.monitor import Monitor, tell_unmonitored
 from peelwise.engine.opening import checked_blocks
 from peelwise.errors import MissingExtraError, OptionError
@@ -31,7 +34,8 @@ class PeelwiseCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, probe: Probe, **options: Any) -> None:
         self._probe, self._options = probe, options
         self.monitor: Monitor | None = None
-        self._loss: float | None = None
+        self._losses: list[Tensor] = []  # of the micro-batches of this step
+        self._logged_loss: float | None = None
         self._logged_step: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **found: Any) -> None:
@@ -46,15 +50,23 @@ class PeelwiseCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **found: Any) -> None:
         """Step the monitor while gradients are still there; the trainer counts the step only afterwards."""
+        losses, self._losses = self._losses, []
         if self.monitor is not None:
-            self.monitor.step(state.global_step + 1, loss=self._loss)
-            self._loss = None
+            # The trainer has divided each by the number of micro-batches, or by that of all their tokens.
+            loss = torch.stack(losses).sum() if losses else self._logged_loss
+            self._logged_loss = None
+            self.monitor.step(state.global_step + 1, loss=loss)
+
+    def keep(self, loss: Tensor) -> None:
+        """Keep the loss of a micro-batch, unread: the trainer itself reads it only when it logs."""
+        if self.monitor is not None:
+            self._losses.append(loss.detach().float().reshape(()))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **found: Any) -> None:
-        """Take the loss, which the trainer tells only here, and add the numbers of a new measurement to the logs."""
+        """Add the numbers of a new measurement to the logs; take the loss from them where no other is had."""
         if self.monitor is None or logs is None or "loss" not in logs:
             return
-        self._loss = float(logs["loss"])
+        self._logged_loss = float(logs["loss"])
         logs["peelwise/share"] = self.monitor.share
         last = self.monitor.last
         if last is not None and last.step != self._logged_step:
@@ -93,4 +105,12 @@ def attach(trainer: Trainer, probe: Probe, **options: Any) -> PeelwiseCallback:
     checked_blocks(trainer.model, probe)
     callback = PeelwiseCallback(probe, **options)
     callbacks.insert(0, callback)
+    step = trainer.training_step
+
+    def training_step(*args: Any, **options: Any) -> Any:
+        loss = step(*args, **options)
+        callback.keep(loss)
+        return loss
+
+    trainer.training_step = training_step
     return callback

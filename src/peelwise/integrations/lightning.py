@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from peelwise.api.monitor import Monitor, tell_unmonitored
 from peelwise.errors import MissingExtraError
@@ -40,7 +41,7 @@ class PeelwiseCallback(Callback):  # type: ignore[misc]
         self._model_of = model or _own_model
         self.monitor: Monitor | None = None
         self._step = 0
-        self._losses: list[float] = []
+        self._losses: list[Tensor] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the monitor, in all processes."""
@@ -59,11 +60,12 @@ class PeelwiseCallback(Callback):  # type: ignore[misc]
             return
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if loss is not None:
-            self._losses.append(float(loss))  # Lightning has divided it by the number of micro-batches
+            # Lightning has divided it by the number of micro-batches. It is read later, so that no step waits for it.
+            self._losses.append(torch.as_tensor(loss).detach().float().reshape(()))
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        found = self.monitor.step(self._step, loss=sum(self._losses) if self._losses else None)
+        found = self.monitor.step(self._step, loss=torch.stack(self._losses).sum() if self._losses else None)
         self._losses.clear()
         if found is not None:
             for logger in trainer.loggers:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peelwise.errors import UnsupportedModelError
 from peelwise.model.layers import Block
+from peelwise.model.replaced import forward_replaced
 
 
 def without_hidden(
@@ -91,19 +92,3 @@ def _like(rest: tuple[Any, ...] | list[Any] | None, hidden: Tensor) -> Any:
     if rest is None:
         return hidden
     return [hidden, *rest] if isinstance(rest, list) else (hidden, *rest)
-
-
-@contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a module compute something else inside the context; nothing of it is changed afterwards."""
-    own = module.__dict__.get("forward")
-    try:
-        module.__dict__["forward"] = forward
-        yield
-    finally:
-        # After an interrupt this may come late, when another is in its place.
-        if module.__dict__.get("forward") is forward:
-            if own is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = own

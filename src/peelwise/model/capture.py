@@ -9,22 +9,35 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peelwise.errors import UnsupportedModelError
+from peelwise.model.experts import ExpertLinear
 from peelwise.model.layers import LinearLayer
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One run of a linear layer.
+
+    Attributes:
+        x: the input ``[..., d_in]`` detached.
+        y: the output ``[..., d_out]``, still in the graph.
+        rows: of an expert, which tokens ``[n]`` of all in the micro-batch it was given; ``None`` for all, or unknown.
+    """
+
+    x: Tensor
+    y: Tensor
+    rows: Tensor | None = None
 
 
 @dataclass
 class Capture:
-    """Inputs and outputs of linear layers during one forward; layers fed by one tensor share a group.
+    """The runs of linear layers during one forward; layers that were fed the same tensors share a group.
 
     Attributes:
-        inputs: per layer, the input ``[..., d_in]`` detached.
-        outputs: per layer, the output ``[..., d_out]``, still in the graph.
-        groups: per layer, the name of the first layer that was fed the very same tensor.
+        calls: per layer that ran, its runs in order.
+        groups: per layer, the first layer that was fed the very same tensor in every run.
     """
 
-    inputs: dict[LinearLayer, Tensor] = field(default_factory=dict)
-    outputs: dict[LinearLayer, Tensor] = field(default_factory=dict)
+    calls: dict[LinearLayer, list[Call]] = field(default_factory=dict)
     groups: dict[LinearLayer, LinearLayer] = field(default_factory=dict)
 
 
@@ -32,26 +45,22 @@ class Capture:
 def captured(linears: Sequence[LinearLayer]) -> Iterator[Capture]:
     """Record into the yielded `Capture` while the context is open, and leave no hook behind.
 
-    Close it before the backward pass: activation checkpointing runs forward hooks again there.
+    A layer that returns no tensor, as a router that returns weights and indices, or uses its weight in groups of
+    channels, is not recorded. Close the context before the backward pass: activation checkpointing runs forward hooks
+    again there.
     """
     capture = Capture()
-    first_with: dict[int, LinearLayer] = {}
+    first_with: dict[tuple[int, ...], LinearLayer] = {}
     handles = []
 
-    def record(linear: LinearLayer, x: Tensor, y: Tensor) -> None:
-        if linear in capture.inputs:
-            raise UnsupportedModelError(f"Not yet: {linear.name} runs more than once per forward pass.")
-        first = first_with.setdefault(id(x), linear)
-        # Sharing a sum needs the same augmentation by ones.
-        capture.groups[linear] = first if first.has_bias == linear.has_bias else linear
-        # The tensor itself is kept so that its id stays its own until the context closes.
-        capture.inputs[linear] = x
-        capture.outputs[linear] = y
-
     def hook(linear: LinearLayer) -> Any:
-        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            record(linear, x, y)
+            if not isinstance(y, Tensor) or not _is_product(module, x, y):
+                return
+            rows = module.rows if isinstance(module, ExpertLinear) else None
+            # The tensor itself is kept so that its id stays its own until the context closes.
+            capture.calls.setdefault(linear, []).append(Call(x, y, rows))
 
         return after
 
@@ -62,3 +71,15 @@ def captured(linears: Sequence[LinearLayer]) -> Iterator[Capture]:
     finally:
         for handle in handles:
             handle.remove()
+        for linear, calls in capture.calls.items():
+            first = first_with.setdefault(tuple(id(call.x) for call in calls), linear)
+            # Sharing a sum needs the same augmentation by ones.
+            shared = first.has_bias == linear.has_bias and not linear.is_expert
+            capture.groups[linear] = first if shared else linear
+
+
+def _is_product(module: nn.Module, x: Any, y: Tensor) -> bool:
+    """Whether ``x [.., d_in]`` and ``y [.., d_out]`` are as wide as the layer's weight."""
+    if type(module) is nn.Linear or not isinstance(module, nn.Linear):
+        return True  # layers that are no ``nn.Linear`` are recognised by what they compute
+    return x.shape[-1] == module.in_features and y.shape[-1] == module.out_features

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peelwise.model.experts import call_experts_
 from peelwise.model.layers import device_of, unwrapped
 from peelwise.nn.swap import quantize_like_
 
@@ -35,4 +36,5 @@ def fresh_copy(model: nn.Module, seed: int) -> nn.Module | None:
                     return None
                 reset()
     fresh = fresh.to(device_of(model), parameter.dtype).eval()
+    call_experts_(fresh)
     return fresh.requires_grad_(False)

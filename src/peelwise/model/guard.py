@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from peelwise.distributed.sharding import at_rest
+from peelwise.model.experts import experts_called
 
 
 @contextmanager
@@ -23,9 +24,10 @@ def untouched(model: nn.Module) -> Iterator[None]:
     ``requires_grad``, the random states of Python, NumPy and PyTorch, and PyTorch's flags; our hooks are gone.
     Compiled code is run eagerly inside, because hooks added after compilation would be ignored, and autocast is off,
     also where accelerate has put it inside of the model's ``forward`` (a Trainer with ``bf16=True``).
-    Of a model that is spread over processes all of them enter together.
+    Experts are run one by one (`peelwise.model.experts`). Of a model that is spread over processes all of them enter
+    together.
     """
-    with at_rest(model), _restored(model):
+    with at_rest(model), _restored(model), experts_called(model):
         yield
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peelwise.errors import FormatError, UnsupportedModelError
+from peelwise.model.experts import ExpertLinear, layers_of
 from peelwise.model.weights.held import Held
 from peelwise.model.weights.table import held, is_low_bit
 
@@ -26,6 +27,17 @@ class LinearLayer:
     def has_bias(self) -> bool:
         """Whether the layer adds a bias; then its change has one more column."""
         return isinstance(getattr(self.module, "bias", None), Tensor)
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it is one expert's matrix in a parameter of all experts."""
+        return isinstance(self.module, ExpertLinear)
+
+    @property
+    def parameter(self) -> object:
+        """What holds the weight: a parameter, of one expert that of all; ``None`` if the weight is made of others."""
+        module = self.module
+        return module.parameter if isinstance(module, ExpertLinear) else module._parameters.get("weight")
 
     @property
     def low_bit(self) -> bool:
@@ -118,7 +130,16 @@ def _is_transposed(module: nn.Module) -> bool:
 
 
 def linear_layers(module: nn.Module, prefix: str) -> Iterator[LinearLayer]:
-    """Yield the linear layers inside of a module, named from the model's root."""
+    """Yield the linear layers inside of a module, those of experts too, named from the model's root."""
+    yield from linear_modules(module, prefix)
+    for name, child in module.named_modules():
+        for parameter, views in layers_of(child).items():
+            path = ".".join(part for part in (prefix, plain_name(name), parameter) if part)
+            yield from (LinearLayer(f"{path}.{view.index}", view, False) for view in views)
+
+
+def linear_modules(module: nn.Module, prefix: str) -> Iterator[LinearLayer]:
+    """Yield the linear layers that are modules, named from the model's root."""
     # PyTorch's attention reads the weights of its linear layer itself, so a hook there has no effect.
     read = {id(m.out_proj) for m in module.modules() if isinstance(m, nn.MultiheadAttention)}
     for name, child in module.named_modules():

@@ -57,7 +57,9 @@ def parts_of(block: Block) -> Parts:
     module = unwrapped(block.module)
     # Also those that an audit leaves as they are: a part is what the model computes with.
     order = {id(child): place for place, child in enumerate(module.modules())}
-    everything = sorted((*block.linears, *block.frozen), key=lambda linear: order[id(linear.module)])
+    # Experts are not parts: which of them does what is not the same in all blocks.
+    single = [linear for linear in (*block.linears, *block.frozen) if not linear.is_expert]
+    everything = sorted(single, key=lambda linear: order[id(linear.module)])
     linears = {linear.name.removeprefix(f"{block.name}."): linear for linear in everything}
     norms = {name: child for name, child in module.named_modules() if _is_norm(child)}
     return Parts(block, _branches(module, linears), norms, linears, _head_dim(module))

@@ -26,6 +26,8 @@ from peelwise.model.layers import Block, LinearLayer, unwrapped
 from peelwise.probe.probe import Split
 from peelwise.records.options import MICRO_BATCH_TOKENS as MICRO_BATCH_TOKENS
 
+_LOSS_NUMBERS = 2**22  # logits whose losses are taken at once
+
 
 @dataclass
 class Batch:
@@ -36,7 +38,8 @@ class Batch:
     weights: Tensor  # [b, t] bool: predicted tokens
     padded: bool
     attended: Tensor  # [b, t] bool: real input positions that predict something, also in rows that only fill up
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)  # per block, without H
+    # Per block, without H; ``None`` for a block that the model skips for such a text.
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]] | None] = field(default_factory=list)
     stations: list[Tensor] = field(default_factory=list)  # L + 1 of [b, t, d]
     rest: tuple[Any, ...] | list[Any] | None = None  # what the last block returns beside H, if it is one of several
 
@@ -123,6 +126,27 @@ class Runner:
         return Trace(batches, self._of_all(losses, split.sequences), tokens)
 
     @torch.no_grad()
+    def losses_ahead(self, split: Split) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Run the whole model over a split and return what its logits cost, and keep nothing.
+
+        Returns:
+            Per sequence ``[sequences]``: loss and number of the next tokens; loss of those that have one behind them,
+            and loss of that one under the same logits. A model whose labels were shifted twice predicts the latter.
+        """
+        columns: list[list[Tensor]] = [[], [], [], []]
+        for batch in self._batches(split):
+            logits = self._call(batch)
+            own = _token_losses(logits, batch.targets).double() * batch.weights  # [b, t]
+            both = batch.weights[:, :-1] & batch.weights[:, 1:]
+            after = _token_losses(logits[:, :-1], batch.targets[:, 1:]).double() * both
+            rows = own.sum(1), batch.weights.sum(1).double(), (own[:, :-1] * both).sum(1), after.sum(1)
+            for column, row in zip(columns, rows, strict=True):
+                column.append(row)
+        self.work.add(1.0, split.tokens)
+        first, second, third, fourth = (self._of_all(column, split.sequences) for column in columns)
+        return first, second, third, fourth
+
+    @torch.no_grad()
     def losses_from(self, trace: Trace, start: int) -> Tensor:
         """Return the losses ``[sequences]`` of running blocks ``start..`` on the cached station before them."""
         losses = []
@@ -164,7 +188,10 @@ class Runner:
     def run_block(self, block: Block, hidden: Tensor, batch: Batch) -> Tensor:
         """Call one block as the model called it, and return its hidden state ``[b, t, d]``."""
         self._meet()
-        args, kwargs = batch.calls[block.index]
+        call = batch.calls[block.index]
+        if call is None:
+            return hidden
+        args, kwargs = call
         with self.as_called(hidden):
             return hidden_of(block.module(hidden, *args, **kwargs))
 
@@ -201,7 +228,7 @@ class Runner:
 
     def block_gradients(
         self, block: Block, batch: Batch, gradients: Sequence[Tensor]
-    ) -> tuple[Capture, list[tuple[Tensor, dict[LinearLayer, Tensor]]]]:
+    ) -> tuple[Capture, list[tuple[Tensor, dict[LinearLayer, list[Tensor]]]]]:
         """Pass gradients back through one block; several share its forward pass.
 
         Args:
@@ -210,21 +237,25 @@ class Runner:
             gradients: gradients at the block's output, each ``[b, t, d]``.
 
         Returns:
-            What its linear layers saw, and for each gradient the one at its input and those at each layer's output.
+            What its linear layers saw, and for each gradient the one at its input and those at each layer's output, one
+            per run. A layer whose output has no gradient, as one that only chooses which tokens are looked at, or that
+            the block's output does not depend on, is left out.
+
+        Raises:
+            NotDifferentiableError: If the block hides its inner results from gradients.
         """
         hidden = batch.stations[block.index].detach().requires_grad_(True)
         with torch.enable_grad():
             with captured(block.linears) as capture:
                 out = self.run_block(block, hidden, batch)
-            used = {name: y for name, y in capture.outputs.items() if y.requires_grad}
-            if len(used) < len(capture.outputs):
-                raise not_differentiable(block.name)
+            used = differentiable(capture, out, block.name)
+            outputs = [y for ys in used.values() for y in ys]
             results = []
             for left, gradient in zip(range(len(gradients), 0, -1), gradients, strict=True):
                 found = torch.autograd.grad(
-                    out, [hidden, *used.values()], gradient.to(out.dtype), retain_graph=left > 1, allow_unused=True
+                    out, [hidden, *outputs], gradient.to(out.dtype), retain_graph=left > 1, allow_unused=True
                 )
-                grads = {name: g for name, g in zip(used, found[1:], strict=True) if g is not None}
+                grads = gradients_by_layer(used, found[1:])
                 results.append((torch.zeros_like(hidden) if found[0] is None else found[0], grads))
         self.work.add(self.shares[block.index], float(batch.weights.sum()), 1 + 2 * len(gradients))
         return capture, results
@@ -304,6 +335,10 @@ class Runner:
             raise _too_few_logits(self.model, logits, batch)
         return logits
 
+    def running(self, batch: Batch) -> list[Block]:
+        """Return the blocks that the model does not skip."""
+        return [block for block, call in zip(self.blocks, batch.calls, strict=True) if call is not None]
+
     @torch.no_grad()
     def own_logits(self, batch: Batch, inputs: Tensor | None = None) -> Tensor:
         """Return the logits ``[b, t, vocabulary]`` of the model's own forward, optionally for other token ids."""
@@ -318,32 +353,51 @@ class Runner:
         batch.stations.clear()
         batch.calls.clear()
 
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden, args, kwargs = without_hidden(args, kwargs, module)
+        runs: list[int] = []
+        chosen: list[Tensor] = []  # which tokens or experts the last block chose, if it says so beside the hidden state
+
+        def before(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden, args, kwargs = without_hidden(args, kwargs, block.module)
+            if not batch.calls:
+                runs.clear()  # the model is called once more, with targets
+            runs.append(block.index)
+            for value in (*args, *kwargs.values()):
+                if any(value is each for each in chosen):
+                    raise _handed_on(block)
+            while len(batch.calls) < block.index:  # blocks that were skipped
+                batch.stations.append(hidden)
+                batch.calls.append(None)
             batch.stations.append(hidden)
             batch.calls.append((tuple(map(uncached, args)), {name: uncached(a) for name, a in kwargs.items()}))
             self.autocast = _autocast(hidden.device.type)
 
-        def after(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            batch.stations.append(hidden_of(out))
+        def after(block: Block, out: Any) -> None:
             batch.rest = out[1:] if type(out) is list else tuple(out[1:]) if isinstance(out, tuple) else None
+            # What has a gradient is found by comparing gradients.
+            chosen[:] = [each for each in batch.rest or () if isinstance(each, Tensor) and not each.is_floating_point()]
+            batch.stations[block.index + 1 :] = [hidden_of(out)]
 
         with ExitStack() as stack:
             for block in self.blocks:
-                handle = block.module.register_forward_pre_hook(before, with_kwargs=True)
-                stack.callback(handle.remove)
-            stack.callback(self.blocks[-1].module.register_forward_hook(after).remove)
+                stack.callback(
+                    block.module.register_forward_pre_hook(
+                        lambda _m, args, kwargs, block=block: before(block, args, kwargs), with_kwargs=True
+                    ).remove
+                )
+                stack.callback(
+                    block.module.register_forward_hook(lambda _m, _args, out, block=block: after(block, out)).remove
+                )
             logits = self._call(batch)
-        if len(batch.calls) != len(self.blocks):
-            raise UnsupportedModelError(
-                f"Expected each of the {len(self.blocks)} blocks to run once, in order; "
-                f"saw {len(batch.calls)} runs. Shared or skipped blocks are not supported yet."
-            )
+        if not runs or runs != sorted(set(runs)):
+            raise _not_once(self.model, self.blocks, runs)
+        while len(batch.calls) < len(self.blocks):
+            batch.stations.append(batch.stations[-1])
+            batch.calls.append(None)
         return _sequence_losses(logits, batch)
 
     def logits(self, batch: Batch, hidden: Tensor) -> Tensor:
         """Return the logits that the model's own code makes of the last station ``hidden``."""
-        with skipping(self.blocks, hidden, batch.rest):
+        with skipping(self.running(batch), hidden, batch.rest):
             return self._call(batch)
 
     def _batches(self, split: Split) -> Iterator[Batch]:
@@ -387,6 +441,53 @@ def check_replay(runner: Runner, split: Split) -> None:
         )
 
 
+def differentiable(capture: Capture, out: Tensor, name: str) -> dict[LinearLayer, list[Tensor]]:
+    """Return the outputs of the layers that gradients can be had of, one per run.
+
+    Args:
+        capture: what the layers saw.
+        out: what is to be differentiated.
+        name: of the block, for the error.
+
+    Raises:
+        NotDifferentiableError: If ``out`` has none, or hides some by reentrant activation checkpointing.
+    """
+    used = {}
+    for linear, calls in capture.calls.items():
+        outputs = [call.y for call in calls]
+        if all(y.requires_grad for y in outputs):
+            used[linear] = outputs
+    if not out.requires_grad or (len(used) < len(capture.calls) and _is_checkpointed(out)):
+        raise not_differentiable(next((linear.name for linear in capture.calls if linear not in used), name))
+    return used
+
+
+def gradients_by_layer(
+    used: dict[LinearLayer, list[Tensor]], found: Sequence[Tensor | None]
+) -> dict[LinearLayer, list[Tensor]]:
+    """Return the gradients ``found`` at the outputs of ``used``, zero for a run that has none, by layer."""
+    rest, grads = iter(found), {}
+    for linear, outputs in used.items():
+        own = [next(rest) for _ in outputs]
+        if any(g is not None for g in own):
+            grads[linear] = [torch.zeros_like(y) if g is None else g for y, g in zip(outputs, own, strict=True)]
+    return grads
+
+
+def _is_checkpointed(out: Tensor) -> bool:
+    """Whether reentrant activation checkpointing is part of the graph of ``out``."""
+    seen, left = set(), [out.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        if "CheckpointFunction" in node.name():
+            return True
+        seen.add(node)
+        left.extend(parent for parent, _ in node.next_functions)
+    return False
+
+
 def not_differentiable(what: str) -> NotDifferentiableError:
     """Return the error for a block or layer whose output has no gradient."""
     return NotDifferentiableError(
@@ -402,6 +503,25 @@ def _accepted(model: nn.Module) -> Callable[[str], bool]:
     return lambda name: anything or name in found
 
 
+def _not_once(model: nn.Module, blocks: Sequence[Block], runs: Sequence[int]) -> UnsupportedModelError:
+    if not runs:
+        return UnsupportedModelError(
+            f"Not yet: none of {blocks[0].name} and the other {len(blocks) - 1} blocks is called when "
+            f"{type(model).__name__} runs on text: its text model is another part of it."
+        )
+    return UnsupportedModelError(
+        f"Not yet: {type(model).__name__} runs its {len(blocks)} blocks {len(runs)} times per forward pass; expected "
+        "each of them at most once, in order."
+    )
+
+
+def _handed_on(block: Block) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"Not yet: {block.name} ({type(block.module).__name__}) is given by the block before it not only the hidden "
+        "state but also what that one chose, which peelwise does not pass on."
+    )
+
+
 def _too_few_logits(model: nn.Module, logits: Tensor, batch: Batch) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{type(model).__name__} returns logits of {logits.shape[1]} positions for {batch.inputs.shape[1]} tokens; "
@@ -410,8 +530,11 @@ def _too_few_logits(model: nn.Module, logits: Tensor, batch: Batch) -> Unsupport
 
 
 def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    flat = logits.float().flatten(0, 1)
-    return F.cross_entropy(flat, targets.flatten(), reduction="none").view(targets.shape)
+    # A few rows at a time: what lies between logits and losses is as wide as the vocabulary, and stays in the cache.
+    few = max(_LOSS_NUMBERS // logits.shape[-1], 1)
+    rows = zip(torch.split(logits.flatten(0, 1), few), torch.split(targets.flatten(), few), strict=True)
+    losses = [F.cross_entropy(each.float(), wanted, reduction="none") for each, wanted in rows]
+    return torch.cat(losses).view(targets.shape)
 
 
 def _sequence_losses(logits: Tensor, batch: Batch) -> Tensor:

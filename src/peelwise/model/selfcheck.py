@@ -9,27 +9,37 @@ Each is tested; what fails is an error that names the layer, and what is left ou
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from peelwise.errors import PeelwiseError, UnsupportedModelError
+from peelwise.errors import NotCausalError, PeelwiseError, UnsupportedModelError
 from peelwise.model.calls import replaced_hidden
 from peelwise.model.capture import captured
-from peelwise.model.layers import Block, LinearLayer, unwrapped
-from peelwise.model.runner import Batch, Runner, Trace, check_replay, not_differentiable
+from peelwise.model.experts import ExpertLinear, experts_as_they_are
+from peelwise.model.layers import Block, LinearLayer, plain_name, unwrapped
+from peelwise.model.parts import parts_of
+from peelwise.model.runner import (
+    Batch,
+    Runner,
+    Trace,
+    check_replay,
+    differentiable,
+    gradients_by_layer,
+    not_differentiable,
+)
 from peelwise.model.splice import spliced
 from peelwise.probe.probe import Split
 from peelwise.records.base import Note, note
 from peelwise.stats.linalg import solve_dtype
 
 _CHANGE = 0.1  # of a weight's own root mean square: large enough to be seen in half precision
-_NAMED = 3  # layers or parameters that a message names
+_NAMED = 8  # kinds of parameters that a note names
 
 
 @dataclass(frozen=True)
@@ -43,8 +53,10 @@ class _Slack:
 _EXACT, _HALF = _Slack(0.02, 0.01), _Slack(0.35, 0.25)
 
 
-def self_check(runner: Runner, split: Split, *, gradients: bool = True) -> tuple[Note, ...]:
+def self_check(runner: Runner, split: Split, *, gradients: bool = True, causal: bool = True) -> tuple[Note, ...]:
     """Check on the first sequence of a split that the model is one that can be measured as it is.
+
+    Afterwards ``runner.blocks`` have the layers that run and have a gradient, and experts beside such a one.
 
     In order: its own forward returns logits of every position; no logit moves with a later token; blocks called one by
     one give its loss, and its gradients at every linear layer's output; a random change of a block's layers has the
@@ -54,6 +66,7 @@ def self_check(runner: Runner, split: Split, *, gradients: bool = True) -> tuple
         runner: of the model, whose weights are not to change meanwhile.
         split: tokens; one sequence is used.
         gradients: also compare gradients; without, a model that cannot be differentiated passes too.
+        causal: also check that no logit moves with a later token.
 
     Returns:
         What is left out of refinement, where that is more than norms and biases, and an autocast of the model's own.
@@ -66,15 +79,22 @@ def self_check(runner: Runner, split: Split, *, gradients: bool = True) -> tuple
     trace = _first_trace(runner, few)
     if not math.isfinite(trace.mean):
         return ()  # whoever reads the loss says so
-    check_replay(runner, few)
-    check_causal(runner, trace.batches[0])
+    _first_replay(runner, few)
+    if causal:
+        check_causal(runner, trace.batches[0])
     called = {block: _called(runner, block, trace.batches[0]) for block in runner.blocks}
+    if not any(called.values()) and any(block.linears for block in runner.blocks):
+        raise _never_called(runner.blocks)
+    if gradients:
+        called = {block: _with_gradient(runner, trace, block, linears) for block, linears in called.items()}
     if not runner.sharded:  # whole weights and gradients are nowhere to compare with
         if gradients:
             check_gradients(runner, trace, called)
         for block, linears in called.items():
             check_splice(runner, block, linears, trace.batches[0])
-    return (*_left_out(called), *_in_autocast(runner))
+    live = {block: _and_experts(block, linears) for block, linears in called.items()}
+    runner.blocks = tuple(replace(block, linears=linears) for block, linears in live.items())
+    return (*_left_out(live), *_in_autocast(runner))
 
 
 def check_shared(blocks: Sequence[Block]) -> None:
@@ -89,7 +109,9 @@ def check_shared(blocks: Sequence[Block]) -> None:
             weight = getattr(linear.module, "weight", None)
             if not isinstance(weight, Tensor) or linear.low_bit or weight.is_meta:
                 continue
-            known = first.setdefault(id(weight), linear.name)
+            of_expert = linear.module.index if isinstance(linear.module, ExpertLinear) else None
+            holder = weight if linear.parameter is None else linear.parameter
+            known = first.setdefault((id(holder), of_expert), linear.name)
             if known != linear.name:
                 raise UnsupportedModelError(
                     f"Not yet: {known} and {linear.name} share one weight. A change of one layer is a change of both, "
@@ -123,7 +145,7 @@ def check_causal(runner: Runner, batch: Batch) -> None:
     an odd position near the middle, where no chunk of even size ends.
 
     Raises:
-        UnsupportedModelError: If an earlier logit moves: the model may read what it is to predict.
+        NotCausalError: If an earlier logit moves: the model may read what it is to predict.
     """
     length = int(batch.attended[0].sum())
     before = runner.own_logits(batch)
@@ -142,7 +164,7 @@ def _check_causal_from(runner: Runner, batch: Batch, before: Tensor, cut: int, l
     earlier, later = float(moved[:cut].max()), float(moved[cut:length].max())
     if earlier > 1e-2 * later and earlier > 1e-4 * float(before.float().abs().max()):
         position = int(moved[:cut].argmax())
-        raise UnsupportedModelError(
+        raise NotCausalError(
             f"{type(runner.model).__name__} is not causal: with other tokens from position {cut} on, its logits at "
             f"position {position} move by {earlier:.3g}. It reads the tokens that it is to predict (a masked, "
             "bidirectional, prefix or chunk-wise model, or a missing mask), so its loss on them says nothing. peelwise "
@@ -167,7 +189,7 @@ def check_gradients(runner: Runner, trace: Trace, called: dict[Block, tuple[Line
         _, ((gradient, found),) = runner.block_gradients(block, batch, [gradient])
         for linear in called[block]:
             true = whole[linear]
-            other = found[linear].float() if linear in found else torch.zeros_like(true)
+            other = _joined(found[linear]) if linear in found else torch.zeros_like(true)
             size = _norm(true) + 1e-3 * largest
             differences.append((_norm(other - true) / size if size else 0.0, linear))
     worst, linear = max(differences, key=lambda pair: pair[0])
@@ -185,16 +207,9 @@ def check_splice(runner: Runner, block: Block, linears: Sequence[LinearLayer], b
     Raises:
         UnsupportedModelError: With the name of the first layer for which it does not.
     """
-    names = {id(module): name for name, module in unwrapped(block.module).named_modules()}
-    changes, written = {}, {}
-    for linear in linears:
-        key = names.get(id(linear.module))
-        if key is None or not _writable(linear):
-            continue
-        changes[linear] = _random_change(linear)
-        weight = linear.weight()
-        own = (weight.float() + changes[linear][:, : weight.shape[1]]).to(weight.dtype)
-        written[linear] = {f"{key}.weight".lstrip("."): (own.T if linear.transposed else own)}
+    module = unwrapped(block.module)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    changes = {linear: _random_change(linear) for linear in linears if _writable(linear, names)}
     if not changes:
         return
     slack = _slack(runner)
@@ -203,8 +218,8 @@ def check_splice(runner: Runner, block: Block, linears: Sequence[LinearLayer], b
     def apart(some: Sequence[LinearLayer]) -> float:
         with spliced({linear: changes[linear] for linear in some}):
             hooked = _block_output(runner, block, batch, {})
-        weights = {key: value for linear in some for key, value in written[linear].items()}
-        true = _block_output(runner, block, batch, weights)
+        with experts_as_they_are(module):  # what the model's own code makes of the weights
+            true = _block_output(runner, block, batch, _written({m: changes[m] for m in some}, names))
         effect = max(_norm(true - base), _norm(hooked - base))
         return _norm(hooked - true) / max(effect, 1e-4 * _norm(base), 1e-30)
 
@@ -233,24 +248,65 @@ def _first_trace(runner: Runner, few: Split) -> Trace:
         ) from error
 
 
+def _first_replay(runner: Runner, few: Split) -> None:
+    """Call the blocks one by one for the first time; what they raise is about how they want to be called."""
+    try:
+        check_replay(runner, few)
+    except PeelwiseError:
+        raise
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError) as error:
+        said = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no message"
+        raise UnsupportedModelError(
+            f"Not yet: the blocks of {type(runner.model).__name__} cannot be called one by one with the hidden state "
+            f"alone: {type(error).__name__}: {said}"
+        ) from error
+
+
 def _called(runner: Runner, block: Block, batch: Batch) -> tuple[LinearLayer, ...]:
     """Return the linear layers of a block that run; a hook on another has no effect."""
-    if not block.linears:
-        return ()  # nothing is asked about it
     with torch.no_grad(), captured(block.linears) as capture:
         runner.run_block(block, batch.stations[block.index], batch)
-    found = tuple(linear for linear in block.linears if linear in capture.inputs)
-    if not found:
-        raise UnsupportedModelError(
-            f"None of the linear layers of {block.name} ({type(block.module).__name__}) is called when it runs, such "
-            f"as {block.linears[0].name}: it reads their weights itself, so nothing can be measured in it."
-        )
-    return found
+    return tuple(linear for linear in block.linears if linear in capture.calls)
+
+
+def _never_called(blocks: Sequence[Block]) -> UnsupportedModelError:
+    block = next(block for block in blocks if block.linears)
+    return UnsupportedModelError(
+        f"None of the linear layers of {block.name} ({type(block.module).__name__}) is called when it runs, such "
+        f"as {block.linears[0].name}: it reads their weights itself, so nothing can be measured in it."
+    )
+
+
+def _with_gradient(
+    runner: Runner, trace: Trace, block: Block, linears: tuple[LinearLayer, ...]
+) -> tuple[LinearLayer, ...]:
+    """Return the layers of a block whose outputs have a gradient; others only choose, as which tokens are looked at."""
+    if not linears:
+        return ()
+    batch = trace.batches[0]
+    hidden = batch.stations[block.index].detach().requires_grad_(True)
+    with torch.enable_grad(), captured(linears) as capture:
+        out = runner.run_block(block, hidden, batch)
+    used = tuple(differentiable(capture, out, block.name))
+    for branch in parts_of(block).branches:
+        if branch.linears and all(linear in capture.calls and linear not in used for linear in branch.linears):
+            raise not_differentiable(branch.linears[0].name)  # a whole path is hidden: kernels of packed weights
+    return used
+
+
+def _and_experts(block: Block, linears: Sequence[LinearLayer]) -> tuple[LinearLayer, ...]:
+    """Return some layers of a block, and the experts beside those among them: one sequence does not reach all."""
+    reached = {id(linear.parameter) for linear in linears if linear.is_expert}
+    kept = set(linears)
+    return tuple(
+        linear for linear in block.linears if linear in kept or (linear.is_expert and id(linear.parameter) in reached)
+    )
 
 
 def _left_out(called: dict[Block, tuple[LinearLayer, ...]]) -> Iterator[Note]:
     """Yield a note on parameters of blocks that are neither in a layer that runs nor norms, biases and the like."""
-    names, left, total, seen = [], 0, 0, set()
+    count, left, total, seen = 0, 0, 0, set()
+    owners: dict[str, list[int]] = {}  # by a parameter's name within its block
     for block, linears in called.items():
         inside = {id(p) for linear in (*linears, *block.frozen) for p in linear.module.parameters()}
         for name, parameter in unwrapped(block.module).named_parameters():
@@ -260,10 +316,19 @@ def _left_out(called: dict[Block, tuple[LinearLayer, ...]]) -> Iterator[Note]:
             total += parameter.numel()
             # One number a channel (a norm's gain, a bias) is left alone by design, however it is laid out.
             if id(parameter) not in inside and sum(size > 1 for size in parameter.shape) > 1:
-                names.append(f"{block.name}.{name}")
+                owners.setdefault(plain_name(name), []).append(block.index)
+                count += 1
                 left += parameter.numel()
-    if names:
-        yield note("left-out", count=len(names), share=left / total, names=", ".join(names[:_NAMED]))
+    if owners:
+        names = [f"{name} (block{'s' * (len(of) > 1)} {_spans(of)})" for name, of in owners.items()]
+        yield note("left-out", count=count, share=left / total, names=", ".join(names[:_NAMED]))
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Return ascending numbers in words, neighbours together: ``0-3, 7``."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def _in_autocast(runner: Runner) -> Iterator[Note]:
@@ -281,20 +346,25 @@ def _whole_gradients(
         return replaced_hidden(args, kwargs, lambda hidden: hidden.detach().requires_grad_(True))
 
     with ExitStack() as stack, torch.enable_grad():
-        handle = runner.blocks[0].module.register_forward_pre_hook(entry, with_kwargs=True)
+        batch = trace.batches[0]
+        handle = runner.running(batch)[0].module.register_forward_pre_hook(entry, with_kwargs=True)
         stack.callback(handle.remove)
         capture = stack.enter_context(captured(linears))
-        batch = trace.batches[0]
         loss = runner.own_loss(batch)
-        outputs = {linear: y for linear, y in capture.outputs.items() if y.requires_grad}
-    if not loss.requires_grad or len(outputs) < len(linears):
-        hidden = next((linear.name for linear in linears if linear not in outputs), type(runner.model).__name__)
-        raise not_differentiable(hidden)
-    found = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
+        used = differentiable(capture, loss, type(runner.model).__name__)
+    if len(used) < len(linears):
+        raise not_differentiable(next(linear.name for linear in linears if linear not in used))
+    found = torch.autograd.grad(loss, [y for ys in used.values() for y in ys], allow_unused=True)
+    grads = gradients_by_layer(used, found)
     return {
-        linear: torch.zeros_like(y, dtype=torch.float32) if g is None else g.float()
-        for (linear, y), g in zip(outputs.items(), found, strict=True)
+        linear: _joined(grads[linear]) if linear in grads else _joined([torch.zeros_like(y) for y in outputs])
+        for linear, outputs in used.items()
     }
+
+
+def _joined(gradients: Sequence[Tensor]) -> Tensor:
+    """Return the gradients at all runs of a layer as one vector, float32."""
+    return torch.cat([g.float().flatten() for g in gradients])
 
 
 def _random_change(linear: LinearLayer) -> Tensor:
@@ -306,10 +376,27 @@ def _random_change(linear: LinearLayer) -> Tensor:
     return torch.nn.functional.pad(change, (0, int(linear.has_bias)))  # no change of the bias
 
 
-def _writable(linear: LinearLayer) -> bool:
-    """Whether the weight is a plain parameter that another can stand in for."""
-    weight = linear.module._parameters.get("weight")
-    return type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta and not linear.low_bit
+def _writable(linear: LinearLayer, names: Mapping[int, str]) -> bool:
+    """Whether the weight is in a plain parameter, one of ``names``, that another can stand in for."""
+    weight = linear.parameter
+    plain = type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta
+    return plain and id(weight) in names and not linear.low_bit
+
+
+def _written(changes: Mapping[LinearLayer, Tensor], names: Mapping[int, str]) -> dict[str, Tensor]:
+    """Return by name the parameters that the changes of some layers, their biases left out, would be written into."""
+    written: dict[str, Tensor] = {}
+    for linear, change in changes.items():
+        parameter, weight = linear.parameter, linear.weight()
+        assert isinstance(parameter, nn.Parameter)
+        name = names[id(parameter)]
+        own = (weight.float() + change[:, : weight.shape[1]]).to(weight.dtype)
+        if isinstance(linear.module, ExpertLinear):
+            written.setdefault(name, parameter.detach().clone())
+            linear.module.matrix(written[name]).copy_(own)
+        else:
+            written[name] = own.T if linear.transposed else own
+    return written
 
 
 @torch.no_grad()
@@ -317,7 +404,9 @@ def _block_output(runner: Runner, block: Block, batch: Batch, weights: dict[str,
     hidden = batch.stations[block.index]
     if not weights:
         return runner.run_block(block, hidden, batch).float()
-    args, kwargs = batch.calls[block.index]
+    call = batch.calls[block.index]
+    assert call is not None  # no layer of a block that is skipped is checked
+    args, kwargs = call
     with runner.as_called(hidden):
         out = functional_call(unwrapped(block.module), weights, (hidden, *args), kwargs)
     return (out if isinstance(out, Tensor) else out[0]).float()

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peelwise.model.calls import forward_replaced
+from peelwise.model.experts import ExpertLinear
 from peelwise.model.layers import LinearLayer
+from peelwise.model.replaced import forward_replaced
 from peelwise.nn.linear import QuantizedLinear
 
 Changes = Mapping[LinearLayer, Tensor]  # each [d_out, d_in], one more column where the layer has a bias
@@ -59,11 +60,11 @@ class _Frozen:
 
 def _plain(linear: LinearLayer) -> bool:
     module, weight = linear.module, linear.module.weight
-    ours = type(module) is nn.Linear or linear.transposed or isinstance(module, QuantizedLinear)
+    ours = type(module) is nn.Linear or linear.transposed or isinstance(module, QuantizedLinear | ExpertLinear)
     return (
         ours
         and ("forward" not in module.__dict__ or isinstance(module.__dict__["forward"], _Frozen))
-        and type(weight) is nn.Parameter
+        and (type(weight) is nn.Parameter or (isinstance(module, ExpertLinear) and type(weight) is Tensor))
         and weight.dtype in (torch.float32, torch.float64)
         and weight.device.type != "meta"
     )

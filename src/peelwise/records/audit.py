@@ -113,13 +113,14 @@ class LossRecord(Record):
 class RoundRecord(Record):
     """One joint round: which direction and step length were chosen, and the select loss that chose them.
 
-    Inside low-bit formats ``flipped`` is the share of codes that the round changed; for single flips ``step`` is the
-    least predicted decrease that was taken, nats per token.
+    The direction ``factors`` is a factor on what some blocks write, before any other round. Inside low-bit formats
+    ``flipped`` is the share of codes that the round changed; for single flips ``step`` is the least predicted decrease
+    that was taken, nats per token.
     """
 
     direction: str
     step: float
-    output_change: float
+    output_change: float | None = None
     select_before: float
     select_after: float
     flipped: float | None = None

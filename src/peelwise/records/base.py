@@ -37,6 +37,8 @@ class Note(Record):
     ``logits-changed``      behind the head, so that it cannot be re-fitted
     ``not-initialised``     the model cannot be initialised again, so there is no untrained control
     ``few-fit-tokens``      ``tokens`` for the ``inputs`` of ``layer``, ``rank`` of its sum; ``more`` like it
+    ``few-expert-tokens``   so many ``matrices`` ``of`` all experts of ``block`` saw fewer fit tokens than they have
+                            inputs, ``without`` of them none; ``more`` like it
     ``more-damping``        ``used`` instead of ``damping`` for the ``size`` of ``layer``; ``more`` like it
     ``dense-references``    of low-bit layers that hold ``formats``
     ``no-head-fit``         the head of a peel cannot be re-fitted
@@ -56,6 +58,7 @@ class Note(Record):
     ``checkpoint``          tensors of ``folder`` ``compared`` with the model: so many ``differ``, such as ``names``;
                             ``only_model`` and ``only_file`` are in one of them alone
     ``autocast``            the model's own forward computes in ``dtype``
+    ``factor-first``        ``factor`` on what ``part`` of ``block`` writes, in place before the first round of an audit
     ======================  ================================================================================
     """
 

@@ -18,6 +18,7 @@ Reason = Literal[
     "more-tokens",  # grey: the interval covers the margin
     "not-refined",  # grey: not refined by itself within the budget
     "marginal-only",  # grey: the same, but its marginal gain is above the margin
+    "run-at-fault",  # grey: nothing found, but the whole run is at fault, or worse than no blocks
     "frozen",  # no colour: none of its linear layers is asked about, since training does not change them
 ]
 INTERACTS = "+interacts"  # behind a reason in a run history: the block's marginal gain is significantly negative
@@ -30,6 +31,7 @@ Baseline = Literal[
 
 # What the wall time of an audit, a peel or a comparison went into.
 Stage = Literal[
+    "self-checks",
     "losses",
     "statistics",
     "ablation",
@@ -66,6 +68,7 @@ NoteCode = Literal[
     "logits-changed",
     "not-initialised",
     "few-fit-tokens",
+    "few-expert-tokens",
     "more-damping",
     "dense-references",
     "no-head-fit",
@@ -82,4 +85,5 @@ NoteCode = Literal[
     "untied",
     "checkpoint",
     "autocast",
+    "factor-first",
 ]

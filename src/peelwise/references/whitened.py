@@ -29,6 +29,7 @@ from peelwise.stats.linalg import DampedFactor, Spectrum
 START_DAMPING = 0.1
 _FACTOR = 10**0.5
 _LOWEST, _HIGHEST = 1e-6, 1e4
+_ROUNDING = 1e-3  # largest relative error of a proposal that float32 may make
 # Gradients are of low rank where few outputs matter; less damping than this would amplify their noise.
 _LEAST_OUTPUT_DAMPING = 0.03
 
@@ -58,8 +59,8 @@ class Proposal:
 class InputWhitened:
     """Input-whitened proposals for all layers that share one input; one eigen-decomposition serves every damping.
 
-    The decomposition is in float32 and only chooses the damping; what is proposed is solved in float64 and
-    calibrated as it is.
+    The decomposition is in float32: a proposal is tried on other tokens before anything is said of it. Where rounding
+    could change it by more than a thousandth, because of little damping, it is solved in float64.
 
     Args:
         S: ``E[x x^T] [d_in, d_in]`` on the fit tokens.
@@ -72,7 +73,7 @@ class InputWhitened:
         self._S, self._S_select, self._name = S, S_select.float(), name
         U = self.spectrum.vectors
         self._rotated_select = U.T @ self._S_select @ U  # [d_in, d_in], in the eigenbasis of S
-        self._factors: dict[float, DampedFactor] = {}
+        self._factors: dict[float, DampedFactor] = {}  # in float64, by damping
 
     def rotate(self, C: Tensor) -> Tensor:
         """Return ``C [d_out, d_in]`` in the eigenbasis of ``S``, float32."""
@@ -115,22 +116,33 @@ class InputWhitened:
         # tr(D S_s D^T) = sum_jk (C^T C)_jk (S_s)_jk / (l_j l_k), everything in the eigenbasis
         weighted = (rotated.T @ rotated).mul_(self._rotated_select)  # [d_in, d_in]
 
-        def held_out(damping: float) -> float:
+        def along(damping: float) -> tuple[float, float]:
             inverse = 1.0 / self.spectrum.damped(damping)
-            slope, squared = float((overlap * inverse).sum()), float(inverse @ weighted @ inverse)
+            return float((overlap * inverse).sum()), float(inverse @ weighted @ inverse)
+
+        def held_out(damping: float) -> float:
+            slope, squared = along(damping)
             # Signed, so that the climb leads out of where the direction goes uphill on select.
             return slope * abs(slope) / squared if squared > 0 else 0.0
 
         damping = climb(held_out, START_DAMPING, factor=_FACTOR, lowest=_LOWEST, highest=_HIGHEST)
-        if damping not in self._factors:
-            self._factors[damping] = DampedFactor(self._S, damping, name=self._name)
-        D = -self._factors[damping].solve_right(C)  # [d_out, d_in]
-        slope = -float((C_select * D).sum())
-        squared = _squared_norm(D.float(), self._S_select, None)
+        if self.spectrum.rounding(damping) > _ROUNDING:
+            D = -self._factor(damping).solve_right(C)  # [d_out, d_in]
+            slope, squared = -float((C_select * D).sum()), _squared_norm(D.float(), self._S_select, None)
+            moved = _squared_norm(D.float(), self._S.float(), None)
+        else:
+            inverse = 1.0 / self.spectrum.damped(damping)
+            D = -(rotated * inverse) @ self.spectrum.vectors.T  # [d_out, d_in]
+            slope, squared = along(damping)
+            moved = float((rotated.square().sum(0).double() * self.spectrum.values * inverse.double() ** 2).sum())
         weight = min(slope / squared, 1.0) if squared > 0 and slope > 0 else 0.0
         energy = slope**2 / squared if weight > 0 else 0.0
-        change = (weight * D).float()
-        return Proposal(change, damping, weight, energy, weight * slope, _squared_norm(change, self._S.float(), None))
+        return Proposal((weight * D).float(), damping, weight, energy, weight * slope, weight**2 * moved)
+
+    def _factor(self, damping: float) -> DampedFactor:
+        if damping not in self._factors:
+            self._factors[damping] = DampedFactor(self._S, damping, name=self._name)
+        return self._factors[damping]
 
 
 def input_whitened(fit: Moments, select: Moments) -> Proposal:
@@ -155,7 +167,8 @@ def two_sided(fit: Moments, select: Moments, base: Proposal, *, name: str) -> Pr
     if base.weight == 0.0:
         return base
     mu = min(max(base.damping, _LEAST_OUTPUT_DAMPING), 1.0)
-    D = DampedFactor(fit.F, mu, name=name).solve(base.change / base.weight)  # [d_out, d_in]
+    # With so much damping float32 is exact to a few thousandths, and what is proposed is calibrated as it is.
+    D = DampedFactor(fit.F, mu, name=name, dtype=torch.float32).solve(base.change / base.weight)  # [d_out, d_in]
     slope = -float((select.C * D).sum())
     squared = _squared_norm(D.float(), select.S.float(), select.F.float())
     weight = slope / squared if squared > 0 and slope > 0 else 0.0

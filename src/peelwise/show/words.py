@@ -46,6 +46,8 @@ REASONS: Mapping[str, str] = MappingProxyType(
         "not-refined": "undecided: its solo gain was not measured within the budget",
         "marginal-only": "undecided: its marginal gain is above the margin, its solo gain was not measured within the "
         "budget",
+        "run-at-fault": "undecided: something is wrong with the whole run (see its events), or its loss is above that "
+        "of no blocks at all; what is not found then says nothing",
         "frozen": "not asked about: training does not change its linear layers",
     }
 )
@@ -53,6 +55,7 @@ _INTERACTS = "; it interacts with its neighbours: together, they do better witho
 
 STAGES: Mapping[str, str] = MappingProxyType(
     {
+        "self-checks": "self-checks of the model",
         "losses": "losses of the model as it stands",
         "statistics": "statistics of all blocks",
         "ablation": "ablation (blocks skipped one at a time)",
@@ -93,6 +96,8 @@ NOTES: Mapping[str, str] = MappingProxyType(
         "is no untrained control.",
         "few-fit-tokens": "{layer}: {tokens} fit tokens for {inputs} inputs make its [{inputs}, {inputs}] sum rank "
         "deficient (rank {rank}). Damping keeps the result valid; more fit tokens would sharpen it.",
+        "few-expert-tokens": "{block}: {matrices} of {of} matrices of experts saw fewer fit tokens than they have "
+        "inputs, {without} of them none. Damping keeps the result valid; more fit tokens would sharpen it.",
         "more-damping": "{layer}: its [{size}, {size}] sum is rank deficient or badly conditioned at damping "
         "{damping:g}, so {used:g} was used instead. The result is valid; more fit tokens would sharpen it.",
         "dense-references": "Low-bit layers hold {formats}. Their references are dense, so what they gain is not at "
@@ -120,6 +125,8 @@ NOTES: Mapping[str, str] = MappingProxyType(
         "checkpoint": "Compared with {folder}: {differ} of {compared} tensors differ from those in memory ({names}); "
         "{only_model} are in the model alone, {only_file} in the checkpoint alone.",
         "autocast": "The model's own forward computes in {dtype} (autocast inside), and so does every measurement.",
+        "factor-first": "What {part} of block {block} writes was multiplied by {factor:.2f} before the first round; "
+        "the signals of the sweep are those of the model with this factor.",
     }
 )
 

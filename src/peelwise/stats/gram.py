@@ -22,12 +22,17 @@ from peelwise.errors import TooFewSamplesError
 from peelwise.stats.linalg import solve_dtype
 
 # Wide enough for full speed, narrow enough to skip most of the other triangle.
-_TILE = 128
+_TILE = 256
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Frozen means over ``n`` tokens; ``F`` is ``None`` where nobody asked for it."""
+    """Frozen means; ``F`` is ``None`` where nobody asked for it.
+
+    ``S`` and ``C`` are sums over the ``n`` rows that the layer saw, divided by *all* tokens: of an expert they weigh as
+    much as it is used, and slopes of all layers add up. ``F`` is a mean over the rows: divided by all tokens too, its
+    inverse would make the change of an expert the larger the less it is used.
+    """
 
     n: int
     S: Tensor  # [d_in, d_in]
@@ -76,8 +81,11 @@ class _Sum:
 class _ProductSum(_Sum):
     """The sum of one product of rows."""
 
-    def mean(self) -> Tensor:
-        """Return the mean product over the rows seen.
+    def mean(self, tokens: float | None = None) -> Tensor:
+        """Return the mean product over the rows seen, or over more or fewer tokens than rows.
+
+        Args:
+            tokens: what to divide by, where rows are not tokens: only some are routed to an expert.
 
         Raises:
             TooFewSamplesError: If no row was added.
@@ -85,15 +93,30 @@ class _ProductSum(_Sum):
         if self.n == 0:
             raise TooFewSamplesError("A mean needs at least 1 token, got none. Give a longer probe.")
         (total,) = self.totals
-        return total / self.n
+        return total / (self.n if tokens is None else tokens)
 
 
 class GramSum(_ProductSum):
-    """Streaming ``sum_i x_i x_i^T``: `update` with rows, `merge` with another sum, `mean` for ``E[x x^T]``."""
+    """Streaming ``sum_i x_i x_i^T``: `update` with rows, `merge` with another sum, `mean` for ``E[x x^T]``.
+
+    Only the upper triangle of tiles is added up; `mean` mirrors it once.
+    """
 
     def update(self, x: Tensor) -> None:
         """Add the rows of ``x [n, d]``."""
-        self._add(x.shape[0], symmetric_product(x))
+        x = widened(x)
+        if not self.totals:
+            self.totals = (x.new_zeros(x.shape[1], x.shape[1], dtype=solve_dtype(x.device)),)
+        _add_upper_product(self.totals[0], x)
+        self.n += x.shape[0]
+
+    def mean(self, tokens: float | None = None) -> Tensor:
+        """Return ``E[x x^T] [d, d]`` over the rows seen, or over so many ``tokens``, symmetric to the bit.
+
+        Raises:
+            TooFewSamplesError: If no row was added.
+        """
+        return _mirrored_(super().mean(tokens))
 
 
 class CrossSum(_ProductSum):
@@ -139,14 +162,29 @@ def symmetric_product(x: Tensor) -> Tensor:
     A wide ``x`` saves up to half of the products; the result is symmetric to the bit.
     """
     x = widened(x)
-    d = x.shape[1]
-    out = x.new_empty(d, d)
-    for start in range(0, d, _TILE):
-        stop = min(start + _TILE, d)
-        out[start:stop, start:] = x[:, start:stop].T @ x[:, start:]  # [tile, d - start]
-    # One triangle is mirrored: a product of x with itself may differ from its transpose in the last bit.
-    upper = out.triu_()
-    return upper + upper.triu(1).T
+    total = x.new_zeros(x.shape[1], x.shape[1])
+    _add_upper_product(total, x)
+    return _mirrored_(total)
+
+
+def _add_upper_product(total: Tensor, x: Tensor) -> None:
+    """Add the tiles of ``x^T x`` on and above the diagonal to ``total [d, d]``, which may be of a wider dtype."""
+    for start in range(0, x.shape[1], _TILE):
+        stop = start + _TILE
+        total[start:stop, start:].add_(x[:, start:stop].T @ x[:, start:])  # [tile, d - start]
+
+
+def _mirrored_(total: Tensor) -> Tensor:
+    """Copy the upper triangle of ``total [d, d]`` onto the lower one, in place.
+
+    Of the tiles on the diagonal too: a product of ``x`` with itself may differ from its transpose in the last bit.
+    """
+    for start in range(0, total.shape[0], _TILE):
+        stop = start + _TILE
+        upper = total[start:stop, start:stop].triu()
+        total[start:stop, start:stop] = upper + upper.triu(1).T
+        total[stop:, start:stop] = total[start:stop, stop:].T
+    return total
 
 
 def with_ones(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from peelwise.errors import IllConditionedWarning, ModelError
 
@@ -26,13 +27,16 @@ class DampedFactor:
         matrix: ``S [d, d]``, symmetric positive semi-definite up to rounding; any float dtype.
         damping: lambda in units of the mean diagonal, no unit.
         name: what the matrix is, for the warning.
+        dtype: what to solve in; by default float64.
 
     Attributes:
         damping: the damping that was used, in units of the mean diagonal.
     """
 
-    def __init__(self, matrix: Tensor, damping: float, *, name: str = "matrix") -> None:
-        S = matrix.to(solve_dtype(matrix.device))  # [d, d]
+    def __init__(
+        self, matrix: Tensor, damping: float, *, name: str = "matrix", dtype: torch.dtype | None = None
+    ) -> None:
+        S = matrix.to(dtype or solve_dtype(matrix.device))  # [d, d]
         d = S.shape[0]
         mean_diagonal = float(S.diagonal().mean()) if d else 0.0
         # An all-zero matrix (inputs that never fire) still gets a finite, harmless factor.
@@ -94,6 +98,11 @@ class Spectrum:
         shifted: Tensor = self.values + damping * self.unit
         return shifted
 
+    def rounding(self, damping: float) -> float:
+        """Return the relative error that rounding can make in a solve with ``S + damping * unit * I``."""
+        largest = float(self.values[-1]) if len(self.values) else 0.0
+        return torch.finfo(self.values.dtype).eps * (1 + largest / max(damping * self.unit, 1e-300))
+
     def rank(self) -> int:
         """Return how many eigenvalues float32 sums can tell from zero."""
         return int((self.values > len(self.values) * torch.finfo(torch.float32).eps * self.values[-1]).sum())
@@ -112,7 +121,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """
     try:
         values, vectors = torch.linalg.eigh(matrix)
-    except _NotConverged:
+    except LinAlgError:
         values, vectors = _by_singular_values(matrix)
     _check_finite(values)
     return values, vectors
@@ -122,7 +131,7 @@ def eigvalsh(matrix: Tensor) -> Tensor:
     """Return the eigenvalues of `eigh` alone."""
     try:
         values: Tensor = torch.linalg.eigvalsh(matrix)
-    except _NotConverged:
+    except LinAlgError:
         values, _ = _by_singular_values(matrix)
     _check_finite(values)
     return values
@@ -132,7 +141,7 @@ def _by_singular_values(S: Tensor) -> tuple[Tensor, Tensor]:
     _check_finite(S)
     try:
         left, values, right = torch.linalg.svd(S)  # descending
-    except _NotConverged as error:
+    except LinAlgError as error:
         raise ModelError(f"The eigenvalues of a matrix {list(S.shape)} of sums do not converge: {error}") from error
     signs = (left * right.T).sum(0).sign()  # rounding makes some eigenvalues negative
     ascending = (values * signs).argsort()

@@ -1,6 +1,7 @@
 """The live view of a run history in the terminal."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -30,10 +31,29 @@ def test_what_is_shown(run_db):
     assert "measured at step 30: 2.9700 on the probe" in text
     assert "loss -1 per 1,000 steps" in text
     assert "blocks.0 R red" in text
-    assert "blocks.1 G green +0.0300 +- 0.0100 @30" in text  # measured then
+    assert "blocks.1 G green +0.0300 [0.0200, 0.0400] @30" in text  # measured then
     assert "Green does not mean undamaged" in text
     assert "30.1 (x1.5)" in text  # 1.5 times its running median
     assert "step 30: block 0 is red Look." in text
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"level": "alert", "kind": "labels-shifted", "block": None}, "Look here: the end is near"),
+        ({"level": "alert", "kind": "red", "block": 0}, "Look here: the end is near"),  # its letter is R
+        ({"level": "alert", "kind": "red", "block": 1}, "No alert so far."),  # it is green by now
+        ({"level": "warning", "kind": "change", "block": 0}, "No alert so far."),
+    ],
+)
+def test_what_to_look_at_first(told, words, tmp_path):
+    path = tmp_path / "run.db"
+    with RunWriter(path, run_info()) as writer:
+        writer.measurement(replace(measurement_row(0), letters="RGY", events=()))
+        writer.event(replace(event(3, text="the end is near"), **told))
+        text = drawn(path)
+    assert words in text
+    assert ("Look here" in text) is words.startswith("Look here")
 
 
 def test_before_the_first_look_and_with_hostile_names(tmp_path):

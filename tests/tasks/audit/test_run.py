@@ -123,6 +123,7 @@ STAGES = [
     "solo-rounds",
 ]
 FIRST = "losses"
+BEFORE = "self-checks"
 
 
 class Stopper:
@@ -143,7 +144,7 @@ class Stopper:
 def reports_per_stage():
     seen: list[str] = []
     run_audit(ZOO["plain"](), tiny_probe(), ONE_ROUND, watcher=lambda progress: seen.append(progress.stage))
-    assert list(dict.fromkeys(seen)) == [FIRST, *STAGES]
+    assert list(dict.fromkeys(seen)) == [BEFORE, FIRST, *STAGES]
     return {stage: seen.count(stage) for stage in seen}
 
 
@@ -166,7 +167,7 @@ def test_ctrl_c_leaves_a_valid_report_of_what_was_finished(stage, at, reports_pe
     assert verify_certificate(tmp_path / "stopped", model, full=True).holds
 
 
-@pytest.mark.parametrize("stage", [FIRST, *STAGES])
+@pytest.mark.parametrize("stage", [BEFORE, FIRST, *STAGES])
 def test_an_error_is_passed_on_and_nothing_stays_behind(stage, reports_per_stage):
     model = ZOO["plain"]().train()
     before = Snapshot.of(model)
@@ -298,9 +299,8 @@ def test_a_damaged_block_is_found(name, healthy, small_gpt, training_probe):
     assert at_fault.unique_nats.low > record.margin_nats
     distant = [block for block in record.blocks if abs(block.index - index) > 1]
     assert all(block.unique_nats.mean < at_fault.unique_nats.low for block in distant)
-    # Natural energy says so before anything is refined, where it was not so.
-    assert max(record.blocks, key=lambda block: block.natural_energy) is at_fault
-    assert at_fault.natural_energy > 3 * healthy.blocks[index].natural_energy
+    # A factor on what it writes comes before anything is refined.
+    assert {n.values["block"] for n in record.notes if n.code == "factor-first"} == {index}
     # So does taking it out: damage as heavy as this does harm, and the conclusion names it.
     assert min(record.blocks, key=lambda block: block.removal_nats.mean) is at_fault
     assert at_fault.removal_nats.high < -record.margin_nats
@@ -340,6 +340,27 @@ def test_a_block_taken_out_is_a_block_whose_outputs_are_zero(small_gpt, training
         model.model.layers[2].self_attn.o_proj.weight.zero_()
         model.model.layers[2].mlp.down_proj.weight.zero_()
         assert torch.allclose(without, runner.trace(training_probe.select).losses, rtol=1e-6)
+
+
+def test_a_factor_on_what_is_unlike_comes_first_and_singles_out_the_block(small_gpt, training_probe, tmp_path):
+    """On text that is not known to be training text; the sign is turned back, and nobody else has anything left."""
+    broken = damage.sign_flip(small_gpt("final")[0], 3)
+    probe = dataclasses.replace(training_probe, in_distribution=False)
+    outcome = run_audit(broken, probe, dataclasses.replace(ONE_ROUND, controls=False))
+    record = outcome.record
+    assert [block.verdict == "red" for block in record.blocks] == [False, False, False, True, False, False]
+    assert record.conclusion.look_first.block == 3
+    found = [remark.values for remark in record.notes if remark.code == "factor-first"]
+    assert [(values["block"], values["factor"]) for values in found] == [(3, -1.0), (3, -1.0)]
+    assert record.rounds[0].direction == "factors"
+    healthy = run_audit(small_gpt("final")[0], probe, dataclasses.replace(ONE_ROUND, controls=False)).record
+    assert not any(remark.code == "factor-first" for remark in healthy.notes)
+    assert record.loss.composed == pytest.approx(healthy.loss.current, abs=0.02)
+    write_certificate(tmp_path / "found", record, outcome.witness, outcome.probe)
+    assert verify_certificate(tmp_path / "found", broken, full=True).holds
+    again = verify_certificate(tmp_path / "found", broken, replay=True)
+    assert again.holds, again.reason
+    assert again.replay.differing == 0
 
 
 def test_an_audit_begins_with_a_check_and_names_the_block_that_is_unlike(audited: Any) -> None:

@@ -64,6 +64,39 @@ def test_a_block_is_not_green_on_an_old_measurement_once_the_loss_has_risen():
     assert add(made, 230, visit_of(3.05, alone={1: NOTHING})).letters == "RG??"
 
 
+def test_a_verdict_lasts_while_nothing_contradicts_it_and_the_run_is_not_twice_as_long():
+    unsure, above = Paired(0.014, 0.004, 30), Paired(0.02, 0.004, 30)
+    made = chronicle()
+    assert add(made, 200, visit_of(3.0, alone={0: MUCH, 1: NOTHING, 2: NOTHING})).letters == "RGG?"
+    row = add(made, 210, visit_of(3.0, alone={0: above, 1: unsure, 2: above}))
+    assert row.letters == "RG??"  # undecided by themselves; the last one points the other way
+    assert row.verdicts[0].block == 2
+    row = add(made, 220, visit_of(3.0, alone={0: unsure}))
+    assert row.letters == "?G??"
+    assert add(made, 230, visit_of(2.9)).letters == "?G??"  # training has gained more than the margin
+    assert add(made, 240, visit_of(2.95)).letters == "?G??"
+    assert add(made, 450, visit_of(2.9)).letters == "?G??"
+    assert add(made, 451, visit_of(2.9)).letters == "????"
+
+
+def test_a_red_that_lasts_is_yellow_while_the_loss_falls():
+    made = chronicle()
+    assert add(made, 200, visit_of(3.0, alone={0: MUCH})).letters[0] == "R"
+    for step in range(200, 320):
+        made.loss(step, 3.0 - 0.02 * (step - 200))
+    assert add(made, 320, visit_of(3.0, alone={0: Paired(0.02, 0.004, 30)})).letters[0] == "Y"
+
+
+def test_no_block_is_green_in_a_run_that_is_at_fault_or_worse_than_counting():
+    assert add(chronicle(), 200, visit_of(3.0, alone={0: MUCH, 1: NOTHING})).letters == "RG??"
+    row = add(chronicle(), 200, visit_of(3.0, alone={0: MUCH, 1: NOTHING}), at_fault=True)
+    assert (row.letters, row.events) == ("R???", ())
+    assert row.verdicts[1].reason == "run-at-fault"
+    assert add(chronicle(), 200, visit_of(3.0, alone={1: NOTHING}), counting=2.9).letters == "????"
+    assert add(chronicle(), 200, visit_of(3.0, alone={1: NOTHING}), counting=3.1).letters == "?G??"
+    assert add(chronicle(), 200, replace(visit_of(3.0, alone={1: NOTHING}), upper=2.9)).letters == "????"
+
+
 def test_never_red_before_the_slope_is_known():
     row = add(chronicle(count=10), 10, visit_of(alone={0: MUCH}))
     assert (row.letters[0], row.still_falling, row.slope) == ("Y", None, None)
@@ -94,7 +127,7 @@ def test_red_is_told_when_it_begins_when_it_has_doubled_and_when_it_ends():
         if row.events:
             told[step] = row.events[0]
     assert list(told) == [200, 250, 300, 400, 600, 1000, 1100]
-    assert told[200].text.startswith("block 2 turned red: 0.050 +- 0.008 nats recoverable, ")
+    assert told[200].text.startswith("block 2 turned red: 0.0500 [0.0419, 0.0581] nats recoverable, ")
     assert told[600].text.startswith("block 2 red for 400 steps")
     assert told[1100].kind == "no-longer-red"
 

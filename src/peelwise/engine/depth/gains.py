@@ -18,6 +18,7 @@ from peelwise.engine.session import Changes, Session
 from peelwise.evidence.verdict import default_margin
 from peelwise.model.layers import LinearLayer
 from peelwise.model.parts import ATTENTION, Parts
+from peelwise.model.runner import Trace
 from peelwise.records.check import GainWitness
 
 # Tried from 1 outwards on the side that the slope points to, until two in a row are worse; then between neighbours.
@@ -26,6 +27,7 @@ _MORE = (1.15, 1.3, 1.6, 2.0, 3.0)
 _REFINEMENTS = 3
 # Tried of many blocks: the sign turned, the part left out, half of it; or more of it.
 _SCREEN_LESS, _SCREEN_MORE = (-1.0, 0.0, 0.6), (1.5, 2.5)
+_SCREEN_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ class Candidate:
 
 
 def screened(session: Session, few: Sequence[Parts], table: DepthTable) -> dict[int, float]:
-    """Return for each block what the best of a few factors on one of its branches gains on select, nats per token.
+    """Return for each block what the best of a few factors on one of its branches gains, nats per token.
+
+    On some hundred select tokens: a factor that mends a block gains far more than the margin.
 
     Args:
         session: the model.
@@ -52,17 +56,74 @@ def screened(session: Session, few: Sequence[Parts], table: DepthTable) -> dict[
         table: signals, for the side on which to try.
     """
     gains = {}
+    tokens = session.some_of_select(_SCREEN_TOKENS) if few else session.select
     for done, parts in enumerate(few, start=1):
-        best = session.select.mean
+        best = tokens.mean
         for branch in parts.branches:
             slope = _slope(table, branch.name, parts.block.index)
             for factor in _SCREEN_MORE if slope is not None and slope < 0 else _SCREEN_LESS:
                 changes = Candidate(branch.name, branch.writer, slope).change(factor)
-                loss = session.select.mean_of(session.losses(session.select, changes, parts.block.index))
+                loss = tokens.mean_of(session.losses(tokens, changes, parts.block.index))
                 best = min(best, loss) if math.isfinite(loss) else best
-        gains[parts.block.index] = session.select.mean - best
+        gains[parts.block.index] = tokens.mean - best
         session.clock.tell(done, len(few))
     return gains
+
+
+@dataclass(frozen=True)
+class BranchFactor:
+    """A factor on what one branch of a block writes."""
+
+    block: int
+    part: str
+    linear: LinearLayer
+    factor: float
+
+    def change(self) -> Tensor:
+        """Return the change of the layer that stands for the factor."""
+        return scaled_change(self.linear, self.factor)
+
+
+def factors_on_branches(session: Session, few: Sequence[Parts]) -> list[BranchFactor]:
+    """Return factors on what blocks write, each kept if it lowers the loss on select by more than the margin.
+
+    One branch after the other, each with the factors that were kept before it in place.
+
+    Args:
+        session: the model; its report part is not looked at.
+        few: parts of the blocks in question, the worst first.
+    """
+    tokens = session.some_of_select(_SCREEN_TOKENS)
+    start = min(parts.block.index for parts in few)
+    kept: list[BranchFactor] = []
+    changes: Changes = {}
+    before, best = session.select.mean, tokens.mean
+    for parts in few:
+        for branch in parts.branches:
+            if branch.writer not in parts.block.linears:
+                continue  # frozen
+            factor, found = _factor_on(session, tokens, branch.writer, changes, start, best)
+            if not found < best:
+                continue
+            tried = changes | {branch.writer: scaled_change(branch.writer, factor)}
+            after = session.select.mean_of(session.losses(session.select, tried, start))
+            if after < before - default_margin(session.select.mean):
+                kept.append(BranchFactor(parts.block.index, branch.name, branch.writer, factor))
+                changes, before, best = tried, after, found
+    return kept
+
+
+def _factor_on(
+    session: Session, tokens: Trace, writer: LinearLayer, changes: Changes, start: int, at_one: float
+) -> tuple[float, float]:
+    """Return the best of a few factors on a layer beside other ``changes``, and the loss on ``tokens`` with it."""
+
+    def loss(factor: float) -> float:
+        tried = changes | {writer: scaled_change(writer, factor)}
+        return tokens.mean_of(session.losses(tokens, tried, start))
+
+    tried = {1.0: at_one} | {factor: loss(factor) for factor in (*_SCREEN_LESS, *_SCREEN_MORE)}
+    return _refined(loss, {factor: found for factor, found in tried.items() if math.isfinite(found)})
 
 
 @dataclass(frozen=True)
@@ -176,6 +237,10 @@ def search(loss: Callable[[float], float], at_one: float, slope: float | None) -
             worse = worse + 1 if tried[factor] > min(tried.values()) else 0
             if worse == 2:
                 break
+    return _refined(loss, tried)
+
+
+def _refined(loss: Callable[[float], float], tried: dict[float, float]) -> tuple[float, float]:
     for _ in range(_REFINEMENTS):
         between = _between(tried)
         if between is None:

@@ -45,7 +45,7 @@ def render_html(record: AuditRecord) -> str:
         (
             _header(record),
             "<main>",
-            _verdicts(record),
+            f'<div id="verdicts">{verdicts(record)}</div>',
             sections.recoverable(record),
             sections.losses(record),
             low_bit(record),
@@ -79,8 +79,8 @@ def _warnings(record: AuditRecord) -> str:
     return "".join(paragraph(line, "warning") for line in lines)
 
 
-def _verdicts(record: AuditRecord) -> str:
-    """The verdict strip and the one number: what a reader in a hurry should see."""
+def verdicts(record: AuditRecord) -> str:
+    """Return the verdict strip and the one number: what a reader in a hurry should see."""
     gain = record.loss.composed_gain
     if gain is None or record.loss.composed is None:
         number = f'<p class="number missing">{NOT_IN_BUDGET}</p><p class="what">the whole witness\'s gain</p>'
@@ -103,7 +103,7 @@ def _verdicts(record: AuditRecord) -> str:
     rows = max(1, math.ceil(len(record.blocks) / MOST_IN_A_ROW))
     columns = max(1, math.ceil(len(record.blocks) / rows))
     return (
-        '<section id="verdicts" class="card"><div class="hero">'
+        '<section class="card"><div class="hero">'
         f'<div>{number}</div><ul class="tally">{tally}</ul></div>'
         f'<ol class="strip" style="--columns:{columns}" aria-label="Verdict of each block, first to last">'
         f"{cells}</ol>{_two_gains(record)}{_check(record)}</section>"

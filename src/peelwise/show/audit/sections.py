@@ -271,7 +271,7 @@ def _rounds_table(record: AuditRecord) -> str:
             str(place),
             esc(one.direction),
             significant(one.step),
-            significant(one.output_change),
+            "–" if one.output_change is None else significant(one.output_change),
             nats(one.select_before),
             nats(one.select_after),
         )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 
 from peelwise.evidence.audit import best_baseline, conclusion_of, verdicts_of
-from peelwise.evidence.verdict import own_gains_decide
+from peelwise.evidence.intervals import Paired
+from peelwise.evidence.verdict import idle, own_gains_decide
 from peelwise.records.audit import AuditConclusion, AuditRecord, BlockRecord
 from peelwise.records.base import Interval
 from peelwise.records.codes import INTERACTS
@@ -24,6 +26,7 @@ def conclusion(record: AuditRecord) -> str:
         _together(record),
         _look_first(record, found),
         _harm(record, found),
+        _idle(record),
         _above(record, found),
         _green(record, found),
         _frozen(record),
@@ -119,6 +122,23 @@ def _harm(record: AuditRecord, found: AuditConclusion) -> str:
         if block is not None and block.removal_nats is not None:
             named.append(f"{index} ({-block.removal_nats.mean:.3f} nats per token)")
     return f"The model is better without block {', without block '.join(named)}." if named else ""
+
+
+def _idle(record: AuditRecord) -> str:
+    measured = [(block.index, block.removal_nats) for block in record.blocks if block.removal_nats is not None]
+    removals = [Paired.of(interval) for _, interval in measured]
+    named = [
+        f"block {index} ({interval.mean:+.3f}, 95 % interval {interval.low:.3f} to {interval.high:.3f})"
+        for index, interval in (measured[place] for place in idle(removals, record.margin_nats))
+    ]
+    if not named:
+        return ""
+    usual = float(median(interval.mean for _, interval in measured))
+    said = f"{', '.join(named)} {'does' if len(named) == 1 else 'do'} no work"
+    return (
+        f"{said[0].upper()}{said[1:]}: the loss without it is the same within the margin, where leaving out the "
+        f"median block costs {usual:.3f} nats per token."
+    )
 
 
 def _above(record: AuditRecord, found: AuditConclusion) -> str:

@@ -22,6 +22,7 @@ from peelwise.store.schema import sound
 _STYLES = {"red": "bold red", "yellow": "yellow", "green": "green", "grey": "dim", "frozen": "dim"}
 _LEVELS = {"alert": "bold red", "warning": "yellow", "info": "dim"}
 _EVENTS = 6
+_LOOKED_BACK = 100  # events
 _REFINED_WITHIN = 500  # measurements
 _COLUMNS = 6  # of signals beside each other
 # The tables in their order, each of some kinds of signals: the first has the verdicts too.
@@ -70,7 +71,7 @@ def view(reader: RunReader, run: Run) -> RenderableType:
 
 
 def _view(reader: RunReader, run: Run) -> RenderableType:
-    parts: list[RenderableType] = [_headline(reader, run), *_blocks(reader, run)]
+    parts: list[RenderableType] = [_headline(reader, run), *_look_here(reader, run), *_blocks(reader, run)]
     events = reader.events(run.id, most=_EVENTS)
     parts += [_event(row["step"], row["level"], row["text"], row["suggestion"]) for row in events]
     return Group(*parts)
@@ -96,6 +97,18 @@ def _headline(reader: RunReader, run: Run) -> Text:
         if probes[-1]["slope"] is not None:
             words.append(f"loss {1000 * probes[-1]['slope']:+.3g} per 1,000 steps")
     return Text(" | ".join(words))
+
+
+def _look_here(reader: RunReader, run: Run) -> list[Text]:
+    """Return one sentence on what to look at first: the newest alert that still holds, or that there is none."""
+    probes = reader.probes(run.id, most=1)
+    letters = probes[-1]["letters"] if probes else ""
+    for row in reversed(reader.events(run.id, most=_LOOKED_BACK)):
+        block, red = row["block"], row["kind"] == "red"
+        over = red and (letters[block : block + 1] != "R" if block is not None else "R" not in letters)
+        if row["level"] == "alert" and not over:
+            return [Text(f"Look here: {clean(row['text'])}", style=_LEVELS["alert"])]
+    return [Text("No alert so far.", style="dim")] if probes else []
 
 
 def _clock(seconds: float) -> str:
@@ -157,8 +170,10 @@ def _cell(signal: Signal, row: sqlite3.Row | None) -> Text:
         return Text("")
     value = signal.form.format(row["value"])
     if signal.kind == "refinement":
-        half = f" +- {(row['high'] - row['low']) / 2:.4f}" if signal.unit == NATS and row["low"] is not None else ""
-        return Text(f"{value}{half} @{row['step']:,}")
+        known = signal.unit == NATS and row["low"] is not None and row["high"] is not None
+        # Few sequences make intervals lopsided, so both ends are shown.
+        ends = f" [{row['low']:z.4f}, {row['high']:z.4f}]" if known else ""
+        return Text(f"{value}{ends} @{row['step']:,}")
     times = row["to_median"]
     if not signal.quotient or times is None or 0.67 < times < 1.5:
         return Text(value)

@@ -27,7 +27,8 @@ class Findings:
     """Filled stage by stage.
 
     Attributes:
-        proposals: of the first sweep, linearised at the model as it stands.
+        factors: factors on blocks unlike their neighbours, where any helped: what all rounds begin with.
+        proposals: of the first sweep, linearised at the model with these factors.
         shuffled_proposals: of the same sweep, made for permuted targets; ``None`` where the control is not run or done.
         composed: all blocks refined together, evaluated on report.
         removed: per block, report losses ``[sequences]`` of the model as it stands with the block skipped.
@@ -41,6 +42,7 @@ class Findings:
         complete: whether every planned stage ran to its end.
     """
 
+    factors: Refined | None = None
     proposals: Proposals = field(default_factory=dict)
     shuffled_proposals: Proposals | None = None
     composed: Refined | None = None

@@ -50,6 +50,7 @@ def run_audit(
     source: str | None = None,
     watcher: Watcher | None = None,
     notes: Sequence[Note] = (),
+    factors: bool = True,
 ) -> AuditOutcome:
     """Audit ``model`` on ``probe`` and leave the model exactly as it was.
 
@@ -63,6 +64,7 @@ def run_audit(
         source: where it was opened from, for ``verify``.
         watcher: told about progress.
         notes: what is known of the model already.
+        factors: whether to begin with factors on blocks unlike their neighbours, where one helps.
 
     Raises:
         UnsupportedModelError: If the architecture cannot be audited.
@@ -87,7 +89,7 @@ def run_audit(
         if session.held:
             findings.notes.append(note("low-bit", layers=len(session.held), formats=format_names(session.held)))
         try:
-            findings.complete = _stages(session, findings, settings)
+            findings.complete = _stages(session, findings, settings, factors=factors)
         except KeyboardInterrupt:
             findings.notes.append(note("stopped"))
         record, witness = summarise(session, findings, setup, settings.margin)
@@ -95,12 +97,14 @@ def run_audit(
     return AuditOutcome(record, witness, probe)
 
 
-def _stages(session: Session, findings: Findings, settings: AuditSettings) -> bool:
+def _stages(session: Session, findings: Findings, settings: AuditSettings, *, factors: bool) -> bool:
     """Run the stages in the order of what they are worth; return whether all of them ended by themselves."""
     null = shuffled_targets(session.fit, session.seed, shift_first=True) if settings.controls else None
     complete = stages.look_over_depth(session, findings, share=_LOOK_SHARE)
+    if factors:
+        stages.begin_with_factors(session, findings)
     complete &= stages.first_sweep(session, findings, null=null)
-    complete &= stages.take_out(session, findings, share=_REMOVAL_SHARE)
+    taken_out = stages.take_out(session, findings, share=_REMOVAL_SHARE)
     complete &= stages.joint_rounds(session, findings, rounds=settings.joint_rounds, share=_JOINT_SHARE)
     share = _UNIQUE_SHARE if session.probe.in_distribution else _UNIQUE_SHARE_ELSEWHERE
     complete &= stages.leave_one_out(session, findings, share=share)
@@ -112,7 +116,9 @@ def _stages(session: Session, findings: Findings, settings: AuditSettings) -> bo
             _untrained(session, findings)
         _head(session, findings)
         complete &= affordable
-    complete &= stages.refine_alone(session, findings, rounds=settings.solo_rounds)
+    if not (taken_out or session.probe.in_distribution):  # there, solo gains come before
+        taken_out = stages.take_out(session, findings, share=1.0)
+    complete &= stages.refine_alone(session, findings, rounds=settings.solo_rounds) and taken_out
     if not complete:
         findings.notes.append(note("budget-ended"))
     return complete

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from peelwise.engine.depth.gains import factors_on_branches
 from peelwise.engine.depth.look import look
-from peelwise.engine.refine import unrefined
+from peelwise.engine.refine import Refined, unrefined
 from peelwise.engine.rounds import Kind, kinds, next_round
-from peelwise.engine.session import REMOVED, WITHOUT, Session
-from peelwise.engine.sweep import Direction, Targets, sweep
+from peelwise.engine.session import REMOVED, WITHOUT, Session, rounded
+from peelwise.engine.sweep import Direction, Targets
 from peelwise.evidence.unlike import LEAST_BLOCKS
 from peelwise.model.parts import parts_of
+from peelwise.records.audit import RoundRecord
+from peelwise.records.base import note
 from peelwise.records.codes import Stage
 from peelwise.tasks.audit.findings import Findings
 
@@ -19,6 +22,7 @@ _JOINT: dict[Kind, Stage] = {"certified": "joint-rounds", "dense": "joint-rounds
 _USUAL_EVALUATIONS = 5
 # What a look takes, in forward passes over its tokens: blocks once more, back, and some factors on a few of them.
 _LOOK_PASSES = 12
+_MOST_FACTORS = 3  # blocks unlike their neighbours that factors are put on
 
 
 def look_over_depth(session: Session, findings: Findings, *, share: float) -> bool:
@@ -35,8 +39,34 @@ def look_over_depth(session: Session, findings: Findings, *, share: float) -> bo
     return True
 
 
+def begin_with_factors(session: Session, findings: Findings) -> None:
+    """Put a factor on what the blocks unlike their neighbours write, where one lowers the loss by more than the margin.
+
+    A wrong sign or scale is too far away for a step along a gradient, and one number mends it. All rounds begin there.
+    Nothing is done for a model of low-bit formats, which factors would leave.
+    """
+    named = [] if findings.look is None or session.held else findings.look.names[:_MOST_FACTORS]
+    if not named or findings.look is None:
+        return
+    with session.clock.stage("gain-witnesses"):
+        all_parts = [parts_of(session.runner.blocks[index]) for index in named]
+        found = factors_on_branches(session, all_parts)
+        if not found:
+            return
+        changes = {each.linear: rounded(each.change()) for each in found}
+        touched = sorted({each.block for each in found})
+        select_loss = session.select.mean_of(session.losses(session.select, changes, touched[0]))
+        chosen = RoundRecord(direction="factors", step=1.0, select_before=session.select.mean, select_after=select_loss)
+        report = session.losses(session.report, changes, touched[0])
+        findings.factors = findings.composed = Refined(changes, (chosen,), select_loss, report, 0)
+        if len(touched) == 1:
+            findings.alone[touched[0]] = replace(findings.factors, start=touched[0])
+    for each in found:
+        findings.notes.append(note("factor-first", block=each.block, part=each.part, factor=each.factor))
+
+
 def first_sweep(session: Session, findings: Findings, *, null: Targets | None = None) -> bool:
-    """Make the proposals of all blocks, linearised at the model as it stands: the free ranking.
+    """Make the proposals of all blocks, linearised at the model with the factors found before: the free ranking.
 
     It goes down from the last block, and ends early only when the whole budget is spent.
 
@@ -47,11 +77,10 @@ def first_sweep(session: Session, findings: Findings, *, null: Targets | None = 
 
     Returns whether every block was reached.
     """
+    begun = findings.factors.changes if findings.factors is not None else {}
     with session.clock.stage("statistics"):
-        findings.proposals, *others = sweep(
-            session.runner,
-            session.fit,
-            session.select,
+        findings.proposals, *others = session.swept(
+            begun,
             targets=[None] if null is None else [None, null],
             after_block=session.tell_block,
             keep_going=lambda: session.clock.left > 0,
@@ -97,7 +126,7 @@ def joint_rounds(session: Session, findings: Findings, *, rounds: int, share: fl
     """
     if not findings.proposals:  # the budget ended before the sweep
         return False
-    going = {kind: unrefined(session.select) for kind in kinds(session)}
+    going = {kind: findings.factors or unrefined(session.select) for kind in kinds(session)}
     output_changes: dict[Direction, float] = {}
     for number in range(rounds):
         for kind, state in list(going.items()):
@@ -105,7 +134,8 @@ def joint_rounds(session: Session, findings: Findings, *, rounds: int, share: fl
                 if number > 0 and not _affordable_round(session, share):
                     return False
                 session.clock.tell(number + 1, rounds)
-                better = next_round(session, state, findings.proposals, kind, output_changes=output_changes)
+                proposals = findings.proposals if number == 0 else None
+                better = next_round(session, state, proposals, kind, output_changes=output_changes)
                 if better is None:
                     del going[kind]
                     if kind == "dense" and not state.rounds:  # tried, and no better than the model as it stands
@@ -131,7 +161,7 @@ def leave_one_out(session: Session, findings: Findings, *, share: float) -> bool
     stop = clock.elapsed + share * max(clock.left, 0.0)
     with clock.stage(WITHOUT):
         refined = session.refreshed(session.report, composed.changes)
-        order = by_energy(findings)
+        order = [i for i in by_energy(findings) if not composed.changes.keys().isdisjoint(blocks[i].linears)]
         for done, index in enumerate(order):
             clock.tell(done, len(order))
             needed = session.seconds_for(session.share_from(index) * session.report.predicted)
@@ -154,11 +184,15 @@ def refine_alone(session: Session, findings: Findings, *, rounds: int) -> bool:
     with session.clock.stage("solo-rounds"):
         for number in range(rounds):
             still: dict[int, tuple[Kind, ...]] = {}
+            # The first sweep is of the model with factors, if there are any; a solo gain is of the model as it is.
+            swept = number == 0 and findings.factors is None
             for done, (index, open_kinds) in enumerate(going.items()):
                 session.clock.tell(done, len(going))
-                if not session.clock.affords(len(open_kinds) * _alone_seconds(session, index, number)):
+                if not session.clock.affords(len(open_kinds) * _alone_seconds(session, index, swept=swept)):
                     return False
-                found = tuple(k for k in open_kinds if _alone_round(session, findings, index, k, output_changes))
+                found = tuple(
+                    k for k in open_kinds if _alone_round(session, findings, index, k, output_changes, swept=swept)
+                )
                 if found:
                     still[index] = found
             going = dict(sorted(still.items(), key=lambda item: findings.alone[item[0]].select_loss))
@@ -183,12 +217,18 @@ def _promising(findings: Findings) -> list[int]:
 
 
 def _alone_round(
-    session: Session, findings: Findings, index: int, kind: Kind, output_changes: dict[Direction, float]
+    session: Session,
+    findings: Findings,
+    index: int,
+    kind: Kind,
+    output_changes: dict[Direction, float],
+    *,
+    swept: bool,
 ) -> bool:
     """Take one more round of a block by itself; return whether it helped on select."""
     into = findings.alone if kind == "certified" else findings.dense_alone
     before = into.get(index) or unrefined(session.select, index)
-    own = {index: findings.proposals[index]}
+    own = {index: findings.proposals[index]} if swept else None
     better = next_round(session, before, own, kind, output_changes=output_changes, evaluations=6, block=index)
     if better is None:
         # No step helped on select: the witness is the block as it stands, and it gains nothing.
@@ -198,11 +238,11 @@ def _alone_round(
     return True
 
 
-def _alone_seconds(session: Session, index: int, number: int) -> float:
+def _alone_seconds(session: Session, index: int, *, swept: bool) -> float:
     share = session.share_from(index)
     select, report = session.select.predicted, session.report.predicted
     seconds = session.seconds_for(share * (_USUAL_EVALUATIONS * select + report))
-    if number == 0:
+    if swept:
         return seconds
     sums, _ = session.clock.stages["statistics"]
     again = session.seconds_for(4 * share * (select + session.fit.predicted))

@@ -38,12 +38,12 @@ def summarise(
     """
     current = session.report.mean
     margin = default_margin(current) if margin is None else margin
-    evidence = [evidence_of(session, findings, block.index) for block in setup.blocks]
+    every = session.runner.blocks  # without the layers that never run
+    evidence = [evidence_of(session, findings, block.index) for block in every]
     verdicts = judge(evidence, margin, in_distribution=session.probe.in_distribution)
     losses = _losses(session, findings)
     blocks = tuple(
-        _block_record(session, findings, block, e, v)
-        for block, e, v in zip(setup.blocks, evidence, verdicts, strict=True)
+        _block_record(session, findings, block, e, v) for block, e, v in zip(every, evidence, verdicts, strict=True)
     )
     record = AuditRecord(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from peelwise.model.calls import forward_replaced
 from peelwise.model.layers import Block
+from peelwise.model.replaced import forward_replaced
 from peelwise.model.runner import Batch, Runner, Trace
 
 

@@ -69,7 +69,10 @@ def _with_weights_of(old: Side, new: Side, index: int, place: int, hidden: Tenso
     if own.keys() != theirs.keys() or any(own[n].shape != theirs[n].shape for n in own):
         return None
     batch = old.trace.batches[place]
-    args, kwargs = batch.calls[index]
+    call = batch.calls[index]
+    if call is None:
+        return like(hidden, batch)  # skipped
+    args, kwargs = call
     weights = {name: p.to(own[name]) for name, p in theirs.items()}
     out = functional_call(module, weights, (like(hidden, batch), *args), kwargs)
     found: Tensor = out[0] if isinstance(out, (tuple, list)) else out

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peelwise.errors import ModelError
 from peelwise.model.fingerprint import is_plain
-from peelwise.model.layers import Block, is_linear, linear_layers, plain_name, unwrapped
+from peelwise.model.layers import Block, is_linear, linear_modules, plain_name, unwrapped
 from peelwise.model.runner import Runner
 from peelwise.stats.linalg import solve_dtype
 from peelwise.tasks.compare.kinds import Kind, joint_kind, kind_of
@@ -118,7 +118,7 @@ def _effective(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of a block by its name in it; of linear layers what they compute with."""
     module = unwrapped(module)
     inside: set[str] = set()
-    for layer in linear_layers(module, ""):
+    for layer in linear_modules(module, ""):  # experts as the parameters that hold them
         name = layer.name.lstrip(".")
         inside.add(name)
         yield f"{name}.weight", layer.weight()
@@ -155,7 +155,7 @@ def _computed(module: nn.Module, layer: nn.Module) -> dict[str, Tensor] | None:
 
     ``None`` if it does not compute ``x W^T + b``.
     """
-    (plain,) = (each for each in linear_layers(layer, "") if each.module is layer)
+    (plain,) = (each for each in linear_modules(layer, "") if each.module is layer)
     d_out, d_in = plain.weight().shape
     parameter = next(module.parameters(), plain.weight())
     x = torch.eye(d_in, dtype=parameter.dtype, device=parameter.device)

@@ -11,6 +11,7 @@ from statistics import median
 from peelwise.evidence import events as alerts
 from peelwise.evidence.events import Change, Seen
 from peelwise.evidence.intervals import Paired
+from peelwise.evidence.reds import RedBlock, Reds
 from peelwise.evidence.trends import (
     Slope,
     against_own,
@@ -21,16 +22,19 @@ from peelwise.evidence.trends import (
     own_parts,
     probe_slope,
 )
-from peelwise.evidence.verdict import Evidence, Verdict, default_margin, judge
+from peelwise.evidence.verdict import Verdict, default_margin, judge
 from peelwise.records.run import LETTERS, WHOLE_MODEL, Event, Measurement, Statistic, VerdictRow
 from peelwise.records.signals import RANKED_BY, SIGNALS
 from peelwise.tasks.monitor.measure import Measured
+from peelwise.tasks.monitor.memory import Found, Memory
 
 _SMALLEST_CHANGE = math.log(1.5)
 _LOOKED_BACK = 200  # measurements in which changes are looked for
 _REMEMBERED_LOSSES = 20_000
 _COMPARED = 50  # losses of training, at most, that the probe's is compared with
 _APART_TWICE = 2
+_RECENT = 16  # losses
+_AT_FAULT = Verdict("grey", "run-at-fault")
 
 
 @dataclass
@@ -46,22 +50,6 @@ class _Series:
         """Drop what is not of before a step."""
         kept = sum(each < step for each in self.steps)
         del self.steps[kept:], self.values[kept:]
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """A difference, when it was measured, and the probe's loss at that time."""
-
-    step: int
-    loss: float
-    value: Paired
-
-    def outdated(self, loss: float, margin: float) -> bool:
-        """Whether it is of another model than the one that now has ``loss`` on the probe.
-
-        Training has since gained as much as was found; or nothing was found, and the loss has since risen.
-        """
-        return self.loss - loss > max(self.value.mean, margin) or (self.value.mean < margin < loss - self.loss)
 
 
 class Chronicle:
@@ -82,11 +70,9 @@ class Chronicle:
         self._losses = _Series()
         self._probe_losses = _Series()
         self._series: defaultdict[tuple[str, int], _Series] = defaultdict(_Series)
-        self._alone: dict[int, _Measured] = {}
-        self._unique: dict[int, _Measured] = {}
+        self._memory = Memory()
         self._verdicts: dict[int, tuple[Verdict, int | None]] = {}
-        self._red_since: dict[int, int] = {}
-        self._told: dict[int, int] = {}  # block -> how long it had been red when that was last said
+        self._reds = Reds()
         self._changes: list[tuple[int, Change]] = []
         self._upper: float | None = None
         self._apart = 0  # measurements in a row at which training's loss was far from the probe's
@@ -101,13 +87,9 @@ class Chronicle:
         """Forget what was seen from a step on: training has gone back to before it, to another state of the model."""
         for series in (self._losses, self._probe_losses, *self._series.values()):
             series.cut(step)
-        for kept in (self._alone, self._unique):
-            for block in [b for b, m in kept.items() if m.step >= step]:
-                del kept[block]
+        self._memory.forget_from(step)
         self._changes = [(block, change) for block, change in self._changes if change.by_step < step]
-        for block in [b for b, since in self._red_since.items() if since >= step]:
-            del self._red_since[block], self._told[block]
-        self._told = {block: min(lasted, step - self._red_since[block]) for block, lasted in self._told.items()}
+        self._reds.forget_from(step)
         self._apart = 0
 
     def slope(self) -> Slope | None:
@@ -125,13 +107,38 @@ class Chronicle:
 
         def rank(block: int) -> tuple[bool, bool, float, float]:
             score = self._series[RANKED_BY, block].values[-1:]
-            measured = block in self._alone
+            measured = block in self._memory.alone
             return measured, block not in changed, self._step_of(block), -score[0] if score else 0.0
 
         return sorted((block for block in range(self._count) if block not in self.frozen), key=rank)
 
+    def recent(self) -> list[float]:
+        """Return the latest training losses."""
+        return self._losses.values[-_RECENT:]
+
+    @property
+    def undecided(self) -> float:
+        """The share of the blocks asked about that have no colour; all, before anything was measured."""
+        colours = [verdict.colour for verdict, _ in self._verdicts.values() if verdict.colour != "frozen"]
+        return colours.count("grey") / len(colours) if colours else 1.0
+
+    @property
+    def count(self) -> int:
+        """How many training losses there were."""
+        return len(self._losses.values)
+
     def add(
-        self, step: int, measured: Measured, *, seconds: float, share: float, seen: Mapping[int, Seen] | None = None
+        self,
+        step: int,
+        measured: Measured,
+        *,
+        seconds: float,
+        share: float,
+        seen: Mapping[int, Seen] | None = None,
+        shared: str = "",
+        at_fault: bool = False,
+        counting: float | None = None,
+        other_text: bool = False,
     ) -> Measurement:
         """Return the row of a measured.
 
@@ -141,21 +148,30 @@ class Chronicle:
             seconds: what it took.
             share: the monitor's share of wall time so far.
             seen: what else is known of blocks, for suggestions.
+            shared: what all blocks have in common, in words.
+            at_fault: whether something is known to be wrong with the whole run, which has been told.
+            counting: what one who only counts tokens has on the probe, nats per token.
+            other_text: whether more of the probe is measured than last time.
         """
+        if other_text:
+            self._rebase(measured.loss)
         measured, unknown = _finite(measured)
         self._probe_losses.add(step, measured.loss)
         apart = self._losses_apart(step)
         slope = self.slope()
         statistics = [*self._free(step, measured), *self._measured(step, measured, slope), *self._cloud(measured)]
         changes = self._new_changes(step)
-        verdicts = self._judge(measured.loss, slope)
+        falling = self._falling(measured.loss, slope)
+        verdicts = self._judge(step, measured.loss, falling=falling)
+        if at_fault or self._worse_than_none(measured.loss, counting):
+            verdicts = [_AT_FAULT if verdict.colour == "green" else verdict for verdict in verdicts]
         # Asked before the row's own verdicts replace the last ones.
         news = self._news(verdicts)
         events = [
             *([alerts.gains_not_finite(step, unknown)] if unknown else []),
             *([apart] if apart else []),
-            *(alerts.changed(step, block, change) for block, change in changes),
-            *self._red_events(step, verdicts, slope, seen or {}),
+            *([] if at_fault else [alerts.changed(step, block, change) for block, change in changes]),
+            *self._reds.events(step, self._red_blocks(step, verdicts, slope, seen or {}), shared, quiet=at_fault),
         ]
         return Measurement(
             step,
@@ -174,6 +190,14 @@ class Chronicle:
             events=tuple(events),
         )
 
+    def _rebase(self, loss: float) -> None:
+        """Move all losses of the probe to other text: the model is taken to be as it was at the last measurement."""
+        if not self._probe_losses.values:
+            return
+        shift = loss - self._probe_losses.values[-1]
+        self._probe_losses.values = [value + shift for value in self._probe_losses.values]
+        self._memory.rebase(shift)
+
     def _losses_apart(self, step: int) -> Event | None:
         """Return an event where training's loss is far from the probe's, at the second measurement in a row."""
         before = self._probe_losses.steps[-2] if len(self._probe_losses.steps) > 1 else None
@@ -190,7 +214,7 @@ class Chronicle:
         return alerts.losses_disagree(step, median(recent), self._probe_losses.values[-1])
 
     def _step_of(self, block: int) -> float:
-        return self._alone[block].step if block in self._alone else -math.inf
+        return self._memory.alone[block].step if block in self._memory.alone else -math.inf
 
     def _free(self, step: int, measured: Measured) -> list[Statistic]:
         """Return the signals of the sweep against their own history."""
@@ -211,12 +235,12 @@ class Chronicle:
         """Return the paired differences with their intervals, and what they are worth in steps."""
         rows = []
         for name, found, kept in (
-            ("recoverable", measured.alone, self._alone),
-            ("unique", measured.unique, self._unique),
+            ("recoverable", measured.alone, self._memory.alone),
+            ("unique", measured.unique, self._memory.unique),
             ("composed", {} if measured.composed is None else {WHOLE_MODEL: measured.composed}, {}),
         ):
             for block, value in found.items():
-                kept[block] = _Measured(step, measured.loss, value)
+                kept[block] = Found(step, measured.loss, value)
                 interval = value.interval()
                 compared = self._against_own(step, name, block, value.mean)
                 rows.append(Statistic(name, block, value.mean, interval.low, interval.high, *compared))
@@ -236,28 +260,28 @@ class Chronicle:
             gains = (gain.mean, gain.high, gain.low) if gain is not None else (0.0, 0.0, 0.0)
             yield Statistic("bound_lower", WHOLE_MODEL, *(measured.loss - max(nats, 0.0) for nats in gains))
 
-    def _judge(self, loss: float, slope: Slope | None) -> list[Verdict]:
-        margin = default_margin(loss) if self._margin is None else self._margin
-        for kept in (self._alone, self._unique):
-            for block in [b for b, m in kept.items() if m.outdated(loss, margin)]:
-                del kept[block]
-        evidence = [
-            Evidence(frozen=True)
-            if block in self.frozen
-            else Evidence(_value(self._alone, block), _value(self._unique, block))
-            for block in range(self._count)
-        ]
-        # Until the slope is known, training counts as going on: red says that it is not. Losses of small batches may be
-        # too noisy to show what the probe shows; how slow is too slow, that the margin says.
+    def _judge(self, step: int, loss: float, *, falling: bool) -> list[Verdict]:
+        margin = self._margin_at(loss)
+        evidence = self._memory.evidence(self._count, self.frozen, loss, margin)
+        judged = judge(evidence, margin, in_distribution=self._in_distribution, still_falling=falling)
+        return list(self._memory.lasting(step, judged, loss, margin, falling=falling))
+
+    def _falling(self, loss: float, slope: Slope | None) -> bool:
+        """Whether training makes progress: until the slope is known it counts as going on; red says that it is not.
+
+        Losses of small batches may be too noisy to show what the probe shows; how slow is too slow, the margin says.
+        """
         own = probe_slope(self._probe_losses.steps, self._probe_losses.values, slope.steps) if slope else None
-        falling = slope is None or slope.falling or (own is not None and own.gains(margin))
-        return judge(evidence, margin, in_distribution=self._in_distribution, still_falling=falling)
+        return slope is None or slope.falling or (own is not None and own.gains(self._margin_at(loss)))
+
+    def _margin_at(self, loss: float) -> float:
+        return default_margin(loss) if self._margin is None else self._margin
 
     def _news(self, verdicts: list[Verdict]) -> list[VerdictRow]:
         """Return the rows of blocks whose verdict changed, and remember all."""
         rows = []
         for block, verdict in enumerate(verdicts):
-            measured = self._alone[block].step if block in self._alone else None
+            measured = self._memory.step_of(block)
             before, _ = self._verdicts.get(block, (None, None))
             if before is None or (before.colour, before.code) != (verdict.colour, verdict.code):
                 rows.append(VerdictRow(block, verdict.colour, verdict.code, measured))
@@ -287,29 +311,25 @@ class Chronicle:
                 new.append((block, change))
         return new
 
-    def _red_events(
+    def _worse_than_none(self, loss: float, counting: float | None) -> bool:
+        """Whether the loss is above what is reached without blocks: then nothing that was not found says anything."""
+        return any(loss > each for each in (self._upper, counting) if each is not None)
+
+    def _red_blocks(
         self, step: int, verdicts: list[Verdict], slope: Slope | None, seen: Mapping[int, Seen]
-    ) -> list[Event]:
-        """Return an event where a block turned red, has been for twice as long as last said, or no longer is."""
-        events = []
+    ) -> list[RedBlock | str]:
+        """Return per block what there is to say of it if it is red, else its colour."""
+        rows: list[RedBlock | str] = []
         for block, verdict in enumerate(verdicts):
             if verdict.colour != "red":
-                if block in self._red_since:
-                    since = self._red_since.pop(block)
-                    del self._told[block]
-                    events.append(alerts.no_longer_red(step, block, verdict.colour, since))
+                rows.append(verdict.colour)
                 continue
-            since = self._red_since.setdefault(block, step)
-            lasted = step - since
-            if block in self._told and lasted < 2 * max(self._told[block], 1):
-                continue
-            self._told[block] = lasted
-            measured = self._alone[block]
+            measured = self._memory.of(block, verdict)
+            assert measured is not None
             gain = measured.value.interval()
             worth = equivalent_steps(gain, slope) if slope else None
-            facts = self._with_change(block, seen.get(block, Seen()))
-            events.append(alerts.turned_red(step, block, gain, worth, since=since, measured=measured.step, seen=facts))
-        return events
+            rows.append(RedBlock(gain, worth, measured.step, self._with_change(block, seen.get(block, Seen()))))
+        return rows
 
     def _with_change(self, block: int, seen: Seen) -> Seen:
         changes = [change for b, change in self._changes if b == block]
@@ -335,7 +355,3 @@ def _near(one: Change, other: Change, steps: list[int]) -> bool:
     """Whether two dates are within three measurements of each other."""
     between = sum(min(one.by_step, other.by_step) < s <= max(one.by_step, other.by_step) for s in steps)
     return between <= 3
-
-
-def _value(kept: Mapping[int, _Measured], block: int) -> Paired | None:
-    return kept[block].value if block in kept else None

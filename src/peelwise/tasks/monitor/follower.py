@@ -10,18 +10,17 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.distributed.sharding import check_blocks
 from peelwise.engine.opening import checked_blocks, first_notes
-from peelwise.errors import OptionError, OtherProcessError, PeelwiseError
+from peelwise.errors import NotCausalError, OptionError, OtherProcessError, PeelwiseError
 from peelwise.evidence import events as alerts
-from peelwise.evidence.events import Complaint, Finding, Seen
+from peelwise.evidence.mistakes import leak
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, device_of, unwrapped
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner
@@ -30,20 +29,17 @@ from peelwise.probe.probe import Probe, Split
 from peelwise.records.base import Note
 from peelwise.records.options import Refine, check_refine
 from peelwise.records.run import Event, Measurement, MeasurementKind, StepRow
+from peelwise.tasks.monitor.checkup import Checkup
 from peelwise.tasks.monitor.chronicle import Chronicle
 from peelwise.tasks.monitor.code_signals import CodeSignals
 from peelwise.tasks.monitor.measure import Measured, measure
-from peelwise.tasks.monitor.schedules import Schedule, affordable, every, log_spaced
+from peelwise.tasks.monitor.planner import PLAN, Planner
+from peelwise.tasks.monitor.schedules import Schedule
 from peelwise.tasks.monitor.structure import changed_layers, looked_at_again, other_blocks
-from peelwise.tasks.monitor.vitals import Vitals
 
 _log = logging.getLogger("peelwise")
 
-# Rankings date what changes, refining tells how much there is to gain, a joint round what only one block can give.
-PLAN: tuple[MeasurementKind, ...] = ("ranking", "alone", "ranking", "joint", "ranking", "alone")
-# What a kind costs in forward passes over the probe, as long as it was never measured.
-_FIRST_GUESS: dict[MeasurementKind, float] = {"ranking": 5.0, "alone": 10.0, "joint": 12.0}
-_CHECKS_PER_DECADE, _CHECKS_EVERY = 5, 100
+_READ_EVERY = 0.5  # seconds, losses that are on a device
 
 
 class Recorder(Protocol):
@@ -112,14 +108,17 @@ class Follower:
         processes: Processes = ONE_PROCESS,
     ) -> None:
         began = time.monotonic()
+        self._start: float | None = None
         _check(settings)
-        self._model, self._probe, self._settings, self._recorder = model, probe, settings, recorder
+        self._model, self._settings, self._recorder = model, settings, recorder
+        self._probe = probe
         self._processes = processes
         with processes.agreeing():
             self.blocks: tuple[Block, ...] = checked_blocks(model, probe, settings.refine)
             check_blocks({block.name: unwrapped(block.module) for block in self.blocks})
             _check_same(processes, model, probe)
-            self._costs, notes = self._guessed_costs()
+            per_token, notes, self._leak = self._first_look()
+        self._planner = Planner(probe, settings.plan, settings.budget, per_token, processes)
         self._notes = list(notes)
         self._chronicle = Chronicle(
             len(self.blocks),
@@ -128,17 +127,27 @@ class Follower:
             frozen=_frozen(self.blocks),
         )
         self._codes = CodeSignals(model, self.blocks)
-        self._vitals = Vitals(model, self.blocks, optimizer, processes)
-        self._vitals_due = log_spaced(_CHECKS_PER_DECADE), every(_CHECKS_EVERY)
-        self._findings: list[Finding] = []
+        self._checkup = Checkup(
+            model,
+            probe,
+            self.blocks,
+            optimizer,
+            budget=settings.budget,
+            micro_batch_tokens=settings.micro_batch_tokens,
+            processes=processes,
+        )
+        self._checkup.expect(per_token)
         self._told: set[object] = set()
-        self._measurements = self._checks = 0
         self._failures = self._left_out = 0  # unforeseen ones in a row; measurements to leave out after them
         self._tokens = settings.micro_batch_tokens
         self._checked = True  # whether the blocks as they are have passed their self-checks
         self.spent = time.monotonic() - began
-        self._start: float | None = None
         self._last: int | None = None
+        self._unread: list[tuple[int, float | Tensor | None, float]] = []  # step, loss and share so far
+        self._last_read = 0.0
+        if self._leak is not None:
+            self._checkup.has_leak()
+        self._checkup.prepare()
 
     @property
     def elapsed(self) -> float:
@@ -150,12 +159,12 @@ class Follower:
         """Share of wall time taken so far."""
         return self.spent / self.elapsed if self.elapsed > 0 else 0.0
 
-    def step(self, step: int, loss: float | None = None) -> Measurement | None:
+    def step(self, step: int, loss: float | Tensor | None = None) -> Measurement | None:
         """Note a training step, measure if it is time to, and return what was found then.
 
         Args:
             step: number of the step, after its update.
-            loss: training loss of the step.
+            loss: training loss of the step; a tensor is read later, with others, before anything follows from it.
         """
         began = time.monotonic()
         if self._start is None:
@@ -163,36 +172,62 @@ class Follower:
         try:
             return self._step(step, loss, began)
         finally:
-            self.spent += time.monotonic() - began
+            if self._checkup.due(step + 1):
+                self._checkup.prepare()
+            self.spent += time.monotonic() - began + self._checkup.taken_inside()
 
-    def _step(self, step: int, loss: float | None, began: float) -> Measurement | None:
+    def close(self) -> None:
+        """Take everything off the model that is on it for the next step, and read what is left to read."""
+        self._checkup.close()
+        self._read()
+
+    def _step(self, step: int, loss: float | Tensor | None, began: float) -> Measurement | None:
+        forecast = self._planner.forecast(step)
+        if forecast is not None:
+            self._tell(forecast)
+        if self._leak is not None:
+            self._tell(leak(step, self._leak))
         while self._notes:  # of the self-checks; only now there is a run for them
             first, self._notes = self._notes[0], self._notes[1:]
             self._tell(alerts.noted(step, first), once=f"note {first.code}")
         if self._last is not None and step < self._last:
             self._tell(alerts.stepped_back(self._last, step), once=f"stepped-back {self._last} {step}")
+            self._read()
             self._chronicle.forget_from(step)
         self._last = step
-        if loss is not None:
-            self._chronicle.loss(step, loss)
-            if not math.isfinite(loss):
-                self._tell(alerts.non_finite_loss(step, loss))
-        self._recorder.step(StepRow(step, loss if loss is None or math.isfinite(loss) else None, self.share))
+        self._unread.append((step, loss, self.share))
         kind = self._due(step)
-        if kind is not None or any(due(step) for due in self._vitals_due):
-            self._check_vitals(step)
+        value, looked_at = None, kind is not None or self._checkup.due(step)
+        if looked_at or not isinstance(loss, Tensor) or began - self._last_read > _READ_EVERY:
+            value = self._read()
+        if looked_at:
+            margin, elapsed = self._settings.margin_nats, self.elapsed
+            for event in self._checkup.check(step, value, self._chronicle, margin=margin, elapsed=elapsed):
+                self._recorder.event(event)
         return None if kind is None else self._measure(step, kind, began)
 
+    def _read(self) -> float | None:
+        """Read the losses that wait for it, all at once, hand them on, and return the last."""
+        self._last_read = time.monotonic()
+        waiting, self._unread = self._unread, []
+        tensors = [loss.float() for _, loss, _ in waiting if isinstance(loss, Tensor)]
+        values = iter(torch.stack(tensors).tolist() if tensors else [])
+        value: float | None = None
+        for step, loss, share in waiting:
+            value = next(values) if isinstance(loss, Tensor) else loss
+            if value is not None:
+                self._chronicle.loss(step, value)
+                if not math.isfinite(value):
+                    self._tell(alerts.non_finite_loss(step, value))
+            self._recorder.step(StepRow(step, value if value is None or math.isfinite(value) else None, share))
+        return value
+
     def _due(self, step: int) -> MeasurementKind | None:
-        """Return the kind of measurement to make now, if any: the first process's clock decides."""
-        settings, kind = self._settings, self._settings.plan[self._measurements % len(self._settings.plan)]
-        if settings.schedule is not None and not settings.schedule(step):
+        """Return the kind of measurement to make now, if any: by the first process's clock and memory."""
+        if self._settings.schedule is not None and not self._settings.schedule(step):
             return None
-        if settings.budget is not None:
-            now = affordable(self.spent, self._costs[kind], self.elapsed, settings.budget)
-            if not self._processes.broadcast_number(int(now)):
-                return None
-        if self._left_out > 0:
+        kind = self._planner.due(self.spent, self.elapsed, self._chronicle.undecided)
+        if kind is not None and self._left_out > 0:
             self._left_out -= 1
             return None
         return kind
@@ -200,17 +235,18 @@ class Follower:
     def _measure(self, step: int, kind: MeasurementKind, began: float) -> Measurement | None:
         _wait_for(self._model)  # what training has queued on a device is not the monitor's time
         start = time.monotonic()
-        self._measurements += 1
+        self._planner.begin(kind)
         try:
             with self._processes.agreeing():
                 as_many = self._look_at_blocks(step)
             if not as_many:
                 return None
+            grown = self._planner.grow(self.elapsed)
             order = self._processes.broadcast(self._chronicle.wanted_first())
             found = measure(
                 self._model,
                 self.blocks,
-                self._probe,
+                self._planner.probe,
                 kind,
                 order,
                 micro_batch_tokens=self._tokens,
@@ -218,21 +254,20 @@ class Follower:
                 checked=self._checked,
             )
         except Exception as error:  # whatever goes wrong here, the training must not end of it
-            self._costs[kind] = time.monotonic() - start
+            self._planner.took(kind, time.monotonic() - start, failed=True)
             self._tell_failure(step, error)
             return None
         self._failures, self._checked = 0, True
         now = time.monotonic()
-        self._costs[kind] = now - start
+        self._planner.took(kind, now - start)
         share = (self.spent + now - began) / max(self.elapsed, 1e-9)
         row: Measurement = self._processes.broadcast(
-            self._row(step, found, now - start, share) if self._processes.is_main else None
+            self._row(step, found, now - start, share, grown=grown) if self._processes.is_main else None
         )
         row = self._codes.noted(row)
         self._recorder.measurement(row)
-        self._tell_cost(step, kind)
         for note in found.notes:
-            if note.code in ("few-fit-tokens", "more-damping"):
+            if note.code in ("few-fit-tokens", "few-expert-tokens", "more-damping"):
                 self._tell(alerts.few_tokens(step, note))
             else:
                 self._tell(alerts.noted(step, note), once=f"note {note.code}")
@@ -255,44 +290,21 @@ class Follower:
         self._tell(alerts.layers_changed(step, *changed_layers(self.blocks, now)), once=f"layers-changed {step}")
         self.blocks, self._checked = now, False
         self._chronicle.frozen = _frozen(now)
-        self._vitals.blocks = now
+        self._checkup.blocks = now
         return True
 
-    def _row(self, step: int, found: Measured, seconds: float, share: float) -> Measurement:
-        return self._chronicle.add(step, found, seconds=seconds, share=share, seen=self._seen())
-
-    def _check_vitals(self, step: int) -> None:
-        with self._processes.agreeing():  # they add up what they see, and nobody waits for one that failed
-            self._findings = self._vitals.check()
-        self._checks += 1
-        for finding in self._findings:
-            # A fault that goes away and comes back is told again; one that only spreads is, too.
-            self._tell(alerts.wrong(step, finding), once=(finding.kind, finding.names))
-        self._told -= {key for key in self._told if isinstance(key, tuple) and key not in self._present()}
-        if self._checks == 3 and not self._vitals.saw_gradients:
-            self._tell(alerts.no_gradients_seen(step))
-
-    def _present(self) -> set[object]:
-        return {(finding.kind, finding.names) for finding in self._findings}
-
-    def _seen(self) -> dict[int, Seen]:
-        rates = self._vitals.rates()
-        known = [rate for rate in rates if rate is not None]
-        usual = median(known) if known else 0.0
-        why: dict[int, Complaint] = {}
-        dead: dict[int, Finding] = {}
-        for finding in self._findings:
-            for block in finding.blocks:
-                if finding.stops_training:
-                    why.setdefault(block, finding.kind)
-                elif finding.kind == "dead-units":
-                    dead.setdefault(block, finding)
-        ratios = [rate / usual if rate is not None and usual > 0 else None for rate in rates]
-        clipped = self._vitals.clipped_to
-        return {
-            block.index: Seen(why.get(block.index), ratio, None, dead.get(block.index), clipped)
-            for block, ratio in zip(self.blocks, ratios, strict=True)
-        }
+    def _row(self, step: int, found: Measured, seconds: float, share: float, *, grown: bool) -> Measurement:
+        return self._chronicle.add(
+            step,
+            found,
+            seconds=seconds,
+            share=share,
+            seen=self._checkup.seen(),
+            shared=self._checkup.shared(),
+            at_fault=self._checkup.at_fault,
+            counting=self._checkup.counting,
+            other_text=grown,
+        )
 
     def _tell_failure(self, step: int, error: Exception) -> None:
         """Say that a measurement failed; after an error that nobody foresaw, try later, with half the tokens at a time.
@@ -309,11 +321,6 @@ class Follower:
             _log.debug("measurement at step %d", step, exc_info=error)
         self._tell(alerts.not_measured(step, words, later=later), once=type(error))
 
-    def _tell_cost(self, step: int, kind: MeasurementKind) -> None:
-        budget, seconds = self._settings.budget, self._costs[kind]
-        if budget is not None and self._measurements == 1:
-            self._tell(alerts.cost(step, seconds, budget))
-
     def _tell(self, event: Event, *, once: object = None) -> None:
         """Hand on an event, the same one once."""
         key = once if once is not None else event.kind
@@ -321,22 +328,31 @@ class Follower:
             self._told.add(key)
             self._recorder.event(event)
 
-    def _guessed_costs(self) -> tuple[dict[MeasurementKind, float], tuple[Note, ...]]:
-        """Check that the model can be run block by block, and guess from that what a measurement will cost.
+    def _first_look(self) -> tuple[float, tuple[Note, ...], str | None]:
+        """Check that the model can be run block by block.
 
-        Returns the guess, and what the self-checks have to say.
+        Returns the seconds of a forward pass per token, what the self-checks have to say, and of a leak if any.
         """
         tokens = self._settings.micro_batch_tokens
         runner = Runner(self._model, self.blocks, micro_batch_tokens=tokens, processes=self._processes)
-        fit, parts = self._probe.fit, (self._probe.fit, self._probe.select, self._probe.report)
+        fit = self._probe.fit
         rows = max(1, tokens // fit.inputs.shape[1])
         with untouched(self._model):
-            notes = first_notes(runner, fit)  # which also warms up
+            leaks = None
+            try:
+                notes = first_notes(runner, fit)  # which also warms up
+            except NotCausalError as error:  # a mistake to be told, not a reason to leave the run alone
+                leaks = str(error)
+                notes = first_notes(runner, fit, causal=False)
             start = time.monotonic()
             some = runner.trace(Split(fit.ids[:rows], fit.mask[:rows]))
             seconds = time.monotonic() - start
-        forward = seconds * sum(part.tokens for part in parts) / some.predicted
-        return {kind: forward * passes for kind, passes in _FIRST_GUESS.items()}, notes
+        return seconds / some.predicted, notes, leaks
+
+
+def read_later(loss: Tensor) -> bool:
+    """Whether to read a loss at once would wait for a device."""
+    return loss.device.type != "cpu"
 
 
 def _frozen(blocks: Sequence[Block]) -> frozenset[int]:

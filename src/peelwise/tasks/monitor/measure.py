@@ -107,7 +107,8 @@ def measure(
         (proposals,) = sweep(session.runner, session.fit, session.select)
         found, upper = Findings(proposals=proposals), None
         if kind == "alone":
-            found.proposals = {index: proposals[index] for index in processes.broadcast(_affordable(session, order))}
+            able = [index for index in order if index in proposals]  # not a block whose layers have no gradient
+            found.proposals = {index: proposals[index] for index in processes.broadcast(_affordable(session, able))}
             stages.refine_alone(session, found, rounds=1)
         elif kind == "joint":
             stages.joint_rounds(session, found, rounds=1, share=1.0)

@@ -124,8 +124,9 @@ def find_writers(runner: Runner, block: Block, batch: Batch) -> list[LinearLayer
     scale = _NUDGE * float(plain.float().std())
     generator = torch.Generator().manual_seed(0)
     found = []
-    for linear, y in capture.outputs.items():
-        if y.numel() != plain.numel() or y.shape[-1] != plain.shape[-1]:
+    for linear, calls in capture.calls.items():
+        y = calls[0].y
+        if len(calls) > 1 or y.numel() != plain.numel() or y.shape[-1] != plain.shape[-1]:
             continue
         delta = (scale * torch.randn(y.shape, generator=generator)).to(y)
         handle = linear.module.register_forward_hook(lambda _m, _x, out, d=delta: out + d)

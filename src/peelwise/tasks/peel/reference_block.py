@@ -14,7 +14,7 @@ from peelwise.engine.opening import low_bit_layers
 from peelwise.engine.session import WITNESS_DTYPE
 from peelwise.formats.base import Encoded
 from peelwise.formats.membership import scaled_part
-from peelwise.model.layers import Block, LinearLayer, unwrapped
+from peelwise.model.layers import Block, LinearLayer, linear_layers, unwrapped
 from peelwise.model.splice import spliced
 from peelwise.model.weights.held import Held
 
@@ -82,10 +82,8 @@ class ReferenceBlock:
     def __init__(self, own: Block, state: State | None = None, *, dense: bool = False) -> None:
         module = copy.deepcopy(unwrapped(own.module)).requires_grad_(False).eval()
         self.own = own
-        linears = tuple(
-            LinearLayer(m.name, module.get_submodule(m.name.removeprefix(f"{own.name}.")), m.transposed)
-            for m in own.linears
-        )
+        asked = {linear.name for linear in own.linears}
+        linears = tuple(linear for linear in linear_layers(module, own.name) if linear.name in asked)
         self.block = Block(own.index, own.name, module, linears)
         self.held: dict[LinearLayer, Held] = {} if dense else low_bit_layers((self.block,))
         self.state = State()

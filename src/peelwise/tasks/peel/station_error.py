@@ -54,7 +54,8 @@ class StationError:
         for batch, wanted in zip(trace.batches, stations, strict=True):
             with captured((linear,)) as capture:
                 out = self._run(batch)
-            x = token_rows(capture.inputs[linear], batch, linear)  # [n, d_in (+1)]
+            (call,) = capture.calls[linear]
+            x = token_rows(call.x, call, batch, linear)  # [n, d_in (+1)]
             S.update(x)
             R.update((wanted - out)[batch.weights], x)
         return StationSums(S.mean(), R.mean())

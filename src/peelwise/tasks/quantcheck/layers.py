@@ -110,8 +110,9 @@ def input_sums(runner: Runner, block: Block, trace: Trace) -> dict[LinearLayer, 
             runner.run_block(block, batch.stations[block.index], batch)
         first_of.update(capture.groups)
         for first in set(capture.groups.values()):
-            rows = token_rows(capture.inputs[first], batch, first, ones=False)
-            totals.setdefault(first, GramSum()).update(rows)
+            for call in capture.calls[first]:
+                rows = token_rows(call.x, call, batch, first, ones=False)
+                totals.setdefault(first, GramSum()).update(rows)
     runner.work.add(runner.shares[block.index], trace.predicted)
     means = {first: total.mean().float() for first, total in totals.items()}
     return {linear: means[first] for linear, first in first_of.items()}

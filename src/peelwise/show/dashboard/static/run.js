@@ -88,7 +88,7 @@ export class RunView {
       this.number.dataset.of = shown;
       this.number.replaceChildren(shown, h("small", {}, " nats per token"));
     }
-    setText(this.trend, slopeWords(now.look));
+    setText(this.trend, slopeWords(now.look, now.step?.[1] ?? null));
     const at = now.step ? ` Training is at step ${integer(now.step[0])}${now.step[1] === null ? "" : `, loss ${nats(now.step[1])}`}.` : "";
     setText(this.what, now.look ? `on the probe, at step ${integer(now.look.step)}.${at}` : `No measurement yet: the first comes when the budget allows.${at}`);
   }
@@ -159,8 +159,13 @@ export class RunView {
   }
 }
 
-function slopeWords(look) {
+// The number above is the probe's, the slope is training's: says whose it is, and where the two losses are far apart.
+function slopeWords(look, training) {
   if (!look || look.slope === null) return "";
   const per = (1000 * look.slope).toFixed(3).replace("-", "\u2212");
-  return look.still_falling ? `falling: ${per} per 1,000 steps` : `not shown to be falling (${per} per 1,000 steps)`;
+  const slope = look.still_falling ? `falling: ${per} per 1,000 steps` : `not shown to be falling (${per} per 1,000 steps)`;
+  const gap = training === null ? 0 : look.probe_loss - training;
+  const apart = Math.abs(gap) > Math.max(0.2 * look.probe_loss, 0.3);
+  const words = apart ? ` It is ${nats(Math.abs(gap))} ${gap > 0 ? "below" : "above"} the probe's.` : "";
+  return `Training loss ${slope}${apart ? "." : ""}${words}`;
 }

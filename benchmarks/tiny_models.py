@@ -1,0 +1,185 @@
+"""Tiny random copies of every causal language model that the installed transformers knows.
+
+Sizes are set by the names that configurations give them, all alike, whatever the type; ``OWN`` holds what a type needs
+besides. Weights are random and large enough that every block matters to the loss.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+VOCABULARY, WIDTH, BLOCKS, LENGTH, EXPERTS = 257, 32, 4, 32, 4
+SEED = 7
+
+# By the attribute's name. Lists are cut or repeated to the number of blocks.
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "text_vocab_size", "n_vocab"), VOCABULARY),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "word_embed_proj_dim", "n_embed",
+                     "dim_model", "hidden_dim", "attention_hidden_size", "lru_width", "embed_dim",
+                     "cross_attention_hidden_size", "backbone_hidden_size", "residual_embedding_size"), WIDTH),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner", "dim_ff",
+                     "d_inner",
+                     "feed_forward_size", "shared_intermediate_size", "ffn_hidden_size", "dense_intermediate_size",
+                     "expert_ffn_hidden_size", "intermediate_size_mlp", "moe_intermediate_size", "ffn_size",
+                     "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "block_ff_dim",
+                     "prefix_dense_intermediate_size", "zaya_intermediate_size"), 48),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers",
+                     "encoder_layers", "num_encoder_layers", "num_blocks", "depth"), BLOCKS),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads",
+                     "encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads",
+                     "swa_num_attention_heads", "linear_num_value_heads", "num_ssm_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "n_head_kv", "kv_n_heads", "num_global_key_value_heads",
+                     "linear_num_key_heads", "swa_num_key_value_heads", "attention_sink_heads"), 2),
+    **dict.fromkeys(("head_dim", "global_head_dim", "d_kv", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
+                     "linear_key_head_dim", "linear_value_head_dim", "kv_channels", "attention_head_dim", "dim_head",
+                     "swa_head_dim", "swa_v_head_dim", "index_head_dim", "rotary_dim", "mamba_d_state", "mamba_d_head",
+                     "state_size", "ssm_state_size", "mamba_head_dim", "mamba_headdim", "o_lora_rank",
+                     "qk_head_dim"), 8),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "ffn_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "top_k", "moe_k", "moe_top_k", "num_selected_experts",
+                     "num_experts_per_token", "router_topk", "ffn_moe_top_k"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "n_groups", "mamba_n_groups", "mamba_ngroups"), 1),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "context_length", "max_seq_len",
+                     "max_target_positions", "max_source_positions", "seq_length"), 64),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "time_step_rank", "mamba_dt_rank", "dt_rank"), 8),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "index_n_heads"), 4),
+    **dict.fromkeys(("sliding_window", "attention_chunk_size", "attention_window_size", "window_size", "index_topk",
+                     "chunk_size", "mamba_chunk_size", "local_window", "index_block_size"), 16),
+    "first_k_dense_replace": 1, "num_dense_layers": 1, "n_shared_experts": 1, "num_shared_experts": 1,
+    "hidden_size_per_layer_input": 8, "laurel_rank": 8, "conv_dim": WIDTH, "block_dim": WIDTH,
+    "conv_dim_out": WIDTH, "mamba_d_ssm": WIDTH, "expand": 1, "mamba_expand": 1, "num_memory_blocks": 1,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1,
+    "attention_dropout": 0.0, "dropout": 0.0, "activation_dropout": 0.0, "hidden_dropout": 0.0,
+    "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0, "layerdrop": 0.0, "decoder_layerdrop": 0.0, "encoder_layerdrop": 0.0,
+    "router_jitter_noise": 0.0, "input_jitter_noise": 0.0,
+}  # fmt: skip
+
+_INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16,
+            "indexer_compress_ratio": 4}  # fmt: skip
+# What a type needs besides, or instead (``None`` leaves the attribute as it is by default).
+OWN: dict[str, dict[str, Any]] = {
+    "dots1": {"n_routed_experts": 4, "moe_intermediate_size": 48, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+                     "activation_sparsity_pattern": [0.0] * 4, "intermediate_size": [48] * 4},
+    "hunyuan_v1_dense": {"head_dim": 8}, "hunyuan_v1_moe": {"head_dim": 8}, "ministral": {"head_dim": 8},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
+    "qwen4_exp": {"text_config": _INDEXER}, "qwen4_exp_text": _INDEXER,
+    "zamba": {"attention_hidden_size": 2 * WIDTH, "attention_head_dim": 16},
+    "zamba2": {"attention_hidden_size": 2 * WIDTH, "attention_head_dim": 16},
+    "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"] * 2},
+    "reformer": {"is_decoder": True, "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16],
+                 "attn_layers": ["local"] * 4, "local_attn_chunk_length": 16, "attention_head_size": 8,
+                 "num_attention_heads": 4},
+    "xmod": {"default_language": "en_XX", "is_decoder": True},
+    "xlm": {"n_words": VOCABULARY, "causal": True, "emb_dim": WIDTH, "n_heads": 4, "max_position_embeddings": 64},
+    "zaya": {"num_experts_per_tok": 1},
+    "mpt": {"attn_config": {"attn_pdrop": 0}, "expansion_ratio": 2},
+    "xlnet": {"attn_type": "uni"},
+    "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+    "kimi_linear": {
+        "linear_attn_config": {"head_dim": 8, "num_heads": 4, "short_conv_kernel_size": 4, "kda_layers": [1, 2, 3],
+                               "full_attn_layers": [4]}},
+    "ctrl": {"dff": 48},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+            for kind in ("full_attention", "sliding_attention")
+        }
+    },
+    "longcat_flash": {"head_dim": 8, "num_key_value_heads": 4, "num_layers": 2, "qk_head_dim": 16,
+                      "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+             "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": WIDTH}},
+}  # fmt: skip
+DECODERS = {"is_decoder": True}  # encoders that are causal only if they are told so
+
+
+def types() -> list[str]:
+    """Return the types that ``AutoModelForCausalLM`` knows."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def tiny_config(kind: str) -> Any:
+    """Return a configuration of a type with all its sizes small."""
+    from transformers import AutoConfig
+
+    usual = AutoConfig.for_model(kind)
+    own = dict(OWN.get(kind, {}))
+    if getattr(usual, "is_decoder", None) is False:
+        own |= DECODERS
+    if getattr(usual, "kv_lora_rank", None):
+        own.setdefault("num_key_value_heads", 4)  # latent attention has as many of both
+    settings = _small(usual, own)
+    return type(usual)(**settings)
+
+
+def build(kind: str) -> nn.Module:
+    """Return a tiny random model of a type, in eval mode, the same at every call."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = AutoModelForCausalLM.from_config(tiny_config(kind), dtype=torch.float32).eval()
+        _enliven(model)
+    return model
+
+
+@torch.no_grad()
+def _enliven(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and "A_log" not in name and parameter.is_floating_point():
+            parameter.normal_(0.0, 0.2)
+        elif "bias" in name and "dt" not in name:
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+def _small(usual: Any, own: dict[str, Any]) -> dict[str, Any]:
+    known = {**usual.__dict__, **_of_signature(usual)}
+    own = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0} | own
+    for name in ("layers_block_type", "layer_types", "mlp_layer_types", "block_types"):
+        usual_list = getattr(usual, name, None)
+        if isinstance(usual_list, (list, tuple)) and name not in own and name in _of_signature(usual):
+            own[name] = _spread(list(usual_list))
+    settings: dict[str, Any] = {}
+    names = {usual.attribute_map.get(name, name) for name in known} | set(known)
+    for name in sorted(names):
+        value = known.get(name, getattr(usual, name, None))
+        if name in own and not hasattr(value, "attribute_map"):
+            continue
+        if hasattr(value, "attribute_map"):  # a configuration inside of a configuration
+            settings[name] = _small(value, own.get(name, {})) | {"model_type": value.model_type}
+        elif name in SIZES and (value is not None or name in ("pad_token_id",)):
+            size = SIZES[name]
+            settings[name] = _as_list(value, size) if isinstance(value, (list, tuple)) else size
+        elif isinstance(value, (list, tuple)) and len(value) == _layers_of(usual) and len(value) > 2:
+            settings[name] = _spread(list(value))
+    return settings | {n: v for n, v in own.items() if v is not None and not hasattr(known.get(n), "attribute_map")}
+
+
+def _of_signature(usual: Any) -> dict[str, Any]:
+    found = inspect.signature(type(usual).__init__).parameters
+    return {name: getattr(usual, name, None) for name in found if name not in ("self", "kwargs")}
+
+
+def _layers_of(config: Any) -> int:
+    return int(getattr(config, "num_hidden_layers", 0) or 0)
+
+
+def _as_list(value: Any, size: Any) -> list[Any]:
+    return [size] * min(len(value), BLOCKS)
+
+
+def _spread(values: list[Any]) -> list[Any]:
+    """Return a value per block: of each kind that there is at least one, in their order."""
+    kinds = list(dict.fromkeys(map(str, values)))
+    first = {kind: next(v for v in values if str(v) == kind) for kind in kinds}
+    if len(kinds) == 1:
+        return values[:BLOCKS]
+    return [first[kinds[place % len(kinds)]] for place in range(BLOCKS)]

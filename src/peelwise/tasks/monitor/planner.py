@@ -1,0 +1,101 @@
+"""Which kind of measurement is next, on how much of the probe, what it costs, and whether the budget allows it now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from peelwise.distributed.processes import Processes
+from peelwise.evidence.events import cost
+from peelwise.probe.probe import Probe
+from peelwise.records.run import Event, MeasurementKind
+from peelwise.tasks.monitor.schedules import affordable
+from peelwise.tasks.monitor.sizes import PASSES, affordable_tokens, part_of, tokens_of
+
+# Rankings date what changes, refining tells how much there is to gain, a joint round what only one block can give.
+PLAN: tuple[MeasurementKind, ...] = ("ranking", "alone", "ranking", "joint", "ranking", "alone")
+_KINDS: tuple[MeasurementKind, ...] = ("ranking", "alone", "joint")
+# What a kind costs in forward passes over the probe, as long as it was never measured.
+_FIRST_GUESS: dict[MeasurementKind, float] = {"ranking": 5.0, "alone": PASSES, "joint": 12.0}
+_FEW_UNDECIDED = 0.2  # of the blocks that are asked about
+
+
+class Planner:
+    """Plans the measurements of one run; in all of its processes alike, by the clock of the first.
+
+    Args:
+        probe: the whole of it.
+        plan: kinds in turn.
+        budget: share of wall time, or ``None`` for no limit.
+        per_token: seconds of a forward pass, as a first look has shown.
+        processes: that train together.
+
+    Attributes:
+        probe: what to measure on at present.
+    """
+
+    def __init__(
+        self,
+        probe: Probe,
+        plan: Sequence[MeasurementKind],
+        budget: float | None,
+        per_token: float,
+        processes: Processes,
+    ) -> None:
+        self._whole, self._plan, self._budget, self._per_token = probe, plan, budget, per_token
+        self._processes = processes
+        self._begun = self._planned = self._size = 0
+        self._costs: dict[MeasurementKind, float] = {}
+        self.probe = probe
+        self.grow(0.0)
+
+    def forecast(self, step: int) -> Event | None:
+        """Return the event of what measurements are expected to cost, and what fits the budget."""
+        if self._budget is None:
+            return None
+        return cost(step, tokens_of(self._whole), tokens_of(self.probe), PASSES * self._per_token, self._budget)
+
+    def due(self, spent: float, elapsed: float, undecided: float) -> MeasurementKind | None:
+        """Return the kind to measure now, if the budget allows it.
+
+        Args:
+            spent: seconds taken so far.
+            elapsed: seconds since the start.
+            undecided: share of blocks without a colour. While there are many, what may decide them comes first at every
+                other measurement.
+        """
+        kind = self._plan[self._planned % len(self._plan)]
+        if self._budget is None:
+            return kind
+        if self._plan is PLAN and self._begun % 2 == 0 and undecided > _FEW_UNDECIDED:
+            kind = "alone"
+        now = affordable(spent, self._costs[kind], elapsed, self._budget)
+        code = self._processes.broadcast_number(1 + _KINDS.index(kind) if now else 0)
+        return _KINDS[code - 1] if code else None
+
+    def begin(self, kind: MeasurementKind) -> None:
+        """Note that a measurement begins."""
+        self._begun += 1
+        self._planned += kind == self._plan[self._planned % len(self._plan)]
+
+    def took(self, kind: MeasurementKind, seconds: float, *, failed: bool = False) -> None:
+        """Note what a measurement took."""
+        self._costs[kind] = seconds
+        if kind == "ranking" and not failed:
+            self._per_token = seconds / _FIRST_GUESS[kind] / tokens_of(self.probe)
+
+    def grow(self, elapsed: float) -> bool:
+        """Take more of the probe where the budget pays for it by now, and return whether that is so."""
+        full = tokens_of(self._whole)
+        if self._size == full:
+            return False
+        # By what the first process has measured.
+        size = self._processes.broadcast(affordable_tokens(full, self._per_token, self._budget, elapsed, self._size))
+        if size == self._size:
+            return False
+        before, first = tokens_of(self.probe), self._size == 0
+        self._size, self.probe = size, part_of(self._whole, size)
+        times = tokens_of(self.probe) / before
+        for kind, passes in _FIRST_GUESS.items():
+            guess = self._per_token * tokens_of(self.probe) * passes
+            self._costs[kind] = guess if first else self._costs[kind] * times
+        return not first

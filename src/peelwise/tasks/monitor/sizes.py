@@ -1,0 +1,55 @@
+"""How much of a probe a measurement may take, so that a budget allows one in reasonable time.
+
+A probe that is too large for its model and budget is measured once in half an hour, which decides nothing in a run of
+an hour. So measurements begin with as many of its sequences as the budget pays for about once a minute, and take more
+as the run grows: about one measurement for every twentieth of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from peelwise.probe.probe import Probe, Split
+
+PASSES = 10.0  # of the whole model forward, that a measurement takes which can decide a block
+_SOONEST, _PER_RUN = 60.0, 20  # seconds between measurements at the beginning; measurements in a run, later
+_FEWEST_TOKENS, _FEWEST_SEQUENCES = 1024, 8
+
+
+def tokens_of(probe: Probe) -> int:
+    """Return the tokens of all parts."""
+    return probe.fit.tokens + probe.select.tokens + probe.report.tokens
+
+
+def affordable_tokens(full: int, per_token: float, budget: float | None, elapsed: float = 0.0, now: int = 0) -> int:
+    """Return how many tokens of a probe to measure on; in doublings, so that losses stay comparable for long.
+
+    Args:
+        full: tokens of the whole probe.
+        per_token: seconds of a forward pass.
+        budget: share of wall time, or ``None`` for no limit.
+        elapsed: seconds since the run began.
+        now: what is measured on at present; never less than that is returned.
+    """
+    if budget is None or per_token <= 0:
+        return full
+    paid = budget * max(_SOONEST, elapsed / _PER_RUN) / (PASSES * per_token)
+    size = max(now, min(_FEWEST_TOKENS, full))
+    while 2 * size <= paid:
+        size *= 2
+    return full if size > full / 2 else size
+
+
+def part_of(probe: Probe, tokens: int) -> Probe:
+    """Return the first sequences of each part of a probe, about so many tokens in all; else the probe itself."""
+    share = tokens / tokens_of(probe)
+    if share >= 1:
+        return probe
+
+    def first(split: Split) -> Split:
+        count = min(split.sequences, max(_FEWEST_SEQUENCES, round(share * split.sequences)))
+        return Split(split.ids[:count], split.mask[:count])
+
+    return replace(
+        probe, fit=first(probe.fit), select=first(probe.select), report=first(probe.report), pool=None, documents=None
+    )
