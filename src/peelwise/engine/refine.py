@@ -74,14 +74,14 @@ def take_round(
     for direction in _directions(proposals):
         unit = output_change(proposals, direction, 1.0)
         slope = sum(p.slope for block in proposals.values() for p in block.changes[direction].values())
-        if unit == 0 or slope <= 0:
+        start = _first_step(output_changes.get(direction), unit, slope)
+        if not 0 < start < math.inf:
             continue
 
         def loss_at(step: float, direction: Direction = direction) -> float:
             changes = combined(before.changes, proposals, direction, step)
             return select.mean_of(session.losses(select, changes, before.start))
 
-        start = output_changes[direction] / unit if direction in output_changes else FIRST_GAIN_NATS / slope
         choice = search_step(
             loss_at,
             before.select_loss,
@@ -90,7 +90,8 @@ def take_round(
             evaluations=evaluations,
             beat=best.select_loss if best else math.inf,
         )
-        if choice.step == 0:
+        change = output_change(proposals, direction, choice.step)
+        if choice.step == 0 or not math.isfinite(change):
             continue
         output_changes[direction] = choice.step * unit
         if best is None or choice.loss < best.select_loss:
@@ -101,7 +102,7 @@ def take_round(
                     RoundRecord(
                         direction=direction,
                         step=choice.step,
-                        output_change=output_change(proposals, direction, choice.step),
+                        output_change=change,
                         select_before=before.select_loss,
                         select_after=choice.loss,
                     ),
@@ -111,6 +112,13 @@ def take_round(
                 before.start,
             )
     return best
+
+
+def _first_step(wanted: float | None, unit: float, slope: float) -> float:
+    """Return the step to try first; 0 where there is none: downhill to nothing, or numbers that overflow."""
+    if not (0 < unit < math.inf and 0 < slope < math.inf):
+        return 0.0
+    return FIRST_GAIN_NATS / slope if wanted is None else wanted / unit
 
 
 def _directions(proposals: Proposals) -> Sequence[Direction]:

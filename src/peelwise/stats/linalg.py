@@ -14,7 +14,6 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from peelwise.errors import IllConditionedWarning, ModelError
 
 _MAX_ESCALATIONS = 12
-_NotConverged: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
 class DampedFactor:

@@ -1,5 +1,6 @@
 """Whole audits: every architecture, every way of stopping, and a damage that must be found."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -13,7 +14,7 @@ import damage
 from audits import ONE_ROUND, Snapshot, flat, numbers, part_of, tiny_probe
 from peelwise.certificate.audit import verify_certificate
 from peelwise.certificate.base import write_certificate
-from peelwise.errors import ProbeError, UnsupportedModelError
+from peelwise.errors import ModelError, ProbeError, UnsupportedModelError
 from peelwise.model.architectures import find_blocks
 from peelwise.model.runner import Runner
 from peelwise.probe.probe import Probe
@@ -373,3 +374,14 @@ def test_an_audit_begins_with_a_check_and_names_the_block_that_is_unlike(audited
     names = [stage.name for stage in audited[0].record.cost.stages]
     assert names.index("pass-signals") < names.index("statistics")
     assert "Block 3 is unlike its neighbours" in str(audited[0])
+
+
+@pytest.mark.parametrize("layer", ["up_proj", "down_proj"])
+def test_activations_whose_squares_overflow_end_in_a_result_or_in_one_line(layer):
+    """Their loss is finite, since a norm follows; sums over them in float32 are not."""
+    model = ZOO["llama"]()
+    with torch.no_grad():
+        getattr(model.model.layers[1].mlp, layer).weight.mul_(1e19)
+    with contextlib.suppress(ModelError):
+        outcome = run_audit(model, tiny_probe(), ONE_ROUND)
+        assert AuditRecord.model_validate_json(outcome.record.to_json()) == outcome.record
