@@ -100,7 +100,7 @@ def demo_audit(
 ) -> None:
     """Audit the packaged model twice: as it is, and a copy in which one block writes with the wrong sign.
 
-    No norm and no singular value of the weights changes. Both are shown on one page; about ten minutes on two cores.
+    No norm and no singular value of the weights changes. Both are shown on one page. --budget is that of each.
     """
     from peelwise.cli.demo_audit import Plan, demonstrate
 
