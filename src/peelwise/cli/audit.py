@@ -96,7 +96,7 @@ def demo_audit(
     force: ForceOption = False,
     block: Annotated[int, typer.Option(help="Which block is damaged in the copy.", min=0)] = 15,
     tokens: TokensOption = 4096,
-    budget: Annotated[str, typer.Option(metavar="TIME", help="Wall time of each of the two audits.")] = "265s",
+    budget: Annotated[str, typer.Option(metavar="TIME", help="Wall time of each of the two audits.")] = "420s",
 ) -> None:
     """Audit the packaged model twice: as it is, and a copy in which one block writes with the wrong sign.
 

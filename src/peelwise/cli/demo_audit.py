@@ -46,7 +46,7 @@ class Plan:
     model: str = "smollm2"
     block: int = 15
     tokens: int = 4096
-    budget: str = "265s"
+    budget: str = "420s"
 
 
 def damaged(model: nn.Module, block: int) -> nn.Module:

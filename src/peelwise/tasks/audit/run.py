@@ -27,7 +27,7 @@ from peelwise.tasks.audit.summary import summarise
 
 # Stages are cut short so that the next ones get their turn: no further joint round and no untrained control is begun
 # after these parts of the budget; leaving one out gets a part of what is left, the head one of the whole.
-_LOOK_SHARE = 0.15
+_LOOK_SHARE = 0.25
 _REMOVAL_SHARE, _JOINT_SHARE, _CONTROL_SHARE, _UNIQUE_SHARE, _HEAD_SHARE = 0.1, 0.4, 0.8, 0.6, 0.02
 _UNIQUE_SHARE_ELSEWHERE = 0.9  # on text that is not training text leaving one out decides
 

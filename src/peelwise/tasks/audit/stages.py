@@ -21,7 +21,7 @@ _JOINT: dict[Kind, Stage] = {"certified": "joint-rounds", "dense": "joint-rounds
 # How many evaluations of the select loss a round takes as a rule, both directions together, to estimate its time.
 _USUAL_EVALUATIONS = 5
 # What a look takes, in forward passes over its tokens: blocks once more, back, and some factors on a few of them.
-_LOOK_PASSES = 12
+_LOOK_PASSES = 28
 _MOST_FACTORS = 3  # blocks unlike their neighbours that factors are put on
 
 
