@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.distributed.sharding import is_sharded
-from peelwise.errors import NotDifferentiableError, UnsupportedModelError
+from peelwise.errors import UnsupportedModelError
 from peelwise.model.architectures import find_head
 from peelwise.model.calls import hidden_of, skipping, uncached, without_hidden
 from peelwise.model.capture import Capture, captured
+from peelwise.model.gradients import differentiable, gradients_by_layer, not_differentiable
 from peelwise.model.layers import Block, LinearLayer, unwrapped
 from peelwise.probe.probe import Split
 from peelwise.records.options import MICRO_BATCH_TOKENS as MICRO_BATCH_TOKENS
@@ -439,61 +440,6 @@ def check_replay(runner: Runner, split: Split) -> None:
             f"{float(again.sum()):.4f} instead of {float(trace.losses.sum()):.4f}: the model computes "
             "something between its blocks, which is not supported yet."
         )
-
-
-def differentiable(capture: Capture, out: Tensor, name: str) -> dict[LinearLayer, list[Tensor]]:
-    """Return the outputs of the layers that gradients can be had of, one per run.
-
-    Args:
-        capture: what the layers saw.
-        out: what is to be differentiated.
-        name: of the block, for the error.
-
-    Raises:
-        NotDifferentiableError: If ``out`` has none, or hides some by reentrant activation checkpointing.
-    """
-    used = {}
-    for linear, calls in capture.calls.items():
-        outputs = [call.y for call in calls]
-        if all(y.requires_grad for y in outputs):
-            used[linear] = outputs
-    if not out.requires_grad or (len(used) < len(capture.calls) and _is_checkpointed(out)):
-        raise not_differentiable(next((linear.name for linear in capture.calls if linear not in used), name))
-    return used
-
-
-def gradients_by_layer(
-    used: dict[LinearLayer, list[Tensor]], found: Sequence[Tensor | None]
-) -> dict[LinearLayer, list[Tensor]]:
-    """Return the gradients ``found`` at the outputs of ``used``, zero for a run that has none, by layer."""
-    rest, grads = iter(found), {}
-    for linear, outputs in used.items():
-        own = [next(rest) for _ in outputs]
-        if any(g is not None for g in own):
-            grads[linear] = [torch.zeros_like(y) if g is None else g for y, g in zip(outputs, own, strict=True)]
-    return grads
-
-
-def _is_checkpointed(out: Tensor) -> bool:
-    """Whether reentrant activation checkpointing is part of the graph of ``out``."""
-    seen, left = set(), [out.grad_fn]
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        if "CheckpointFunction" in node.name():
-            return True
-        seen.add(node)
-        left.extend(parent for parent, _ in node.next_functions)
-    return False
-
-
-def not_differentiable(what: str) -> NotDifferentiableError:
-    """Return the error for a block or layer whose output has no gradient."""
-    return NotDifferentiableError(
-        f"{what} hides its inner results from gradients (reentrant activation checkpointing?). "
-        "Switch checkpointing off, or use use_reentrant=False."
-    )
 
 
 def _accepted(model: nn.Module) -> Callable[[str], bool]:

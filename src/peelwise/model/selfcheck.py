@@ -22,17 +22,10 @@ from peelwise.errors import NotCausalError, PeelwiseError, UnsupportedModelError
 from peelwise.model.calls import replaced_hidden
 from peelwise.model.capture import captured
 from peelwise.model.experts import ExpertLinear, experts_as_they_are
+from peelwise.model.gradients import differentiable, gradients_by_layer, not_differentiable
 from peelwise.model.layers import Block, LinearLayer, plain_name, unwrapped
 from peelwise.model.parts import parts_of
-from peelwise.model.runner import (
-    Batch,
-    Runner,
-    Trace,
-    check_replay,
-    differentiable,
-    gradients_by_layer,
-    not_differentiable,
-)
+from peelwise.model.runner import Batch, Runner, Trace, check_replay
 from peelwise.model.splice import spliced
 from peelwise.probe.probe import Split
 from peelwise.records.base import Note, note
