@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peelwise.evidence.mistakes import BatchFacts
+from peelwise.tasks.monitor.uncopied import Uncopied
 
 _AT_A_TIME = 1024  # tokens whose logits are turned into losses
 _MOST_TOKENS = 65_536  # of a step; what comes later is not looked at
@@ -89,7 +90,7 @@ class BatchWatch:
         self.seconds += time.monotonic() - start
 
 
-class _Look:
+class _Look(Uncopied):
     """The hook; copies of the model, in memory or on disk, do without it."""
 
     def __init__(self, watch: BatchWatch) -> None:
@@ -102,17 +103,6 @@ class _Look:
             self._watch.look(args, kwargs, out)
         except Exception:  # whatever goes wrong here, the training must not end of it
             self._watch.drop()
-
-    def __reduce__(self) -> Any:
-        return _nothing, ()
-
-
-def _nothing() -> Any:
-    return _ignore
-
-
-def _ignore(*_: Any, **__: Any) -> None:
-    return None
 
 
 def _ids(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -7,7 +7,6 @@ holds that of the step before. Nothing is run and nothing of the training is cha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from peelwise.distributed.sharding import is_sharded
 from peelwise.evidence.mistakes import UpdateFacts
 from peelwise.model.layers import Block
+from peelwise.tasks.monitor.uncopied import Uncopied
 
 _SAMPLED = 1024  # numbers of each parameter
 _FRESH, _LARGEST_FRESH = 4, 65_536  # parameters whose own gradient of a step is kept; numbers in each
@@ -159,7 +159,7 @@ class UpdateWatch:
         return float(factors[1]) if left < _EXPLAINED * size else None
 
 
-class _Keep:
+class _Keep(Uncopied):
     """Adds up the gradients that reach a parameter in one step; copies of the parameter do without it."""
 
     def __init__(self, kept: dict[int, Tensor], key: int) -> None:
@@ -168,17 +168,6 @@ class _Keep:
     def __call__(self, gradient: Tensor) -> None:
         before = self._kept.get(self._key)
         self._kept[self._key] = gradient.detach().clone() if before is None else before + gradient.detach()
-
-    def __reduce__(self) -> Any:
-        return _nothing, ()
-
-
-def _nothing() -> Any:
-    return _ignore
-
-
-def _ignore(*_: Any, **__: Any) -> None:
-    return None
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
