@@ -64,7 +64,7 @@ def run_audit(
         source: where it was opened from, for ``verify``.
         watcher: told about progress.
         notes: what is known of the model already.
-        factors: whether to begin with factors on blocks unlike their neighbours, where one helps.
+        factors: whether joint rounds begin with factors on blocks unlike their neighbours, where one helps.
 
     Raises:
         UnsupportedModelError: If the architecture cannot be audited.
@@ -101,7 +101,7 @@ def _stages(session: Session, findings: Findings, settings: AuditSettings, *, fa
     """Run the stages in the order of what they are worth; return whether all of them ended by themselves."""
     null = shuffled_targets(session.fit, session.seed, shift_first=True) if settings.controls else None
     complete = stages.look_over_depth(session, findings, share=_LOOK_SHARE)
-    if factors:
+    if factors and settings.joint_rounds:
         stages.begin_with_factors(session, findings)
     complete &= stages.first_sweep(session, findings, null=null)
     taken_out = stages.take_out(session, findings, share=_REMOVAL_SHARE)
