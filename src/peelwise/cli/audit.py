@@ -100,10 +100,9 @@ def demo_audit(
 ) -> None:
     """Audit the packaged model twice: as it is, and a copy in which one block writes with the wrong sign.
 
-    No norm and no singular value of the weights changes. Both are shown on one page. --budget is that of each.
+    No norm and no singular value of its weights changes. Both are shown on one page. --budget is that of each.
     """
     from peelwise.cli.demo_audit import Plan, demonstrate
 
     plan = Plan(block=block, tokens=tokens, budget=budget)
-    with at_work("Opening smollm2 ...") as watcher:
-        demonstrate(out, force=force, say=typer.echo, watcher=watcher, plan=plan)
+    demonstrate(out, force=force, say=typer.echo, working=at_work, plan=plan)

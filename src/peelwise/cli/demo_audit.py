@@ -1,12 +1,13 @@
 """A demonstration: a model as it is, and a copy of it with one damaged block, audited one after the other.
 
-The damage turns the sign of what a block writes: no singular value and no norm of its weights changes.
+The damage turns the sign of what a block writes: no singular value and no norm of a weight changes.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,8 @@ from peelwise.show.words import VERDICTS
 
 if TYPE_CHECKING:
     from peelwise.engine.clock import Watcher
+
+    Working = Callable[[str], AbstractContextManager[Watcher | None]]
 
 PAGE, HEALTHY, DAMAGED = "index.html", "as-it-is", "damaged"
 
@@ -70,7 +73,7 @@ def damaged(model: nn.Module, block: int) -> nn.Module:
 
 
 def demonstrate(
-    out: Path, *, force: bool, say: Callable[[str], None], watcher: Watcher | None = None, plan: Plan | None = None
+    out: Path, *, force: bool, say: Callable[[str], None], working: Working | None = None, plan: Plan | None = None
 ) -> Path:
     """Audit both, save both certificates and a page that shows them below each other; return the page's file.
 
@@ -78,22 +81,23 @@ def demonstrate(
         out: folder of both certificates and the page.
         force: replace what an earlier demonstration left there.
         say: prints a line.
-        watcher: told about progress.
+        working: yields a watcher of the progress of one step, given what is done in it.
         plan: what is audited.
 
     Raises:
         PeelwiseError: If the folder is taken, or the model cannot be opened or audited.
     """
-    plan = plan or Plan()
+    plan, working = plan or Plan(), working or _unseen
     check_free(out, force=force, ours=PAGE)
-    target, probe = open_both(plan.model, ProbeOptions(tokens=plan.tokens))
+    with working(f"Opening {plan.model} ..."):
+        target, probe = open_both(plan.model, ProbeOptions(tokens=plan.tokens))
     twins = {HEALTHY: target.model, DAMAGED: damaged(target.model, plan.block)}
     about = {
         HEALTHY: ("As it is", "The model as it was opened."),
         DAMAGED: (
             f"Block {plan.block} damaged",
-            f"A copy in which what block {plan.block} writes has its sign turned. No norm, no singular value and no "
-            "histogram of its weights can tell.",
+            f"A copy in which what block {plan.block} writes has its sign turned. No norm and no singular value "
+            "of its weights changes.",
         ),
     }
     entries = []
@@ -101,7 +105,8 @@ def demonstrate(
         title, what = about[folder]
         say(f"{title}:")
         name = target.name if folder == HEALTHY else f"{target.name}, block {plan.block} damaged"
-        report = audit(model, probe, budget=plan.budget, name=name, out=out / folder, force=force, progress=watcher)
+        with working("Checking the model ...") as watcher:
+            report = audit(model, probe, budget=plan.budget, name=name, out=out / folder, force=force, progress=watcher)
         say(_summary(report))
         entries.append(Entry(title, what, f"{folder}/report.html", report.record))
     title = f"{target.name}, as it is and with one block damaged"
@@ -109,6 +114,10 @@ def demonstrate(
     write_text_file(page, render_html(title, _in_short(entries[1].record, plan.block), entries))
     say(f"Both on one page: {page}")
     return page
+
+
+def _unseen(_: str) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 def _summary(report: AuditReport) -> str:
