@@ -63,4 +63,5 @@ def test_what_is_found_is_the_same_in_all_and_what_one_process_finds(folder, way
         assert names[0].keys() == names[1].keys()
         for key, one in names[0].items():
             values = [[v for v in (s.value, s.low, s.high) if v is not None] for s in (one, names[1][key])]
-            assert values[0] == pytest.approx(values[1], rel=1e-5, abs=1e-7), key
+            # Proposals are chosen in float32, whose sums are another order in every number of processes.
+            assert values[0] == pytest.approx(values[1], rel=1e-4, abs=1e-5), key
