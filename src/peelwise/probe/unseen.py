@@ -1,4 +1,4 @@
-"""Text of somebody else for a witness that exists already: all of it in one part, nothing of it seen before."""
+"""Text of a third party for a witness that exists already: all of it in one part, nothing of it seen before."""
 
 from __future__ import annotations
 

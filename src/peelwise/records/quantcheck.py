@@ -28,7 +28,8 @@ class LayerCheck(Record):
     ``split`` is ``None`` where the budget ended before it was solved; ``error`` is what its parts add up to.
     ``rounded`` is the error of rounding the parent's weights to nearest with the format's own rule, ``flipped`` the
     share of codes that the best weights found have otherwise, and ``damping`` that of the sums they were found in, in
-    units of their mean diagonal. Errors are on the report part, so what is left on the table can be a little below 0.
+    units of their mean diagonal. Errors are on the report part, so what is recoverable at the same bit width can be a
+    little below 0.
     """
 
     name: str

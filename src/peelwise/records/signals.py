@@ -466,7 +466,7 @@ _ROWS = (
             "recoverability",
             "linear recoverability",
             "",
-            "What a linear map of its input explains of a block's update, held out.",
+            "What a linear function of its input explains of a block's update, held out.",
             quotient=False,
         ),
         _Row("attention_sink", "attention sink", "", "Mean attention paid to the first key.", quotient=False),

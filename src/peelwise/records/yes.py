@@ -84,7 +84,7 @@ class YesRecord:
 
 @dataclass(frozen=True)
 class YesRow:
-    """One moment of a training run: the present bounds and, apart from them, their running minimum."""
+    """One measurement of a training run: the present bounds and, apart from them, their running minimum."""
 
     step: int
     loss: float

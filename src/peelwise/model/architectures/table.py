@@ -16,7 +16,7 @@ ARCHITECTURES: tuple[Callable[[nn.Module], tuple[Block, ...] | None], ...] = (de
 
 
 def find_blocks(model: nn.Module) -> tuple[Block, ...]:
-    """Return the blocks of ``model``, each with its linear maps in the order of the modules.
+    """Return the blocks of ``model``, each with its linear layers in the order of the modules.
 
     Raises:
         UnsupportedModelError: If no architecture of the table has them; the message names what was found.

@@ -1,10 +1,10 @@
 """A quantised model against its full-precision parent: which part of the damage the bits explain, and which they do
 not.
 
-For every linear map with the parent's weights ``T`` and inputs ``x`` of the parent, ``S = E[x x^T]`` over a part of the
+For every linear layer with the parent's weights ``T`` and inputs ``x`` of the parent, ``S = E[x x^T]`` over a part of the
 probe:
 
-    current    tr((W - T) S (W - T)^T)      the map's output error as it is quantised now
+    current    tr((W - T) S (W - T)^T)      the layer's output error as it is quantised now
     achieved   the same for the best codes and scales of its format that were found
     relaxed    0 but for structural zeros: the parent itself
 
