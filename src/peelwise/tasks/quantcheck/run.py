@@ -1,8 +1,7 @@
 """A quantised model against its full-precision parent: which part of the damage the bits explain, and which they do
 not.
 
-For every linear layer with the parent's weights ``T`` and inputs ``x`` of the parent, ``S = E[x x^T]`` over a part of the
-probe:
+For every linear layer with the weights ``T`` of the parent and its inputs ``x``, ``S = E[x x^T]`` over a part of a probe:
 
     current    tr((W - T) S (W - T)^T)      the layer's output error as it is quantised now
     achieved   the same for the best codes and scales of its format that were found
