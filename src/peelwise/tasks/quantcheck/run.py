@@ -1,7 +1,8 @@
 """A quantised model against its full-precision parent: which part of the damage the bits explain, and which they do
 not.
 
-For every linear layer with the weights ``T`` of the parent and its inputs ``x``, ``S = E[x x^T]`` over a part of a probe:
+For every linear layer with the weights ``T`` of the parent and its inputs ``x``, ``S = E[x x^T]`` over a part of the
+probe:
 
     current    tr((W - T) S (W - T)^T)      the layer's output error as it is quantised now
     achieved   the same for the best codes and scales of its format that were found
