@@ -162,8 +162,9 @@ export class RunView {
 // The number above is the probe's, the slope is training's: says whose it is, and where the two losses are far apart.
 function slopeWords(look, training) {
   if (!look || look.slope === null) return "";
-  const per = (1000 * look.slope).toFixed(3).replace("-", "\u2212");
-  const slope = look.still_falling ? `falling: ${per} per 1,000 steps` : `not shown to be falling (${per} per 1,000 steps)`;
+  const per = `${look.slope > 0 ? "+" : ""}${(1000 * look.slope).toFixed(3).replace("-", "\u2212")} per 1,000 steps`;
+  const not = look.slope > 0 ? "not falling" : "not shown to be falling";
+  const slope = look.still_falling ? `falling: ${per}` : `${not} (${per})`;
   const gap = training === null ? 0 : look.probe_loss - training;
   const apart = Math.abs(gap) > Math.max(0.2 * look.probe_loss, 0.3);
   const words = apart ? ` It is ${nats(Math.abs(gap))} ${gap > 0 ? "below" : "above"} the probe's.` : "";
