@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from peelwise.certificate.base import (
@@ -31,6 +32,7 @@ from peelwise.certificate.replay import audit_again, audit_gains, compared
 from peelwise.engine.baselines import probe_unigram
 from peelwise.engine.opening import open_report
 from peelwise.engine.session import Changes, ReportSession
+from peelwise.engine.slopes import first_order_gains
 from peelwise.engine.witness import changes_of, merge_
 from peelwise.errors import CertificateError, FormatError
 from peelwise.evidence.audit import contradictions
@@ -45,7 +47,7 @@ from peelwise.records.files import WITNESS_FILE, read_record, what_changed
 
 _SELF = "that the record agrees with itself (intervals, gains and the losses beside them, margin, verdicts, conclusion)"
 _OWN, _AGAIN = "the witness on your text", "the witness, made again from fit and select"
-_BLOCKS = "every block's solo gain, marginal gain and ablation"
+_BLOCKS = "every block's solo gain (or its first-order bound), marginal gain and ablation"
 _UNCHECKED = (
     "the losses of the controls and of the head, energies and shares, rounds, cost, "
     "the quantisation gap of low-bit models, and whether the text is training text"
@@ -245,6 +247,7 @@ class _Recheck(Recheck):
             self.compare("loss.unigram", loss.unigram, probe_unigram(self.probe, session.runner.model))
         if full:
             self._alone()
+            self._first_order()
             self._removal()
 
     def _unique(self, composed: Changes, after: Trace) -> None:
@@ -264,6 +267,16 @@ class _Recheck(Recheck):
             losses = self.session.losses(report, changes_of(self.witness, "alone", (block,)), block.index)
             found = self.gain(f"{block.name} recoverable", recorded.recoverable_nats, report.losses, losses)
             self.evidence[block.index] = replace(self.evidence[block.index], alone=found)
+
+    def _first_order(self) -> None:
+        session, blocks = self.session, self.blocks
+        said = {b.index: b.first_order_nats for b in self.record.blocks if b.first_order_nats is not None}
+        changes = {index: changes_of(self.witness, "slope", (blocks[index],)) for index in said}
+        gained = first_order_gains(session, session.report, changes)
+        for index, interval in said.items():
+            nothing = torch.zeros_like(session.report.losses)
+            found = self.gain(f"{blocks[index].name} first-order bound", interval, gained.get(index, nothing), nothing)
+            self.evidence[index] = replace(self.evidence[index], bound=found)
 
     def _removal(self) -> None:
         report = self.session.report
@@ -300,7 +313,7 @@ def _disagreements(certificate: Certificate, model: nn.Module, tolerance: float)
                 yield f"{said.name}: the model has no linear layer {matrix.name}."
             elif matrix.format is not None and matrix.format != _format_of(linear):
                 yield f"{linear.name}: {matrix.format} was certified, {_format_of(linear) or 'no format'} was found."
-    kinds: dict[str, set[str]] = {"composed": set(), "alone": set()}
+    kinds: dict[str, set[str]] = {"composed": set(), "alone": set(), "slope": set()}
     for name in certificate.witness:
         kind, _, rest = name.partition("/")
         owner = next((n for n in (rest, rest.rpartition(".")[0]) if n in linears), None)
@@ -312,10 +325,12 @@ def _disagreements(certificate: Certificate, model: nn.Module, tolerance: float)
         yield "The witness changes all blocks together, and the record does not say what that gains."
     for recorded, block in zip(record.blocks, blocks, strict=True):
         has = any(linear.name in kinds["alone"] for linear in block.linears)
-        if recorded.frozen and any(linear.name in kinds["composed"] | kinds["alone"] for linear in block.linears):
+        if recorded.frozen and any(linear.name in set().union(*kinds.values()) for linear in block.linears):
             yield f"{block.name}: it is said to be frozen, and the witness has weights for it."
         if has and recorded.recoverable_nats is None:
             yield f"{block.name}: the witness has weights for it, and the record does not say what they gain."
+        if any(linear.name in kinds["slope"] for linear in block.linears) != (recorded.first_order_nats is not None):
+            yield f"{block.name}: a first-order bound and the direction that it is of stand together or not at all."
 
 
 def _format_of(linear: LinearLayer) -> str | None:

@@ -4,8 +4,8 @@
     KIND/MAP.codes      the codes of a low-bit map, and beside it .scales, .zeros, .support where the format has them,
                         .bias, the change of its bias, and .format, the bytes of the format's name
 
-``KIND`` is ``composed`` or ``alone``; ``stack`` for the codes of a peel's references. Codes are read strictly: whatever
-the format of the map could not write down is refused.
+``KIND`` is ``composed`` or ``alone``; ``slope`` for a direction of which only the slope counts; ``stack`` for the codes
+of a peel's references. Codes are read strictly: whatever the format of the map could not write down is refused.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ def witness_tensors(kind: str, refined: Refined, held: Mapping[LinearLayer, Held
             out[f"{name}.bias"] = change[:, -1].to(WITNESS_DTYPE)
     # Codes that nothing changed are those of the model, for every kind: the file wants tensors of its own.
     return {name: tensor.cpu().contiguous().clone() for name, tensor in out.items()}
+
+
+def dense_tensors(kind: str, changes: Mapping[LinearLayer, Tensor]) -> dict[str, Tensor]:
+    """Return dense changes as they are stored."""
+    return {f"{kind}/{m.name}": c.to(WITNESS_DTYPE).cpu().contiguous().clone() for m, c in changes.items()}
 
 
 def coded_tensors(name: str, encoded: Encoded, form: Format) -> dict[str, Tensor]:

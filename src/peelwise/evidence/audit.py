@@ -79,7 +79,7 @@ def conclusion(
     red = tuple(b.index for b in blocks if b.verdict == "red")
     yellow = tuple(b.index for b in blocks if b.verdict == "yellow")
     either = own_gains_decide(in_distribution, rule)
-    measured = tuple(b.index for b in blocks if b.recoverable_nats or (either and b.unique_nats))
+    measured = tuple(b.index for b in blocks if b.recoverable_nats or b.first_order_nats or (either and b.unique_nats))
     removals = [None if b.removal_nats is None else Paired.of(b.removal_nats) for b in blocks]
     worse = tuple(blocks[i].index for i in harmful(removals, margin))
     case: Literal["certified", "recoverable", "none-found", "not-measured"]
@@ -215,7 +215,8 @@ def _impossible(record: AuditRecord) -> Iterator[str]:
 def _frozen(record: AuditRecord) -> Iterator[str]:
     """Nothing was asked about a frozen block, so nothing was found."""
     for block in record.blocks:
-        if block.frozen and (block.recoverable_nats or block.unique_nats or block.matrices or block.rounds):
+        gains = block.recoverable_nats, block.unique_nats, block.first_order_nats
+        if block.frozen and (any(gains) or block.matrices or block.rounds):
             yield f"{block.name}: it is said to be frozen, and what its layers gain is certified."
     asked = record.settings.get("refine", "all")  # records of old asked about everything
     if asked not in get_args(Refine):
@@ -267,6 +268,7 @@ def _named_intervals(record: AuditRecord) -> Iterator[tuple[str, Interval]]:
     for block in record.blocks:
         found[f"{block.name} recoverable"] = block.recoverable_nats
         found[f"{block.name} unique"] = block.unique_nats
+        found[f"{block.name} first-order bound"] = block.first_order_nats
         found[f"{block.name} removal"] = block.removal_nats
         found[f"{block.name} price"] = block.price_nats
     yield from ((name, interval) for name, interval in found.items() if interval is not None)
@@ -348,7 +350,10 @@ def _verdicts(record: AuditRecord) -> Iterator[str]:
 
 def verdicts_of(record: AuditRecord) -> list[Verdict]:
     """Return the verdicts that follow from a record's numbers, one per block."""
-    evidence = [Evidence(_paired(b.recoverable_nats), _paired(b.unique_nats), b.frozen) for b in record.blocks]
+    evidence = [
+        Evidence(_paired(b.recoverable_nats), _paired(b.unique_nats), b.frozen, _paired(b.first_order_nats))
+        for b in record.blocks
+    ]
     return judge(evidence, record.margin_nats, in_distribution=record.probe.in_distribution, rule=record.rule)
 
 

@@ -28,11 +28,15 @@ _APART = 1.96  # standard errors
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was measured for one block; ``None`` means not measured. Of a ``frozen`` one nothing is asked."""
+    """What was measured for one block; ``None`` means not measured. Of a ``frozen`` one nothing is asked.
+
+    ``bound`` is what its direction gains to first order at most; it counts where the block was not refined by itself.
+    """
 
     alone: Paired | None = None
     unique: Paired | None = None
     frozen: bool = False
+    bound: Paired | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,8 @@ def judge(
 
     On training text the solo gain decides. On other text it also holds what every block could adapt to that text, and
     the marginal gain what is left after all others have adapted: a block is green if that is below the margin, and
-    red only if it is above, or if the solo gain stands out from the trend over depth.
+    red only if it is above, or if the solo gain stands out from the trend over depth. A block that was not refined is
+    green where the slope of its direction leaves no room for a gain above the margin.
 
     Args:
         evidence: per block in order of depth.
@@ -104,7 +109,8 @@ def judge(
     """
     alone = [e.alone for e in evidence]
     above = _holm([a.p_at_most(margin) if a else None for a in alone])
-    below = _holm([a.p_at_least(margin) if a else None for a in alone])
+    most = [e.alone or e.bound for e in evidence]  # a gain is bounded by the slope where it was not measured
+    below = _holm([m.p_at_least(margin) if m else None for m in most])
     unique_above = _holm([e.unique.p_at_most(margin) if e.unique else None for e in evidence])
     unique_below = _holm([e.unique.p_at_least(margin) if e.unique else None for e in evidence])
     unique_negative = _holm([e.unique.p_at_least(0.0) if e.unique else None for e in evidence])
@@ -130,15 +136,17 @@ def judge(
         elif verdict.colour == "red" and not in_distribution and not (outlying[i] or unique_above[i]):
             verdict = Verdict("yellow", "foreign-text")
         if unique_negative[i]:
-            unsure = verdict.reason == "nothing-above-margin"
+            unsure = verdict.reason in ("nothing-above-margin", "screened")
             verdict = replace(verdict, colour="grey" if unsure else verdict.colour, interaction=True)
         verdicts.append(verdict)
     return verdicts
 
 
 def _one(alone: Paired | None, margin: float, above: bool, below: bool, unique_above: bool) -> Verdict:
+    if alone is None and unique_above:
+        return Verdict("grey", "marginal-only")
     if alone is None:
-        return Verdict("grey", "marginal-only" if unique_above else "not-refined")
+        return Verdict("green", "screened") if below else Verdict("grey", "not-refined")
     if above:
         return Verdict("red", "above-margin")
     if below:

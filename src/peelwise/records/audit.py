@@ -39,6 +39,8 @@ class BlockRecord(Record):
     compensate for each other. ``None`` means not measured within the budget, never "nothing there".
     ``energy`` to ``gradient_norm`` are the signals of a sweep that have a field of their own since earlier versions;
     ``signals`` holds all others by name. What they mean is in `records.signals.SIGNALS`.
+    ``first_order_nats`` is the **first-order bound** of a block that was not refined by itself: what the best direction
+    known for it gains at most, by the slope of the loss along it, at twice the step that a refined block takes.
     ``removal_nats`` is the **ablation**: what the loss rises by when the block is skipped, its input passed on as its
     output. Below zero, the model is better without it, which replacement weights of zero prove.
     ``split`` takes the loss of a low-bit model apart for this block alone, with the interval of its price in
@@ -51,6 +53,7 @@ class BlockRecord(Record):
     reason_code: Reason | None = None
     recoverable_nats: Interval | None = None
     unique_nats: Interval | None = None
+    first_order_nats: Interval | None = None
     removal_nats: Interval | None = None
     rounds: int = 0
     energy: float | None = None

@@ -15,6 +15,7 @@ Reason = Literal[
     "own-above-margin",  # red on text that is no training text: its marginal gain is above the margin
     "nothing-of-its-own",  # green on such text: its marginal gain is below the margin
     "nothing-above-margin",  # green
+    "screened",  # green: not refined, since the slope of its direction leaves no room for a gain above the margin
     "more-tokens",  # grey: the interval covers the margin
     "not-refined",  # grey: not refined by itself within the budget
     "marginal-only",  # grey: the same, but its marginal gain is above the margin

@@ -130,6 +130,17 @@ _ROWS = (
         form="{:+.4f}",
     ),
     Signal(
+        "first_order",
+        "first-order bound of the solo gain",
+        NATS,
+        "What the direction of a block that was not refined gains at most, by the slope of the loss along it, at twice "
+        "the step that refined blocks take.",
+        quotient=False,
+        kind="refinement",
+        heading="first-order bound",
+        form="{:+.4f}",
+    ),
+    Signal(
         "removal",
         "ablation (block skipped)",
         NATS,

@@ -36,6 +36,7 @@ from peelwise.show.words import (
     legend,
     nats,
     note_words,
+    solo_gain,
     with_ends,
 )
 
@@ -171,7 +172,7 @@ def _audit(record: AuditRecord) -> str:
         [
             str(block.index),
             _verdict(block.verdict),
-            _interval(block.recoverable_nats),
+            esc(solo_gain(block)) if block.first_order_nats else _interval(block.recoverable_nats),
             _interval(block.unique_nats),
             _ablation(block),
         ]

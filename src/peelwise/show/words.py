@@ -42,6 +42,7 @@ REASONS: Mapping[str, str] = MappingProxyType(
         "own-above-margin": "certified under-optimised: beside all others it still gains more than the margin",
         "nothing-of-its-own": "nothing of its own found: what it gains by itself, its neighbours gain too",
         "nothing-above-margin": "nothing above the margin found",
+        "screened": "nothing above the margin to be found along its direction, by the slope there",
         "more-tokens": "undecided: more probe tokens needed",
         "not-refined": "undecided: its solo gain was not measured within the budget",
         "marginal-only": "undecided: its marginal gain is above the margin, its solo gain was not measured within the "
@@ -341,7 +342,15 @@ def is_interaction(unique: Interval | None) -> bool:
 
 def is_measured(block: BlockRecord) -> bool:
     """Return whether anything was found out about the block's recoverable loss."""
-    return block.recoverable_nats is not None or block.unique_nats is not None
+    return any(i is not None for i in (block.recoverable_nats, block.unique_nats, block.first_order_nats))
+
+
+def solo_gain(block: BlockRecord, decimals: int = 4) -> str:
+    """Return a block's solo gain with its interval, or of one that was not refined the upper end of its bound."""
+    bound = block.first_order_nats
+    if block.recoverable_nats is not None or bound is None:
+        return with_ends(block.recoverable_nats, decimals)
+    return f"at most {bound.high:+.{decimals}f} (slope)"
 
 
 def counts(record: AuditRecord) -> dict[Colour, int]:

@@ -21,6 +21,7 @@ from peelwise.show.words import (
     gain_sentence,
     is_interaction,
     nats,
+    solo_gain,
     with_ends,
 )
 
@@ -127,7 +128,7 @@ def _cell(block: BlockRecord, reason: str, unlike: bool) -> str:
     words = VERDICTS[block.verdict]
     odd = is_interaction(block.unique_nats)
     label = (
-        f"Block {block.index} ({block.name}): {words.words}. Solo gain {with_ends(block.recoverable_nats)}, "
+        f"Block {block.index} ({block.name}): {words.words}. Solo gain {solo_gain(block)}, "
         f"marginal gain {with_ends(block.unique_nats)} nats per token. {reason}"
         f"{f'. {INTERACTION}' if odd else ''}{'. Unlike its neighbours' if unlike else ''}"
     )

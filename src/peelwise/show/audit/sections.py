@@ -26,6 +26,7 @@ from peelwise.show.words import (
     percent,
     ranking,
     significant,
+    solo_gain,
     stage_words,
 )
 
@@ -281,11 +282,15 @@ def _rounds_table(record: AuditRecord) -> str:
     return table(titles, rows, caption="What each joint round chose") if rows else ""
 
 
+def _bounded(block: BlockRecord) -> bool:
+    return block.recoverable_nats is None and block.first_order_nats is not None
+
+
 def _block_row(block: BlockRecord, reason: str) -> tuple[str, ...]:
     return (
         f"{block.index}<small>{esc(block.name).replace('.', '.<wbr/>')}</small>",
         f"{chip(block.verdict, VERDICTS[block.verdict].short)}<small>{esc(_reason(block, reason))}</small>",
-        _interval(block.recoverable_nats),
+        esc(solo_gain(block)) if _bounded(block) else _interval(block.recoverable_nats),
         _interval(block.unique_nats),
         _taken_out(block.removal_nats),
         _value(significant(ranking(block))),

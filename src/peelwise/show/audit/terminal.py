@@ -38,6 +38,7 @@ from peelwise.show.words import (
     nats,
     note_words,
     ranking,
+    solo_gain,
     with_ends,
 )
 
@@ -165,7 +166,8 @@ def _verdict(block: BlockRecord, wide: bool, unlike: bool) -> Text:
 def _gains(block: BlockRecord) -> list[Text]:
     if block.frozen:
         return [Text("–", style="dim")] * 2
-    return [_measured(block.recoverable_nats), _unique(block.unique_nats)]
+    measured = block.recoverable_nats is not None or block.first_order_nats is not None
+    return [Text(solo_gain(block, _DECIMALS), style="" if measured else "dim"), _unique(block.unique_nats)]
 
 
 def _measured(interval: Interval | None) -> Text:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from peelwise.engine.depth.look import Look
 from peelwise.engine.refine import Proposals, Refined
+from peelwise.engine.session import Changes
 from peelwise.evidence.intervals import Paired
 from peelwise.records.audit import HeadRecord
 from peelwise.records.base import Note
@@ -34,6 +35,8 @@ class Findings:
         removed: per block, report losses ``[sequences]`` of the model as it stands with the block skipped.
         without: per block, report losses ``[sequences]`` of the composed witness without that block.
         alone: per block, the block refined by itself, evaluated on report.
+        screened: per block that was not refined, its direction at the largest step that may be its own.
+        first_order: per block of ``screened``, what that gains to first order on report, nats ``[sequences]``.
         dense_composed, dense_alone: the same for a low-bit model without its formats: what the bits are compared with.
         look: signals over depth, and which blocks are unlike their neighbours.
         head, head_gain, shuffled, untrained: the head's reference and the null controls.
@@ -49,6 +52,8 @@ class Findings:
     removed: dict[int, Tensor] = field(default_factory=dict)
     without: dict[int, Tensor] = field(default_factory=dict)
     alone: dict[int, Refined] = field(default_factory=dict)
+    screened: dict[int, Changes] = field(default_factory=dict)
+    first_order: dict[int, Tensor] = field(default_factory=dict)
     dense_composed: Refined | None = None
     dense_alone: dict[int, Refined] = field(default_factory=dict)
     head: HeadRecord | None = None

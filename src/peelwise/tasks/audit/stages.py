@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from peelwise.engine.depth.gains import factors_on_branches
@@ -16,6 +18,7 @@ from peelwise.records.audit import RoundRecord
 from peelwise.records.base import note
 from peelwise.records.codes import Stage
 from peelwise.tasks.audit.findings import Findings
+from peelwise.tasks.audit.screening import PASSES, screen, steps_of
 
 _JOINT: dict[Kind, Stage] = {"certified": "joint-rounds", "dense": "joint-rounds-dense"}
 # How many evaluations of the select loss a round takes as a rule, both directions together, to estimate its time.
@@ -177,6 +180,9 @@ def leave_one_out(session: Session, findings: Findings, *, share: float) -> bool
 def refine_alone(session: Session, findings: Findings, *, rounds: int) -> bool:
     """Refine blocks by themselves, the most promising first, one round each before anybody's next.
 
+    Where the time left is not enough for all, the others are screened once there is a step to go by, and those whose
+    slopes leave the most room come first.
+
     Returns whether every block was refined until select stopped improving or ``rounds`` were taken.
     """
     output_changes: dict[Direction, float] = {}
@@ -186,8 +192,13 @@ def refine_alone(session: Session, findings: Findings, *, rounds: int) -> bool:
             still: dict[int, tuple[Kind, ...]] = {}
             # The first sweep is of the model with factors, if there are any; a solo gain is of the model as it is.
             swept = number == 0 and findings.factors is None
-            for done, (index, open_kinds) in enumerate(going.items()):
-                session.clock.tell(done, len(going))
+            waiting = list(going)
+            while waiting:
+                session.clock.tell(len(going) - len(waiting), len(going))
+                if number == 0 and not findings.first_order and _too_many(session, waiting, swept=swept):
+                    waiting = _screened(session, findings, waiting)
+                index = waiting.pop(0)
+                open_kinds = going[index]
                 if not session.clock.affords(len(open_kinds) * _alone_seconds(session, index, swept=swept)):
                     return False
                 found = tuple(
@@ -197,6 +208,21 @@ def refine_alone(session: Session, findings: Findings, *, rounds: int) -> bool:
                     still[index] = found
             going = dict(sorted(still.items(), key=lambda item: findings.alone[item[0]].select_loss))
     return True
+
+
+def _too_many(session: Session, waiting: Sequence[int], *, swept: bool) -> bool:
+    """Whether there is no time to refine all of these blocks, and time to screen them."""
+    seconds = sum(_alone_seconds(session, index, swept=swept) for index in waiting)
+    screening = session.seconds_for(PASSES * session.report.predicted)
+    return not session.clock.affords(seconds) and session.clock.affords(screening)
+
+
+def _screened(session: Session, findings: Findings, waiting: list[int]) -> list[int]:
+    """Screen these blocks if there is a step to go by, and return them in the order of what they may gain."""
+    if not screen(session, findings, steps_of(findings.alone.values())):
+        return waiting
+    most = {index: float(gained.sum()) for index, gained in findings.first_order.items()}
+    return sorted(waiting, key=lambda index: -most.get(index, math.inf))
 
 
 def by_energy(findings: Findings) -> list[int]:

@@ -6,13 +6,14 @@ import datetime
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from peelwise.engine.baselines import probe_unigram
 from peelwise.engine.provenance import Setup, model_record, versions
 from peelwise.engine.refine import unrefined
 from peelwise.engine.session import Session
-from peelwise.engine.witness import witness_tensors
+from peelwise.engine.witness import dense_tensors, witness_tensors
 from peelwise.evidence.audit import conclusion, informative, tokens_needed
 from peelwise.evidence.intervals import Paired
 from peelwise.evidence.unlike import THRESHOLD
@@ -80,7 +81,11 @@ def evidence_of(session: Session, findings: Findings, index: int) -> Evidence:
     composed = findings.composed
     if index in findings.without and composed is not None and composed.report_losses is not None:
         unique = session.gain(findings.without[index], composed.report_losses)
-    return Evidence(measured, unique)
+    bound = None
+    if measured is None and index in findings.first_order:
+        gained = findings.first_order[index]
+        bound = session.gain(gained, torch.zeros_like(gained))
+    return Evidence(measured, unique, bound=bound)
 
 
 def _block_record(
@@ -95,6 +100,7 @@ def _block_record(
         reason_code=verdict.reason,
         recoverable_nats=_interval(evidence.alone),
         unique_nats=_interval(evidence.unique),
+        first_order_nats=_interval(evidence.bound),
         removal_nats=_removal(session, findings, block.index),
         rounds=len(findings.alone[block.index].rounds) if block.index in findings.alone else 0,
         **_signals(proposals.signals if proposals else {}),
@@ -172,4 +178,7 @@ def _witness(session: Session, findings: Findings) -> dict[str, Tensor]:
         out.update(witness_tensors("composed", findings.composed, session.held))
     for refined in findings.alone.values():
         out.update(witness_tensors("alone", refined, session.held))
+    for index, changes in findings.screened.items():
+        if index not in findings.alone:
+            out.update(dense_tensors("slope", changes))
     return out

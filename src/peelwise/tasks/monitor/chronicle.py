@@ -101,14 +101,16 @@ class Chronicle:
         """Return the blocks in the order in which they should be refined alone next.
 
         Never measured ones come first, those with the highest natural-gradient score before the others; then those
-        whose level changed since they were measured; then the ones measured longest ago.
+        whose level changed since they were measured; then the ones measured longest ago. Those that a slope leaves no
+        room for come last.
         """
         changed = {block for block, change in self._changes if change.by_step > self._step_of(block)}
 
-        def rank(block: int) -> tuple[bool, bool, float, float]:
+        def rank(block: int) -> tuple[bool, bool, bool, float, float]:
             score = self._series[RANKED_BY, block].values[-1:]
-            measured = block in self._memory.alone
-            return measured, block not in changed, self._step_of(block), -score[0] if score else 0.0
+            measured, verdict = block in self._memory.alone, self._verdicts.get(block)
+            screened = verdict is not None and verdict[0].reason == "screened"
+            return screened, measured, block not in changed, self._step_of(block), -score[0] if score else 0.0
 
         return sorted((block for block in range(self._count) if block not in self.frozen), key=rank)
 
@@ -237,6 +239,7 @@ class Chronicle:
         for name, found, kept in (
             ("recoverable", measured.alone, self._memory.alone),
             ("unique", measured.unique, self._memory.unique),
+            ("first_order", measured.bounds, self._memory.bounds),
             ("composed", {} if measured.composed is None else {WHOLE_MODEL: measured.composed}, {}),
         ):
             for block, value in found.items():
@@ -344,11 +347,12 @@ def _finite(measured: Measured) -> tuple[Measured, tuple[int, ...]]:
 
     alone = {block: value for block, value in measured.alone.items() if known(value)}
     unique = {block: value for block, value in measured.unique.items() if known(value)}
+    bounds = {block: value for block, value in measured.bounds.items() if known(value)}
     composed = measured.composed if measured.composed is None or known(measured.composed) else None
     lost = ({*measured.alone} - {*alone}) | ({*measured.unique} - {*unique})
     if composed is not measured.composed:
         lost.add(WHOLE_MODEL)
-    return replace(measured, alone=alone, unique=unique, composed=composed), tuple(sorted(lost))
+    return replace(measured, alone=alone, unique=unique, bounds=bounds, composed=composed), tuple(sorted(lost))
 
 
 def _near(one: Change, other: Change, steps: list[int]) -> bool:

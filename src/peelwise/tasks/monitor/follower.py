@@ -29,6 +29,7 @@ from peelwise.probe.probe import Probe, Split
 from peelwise.records.base import Note
 from peelwise.records.options import Refine, check_refine
 from peelwise.records.run import Event, Measurement, MeasurementKind, StepRow
+from peelwise.tasks.audit.screening import Steps
 from peelwise.tasks.monitor.checkup import Checkup
 from peelwise.tasks.monitor.chronicle import Chronicle
 from peelwise.tasks.monitor.code_signals import CodeSignals
@@ -141,6 +142,7 @@ class Follower:
         self._failures = self._left_out = 0  # unforeseen ones in a row; measurements to leave out after them
         self._tokens = settings.micro_batch_tokens
         self._checked = True  # whether the blocks as they are have passed their self-checks
+        self._steps: Steps = {}  # that refined blocks took when they last were
         self.spent = time.monotonic() - began
         self._last: int | None = None
         self._unread: list[tuple[int, float | Tensor | None, float]] = []  # step, loss and share so far
@@ -252,12 +254,13 @@ class Follower:
                 micro_batch_tokens=self._tokens,
                 processes=self._processes,
                 checked=self._checked,
+                steps=self._steps,
             )
         except Exception as error:  # whatever goes wrong here, the training must not end of it
             self._planner.took(kind, time.monotonic() - start, failed=True)
             self._tell_failure(step, error)
             return None
-        self._failures, self._checked = 0, True
+        self._failures, self._checked, self._steps = 0, True, found.steps
         now = time.monotonic()
         self._planner.took(kind, now - start)
         share = (self.spent + now - began) / max(self.elapsed, 1e-9)

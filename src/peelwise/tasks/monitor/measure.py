@@ -26,6 +26,7 @@ from peelwise.records.signals import SWEPT, of_kinds
 from peelwise.tasks.audit import stages
 from peelwise.tasks.audit.findings import Findings
 from peelwise.tasks.audit.loss_parts import matrices_of
+from peelwise.tasks.audit.screening import Steps, screen, steps_of
 from peelwise.tasks.audit.summary import evidence_of
 
 _EVALUATIONS = 5  # of the select loss, in one round of one block, as a rule
@@ -40,6 +41,8 @@ class Measured:
         loss: nats per token on the probe's report part.
         free: signal of the sweep -> one value per block, ``None`` where a block has none.
         alone, unique: per block what was measured, paired by report sequence.
+        bounds: of blocks that were not refined, what their directions gain to first order at most.
+        steps: that blocks refined by themselves take, or took when they last were.
         composed: what one joint round gains.
         upper: nats per token of a reference without any block, where it was made.
         matrices: shares of the matrices of the blocks that were refined.
@@ -51,6 +54,8 @@ class Measured:
     free: Mapping[str, Sequence[float | None]]
     alone: dict[int, Paired] = field(default_factory=dict)
     unique: dict[int, Paired] = field(default_factory=dict)
+    bounds: dict[int, Paired] = field(default_factory=dict)
+    steps: Steps = field(default_factory=dict)
     composed: Paired | None = None
     upper: float | None = None
     matrices: tuple[MatrixShare, ...] = ()
@@ -67,6 +72,7 @@ def measure(
     micro_batch_tokens: int,
     processes: Processes = ONE_PROCESS,
     checked: bool = True,
+    steps: Steps | None = None,
 ) -> Measured:
     """Measure ``model`` as it stands and leave it, and every random state, exactly as they were.
 
@@ -74,12 +80,14 @@ def measure(
         model: in training.
         blocks: its blocks.
         probe: the text.
-        kind: ``ranking``: one sweep, free statistics only. ``alone``: the sweep, and for about as long again one
-            round for blocks by themselves. ``joint``: the sweep, one round of all together, each left out once, and for
-            no longer than all of that the reference without blocks.
+        kind: ``ranking``: one sweep, free statistics only, and bounds where ``steps`` are known. ``alone``: the sweep,
+            for about as long again one round for blocks by themselves, and bounds for the others. ``joint``: the sweep,
+            one round of all together, each left out once, and for no longer than all of that the reference without
+            blocks.
         order: blocks for ``alone``, those that are wanted most first; at least one is refined.
         micro_batch_tokens: tokens that go through the model at a time.
         processes: the processes that share the work; what is found is the same in all of them.
+        steps: `Measured.steps` of an earlier measurement.
         checked: whether these blocks have passed their self-checks before, such as when the monitor was made.
 
     Raises:
@@ -110,10 +118,14 @@ def measure(
             able = [index for index in order if index in proposals]  # not a block whose layers have no gradient
             found.proposals = {index: proposals[index] for index in processes.broadcast(_affordable(session, able))}
             stages.refine_alone(session, found, rounds=1)
+            steps = steps_of(found.alone.values()) or steps
+            found.proposals = proposals
         elif kind == "joint":
             stages.joint_rounds(session, found, rounds=1, share=1.0)
             stages.leave_one_out(session, found, share=1.0)
             upper = without_blocks(session, seconds=session.clock.elapsed)
+        if kind != "joint" and steps:
+            screen(session, found, steps)
     for other in caught:
         # What the model's own code warns of, training has said already, and would be said again at every measurement.
         if issubclass(other.category, PeelwiseWarning) and not issubclass(other.category, IllConditionedWarning):
@@ -121,7 +133,8 @@ def measure(
     own = [w.message for w in caught if isinstance(w.message, IllConditionedWarning)]
     evidence = {block.index: evidence_of(session, found, block.index) for block in blocks}
     composed = found.composed
-    refined = [] if kind == "ranking" else [block for block in blocks if block.index in found.proposals]
+    refined = [block for block in blocks if block.index in (found.alone if kind == "alone" else found.proposals)]
+    refined = [] if kind == "ranking" else refined
     return Measured(
         kind,
         session.report.mean,
@@ -135,6 +148,8 @@ def measure(
         },
         {index: e.alone for index, e in evidence.items() if e.alone is not None},
         {index: e.unique for index, e in evidence.items() if e.unique is not None},
+        {index: e.bound for index, e in evidence.items() if e.bound is not None},
+        steps or {},
         None
         if composed is None or composed.report_losses is None
         else session.gain(session.report.losses, composed.report_losses),

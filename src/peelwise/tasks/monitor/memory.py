@@ -38,10 +38,11 @@ class _Decided:
 
 @dataclass
 class Memory:
-    """Remembers solo gains (``alone``), marginal gains (``unique``), and the verdicts that were decided, by block."""
+    """Remembers by block solo gains, marginal gains, first-order bounds, and the verdicts that were decided."""
 
     alone: dict[int, Found] = field(default_factory=dict)
     unique: dict[int, Found] = field(default_factory=dict)
+    bounds: dict[int, Found] = field(default_factory=dict)
     _decided: dict[int, _Decided] = field(default_factory=dict)
 
     def forget_from(self, step: int) -> None:
@@ -62,15 +63,19 @@ class Memory:
         for kept in self._kept():
             for block in [b for b, found in kept.items() if found.outdated(loss, margin)]:
                 del kept[block]
-        return [
-            Evidence(frozen=True)
-            if block in frozen
-            else Evidence(_value(self.alone, block), _value(self.unique, block))
-            for block in range(count)
-        ]
+        return [Evidence(frozen=True) if block in frozen else self._evidence(block, margin) for block in range(count)]
+
+    def _evidence(self, block: int, margin: float) -> Evidence:
+        alone, bound = self.alone.get(block), self.bounds.get(block)
+        # A later bound that leaves no room says more of the model as it is now than an earlier gain.
+        outdone = alone and bound and bound.step > alone.step and bound.value.interval().high < margin
+        solo = None if outdone else _value(self.alone, block)
+        return Evidence(solo, _value(self.unique, block), bound=_value(self.bounds, block))
 
     def of(self, block: int, verdict: Verdict) -> Found | None:
         """Return the measurement that a verdict rests on."""
+        if verdict.reason == "screened":
+            return self.bounds.get(block)
         own = verdict.reason in ("own-above-margin", "nothing-of-its-own")
         return (self.unique if own else self.alone).get(block)
 
@@ -107,8 +112,8 @@ class Memory:
             return loss - old.loss > margin or (found is not None and found.value.mean > margin)
         return found is None or found.value.mean <= margin
 
-    def _kept(self) -> tuple[dict[int, Found], dict[int, Found]]:
-        return self.alone, self.unique
+    def _kept(self) -> tuple[dict[int, Found], ...]:
+        return self.alone, self.unique, self.bounds
 
 
 def _value(kept: Mapping[int, Found], block: int) -> Paired | None:
