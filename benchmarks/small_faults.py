@@ -7,7 +7,7 @@ and the damaged block red and first?
 
 *Slopes*: does step x slope on report bound what a block gains by itself, and is the step the same for all blocks of a
 model? The slope is the derivative of the loss along the direction of the first sweep, by one pass back over report. It
-is the groundwork for screening blocks without refining them.
+is what `benchmarks/screening.py` counts on.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from peelwise.engine.opening import open_session
 from peelwise.engine.refine import unrefined
 from peelwise.engine.rounds import next_round
 from peelwise.engine.session import Session
-from peelwise.engine.sweep import BlockProposals, Direction, sweep
+from peelwise.engine.slopes import first_order_gains
+from peelwise.engine.sweep import DIRECTIONS, BlockProposals, Direction, sweep
 from peelwise.evidence.verdict import default_margin
 from peelwise.model.architectures import find_blocks
 from peelwise.model.guard import untouched
 from peelwise.model.runner import Trace
-from peelwise.stats.gram import widened, with_ones
 
 sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("examples", "tests")]
 import damage  # noqa: E402
@@ -97,23 +97,10 @@ def own_gains() -> list[dict[str, Any]]:
 
 def slopes(session: Session, trace: Trace, proposals: dict[int, BlockProposals]) -> dict[tuple[int, Direction], Tensor]:
     """Return ``-sum_t <g_t, D x_t>`` per sequence ``[sequences]``, nats per unit of step, by block and direction."""
-    runner, found = session.runner, {}
-    above = runner.tail_gradients(trace)
-    for block in reversed(runner.blocks):
-        rows: dict[Direction, list[Tensor]] = {}
-        below = []
-        for batch, gradient in zip(trace.batches, above, strict=True):
-            capture, ((down, grads),) = runner.block_gradients(block, batch, [gradient])
-            below.append(down)
-            for direction, changes in proposals[block.index].changes.items():
-                total = torch.zeros(len(batch.weights), dtype=torch.float64)
-                for linear, proposal in changes.items():
-                    x, g = widened(capture.inputs[capture.groups[linear]].detach()), widened(grads[linear])
-                    x = with_ones(x.flatten(0, -2)).view(*x.shape[:-1], -1) if linear.has_bias else x
-                    total -= ((x @ proposal.change.to(x.dtype).T) * g).flatten(1).sum(1, dtype=torch.float64)
-                rows.setdefault(direction, []).append(total)
-        above = below
-        found |= {(block.index, direction): torch.cat(each) for direction, each in rows.items()}
+    found: dict[tuple[int, Direction], Tensor] = {}
+    for direction in DIRECTIONS:
+        changes = {i: {m: p.change.float() for m, p in of.changes[direction].items()} for i, of in proposals.items()}
+        found |= {(i, direction): gained for i, gained in first_order_gains(session, trace, changes).items()}
     return found
 
 

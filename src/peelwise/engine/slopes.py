@@ -2,9 +2,9 @@
 
     -sum_t <g_t, D x_t>
 
-per sequence, with ``x_t`` what a layer sees, ``g_t`` the gradient of the loss at its output, and ``D`` its change. Where
-the loss is convex along a direction no step gains more than its length times the slope at its beginning, so this is an
-upper bound of what the change gains, without any evaluation of it.
+per sequence, with ``x_t`` what a layer sees, ``g_t`` the gradient of the loss at its output, and ``D`` its change.
+Where the loss is convex along a direction no step gains more than its length times the slope at its beginning, so this
+is an upper bound of what the change gains, without any evaluation of it.
 """
 
 from __future__ import annotations

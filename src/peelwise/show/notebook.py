@@ -172,7 +172,7 @@ def _audit(record: AuditRecord) -> str:
         [
             str(block.index),
             _verdict(block.verdict),
-            esc(solo_gain(block)) if block.first_order_nats else _interval(block.recoverable_nats),
+            _interval(block.recoverable_nats) if block.recoverable_nats else esc(solo_gain(block)),
             _interval(block.unique_nats),
             _ablation(block),
         ]

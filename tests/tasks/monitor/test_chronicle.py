@@ -15,13 +15,15 @@ BLOCKS = 4
 MUCH, NOTHING = Paired(0.05, 0.004, 40), Paired(0.001, 0.001, 40)
 
 
-def visit_of(loss=3.0, *, energies=(1.0,) * BLOCKS, alone=None, unique=None):
+def visit_of(loss=3.0, *, energies=(1.0,) * BLOCKS, alone=None, unique=None, bounds=None):
     free = {
         "energy": list(energies),
         "natural_energy": [None if e is None else e / 2 for e in energies],
         "gradient_norm": [None if e is None else e**0.5 for e in energies],
     }
-    return Measured("alone", loss, free, alone or {}, unique or {}, None, None, (MatrixShare(0, "out", 1.0),))
+    return Measured(
+        "alone", loss, free, alone or {}, unique or {}, None, None, (MatrixShare(0, "out", 1.0),), bounds=bounds or {}
+    )
 
 
 def chronicle(losses="flat", count=200, **options):
@@ -287,3 +289,25 @@ def test_blocks_are_refined_in_turn_and_changed_ones_first():
     for step in range(30, 300, 10):
         add(made, step, visit_of(energies=(1.0, 1.0, 1.0 if step < 200 else 9.0, 1.0)))
     assert made.wanted_first() == [2, 1, 3, 0]
+
+
+def test_a_slope_that_leaves_no_room_makes_green_what_was_not_refined():
+    made = chronicle()
+    row = add(made, 200, visit_of(bounds={0: MUCH, 1: NOTHING}))
+    assert row.letters == "?G??"
+    assert [v.code for v in row.verdicts if v.block == 1] == ["screened"]
+    assert {(s.name, s.block) for s in row.statistics if s.low is not None} == {("first_order", 0), ("first_order", 1)}
+    assert made.wanted_first()[-1] == 1
+
+
+def test_one_step_that_gains_little_is_green_only_with_its_slope():
+    assert add(chronicle(), 200, visit_of(alone={0: NOTHING}, bounds={0: MUCH})).letters == "????"
+    assert add(chronicle(), 200, visit_of(alone={0: NOTHING}, bounds={0: NOTHING})).letters == "G???"
+    assert add(chronicle(), 200, visit_of(alone={0: MUCH}, bounds={0: MUCH})).letters == "R???"
+
+
+def test_a_later_slope_outdoes_an_earlier_gain_only_where_it_leaves_no_room():
+    made = chronicle()
+    assert add(made, 200, visit_of(alone={0: MUCH, 1: MUCH})).letters == "RR??"
+    assert add(made, 210, visit_of(bounds={0: NOTHING, 1: MUCH})).letters == "GR??"
+    assert add(made, 220, visit_of(alone={0: MUCH})).letters == "RR??"

@@ -82,7 +82,7 @@ def evidence_of(session: Session, findings: Findings, index: int) -> Evidence:
     if index in findings.without and composed is not None and composed.report_losses is not None:
         unique = session.gain(findings.without[index], composed.report_losses)
     bound = None
-    if measured is None and index in findings.first_order:
+    if findings.bounded(index):
         gained = findings.first_order[index]
         bound = session.gain(gained, torch.zeros_like(gained))
     return Evidence(measured, unique, bound=bound)
@@ -179,6 +179,6 @@ def _witness(session: Session, findings: Findings) -> dict[str, Tensor]:
     for refined in findings.alone.values():
         out.update(witness_tensors("alone", refined, session.held))
     for index, changes in findings.screened.items():
-        if index not in findings.alone:
+        if findings.bounded(index):
             out.update(dense_tensors("slope", changes))
     return out

@@ -26,7 +26,7 @@ from peelwise.records.signals import SWEPT, of_kinds
 from peelwise.tasks.audit import stages
 from peelwise.tasks.audit.findings import Findings
 from peelwise.tasks.audit.loss_parts import matrices_of
-from peelwise.tasks.audit.screening import Steps, screen, steps_of
+from peelwise.tasks.audit.screening import Steps, screen, steps_of, take_step
 from peelwise.tasks.audit.summary import evidence_of
 
 _EVALUATIONS = 5  # of the select loss, in one round of one block, as a rule
@@ -41,12 +41,12 @@ class Measured:
         loss: nats per token on the probe's report part.
         free: signal of the sweep -> one value per block, ``None`` where a block has none.
         alone, unique: per block what was measured, paired by report sequence.
-        bounds: of blocks that were not refined, what their directions gain to first order at most.
-        steps: that blocks refined by themselves take, or took when they last were.
         composed: what one joint round gains.
         upper: nats per token of a reference without any block, where it was made.
         matrices: shares of the matrices of the blocks that were refined.
         notes: which sums are ill-conditioned, and what the self-checks have to say where they were made.
+        bounds: of blocks that were not refined, what their directions gain to first order at most.
+        steps: that blocks refined by themselves take, or took when they last were.
     """
 
     kind: MeasurementKind
@@ -54,12 +54,12 @@ class Measured:
     free: Mapping[str, Sequence[float | None]]
     alone: dict[int, Paired] = field(default_factory=dict)
     unique: dict[int, Paired] = field(default_factory=dict)
-    bounds: dict[int, Paired] = field(default_factory=dict)
-    steps: Steps = field(default_factory=dict)
     composed: Paired | None = None
     upper: float | None = None
     matrices: tuple[MatrixShare, ...] = ()
     notes: tuple[Note, ...] = ()
+    bounds: dict[int, Paired] = field(default_factory=dict)
+    steps: Steps = field(default_factory=dict)
 
 
 def measure(
@@ -116,10 +116,7 @@ def measure(
         found, upper = Findings(proposals=proposals), None
         if kind == "alone":
             able = [index for index in order if index in proposals]  # not a block whose layers have no gradient
-            found.proposals = {index: proposals[index] for index in processes.broadcast(_affordable(session, able))}
-            stages.refine_alone(session, found, rounds=1)
-            steps = steps_of(found.alone.values()) or steps
-            found.proposals = proposals
+            steps = _alone(session, found, able, steps or {})
         elif kind == "joint":
             stages.joint_rounds(session, found, rounds=1, share=1.0)
             stages.leave_one_out(session, found, share=1.0)
@@ -148,8 +145,6 @@ def measure(
         },
         {index: e.alone for index, e in evidence.items() if e.alone is not None},
         {index: e.unique for index, e in evidence.items() if e.unique is not None},
-        {index: e.bound for index, e in evidence.items() if e.bound is not None},
-        steps or {},
         None
         if composed is None or composed.report_losses is None
         else session.gain(session.report.losses, composed.report_losses),
@@ -160,7 +155,45 @@ def measure(
             for matrix in matrices_of(block, proposals[block.index])
         ),
         (*{str(w): Note(code=w.code, values=w.values) for w in own}.values(), *session.notes),
+        {index: e.bound for index, e in evidence.items() if e.bound is not None},
+        steps or {},
     )
+
+
+def _alone(session: Session, found: Findings, order: Sequence[int], steps: Steps) -> Steps:
+    """Measure solo gains, for about as long again as all took that came before; return the steps to go by.
+
+    The first block's step is searched for, and gives that of the others, which are evaluated once each. Where there is
+    none to go by, as in low-bit formats, all are searched for.
+    """
+    proposals, processes = found.proposals, session.runner.processes
+    began = session.clock.elapsed
+    searched = processes.broadcast(_affordable(session, order))
+    dense = not session.held
+    found.proposals = {index: proposals[index] for index in (searched[:1] if dense else searched)}
+    stages.refine_alone(session, found, rounds=1)
+    steps = steps_of(found.alone.values()) or steps
+    if dense and not steps:
+        found.proposals = {index: proposals[index] for index in searched[1:]}
+        stages.refine_alone(session, found, rounds=1)
+        steps = steps_of(found.alone.values())
+    found.proposals = proposals
+    if dense and steps:
+        rest = [index for index in order if index not in found.alone]
+        seconds = 2 * began - session.clock.elapsed
+        take_step(session, found, processes.broadcast(_steps_in(session, rest, seconds)), steps)
+    return steps
+
+
+def _steps_in(session: Session, order: Sequence[int], seconds: float) -> list[int]:
+    """Return the first of ``order`` that can be evaluated on report in so many seconds."""
+    tokens, chosen = session.report.predicted, list[int]()
+    for index in order:
+        seconds -= session.seconds_for(session.share_from(index) * tokens)
+        if seconds < 0:
+            break
+        chosen.append(index)
+    return chosen
 
 
 def _affordable(session: Session, order: Sequence[int]) -> list[int]:

@@ -68,9 +68,12 @@ class Memory:
     def _evidence(self, block: int, margin: float) -> Evidence:
         alone, bound = self.alone.get(block), self.bounds.get(block)
         # A later bound that leaves no room says more of the model as it is now than an earlier gain.
-        outdone = alone and bound and bound.step > alone.step and bound.value.interval().high < margin
-        solo = None if outdone else _value(self.alone, block)
-        return Evidence(solo, _value(self.unique, block), bound=_value(self.bounds, block))
+        if alone and bound and bound.step > alone.step:
+            alone, bound = (None, bound) if bound.value.interval().high < margin else (alone, None)
+        elif alone and bound and bound.step < alone.step:
+            bound = None
+        solo, first_order = (None if found is None else found.value for found in (alone, bound))
+        return Evidence(solo, _value(self.unique, block), bound=first_order)
 
     def of(self, block: int, verdict: Verdict) -> Found | None:
         """Return the measurement that a verdict rests on."""
