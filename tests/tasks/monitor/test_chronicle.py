@@ -295,7 +295,7 @@ def test_a_slope_that_leaves_no_room_makes_green_what_was_not_refined():
     made = chronicle()
     row = add(made, 200, visit_of(bounds={0: MUCH, 1: NOTHING}))
     assert row.letters == "?G??"
-    assert [v.code for v in row.verdicts if v.block == 1] == ["screened"]
+    assert [v.reason for v in row.verdicts if v.block == 1] == ["screened"]
     assert {(s.name, s.block) for s in row.statistics if s.low is not None} == {("first_order", 0), ("first_order", 1)}
     assert made.wanted_first()[-1] == 1
 
