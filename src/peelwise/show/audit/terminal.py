@@ -203,7 +203,8 @@ def _why(record: AuditRecord) -> Text:
     said = dict(zip((block.index for block in record.blocks), reasons(record), strict=True))
     lines = [f"\nBlock {block.index}: {clean(said[block.index])}." for block in red[:MOST_REASONS]]
     if len(red) > MOST_REASONS:
-        lines.append(f"\nand {len(red) - MOST_REASONS} more blocks; the certificate holds the reasons.")
+        more = len(red) - MOST_REASONS
+        lines.append(f"\nand {more} more {'block' if more == 1 else 'blocks'}; the certificate holds the reasons.")
     return Text("".join(lines) + ("\n" if red else ""), style="red")
 
 
