@@ -194,6 +194,8 @@ TAMPERINGS: dict[str, dict[str, Change]] = {
         "other blocks": put("conclusion.blocks", [0]),
         "no harm": put("conclusion.harmful", [5]),
         "above a baseline": put("conclusion.above", "unigram"),
+        "nothing unlike in its check": put("check.unlike", []),
+        "another score in its check": put("check.scores.0", 50.0),
         "informative": lambda c, w, p: c.update(informative=not c["informative"]),
     },
     "the margin": {

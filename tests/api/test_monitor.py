@@ -540,7 +540,8 @@ def test_nothing_that_is_given_to_it_raises_into_the_training():
     assert monitor.step(5) is None  # closed
 
 
-def test_after_out_of_memory_it_measures_again_later_and_smaller(monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.linalg.LinAlgError, RuntimeError])
+def test_after_an_error_that_nobody_foresaw_it_measures_again_later_and_smaller(error, monkeypatch):
     with scheduled(1)(model_of("plain"), None) as monitor:
         before, measure = monitor._follower._tokens, measuring.measure
         seen = []
@@ -548,7 +549,7 @@ def test_after_out_of_memory_it_measures_again_later_and_smaller(monkeypatch):
         def scarce(*args, micro_batch_tokens, **options):
             seen.append(micro_batch_tokens)
             if micro_batch_tokens > before // 4:
-                raise torch.OutOfMemoryError
+                raise error
             return measure(*args, micro_batch_tokens=micro_batch_tokens, **options)
 
         monkeypatch.setattr("peelwise.tasks.monitor.follower.measure", scarce)

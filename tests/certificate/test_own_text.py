@@ -11,8 +11,8 @@ import pytest
 import peelwise
 from audits import slow_losses
 from peelwise.certificate.audit import merged_model, read_certificate
-from peelwise.certificate.base import write_certificate
-from peelwise.certificate.own_text import Text, cut_like
+from peelwise.certificate.base import OwnBlock, write_certificate
+from peelwise.certificate.own_text import Text, cut_like, not_confirmed
 from peelwise.engine.baselines import probe_unigram
 from peelwise.errors import ModelError, OptionError, ProbeError
 from peelwise.evidence.audit import conclusion_of, verdicts_of
@@ -157,3 +157,18 @@ def test_the_command_says_both_gains(run, audited, broken_folder, mine, found):
     assert said.groups() == tuple(f"{value:.3f}" for value in expected)
     assert "Margin: " in out
     assert str(broken_folder) in out.replace("\n", "")
+
+
+@pytest.mark.parametrize("composed", [None, 0.002], ids=["no composed witness", "one that claims nothing"])
+@pytest.mark.parametrize(("found", "refused"), [("grey", True), ("yellow", False), ("red", False)])
+def test_what_blocks_alone_claim_has_to_be_found_in_one_of_them(composed, found, refused):
+    """Solo witnesses may be fitted to report while the composed one is honest and gains nothing."""
+
+    def gain(mean):
+        return None if mean is None else Paired(mean, 0.001, 30).interval()
+
+    blocks = (OwnBlock("a", "red", found, (gain(0.3), gain(0.01))), OwnBlock("b", "green", "grey", (gain(0), gain(0))))
+    reason = not_confirmed(gain(composed), gain(composed), blocks, (0.02, 0.02))
+    assert (reason is not None) == refused
+    claims = not_confirmed(gain(0.5), gain(0.4), blocks, (0.02, 0.02))
+    assert claims is None  # the composed witness confirms what it claims: undecided blocks are not counted

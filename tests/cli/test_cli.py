@@ -269,6 +269,16 @@ def test_nothing_in_a_record_steers_the_terminal(command, run, certificate, tmp_
         assert not set("\x1b\x9b\u202e") & set(out + error)
 
 
+@pytest.mark.parametrize("key", ["source", "dtype", "name"])
+def test_nothing_in_a_record_floods_the_terminal(key, run, certificate):
+    record = read_record(certificate)
+    model = record.model.model_copy(update={key: "x" * 100_000})
+    (certificate / "certificate.json").write_text(record.model_copy(update={"model": model}).sealed().to_json())
+    code, out, error = run("verify", certificate)
+    assert code in ((0,) if key == "name" else (2,))
+    assert len(out + error) < 5_000
+
+
 @pytest.mark.parametrize("command", ["report", "apply"])
 def test_nothing_is_made_of_a_folder_that_was_changed(command, run, certificate, tmp_path):
     file = certificate / "certificate.json"

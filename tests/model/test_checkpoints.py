@@ -11,7 +11,7 @@ from torch import nn
 
 from gguf_files import llama_of_whole_blocks, write_llama_gguf
 from peelwise.errors import DeviceError, MissingExtraError, ModelError, OutputError, UnsupportedModelError
-from peelwise.model.checkpoints import open_model, require_tokenizer, save_model
+from peelwise.model.checkpoints import open_model, open_tokenizer, require_tokenizer, save_model
 from peelwise.model.fingerprint import check_finite, fingerprint, tensors_sha256
 from tiny_llama import cut, edit, tiny_llama
 
@@ -109,6 +109,14 @@ def test_names_that_are_no_folder(tmp_path):
             open_model(source)
     with pytest.raises(ModelError, match="is a file of another kind: expected a folder"):
         open_model(tmp_path / "weights.safetensors")
+
+
+@pytest.mark.parametrize("source", ["x" * 100_000, "a\0b", "~nobody-of-this-name/model", "/".join("y" * 9_000)])
+def test_names_that_no_file_can_have(source):
+    for opened in (open_model, open_tokenizer):
+        with pytest.raises(ModelError) as caught:
+            opened(source)
+        assert len(str(caught.value)) < 1_000
 
 
 CONFIG_SPOILERS = {

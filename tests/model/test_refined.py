@@ -12,7 +12,7 @@ from peelwise.errors import OptionError
 from peelwise.formats import parse_format
 from peelwise.model.architectures import find_blocks
 from peelwise.model.layers import Block
-from peelwise.model.refined import chosen, frozen_note
+from peelwise.model.refined import chosen, frozen_note, stepped_by
 from peelwise.records.audit import AuditRecord
 from peelwise.records.base import Note
 from peelwise.show.audit.terminal import render
@@ -51,6 +51,22 @@ def test_of_a_model_that_trains_whole_everything_is_asked_about() -> None:
 def test_a_model_that_is_merely_open_is_asked_about_whole() -> None:
     found = find_blocks(ZOO["llama"]().requires_grad_(False))
     assert asked(chosen(found, "trainable")) == asked(found)
+
+
+def test_what_the_optimiser_does_not_have_is_not_in_training() -> None:
+    """Adapters written by hand: the base asks for gradients, and nobody steps it."""
+    model = LORA().requires_grad_(True)
+    found = find_blocks(model)
+    adapters = [p for name, p in model.named_parameters() if "lora" in name]
+    assert asked(chosen(found, "trainable", stepped_by(torch.optim.SGD(adapters, lr=0.1)))) == [ADAPTER, [], ADAPTER]
+    everything = stepped_by(torch.optim.SGD(model.parameters(), lr=0.1))
+    assert asked(chosen(found, "trainable", everything)) == asked(found)
+    copies = stepped_by(torch.optim.SGD([p.detach().clone() for p in model.parameters()], lr=0.1))
+    assert asked(chosen(found, "trainable", copies)) == asked(found)  # of another precision: it does not tell
+    forgotten = [p for name, p in model.named_parameters() if "layers.1." not in name]
+    most = stepped_by(torch.optim.SGD(forgotten, lr=0.1))
+    assert asked(chosen(found, "trainable", most)) == asked(found)  # a mistake, which is worth seeing
+    assert stepped_by(None) is None
 
 
 def test_only_weights_count_and_not_biases() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -16,7 +19,7 @@ from peelwise.model.runner import Runner
 from peelwise.model.selfcheck import self_check
 from peelwise.probe.probe import Probe, Split
 from peelwise.records.base import Note
-from zoo import LEFT_OUT, ZOO, sample_ids
+from zoo import LEFT_OUT, LORA, UNSUPPORTED, ZOO, sample_ids
 
 pytestmark = pytest.mark.slow
 
@@ -42,16 +45,46 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+PAGE = Path(__file__).parents[2] / "docs" / "self-checks.md"
+# Words of a refusal -> the check that refuses, as the page calls it.
+CHECKS = {
+    "is not causal": "causality",
+    "share one weight": "shared weights",
+    "hooked into": "changes",
+    "joined by more than the hidden state": "gradients",
+    "gradient at": "gradients",
+    "keeps its weight as": "weights to compute with",
+}
+
+
+def rows_of_the_page() -> dict[str, str]:
+    """Return member -> outcome from the page's table of every member."""
+    table = PAGE.read_text(encoding="utf-8").partition("| member | self-checks |")[2]
+    return dict(re.findall(r"^\| ([^|]+?) \| (passes[a-z; ]*?|refused: [a-z ]+?) \|", table, flags=re.MULTILINE))
+
+
+def outcome(notes: tuple[Note, ...]) -> str:
+    return "; ".join(["passes", *sorted({note.code.replace("-", " ") for note in notes})])
+
+
+def test_the_page_has_every_member() -> None:
+    zoo = ["plain GPT" if name == "plain" else name for name in ZOO]
+    expected = [*zoo, *RIGHT, "llama with LoRA in two blocks of three", *REFUSED, *UNSUPPORTED]
+    assert list(rows_of_the_page()) == expected
+
+
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_models_are_opened(name: str) -> None:
-    opened(RIGHT[name]().eval())
+    assert outcome(opened(RIGHT[name]().eval())) == rows_of_the_page()[name]
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_wrong_models_are_refused_by_name(name: str) -> None:
     build, said = REFUSED[name]
-    with pytest.raises(UnsupportedModelError, match=said):
+    with pytest.raises(UnsupportedModelError, match=said) as caught:
         opened(build().eval())
+    check = next((check for words, check in CHECKS.items() if words in str(caught.value)), "forward")
+    assert rows_of_the_page()[name] == f"refused: {check}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -65,7 +98,18 @@ def test_no_false_alarm_and_nothing_left_out_in_silence_in_the_zoo(name: str, dt
     assert [note.values["count"] for note in said if note.code == "left-out"] == list(
         filter(None, [LEFT_OUT.get(name)])
     )
-    assert len(said) == (name in LEFT_OUT)
+    assert outcome(tuple(said)) == rows_of_the_page()["plain GPT" if name == "plain" else name]
+
+
+def test_adapters_pass_and_the_rest_is_said_to_be_frozen() -> None:
+    assert outcome(opened(LORA().eval())) == rows_of_the_page()["llama with LoRA in two blocks of three"]
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_has_no_blocks_of_a_decoder_is_refused(name: str) -> None:
+    with pytest.raises(UnsupportedModelError):
+        find_blocks(UNSUPPORTED[name]())
+    assert rows_of_the_page()[name] == "refused: no blocks"
 
 
 def test_an_autocast_of_the_models_own_is_told_and_kept() -> None:

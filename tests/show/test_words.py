@@ -119,6 +119,19 @@ AUDITS = {
         f"{ONE_RED} The loss of 4.600 is above what this text costs a new head on the embedding without any block, "
         f"3.250: {OUTSIDE}",
     ),
+    "red, below the baseline": (
+        audit(AuditConclusion(case="certified", blocks=(0,)), current=1.7, unigram=5.0),
+        f"{ONE_RED} This text costs one who only counts tokens 5.000 nats per token and this model 1.700.",
+    ),
+    "most red": (
+        audit(
+            AuditConclusion(case="certified", blocks=(0, 1, 2), look_first=LookFirst(block=0, by="solo")), colour="red"
+        ),
+        "3 of 3 blocks certified under-optimised (blocks 0, 1, 2). Most blocks are red, so first rule out what they "
+        "share: training itself (learning rate, optimiser, not finished) or what lies outside of the linear layers "
+        "(rotary base, tokenizer, positions, norms, order of the blocks). Of single blocks, look first at block 0, "
+        "which has the largest solo gain: 0.300 nats per token.",
+    ),
     "unmeasured": (audit(AuditConclusion(case="not-measured")), NOTHING_MEASURED),
     "together": (
         audit(AuditConclusion(case="not-measured"), composed=interval(0.25)),

@@ -51,8 +51,8 @@ def verify(
         folder: the certificate.
         model: the model (of a comparison: NEW), or where to open it; default: where it was opened from for the audit.
         old: of a comparison OLD, or where to open it; default: where it was opened from.
-        full: also recompute the numbers of every block of an audit, or make a whole comparison again; a peel has
-            nothing more to recompute.
+        full: also recompute the numbers of every block of an audit, or make a whole check or comparison again; a peel
+            has nothing more to recompute.
         replay: also make the witness again from the fit and select parts, and compare; as long as the audit or the peel
             took. What was fitted to the report part does not come out again.
         text: files of your own text, or how a probe would be drawn from them; cut like the certificate's probe, and
@@ -93,7 +93,7 @@ def verify(
                 f"A {record.kind} has no fitted witness to make again: run peelwise {record.kind} instead."
             )
         if isinstance(record, CheckRecord):
-            return verify_check(path, record, opened, text=own, source=source)
+            return verify_check(path, record, opened, full=full, text=own, source=source)
         if isinstance(record, CompareRecord):
             before, origin = _old_model(record, old, opening)
             return verify_compare(path, record, before, opened, full=full, text=own, sources=(origin, source))

@@ -36,6 +36,7 @@ from peelwise.engine.slopes import first_order_gains
 from peelwise.engine.witness import changes_of, merge_
 from peelwise.errors import CertificateError, FormatError
 from peelwise.evidence.audit import contradictions
+from peelwise.evidence.check import wrong_part
 from peelwise.evidence.verdict import Evidence, judge
 from peelwise.model.architectures import find_blocks
 from peelwise.model.guard import untouched
@@ -50,7 +51,8 @@ _OWN, _AGAIN = "the witness on your text", "the witness, made again from fit and
 _BLOCKS = "every block's solo gain (or its first-order bound), marginal gain and ablation"
 _UNCHECKED = (
     "the losses of the controls and of the head, energies and shares, rounds, cost, "
-    "the quantisation gap of low-bit models, and whether the text is training text"
+    "the quantisation gap of low-bit models, scores of the check that it began with, and whether the text is training "
+    "text"
 )
 _FITTED = "that the witness was not fitted on report (--text and --replay do)"
 _AUTHORS = "the name, settings, versions, date and source that the record gives, and which layers are frozen"
@@ -305,6 +307,8 @@ def _disagreements(certificate: Certificate, model: nn.Module, tolerance: float)
     """Yield, in words, what the record says of its probe, its model or itself that is not so."""
     record, blocks = certificate.record, find_blocks(model)
     yield from contradictions(record, tolerance)
+    if record.check is not None:
+        yield from wrong_part(record.check, record.model.blocks)
     linears = {linear.name: linear for block in blocks for linear in block.linears}
     for said in record.blocks:
         for matrix in said.matrices:

@@ -20,7 +20,7 @@ from peelwise.model.fingerprint import over_both, tensors_sha256
 from peelwise.model.layers import context_length, parameter_count, unwrapped, vocabulary_size
 from peelwise.probe.probe import Probe, check_context, check_vocabulary
 from peelwise.probe.split import Pool
-from peelwise.records.base import Colour, Interval, ModelRecord, SealedRecord, WitnessRecord
+from peelwise.records.base import Colour, Interval, ModelRecord, ProbeRecord, SealedRecord, WitnessRecord
 from peelwise.records.files import (
     HEADER_BYTES,
     PROBE_BYTES,
@@ -332,7 +332,8 @@ def opened_words(model: nn.Module, source: str | None) -> str:
 def identity_words(record: SealedRecord) -> tuple[str, tuple[str, ...]]:
     """Say what of the model was found to be the certified one, and what of model and split was not looked at."""
     unknown = []
-    if record.probe.pool_sequences is None:
+    probe: ProbeRecord | None = record.probe  # a check may have none
+    if probe is not None and probe.pool_sequences is None:
         unknown.append(
             "how sequences were assigned to the parts (this certificate does not say what they are drawn from)"
         )

@@ -7,16 +7,20 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import nn
 
 from peelwise.certificate.base import (
+    LOSSES_HOLD,
+    Check,
     OwnText,
     Verification,
     begun,
     identity_words,
     load_tensors,
+    opened_words,
     other_model,
     read_probe,
     refused,
@@ -28,16 +32,22 @@ from peelwise.engine.factors import changes_of_factors
 from peelwise.engine.opening import open_report
 from peelwise.engine.session import ReportSession
 from peelwise.errors import CertificateError
+from peelwise.evidence.check import contradictions
 from peelwise.model.architectures import find_blocks
 from peelwise.model.guard import untouched
+from peelwise.probe.probe import Probe
 from peelwise.records.check import CheckRecord, GainWitness
 from peelwise.records.files import WITNESS_FILE, what_changed
+from peelwise.tasks.check.run import run_check
+from peelwise.tasks.check.settings import CheckSettings
 
 _FOUND = "the model's loss, ablation of the named blocks, every gain witness and what the composed ones gain together"
-_UNCHECKED = (
-    "signals, scores and which blocks are unlike (run `peelwise check` again), cost, and that factors were not chosen "
-    "on report"
-)
+_ALL_FOUND = "every signal and score, which blocks are unlike and by which signals, and which factors there are"
+_SELF = "that the record agrees with itself (intervals, gains and losses, margin, scores and the blocks they name)"
+_UNCHECKED = "cost, and that factors were not chosen on report"
+_AUTHORS = "the name, settings, versions, date and source that the record gives, and whether the text is training text"
+# Other threads and machines: signals are of float32, and some count directions above a limit.
+_OFF, _SCORE_OFF, _FACTOR_OFF = 0.02, 0.1, 0.1
 
 
 def factor_tensors(record: CheckRecord) -> dict[str, torch.Tensor]:
@@ -51,7 +61,13 @@ def name_of(witness: GainWitness) -> str:
 
 
 def verify_check(
-    folder: Path, record: CheckRecord, model: nn.Module, *, text: Text | None = None, source: str | None = None
+    folder: Path,
+    record: CheckRecord,
+    model: nn.Module,
+    *,
+    full: bool = False,
+    text: Text | None = None,
+    source: str | None = None,
 ) -> Verification:
     """Recompute the loss, the ablations and the gain witnesses of a check on its own report part.
 
@@ -59,20 +75,20 @@ def verify_check(
         folder: the certificate.
         record: its record.
         model: the model it is about, in the dtype it was checked in; left untouched.
+        full: also make the whole check again, and compare signals, scores and the blocks that they name.
         text: also try the composed factors on this text, of which nothing may be in the certificate's probe.
         source: where the model was opened from.
 
     Raises:
-        CertificateError: If the folder is no readable certificate, was made without text, or does not fit the model.
+        CertificateError: If the folder is no readable certificate, does not fit the model, or was made without text and
+            is not to be checked in full.
         ProbeError: If a text does not fit the model, or too little of it is fresh.
     """
     changed = what_changed(folder, record)
     if changed:
         return Verification("does not hold", changed)
     if record.probe is None or record.loss is None:
-        raise CertificateError(
-            f"{folder} was made without text, so there is nothing to recompute. Run peelwise check again instead."
-        )
+        return _without_text(folder, record, model, full=full, text=text, source=source)
     stored = load_tensors(folder / WITNESS_FILE, witness_bytes(model))
     probe = read_probe(folder, record)
     about = begun(folder, record, probe, model, source)
@@ -91,16 +107,111 @@ def verify_check(
             session = open_report(model, find_blocks(model), found.split)
             own = _on_own_text(record, session, text, about.tolerance, found.overlapping)
     wrong = wrong or refused(own)
+    checks = recheck.checks
+    if full and not wrong:
+        again = _checked_again(record, probe, model)
+        checks = [*checks, *_scores(record, again)]
+        wrong = next(differences(record, again), None)
     same, unknown = identity_words(record)
     return replace(
         about,
-        status="does not hold" if wrong else "holds",
-        reason=wrong or f"{len(recheck.checks)} numbers found again.",
-        checks=tuple(recheck.checks),
-        rechecked=(_FOUND, same),
-        not_rechecked=(*unknown, _UNCHECKED),
+        status="does not hold" if wrong else "holds" if full else LOSSES_HOLD,
+        reason=wrong or f"{len(checks)} numbers found again.",
+        checks=tuple(checks),
+        rechecked=(_FOUND, same, *([_ALL_FOUND] if full else []), _SELF),
+        not_rechecked=(*unknown, *([] if full else [f"{_ALL_FOUND} (--full does)"]), _UNCHECKED, _AUTHORS),
         own=own,
     )
+
+
+def _without_text(
+    folder: Path, record: CheckRecord, model: nn.Module, *, full: bool, text: Text | None, source: str | None
+) -> Verification:
+    """Make a check of weights alone again: there is nothing else to recompute."""
+    if text is not None:
+        raise CertificateError(f"{folder} was made without text, so it has no factors to try on one.")
+    if not full:
+        raise CertificateError(
+            f"{folder} was made without text, so there is no loss to recompute. --full makes the check again."
+        )
+    opened = opened_words(model, source)
+    other = other_model(record.model, model)
+    if other:
+        return Verification("not the same model or data", other, model=opened)
+    stored = load_tensors(folder / WITNESS_FILE, witness_bytes(model))
+    wrong, checks = next(_contradictions(record, stored), None), tuple[Check, ...]()
+    if not wrong:
+        again = _checked_again(record, None, model)
+        wrong, checks = next(differences(record, again), None), tuple(_scores(record, again))
+    return Verification(
+        "does not hold" if wrong else "holds",
+        wrong or "Every signal and score was found again.",
+        checks=checks,
+        rechecked=(_ALL_FOUND, identity_words(record)[0], _SELF),
+        not_rechecked=(_UNCHECKED, _AUTHORS),
+        model=opened,
+    )
+
+
+def _checked_again(record: CheckRecord, probe: Probe | None, model: nn.Module) -> CheckRecord:
+    """Check a model again as a record says that it was done."""
+    said, usual = record.settings, CheckSettings()
+    signals, most, micro = said.get("signals"), said.get("most_witnesses"), said.get("micro_batch_tokens")
+    settings = CheckSettings(
+        tuple(str(signals).split(",")) if signals else (),
+        most if isinstance(most, int) else usual.most_witnesses,
+        micro if isinstance(micro, int) and micro else usual.micro_batch_tokens,
+    )
+    return run_check(model, probe, settings)
+
+
+def _scores(record: CheckRecord, again: CheckRecord) -> Iterator[Check]:
+    for said, found in zip(record.blocks, again.blocks, strict=True):
+        if said.score is not None and found.score is not None:
+            near = math.isclose(said.score, found.score, rel_tol=_OFF, abs_tol=_SCORE_OFF)
+            yield Check(f"{said.name} score", said.score, found.score, near)
+
+
+def differences(record: CheckRecord, again: CheckRecord) -> Iterator[str]:
+    """Yield, in words, where a check made again is not the one that was certified."""
+    for score in _scores(record, again):
+        if not score.holds:
+            yield f"{score.name}: {score.recorded:.3f} was certified, {score.found:.3f} was found."
+    named = [[unlike.block for unlike in each.unlike or ()] for each in (record, again)]
+    # A score within its tolerance of the limit may fall on either side of it elsewhere.
+    sure = {b.index for b in again.blocks if b.score is not None and abs(b.score - again.threshold) > _SCORE_OFF}
+    if (record.unlike is None) != (again.unlike is None) or sure & (set(named[0]) ^ set(named[1])):
+        yield f"Blocks {named[0]} were certified as unlike their neighbours, {named[1]} were found."
+    reasons = [
+        {u.block: [(r.signal, r.part) for r in u.reasons[:1]] for u in each.unlike or ()} for each in (record, again)
+    ]
+    for block in reasons[0].keys() & reasons[1].keys():
+        if reasons[0][block] != reasons[1][block]:
+            yield f"Block {block} is not named by the signal that was certified."
+    yield from _other_signals(record, again)
+    factors = [{name_of(witness): witness.factor for witness in each.gain_witnesses} for each in (record, again)]
+    for name in sorted(factors[0].keys() | factors[1].keys()):
+        one, two = (each.get(name) for each in factors)
+        if one is None or two is None or not math.isclose(one, two, abs_tol=_FACTOR_OFF):
+            yield f"{name}: {_or_none(one)} was certified, {_or_none(two)} was found."
+
+
+def _or_none(factor: float | None) -> str:
+    return "no factor" if factor is None else f"{factor:g}"
+
+
+def _other_signals(record: CheckRecord, again: CheckRecord) -> Iterator[str]:
+    """Yield where a signal is another one, beyond what is nothing beside its usual size in this model."""
+    usual: dict[str, list[float]] = {}
+    for block in again.blocks:
+        for name, value in block.signals.items():
+            usual.setdefault(name, []).append(abs(value))
+    for said, found in zip(record.blocks, again.blocks, strict=True):
+        for name in sorted(said.signals.keys() | found.signals.keys()):
+            one, two = said.signals.get(name), found.signals.get(name)
+            near = one is not None and two is not None
+            if not near or not math.isclose(one or 0, two or 0, rel_tol=_OFF, abs_tol=_OFF * median(usual[name])):
+                yield f"{said.name} {name[:80]}: {one} was certified, {two} was found."
 
 
 def scaled_model(folder: Path, record: CheckRecord, model: nn.Module) -> nn.Module:
@@ -162,25 +273,13 @@ def _composed(record: CheckRecord) -> list[GainWitness]:
 
 def _contradictions(record: CheckRecord, stored: dict[str, torch.Tensor]) -> Iterator[str]:
     """Yield, in words, where the record contradicts itself or its witness file."""
+    yield from contradictions(record)
     said = factor_tensors(record)
     if len(said) != len(record.gain_witnesses) or said.keys() != stored.keys():
         yield "The witness file does not hold one factor for each gain witness of the record."
     for name, factor in said.items():
         if name in stored and not torch.equal(stored[name].double(), factor):
             yield f"{name}: {float(factor):g} is recorded, the witness file holds another factor."
-    composed = _composed(record)
-    if bool(composed) != (record.composed_loss is not None) or bool(composed) != (record.composed_gain is not None):
-        yield "The record does not say what its composed factors gain together, or says it of none."
-    sizes = {block.index: block.name for block in record.blocks}
-    for witness in record.gain_witnesses:
-        if not witness.layer.startswith(f"{sizes.get(witness.block)}."):
-            yield f"{witness.layer[:80]} is not in block {witness.block}."
-        if not math.isfinite(witness.factor):
-            yield f"{witness.layer[:80]}: its factor is no finite number."
-    for unlike in record.unlike or ():
-        score = next((block.score for block in record.blocks if block.index == unlike.block), None)
-        if score is None or score != unlike.score or score < record.threshold:
-            yield f"Block {unlike.block} is named, and its score is not above the threshold."
 
 
 def _on_own_text(

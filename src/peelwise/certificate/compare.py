@@ -58,7 +58,9 @@ _FOUND = (
     "helped"
 )
 _ALL_FOUND = "what the parts of NEW break in OLD, both ways from NEW to OLD, kinds of change, and distances"
-_UNCHECKED = "cost"
+_UNCHECKED = (
+    "cost, the names, settings, versions, date and sources that the record gives, and whether the text is training text"
+)
 
 
 def verify_compare(

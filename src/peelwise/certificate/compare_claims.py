@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from peelwise.certificate.base import Check
+from peelwise.evidence.audit import wrong_settings
 from peelwise.evidence.compare import conclusion
 from peelwise.evidence.intervals import Paired
 from peelwise.evidence.verdict import default_margin
@@ -43,6 +44,7 @@ def name_of(part: SomePart) -> str:
 
 def contradictions(record: CompareRecord) -> Iterator[str]:
     """Yield, in words, where a record of a comparison contradicts itself."""
+    yield from wrong_settings(record)
     loss, parts = record.loss, parts_of_record(record)
     asked = record.settings.get("margin")
     due = default_margin(min(loss.old, loss.new)) if asked is None else asked

@@ -99,7 +99,7 @@ def audit_on(record: AuditRecord, witness: dict[str, Tensor], probe: Probe, mode
     )
     interval = None if composed is None else composed.interval()
     least = max(record.margin_nats, tolerance), margin
-    wrong = _not_confirmed(record.loss.composed_gain, interval, blocks, least)
+    wrong = not_confirmed(record.loss.composed_gain, interval, blocks, least)
     return OwnText(
         source=text.source,
         sequences=found.split.sequences,
@@ -142,7 +142,7 @@ def gain_refused(
     )
 
 
-def _not_confirmed(
+def not_confirmed(
     certified: Interval | None, found: Interval | None, blocks: Sequence[OwnBlock], least: tuple[float, float]
 ) -> str | None:
     """Say what of a certificate is not so on another text, or ``None``. What is merely undecided there is not said.
@@ -161,8 +161,12 @@ def _not_confirmed(
             f"{', '.join(hidden)}: no gain above the margin was certified, and its own weights gain more on your text."
         )
     claimed = any(block.certified in ("red", "yellow") for block in blocks)
-    if found is None and claimed and not any(block.found in ("red", "yellow") for block in blocks):
-        return "The certificate has no composed witness, and no block's own gains above the margin on your text."
+    by_blocks_alone = certified is None or found is None or certified.low <= least[0]
+    if by_blocks_alone and claimed and not any(block.found in ("red", "yellow") for block in blocks):
+        return (
+            "The composed witness claims no gain above the margin, and no block's own weights are shown to gain that "
+            "much on your text."
+        )
     return None
 
 

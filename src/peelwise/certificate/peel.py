@@ -44,7 +44,8 @@ from peelwise.tasks.peel.summary import BOUND_HEAD, CONTROL_HEAD, STACK
 _LOSSES = "the losses of the model, of its head control and of the best map, and the gains between them"
 _SELF = "that the record agrees with itself (intervals, gains and losses, margin, verdicts, conclusion)"
 _UNCHECKED = (
-    "the other maps, the null controls, what is lost without a station, cost, and whether the text is training text"
+    "the other maps, the null controls, what is lost without a station, cost, the name, settings, versions, date and "
+    "source that the record gives, and whether the text is training text"
 )
 
 

@@ -66,7 +66,10 @@ def verify(
     tokens: TokensOption = ProbeOptions.tokens,
     in_distribution: InDistributionOption = ProbeOptions.in_distribution,
     full: Annotated[
-        bool, typer.Option("--full", help="Recheck every block's numbers too (slower); of a comparison, all of it.")
+        bool,
+        typer.Option(
+            "--full", help="Recheck every block's numbers too (slower); of a check or a comparison, all of it."
+        ),
     ] = False,
     replay: Annotated[
         bool, typer.Option("--replay", help="Make the witness again from fit and select (as slow as the audit was).")

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from peelwise.engine.clock import Watcher
 
 stderr = Console(stderr=True, highlight=False)
+_LONGEST = 2_000  # characters of a message
 
 
 def one_line(said: object) -> str:
-    """Return a message without what could steer a terminal: it may quote what anybody wrote into a file."""
-    return clean(str(said))
+    """Return a message without what could steer or flood a terminal: it may quote what anybody wrote into a file."""
+    text = clean(str(said))
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 
 @contextmanager

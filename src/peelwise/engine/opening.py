@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
@@ -25,13 +25,16 @@ from peelwise.records.base import Note
 from peelwise.records.options import Refine
 
 
-def checked_blocks(model: nn.Module, probe: Probe, refine: Refine = "all") -> tuple[Block, ...]:
+def checked_blocks(
+    model: nn.Module, probe: Probe, refine: Refine = "all", stepped: Collection[int] | None = None
+) -> tuple[Block, ...]:
     """Return the blocks of a model that can be measured on ``probe``.
 
     Args:
         model: as it stands, with its flags of training.
         probe: the text.
         refine: which of their linear layers are asked about; see `peelwise.model.refined.chosen`.
+        stepped: parameters that the optimiser has, where there is one.
 
     Raises:
         OptionError: If there are no such layers.
@@ -40,7 +43,7 @@ def checked_blocks(model: nn.Module, probe: Probe, refine: Refine = "all") -> tu
         ProbeError: If the probe's tokens do not fit the model's vocabulary, or its sequences the context.
     """
     check_in_memory(model)
-    blocks = chosen(find_blocks(model), refine)
+    blocks = chosen(find_blocks(model), refine, stepped)
     check_shared(blocks)
     check_dtypes(blocks)
     size = vocabulary_size(model)

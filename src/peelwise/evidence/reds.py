@@ -16,6 +16,11 @@ from peelwise.records.run import Event
 _FEWEST_TOGETHER, _SHARE_TOGETHER = 3, 0.5  # blocks that are asked about
 
 
+def are_most(red: int, asked: int) -> bool:
+    """Return whether so many red blocks of all that are asked about point at what these share, not at each of them."""
+    return red >= max(_FEWEST_TOGETHER, _SHARE_TOGETHER * asked)
+
+
 @dataclass(frozen=True)
 class RedBlock:
     """What there is to say of a red block.
@@ -65,7 +70,7 @@ class Reds:
         # A block with a cause of its own is told with that, whatever the others have in common.
         own = {block: each for block, each in red.items() if each.seen.has_own_cause}
         rest = {block: each for block, each in red.items() if block not in own}
-        if len(rest) >= max(_FEWEST_TOGETHER, _SHARE_TOGETHER * asked):
+        if are_most(len(rest), asked):
             return [*ended, *self._of_single(step, own), *self._of_most(step, rest, asked, shared, quiet=quiet)]
         self._together = None
         return [*ended, *self._of_single(step, own if quiet else red)]

@@ -21,6 +21,7 @@ from peelwise.model.weights.gguf import stored_layers
 from peelwise.model.weights.gguf_header import check_gguf
 from peelwise.nn.files import FORMATS_KEY, TENSORS, hold_in, note_formats, restore_
 
+_SHOWN = 300  # characters of a name that may be anybody's
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -97,12 +98,17 @@ def open_tokenizer(folder: str | Path) -> Any:
     Raises:
         ModelError: If there is none, or it cannot be opened.
     """
-    path, found = Path(folder).expanduser(), None
-    if path.is_dir():
+    found = None
+    try:
+        path = Path(folder).expanduser()
+        is_folder = path.is_dir()
+    except (OSError, ValueError, RuntimeError):  # too long a name, a NUL byte in it, the home of nobody
+        is_folder = False
+    if is_folder:
         check_config_beside(path)
         found = load_tokenizer(path, None)
     if found is None:
-        raise ModelError(f"There is no tokenizer in {folder}: expected a folder with tokenizer.json.")
+        raise ModelError(f"There is no tokenizer in {str(folder)[:_SHOWN]}: expected a folder with tokenizer.json.")
     return found
 
 
@@ -156,13 +162,19 @@ def _locate(source: str | Path) -> tuple[Path, str]:
     if str(source) == "smollm2":
         path = _packaged_model()
         return path, path.stem.split(".")[0]
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path, path.resolve().name
-    if path.suffix.lower() == ".gguf" and path.is_file():
-        return path, path.stem
-    found = "is a file of another kind" if path.exists() else "not found"
-    raise ModelError(f"{source} {found}: expected a folder, a .gguf file or smollm2. Nothing is downloaded.")
+    found = "not found"
+    try:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return path, path.resolve().name
+        if path.suffix.lower() == ".gguf" and path.is_file():
+            return path, path.stem
+        if path.exists():
+            found = "is a file of another kind"
+    except (OSError, ValueError, RuntimeError):  # too long a name, a NUL byte in it, the home of nobody
+        found = "is no name of a file"
+    shown = str(source)[:_SHOWN]
+    raise ModelError(f"{shown} {found}: expected a folder, a .gguf file or smollm2. Nothing is downloaded.")
 
 
 def _packaged_model() -> Path:

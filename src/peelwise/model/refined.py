@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from peelwise.errors import OptionError
@@ -15,13 +16,23 @@ from peelwise.records.options import Refine
 _ADAPTERS = ("lora", "adapter")  # how a part of an adapter's name begins
 
 
-def chosen(blocks: Sequence[Block], refine: Refine) -> tuple[Block, ...]:
+def stepped_by(optimizer: torch.optim.Optimizer | None) -> frozenset[int] | None:
+    """Return the identities of the parameters that an optimiser steps; ``None`` where there is none."""
+    if optimizer is None:
+        return None
+    return frozenset(id(p) for group in optimizer.param_groups for p in group["params"])
+
+
+def chosen(blocks: Sequence[Block], refine: Refine, stepped: Collection[int] | None = None) -> tuple[Block, ...]:
     """Return the blocks with the layers that are asked about; those that are not are in ``Block.frozen``.
 
     Args:
         blocks: as they were found.
-        refine: ``"trainable"``: layers whose weights training can change (``requires_grad``); where there are none, as
-            in a model that is merely open, all. ``"adapters"``: those that an adapter (LoRA and the like) adds.
+        refine: ``"trainable"``: layers whose weights training can change (``requires_grad``; see ``stepped``);
+            where there are none, as in a model that is merely open, all. ``"adapters"``: those that an adapter (LoRA
+            and the like) adds.
+        stepped: what the optimiser has (`stepped_by`); it decides where it has fewer than half of the layers that ask
+            for gradients, and not none of them.
 
     Raises:
         OptionError: If there are no adapters and they are asked for.
@@ -36,10 +47,11 @@ def chosen(blocks: Sequence[Block], refine: Refine) -> tuple[Block, ...]:
             )
         return only(blocks, {linear.name for linear in adapters})
     linears = [linear for block in blocks for linear in block.linears]
-    if not any(_in_training(linear) for linear in linears):
+    stepped = _told(linears, stepped)
+    if not any(_in_training(linear, stepped) for linear in linears):
         return tuple(blocks)
     # Codes cannot ask for gradients. Beside adapters they are a frozen base, otherwise they are what the model is.
-    trained = (m for m in linears if _in_training(m) or (_only_codes(m) and not adapters))
+    trained = (m for m in linears if _in_training(m, stepped) or (_only_codes(m) and not adapters))
     return only(blocks, {linear.name for linear in trained})
 
 
@@ -59,10 +71,11 @@ def names_of(blocks: Sequence[Block]) -> frozenset[str]:
     return frozenset(linear.name for block in blocks for linear in block.linears)
 
 
-def in_training(blocks: Sequence[Block]) -> frozenset[str]:
-    """Return the names of the layers, asked about or not, whose weights training can change."""
-    every = (linear for block in blocks for linear in (*block.linears, *block.frozen))
-    return frozenset(linear.name for linear in every if _in_training(linear))
+def in_training(blocks: Sequence[Block], stepped: Collection[int] | None = None) -> frozenset[str]:
+    """Return the names of the layers, asked about or not, whose weights training can change; see `chosen`."""
+    every = [linear for block in blocks for linear in (*block.linears, *block.frozen)]
+    stepped = _told(every, stepped)
+    return frozenset(linear.name for linear in every if _in_training(linear, stepped))
 
 
 def frozen_note(blocks: Sequence[Block]) -> Iterator[Note]:
@@ -76,9 +89,24 @@ def frozen_note(blocks: Sequence[Block]) -> Iterator[Note]:
         yield note("frozen-layers", layers=len(layers), share=share, blocks=without)
 
 
-def _in_training(linear: LinearLayer) -> bool:
-    """Whether a gradient can reach the layer's weight, also where that is made of others (a parametrisation)."""
-    return any(p.requires_grad for name, p in linear.module.named_parameters() if name != "bias")
+def _told(linears: Sequence[LinearLayer], stepped: Collection[int] | None) -> Collection[int] | None:
+    """Return what an optimiser has where that tells what is meant to train, else ``None``.
+
+    Fewer than half of the layers that ask for gradients are a choice (adapters, the upper blocks). Where some are
+    missing from it that is more likely a mistake, which is worth seeing; where all are, it steps copies of them.
+    """
+    asking = sum(_in_training(linear, None) for linear in linears)
+    taken = sum(_in_training(linear, stepped) for linear in linears)
+    return stepped if 0 < taken < asking / 2 else None
+
+
+def _in_training(linear: LinearLayer, stepped: Collection[int] | None) -> bool:
+    """Whether a step can change the layer's weight, also where that is made of others (a parametrisation)."""
+    return any(
+        p.requires_grad and (stepped is None or id(p) in stepped)
+        for name, p in linear.module.named_parameters()
+        if name != "bias"
+    )
 
 
 def _only_codes(linear: LinearLayer) -> bool:

@@ -30,6 +30,10 @@ BASELINES: Mapping[Baseline, str] = MappingProxyType(
         "without-blocks": "a new head on the embedding without any block",
     }
 )
+SHARED = (
+    "training itself (learning rate, optimiser, not finished) or what lies outside of the linear layers (rotary base, "
+    "tokenizer, positions, norms, order of the blocks)"
+)
 UNDAMAGED = "does not mean undamaged: only other weights of linear layers were tried."
 
 # The tables below have a line for every code of `records.codes`; a test says so.

@@ -207,8 +207,11 @@ def test_the_main_parts_are_there(pages: dict[str, str]) -> None:
         "+1.3000 [+1.1000, +1.5000]",
         "Block 15: score 12",
         "of 30 blocks",
+        "peelwise verify DIR --model MODEL --text FILE",
     ):
         assert part in text
+    assert "--text FILE" not in text_of(pages["weights"])
+    assert "peelwise verify DIR --model MODEL --full" in text_of(pages["weights"])
     assert "Without text there are signals of the weights alone" in text_of(pages["weights"])
     assert "none: weights alone" in text_of(pages["weights"])
     assert "no depth to compare with" in text_of(pages["few"])

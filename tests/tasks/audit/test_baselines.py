@@ -63,3 +63,19 @@ def test_a_baseline_that_would_take_too_long_is_left_out():
         session.runner.trace(session.probe.fit)
     assert embedding_baseline(session, share=1.0) is not None
     assert embedding_baseline(session, share=1e-12) is None
+
+
+def test_a_wrong_rotary_base_is_not_blamed_on_a_block(stored_stage, training_probe):
+    """Every block can make up for it, so every one is red, and none of them is at fault."""
+    model = stored_stage("final")[0]
+    config = copy.deepcopy(model.config)
+    config.rope_parameters["rope_theta"] = 100.0
+    broken = type(model)(config).eval()
+    broken.load_state_dict(model.state_dict())
+    settings = peelwise.AuditSettings(joint_rounds=1, solo_rounds=1, controls=False)
+    report = peelwise.audit(broken, part_of(training_probe, fit=30, select=10, report=20), settings)
+    assert sum(block.verdict == "red" for block in report.record.blocks) >= 3
+    assert "first rule out what they share" in report.conclusion
+    assert "rotary base" in report.conclusion
+    assert "Look first at block" not in report.conclusion
+    assert f"and this model {report.record.loss.current:.3f}" in report.conclusion

@@ -78,7 +78,9 @@ def test_its_gain_witness_turns_the_sign_back(broken: tuple[Any, CheckRecord], h
     assert best.block == BLOCK
     assert best.factor < 0
     assert best.gain.low > record.margin_nats
-    assert best.composed
+    composed = [witness for witness in record.gain_witnesses if witness.composed]
+    assert composed[0].block == BLOCK
+    assert composed[0].factor < 0
     assert record.loss is not None
     assert record.composed_loss is not None
     assert healthy.loss is not None
@@ -117,7 +119,7 @@ def test_the_certificate_holds_and_any_change_of_it_does_not(
     certificate: Path, broken: tuple[Any, CheckRecord]
 ) -> None:
     found = verify(certificate, broken[0])
-    assert found.status == "holds", found.reason
+    assert found.status == "losses hold, verdicts not rechecked", found.reason
     assert len(found.checks) > 5
     text = (certificate / RECORD_FILE).read_text()
     record = CheckRecord.model_validate_json(text)
@@ -176,7 +178,7 @@ def test_factors_hold_on_text_that_was_never_used(
     mine = tmp_path / "mine.txt"
     mine.write_text("\n\n".join(held_out_documents()[:12]))
     found = verify(certificate, broken_folder, text=mine, tokens=3_000)
-    assert found.status == "holds", found.reason
+    assert found.holds, found.reason
     assert found.own is not None
     assert found.own.found is not None
     assert found.own.found.low > found.own.margin
@@ -193,6 +195,11 @@ def test_without_text_there_are_signals_of_weights_alone(stored_stage: Callable[
     assert json.loads((tmp_path / "c" / RECORD_FILE).read_text())["probe"] is None
     with pytest.raises(CertificateError, match="without text"):
         verify(tmp_path / "c", stored_stage("final")[0])
+    found = verify(tmp_path / "c", stored_stage("final")[0], full=True)
+    assert found.status == "holds", found.reason
+    assert len(found.checks) == 6  # a score for each block
+    other = verify(tmp_path / "c", stored_stage("middle")[0], full=True)
+    assert other.status == "not the same model or data"
 
 
 def test_a_model_of_few_blocks_has_raw_signals_and_no_score(probe: peelwise.Probe) -> None:

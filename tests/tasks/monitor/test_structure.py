@@ -74,6 +74,26 @@ def test_a_frozen_block_has_a_letter_and_no_colour_until_it_thaws():
     assert "not-measured" not in kinds(monitor)
 
 
+def test_blocks_that_the_optimiser_does_not_have_have_a_letter_until_they_are_added():
+    model = ZOO["llama"]().train()
+    lower = [*model.model.layers[0].parameters(), *model.model.layers[1].parameters()]
+    upper = [p for p in model.parameters() if not any(p is one for one in lower)]
+    optimizer = torch.optim.SGD(upper, lr=1e-6)
+    with monitor_of(model, optimizer=optimizer) as monitor:
+        assert [letter == "F" for letter in monitor.step(0, loss=4.6).letters] == [True, True, False]
+        assert [letter == "F" for letter in monitor.step(1, loss=4.6).letters] == [True, True, False]
+        optimizer.add_param_group({"params": lower})
+        assert "F" not in monitor.step(2, loss=4.6).letters
+
+
+def test_a_block_that_was_forgotten_is_asked_about():
+    model = ZOO["llama"]().train()
+    others = [p for name, p in model.named_parameters() if "layers.1." not in name]
+    with monitor_of(model, optimizer=torch.optim.SGD(others, lr=1e-6)) as monitor:
+        assert "F" not in monitor.step(0, loss=4.6).letters
+        assert "not-optimised" in kinds(monitor)
+
+
 def test_without_frozen_layers_nothing_is_said():
     with monitor_of(ZOO["llama"]().train()) as monitor:
         row = monitor.step(0, loss=4.6)

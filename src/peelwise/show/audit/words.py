@@ -7,11 +7,12 @@ from statistics import median
 
 from peelwise.evidence.audit import best_baseline, conclusion_of, verdicts_of
 from peelwise.evidence.intervals import Paired
+from peelwise.evidence.reds import are_most
 from peelwise.evidence.verdict import idle, own_gains_decide
 from peelwise.records.audit import AuditConclusion, AuditRecord, BlockRecord
 from peelwise.records.base import Interval
 from peelwise.records.codes import INTERACTS
-from peelwise.show.words import BASELINES, UNDAMAGED, VERDICTS, reason_words
+from peelwise.show.words import BASELINES, SHARED, UNDAMAGED, VERDICTS, reason_words
 
 _MOST_LISTED, _MOST_HARMFUL = 6, 3
 GAINS = {"solo": "solo gain", "marginal": "marginal gain (leave-one-out)"}
@@ -24,11 +25,13 @@ def conclusion(record: AuditRecord) -> str:
     parts = (
         _first(record, found),
         _together(record),
+        _most_red(record, found),
         _look_first(record, found),
         _harm(record, found),
         _idle(record),
         _above(record, found),
         _green(record, found),
+        _below(record, found),
         _frozen(record),
     )
     return " ".join(filter(None, parts))
@@ -101,6 +104,18 @@ def two_gains(record: AuditRecord) -> str:
     return f"could adapt together {together.mean:+.3f}, of its own at most {own.mean:+.3f} (block {block})"
 
 
+def _most_red(record: AuditRecord, found: AuditConclusion) -> str:
+    """Linear layers make up for whatever is wrong with all blocks, so each of them gains."""
+    if found.above is not None or not _are_most_red(record):
+        return ""
+    return f"Most blocks are red, so first rule out what they share: {SHARED}."
+
+
+def _are_most_red(record: AuditRecord) -> bool:
+    asked = [block for block in record.blocks if not block.frozen]
+    return are_most(sum(block.verdict == "red" for block in asked), len(asked))
+
+
 def _look_first(record: AuditRecord, found: AuditConclusion) -> str:
     first = found.look_first
     if first is None:
@@ -109,6 +124,8 @@ def _look_first(record: AuditRecord, found: AuditConclusion) -> str:
     value = None if block is None else block.recoverable_nats if first.by == "solo" else block.unique_nats
     size = "" if value is None else f": {value.mean:.3f} nats per token"
     said = f"Look first at block {first.block}, which has the largest {GAINS[first.by]}{size}."
+    if _are_most_red(record):
+        said = f"Of single blocks, look first at block {first.block}, which has the largest {GAINS[first.by]}{size}."
     if first.tied:
         one = len(first.tied) == 1
         said += f" Block{'' if one else 's'} {listed(first.tied)} {'is' if one else 'are'} not distinguishable from it."
@@ -154,17 +171,26 @@ def _above(record: AuditRecord, found: AuditConclusion) -> str:
 
 
 def _green(record: AuditRecord, found: AuditConclusion) -> str:
-    green = any(block.verdict == "green" for block in record.blocks)
-    if not green and found.case != "none-found":
+    if not _nothing_found(record, found):
         return ""
-    said = f"{'Green' if green else 'None found'} {UNDAMAGED}"
+    green = any(block.verdict == "green" for block in record.blocks)
+    return f"{'Green' if green else 'None found'} {UNDAMAGED}"
+
+
+def _below(record: AuditRecord, found: AuditConclusion) -> str:
+    """Of a model above the baselines something else is said."""
     best = best_baseline(record.loss)
     if found.above is not None or best is None:
-        return said
+        return ""
+    between = "; a damaged one may lie between" if _nothing_found(record, found) else ""
     return (
-        f"{said} This text costs {BASELINES[best[0]]} {best[1]:.3f} nats per token and this model "
-        f"{record.loss.current:.3f}; a damaged one may lie between."
+        f"This text costs {BASELINES[best[0]]} {best[1]:.3f} nats per token and this model "
+        f"{record.loss.current:.3f}{between}."
     )
+
+
+def _nothing_found(record: AuditRecord, found: AuditConclusion) -> bool:
+    return found.case == "none-found" or any(block.verdict == "green" for block in record.blocks)
 
 
 def _frozen(record: AuditRecord) -> str:

@@ -56,11 +56,28 @@ def render_html(record: CheckRecord) -> str:
         _witnesses(record),
         _signals(record, rows, styles),
         _reading(record),
+        _verifying(record),
         sections.cost(record),
         sections.origin(record, "What was checked"),
         "</main>",
     )
     return document(f"{record.model.name} – peelwise check", "".join(parts))
+
+
+def _verifying(record: CheckRecord) -> str:
+    """Say how somebody who trusts nobody can check the certificate."""
+    if record.probe is None:
+        said, commands = "One command makes this check again, and compares every signal and score.", []
+    else:
+        said = (
+            "Try the factors on text of your own, which whoever made this certificate never saw. Without a text verify "
+            "recomputes losses, ablations and factors on the author's; in full it makes the check again, and compares "
+            "every signal, score and named block."
+        )
+        commands = ["peelwise verify DIR --model MODEL --text FILE"]
+    commands.append("peelwise verify DIR --model MODEL --full")
+    code = "\n".join(commands)
+    return section("verify", "How to verify", paragraph(said), f"<pre><code>{code}</code></pre>")
 
 
 def _header(record: CheckRecord) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,5 +205,7 @@ def _closing(record: CheckRecord, folder: str | None) -> RenderableType:
     lines.append(Text(cost, style="dim"))
     if folder is not None:
         lines.append(Text(f"Files are in {clean(folder)}: the page report.html, every number in certificate.json."))
+        how = "--full" if record.probe is None else "--text FILE"
+        lines.append(Text(f"Check them with: peelwise verify {shlex.quote(clean(folder))} {how}"))
     lines.append(Text(UNLIKE, style="dim italic"))
     return Group(*lines)

@@ -69,7 +69,7 @@ def _next(record: CompareRecord, folder: Path | str | None) -> list[RenderableTy
     if folder is None:
         return lines
     where = clean(str(folder))
-    lines.append(Text(f"Certificate and page: {where}. Recheck: peelwise verify {where}"))
+    lines.append(Text(f"Certificate and page: {where}. Recheck: peelwise verify {where} --text FILE"))
     if can_apply(record):
         lines.append(Text(f"Put back what hurt: peelwise apply {where} --out FOLDER"))
     return lines

@@ -23,6 +23,7 @@ from peelwise.evidence import events as alerts
 from peelwise.evidence.mistakes import leak
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, device_of, unwrapped
+from peelwise.model.refined import stepped_by
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner
 from peelwise.model.selfcheck import check_dtypes, check_shared
 from peelwise.probe.probe import Probe, Split
@@ -111,11 +112,11 @@ class Follower:
         began = time.monotonic()
         self._start: float | None = None
         _check(settings)
-        self._model, self._settings, self._recorder = model, settings, recorder
+        self._model, self._settings, self._recorder, self._optimizer = model, settings, recorder, optimizer
         self._probe = probe
         self._processes = processes
         with processes.agreeing():
-            self.blocks: tuple[Block, ...] = checked_blocks(model, probe, settings.refine)
+            self.blocks: tuple[Block, ...] = checked_blocks(model, probe, settings.refine, stepped_by(optimizer))
             check_blocks({block.name: unwrapped(block.module) for block in self.blocks})
             _check_same(processes, model, probe)
             per_token, notes, self._leak = self._first_look()
@@ -285,7 +286,7 @@ class Follower:
         if others:
             self._tell(alerts.blocks_changed(step, others), once=f"blocks-changed {others}")
             return False
-        now = looked_at_again(self._model, self.blocks, self._settings.refine)
+        now = looked_at_again(self._model, self.blocks, self._settings.refine, stepped_by(self._optimizer))
         if now is self.blocks:
             return True
         check_shared(now)

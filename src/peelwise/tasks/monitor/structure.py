@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
@@ -12,7 +12,9 @@ from peelwise.model.refined import chosen, in_training, names_of, only
 from peelwise.records.options import Refine
 
 
-def looked_at_again(model: nn.Module, before: tuple[Block, ...], refine: Refine) -> tuple[Block, ...]:
+def looked_at_again(
+    model: nn.Module, before: tuple[Block, ...], refine: Refine, stepped: Collection[int] | None = None
+) -> tuple[Block, ...]:
     """Return the blocks as they are now: ``before`` itself where nothing has changed that concerns a measurement.
 
     What was asked about stays so although training no longer changes it, which may be a mistake that is worth seeing;
@@ -23,12 +25,13 @@ def looked_at_again(model: nn.Module, before: tuple[Block, ...], refine: Refine)
         model: in training.
         before: its blocks at the last measurement, as many and called as now.
         refine: which layers are asked about.
+        stepped: parameters that the optimiser has (`stepped_by`).
     """
     found = find_blocks(model)
     asked = names_of(before) & names_of(found)
     if refine == "trainable" and any(block.frozen for block in before):
-        asked |= in_training(found)
-    now = only(found, asked) if asked else chosen(found, refine)
+        asked |= in_training(found, stepped)
+    now = only(found, asked) if asked else chosen(found, refine, stepped)
     return before if _layers(now) == _layers(before) else now
 
 
