@@ -382,7 +382,8 @@ _ROWS = (
             "neuron_mismatch",
             "mismatch of neurons",
             "1 - correlation",
-            "Of the log norms on both sides of the MLP's neurons: near 1 where one side was permuted.",
+            "Of the log norms of a layer's rows and of the last layer's columns, neuron by neuron: near 1 where one "
+            "side was permuted.",
             side="high",
         ),
     ),
@@ -469,6 +470,14 @@ _ROWS = (
             "What a linear map of its input explains of a block's update, held out.",
             quotient=False,
         ),
+        _Row(
+            "tokenwise_alignment",
+            "alignment with a tokenwise update",
+            "",
+            "Mean cosine of a block's update and the part of it that each channel's own value explains: high where all "
+            "tokens are treated alike, low where other tokens and channels decide.",
+            quotient=False,
+        ),
         _Row("attention_sink", "attention sink", "", "Mean attention paid to the first key.", quotient=False),
     ),
     *_over_depth(
@@ -528,6 +537,13 @@ _ROWS = (
             "Squared nuclear norm over squared Frobenius norm of a matrix's mean gradient.",
         ),
         _Row("fisher_trace", "trace of the Fisher", "", "Mean over tokens of the squared norms of gradient and input."),
+        _Row(
+            "gradient_sharpness",
+            "sharpness along the gradient",
+            "nats per squared unit of weight",
+            "Curvature (empirical Fisher) of the loss along a matrix's mean gradient: large where a step soon meets a "
+            "wall. Over random directions its mean is the trace of the Fisher over the number of weights.",
+        ),
         _Row(
             "gradient_alignment",
             "agreement of gradients",
