@@ -1,12 +1,17 @@
-"""Does `peelwise check` name the block that was damaged? Kinds of damage on SmolLM2-135M, one half of them held back.
+"""Does `peelwise check` name the block that was damaged? Kinds of damage on two models, one half of them held back.
 
-    python benchmarks/check_truth.py            # every case that is not done yet, then the table
-    python benchmarks/check_truth.py --table    # the table of what is done
+    python benchmarks/check_truth.py                  # SmolLM2-135M: every case that is not done yet, then the table
+    python benchmarks/check_truth.py --model small    # the small GPT
+    python benchmarks/check_truth.py --seed 1 --half "held back" --blocks 19 0    # another probe
+    python benchmarks/check_truth.py --table          # the table of what is done
 
 Kinds in `truth.kinds.DEVELOPMENT` were looked at while the rule of `evidence/unlike.py` was made, at blocks 4, 15 and
-both ends; those of `HELD_BACK` were run once, after it was fixed, at other blocks and both ends. Each case is saved
-when it is done, so the run can be stopped and goes on where it was. What a case computes is what `run_check` does,
-but that signals of weights are computed again for changed blocks alone.
+both ends; those of `HELD_BACK` were run after it was fixed, at other blocks and both ends. Each case is saved when it
+is done, so the run can be stopped and goes on where it was. What a case computes is what `run_check` does, but that
+signals of weights are computed again for changed blocks alone.
+
+Rivals: the parts of the score and a few signals by themselves; damping what each block adds by half, without any
+reference (arXiv:2512.22174), on a few hundred tokens; and every signal over depth by itself.
 """
 
 from __future__ import annotations
@@ -16,37 +21,49 @@ import json
 import os
 import time
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from common import RESULTS, environment
 from peelwise.api.inputs import open_both
+from peelwise.engine.baselines import probe_unigram
 from peelwise.engine.clock import Clock
 from peelwise.engine.depth.gains import screened
 from peelwise.engine.depth.joint import gates_of
 from peelwise.engine.depth.look import both, stream_width
 from peelwise.engine.depth.table import BlockWeights, block_weights, joined, pass_table, weight_table
+from peelwise.engine.factors import scaled_change
 from peelwise.engine.session import Session
-from peelwise.evidence.unlike import THRESHOLD, named, to_screen, unlikeness, with_gains
+from peelwise.evidence.unlike import THRESHOLD, deviation, named, to_screen, unlikeness, with_gains
 from peelwise.evidence.verdict import default_margin
 from peelwise.model.architectures import find_blocks
+from peelwise.model.checkpoints import open_model
 from peelwise.model.parts import parts_of
 from peelwise.model.runner import Runner, Trace
 from peelwise.probe.options import ProbeOptions
+from peelwise.probe.probe import Probe
 from peelwise.records.signals import SIGNALS
 from peelwise.tasks.check.settings import CHECK_TOKENS
-from truth.kinds import DEVELOPMENT, HELD_BACK, damaged
+from truth.kinds import DEVELOPMENT, HELD_BACK, Surgery, damaged
+from truth.training import training_documents
 
 OUT = Path("out/check_truth")
-BLOCKS = {"development": (4, 15, 29, 0), "held back": (19, 6, 29, 0)}
+SMALL_CHECKPOINTS = Path(__file__).parents[1] / "examples" / "small_gpt" / "checkpoints"
+BLOCKS = {
+    "smollm2": {"development": (4, 15, 29, 0), "held back": (19, 6, 29, 0)},
+    "small": {"development": (3, 0), "held back": (2, 4, 5, 0)},
+}
+_DAMPED_BY, _DAMPED_ON = 0.5, 256  # predicted tokens of select
 # Gradients of weights and what the rule does not count: half of the time, and no part of the score.
 SKIPPED = {
     *("weight_gradient_norm", "gradient_rank", "fisher_trace", "gradient_alignment"),
-    *("linear_cka", "recoverability", "station_rank"),
+    *("linear_cka", "recoverability", "station_rank", "gradient_sharpness", "tokenwise_alignment"),
 }
 WANTED = [name for name in SIGNALS if name not in SKIPPED]
 RIVALS = {
@@ -60,43 +77,73 @@ RIVALS = {
 }
 
 
-class Bench:
-    """The model, opened once, and what does not change from case to case."""
+def opened(name: str, seed: int) -> tuple[nn.Module, Probe]:
+    """Return a model and the tokens it is checked on: of the small GPT's training, or foreign prose."""
+    if name == "smollm2":
+        target, probe = open_both(name, ProbeOptions(tokens=CHECK_TOKENS, seed=seed))
+        return target.model, probe
+    small = open_model(SMALL_CHECKPOINTS / "step-02400")
+    documents = training_documents()
+    return small.model, Probe.from_text(
+        documents, small.tokenizer, tokens=CHECK_TOKENS, sequence_length=64, in_distribution=True, seed=seed
+    )
 
-    def __init__(self, seed: int) -> None:
-        target, self.probe = open_both("smollm2", ProbeOptions(tokens=CHECK_TOKENS, seed=seed))
-        self.model = target.model.requires_grad_(False)
+
+class Bench:
+    """A model, and what does not change from case to case."""
+
+    def __init__(self, model: nn.Module, probe: Probe) -> None:
+        self.model, self.probe = model.requires_grad_(False), probe
         self.blocks = find_blocks(self.model)
         self.parts = [parts_of(block) for block in self.blocks]
         self.runner = Runner(self.model, self.blocks)
         self.traces = [self.runner.trace(part) for part in (self.probe.fit, self.probe.select, self.probe.report)]
+        self.counting = probe_unigram(self.probe, self.model)
         self.weights = [self._weights(index) for index in range(len(self.blocks))]
 
     def _weights(self, index: int) -> BlockWeights:
         return block_weights(self.parts[index], stream_width(self.parts), WANTED)
 
-    def case(self, changed: set[int]) -> dict[str, Any]:
-        """Return what a check says of the model as it is now, with the weights of ``changed`` not as they were."""
+    def case(self, changed: set[int], *, damping: bool = True) -> dict[str, Any]:
+        """Return what a check says of the model as it is now, with the weights of ``changed`` not as they were.
+
+        With ``damping`` the rival that takes half as long as the check itself is measured too.
+        """
         began = time.perf_counter()
         start = min(changed, default=0)
         fit, select, report = (self.runner.refreshed(trace, start) for trace in self.traces)
         passed = pass_table(self.runner, self.parts, both(fit, select), signals=WANTED)
         weights = [self._weights(i) if i in changed else found for i, found in enumerate(self.weights)]
         table = joined(weight_table(weights, WANTED), passed)
-        plain = unlikeness(table.values, len(self.blocks), [len(gates_of(parts)) for parts in self.parts])
+        off = max(0.0, select.mean - self.counting)
+        plain = unlikeness(table.values, len(self.blocks), [len(gates_of(parts)) for parts in self.parts], off)
         assert plain is not None
         session = Session(self.runner, report, self.probe, fit, select, Clock(1e9, self.runner.work), 0)
         gains = screened(session, [self.parts[index] for index in to_screen(plain.scores)], table)
         found = with_gains(plain, gains, default_margin(select.mean))
+        rivals = {name: _rounded(rival(plain, table.values)) for name, rival in RIVALS.items()}
+        taken = time.perf_counter() - began
+        if damping:
+            rivals["residual damping"] = _rounded(self._damped(session))
         return {
             "loss": report.mean,
             "difference": _difference(self.traces[2], report),
             "scores": [round(float(score), 3) for score in found.scores],
             "named": named(found.scores),
             "gains": {str(block): round(gain, 4) for block, gain in gains.items()},
-            "rivals": {name: _rounded(rival(plain, table.values)) for name, rival in RIVALS.items()},
-            "seconds": round(time.perf_counter() - began, 1),
+            "rivals": rivals,
+            "signals": {"|".join(key): [_digits(v) for v in row] for key, row in table.values.items()},
+            "seconds": round(taken, 1),
         }
+
+    def _damped(self, session: Session) -> np.ndarray:
+        """Return what half of every block's update gains, nats per token: the rival that needs no reference."""
+        tokens = session.some_of_select(_DAMPED_ON)
+        gains = []
+        for index, parts in enumerate(self.parts):
+            changes = {b.writer: scaled_change(b.writer, _DAMPED_BY) for b in parts.branches}
+            gains.append(tokens.mean - tokens.mean_of(session.losses(tokens, changes, index)))
+        return np.nan_to_num(np.array(gains), nan=-1e9)
 
 
 def _difference(before: Trace, after: Trace) -> float:
@@ -106,6 +153,10 @@ def _difference(before: Trace, after: Trace) -> float:
 def _largest(values: Any, signal: str) -> np.ndarray:
     rows = [[np.nan if v is None else abs(v) for v in row] for (name, _), row in values.items() if name == signal]
     return np.nanmax(np.array(rows), axis=0)
+
+
+def _digits(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")
 
 
 def _rounded(values: np.ndarray) -> list[float]:
@@ -119,27 +170,74 @@ def at_fault(kind: str, index: int, count: int) -> set[int]:
     return {index}
 
 
-def run(seed: int, half: str | None) -> None:
-    """Run every case that is not done yet."""
-    OUT.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def healthy_as(model: nn.Module, kind: str) -> Iterator[None]:
+    """Run with the model's weights rounded to bfloat16, for a dense copy; else with the model as it is."""
+    if kind != "dense copy in bfloat16":
+        yield
+        return
+    with damaged(model, find_blocks(model), "", -1, damage=_rounded_to_bfloat16):
+        yield
+
+
+def _rounded_to_bfloat16(s: Surgery) -> None:
+    for parameter in s.model.parameters():
+        s.set(parameter, parameter.to(torch.bfloat16).to(parameter.dtype))
+
+
+def healthy_small(seed: int) -> Iterator[tuple[str, Bench]]:
+    """Yield the other healthy models that there are: stages of the small GPT, and one whose MLP was made twice as wide.
+
+    The wide one computes the same: each neuron twice, at half its weight in the last layer.
+    """
+    model, probe = opened("small", seed)
+    for stage in ("step-00100", "step-00600"):
+        yield stage, Bench(open_model(SMALL_CHECKPOINTS / stage, with_tokenizer=False).model, probe)
+    for block in find_blocks(model):
+        for linear in block.linears:
+            layer = linear.module
+            if linear.name.endswith(("up_proj", "gate_proj")):
+                layer.weight = nn.Parameter(torch.cat([layer.weight, layer.weight]))
+                layer.out_features *= 2
+            elif linear.name.endswith("down_proj"):
+                layer.weight = nn.Parameter(torch.cat([layer.weight, layer.weight], dim=1) / 2)
+                layer.in_features *= 2
+    yield "widened", Bench(model, probe)
+
+
+def run(name: str, seed: int, half: str | None, blocks: Sequence[int] = (), *, damping: bool = True) -> None:
+    """Run every case that is not done yet; only those at ``blocks``, if any are given, in that order."""
+    (OUT / name).mkdir(parents=True, exist_ok=True)
     bench: Bench | None = None
-    todo: list[tuple[str, str, int]] = [("healthy", "as packaged", -1)]
-    for name, kinds in (("held back", HELD_BACK), ("development", DEVELOPMENT)):
-        if half in (None, name):
-            todo += [(name, kind, index) for index in BLOCKS[name] for kind in kinds]
+    todo: list[tuple[str, str, int]] = [("healthy", "as packaged", -1), ("healthy", "dense copy in bfloat16", -1)]
+    for group, kinds in (("held back", HELD_BACK), ("development", DEVELOPMENT)):
+        if half in (None, group):
+            todo += [(group, kind, index) for index in blocks or BLOCKS[name][group] for kind in kinds]
     for group, kind, index in todo:
-        path = OUT / f"{seed}-{group}-{kind}-{index}.json".replace(" ", "_").replace("/", "-of-")
+        path = _path(name, seed, group, kind, index)
         if path.exists():
             continue
-        bench = bench or Bench(seed)
+        bench = bench or Bench(*opened(name, seed))
         changed = set() if index < 0 else at_fault(kind, index, len(bench.blocks))
-        with damaged(bench.model, bench.blocks, kind, index) if changed else nullcontext():
-            found = bench.case(changed)
-        found |= {"group": group, "kind": kind, "block": index, "changed": sorted(changed), "seed": seed}
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(found))
-        os.replace(temporary, path)
-        print(f"{group:12} {kind:26} {index:3} {found['difference']:+.3f} nats, named {found['named']}", flush=True)
+        within = damaged(bench.model, bench.blocks, kind, index) if changed else healthy_as(bench.model, kind)
+        with within:
+            found = bench.case(changed or set(range(len(bench.blocks))), damping=damping)
+        _save(path, found, group, kind, index, sorted(changed), seed)
+    if name == "small" and not _path(name, seed, "healthy", "widened", -1).exists():
+        for kind, other in healthy_small(seed):
+            _save(_path(name, seed, "healthy", kind, -1), other.case(set()), "healthy", kind, -1, [], seed)
+
+
+def _path(name: str, seed: int, group: str, kind: str, index: int) -> Path:
+    return OUT / name / f"{seed}-{group}-{kind}-{index}.json".replace(" ", "_").replace("/", "-of-")
+
+
+def _save(path: Path, found: dict[str, Any], group: str, kind: str, index: int, changed: list[int], seed: int) -> None:
+    found = found | {"group": group, "kind": kind, "block": index, "changed": changed, "seed": seed}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(found))
+    os.replace(temporary, path)
+    print(f"{group:12} {kind:26} {index:3} {found['difference']:+.3f} nats, named {found['named']}", flush=True)
 
 
 def verdict(case: dict[str, Any], scores: list[float]) -> tuple[bool, bool, float, bool]:
@@ -152,56 +250,87 @@ def verdict(case: dict[str, Any], scores: list[float]) -> tuple[bool, bool, floa
     return first in changed, any(abs(first - i) <= 1 for i in changed), area, bool(changed & set(case["named"]))
 
 
-def figures(cases: list[dict[str, Any]], rival: str | None = None) -> dict[str, float]:
-    """Return the shares of cases in which the block was found."""
-    rows = [verdict(case, case["rivals"][rival] if rival else case["scores"]) for case in cases]
+def figures(cases: list[dict[str, Any]], rival: tuple[str, str] | None = None) -> dict[str, float]:
+    """Return the shares of cases in which the block was found; for a rival, by its key and name."""
+    rows = [verdict(case, case[rival[0]][rival[1]] if rival else case["scores"]) for case in cases]
     first, within, area, name = (float(np.mean(column)) for column in zip(*rows, strict=True))
     found = {"cases": len(cases), "first": round(first, 3), "within_one": round(within, 3), "area": round(area, 3)}
     return found if rival else found | {"named": round(name, 3)}
 
 
-def table() -> dict[str, Any]:
-    """Return what all cases that cost more than the margin say together."""
-    cases = [json.loads(path.read_text()) for path in sorted(OUT.glob("*.json"))]
+def signals_alone(case: dict[str, Any]) -> dict[str, list[float]]:
+    """Return for every signal over depth how far each block stands out in it alone, over all parts that have it."""
+    found: dict[str, list[np.ndarray]] = {}
+    for key, row in case["signals"].items():
+        signal = SIGNALS[key.split("|")[0]]
+        values = np.array([np.nan if v is None else v for v in row])
+        found.setdefault(signal.name, []).append(np.nan_to_num(deviation(values, signal)[0]))
+    return {name: [float(v) for v in np.max(rows, axis=0)] for name, rows in found.items()}
+
+
+def table(name: str) -> dict[str, Any]:
+    """Return what all cases of a model that cost more than the margin say together, by seed of the probe and half."""
+    cases = [json.loads(path.read_text()) for path in sorted((OUT / name).glob("*.json"))]
     healthy = [case for case in cases if case["group"] == "healthy"]
     result: dict[str, Any] = {"threshold": THRESHOLD, "tokens": CHECK_TOKENS}
-    for group in ("held back", "development"):
-        own = [c for c in cases if c["group"] == group]
-        costly = [c for c in own if c["difference"] > default_margin(c["loss"] - c["difference"])]
-        if not costly:
-            continue
-        ends = [c for c in costly if c["block"] in (0, 29)]
-        inside = [c for c in costly if c["block"] not in (0, 29)]
-        result[group] = {
-            "all": figures(costly),
-            "inside": figures(inside),
-            "ends": figures(ends) if ends else {},
-            "block 0": figures(z) if (z := [c for c in ends if c["block"] == 0]) else {},
-            "cost too little": len(own) - len(costly),
-            "rivals": {rival: figures(costly, rival) for rival in RIVALS},
-            "kinds": {k: figures([c for c in costly if c["kind"] == k]) for k in sorted({c["kind"] for c in costly})},
-            "cases": [{k: c[k] for k in ("kind", "block", "difference", "named", "seconds")} for c in costly],
-        }
+    for seed in sorted({case["seed"] for case in cases}):
+        for group in ("held back", "development"):
+            own = [case for case in cases if case["group"] == group and case["seed"] == seed]
+            if own:
+                result[group + (f", probe {seed}" if seed else "")] = _half(own)
     result["healthy"] = [
         {"kind": c["kind"], "seed": c["seed"], "named": c["named"], "highest": max(c["scores"])} for c in healthy
     ]
     return result
 
 
+def _half(own: list[dict[str, Any]]) -> dict[str, Any]:
+    costly = [c for c in own if c["difference"] > default_margin(c["loss"] - c["difference"])]
+    last = len(own[0]["scores"]) - 1
+    at: dict[str, list[dict[str, Any]]] = {"all": costly}
+    at["inside"] = [c for c in costly if c["block"] not in (0, last)]
+    at["last block"] = [c for c in costly if c["block"] == last]
+    at["first block"] = [c for c in costly if c["block"] == 0]
+    for case in costly:
+        case["alone"] = signals_alone(case)
+    return {
+        **{where: figures(some) for where, some in at.items() if some},
+        "cost too little": len(own) - len(costly),
+        "other blocks named": sum(len(set(c["named"]) - set(c["changed"])) for c in costly),
+        "rivals": {
+            rival: figures([case for case in costly if rival in case["rivals"]], ("rivals", rival))
+            for rival in dict.fromkeys(rival for case in costly for rival in case["rivals"])
+        },
+        "signals": {signal: figures(costly, ("alone", signal)) for signal in costly[0]["alone"]},
+        "kinds": {k: _kind([c for c in costly if c["kind"] == k]) for k in sorted({c["kind"] for c in costly})},
+        "cases": [{k: c[k] for k in ("kind", "block", "difference", "named", "seconds")} for c in costly],
+    }
+
+
+def _kind(cases: list[dict[str, Any]]) -> dict[str, float]:
+    return figures(cases) | {"seconds": round(float(np.median([c["seconds"] for c in cases])), 1)}
+
+
 def main() -> None:
     """Run what is asked for, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="only make the table of what is done")
+    parser.add_argument("--model", choices=list(BLOCKS), default="smollm2", help="which model (default: smollm2)")
     parser.add_argument("--seed", type=int, default=0, help="of the probe (default: 0)")
-    parser.add_argument("--half", choices=list(BLOCKS), help="only this half of the kinds")
+    parser.add_argument("--half", choices=["development", "held back"], help="only this half of the kinds")
+    parser.add_argument("--blocks", type=int, nargs="*", default=[], help="only damage at these blocks")
+    parser.add_argument("--fast", action="store_true", help="without the rival that costs most, residual damping")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     if not options.table:
         with torch.no_grad():
-            run(options.seed, options.half)
-    result = environment() | table()
-    (RESULTS / "check_truth.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({k: v for k, v in result.items() if k != "machine"}, indent=1)[:4000])
+            run(options.model, options.seed, options.half, options.blocks, damping=not options.fast)
+    found = table(options.model)
+    file = RESULTS / "check_truth.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    result = {"models": before.get("models", {}) | {options.model: environment() | found}}
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(found, indent=1)[:4000])
 
 
 if __name__ == "__main__":

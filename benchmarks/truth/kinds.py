@@ -82,10 +82,12 @@ class Surgery:
 
 
 @contextmanager
-def damaged(model: nn.Module, blocks: Sequence[Block], kind: str, index: int, seed: int = 0) -> Iterator[None]:
-    """Run with one block damaged; afterwards the model is what it was, to the bit."""
+def damaged(
+    model: nn.Module, blocks: Sequence[Block], kind: str, index: int, seed: int = 0, *, damage: Damage | None = None
+) -> Iterator[None]:
+    """Run with one block damaged, or with ``damage`` of one's own; afterwards the model is what it was, to the bit."""
     with ExitStack() as stack:
-        KINDS[kind](Surgery(model, blocks, index, seed, stack))
+        (damage or KINDS[kind])(Surgery(model, blocks, index, seed, stack))
         yield
 
 

@@ -2,8 +2,21 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from peelwise.engine.signals import LayerSums, expert_entropy, expert_load, experts_used, of_block, of_layer, routed
+from peelwise.engine.signals import (
+    LayerSums,
+    expert_entropy,
+    expert_load,
+    experts_used,
+    gradient_agreement,
+    input_rank,
+    layer_slope,
+    of_block,
+    of_layer,
+    routed,
+    weight_norm,
+)
 from peelwise.engine.sweep import block_moments
 from peelwise.model.architectures import find_blocks
 from peelwise.model.guard import untouched
@@ -29,9 +42,9 @@ def value(of):
     ],
 )
 def test_a_blocks_value_from_those_of_its_layers(monkeypatch, over_layers, values, expected):
-    signal = Signal("dummy", "", "", "", kind="weights", function=f"{__name__}:value", over_layers=over_layers)
+    signal = Signal("dummy", "", "", "", kind="model", function=f"{__name__}:value", over_layers=over_layers)
     monkeypatch.setitem(SIGNALS, "dummy", signal)
-    found = of_block(["weights"], [of_layer(["weights"], each) for each in values])
+    found = of_block(["model"], [of_layer(["model"], each) for each in values])
     assert found.get("dummy") == expected
 
 
@@ -57,3 +70,43 @@ def test_signals_of_experts_are_those_of_a_count_and_tell_dead_ones() -> None:
     entropy = float(-(p[p > 0] * p[p > 0].log()).sum() / torch.tensor(4.0).log())
     assert sum(filter(None, map(expert_entropy, sums))) == pytest.approx(entropy, rel=1e-5)
     assert entropy < 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])  # without biases and plain; with them and transposed
+def test_signals_of_a_sweep_are_those_of_autograd(name: str) -> None:
+    torch.manual_seed(0)
+    model, ids = ZOO[name](), sample_ids(6, 24)
+    split = Split(ids, torch.ones_like(ids, dtype=torch.bool))
+    block = find_blocks(model)[-1]
+    linear = block.linears[-1]
+    inputs: list[torch.Tensor] = []
+    with untouched(model):
+        runner = Runner(model, find_blocks(model))
+        trace = runner.trace(split)
+        above = [runner.tail_gradients(trace)]
+        (moments,), _ = block_moments(runner, block, trace, above, keep=True, with_F=False)
+    sums = LayerSums(linear, moments[linear], moments[linear], *[None] * 5)
+
+    def loss(factor: float) -> float:
+        def scaled(_module, args, y):
+            bias = linear.bias()
+            return y * factor if bias is None else (y - bias) * factor + bias
+
+        handle = linear.module.register_forward_hook(scaled)
+        kept = linear.module.register_forward_pre_hook(lambda _module, args: inputs.append(args[0].detach()))
+        with torch.no_grad():
+            logits = model.double()(ids).logits[:, :-1]
+            found = float(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+        handle.remove()
+        kept.remove()
+        return found
+
+    slope = (loss(1 + 1e-4) - loss(1 - 1e-4)) / 2e-4
+    assert layer_slope(sums) == pytest.approx(abs(slope), rel=1e-2)  # the model's norms are in float32
+    x = inputs[0][:, :-1].reshape(-1, inputs[0].shape[-1])
+    if linear.bias() is not None:
+        x = torch.cat([x, torch.ones(len(x), 1).double()], dim=1)
+    spectrum = torch.linalg.svdvals(x).square()
+    assert input_rank(sums) == pytest.approx(float(spectrum.sum() ** 2 / spectrum.square().sum()), rel=1e-3)
+    assert weight_norm(sums) == pytest.approx(float(linear.module.weight.detach().double().norm()) ** 2, rel=1e-5)
+    assert gradient_agreement(sums) == pytest.approx(1.0)

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from peelwise.distributed.sharding import is_sharded
 from peelwise.model.layers import Block, LinearLayer
 from peelwise.records.signals import Kind, OverLayers, Signal, of_kinds
 from peelwise.references.whitened import InputWhitened, Proposal
@@ -103,6 +104,44 @@ def cross_energy(of: LayerSums) -> float:
 def gradient_norm(of: LayerSums) -> float:
     """Return the squared Frobenius norm of the mean gradient; a block's norm is the root of the sum."""
     return float(of.fit.C.square().sum())
+
+
+def layer_slope(of: LayerSums) -> float | None:
+    """Return ``|E <g, W x>| = |<C, W>|``: how the loss answers to a scale on the layer's weight (its gain slope).
+
+    Exact, from sums that the sweep has: nats per unit of log scale. At an optimum it vanishes.
+    """
+    W = _whole(of.linear)
+    if W is None:
+        return None
+    return abs(float((of.fit.C[:, : W.shape[1]].double() * W.double()).sum()))
+
+
+def gradient_agreement(of: LayerSums) -> float | None:
+    """Return ``<C, C_s> / (|C| |C_s|)`` of the mean gradients on fit and on select, from -1 to 1.
+
+    Near 1 the gradient is signal, near 0 what is left of it is noise of the tokens.
+    """
+    size = float(of.fit.C.norm() * of.select.C.norm())
+    return float((of.fit.C * of.select.C).sum()) / size if size > 0 else None
+
+
+def input_rank(of: LayerSums) -> float | None:
+    """Return ``tr(S)^2 / |S|_F^2``: the number of directions that a layer's inputs fill, from 1 to ``d_in``."""
+    size = float(of.fit.S.double().square().sum())
+    return float(of.fit.S.diagonal().double().sum()) ** 2 / size if size > 0 else None
+
+
+def weight_norm(of: LayerSums) -> float | None:
+    """Return the squared Frobenius norm of the weight; a block's norm is the root of the sum."""
+    W = _whole(of.linear)
+    return None if W is None else float(W.double().square().sum())
+
+
+def _whole(linear: LinearLayer) -> Tensor | None:
+    """Return a layer's weight, or ``None`` where this process has a part of it, or holds it elsewhere."""
+    W = linear.weight()
+    return None if is_sharded(W) or W.is_meta else W
 
 
 def expert_load(of: LayerSums) -> float | None:

@@ -9,10 +9,14 @@ Three kinds of evidence are put on one scale, that of a standard normal variable
    with query matrices): its *deviation* is the difference, of logarithms where it is a quotient, from the median of the
    blocks up to three away, over the robust spread of such differences. A signal's deviations at a block, the largest
    and their root mean square over parts, are ranked against all blocks' once more, as logarithms, and the three signals
-   that stand out most count. Blocks at both ends differ from the middle in every model, so theirs are discounted.
-3. **Of gain.** Where these two leave it open, a few factors are tried on both branches of the first and the last block
-   and of those with the highest scores: what the best of them gains, in margins. It finds what breaks a model so badly
-   at its entry that no block behind it is as it was.
+   that stand out most count. Blocks at both ends differ from the middle in every model, so theirs are discounted. Of
+   two signals it is known what a broken part has, whatever its neighbours have (`_KNOWN`): these judge the ends too.
+3. **Of gain.** A few factors are tried on both branches of the first and the last block and of those with the highest
+   scores: what the best of them gains, in margins. It finds what breaks a model so badly at its entry that no block
+   behind it is as it was.
+
+A model whose loss lies above that of counting tokens is off its distribution in every block: gradients of its blocks
+say little then, and damping any of the last gains something. By so many nats kinds 1 and 3 count less.
 
 A block is named when the root of the sum reaches `THRESHOLD` and half of the highest score. The numbers below were
 found on half of the kinds of damage in `benchmarks/check_truth.py`, whose other half judges them.
@@ -36,22 +40,25 @@ LEAST_BLOCKS = 5
 THRESHOLD = 4.5
 OWN = "marginal_evidence"
 SLOPES = "gain_t"
-UNTRAINED = "trace_of_training"
 _MOST_INFLATION = 3.0  # of chance; a broken block of a short stack would else hide behind what it does to all others
 _MOST_OWN = 8.0  # standard deviations
 _LEAST_LOG_P = 700.0
 _REACH = 3
 _COUNTED = 3  # signals of structure that count at a block
 _SCREENED = 3  # blocks with the highest scores that factors are tried on
-_CLEAR = 1.5  # times the threshold, and times the next highest score
 _LEAST_SPREAD = 0.2  # of the logarithms of deviations over depth
 _UNIT = 2.5  # how far such a logarithm lies above the median, in spreads, for one standard deviation
-_TRAINED, _RANDOM = 1.6, 1.0  # traces of training: of any trained matrix at least, and of one that was just drawn
-_UNTRAINED = 6.0  # standard deviations that a random matrix among trained ones counts for
+# Signals whose value in a sound part (at least, or at most) and in a broken one is known: random weights have a trace
+# of training of 1; neurons whose sides were permuted are not correlated.
+_KNOWN = {"trace_of_training": (1.6, 1.0), "neuron_mismatch": (0.65, 0.95)}
+_KNOWN_ALONE = frozenset({"neuron_mismatch"})  # not ranked over depth: neurons are paired well or not at all
+_BROKEN = 6.0  # standard deviations that such a part among sound ones counts for
+_OFF = 3.0  # nats above the loss of counting tokens that halve the evidence of own scales
+_OFF_SHARE = 0.1  # of those nats that a gain must be of, to count as one margin
 _ENDS = (4.0, 2.5, 1.0)  # discounts of the outermost, second and third block at either end, in spreads
 _STRUCTURE = (*FROM_WEIGHTS, *FROM_FORWARD)
 # Too noisy on a few thousand tokens to say something that the others do not.
-_NOT_COUNTED = frozenset({"linear_cka", "station_rank", "recoverability"})
+_NOT_COUNTED = frozenset({"linear_cka", "station_rank", "recoverability", "tokenwise_alignment"})
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class Unlikeness:
         own: ``[blocks]``, the evidence of its own scales, in standard deviations; 0 without gradients.
         structure: per signal ``[blocks]``, in standard deviations.
         gains: ``[blocks]``, what factors gain, in standard deviations; 0 where none were tried.
+        off: nats that the model's loss lies above that of counting tokens, 0 for any sound model.
         deviations: per signal and part ``[blocks]``, in robust standard deviations over depth, NaN where there is none.
         typical: per signal and part ``[blocks]``, the median of the neighbours.
     """
@@ -71,12 +79,13 @@ class Unlikeness:
     own: Floats
     structure: dict[str, Floats]
     gains: Floats
+    off: float = 0.0
     deviations: dict[Key, Floats] = field(default_factory=dict)
     typical: dict[Key, Floats] = field(default_factory=dict)
 
 
 def unlikeness(
-    values: Mapping[Key, Sequence[float | None]], blocks: int, gates: Sequence[int] = ()
+    values: Mapping[Key, Sequence[float | None]], blocks: int, gates: Sequence[int] = (), off: float = 0.0
 ) -> Unlikeness | None:
     """Return the scores of all blocks, or ``None`` for fewer than five blocks, which have no depth to compare with.
 
@@ -84,6 +93,7 @@ def unlikeness(
         values: per signal and part, one value per block, ``None`` where it has none.
         blocks: how many there are.
         gates: degrees of freedom of each block's own evidence.
+        off: nats that the model's loss lies above that of counting tokens; 0 where it does not.
     """
     if blocks < LEAST_BLOCKS:
         return None
@@ -93,15 +103,17 @@ def unlikeness(
     structure = {
         name: standing_out([d for (signal, _), d in deviations.items() if signal == name])
         for name in dict.fromkeys(signal for signal, _ in deviations)
+        if name not in _KNOWN_ALONE
     }
-    structure[UNTRAINED] = np.maximum(structure.get(UNTRAINED, np.zeros(blocks)), _untrained(found, rows, blocks))
+    for name in _KNOWN:
+        structure[name] = np.maximum(structure.get(name, np.zeros(blocks)), _broken(name, found, rows, blocks))
     own = np.zeros(blocks)
     if (OWN, "") in rows and gates:
-        own = own_evidence(rows[OWN, ""], np.asarray(gates, dtype=float))
+        own = own_evidence(rows[OWN, ""], np.asarray(gates, dtype=float)) / (1 + off / _OFF)
     strongest = np.sort(np.array([np.zeros(blocks), *structure.values()]), axis=0)[::-1][:_COUNTED]
     scores = np.sqrt(np.maximum(own, 0) ** 2 + (np.maximum(strongest, 0) ** 2).sum(axis=0))
     typical = {key: each[1] for key, each in found.items()}
-    return Unlikeness(scores, own, structure, np.zeros(blocks), deviations, typical)
+    return Unlikeness(scores, own, structure, np.zeros(blocks), off, deviations, typical)
 
 
 def _counts(signal: Signal) -> bool:
@@ -168,16 +180,17 @@ def standing_out(parts: Sequence[Floats]) -> Floats:
 
 
 def to_screen(scores: Floats) -> list[int]:
-    """Return the blocks whose branches are worth trying factors on, or none where one block stands out by far."""
+    """Return the blocks whose branches are worth trying factors on: those with the highest scores, and both ends.
+
+    A score that stands out by far is no reason to leave the ends out: what breaks a model at its entry makes blocks far
+    behind stand out, and the sign of one part undoes it.
+    """
     order = [int(b) for b in np.argsort(-scores, kind="stable")]
-    first, second = scores[order[0]], scores[order[1]]
-    if first >= _CLEAR * THRESHOLD and first >= _CLEAR * second:
-        return []
     return list(dict.fromkeys([*order[:_SCREENED], 0, len(scores) - 1]))
 
 
 def with_gains(found: Unlikeness, gains: Mapping[int, float], margin: float) -> Unlikeness:
-    """Return the scores with what factors gain, ``2 log2(1 + gain / margin)`` standard deviations.
+    """Return the scores with what factors gain, ``2 log2(1 + gain / (margin + off / 10))`` standard deviations.
 
     Args:
         found: without.
@@ -186,22 +199,23 @@ def with_gains(found: Unlikeness, gains: Mapping[int, float], margin: float) -> 
     """
     z = np.zeros(len(found.scores))
     for block, gain in gains.items():
-        z[block] = 2 * np.log2(1 + max(gain, 0.0) / margin)
+        z[block] = 2 * np.log2(1 + max(gain, 0.0) / (margin + _OFF_SHARE * found.off))
     return replace(found, scores=np.sqrt(found.scores**2 + z**2), gains=z)
 
 
-def _untrained(found: Mapping[Key, tuple[Floats, Floats]], rows: Mapping[Key, Floats], blocks: int) -> Floats:
-    """Return for every block the evidence that a matrix was never trained, in standard deviations.
+def _broken(name: str, found: Mapping[Key, tuple[Floats, Floats]], rows: Mapping[Key, Floats], blocks: int) -> Floats:
+    """Return for every block the evidence that a part is as a broken one is known to be, in standard deviations.
 
-    What random weights look like is known, so that the ends of the stack are judged like the middle; where the
-    neighbours' matrices are random too, nothing is said.
+    It does not take neighbours to tell, so that the ends of the stack are judged like the middle; where the neighbours'
+    parts are not sound either, nothing is said.
     """
+    sound, broken = _KNOWN[name]
     evidence = np.zeros(blocks)
     for key, (_, typical) in found.items():
-        if key[0] == UNTRAINED:
-            share = (_TRAINED - rows[key]) / (_TRAINED - _RANDOM)
-            share = np.where(typical >= _TRAINED, np.nan_to_num(share), 0.0)
-            evidence = np.maximum(evidence, _UNTRAINED * np.clip(share, 0, 1))
+        if key[0] == name:
+            share = (sound - rows[key]) / (sound - broken)
+            share = np.where((sound - typical) / (sound - broken) <= 0, np.nan_to_num(share), 0.0)
+            evidence = np.maximum(evidence, _BROKEN * np.clip(share, 0, 1))
     return evidence
 
 

@@ -16,6 +16,7 @@ Kind = Literal[
     "forward",
     "weights",
     "codes",
+    "drift",
     "model",
     "matrix",
     "neurons",
@@ -56,9 +57,10 @@ class Signal:
         tracked: whether it goes to live loggers and trackers.
         kind: what it is computed from, which also says what ``function`` is given; it is shown with its kind.
         function: ``module:name`` of what computes it for one linear layer, from an `engine.signals.LayerSums` in the
-            kinds of `SWEPT`, from a `formats.signals.LowBitSignals` in ``codes``, and for one part of a block in those
-            of `OVER_DEPTH` (what `engine.depth` calls matrix, gain, stream, ..; of all blocks at once in ``kin``); it
-            returns ``None`` where there is none. Empty where the task that measures the signal makes its row itself.
+            kinds of `SWEPT`, from a `formats.signals.LowBitSignals` in ``codes``, from a `tasks.monitor.drift.Moved` in
+            ``drift``, and for one part of a block in those of `OVER_DEPTH` (what `engine.depth` calls matrix, gain,
+            stream, ..; of all blocks at once in ``kin``); it returns ``None`` where there is none. Empty where the task
+            that measures the signal makes its row itself.
         over_layers: how a block's value is made from those of its linear layers.
         heading: of a narrow column; empty for the title.
         form: how the terminal prints a value.
@@ -218,6 +220,69 @@ _ROWS = (
         quotient=False,
         function="peelwise.engine.signals:experts_used",
         in_history=False,
+    ),
+    Signal(
+        "layer_slope",
+        "largest gain slope of a layer",
+        "nats per log scale",
+        "How the loss answers to a scale on one linear layer's weight, the largest in absolute value: near 0 in a "
+        "trained block, large where a sign or a size is wrong.",
+        function="peelwise.engine.signals:layer_slope",
+        over_layers="largest",
+        heading="gain slope",
+    ),
+    Signal(
+        "gradient_agreement",
+        "agreement of gradients",
+        "",
+        "Cosine of the mean gradients on two sets of tokens, mean over layers: near 1 while there is a direction to "
+        "go, near 0 where noise is left.",
+        quotient=False,
+        function="peelwise.engine.signals:gradient_agreement",
+        over_layers="mean",
+        heading="gradients agree",
+    ),
+    Signal(
+        "input_rank",
+        "directions of the inputs",
+        "directions",
+        "Participation number of the second moments of a layer's inputs, mean over layers: falls where the stream "
+        "collapses onto few directions.",
+        kind="forward",
+        function="peelwise.engine.signals:input_rank",
+        over_layers="mean",
+        heading="input directions",
+    ),
+    Signal(
+        "weight_norm",
+        "norm of the weights",
+        "",
+        "Frobenius norm of all linear layers' weights.",
+        kind="weights",
+        function="peelwise.engine.signals:weight_norm",
+        over_layers="root of sum",
+    ),
+    Signal(
+        "rotation",
+        "rotation since the start",
+        "1 - cosine",
+        "One minus the cosine of a layer's weights now and when monitoring began (at initialisation, if it began "
+        "there), mean over layers: blocks that hardly turn hardly learn.",
+        quotient=False,
+        kind="drift",
+        function="peelwise.tasks.monitor.drift:rotation",
+        over_layers="mean",
+    ),
+    Signal(
+        "progress",
+        "direction kept",
+        "",
+        "Cosine of what the weights moved by since the last measurement and by before it, mean over layers: near 1 on "
+        "a straight way, below 0 where steps go back and forth.",
+        quotient=False,
+        kind="drift",
+        function="peelwise.tasks.monitor.drift:progress",
+        over_layers="mean",
     ),
     Signal(
         "held_out_energy",
@@ -393,7 +458,8 @@ _ROWS = (
             "neuron_mismatch",
             "mismatch of neurons",
             "1 - correlation",
-            "Of the log norms on both sides of the MLP's neurons: near 1 where one side was permuted.",
+            "Of the log norms of a layer's rows and of the last layer's columns, neuron by neuron: near 1 where one "
+            "side was permuted.",
             side="high",
         ),
     ),
@@ -480,6 +546,14 @@ _ROWS = (
             "What a linear function of its input explains of a block's update, held out.",
             quotient=False,
         ),
+        _Row(
+            "tokenwise_alignment",
+            "alignment with a tokenwise update",
+            "",
+            "Mean cosine of a block's update and the part of it that each channel's own value explains: high where all "
+            "tokens are treated alike, low where other tokens and channels decide.",
+            quotient=False,
+        ),
         _Row("attention_sink", "attention sink", "", "Mean attention paid to the first key.", quotient=False),
     ),
     *_over_depth(
@@ -539,6 +613,13 @@ _ROWS = (
             "Squared nuclear norm over squared Frobenius norm of a matrix's mean gradient.",
         ),
         _Row("fisher_trace", "trace of the Fisher", "", "Mean over tokens of the squared norms of gradient and input."),
+        _Row(
+            "gradient_sharpness",
+            "sharpness along the gradient",
+            "nats per squared unit of weight",
+            "Curvature (empirical Fisher) of the loss along a matrix's mean gradient: large where a step soon meets a "
+            "wall. Over random directions its mean is the trace of the Fisher over the number of weights.",
+        ),
         _Row(
             "gradient_alignment",
             "agreement of gradients",

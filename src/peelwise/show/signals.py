@@ -24,6 +24,7 @@ _KINDS: dict[Kind, str] = {
     "forward": "From the inputs of a block's layers, free",
     "weights": "From the weights, free",
     "codes": "From the codes of low-bit layers in training, free",
+    "drift": "From the weights of a run and those of its earlier measurements, free; by monitors only",
     "model": "Of the whole model (block -1)",
     "matrix": "Over depth: of each linear layer's weights",
     "neurons": "Over depth: of the MLP's neurons, from the weights",

@@ -176,6 +176,8 @@ def test_gradients_of_weights(model: Any, split: Split, seen: Any) -> None:
     other.remove()
     x = inputs[0].detach().flatten(0, 1).double()
     squares = sum(float(torch.outer(a, b).square().sum()) for a, b in zip(g, x, strict=True))
+    along = np.mean([float((torch.outer(a, b) * G).sum() / G.norm()) ** 2 for a, b in zip(g, x, strict=True)])
+    assert backward.gradient_sharpness(part) == pytest.approx(along, rel=1e-3)
     assert backward.fisher_trace(part) == pytest.approx(squares / 48, rel=1e-3)
     assert backward.gradient_alignment(part) == pytest.approx(48**2 * float(G.square().sum()) / squares, rel=1e-3)
 
@@ -202,6 +204,9 @@ def test_signals_of_the_stream(model: Any, split: Split, seen: Any) -> None:
     xc, zc, uc = x - x.mean(0), z - z.mean(0), u - u.mean(0)
     cka = np.linalg.norm(xc.T @ zc) ** 2 / np.linalg.norm(xc.T @ xc) / np.linalg.norm(zc.T @ zc)
     assert forward.linear_cka(stream) == pytest.approx(cka, rel=1e-3)
+    fits = [np.polyval(np.polyfit(x[:, j], u[:, j], 1), x[:, j]) for j in range(x.shape[1])]
+    own = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(u, np.stack(fits, 1), strict=True)]
+    assert forward.tokenwise_alignment(stream) == pytest.approx(np.mean(own), abs=1e-4)
     p = np.linalg.svd(uc, compute_uv=False) ** 2
     p = p / p.sum()
     assert forward.station_rank(stream) == pytest.approx(math.exp(-(p * np.log(p)).sum()), rel=1e-2)
@@ -215,6 +220,27 @@ def test_a_linear_block_is_recoverable_and_a_random_one_is_not() -> None:
     noise = forward.Stream(x, x + torch.randn(400, 12, generator=random), {})
     assert forward.recoverability(linear) > 0.9
     assert forward.recoverability(noise) < 0.1
+
+
+def test_an_update_of_each_channel_alone_is_tokenwise_and_a_mixture_of_channels_is_not() -> None:
+    random = torch.Generator().manual_seed(3)
+    x = torch.randn(400, 12, generator=random)
+    scaled, mixed = x * torch.randn(12, generator=random), x @ torch.randn(12, 12, generator=random).fill_diagonal_(0)
+    assert forward.tokenwise_alignment(forward.Stream(x, x + scaled, {})) > 0.99
+    assert abs(forward.tokenwise_alignment(forward.Stream(x, x + mixed, {}))) < 0.3
+
+
+def test_sharpness_needs_no_more_than_the_first_tokens() -> None:
+    random = torch.Generator().manual_seed(4)
+    x, g = torch.randn(600, 5, generator=random), torch.randn(600, 3, generator=random) + 1.0
+    sums = backward.GradientSums()
+    for start in (0, 200, 400):
+        sums.update(x[start : start + 200], g[start : start + 200])
+    G = g.T @ x
+    along = torch.einsum("no,oi,ni->n", g[:256], G / G.norm(), x[:256]).double()
+    assert backward.gradient_sharpness(backward.Backward(gradient=sums)) == pytest.approx(
+        float(along.square().mean()), rel=1e-5
+    )
 
 
 def test_directions_of_a_deficient_update_are_counted() -> None:

@@ -168,9 +168,15 @@ def test_rows_are_matched_as_a_search_over_all_pairs_does() -> None:
 
 
 def test_a_part_is_called_after_most_of_its_change() -> None:
-    kinds = {"a": Kind("scale", {"factor": 2.0}), "b": Kind("rounding"), "c": Kind("scale", {"factor": 2.001})}
+    kinds = {"a": Kind("scale", {"factor": 2.0}), "b": Kind("noise"), "c": Kind("scale", {"factor": 2.001})}
     assert joint_kind(kinds, {"a": 1.0, "b": 1.5, "c": 1.0}) == Kind("scale", {"factor": 2.0})
-    assert joint_kind(kinds, {"a": 1.0, "b": 2.5, "c": 1.0}).code == "rounding"
+    assert joint_kind(kinds, {"a": 1.0, "b": 2.5, "c": 1.0}).code == "noise"
+
+
+def test_rounding_names_a_part_only_where_nothing_else_happened_to_it() -> None:
+    kinds = {"matrix": Kind("rounding", {"dtype": "bfloat16"}), "gains": Kind("copied", {"block": 18})}
+    assert joint_kind(kinds, {"matrix": 9000.0, "gains": 400.0}) == Kind("copied", {"block": 18})
+    assert joint_kind({"matrix": kinds["matrix"]}, {"matrix": 9000.0}).code == "rounding"
     assert joint_kind({"a": Kind("unchanged")}, {"a": 0.0}) == Kind("unchanged")
 
 

@@ -49,17 +49,24 @@ class GateSums:
         return self.channels.view(-1, size).sum(1) / self.n
 
 
+# Tokens that curvature along the mean gradient is measured on, which is known only after all tokens were seen.
+_CURVED = 256
+
+
 @dataclass
 class GradientSums:
-    """Sums over tokens for the gradient of one weight ``[d_out, d_in]``."""
+    """Sums over tokens for the gradient of one weight ``[d_out, d_in]``, and the first tokens of them as they were."""
 
     n: int = 0
     cross: Tensor | None = None  # [d_out, d_in] sum over tokens of g x^T
     trace: float = 0.0  # sum over tokens of |g|^2 |x|^2
+    first: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # x [m, d_in] and g [m, d_out], 256 tokens in all
 
     def update(self, x: Tensor, g: Tensor) -> None:
         """Add the tokens of the layer's input ``x [n, d_in]`` and its output's gradient ``g [n, d_out]``."""
         cross = g.T @ x
+        if self.n < _CURVED:
+            self.first.append((x[: _CURVED - self.n], g[: _CURVED - self.n]))
         self.n += len(x)
         self.cross = cross if self.cross is None else self.cross + cross
         self.trace += float((g.square().sum(1, dtype=torch.float64) * x.square().sum(1, dtype=torch.float64)).sum())
@@ -129,9 +136,27 @@ def gradient_rank(part: Backward) -> float | None:
 def fisher_trace(part: Backward) -> float | None:
     """Return ``E_t |g_t|^2 |x_t|^2``, the trace of the empirical Fisher of one weight.
 
-    It is also the trace of the layer's own tangent kernel (arXiv:2205.12372) seen through the loss.
+    It is also the trace of the layer's own tangent kernel (arXiv:2205.12372) seen through the loss. Over the number of
+    weights it is the mean of `gradient_sharpness` over random directions, so that one has no signal of its own.
     """
     return None if part.gradient is None else part.gradient.trace / part.gradient.n
+
+
+def gradient_sharpness(part: Backward) -> float | None:
+    """Return ``E_t (g_t' D x_t)^2`` with ``D = G / |G|_F``: curvature along the mean gradient ``G`` of one weight.
+
+    Curvature by the empirical Fisher, which is what first derivatives tell of the Hessian (blockwise sharpness:
+    arXiv:2502.19002), nats per squared unit of weight. High: a step along the gradient soon meets a wall; low: the
+    direction is flat. Cost: one product with a matrix for each of at most 256 tokens.
+    """
+    if part.gradient is None or part.gradient.cross is None or not part.gradient.first:
+        return None
+    size = float(part.gradient.cross.norm())
+    if not 0 < size < math.inf:
+        return None
+    x, g = (torch.cat(rows) for rows in zip(*part.gradient.first, strict=True))
+    along = ((g @ (part.gradient.cross / size)) * x).sum(1, dtype=torch.float64)
+    return float(along.square().mean())
 
 
 def gradient_alignment(part: Backward) -> float | None:

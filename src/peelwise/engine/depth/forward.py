@@ -120,6 +120,18 @@ def recoverability(stream: Stream) -> float:
     return max(-1.0, float(1 - left))
 
 
+def tokenwise_alignment(stream: Stream) -> float:
+    """Return ``E cos(u, v)`` of an update ``u`` and of what its token's own channels say of it (arXiv:2604.02459).
+
+    ``v_j = a_j x_j + b_j`` by least squares over tokens, channel by channel: the simplest class of functions of one
+    token. High: the block does the same to every token's channels; low: what it adds is made of other tokens and other
+    channels. Cost: ``n d``.
+    """
+    x, u = _centred(stream.before), _centred(stream.update)
+    a = (x * u).sum(0) / x.square().sum(0).clamp_min(_TINY)
+    return float(F.cosine_similarity(stream.update, a * x + stream.update.mean(0), dim=1).mean())
+
+
 def attention_entropy(stream: Stream) -> float | None:
     """Return the mean over heads and tokens of the attention's entropy over ``log`` of the keys seen, from 0 to 1."""
     return None if stream.attention is None else stream.attention[0]

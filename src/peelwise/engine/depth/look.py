@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from peelwise.engine.baselines import probe_unigram
 from peelwise.engine.clock import Clock
 from peelwise.engine.depth.gains import screened
 from peelwise.engine.depth.joint import gates_of
@@ -89,7 +90,8 @@ def look(
                 after_block=session.tell_block,
             )
         table = joined(weights, passed)
-        scored = unlikeness(table.values, len(all_parts), [len(gates_of(parts)) for parts in all_parts])
+        off = max(0.0, session.select.mean - probe_unigram(session.probe, session.runner.model))
+        scored = unlikeness(table.values, len(all_parts), [len(gates_of(parts)) for parts in all_parts], off)
         if scored is None:
             return Look(table, None)
         with clock.stage("gain-witnesses"):

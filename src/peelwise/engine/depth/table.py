@@ -23,12 +23,14 @@ from peelwise.engine.depth.weights import (
     neurons_of,
     sketch,
 )
-from peelwise.model.parts import MLP, Parts
+from peelwise.model.parts import Parts
 from peelwise.model.runner import Runner, Trace
 from peelwise.records.signals import FROM_BACKWARD, FROM_FORWARD, SIGNALS, Kind, Signal, of_kinds
 
 # Those that need the gradient of a weight, not only that of what it gives.
-OF_WEIGHTS = frozenset({"weight_gradient_norm", "gradient_rank", "fisher_trace", "gradient_alignment"})
+OF_WEIGHTS = frozenset(
+    {"weight_gradient_norm", "gradient_rank", "fisher_trace", "gradient_alignment", "gradient_sharpness"}
+)
 BLOCK = ""  # the part of a signal that is one of the whole block
 
 
@@ -69,8 +71,7 @@ def block_weights(parts: Parts, width: int, signals: Collection[str] = tuple(SIG
     matrices, gains, neurons = matrices_of(parts), gains_of(parts), neurons_of(parts)
     of: list[tuple[Kind, str, Any]] = [("matrix", part, matrix) for part, matrix in matrices.items()]
     of += [("gain", part, gain) for part, gain in gains.items()]
-    if neurons is not None:
-        of.append(("neurons", MLP, neurons))
+    of += [("neurons", part, each) for part, each in neurons.items()]
     values = {}
     for kind, part, each in of:
         for signal in _wanted([kind], signals):

@@ -30,6 +30,7 @@ _TABLES: tuple[tuple[str, tuple[Kind, ...]], ...] = (
     ("", ("refinement", "backward")),
     ("forward", ("forward",)),
     ("weights", ("weights",)),
+    ("weights since the start", ("drift",)),
     ("codes since the measurement before", ("codes",)),
 )
 

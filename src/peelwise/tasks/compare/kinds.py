@@ -278,11 +278,13 @@ def joint_kind(kinds: Mapping[str, Kind], weights: Mapping[str, float]) -> Kind:
         weights: how much of the change each tensor holds: its numbers times its relative distance.
 
     Returns:
-        The kind with most of the change in it, with the values that all its tensors agree on.
+        The kind with most of the change in it, with the values that all its tensors agree on. What is merely rounded
+        counts only where nothing else happened: in a converted copy all numbers are, and the gains of a norm are few.
     """
     changed = {name: kind for name, kind in kinds.items() if kind.code != "unchanged"}
     if not changed:
         return Kind("unchanged")
+    changed = {name: kind for name, kind in changed.items() if kind.code != "rounding"} or changed
     totals: dict[KindOfChange, float] = {}
     for name, kind in changed.items():
         totals[kind.code] = totals.get(kind.code, 0.0) + weights[name]

@@ -34,6 +34,7 @@ from peelwise.tasks.audit.screening import Steps
 from peelwise.tasks.monitor.checkup import Checkup
 from peelwise.tasks.monitor.chronicle import Chronicle
 from peelwise.tasks.monitor.code_signals import CodeSignals
+from peelwise.tasks.monitor.drift import Drift
 from peelwise.tasks.monitor.measure import Measured, measure
 from peelwise.tasks.monitor.planner import PLAN, Planner
 from peelwise.tasks.monitor.schedules import Schedule
@@ -129,6 +130,7 @@ class Follower:
             frozen=_frozen(self.blocks),
         )
         self._codes = CodeSignals(model, self.blocks)
+        self._drift = Drift(self.blocks)
         self._checkup = Checkup(
             model,
             probe,
@@ -268,7 +270,7 @@ class Follower:
         row: Measurement = self._processes.broadcast(
             self._row(step, found, now - start, share, grown=grown) if self._processes.is_main else None
         )
-        row = self._codes.noted(row)
+        row = self._drift.noted(self._codes.noted(row), self.blocks)
         self._recorder.measurement(row)
         for note in found.notes:
             if note.code in ("few-fit-tokens", "few-expert-tokens", "more-damping"):
