@@ -30,8 +30,7 @@ _APART = 1.96  # standard errors
 class Evidence:
     """What was measured for one block; ``None`` means not measured. Of a ``frozen`` one nothing is asked.
 
-    ``bound`` is what its direction gains to first order at most. It is given where the block was not refined, or where
-    ``alone`` is what one step of a length that was not searched for gains: then green takes both.
+    ``bound`` is what its direction gains to first order at most; it counts where the block was not refined by itself.
     """
 
     alone: Paired | None = None
@@ -110,7 +109,8 @@ def judge(
     """
     alone = [e.alone for e in evidence]
     above = _holm([a.p_at_most(margin) if a else None for a in alone])
-    below = _holm([_p_below(e, margin) for e in evidence])
+    most = [e.alone or e.bound for e in evidence]  # a gain that was not measured is bounded by the slope
+    below = _holm([m.p_at_least(margin) if m else None for m in most])
     unique_above = _holm([e.unique.p_at_most(margin) if e.unique else None for e in evidence])
     unique_below = _holm([e.unique.p_at_least(margin) if e.unique else None for e in evidence])
     unique_negative = _holm([e.unique.p_at_least(0.0) if e.unique else None for e in evidence])
@@ -140,12 +140,6 @@ def judge(
             verdict = replace(verdict, colour="grey" if unsure else verdict.colour, interaction=True)
         verdicts.append(verdict)
     return verdicts
-
-
-def _p_below(evidence: Evidence, margin: float) -> float | None:
-    """Return the p-value of a gain of at least the margin, by all that bounds it."""
-    found = [value.p_at_least(margin) for value in (evidence.alone, evidence.bound) if value is not None]
-    return max(found, default=None)
 
 
 def _one(alone: Paired | None, margin: float, above: bool, below: bool, unique_above: bool) -> Verdict:

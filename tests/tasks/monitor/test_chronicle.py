@@ -300,12 +300,6 @@ def test_a_slope_that_leaves_no_room_makes_green_what_was_not_refined():
     assert made.wanted_first()[-1] == 1
 
 
-def test_one_step_that_gains_little_is_green_only_with_its_slope():
-    assert add(chronicle(), 200, visit_of(alone={0: NOTHING}, bounds={0: MUCH})).letters == "????"
-    assert add(chronicle(), 200, visit_of(alone={0: NOTHING}, bounds={0: NOTHING})).letters == "G???"
-    assert add(chronicle(), 200, visit_of(alone={0: MUCH}, bounds={0: MUCH})).letters == "R???"
-
-
 def test_a_later_slope_outdoes_an_earlier_gain_only_where_it_leaves_no_room():
     made = chronicle()
     assert add(made, 200, visit_of(alone={0: MUCH, 1: MUCH})).letters == "RR??"

@@ -65,10 +65,6 @@ class Findings:
     notes: list[Note] = field(default_factory=list)
     complete: bool = False
 
-    def searched(self, index: int) -> bool:
-        """Whether a step of the block by itself was searched for, and one was found."""
-        return index in self.alone and bool(self.alone[index].rounds)
-
     def bounded(self, index: int) -> bool:
-        """Whether what the block gains is bounded by a slope, and not by a search."""
-        return index in self.first_order and not self.searched(index)
+        """Whether what the block gains by itself is bounded by a slope, and not measured."""
+        return index in self.first_order and index not in self.alone

@@ -8,9 +8,10 @@ model (NOTES.md), so it is taken from those that were refined, twice over.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 
-from peelwise.engine.refine import Refined
-from peelwise.engine.session import Session, combined, rounded
+from peelwise.engine.refine import FIRST_GAIN_NATS, Refined, take_round, unrefined
+from peelwise.engine.session import Session, output_change, rounded
 from peelwise.engine.slopes import first_order_gains
 from peelwise.engine.sweep import DIRECTIONS, Direction
 from peelwise.tasks.audit.findings import Findings
@@ -19,9 +20,11 @@ Steps = Mapping[Direction, float]
 
 # The largest step that a block takes, in units of those of the blocks refined: 1.74 was the most over six models.
 STEPS_OVER = 2.0
-# The step to try where there is no time to search for one: half of the best gains three quarters of what that does, and
-# one that is half as long as the best of another block still gains something if that is four times longer.
-STEP_UNDER = 0.5
+# Of select, in a search that begins with a known step, as a rule and at most.
+EVALUATIONS, _MOST_EVALUATIONS = 2, 6
+_BEGIN = (
+    0.5  # of that step: from too short a one a parabola shows where the best lies, from one far too long it may not
+)
 PASSES = 4.0  # forward passes over report that one screening takes
 
 
@@ -31,11 +34,8 @@ def steps_of(refined: Collection[Refined]) -> Steps:
     return {d: max(steps) for d in DIRECTIONS if (steps := [r.step for r in first if r.direction == d])}
 
 
-def take_step(session: Session, findings: Findings, order: Iterable[int], steps: Steps) -> None:
-    """Evaluate blocks on report after one step of a length that others give; no search, so one pass for each.
-
-    What a step gains is a lower bound of the solo gain, on text that had no part in choosing it. Nothing is said of
-    other lengths: that takes the slope, too.
+def refine_from(session: Session, findings: Findings, order: Iterable[int], steps: Steps) -> None:
+    """Refine blocks by themselves, one round in one direction, from a step that others give.
 
     Args:
         session: model and traces.
@@ -44,17 +44,22 @@ def take_step(session: Session, findings: Findings, order: Iterable[int], steps:
         steps: of blocks that were refined, `steps_of`.
     """
     direction = _direction(steps)
-    if direction is None:
-        return
-    for index in order:
-        proposals = {index: findings.proposals[index]}
-        changes = combined({}, proposals, direction, STEP_UNDER * steps[direction])
-        losses = session.losses(session.report, changes, index)
-        findings.alone[index] = Refined(changes, (), session.select.mean, losses, index)
+    for index in order if direction is not None else ():
+        assert direction is not None
+        made = findings.proposals[index]
+        own = {index: replace(made, changes={direction: made.changes[direction]})}
+        slope = sum(p.slope for p in made.changes[direction].values())
+        # Where the others' step would gain far more than blocks do, were the loss linear, it is too long for this one.
+        begin = min(_BEGIN * steps[direction], FIRST_GAIN_NATS / slope) if slope > 0 else _BEGIN * steps[direction]
+        first = {direction: begin * output_change(own, direction, 1.0)}
+        before = unrefined(session.select, index)
+        better = take_round(session, before, own, output_changes=first, evaluations=_MOST_EVALUATIONS)
+        losses = session.report.losses if better is None else session.losses(session.report, better.changes, index)
+        findings.alone[index] = replace(better or before, report_losses=losses)
 
 
 def screen(session: Session, findings: Findings, steps: Steps) -> bool:
-    """Bound what every block gains along its direction for which no step was searched.
+    """Bound what every block that was not refined gains along its direction.
 
     Nothing is done without a step to go by, for low-bit formats, in which there are no small steps, or where proposals
     are of the model with factors in place.
@@ -75,7 +80,7 @@ def screen(session: Session, findings: Findings, steps: Steps) -> bool:
             for linear, proposal in proposals.changes[direction].items()
         }
         for index, proposals in findings.proposals.items()
-        if direction in proposals.changes and not findings.searched(index)
+        if direction in proposals.changes and index not in findings.alone
     }
     findings.first_order = first_order_gains(session, session.report, findings.screened)
     findings.screened = {index: each for index, each in findings.screened.items() if index in findings.first_order}

@@ -26,7 +26,7 @@ from peelwise.records.signals import SWEPT, of_kinds
 from peelwise.tasks.audit import stages
 from peelwise.tasks.audit.findings import Findings
 from peelwise.tasks.audit.loss_parts import matrices_of
-from peelwise.tasks.audit.screening import Steps, screen, steps_of, take_step
+from peelwise.tasks.audit.screening import EVALUATIONS, Steps, refine_from, screen, steps_of
 from peelwise.tasks.audit.summary import evidence_of
 
 _EVALUATIONS = 5  # of the select loss, in one round of one block, as a rule
@@ -163,8 +163,8 @@ def measure(
 def _alone(session: Session, found: Findings, order: Sequence[int], steps: Steps) -> Steps:
     """Measure solo gains, for about as long again as all took that came before; return the steps to go by.
 
-    The first block's step is searched for, and gives that of the others, which are evaluated once each. Where there is
-    none to go by, as in low-bit formats, all are searched for.
+    The first block's step is searched for, and is where the others begin, each with a few evaluations less. Where there
+    is none to go by, as in low-bit formats, all are searched for.
     """
     proposals, processes = found.proposals, session.runner.processes
     began = session.clock.elapsed
@@ -181,13 +181,13 @@ def _alone(session: Session, found: Findings, order: Sequence[int], steps: Steps
     if dense and steps:
         rest = [index for index in order if index not in found.alone]
         seconds = 2 * began - session.clock.elapsed
-        take_step(session, found, processes.broadcast(_steps_in(session, rest, seconds)), steps)
+        refine_from(session, found, processes.broadcast(_in_time(session, rest, seconds)), steps)
     return steps
 
 
-def _steps_in(session: Session, order: Sequence[int], seconds: float) -> list[int]:
-    """Return the first of ``order`` that can be evaluated on report in so many seconds."""
-    tokens, chosen = session.report.predicted, list[int]()
+def _in_time(session: Session, order: Sequence[int], seconds: float) -> list[int]:
+    """Return the first of ``order`` that can be refined from a known step in so many seconds."""
+    tokens, chosen = EVALUATIONS * session.select.predicted + session.report.predicted, list[int]()
     for index in order:
         seconds -= session.seconds_for(session.share_from(index) * tokens)
         if seconds < 0:
