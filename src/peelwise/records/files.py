@@ -24,6 +24,8 @@ from peelwise.records.plain_text import clean
 
 RECORD_FILE, WITNESS_FILE, PROBE_FILE = "certificate.json", "witness.safetensors", "probe.safetensors"
 RECORD_BYTES = 64 * 2**20  # far above what models of hundreds of blocks need
+# What takes long is to make objects of numbers: that many are read in some ten seconds.
+_MOST_VALUES, _LONGEST_LIST = 1_000_000, 100_000
 HEADER_BYTES = 64 * 2**20  # of a safetensors file
 PROBE_BYTES = 256 * 2**20
 PARTS = ("fit", "select", "report")
@@ -78,6 +80,8 @@ def _checked_kind(path: Path, text: str) -> str:
     Asked first: a newer certificate may well lack what this version expects, and then that is the reason. What
     else is wrong, validation as an audit finds.
     """
+    if sum(map(text.count, ",[{")) > _MOST_VALUES:
+        raise CertificateError(f"{path} holds more than {_MOST_VALUES} values, which no model has.")
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
@@ -225,6 +229,8 @@ def _implausible(value: Any, where: str) -> Iterator[str]:
         for key, inner in value.items():
             yield from _implausible(inner, f"{where}{key[:80]}.")
     elif isinstance(value, list):
+        if len(value) > _LONGEST_LIST:
+            yield f"{where.rstrip('.')} is a list of {len(value)}"
         for place, inner in enumerate(value):
             yield from _implausible(inner, f"{where}{place}.")
     elif isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
