@@ -27,6 +27,7 @@ RECORD_BYTES = 64 * 2**20  # far above what models of hundreds of blocks need
 # What takes long is to make objects of numbers: that many are read in some ten seconds.
 _MOST_VALUES, _LONGEST_LIST = 1_000_000, 100_000
 HEADER_BYTES = 64 * 2**20  # of a safetensors file
+_MOST_ENTRIES, PROBE_ENTRIES = 500_000, 1_000  # of such a header: each tensor has four
 PROBE_BYTES = 256 * 2**20
 PARTS = ("fit", "select", "report")
 _LARGEST_INTEGER = 2**63 - 1
@@ -143,8 +144,12 @@ def what_changed(folder: Path, record: SealedRecord) -> str | None:
     return None if same else f"{WITNESS_FILE} was changed after it was written (its SHA-256 does not match)."
 
 
-def check_header(path: Path) -> None:
+def check_header(path: Path, entries: int = _MOST_ENTRIES) -> None:
     """Refuse a safetensors file whose header promises what the file cannot hold, before anything is made by it.
+
+    Args:
+        path: of the file.
+        entries: that the header may have; a tensor has four.
 
     Raises:
         OSError: If it cannot be read.
@@ -154,8 +159,11 @@ def check_header(path: Path) -> None:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(path.stat().st_size - 8, HEADER_BYTES):
             raise CertificateError(f"{path} is damaged: its header is longer than the file, or missing.")
+        text = file.read(length)
+        if text.count(b":") > entries:
+            raise CertificateError(f"{path} is damaged: its header has more than {entries} entries.")
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise CertificateError(f"{path} is damaged: its header is no JSON.") from error
     if not isinstance(header, dict):
@@ -188,7 +196,7 @@ def _probe_fingerprint(path: Path) -> str | None:
     digest = hashlib.sha256()
     try:
         check_file(path, PROBE_BYTES)
-        check_header(path)
+        check_header(path, PROBE_ENTRIES)
         tensors = load_file(path)
         for part in PARTS:
             ids, lengths = tensors[f"{part}.ids"], tensors[f"{part}.lengths"]
