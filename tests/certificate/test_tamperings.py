@@ -150,6 +150,24 @@ def test_a_sparse_witness_that_the_record_admits_to_is_refused(drawn, tmp_path):
     assert time.monotonic() - began < MOST_SECONDS
 
 
+@pytest.mark.parametrize("file", [WITNESS_FILE, PROBE_FILE])
+def test_a_header_of_more_tensors_than_any_model_has_is_refused_soon(file, drawn, original, tmp_path):
+    """Opening 600,000 tensors of no number took a minute."""
+    folder = forged(original, lambda c, w, p: None, tmp_path / "many")
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"composed/{i}": empty for i in range(130_000)}).encode()
+    content = len(header).to_bytes(8, "little") + header
+    (folder / file).write_bytes(content)
+    record = read_record(folder)
+    if file == WITNESS_FILE:
+        told = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        record = record.model_copy(update={"witness": record.witness.model_copy(update=told)}).sealed()
+        (folder / RECORD_FILE).write_text(record.to_json())
+    began = time.monotonic()
+    assert "entries" in why_not(lambda: peelwise.verify(folder, drawn[1]))
+    assert time.monotonic() - began < 3
+
+
 def test_a_gain_within_the_tolerance_is_no_evidence(tmp_path):
     """A witness of zeros, certified as gains that half precision could be off by, at the least margin there is."""
     model = ZOO["llama"]().bfloat16()

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -184,3 +185,48 @@ def test_the_header_of_the_packaged_model():
     assert header.values["llama.block_count"] == 30
     assert len(header.fields["tokenizer.ggml.tokens"].parts) == header.values["llama.vocab_size"] == 49152
     assert header.tensors["token_embd.weight"].shape == (49152, 576)
+
+
+EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+
+
+def _header(file, header):
+    content = json.dumps(header).encode()
+    file.write_bytes(len(content).to_bytes(8, "little") + content)
+
+
+def _of_many(kind, folder):
+    weights = folder / "model.safetensors"
+    if kind == "tensors":
+        _header(weights, {f"x{i}": EMPTY for i in range(130_000)})
+    elif kind == "remarks":
+        _header(weights, {"__metadata__": {str(i): "x" for i in range(600_000)}})
+    elif kind == "index":
+        weights.unlink()
+        index = {"weight_map": {f"x{i}": "a.safetensors" for i in range(1_100_000)}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        config = json.loads((folder / "config.json").read_text()) | {f"k{i}": 1 for i in range(250_000)}
+        (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("kind", ["tensors", "remarks", "index", "config"])
+def test_more_entries_than_any_model_has_are_refused_soon(kind, tmp_path):
+    """Two million keys of a configuration took a minute and a half, and the model was opened."""
+    folder = tmp_path / "model"
+    tiny_llama().save_pretrained(folder)
+    _of_many(kind, folder)
+    began = time.monotonic()
+    refused(folder, "more than", with_tokenizer=False)
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(("tensors", "keys"), [(1, 150_000), (150_000, 1)])
+def test_more_of_a_gguf_file_than_any_model_has_is_refused_soon(tensors, keys, tmp_path):
+    file = tmp_path / "model.gguf"
+    pairs = b"".join(text(f"k{i}") + struct.pack("<II", 4, 1) for i in range(keys))
+    table = b"".join(text(f"t{i}") + struct.pack("<IQIQ", 1, 32, 0, 0) for i in range(tensors))
+    file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, keys) + pairs + table + bytes(4096))
+    began = time.monotonic()
+    refused(file, "more than any model has", with_tokenizer=False)
+    assert time.monotonic() - began < 5

@@ -1,5 +1,6 @@
 import json
 import math
+import time
 
 import pytest
 from pydantic import ValidationError
@@ -224,3 +225,16 @@ def test_seals_survive_fields_that_a_later_version_adds():
     again = Later.model_validate(plain(sealed))
     assert again.computed_digest() == sealed.digest
     assert again.model_copy(update={"measured_later": 1.0}).computed_digest() != sealed.digest
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("notes", [{"code": "x"}] * 150_000), ("further", {str(i): [[1]] for i in range(400_000)})]
+)
+def test_more_than_any_model_has_is_refused_soon(key, value, tmp_path):
+    """Checking three million remarks took a minute and three gigabytes."""
+    content = plain(whole(3)) | {key: value}
+    (tmp_path / RECORD_FILE).write_text(json.dumps(content))
+    began = time.monotonic()
+    with pytest.raises(CertificateError, match=r"a list of 150000|more than 1000000 values"):
+        read_record(tmp_path)
+    assert time.monotonic() - began < 5

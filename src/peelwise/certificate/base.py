@@ -24,6 +24,7 @@ from peelwise.records.base import Colour, Interval, ModelRecord, ProbeRecord, Se
 from peelwise.records.files import (
     HEADER_BYTES,
     PROBE_BYTES,
+    PROBE_ENTRIES,
     PROBE_FILE,
     RECORD_FILE,
     WITNESS_FILE,
@@ -223,7 +224,7 @@ def read_probe(folder: Path, record: SealedRecord) -> Probe:
         pool = Pool(said.pool_sequences, said.pool_sha256, said.pool_left_out or 0, said.documents)
     try:
         return Probe.from_tensors(
-            load_tensors(folder / PROBE_FILE, PROBE_BYTES),
+            load_tensors(folder / PROBE_FILE, PROBE_BYTES, PROBE_ENTRIES),
             source=said.source,
             in_distribution=said.in_distribution,
             seed=record.seed,
@@ -351,12 +352,13 @@ def witness_bytes(model: nn.Module) -> int:
     return HEADER_BYTES + _BYTES_PER_PARAMETER * numbers
 
 
-def load_tensors(path: Path, most: int | None = None) -> dict[str, Tensor]:
+def load_tensors(path: Path, most: int | None = None, entries: int | None = None) -> dict[str, Tensor]:
     """Read a safetensors file of the folder.
 
     Args:
         path: of the file.
         most: bytes that it may have.
+        entries: that its header may have, if fewer than of a witness.
 
     Raises:
         CertificateError: If it is missing, damaged, no regular file, larger than ``most``, or holds complex numbers,
@@ -364,7 +366,7 @@ def load_tensors(path: Path, most: int | None = None) -> dict[str, Tensor]:
     """
     try:
         check_file(path, most)
-        check_header(path)
+        check_header(path, *([] if entries is None else [entries]))
         tensors = load_file(path)
     except (OSError, SafetensorError, ValueError, OverflowError, MemoryError, RuntimeError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -27,6 +27,8 @@ _WEIGHT_SUFFIXES = (*_PICKLE_SUFFIXES, ".safetensors", ".gguf", ".h5", ".msgpack
 _RANK_LOCAL = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # opened before all others by transformers
 _LFS_MARK = b"version https://git-lfs"
 _LARGEST_TEXT_BYTES = 128 * 2**20  # of a file beside the weights; the largest tokenizers have 35 MB
+# Objects that are made of a file take longer than its bytes: of tensors in one file, of names in an index, of keys.
+_MOST_TENSORS, _MOST_ENTRIES, _MOST_CONFIG_ENTRIES = 100_000, 1_000_000, 200_000
 _LONGEST_NAME = 1024
 _PICKLE_MARKS = (b"PK", b"\x80")  # torch.save: a zip archive, and long ago a bare pickle
 _SPARSE_FROM_BYTES = 2**30
@@ -60,7 +62,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         if (folder / "adapter_config.json").is_file():
             hint = "It holds an adapter only: merge it into its base model and save that."
         raise ModelError(f"{folder} has no config.json. {hint}")
-    config = read_json(file)
+    config = read_json(file, _MOST_CONFIG_ENTRIES)
     if not config.get("model_type"):
         raise ModelError(f"{file} names no architecture: expected a model_type such as 'llama'. Add it.")
     if not isinstance(config["model_type"], str):
@@ -124,6 +126,10 @@ def check_safetensors(file: Path) -> dict[str, tuple[int, ...]]:
         ModelError: If the file is missing, truncated or of another format.
     """
     check_present(file)
+    with file.open("rb") as raw:
+        header = raw.read(min(int.from_bytes(raw.read(8), "little"), _LARGEST_TEXT_BYTES))
+    if header.count(b":") > 5 * _MOST_TENSORS:  # each has four, besides some in names
+        raise ModelError(f"{file} has a header of more than {_MOST_TENSORS} tensors or remarks. Save the model again.")
     try:
         with safe_open(file, framework="pt") as opened:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
@@ -173,8 +179,12 @@ def check_present(file: Path) -> None:
         raise ModelError(f"{file} is a Git LFS pointer, not the weights themselves. Run: git lfs pull")
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, entries: int = _MOST_ENTRIES) -> dict[str, Any]:
     """Return the object that a JSON file holds.
+
+    Args:
+        file: the file.
+        entries: of objects that it may have.
 
     Raises:
         ModelError: If it is no regular file, too large, no JSON, or another value.
@@ -185,7 +195,10 @@ def read_json(file: Path) -> dict[str, Any]:
             raise ModelError(f"{file} is a folder, pipe or device: expected a regular file. Copy the model again.")
         if found.st_size > _LARGEST_TEXT_BYTES:
             _refuse_size(file, found.st_size)
-        content = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        if text.count(":") > entries:
+            raise ModelError(f"{file} has more than {entries} entries, which no model needs. Copy it again.")
+        content = json.loads(text)
     except RecursionError as error:
         raise ModelError(f"{file} is not valid JSON: nested too deeply. Copy it again.") from error
     except (OSError, ValueError) as error:  # ValueError covers JSON and UTF-8 alike

@@ -24,7 +24,10 @@ from peelwise.records.plain_text import clean
 
 RECORD_FILE, WITNESS_FILE, PROBE_FILE = "certificate.json", "witness.safetensors", "probe.safetensors"
 RECORD_BYTES = 64 * 2**20  # far above what models of hundreds of blocks need
+# What takes long is to make objects of numbers: that many are read in some ten seconds.
+_MOST_VALUES, _LONGEST_LIST = 1_000_000, 100_000
 HEADER_BYTES = 64 * 2**20  # of a safetensors file
+_MOST_ENTRIES, PROBE_ENTRIES = 500_000, 1_000  # of such a header: each tensor has four
 PROBE_BYTES = 256 * 2**20
 PARTS = ("fit", "select", "report")
 _LARGEST_INTEGER = 2**63 - 1
@@ -78,6 +81,8 @@ def _checked_kind(path: Path, text: str) -> str:
     Asked first: a newer certificate may well lack what this version expects, and then that is the reason. What
     else is wrong, validation as an audit finds.
     """
+    if sum(map(text.count, ",[{")) > _MOST_VALUES:
+        raise CertificateError(f"{path} holds more than {_MOST_VALUES} values, which no model has.")
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
@@ -139,8 +144,12 @@ def what_changed(folder: Path, record: SealedRecord) -> str | None:
     return None if same else f"{WITNESS_FILE} was changed after it was written (its SHA-256 does not match)."
 
 
-def check_header(path: Path) -> None:
+def check_header(path: Path, entries: int = _MOST_ENTRIES) -> None:
     """Refuse a safetensors file whose header promises what the file cannot hold, before anything is made by it.
+
+    Args:
+        path: of the file.
+        entries: that the header may have; a tensor has four.
 
     Raises:
         OSError: If it cannot be read.
@@ -150,8 +159,11 @@ def check_header(path: Path) -> None:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(path.stat().st_size - 8, HEADER_BYTES):
             raise CertificateError(f"{path} is damaged: its header is longer than the file, or missing.")
+        text = file.read(length)
+        if text.count(b":") > entries:
+            raise CertificateError(f"{path} is damaged: its header has more than {entries} entries.")
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise CertificateError(f"{path} is damaged: its header is no JSON.") from error
     if not isinstance(header, dict):
@@ -184,7 +196,7 @@ def _probe_fingerprint(path: Path) -> str | None:
     digest = hashlib.sha256()
     try:
         check_file(path, PROBE_BYTES)
-        check_header(path)
+        check_header(path, PROBE_ENTRIES)
         tensors = load_file(path)
         for part in PARTS:
             ids, lengths = tensors[f"{part}.ids"], tensors[f"{part}.lengths"]
@@ -225,6 +237,8 @@ def _implausible(value: Any, where: str) -> Iterator[str]:
         for key, inner in value.items():
             yield from _implausible(inner, f"{where}{key[:80]}.")
     elif isinstance(value, list):
+        if len(value) > _LONGEST_LIST:
+            yield f"{where.rstrip('.')} is a list of {len(value)}"
         for place, inner in enumerate(value):
             yield from _implausible(inner, f"{where}{place}.")
     elif isinstance(value, int) and abs(value) > _LARGEST_INTEGER:

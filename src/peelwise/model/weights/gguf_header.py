@@ -28,6 +28,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _LEAST_BYTES_OF_KEY = 8 + 4 + 1  # length of the name, type, value
 _LEAST_BYTES_OF_TENSOR = 8 + 4 + 4 + 8  # length of the name, number of dimensions, type, offset
 _MOST_DIMENSIONS = 8
+_MOST_KEYS = _MOST_TENSORS = 100_000  # no model has nearly as many; arrays are read whole and count as one
 _LARGEST_ALIGNMENT = 2**20
 _LENGTH = struct.Struct("<Q")
 
@@ -156,6 +157,8 @@ def _read(blob: mmap.mmap, sizes: dict[int, tuple[int, int]]) -> GgufHeader:
         raise ValueError(f"version {version}, expected one of {_VERSIONS}")
     tensors = cursor.count("Q", _LEAST_BYTES_OF_TENSOR)
     keys = cursor.count("Q", _LEAST_BYTES_OF_KEY)
+    if keys > _MOST_KEYS or tensors > _MOST_TENSORS:
+        raise ValueError(f"{keys} keys and {tensors} tensors are more than any model has")
     fields: dict[str, GgufField] = {}
     values: dict[str, str | int | float | bool] = {}
     for _ in range(keys):

@@ -22,9 +22,7 @@ Steps = Mapping[Direction, float]
 STEPS_OVER = 2.0
 # Of select, in a search that begins with a known step, as a rule and at most.
 EVALUATIONS, _MOST_EVALUATIONS = 2, 6
-_BEGIN = (
-    0.5  # of that step: from too short a one a parabola shows where the best lies, from one far too long it may not
-)
+_BEGIN = 0.5  # of that step: from too short a one a parabola shows where the best lies, from far too long a one not
 PASSES = 4.0  # forward passes over report that one screening takes
 
 
