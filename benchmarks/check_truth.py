@@ -240,14 +240,19 @@ def _save(path: Path, found: dict[str, Any], group: str, kind: str, index: int, 
     print(f"{group:12} {kind:26} {index:3} {found['difference']:+.3f} nats, named {found['named']}", flush=True)
 
 
-def verdict(case: dict[str, Any], scores: list[float]) -> tuple[bool, bool, float, bool]:
-    """Return whether the block at fault is first, within one block, its area under the curve, and if it is named."""
+def verdict(case: dict[str, Any], scores: list[float]) -> tuple[float, float, float, bool]:
+    """Return whether the block at fault is first, within one block, its area under the curve, and if it is named.
+
+    Of several blocks with the highest score each is first by a share: a signal that is the same everywhere finds none.
+    """
     changed, s = set(case["changed"]), np.array(scores)
-    first = int(np.argmax(s))
+    highest = np.flatnonzero(s == s.max())
+    first = float(np.mean([i in changed for i in highest]))
+    within = float(np.mean([any(abs(i - j) <= 1 for j in changed) for i in highest]))
     worst = max(changed, key=lambda i: s[i])
     others = np.array([s[i] for i in range(len(s)) if i not in changed])
     area = float((s[worst] > others).mean() + 0.5 * (s[worst] == others).mean())
-    return first in changed, any(abs(first - i) <= 1 for i in changed), area, bool(changed & set(case["named"]))
+    return first, within, area, bool(changed & set(case["named"]))
 
 
 def figures(cases: list[dict[str, Any]], rival: tuple[str, str] | None = None) -> dict[str, float]:
@@ -311,6 +316,24 @@ def _kind(cases: list[dict[str, Any]]) -> dict[str, float]:
     return figures(cases) | {"seconds": round(float(np.median([c["seconds"] for c in cases])), 1)}
 
 
+def markdown(found: dict[str, Any], half: str) -> str:
+    """Return the tables of the documentation: where the damage was, each rival, and each kind."""
+
+    def line(name: str, of: dict[str, float]) -> str:
+        named = f"{of['named']:.0%}" if "named" in of else ""
+        seconds = f" {of['seconds']:.0f} |" if "seconds" in of else ""
+        shares = f"{of['first']:.0%} | {of['within_one']:.0%} | {of['area']:.3f}"
+        return f"| {name} | {of['cases']} | {shares} | {named} |{seconds}"
+
+    part = found[half]
+    places = [line(where, part[where]) for where in ("all", "inside", "last block", "first block") if where in part]
+    rivals = [line(name, of) for name, of in part["rivals"].items()]
+    best = sorted(part["signals"].items(), key=lambda item: -item[1]["first"])
+    signals = [line(f"`{name}`", of) for name, of in best]
+    kinds = [line(name, of) for name, of in part["kinds"].items()]
+    return "\n\n".join("\n".join(each) for each in (places, rivals, signals, kinds))
+
+
 def main() -> None:
     """Run what is asked for, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -330,7 +353,9 @@ def main() -> None:
     before = json.loads(file.read_text()) if file.exists() else {}
     result = {"models": before.get("models", {}) | {options.model: environment() | found}}
     file.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(found, indent=1)[:4000])
+    for half in ("held back", "development"):
+        if half in found:
+            print(f"{options.model}, {half}\n\n{markdown(found, half)}\n")
 
 
 if __name__ == "__main__":

@@ -91,11 +91,19 @@ class GainWitness(Record):
 
 
 class CheckPart(Record):
-    """What an audit, which begins with a check, keeps of it: ``scores`` of all blocks, and those that are unlike."""
+    """What an audit, which begins with a check, keeps of it.
+
+    Attributes:
+        threshold: score from which a block is named.
+        scores: of all blocks.
+        unlike: those that are named.
+        signals: per block as in `BlockCheck`; none in audits of old.
+    """
 
     threshold: float
     scores: tuple[float, ...]
     unlike: tuple[UnlikeBlock, ...] = ()
+    signals: tuple[dict[str, float], ...] = ()
 
 
 class CheckRecord(SealedRecord):

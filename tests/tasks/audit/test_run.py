@@ -369,7 +369,8 @@ def test_a_factor_on_what_is_unlike_comes_first_and_singles_out_the_block(small_
 def test_an_audit_begins_with_a_check_and_names_the_block_that_is_unlike(audited: Any) -> None:
     check = audited[0].record.check
     assert check is not None
-    assert len(check.scores) == 6
+    assert len(check.scores) == len(check.signals) == 6
+    assert {"weight_rms.mlp.down_proj", "gain_slope.mlp", "block_influence"} <= check.signals[3].keys()
     assert [each.block for each in check.unlike][:1] == [3]
     assert max(range(6), key=lambda i: check.scores[i]) == 3
     assert all(each.score >= check.threshold for each in check.unlike)

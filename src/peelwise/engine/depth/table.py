@@ -51,6 +51,14 @@ class DepthTable:
         if value is not None and math.isfinite(value):
             self.values.setdefault((signal, part), [None] * self.blocks)[block] = value
 
+    def of_block(self, block: int) -> dict[str, float]:
+        """Return a block's signals as records hold them: by ``signal.part``, or ``signal`` for the block as a whole."""
+        return {
+            f"{signal}.{part}" if part != BLOCK else signal: value
+            for (signal, part), row in self.values.items()
+            if (value := row[block]) is not None
+        }
+
 
 @dataclass(frozen=True)
 class BlockWeights:

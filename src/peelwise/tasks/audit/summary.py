@@ -117,7 +117,12 @@ def _check(findings: Findings) -> CheckPart | None:
     look = findings.look
     if look is None or look.scored is None:
         return None
-    return CheckPart(threshold=THRESHOLD, scores=tuple(map(float, look.scored.scores)), unlike=look.unlike())
+    return CheckPart(
+        threshold=THRESHOLD,
+        scores=tuple(map(float, look.scored.scores)),
+        unlike=look.unlike(),
+        signals=tuple(look.table.of_block(index) for index in range(look.table.blocks)),
+    )
 
 
 def _signals(found: dict[str, float]) -> dict[str, Any]:

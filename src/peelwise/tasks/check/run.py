@@ -12,7 +12,7 @@ from torch import nn
 from peelwise.engine.clock import Clock, Watcher
 from peelwise.engine.depth.gains import GainWitnesses, gain_witnesses
 from peelwise.engine.depth.look import Look, both, look, look_at_weights
-from peelwise.engine.depth.table import BLOCK, DepthTable
+from peelwise.engine.depth.table import DepthTable
 from peelwise.engine.opening import checked_blocks, open_session
 from peelwise.engine.provenance import Setup, model_record, versions
 from peelwise.engine.session import Session
@@ -174,11 +174,7 @@ def _block_record(block: Block, found: _Found) -> BlockCheck:
         index=block.index,
         name=block.name,
         score=None if scored is None else float(scored.scores[block.index]),
-        signals={
-            f"{signal}.{part}" if part != BLOCK else signal: value
-            for (signal, part), row in found.look.table.values.items()
-            if (value := row[block.index]) is not None
-        },
+        signals=found.look.table.of_block(block.index),
         ablation=found.ablation.get(block.index),
     )
 
