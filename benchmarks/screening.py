@@ -42,13 +42,12 @@ STAGES = {"early": "step 100", "middle": "step 600", "final": "finished"}
 
 
 def models() -> Iterator[tuple[str, nn.Module]]:
-    """Yield the healthy stages, and every kind of damage in an outer and an inner block of the two later ones."""
+    """Yield the healthy stages, and every kind of damage in the first and an inner block of the finished model."""
     for stage, name in STAGES.items():
         yield name, opened(stage)
-    for stage, earlier in (("middle", "early"), ("final", "middle")):
-        for kind, make in damage.STANDARD.items():
-            for block in (0, 3):
-                yield f"{STAGES[stage]}, {kind} in block {block}", make(opened(stage), block, opened(earlier))
+    for kind, make in damage.STANDARD.items():
+        for block in (3, 0):
+            yield f"{kind} in block {block}", make(opened("final"), block, opened("middle"))
 
 
 def refined(session: Session, proposals: dict[int, BlockProposals]) -> dict[int, Refined]:
@@ -99,14 +98,16 @@ def row(name: str, model: nn.Module) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Count over all models, print each, and write the JSON."""
-    rows = []
+    """Count over all models, print each, and write the JSON after each; models that are in it are not done again."""
+    path = RESULTS / "screening.json"
+    rows = json.loads(path.read_text())["models"] if path.exists() else []
     for name, model in models():
+        if name in [each["model"] for each in rows]:
+            continue
         rows.append(row(name, copy.deepcopy(model)))
         print(rows[-1], flush=True)
-    total = {key: sum(each.get(key, 0) for each in rows) for key in ("green", "open", "needless", "wrong")}
-    print(total)
-    (RESULTS / "screening.json").write_text(json.dumps(environment() | {"total": total, "models": rows}, indent=1))
+        total = {key: sum(each.get(key, 0) for each in rows) for key in ("green", "open", "needless", "wrong")}
+        path.write_text(json.dumps(environment() | {"total": total, "models": rows}, indent=1))
 
 
 if __name__ == "__main__":
