@@ -183,7 +183,7 @@ def to_screen(scores: Floats) -> list[int]:
     """Return the blocks whose branches are worth trying factors on: those with the highest scores, and both ends.
 
     A score that stands out by far is no reason to leave the ends out: what breaks a model at its entry makes blocks far
-    behind stand out, and the sign of one part undoes it.
+    behind stand out, and one factor may undo it.
     """
     order = [int(b) for b in np.argsort(-scores, kind="stable")]
     return list(dict.fromkeys([*order[:_SCREENED], 0, len(scores) - 1]))
