@@ -203,10 +203,11 @@ def test_a_visit_sees_what_an_audit_sees():
     report = peelwise.audit(
         model, tiny_probe(in_distribution=True), peelwise.AuditSettings(joint_rounds=0, solo_rounds=1, controls=False)
     )
-    assert rows
-    for block, row in rows.items():
-        expected = report.record.blocks[block].recoverable_nats
-        assert (row.value, row.low, row.high) == pytest.approx((expected.mean, expected.low, expected.high), abs=2e-4)
+    found = {block: (row.value, row.low, row.high) for block, row in rows.items()}
+    expected = {b.index: (i.mean, i.low, i.high) for b in report.record.blocks if (i := b.recoverable_nats)}
+    # One block is searched as an audit does; the others begin at its step, in its direction, and may end elsewhere.
+    assert any(found[block] == pytest.approx(expected[block], abs=2e-4) for block in found)
+    assert all(found[block][1] < expected[block][2] and expected[block][1] < found[block][2] for block in found)
 
 
 def test_history_of_a_run(tmp_path):

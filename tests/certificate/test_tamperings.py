@@ -29,7 +29,7 @@ from zoo import ZOO
 
 PAGE = Path(__file__).parents[2] / "docs" / "threat-model.md"
 CASES = [(kind, name) for kind, cases in TAMPERINGS.items() for name in cases]
-MOST_SECONDS = 10.0
+MOST_SECONDS = 60.0  # far above what it takes: processors are shared
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ from peelwise.records.files import WITNESS_FILE, read_record, what_changed
 
 _SELF = "that the record agrees with itself (intervals, gains and the losses beside them, margin, verdicts, conclusion)"
 _OWN, _AGAIN = "the witness on your text", "the witness, made again from fit and select"
-_BLOCKS = "every block's solo gain (or its first-order bound), marginal gain and ablation"
+_BLOCKS = "every block's solo gain, marginal gain and ablation"
 _UNCHECKED = (
     "the losses of the controls and of the head, energies and shares, rounds, cost, "
     "the quantisation gap of low-bit models, scores of the check that it began with, and whether the text is training "
