@@ -177,7 +177,8 @@ def _run_protocol(module: Any, layers: Layers, hidden: Tensor, index: Tensor, we
 
     def of_expert(expert: int, x: Tensor, rows: Tensor) -> Tensor:
         y = _called(last[expert], middle(_called(first[expert], x, rows)), rows)
-        return module.post_expert_norm(y) if module.has_post_expert_norm else y
+        # A flag that transformers 5.10 does not know yet.
+        return module.post_expert_norm(y) if getattr(module, "has_post_expert_norm", False) else y
 
     flat = hidden.reshape(-1, hidden.shape[-1])
     index, weights = index.reshape(len(flat), -1), weights.reshape(len(flat), -1)
