@@ -203,7 +203,7 @@ def test_an_error_leaves_the_model_alone():
 
 
 def test_a_budget_that_ends_inside_a_map_keeps_the_maps_before():
-    settings = PeelSettings(0.5, maps=(DIRECT, ALL_TO_LAST), rounds=500, controls=False)
+    settings = PeelSettings(0.05, maps=(DIRECT, ALL_TO_LAST), rounds=500, controls=False)
     record = run_peel(ZOO["llama"](), tiny_probe(200), settings).record
     assert not record.complete
     assert {note.code for note in record.notes} & {"budget-ended", "map-unfinished"}
