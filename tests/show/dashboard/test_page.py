@@ -163,6 +163,7 @@ def test_a_link_shows_the_same_view_again(page, ask):
     assert page.locator("#colour-by").input_value() == "energy"
     rows = page.locator(".loss details").first
     rows.locator("summary").click()
+    rows.locator("tbody th").first.wait_for()
     steps = [int(text) for text in rows.locator("tbody th").all_inner_texts()]
     assert (max(steps), min(steps)) == (149, 50)
 
