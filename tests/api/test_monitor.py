@@ -671,7 +671,7 @@ def test_a_damaged_block_turns_red_when_the_loss_stands_still_and_a_healthy_mode
     small_gpt, training_probe, monkeypatch
 ):
     """Both kinds of faults at once: what the block could gain, and that nothing trains it."""
-    monkeypatch.setattr(measuring, "_affordable", lambda session, order: list(order))  # on a busy machine not all are
+    monkeypatch.setattr(measuring, "_affordable", lambda session, order, *_: list(order))  # busy or not
     probe = part_of(training_probe, fit=16, select=5, report=10)
     settings = MonitorSettings(budget=None, schedule=lambda step: step == 40, plan=("alone",))
     noise, letters = np.random.default_rng(0).normal(scale=0.05, size=41), {}

@@ -139,7 +139,7 @@ def verify_certificate(
             return replace(about, status="does not hold", reason=str(error))
     wrong = wrong or refused(own, again)
     rechecked, not_rechecked = _what_was_rechecked(record, own, again, full=full)
-    measured = any(block.recoverable_nats or block.unique_nats for block in record.blocks)
+    measured = any(b.recoverable_nats or b.unique_nats or b.first_order_nats for b in record.blocks)
     held: Status = "holds" if full or own or not measured else LOSSES_HOLD
     return replace(
         about,
@@ -327,9 +327,10 @@ def _disagreements(certificate: Certificate, model: nn.Module, tolerance: float)
             kinds[kind].add(owner)
     if kinds["composed"] and record.loss.composed is None:
         yield "The witness changes all blocks together, and the record does not say what that gains."
+    every = set().union(*kinds.values())
     for recorded, block in zip(record.blocks, blocks, strict=True):
         has = any(linear.name in kinds["alone"] for linear in block.linears)
-        if recorded.frozen and any(linear.name in set().union(*kinds.values()) for linear in block.linears):
+        if recorded.frozen and any(linear.name in every for linear in block.linears):
             yield f"{block.name}: it is said to be frozen, and the witness has weights for it."
         if has and recorded.recoverable_nats is None:
             yield f"{block.name}: the witness has weights for it, and the record does not say what they gain."

@@ -46,7 +46,8 @@ def first_order_gains(session: ReportSession, part: Trace, changes: Mapping[int,
                 calls = capture.calls.get(linear, [])
                 if calls and linear not in grads:
                     total = None
-                for call, g in zip(calls, grads.get(linear, []), strict=False):
+                    break
+                for call, g in zip(calls, grads.get(linear, []), strict=True):
                     gained = _gained(call, g, change, batch, bias=linear.has_bias)
                     total = None if total is None or gained is None else total + gained
             sums.append(total)
@@ -54,8 +55,8 @@ def first_order_gains(session: ReportSession, part: Trace, changes: Mapping[int,
         if block.index in changes and all(each is not None for each in sums):
             found[block.index] = [each for each in sums if each is not None]
     every = len(part.tokens)
-    # In the order of the blocks in all processes, which hold the same ones.
-    return {i: runner.processes.all_gather(torch.cat(found[i]))[:every] for i in sorted(found)}
+    known = [i for i in sorted(changes) if runner.processes.all_true(i in found)]
+    return {i: runner.processes.all_gather(torch.cat(found[i]))[:every] for i in known}
 
 
 def _gained(call: Call, g: Tensor, change: Tensor, batch: Batch, *, bias: bool) -> Tensor | None:

@@ -233,7 +233,7 @@ _ROWS = (
     ),
     Signal(
         "gradient_agreement",
-        "agreement of gradients",
+        "agreement of fit and select gradients",
         "",
         "Cosine of the mean gradients on two sets of tokens, mean over layers: near 1 while there is a direction to "
         "go, near 0 where noise is left.",

@@ -349,10 +349,15 @@ def is_measured(block: BlockRecord) -> bool:
     return any(i is not None for i in (block.recoverable_nats, block.unique_nats, block.first_order_nats))
 
 
+def is_bounded(block: BlockRecord) -> bool:
+    """Return whether a block's solo gain is bounded by a slope, and was not measured."""
+    return block.recoverable_nats is None and block.first_order_nats is not None
+
+
 def solo_gain(block: BlockRecord, decimals: int = 4) -> str:
     """Return a block's solo gain with its interval, or of one that was not refined the upper end of its bound."""
     bound = block.first_order_nats
-    if block.recoverable_nats is not None or bound is None:
+    if bound is None or not is_bounded(block):
         return with_ends(block.recoverable_nats, decimals)
     return f"at most {bound.high:+.{decimals}f} (slope)"
 

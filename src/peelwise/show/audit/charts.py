@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from peelwise.records.audit import AuditRecord, BlockRecord, MatrixRecord
 from peelwise.records.base import Colour, Interval
 from peelwise.records.signals import RANKED_BY, SIGNALS
 from peelwise.show.html.svg import COLOURS, draw, safe_label
-from peelwise.show.words import NOT_IN_BUDGET, VERDICTS, is_interaction, is_measured, nats, ranking
+from peelwise.show.words import NOT_IN_BUDGET, VERDICTS, is_bounded, is_interaction, is_measured, nats, ranking
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ def recoverable(record: AuditRecord) -> str:
 
     def paint(figure: Figure) -> None:
         top, bottom = figure.subplots(2, 1, sharex=True)
-        _intervals(top, blocks, [block.recoverable_nats for block in blocks], record.margin_nats)
+        _intervals(top, blocks, [block.recoverable_nats for block in blocks], record.margin_nats, _bounds(blocks))
         top.set_title("Solo gain: this block refined, all others as they are")
         _intervals(bottom, blocks, [block.unique_nats for block in blocks], record.margin_nats)
         bottom.set_title("Marginal gain: what it adds once all others are refined")
@@ -204,13 +204,27 @@ def _marker(colour: Colour) -> dict[str, Any]:
     }
 
 
-def _intervals(axes: Axes, blocks: Sequence[BlockRecord], values: Sequence[Interval | None], margin: float) -> None:
+def _bounds(blocks: Sequence[BlockRecord]) -> dict[int, float]:
+    """Return by index the upper end of the first-order bound, of blocks that have no solo gain."""
+    return {b.index: b.first_order_nats.high for b in blocks if b.first_order_nats and is_bounded(b)}
+
+
+def _intervals(
+    axes: Axes,
+    blocks: Sequence[BlockRecord],
+    values: Sequence[Interval | None],
+    margin: float,
+    bounds: Mapping[int, float] | None = None,
+) -> None:
+    bounds = bounds or {}
     axes.axhline(0, color=COLOURS["muted"], linewidth=1)
     found = [(b, value) for b, value in zip(blocks, values, strict=True) if value is not None]
     for block, value in zip(blocks, values, strict=True):
-        if value is None:
+        if block.index in bounds:
+            axes.plot(block.index, bounds[block.index], **_marker(block.verdict) | {"marker": 7})  # a caret from above
+        elif value is None:
             axes.axvspan(block.index - 0.5, block.index + 0.5, color=COLOURS["muted"], alpha=0.12, linewidth=0)
-    if not found:
+    if not found and not bounds:
         axes.text(
             0.5,
             0.5,

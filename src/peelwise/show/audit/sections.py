@@ -19,6 +19,7 @@ from peelwise.show.words import (
     control_sentence,
     counts,
     duration,
+    is_bounded,
     is_interaction,
     is_measured,
     nats,
@@ -44,7 +45,12 @@ def recoverable(record: AuditRecord) -> str:
         "rows answer different questions."
     ]
     asked = [block for block in record.blocks if not block.frozen]
-    missing = [NOT_IN_BUDGET] if any(b.recoverable_nats is None or b.unique_nats is None for b in asked) else []
+    solo = [block.recoverable_nats or block.first_order_nats for block in asked]
+    missing = [NOT_IN_BUDGET] if None in solo or any(block.unique_nats is None for block in asked) else []
+    if any(map(is_bounded, record.blocks)):
+        caption.append(
+            "A caret is an upper end: these blocks were not refined, the slope along their direction bounds them."
+        )
     missing += [VERDICTS["frozen"].words] if len(asked) < len(record.blocks) else []
     if missing:
         caption.append(f"Shaded: {' or '.join(missing)}.")
@@ -282,15 +288,11 @@ def _rounds_table(record: AuditRecord) -> str:
     return table(titles, rows, caption="What each joint round chose") if rows else ""
 
 
-def _bounded(block: BlockRecord) -> bool:
-    return block.recoverable_nats is None and block.first_order_nats is not None
-
-
 def _block_row(block: BlockRecord, reason: str) -> tuple[str, ...]:
     return (
         f"{block.index}<small>{esc(block.name).replace('.', '.<wbr/>')}</small>",
         f"{chip(block.verdict, VERDICTS[block.verdict].short)}<small>{esc(_reason(block, reason))}</small>",
-        esc(solo_gain(block)) if _bounded(block) else _interval(block.recoverable_nats),
+        esc(solo_gain(block)) if is_bounded(block) else _interval(block.recoverable_nats),
         _interval(block.unique_nats),
         _taken_out(block.removal_nats),
         _value(significant(ranking(block))),

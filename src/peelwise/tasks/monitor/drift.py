@@ -1,7 +1,7 @@
 """How far the weights of a run have turned and whether they keep their direction: signals that need their history.
 
-A sample of every layer's weights is kept as it was when monitoring began and at the last two measurements: some 16,000
-numbers of each, in main memory.
+A sample of every layer's weights is kept as it was when monitoring began and at the last two measurements: two million
+numbers of each time at most, in main memory, some 16,000 of a layer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from peelwise.records.signals import SIGNALS, Kind
 _log = logging.getLogger("peelwise")
 
 _KINDS: tuple[Kind, ...] = ("drift",)
-_SAMPLED = 16_384  # numbers of each layer
+_SAMPLED, _FEWEST, _IN_ALL = 16_384, 64, 2**21  # numbers of a layer at most and at least, and of all
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,24 +102,24 @@ def progress(of: Moved) -> float | None:
 
 
 def _cosine(a: Tensor, b: Tensor) -> float | None:
+    a, b = a.double(), b.double()
     size = float(a.norm() * b.norm())
     return float(a @ b) / size if 0 < size < float("inf") else None
 
 
 @torch.no_grad()
 def _samples(blocks: Sequence[Block]) -> dict[str, Tensor]:
-    """Return evenly spaced weights of every layer by its name, float64 in main memory; not of sharded ones."""
-    found = {}
-    for linear in (linear for block in blocks for linear in block.linears):
-        sample = _sample(linear)
-        if sample is not None:
-            found[linear.name] = sample
-    return found
+    """Return evenly spaced weights of every layer by its name, float32 in main memory; not of sharded ones."""
+    linears = [linear for block in blocks for linear in block.linears]
+    # A mixture has tens of thousands of layers.
+    most = min(_SAMPLED, max(_FEWEST, _IN_ALL // max(len(linears), 1)))
+    samples = ((linear.name, _sample(linear, most)) for linear in linears)
+    return {name: sample for name, sample in samples if sample is not None}
 
 
-def _sample(linear: LinearLayer) -> Tensor | None:
+def _sample(linear: LinearLayer, most: int) -> Tensor | None:
     W = linear.weight()
     if is_sharded(W) or W.is_meta:
         return None
     flat = W.reshape(-1)
-    return flat[:: max(1, flat.numel() // _SAMPLED)].to("cpu", torch.float64, copy=True)
+    return flat[:: -(-flat.numel() // most)].to("cpu", torch.float32, copy=True)

@@ -12,6 +12,7 @@ from torch import nn
 from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.engine.heads import without_blocks
 from peelwise.engine.opening import open_session
+from peelwise.engine.refine import Proposals
 from peelwise.engine.session import Session
 from peelwise.engine.sweep import sweep
 from peelwise.errors import IllConditionedWarning, PeelwiseWarning
@@ -123,40 +124,61 @@ def measure(
             upper = without_blocks(session, seconds=session.clock.elapsed)
         if kind != "joint" and steps:
             screen(session, found, steps)
+    _warn_again(caught)
+    own = [w.message for w in caught if isinstance(w.message, IllConditionedWarning)]
+    notes = (*{str(w): Note(code=w.code, values=w.values) for w in own}.values(), *session.notes)
+    return _measured(kind, session, found, proposals, upper=upper, steps=steps or {}, notes=notes)
+
+
+def _warn_again(caught: Sequence[warnings.WarningMessage]) -> None:
+    """Pass on our own warnings, but for those that become notes.
+
+    What the model's own code warns of, training has said already, and would be said again at every measurement.
+    """
     for other in caught:
-        # What the model's own code warns of, training has said already, and would be said again at every measurement.
         if issubclass(other.category, PeelwiseWarning) and not issubclass(other.category, IllConditionedWarning):
             warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
-    own = [w.message for w in caught if isinstance(w.message, IllConditionedWarning)]
+
+
+def _measured(
+    kind: MeasurementKind,
+    session: Session,
+    found: Findings,
+    proposals: Proposals,
+    *,
+    upper: float | None,
+    steps: Steps,
+    notes: tuple[Note, ...],
+) -> Measured:
+    """Return what the stages left, as a monitor keeps it."""
+    blocks = session.runner.blocks
     evidence = {block.index: evidence_of(session, found, block.index) for block in blocks}
-    composed = found.composed
-    refined = [block for block in blocks if block.index in (found.alone if kind == "alone" else found.proposals)]
-    refined = [] if kind == "ranking" else refined
+    together = None if found.composed is None else found.composed.report_losses
+    refined = {"ranking": (), "alone": found.alone, "joint": found.proposals}[kind]
+    free = {
+        signal.name: [
+            proposals[block.index].signals.get(signal.name) if block.index in proposals else None for block in blocks
+        ]
+        for signal in of_kinds(SWEPT)
+        if signal.in_history
+    }
     return Measured(
         kind,
         session.report.mean,
-        {
-            signal.name: [
-                proposals[block.index].signals.get(signal.name) if block.index in proposals else None
-                for block in blocks
-            ]
-            for signal in of_kinds(SWEPT)
-            if signal.in_history
-        },
+        free,
         {index: e.alone for index, e in evidence.items() if e.alone is not None},
         {index: e.unique for index, e in evidence.items() if e.unique is not None},
-        None
-        if composed is None or composed.report_losses is None
-        else session.gain(session.report.losses, composed.report_losses),
+        None if together is None else session.gain(session.report.losses, together),
         upper,
         tuple(
             MatrixShare(block.index, matrix.name, matrix.share)
-            for block in refined
+            for block in blocks
+            if block.index in refined
             for matrix in matrices_of(block, proposals[block.index])
         ),
-        (*{str(w): Note(code=w.code, values=w.values) for w in own}.values(), *session.notes),
+        notes,
         {index: e.bound for index, e in evidence.items() if e.bound is not None},
-        steps or {},
+        steps,
     )
 
 
@@ -168,7 +190,8 @@ def _alone(session: Session, found: Findings, order: Sequence[int], steps: Steps
     """
     proposals, processes = found.proposals, session.runner.processes
     began = session.clock.elapsed
-    searched = processes.broadcast(_affordable(session, order))
+    # One at least: a measurement of this kind that refines nothing is none.
+    searched = processes.broadcast(_affordable(session, order, began, _EVALUATIONS) or list(order[:1]))
     dense = not session.held
     found.proposals = {index: proposals[index] for index in (searched[:1] if dense else searched)}
     stages.refine_alone(session, found, rounds=1)
@@ -181,29 +204,23 @@ def _alone(session: Session, found: Findings, order: Sequence[int], steps: Steps
     if dense and steps:
         rest = [index for index in order if index not in found.alone]
         seconds = 2 * began - session.clock.elapsed
-        refine_from(session, found, processes.broadcast(_in_time(session, rest, seconds)), steps)
+        refine_from(session, found, processes.broadcast(_affordable(session, rest, seconds, EVALUATIONS)), steps)
     return steps
 
 
-def _in_time(session: Session, order: Sequence[int], seconds: float) -> list[int]:
-    """Return the first of ``order`` that can be refined from a known step in so many seconds."""
-    tokens, chosen = EVALUATIONS * session.select.predicted + session.report.predicted, list[int]()
+def _affordable(session: Session, order: Sequence[int], seconds: float, evaluations: int) -> list[int]:
+    """Return the first of ``order`` whose refinement takes about so many seconds.
+
+    Args:
+        session: model and traces.
+        order: indices of blocks.
+        seconds: there are.
+        evaluations: of select that a block takes, beside one of report.
+    """
+    tokens, chosen = evaluations * session.select.predicted + session.report.predicted, list[int]()
     for index in order:
         seconds -= session.seconds_for(session.share_from(index) * tokens)
         if seconds < 0:
-            break
-        chosen.append(index)
-    return chosen
-
-
-def _affordable(session: Session, order: Sequence[int]) -> list[int]:
-    """Return the first of ``order`` whose refinement takes about as long as all that came before it."""
-    tokens = _EVALUATIONS * session.select.predicted + session.report.predicted
-    left = session.clock.elapsed
-    chosen: list[int] = []
-    for index in order:
-        left -= session.seconds_for(session.share_from(index) * tokens)
-        if left < 0 and chosen:
             break
         chosen.append(index)
     return chosen
