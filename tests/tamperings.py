@@ -7,17 +7,53 @@ of its own, and is sealed again over the new files afterwards. Bytes flipped wit
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
+
+from peelwise.certificate.base import read_probe
+from peelwise.errors import PeelwiseError
+from peelwise.records.base import SealedRecord
+from peelwise.records.files import PROBE_FILE, RECORD_FILE, WITNESS_FILE
 
 Content = dict[str, Any]
 Tensors = dict[str, Tensor]
 Change = Callable[[Content, Tensors, Tensors], object]
 
 BYTES = [(file, fraction) for file in ("witness", "probe") for fraction in (0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 0.999)]
+
+
+def forged(kind: type[SealedRecord], original: tuple[Content, Tensors, Tensors], change: Change, folder: Path) -> Path:
+    """Write a changed certificate and seal it again, the probe's fingerprint and sizes too where it was changed."""
+    content, witness, probe = (copy.deepcopy(each) for each in original)
+    change(content, witness, probe)
+    folder.mkdir()
+    save_file(witness, folder / WITNESS_FILE)
+    save_file(probe, folder / PROBE_FILE)
+    path = folder / WITNESS_FILE
+    if isinstance(content.get("witness"), dict):
+        content["witness"] |= {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    (folder / RECORD_FILE).write_text(json.dumps(content))
+    try:
+        record: Any = kind.model_validate(content)
+        if other_tensors(probe, original[2]):
+            found = read_probe(folder, record).record()
+            record = record.model_copy(update={"probe": found.model_copy(update={"source": record.probe.source})})
+    except (PeelwiseError, ValueError):
+        return folder
+    (folder / RECORD_FILE).write_text(record.sealed().to_json())
+    return folder
+
+
+def other_tensors(one: Tensors, other: Tensors) -> bool:
+    """Return whether two files of tensors differ."""
+    return one.keys() != other.keys() or any(not torch.equal(one[name], other[name]) for name in one)
 
 
 def place(content: Content, path: str) -> tuple[Any, Any]:

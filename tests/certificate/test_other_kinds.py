@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
 import re
 import time
@@ -14,11 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 import peelwise
-from peelwise.certificate.base import read_probe
 from peelwise.certificate.check import differences
 from peelwise.errors import PeelwiseError
 from peelwise.evidence.unlike import named
@@ -29,7 +25,7 @@ from peelwise.records.files import PROBE_FILE, RECORD_FILE, WITNESS_FILE, read_a
 from peelwise.records.peel import PeelRecord
 from peelwise.tasks.check.run import run_check
 from peelwise.tasks.check.settings import CheckSettings
-from tamperings import MALFORMED, TAMPERINGS, Change, Content, Tensors, add, exchanged, put
+from tamperings import MALFORMED, TAMPERINGS, Change, Content, Tensors, add, exchanged, forged, put
 
 PAGE = Path(__file__).parents[2] / "docs" / "threat-model.md"
 KINDS: dict[str, type[SealedRecord]] = {"peel": PeelRecord, "check": CheckRecord, "compare": CompareRecord}
@@ -191,33 +187,6 @@ def again(models, probe) -> CheckRecord:
     return run_check(models[1], probe, CheckSettings())
 
 
-def forged(kind: str, originals: Any, change: Change, folder: Path) -> Path:
-    """Write a changed certificate and seal it again, the probe's fingerprint and sizes too where it was changed."""
-    original = originals[kind]
-    content, witness, probe = (copy.deepcopy(each) for each in original)
-    change(content, witness, probe)
-    folder.mkdir()
-    save_file(witness, folder / WITNESS_FILE)
-    save_file(probe, folder / PROBE_FILE)
-    path = folder / WITNESS_FILE
-    if isinstance(content.get("witness"), dict):
-        content["witness"] |= {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    (folder / RECORD_FILE).write_text(json.dumps(content))
-    try:
-        record: Any = KINDS[kind].model_validate(content)
-        if _other(probe, original[2]):
-            found = read_probe(folder, record).record()
-            record = record.model_copy(update={"probe": found.model_copy(update={"source": record.probe.source})})
-    except (PeelwiseError, ValueError):
-        return folder
-    (folder / RECORD_FILE).write_text(record.sealed().to_json())
-    return folder
-
-
-def _other(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
-    return one.keys() != two.keys() or any(not torch.equal(one[name], two[name]) for name in one)
-
-
 def checked(kind: str, folder: Path, models: tuple[Any, Any], **options: Any) -> Any:
     healthy, broken = models
     return peelwise.verify(folder, broken, old=healthy if kind == "compare" else None, **options)
@@ -248,7 +217,9 @@ SHAPES = {name: change for name, change in MALFORMED.items() if name not in PASS
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_untouched_one_holds_sealed_again(kind, originals, models, tmp_path):
     """The control of all others."""
-    result = checked(kind, forged(kind, originals, lambda c, w, p: None, tmp_path / "same"), models, full=True)
+    result = checked(
+        kind, forged(KINDS[kind], originals[kind], lambda c, w, p: None, tmp_path / "same"), models, full=True
+    )
     assert result.status == "holds", result.reason
     assert result.split.startswith("rechecked: ")
     assert any("whether the text is training text" in what for what in result.not_rechecked)
@@ -257,7 +228,7 @@ def test_the_untouched_one_holds_sealed_again(kind, originals, models, tmp_path)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("what", "name"), CASES)
 def test_a_tampering_is_found(kind, what, name, originals, models, tmp_path):
-    folder = forged(kind, originals, TAMPERINGS[what][name], tmp_path / "forged")
+    folder = forged(KINDS[kind], originals[kind], TAMPERINGS[what][name], tmp_path / "forged")
     reason = why_not(lambda: checked(kind, folder, models))
     assert reason, f"{what}: {name}"
     assert "changed after it was written" not in reason
@@ -267,15 +238,17 @@ def test_a_tampering_is_found(kind, what, name, originals, models, tmp_path):
 @pytest.mark.parametrize("name", SHAPES)
 def test_what_cannot_be_read_is_one_line_and_soon(kind, name, originals, models, tmp_path):
     if "witness" in name and not originals[kind][1]:
-        folder = forged(kind, originals, lambda c, w, p: w.update({"x": torch.ones(2)}), tmp_path / "malformed")
+        folder = forged(
+            KINDS[kind], originals[kind], lambda c, w, p: w.update({"x": torch.ones(2)}), tmp_path / "malformed"
+        )
     else:
-        folder = forged(kind, originals, SHAPES[name], tmp_path / "malformed")
+        folder = forged(KINDS[kind], originals[kind], SHAPES[name], tmp_path / "malformed")
     assert why_not(lambda: checked(kind, folder, models)), name
 
 
 @pytest.mark.parametrize("name", OF_A_CHECK)
 def test_a_tampering_of_a_check_is_found(name, originals, models, tmp_path):
-    folder = forged("check", originals, OF_A_CHECK[name], tmp_path / "forged")
+    folder = forged(CheckRecord, originals["check"], OF_A_CHECK[name], tmp_path / "forged")
     reason = why_not(lambda: checked("check", folder, models))
     assert reason, name
     assert "changed after it was written" not in reason
@@ -285,7 +258,7 @@ def test_a_tampering_of_a_check_is_found(name, originals, models, tmp_path):
 def test_what_is_not_rechecked_at_once_is_said_and_differs_from_a_check_made_again(
     name, again, originals, models, tmp_path
 ):
-    folder = forged("check", originals, ONLY_IN_FULL[name], tmp_path / "forged")
+    folder = forged(CheckRecord, originals["check"], ONLY_IN_FULL[name], tmp_path / "forged")
     quick = checked("check", folder, models)
     assert quick.status == "losses hold, verdicts not rechecked", quick.reason
     assert any("--full" in what for what in quick.not_rechecked)
@@ -293,11 +266,26 @@ def test_what_is_not_rechecked_at_once_is_said_and_differs_from_a_check_made_aga
 
 
 def test_in_full_a_check_is_made_again(originals, models, tmp_path):
-    folder = forged("check", originals, _unlike_no_more, tmp_path / "forged")
+    folder = forged(CheckRecord, originals["check"], _unlike_no_more, tmp_path / "forged")
     assert "score" in why_not(lambda: checked("check", folder, models, full=True))
-    batches = forged("check", originals, put("settings.micro_batch_tokens", 300), tmp_path / "batches")
+    batches = forged(CheckRecord, originals["check"], put("settings.micro_batch_tokens", 300), tmp_path / "batches")
     result = checked("check", batches, models, full=True)
     assert result.status == "holds", result.reason
+
+
+def test_a_check_of_an_earlier_rule_holds_as_far_as_it_can_be_made_again(originals, models, tmp_path):
+    """What an earlier version wrote has other signals and scores: that is no lie, and no proof either."""
+
+    def of_old(content: Content, witness: Tensors, probe: Tensors) -> None:
+        del content["rule"]
+        for block in content["blocks"]:
+            block["signals"].pop(next(name for name in block["signals"] if "." not in name))  # of no matrix
+
+    result = checked("check", forged(CheckRecord, originals["check"], of_old, tmp_path / "old"), models, full=True)
+    assert result.status == "losses hold, verdicts not rechecked", result.reason
+    assert any("rule 1 of an earlier version" in each for each in result.not_rechecked)
+    later = forged(CheckRecord, originals["check"], put("rule", 99), tmp_path / "later")
+    assert "rule 99" in why_not(lambda: checked("check", later, models))
 
 
 def test_the_page_counts_what_is_tried():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -13,18 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import peelwise
 from audits import tiny_probe
 from peelwise.certificate.audit import read_certificate, verify_certificate
-from peelwise.certificate.base import read_probe, write_certificate
+from peelwise.certificate.base import write_certificate
 from peelwise.errors import PeelwiseError
 from peelwise.evidence.audit import conclusion_of
 from peelwise.model.checkpoints import open_model
 from peelwise.records.audit import AuditRecord
 from peelwise.records.files import PROBE_FILE, RECORD_FILE, WITNESS_FILE, read_record
-from tamperings import BYTES, MALFORMED, TAMPERINGS, Change
+from tamperings import BYTES, MALFORMED, TAMPERINGS, forged
 from zoo import ZOO
 
 PAGE = Path(__file__).parents[2] / "docs" / "threat-model.md"
@@ -45,28 +44,6 @@ def original(drawn):
     return content, load_file(folder / WITNESS_FILE), load_file(folder / PROBE_FILE)
 
 
-def forged(original, change: Change, folder: Path) -> Path:
-    """Write a changed certificate and seal it again, the probe's fingerprint and sizes too where it was changed."""
-    content, witness, probe = (copy.deepcopy(each) for each in original)
-    change(content, witness, probe)
-    folder.mkdir()
-    save_file(witness, folder / WITNESS_FILE)
-    save_file(probe, folder / PROBE_FILE)
-    path = folder / WITNESS_FILE
-    if isinstance(content.get("witness"), dict):
-        content["witness"] |= {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    (folder / RECORD_FILE).write_text(json.dumps(content))
-    try:
-        record = AuditRecord.model_validate(content)
-        if probe.keys() != original[2].keys() or any(not torch.equal(probe[k], original[2][k]) for k in probe):
-            found = read_probe(folder, record).record()
-            record = record.model_copy(update={"probe": found.model_copy(update={"source": record.probe.source})})
-    except (PeelwiseError, ValueError):
-        return folder
-    (folder / RECORD_FILE).write_text(record.sealed().to_json())
-    return folder
-
-
 def why_not(verify) -> str:
     """Return in one line why a certificate does not hold or cannot be read; nothing if it holds."""
     try:
@@ -80,7 +57,7 @@ def why_not(verify) -> str:
 
 def test_the_untouched_one_holds_sealed_again(original, drawn, tmp_path):
     """The control of all others."""
-    folder = forged(original, lambda c, w, p: None, tmp_path / "same")
+    folder = forged(AuditRecord, original, lambda c, w, p: None, tmp_path / "same")
     result = verify_certificate(folder, drawn[1], full=True)
     assert result.status == "holds", result.reason
     assert result.split.startswith("rechecked: ")
@@ -90,7 +67,7 @@ def test_the_untouched_one_holds_sealed_again(original, drawn, tmp_path):
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_a_tampering_is_found(kind, name, original, drawn, tmp_path):
-    folder = forged(original, TAMPERINGS[kind][name], tmp_path / "forged")
+    folder = forged(AuditRecord, original, TAMPERINGS[kind][name], tmp_path / "forged")
     content = json.loads((folder / RECORD_FILE).read_text())
     assert content != json.loads((drawn[0] / RECORD_FILE).read_text())  # or there would be nothing to find
     reason = why_not(lambda: verify_certificate(folder, drawn[1]))
@@ -110,7 +87,7 @@ def test_a_flipped_byte_is_found(file, fraction, drawn, tmp_path):
 
 @pytest.mark.parametrize("name", MALFORMED)
 def test_what_cannot_be_read_is_one_line_and_soon(name, original, drawn, tmp_path):
-    folder = forged(original, MALFORMED[name], tmp_path / "malformed")
+    folder = forged(AuditRecord, original, MALFORMED[name], tmp_path / "malformed")
     began = time.monotonic()
     with pytest.raises(PeelwiseError) as caught:
         peelwise.verify(folder, drawn[1])
@@ -153,7 +130,7 @@ def test_a_sparse_witness_that_the_record_admits_to_is_refused(drawn, tmp_path):
 @pytest.mark.parametrize("file", [WITNESS_FILE, PROBE_FILE])
 def test_a_header_of_more_tensors_than_any_model_has_is_refused_soon(file, drawn, original, tmp_path):
     """Opening 600,000 tensors of no number took a minute."""
-    folder = forged(original, lambda c, w, p: None, tmp_path / "many")
+    folder = forged(AuditRecord, original, lambda c, w, p: None, tmp_path / "many")
     empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     header = json.dumps({f"composed/{i}": empty for i in range(130_000)}).encode()
     content = len(header).to_bytes(8, "little") + header
@@ -197,8 +174,8 @@ def test_a_certificate_that_pretends_to_be_of_old_is_said_not_to_be_rechecked(or
         for part in ("fit", "select", "report"):
             probe.pop(f"{part}.documents", None)
 
-    whole = verify_certificate(forged(original, lambda c, w, p: None, tmp_path / "whole"), drawn[1])
-    found = verify_certificate(forged(original, chosen, tmp_path / "of-old"), drawn[1])
+    whole = verify_certificate(forged(AuditRecord, original, lambda c, w, p: None, tmp_path / "whole"), drawn[1])
+    found = verify_certificate(forged(AuditRecord, original, chosen, tmp_path / "of-old"), drawn[1])
     assert found.split.startswith("not rechecked")
     assert any("assigned to the parts" in what for what in found.not_rechecked)
     assert not any("assigned to the parts" in what for what in whole.not_rechecked)

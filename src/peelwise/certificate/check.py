@@ -33,6 +33,7 @@ from peelwise.engine.opening import open_report
 from peelwise.engine.session import ReportSession
 from peelwise.errors import CertificateError
 from peelwise.evidence.check import contradictions
+from peelwise.evidence.unlike import RULE
 from peelwise.model.architectures import find_blocks
 from peelwise.model.guard import untouched
 from peelwise.probe.probe import Probe
@@ -108,20 +109,26 @@ def verify_check(
             own = _on_own_text(record, session, text, about.tolerance, found.overlapping)
     wrong = wrong or refused(own)
     checks = recheck.checks
-    if full and not wrong:
+    whole = full and record.rule == RULE
+    if whole and not wrong:
         again = _checked_again(record, probe, model)
         checks = [*checks, *_scores(record, again)]
         wrong = next(differences(record, again), None)
     same, unknown = identity_words(record)
+    not_again = f"{_ALL_FOUND} ({_other_rule(record) if full else '--full does'})"
     return replace(
         about,
-        status="does not hold" if wrong else "holds" if full else LOSSES_HOLD,
+        status="does not hold" if wrong else "holds" if whole else LOSSES_HOLD,
         reason=wrong or f"{len(checks)} numbers found again.",
         checks=tuple(checks),
-        rechecked=(_FOUND, same, *([_ALL_FOUND] if full else []), _SELF),
-        not_rechecked=(*unknown, *([] if full else [f"{_ALL_FOUND} (--full does)"]), _UNCHECKED, _AUTHORS),
+        rechecked=(_FOUND, same, *([_ALL_FOUND] if whole else []), _SELF),
+        not_rechecked=(*unknown, *([] if whole else [not_again]), _UNCHECKED, _AUTHORS),
         own=own,
     )
+
+
+def _other_rule(record: CheckRecord) -> str:
+    return f"made by rule {record.rule} of an earlier version; this one has rule {RULE}: run peelwise check again"
 
 
 def _without_text(
@@ -134,6 +141,8 @@ def _without_text(
         raise CertificateError(
             f"{folder} was made without text, so there is no loss to recompute. --full makes the check again."
         )
+    if record.rule != RULE:
+        raise CertificateError(f"{folder} cannot be made again: {_other_rule(record)}.")
     opened = opened_words(model, source)
     other = other_model(record.model, model)
     if other:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from peelwise.evidence.audit import instead, margin_of, wrong_intervals, wrong_settings
-from peelwise.evidence.unlike import LEAST_BLOCKS, THRESHOLD, named
+from peelwise.evidence.unlike import LEAST_BLOCKS, RULE, THRESHOLD, named
 from peelwise.records.base import Interval
 from peelwise.records.check import CheckPart, CheckRecord, GainWitness
 
@@ -18,6 +18,8 @@ _ROUNDING = 1e-5  # nats per token
 def contradictions(record: CheckRecord) -> Iterator[str]:
     """Yield, in words, every place where the record contradicts its own numbers."""
     yield from wrong_settings(record)
+    if not 1 <= record.rule <= RULE:
+        yield f"rule: scores follow by rule {record.rule}; this version knows 1 to {RULE}."
     margin = margin_of(record, record.loss or 0.0)
     if abs(record.margin_nats - margin) > 1e-9:
         yield instead("margin_nats", record.margin_nats, margin)

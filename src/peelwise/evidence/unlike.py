@@ -36,6 +36,9 @@ from peelwise.records.signals import FROM_FORWARD, FROM_WEIGHTS, SIGNALS, Signal
 Floats = NDArray[np.float64]
 Key = tuple[str, str]  # signal, part
 
+# How scores follow from signals, and which signals there are: a record names its rule, and one of another rule cannot
+# be made again. 2: neurons by layer, both ends always tried with factors, less weight on models off their distribution.
+RULE = 2
 LEAST_BLOCKS = 5
 THRESHOLD = 4.5
 OWN = "marginal_evidence"

@@ -111,10 +111,13 @@ class CheckRecord(SealedRecord):
 
     ``unlike`` is empty where no block stands out, and ``None`` where there is no depth to compare with (fewer than
     five blocks). ``threshold`` is the score from which a block is named. ``composed_gain`` is what the gain witnesses
-    marked as composed gain together. Without text ``probe``, ``loss`` and all that is measured with them are ``None``.
+    marked as composed gain together. ``rule`` is the number of the rule that scores follow from
+    (`evidence.unlike.RULE`); records of old have none. Without text ``probe``, ``loss`` and all that is measured with
+    them are ``None``.
     """
 
     kind: Literal["check"] = "check"
+    rule: int = 1
     complete: bool = True
     informative: bool | None = None
     probe: ProbeRecord | None = None  # type: ignore[assignment]

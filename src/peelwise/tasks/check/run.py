@@ -17,7 +17,7 @@ from peelwise.engine.opening import checked_blocks, open_session
 from peelwise.engine.provenance import Setup, model_record, versions
 from peelwise.engine.session import Session
 from peelwise.errors import NotDifferentiableError
-from peelwise.evidence.unlike import THRESHOLD
+from peelwise.evidence.unlike import RULE, THRESHOLD
 from peelwise.evidence.verdict import default_margin
 from peelwise.model.architectures import find_blocks
 from peelwise.model.fingerprint import check_finite, identify
@@ -103,6 +103,7 @@ def _record(setup: Setup, probe: Probe | None, found: _Found, all_parts: Sequenc
     scored, session, composed = found.look.scored, found.session, found.witnesses.composed
     loss = None if session is None else session.report.mean
     return CheckRecord(
+        rule=RULE,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         model=model_record(setup),
         probe=None if probe is None else probe.record(),
