@@ -23,8 +23,7 @@ from torch import nn
 
 from common import RESULTS, environment
 from peelwise.engine.opening import open_session
-from peelwise.engine.refine import Refined, unrefined
-from peelwise.engine.rounds import next_round
+from peelwise.engine.refine import Refined
 from peelwise.engine.session import Session
 from peelwise.engine.sweep import BlockProposals, Direction, sweep
 from peelwise.evidence.verdict import Evidence, default_margin, judge
@@ -32,12 +31,12 @@ from peelwise.model.architectures import find_blocks
 from peelwise.model.guard import untouched
 from peelwise.tasks.audit.findings import Findings
 from peelwise.tasks.audit.screening import screen, steps_of
-from small_faults import opened, probe
+from small_faults import alone, opened, probe
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests")]
 import damage  # noqa: E402
 
-ROUNDS, LEVEL = 4, 0.025
+LEVEL = 0.025
 STAGES = {"early": "step 100", "middle": "step 600", "final": "finished"}
 
 
@@ -51,19 +50,11 @@ def models() -> Iterator[tuple[str, nn.Module]]:
 
 
 def refined(session: Session, proposals: dict[int, BlockProposals]) -> dict[int, Refined]:
-    """Return every block refined by itself."""
-    found, output_changes = {}, dict[Direction, float]()
-    for index in sorted(proposals, key=lambda i: -proposals[i].ranking):
-        now = unrefined(session.select, index)
-        for _ in range(ROUNDS):
-            own = None if now.rounds else {index: proposals[index]}
-            better = next_round(session, now, own, output_changes=output_changes, evaluations=6, block=index)
-            if better is None:
-                break
-            now = better
-        if now.report_losses is not None:
-            found[index] = now
-    return found
+    """Return every block refined by itself, but for those that no step helped."""
+    output_changes = dict[Direction, float]()
+    order = sorted(proposals, key=lambda i: -proposals[i].ranking)
+    found = {index: alone(session, proposals, index, output_changes) for index in order}
+    return {index: each for index, each in found.items() if each.report_losses is not None}
 
 
 def row(name: str, model: nn.Module) -> dict[str, Any]:

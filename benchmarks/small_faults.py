@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import peelwise
 from common import RESULTS, environment
 from peelwise.engine.opening import open_session
-from peelwise.engine.refine import unrefined
+from peelwise.engine.refine import Refined, unrefined
 from peelwise.engine.rounds import next_round
 from peelwise.engine.session import Session
 from peelwise.engine.slopes import first_order_gains
@@ -122,6 +122,23 @@ def bounds() -> list[dict[str, Any]]:
     return rows
 
 
+def alone(
+    session: Session,
+    proposals: dict[int, BlockProposals],
+    index: int,
+    output_changes: dict[Direction, float],
+) -> Refined:
+    """Return a block refined by itself, `ROUNDS` times or until nothing helps."""
+    now = unrefined(session.select, index)
+    for _ in range(ROUNDS):
+        own = None if now.rounds else {index: proposals[index]}
+        better = next_round(session, now, own, output_changes=output_changes, evaluations=6, block=index)
+        if better is None:
+            break
+        now = better
+    return now
+
+
 def bound(
     session: Session,
     proposals: dict[int, BlockProposals],
@@ -130,13 +147,7 @@ def bound(
     output_changes: dict[Direction, float],
 ) -> dict[str, Any]:
     """Return what one block gains by itself, and what its slope says at the step of its first round."""
-    now = unrefined(session.select, index)
-    for _ in range(ROUNDS):
-        own = None if now.rounds else {index: proposals[index]}
-        better = next_round(session, now, own, output_changes=output_changes, evaluations=6, block=index)
-        if better is None:
-            break
-        now = better
+    now = alone(session, proposals, index, output_changes)
     if not now.rounds or now.report_losses is None:
         return {"block": index, "gain": None}
     first = now.rounds[0]
