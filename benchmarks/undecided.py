@@ -1,6 +1,6 @@
 """Which part of a monitored run does the page show "?", at what share of time?
 
-    python benchmarks/undecided.py [--budgets 0.01 0.03 0.1] [--steps 1000] [--name undecided]
+    python benchmarks/undecided.py [--budgets 0.01 0.03 0.1] [--seeds 0] [--steps 1000] [--name undecided]
 
 Two trainings on one thread: the one of ``peelwise demo-training`` (720 steps, a block cut off at 400), and the healthy
 small GPT of examples/monitor.py. Counted after the first tenth of the steps: cells (blocks x measurements) without a
@@ -8,6 +8,7 @@ colour, and the same weighted by how long each was on screen; before the first m
 """
 
 import argparse
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -77,6 +78,7 @@ def undecided(shown, steps, blocks):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.01, 0.03, 0.1])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--name", default="undecided")
     options = parser.parse_args()
@@ -84,12 +86,12 @@ def main():
     stream = torch.tensor(list("\n\n".join(reference_prose()).encode()))
     rows = []
     for budget in options.budgets:
-        for run in (demo, healthy):
-            torch.manual_seed(0)
+        for run, seed in itertools.product((demo, healthy), options.seeds):
+            torch.manual_seed(seed)
             began = time.perf_counter()
             shown, steps, blocks, watching = run(stream, budget, options.steps)
             events = [[e.step, e.kind, e.block] for e in watching.events if e.level != "info"]
-            row = {"training": run.__name__, "budget": budget, "share": watching.share, "steps": steps,
+            row = {"training": run.__name__, "seed": seed, "budget": budget, "share": watching.share, "steps": steps,
                    "seconds": time.perf_counter() - began, **undecided(shown, steps, blocks), "events": events,
                    "letters": {str(step): letters for step, letters in shown.items()}}  # fmt: skip
             rows.append(row)

@@ -221,7 +221,9 @@ def _intervals(
     found = [(b, value) for b, value in zip(blocks, values, strict=True) if value is not None]
     for block, value in zip(blocks, values, strict=True):
         if block.index in bounds:
-            axes.plot(block.index, bounds[block.index], **_marker(block.verdict) | {"marker": 7})  # a caret from above
+            high, colour = bounds[block.index], COLOURS[block.verdict]
+            axes.vlines(block.index, 0, high, colors=colour, linestyles=(0, (2, 2)), linewidth=1.4)
+            axes.plot(block.index, high, marker="v", markersize=9, color=colour, linestyle="none")
         elif value is None:
             axes.axvspan(block.index - 0.5, block.index + 0.5, color=COLOURS["muted"], alpha=0.12, linewidth=0)
     if not found and not bounds:

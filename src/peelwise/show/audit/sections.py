@@ -49,7 +49,7 @@ def recoverable(record: AuditRecord) -> str:
     missing = [NOT_IN_BUDGET] if None in solo or any(block.unique_nats is None for block in asked) else []
     if any(map(is_bounded, record.blocks)):
         caption.append(
-            "A caret is an upper end: these blocks were not refined, the slope along their direction bounds them."
+            "▼ is an upper end: these blocks were not refined, the slope of the loss along their direction bounds them."
         )
     missing += [VERDICTS["frozen"].words] if len(asked) < len(record.blocks) else []
     if missing:

@@ -12,7 +12,7 @@ from peelwise.evidence.verdict import idle, own_gains_decide
 from peelwise.records.audit import AuditConclusion, AuditRecord, BlockRecord
 from peelwise.records.base import Interval
 from peelwise.records.codes import INTERACTS
-from peelwise.show.words import BASELINES, SHARED, UNDAMAGED, VERDICTS, reason_words
+from peelwise.show.words import BASELINES, SHARED, UNDAMAGED, VERDICTS, is_bounded, reason_words
 
 _MOST_LISTED, _MOST_HARMFUL = 6, 3
 GAINS = {"solo": "solo gain", "marginal": "marginal gain (leave-one-out)"}
@@ -63,9 +63,14 @@ def _first(record: AuditRecord, found: AuditConclusion) -> str:
             f"{record.margin_nats:.3f} nats per token to gain of its own."
         )
     if found.case == "none-found":
+        bounded = sum(map(is_bounded, record.blocks))
+        alone = (
+            "1 block refined by itself" if count - bounded == 1 else f"{count - bounded} blocks refined by themselves"
+        )
+        more = f" and {bounded} bounded by the slope of the loss" if bounded else ""
         return (
-            f"None found: of {count} blocks refined by themselves (of {blocks}), none is shown to have a solo gain "
-            f"above {record.margin_nats:.3f} nats per token."
+            f"None found: of {alone}{more} (of {blocks}), none is shown to have a solo gain above "
+            f"{record.margin_nats:.3f} nats per token."
         )
     return "No verdict yet: no block was refined by itself within the budget."
 
@@ -76,8 +81,12 @@ def _together(record: AuditRecord) -> str:
         return ""
     interval = f"(95 % interval {composed.low:.3f} to {composed.high:.3f})"
     if composed.high < 0:
+        interval = f"(95 % interval {-composed.high:.3f} to {-composed.low:.3f})"
         return f"Refined together, the blocks raise the loss by {-composed.mean:.3f} nats per token {interval}."
     largest = of_its_own(record)
+    if largest is None and composed.low <= 0:
+        said = f"{composed.mean:+.3f} nats per token {interval}"
+        return f"Refined together, the blocks are not shown to lower the loss: gain {said}."
     if largest is None:
         return f"Refined together, the blocks lower the loss by {composed.mean:.3f} nats per token {interval}."
     block, own = largest

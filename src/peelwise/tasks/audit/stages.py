@@ -25,6 +25,7 @@ _JOINT: dict[Kind, Stage] = {"certified": "joint-rounds", "dense": "joint-rounds
 _USUAL_EVALUATIONS = 5
 # What a look takes, in forward passes over its tokens: blocks once more, back, and some factors on a few of them.
 _LOOK_PASSES = 28
+_UNSURE = 2.0  # what refining blocks may take, in units of its estimate
 _MOST_FACTORS = 3  # blocks unlike their neighbours that factors are put on
 
 
@@ -211,10 +212,13 @@ def refine_alone(session: Session, findings: Findings, *, rounds: int) -> bool:
 
 
 def _too_many(session: Session, waiting: Sequence[int], *, swept: bool) -> bool:
-    """Whether there is no time to refine all of these blocks, and time to screen them."""
+    """Whether there may be no time to refine all of these blocks, and there is time to screen them.
+
+    What refining takes is estimated; screening is cheap beside it, and of no use once the time is over.
+    """
     seconds = sum(_alone_seconds(session, index, swept=swept) for index in waiting)
     screening = session.seconds_for(PASSES * session.report.predicted)
-    return not session.clock.affords(seconds) and session.clock.affords(screening)
+    return not session.clock.affords(_UNSURE * seconds) and session.clock.affords(screening)
 
 
 def _screened(session: Session, findings: Findings, waiting: list[int]) -> list[int]:

@@ -1,8 +1,8 @@
 """How much of a probe a measurement may take, so that a budget allows one in reasonable time.
 
 A probe that is too large for its model and budget is measured once in half an hour, which decides nothing in a run of
-an hour. So measurements begin with as many of its sequences as the budget pays for about twice a minute, and take
-more as the run grows: about one measurement for every twentieth of it.
+an hour. So measurements begin with as many of its sequences as the budget pays for about once a minute, and take more
+as the run grows: about one measurement for every twentieth of it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import replace
 from peelwise.probe.probe import Probe, Split
 
 PASSES = 10.0  # of the whole model forward, that a measurement takes which can decide a block
-_SOONEST, _PER_RUN = 30.0, 20  # seconds between measurements at the beginning; measurements in a run, later
+_SOONEST, _PER_RUN = 60.0, 20  # seconds between measurements at the beginning; measurements in a run, later
 _FEWEST_TOKENS, _FEWEST_SEQUENCES = 1024, 8
 
 
