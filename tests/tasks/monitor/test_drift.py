@@ -14,6 +14,7 @@ from audits import tiny_probe
 from peelwise.model.architectures import find_blocks
 from peelwise.records.run import Measurement
 from peelwise.store.reader import RunReader
+from peelwise.tasks.monitor import drift
 from peelwise.tasks.monitor.drift import Drift
 from zoo import ZOO, sample_ids
 
@@ -26,7 +27,7 @@ def test_rotation_and_progress_are_those_of_the_weights() -> None:
     torch.manual_seed(0)
     model = ZOO["llama"]()
     blocks = find_blocks(model)
-    drift = Drift(blocks)
+    followed = Drift(blocks)
     states = [copy.deepcopy(model.state_dict())]
     found = {}
     for step in (10, 20):
@@ -34,7 +35,7 @@ def test_rotation_and_progress_are_those_of_the_weights() -> None:
             for parameter in blocks[1].module.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter) + (0.05 if step == 20 else 0.1))
         states.append(copy.deepcopy(model.state_dict()))
-        found = values(drift.noted(Measurement(step, "ranking", 2.0, 0.1, 0.01, "???"), blocks))
+        found = values(followed.noted(Measurement(step, "ranking", 2.0, 0.1, 0.01, "???"), blocks))
 
     def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
         x, y = a.double().numpy().ravel(), b.double().numpy().ravel()
@@ -77,3 +78,13 @@ def test_a_monitored_run_has_them_with_their_own_history_and_is_not_changed(tmp_
         assert set(newest) >= {0, 1}, name
         assert newest[0]["to_median"] is not None, name
     assert reader.newest(run.id, "rotation")[0]["value"] > 0
+
+
+def test_samples_of_many_layers_are_bounded_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drift, "_IN_ALL", 6_400)
+    blocks = find_blocks(ZOO["mixtral"]())
+    layers = sum(len(block.linears) for block in blocks)
+    kept = drift._samples(blocks)
+    assert len(kept) == layers
+    assert max(map(len, kept.values())) <= max(drift._FEWEST, 6_400 // layers)
+    assert sum(map(len, kept.values())) <= max(6_400, drift._FEWEST * layers)
