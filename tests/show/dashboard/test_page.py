@@ -95,11 +95,17 @@ def opened(page, ask, view=""):
     return page
 
 
+def drawn(page):
+    """Wait until what was asked for is on the screen: two frames."""
+    page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
 def cell(page, x, y):
     """The colour of the heat map at a share of its width and height, as ``[r, g, b, a]``."""
     script = """([x, y]) => { const canvas = document.querySelector('.heat-stage canvas');
         const r = devicePixelRatio, w = canvas.width - 70 * r, h = canvas.height - 22 * r;
         return [...canvas.getContext('2d').getImageData(58 * r + x * w, y * h, 1, 1).data] }"""
+    drawn(page)
     return page.evaluate(script, [x, y])
 
 
@@ -141,8 +147,8 @@ def test_choosing_a_block_changes_the_view_and_the_link(page, ask):
     page.wait_for_selector(".small-chart")
     assert page.url.endswith("#runs=0.1&block=1")
     recoverable = page.locator('[data-statistic="recoverable"]')
-    assert "+0.0300 [0.0000, +0.0500] nats per token at step 199" in recoverable.inner_text()
-    assert recoverable.locator(".whisker").count() == 20
+    expect(recoverable).to_contain_text("+0.0300 [0.0000, +0.0500] nats per token at step 199")
+    expect(recoverable.locator(".whisker")).to_have_count(20)
     assert page.locator(".matrices tbody tr").all_inner_texts()[0].split() == ["out", "70", "%", "70", "%"]
     page.go_back()
     page.wait_for_selector(".block h3:has-text('Block 0')")
@@ -163,7 +169,7 @@ def test_a_link_shows_the_same_view_again(page, ask):
     assert page.locator("#colour-by").input_value() == "energy"
     rows = page.locator(".loss details").first
     rows.locator("summary").click()
-    rows.locator("tbody th").first.wait_for()
+    rows.locator("tbody th").first.wait_for()  # filled once it is opened
     steps = [int(text) for text in rows.locator("tbody th").all_inner_texts()]
     assert (max(steps), min(steps)) == (149, 50)
 
@@ -195,17 +201,18 @@ def test_with_the_keyboard_alone(page, ask):
     page.locator(".pick[aria-checked=true]").focus()
     page.keyboard.press("ArrowRight")
     page.wait_for_selector(".block h3:has-text('Block 1')")
-    assert page.evaluate("document.activeElement.getAttribute('data-block')") == "1"
-    assert page.locator(".pick[tabindex='0']").count() == 1
+    expect(page.locator(".pick:focus")).to_have_attribute("data-block", "1")
+    expect(page.locator(".pick[tabindex='0']")).to_have_count(1)
     page.keyboard.press("End")
     page.wait_for_selector(".block h3:has-text('The whole model')")
     page.locator(".heat-stage").focus()
     page.keyboard.press("Home")
     page.keyboard.press("ArrowDown")
-    assert page.locator(".heat [role=status]").inner_text() == "block 1 (blocks.1), step 9: undecided"
+    status = page.locator(".heat [role=status]")
+    expect(status).to_have_text("block 1 (blocks.1), step 9: undecided")
     page.keyboard.press("End")
     page.keyboard.press("ArrowUp")
-    assert page.locator(".heat [role=status]").inner_text() == "block 0 (blocks.0), step 199: certified under-optimised"
+    expect(status).to_have_text("block 0 (blocks.0), step 199: certified under-optimised")
     page.keyboard.press("Enter")
     page.wait_for_selector(".block h3:has-text('Block 0')")
     # Everything that can be used can be reached, in the order of the page.
@@ -247,8 +254,8 @@ def test_choosing_steps_by_dragging_and_by_number(page, ask):
     opened(page, ask, "#runs=0.1")
     box = page.locator(".loss .plot-host").bounding_box()
     page.mouse.move(box["x"] + 60, box["y"] + 100)
-    assert "training" in page.locator(".loss .readout").inner_text()
-    assert page.locator(".heat-cursor.shown").count() == 1  # at the same step in all charts
+    expect(page.locator(".loss .readout")).to_contain_text("training")
+    expect(page.locator(".heat-cursor.shown")).to_have_count(1)  # at the same step in all charts
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 100)
     page.mouse.up()
@@ -270,6 +277,7 @@ def test_runs_side_by_side(page, ask):
     page.locator(".picker summary").click()
     page.get_by_role("checkbox", name="plain run 2, finished").check()
     page.wait_for_selector(".several")
+    drawn(page)
     boxes = [article.bounding_box() for article in page.get_by_role("article").all()]
     assert boxes[0]["y"] == boxes[1]["y"]
     assert boxes[1]["x"] > boxes[0]["x"] + 400
@@ -286,15 +294,15 @@ def test_it_follows_live_and_tells_of_alerts(page, tmp_path):
         writer.step(StepRow(0, 4.0, 0.0))
         opened(page, ask)
         page.wait_for_selector("#connection:has-text('live')")
-        assert "No measurement yet" in page.locator(".what").inner_text()
+        expect(page.locator(".what")).to_contain_text("No measurement yet")
         loads = []
         page.on("request", lambda request: loads.append(request.url))
         for step in range(1, 30):
             writer.step(StepRow(step, 4.0 - step / 100, 0.01))
         writer.measurement(measurement_row(29, kind="alone", events=(event(29, text="block 0 is in need"),)))
         page.wait_for_selector(".event:has-text('block 0 is in need')")
-        assert page.locator("#spoken").inner_text() == "Alert at step 29: block 0 is in need"
-        assert page.get_by_role("radio", name="Block 0, blocks.0: certified under-optimised").count() == 1
+        expect(page.locator("#spoken")).to_have_text("Alert at step 29: block 0 is in need")
+        expect(page.get_by_role("radio", name="Block 0, blocks.0: certified under-optimised")).to_have_count(1)
         page.wait_for_selector("[data-statistic=energy]")
         loads.clear()
         writer.measurement(measurement_row(39, kind="alone"))
@@ -305,10 +313,11 @@ def test_it_follows_live_and_tells_of_alerts(page, tmp_path):
         rows = tuple(Statistic("unheard_of", b, 1.0) for b in range(3))
         writer.measurement(Measurement(49, "ranking", 2.0, 0.1, 0.0, "RG?", statistics=rows))
         page.wait_for_selector("[data-statistic=unheard_of] h4:has-text('Unheard of')")
+        drawn(page)
         assert page.locator("article[data-kept=yes]").count() == 1  # nobody loses their place
         assert page.evaluate("document.activeElement.id") == "colour-by"
         page.locator(".heat details summary").click()
-        assert page.locator(".heat tbody th").all_inner_texts() == ["49", "39", "29"]  # each once
+        expect(page.locator(".heat tbody th")).to_have_text(["49", "39", "29"])  # each once
         writer.close()
         page.wait_for_selector("#connection:has-text('at rest')")
         with RunWriter(path, run_info("second")) as second:  # nobody chose a run: the newest is shown
@@ -376,6 +385,7 @@ def test_what_a_history_holds_does_nothing_on_the_page(page, tmp_path):
         page.wait_for_selector(".matrices table")
         for summary in page.locator("article summary").all():
             summary.click()
+        page.locator(".heat details tbody th").first.wait_for()  # the last thing that is filled once it is opened
         assert page.evaluate("window.harm") is None
         assert page.locator("main img, main script").count() == 0
         assert page.locator("h2").inner_text() == HOSTILE
@@ -499,6 +509,7 @@ def red_pixels(page, block, blocks):
         let count = 0;
         for (let i = 0; i < row.length; i += 4) count += rgb.every((part, c) => row[i + c] === part);
         return count }"""
+    drawn(page)
     return page.evaluate(script, [(block + 0.5) / blocks, rgb])
 
 
@@ -533,4 +544,5 @@ def test_one_outlier_among_ten_thousand_is_seen(page, big):
     assert shaded["height"] > 60
     page.locator(".pick[data-block='8']").click()
     page.wait_for_selector(".block h3:has-text('Block 8')")
+    drawn(page)
     assert page.locator("[data-statistic=energy] .shared").bounding_box()["height"] < 2
