@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from peelwise.api.monitor import Monitor
     from peelwise.api.peel import PeelReport, peel
     from peelwise.api.quantcheck import QuantcheckReport, quantcheck
+    from peelwise.api.quantise import QuantiseReport, quantise
     from peelwise.api.yes import YesBounds, yes_bounds
     from peelwise.integrations.huggingface import attach as attach
     from peelwise.model.options import OpenOptions
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from peelwise.tasks.monitor.schedules import every, log_spaced
     from peelwise.tasks.peel.settings import PeelSettings
     from peelwise.tasks.quantcheck.settings import QuantcheckSettings
+    from peelwise.tasks.quantise.settings import QuantiseSettings
     from peelwise.tasks.yes.bounds import YesMonitor
 
 __all__ = [
@@ -45,6 +47,8 @@ __all__ = [
     "ProbeOptions",
     "QuantcheckReport",
     "QuantcheckSettings",
+    "QuantiseReport",
+    "QuantiseSettings",
     "YesBounds",
     "YesMonitor",
     "apply",
@@ -56,6 +60,7 @@ __all__ = [
     "log_spaced",
     "peel",
     "quantcheck",
+    "quantise",
     "verify",
     "yes_bounds",
 ]
@@ -78,6 +83,8 @@ _HOME = {
     "ProbeOptions": "peelwise.probe.options",
     "QuantcheckReport": "peelwise.api.quantcheck",
     "QuantcheckSettings": "peelwise.tasks.quantcheck.settings",
+    "QuantiseReport": "peelwise.api.quantise",
+    "QuantiseSettings": "peelwise.tasks.quantise.settings",
     "YesBounds": "peelwise.api.yes",
     "YesMonitor": "peelwise.tasks.yes.bounds",
     "apply": "peelwise.api.certificate",
@@ -90,6 +97,7 @@ _HOME = {
     "log_spaced": "peelwise.tasks.monitor.schedules",
     "peel": "peelwise.api.peel",
     "quantcheck": "peelwise.api.quantcheck",
+    "quantise": "peelwise.api.quantise",
     "verify": "peelwise.api.certificate",
     "yes_bounds": "peelwise.api.yes",
 }

@@ -18,16 +18,21 @@ from peelwise.tasks.check.settings import CHECK_LENGTH, CHECK_TOKENS, CheckSetti
 from peelwise.tasks.compare.settings import CompareSettings
 from peelwise.tasks.peel.settings import PeelSettings
 from peelwise.tasks.quantcheck.settings import QuantcheckSettings
+from peelwise.tasks.quantise.settings import QuantiseSettings
 
 SETTINGS = {
     "check": CheckSettings,
     "audit": AuditSettings,
     "peel": PeelSettings,
     "quantcheck": QuantcheckSettings,
+    "quantise": QuantiseSettings,
     "compare": CompareSettings,
 }
 CLASSES = (*SETTINGS.values(), OpenOptions, ProbeOptions)
-RENAMED = {("quantcheck", "format"): "form"}  # a parameter of this name would hide the built-in
+RENAMED = {
+    ("quantcheck", "format"): "form",
+    ("quantise", "format"): "form",
+}  # a parameter of this name would hide the built-in
 OWN_DEFAULTS = {("check", "tokens"): CHECK_TOKENS, ("check", "sequence_length"): CHECK_LENGTH}
 
 

@@ -55,13 +55,21 @@ def open_both(
         ProbeError: If the text cannot be read or is too short.
         ModelError: If the model cannot be opened, or there is no tokenizer for the text.
     """
+    target, drawn, _ = open_model_and_probe(model, probe, opening)
+    return target, drawn
+
+
+def open_model_and_probe(
+    model: nn.Module | str | Path, probe: Probe | ProbeOptions | None, opening: OpenOptions | None = None
+) -> tuple[Target, Probe, Any | None]:
+    """Return what `open_both` does, and the tokenizer if the model came with one."""
     opening = opening or OpenOptions()
     if isinstance(probe, Probe):
-        return open_target(model, opening), probe
+        return open_target(model, opening), probe, None
     options = probe or ProbeOptions()
     documents = options.documents()  # first, since it is quick and may be mistyped
     target, tokenizer = _opened(model, opening, with_tokenizer=True)
-    return target, Probe.from_options(options, tokenizer, documents=documents)
+    return target, Probe.from_options(options, tokenizer, documents=documents), tokenizer
 
 
 def with_budget(settings: Settings, budget: float | str | None) -> Settings:

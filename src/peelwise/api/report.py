@@ -16,6 +16,7 @@ from peelwise.records.files import RECORD_FILE
 from peelwise.records.folder import check_free
 from peelwise.records.peel import PeelRecord
 from peelwise.records.quantcheck import QuantcheckRecord
+from peelwise.records.quantise import QuantiseRecord
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +35,7 @@ class Result:
         record: every number, as in the JSON file.
     """
 
-    record: AuditRecord | CheckRecord | PeelRecord | QuantcheckRecord | CompareRecord | CompareSeries
+    record: AuditRecord | CheckRecord | PeelRecord | QuantcheckRecord | QuantiseRecord | CompareRecord | CompareSeries
 
     def __str__(self) -> str:
         from rich.console import Console

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor
 from peelwise.engine.clock import Clock
 from peelwise.engine.sweep import BlockProposals, Direction, sweep
 from peelwise.evidence.intervals import Paired, paired
-from peelwise.model.layers import LinearLayer
-from peelwise.model.runner import Runner, Trace
+from peelwise.model.capture import Call, Capture, captured, ended_by
+from peelwise.model.layers import Block, LinearLayer
+from peelwise.model.runner import Batch, Runner, Trace
 from peelwise.model.splice import spliced
 from peelwise.model.weights.held import Held
 from peelwise.probe.probe import Probe, Split
@@ -29,6 +30,7 @@ WITHOUT: Stage = "leave-one-out"
 FORWARD_STAGES = LOSSES, REMOVED, WITHOUT
 
 Changes = dict[LinearLayer, Tensor]
+Wanted = tuple[LinearLayer, int]  # a layer, and how often it runs
 
 
 @dataclass
@@ -130,6 +132,29 @@ class Session(ReportSession):
     def share_from(self, start: int) -> float:
         """Part of a forward pass that lies in blocks ``start..`` and the head."""
         return sum(self.runner.shares[start:]) + self.runner.head_share
+
+
+def run_captured(
+    runner: Runner,
+    block: Block,
+    batch: Batch,
+    hidden: Tensor,
+    changes: Mapping[LinearLayer, Tensor],
+    linears: Sequence[LinearLayer] = (),
+) -> tuple[Tensor, Capture]:
+    """Run one block with ``changes`` in place; return its output ``[b, t, d]`` and what ``linears`` were given."""
+    with spliced(changes), captured(linears) as capture:
+        return runner.run_block(block, hidden, batch), capture
+
+
+def run_until(
+    runner: Runner, block: Block, batch: Batch, hidden: Tensor, changes: Mapping[LinearLayer, Tensor], wanted: Wanted
+) -> list[Call]:
+    """Run one block with ``changes`` in place until a layer has run so often; return its runs."""
+    linear, runs = wanted
+    with spliced(changes), captured([linear]) as capture, ended_by(linear, runs):
+        runner.run_block(block, hidden, batch)
+    return capture.calls.get(linear, [])
 
 
 def combined(

@@ -78,6 +78,33 @@ def captured(linears: Sequence[LinearLayer]) -> Iterator[Capture]:
             capture.groups[linear] = first if shared else linear
 
 
+class _EnoughError(Exception):
+    """Ends a run whose rest nobody needs."""
+
+
+@contextmanager
+def ended_by(linear: LinearLayer, runs: int) -> Iterator[None]:
+    """End what runs inside the context once a layer has run so often; the rest of a block's work is saved.
+
+    Open it outside of what records that layer, so that its last run is recorded.
+    """
+    seen = 0
+
+    def count(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == runs:
+            raise _EnoughError
+
+    handle = linear.module.register_forward_hook(count)
+    try:
+        yield
+    except _EnoughError:
+        pass
+    finally:
+        handle.remove()
+
+
 def _is_product(module: nn.Module, x: Any, y: Tensor) -> bool:
     """Whether ``x [.., d_in]`` and ``y [.., d_out]`` are as wide as the layer's weight."""
     if type(module) is nn.Linear or not isinstance(module, nn.Linear):

@@ -48,6 +48,8 @@ Stage = Literal[
     "untrained-control",
     "best-weights",
     "best-weights-losses",
+    "codes",
+    "codes-losses",
     "weight-signals",
     "pass-signals",
     "gain-witnesses",

@@ -236,8 +236,12 @@ class Descent:
 
 
 def _inverse_root(S: Tensor) -> Tensor:
-    """Return the upper triangular ``U`` with ``U^T U = (S + damping)^-1``."""
-    factor = DampedFactor(S, _FEEDBACK_DAMPING, name="S")
-    inverse = factor.solve(torch.eye(len(S), dtype=S.dtype, device=S.device))
-    root: Tensor = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
+    """Return the upper triangular ``U`` with ``U^T U = (S + damping)^-1``.
+
+    With rows and columns of ``S`` in reverse its Cholesky factor ``L`` is lower triangular; in reverse again it is an
+    upper triangular ``R`` with ``R R^T = S``, and ``U = R^-1``: a fifth of the work of inverting ``S`` first.
+    """
+    upper = DampedFactor(S.flip(0, 1), _FEEDBACK_DAMPING, name="S").root.flip(0, 1)
+    identity = torch.eye(len(S), dtype=upper.dtype, device=S.device)
+    root: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
     return root.to(S)

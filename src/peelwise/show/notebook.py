@@ -16,6 +16,7 @@ from peelwise.records.check import BlockCheck, CheckRecord
 from peelwise.records.compare import CompareRecord, CompareSeries
 from peelwise.records.peel import PeelRecord
 from peelwise.records.quantcheck import LayerCheck, QuantcheckRecord
+from peelwise.records.quantise import QuantiseRecord
 from peelwise.records.run import COLOURS, WHOLE_MODEL, Measurement
 from peelwise.records.yes import YesRecord
 from peelwise.show import yes as yes_words
@@ -25,6 +26,7 @@ from peelwise.show.compare import words as compare_words
 from peelwise.show.html.markup import esc
 from peelwise.show.peel import words as peel_words
 from peelwise.show.quantcheck import words as quantcheck_words
+from peelwise.show.quantise import words as quantise_words
 from peelwise.show.words import (
     NOT_IN_BUDGET,
     NOT_MEASURED,
@@ -51,13 +53,15 @@ _CLOUDS: Mapping[str, Colour] = MappingProxyType({"red": "red", "yellow": "yello
 
 
 def record_html(
-    record: AuditRecord | CheckRecord | PeelRecord | QuantcheckRecord | CompareRecord | CompareSeries,
+    record: AuditRecord | CheckRecord | PeelRecord | QuantcheckRecord | QuantiseRecord | CompareRecord | CompareSeries,
 ) -> str:
     """Return the fragment of any record."""
     if isinstance(record, CheckRecord):
         return _check(record)
     if isinstance(record, QuantcheckRecord):
         return _quantcheck(record)
+    if isinstance(record, QuantiseRecord):
+        return _quantise(record)
     if isinstance(record, CompareRecord):
         return fragment(*_compare(record))
     if isinstance(record, CompareSeries):
@@ -251,6 +255,35 @@ def _quantcheck(record: QuantcheckRecord) -> str:
         _table(headers, rows, _of("Layers, those with most to recover first", len(rows), len(solved))),
         _line(f"{missing} more layers: {NOT_IN_BUDGET}.", bold=True) if missing else "",
         "" if loss.kept else _line(quantcheck_words.NOT_KEPT, bold=True),
+        *(_line(f"Note: {note_words(note)}", quiet=True) for note in record.notes),
+        _line(f"Cost: {duration(record.cost.wall_seconds)}.", quiet=True),
+    )
+
+
+def _quantise(record: QuantiseRecord) -> str:
+    loss = record.loss
+    losses = [
+        ["parent", nats(loss.parent), ""],
+        ["rounded to nearest", nats(loss.rounded), with_ends(loss.rounding_damage)],
+        ["quantised", nats(loss.quantised), with_ends(loss.damage)],
+    ]
+    steps = [step for step in quantise_words.STEPS if any(step in layer.steps for layer in record.layers)]
+    ordered = sorted(record.layers, key=lambda layer: list(layer.steps.values())[-1:], reverse=True)
+    rows = [
+        [esc(each.name), esc(each.format), f"{each.bits_per_weight:.2f}", *(_percent(each.steps.get(s)) for s in steps)]
+        for each in ordered[:MOST_ROWS]
+    ]
+    headers = ["layer", "format", "bits", *(f"{quantise_words.STEPS[step]}, %" for step in steps)]
+    return fragment(
+        _title(record.model.name, _facts(record.model)),
+        _line(quantise_words.conclusion(record)),
+        _table(
+            ["loss on report, nats per token", "", "more than the parent"],
+            [[esc(c) for c in r] for r in losses],
+            "Losses",
+        ),
+        _table(headers, rows, _of("Layers, those that lose most first", len(rows), len(ordered))),
+        _line(quantise_words.ABOUT_LAYERS, quiet=True),
         *(_line(f"Note: {note_words(note)}", quiet=True) for note in record.notes),
         _line(f"Cost: {duration(record.cost.wall_seconds)}.", quiet=True),
     )

@@ -11,6 +11,7 @@ from peelwise.records.check import CheckRecord
 from peelwise.records.compare import CompareRecord, CompareSeries
 from peelwise.records.peel import PeelRecord
 from peelwise.records.quantcheck import QuantcheckRecord
+from peelwise.records.quantise import QuantiseRecord
 from peelwise.show.audit import report, terminal
 from peelwise.show.audit import words as audit_words
 from peelwise.show.check import report as check_report
@@ -24,9 +25,11 @@ from peelwise.show.peel import terminal as peel_terminal
 from peelwise.show.peel import words as peel_words
 from peelwise.show.quantcheck import terminal as quantcheck_terminal
 from peelwise.show.quantcheck import words as quantcheck_words
+from peelwise.show.quantise import terminal as quantise_terminal
+from peelwise.show.quantise import words as quantise_words
 
 PageRecord = AuditRecord | CheckRecord | PeelRecord | CompareRecord | CompareSeries
-AnyRecord = PageRecord | QuantcheckRecord
+AnyRecord = PageRecord | QuantcheckRecord | QuantiseRecord
 
 
 def render(record: AnyRecord, folder: Path | str | None = None) -> RenderableType:
@@ -38,6 +41,8 @@ def render(record: AnyRecord, folder: Path | str | None = None) -> RenderableTyp
     """
     if isinstance(record, QuantcheckRecord):
         return quantcheck_terminal.render(record)
+    if isinstance(record, QuantiseRecord):
+        return quantise_terminal.render(record)
     if isinstance(record, CheckRecord):
         return check_terminal.render(record, folder)
     if isinstance(record, CompareRecord):
@@ -58,6 +63,8 @@ def conclusion(record: AnyRecord) -> str:
     """Return in a few sentences what was found."""
     if isinstance(record, QuantcheckRecord):
         return quantcheck_words.conclusion(record)
+    if isinstance(record, QuantiseRecord):
+        return quantise_words.conclusion(record)
     if isinstance(record, CheckRecord):
         return check_words.conclusion(record)
     if isinstance(record, CompareRecord):

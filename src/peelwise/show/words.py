@@ -76,6 +76,8 @@ STAGES: Mapping[str, str] = MappingProxyType(
         "untrained-control": "control: untrained",
         "best-weights": "best weights of every layer",
         "best-weights-losses": "losses with the best weights",
+        "codes": "codes of every layer, block by block",
+        "codes-losses": "losses with these codes, and rounded to nearest",
         "weight-signals": "signals of the weights",
         "pass-signals": "signals of a pass forward and back",
         "gain-witnesses": "gain witnesses: factors on parts of blocks that stand out",

@@ -61,6 +61,11 @@ class DampedFactor:
         self.damping = used
         self._factor = factor
 
+    @property
+    def root(self) -> Tensor:
+        """The lower triangular ``L [d, d]`` with ``L L^T = S + ..``, in the factor's dtype."""
+        return self._factor
+
     def solve(self, right: Tensor) -> Tensor:
         """Return ``(S + ..)^-1 right`` for ``right [d, m]``, in the factor's dtype."""
         return torch.cholesky_solve(right.to(self._factor.dtype), self._factor)

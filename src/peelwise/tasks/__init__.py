@@ -1,1 +1,1 @@
-"""What peelwise does with a model, a folder for each: audit, peel, yes, quantcheck, monitor."""
+"""What peelwise does with a model, a folder for each: audit, peel, yes, quantise, quantcheck, check, ..."""

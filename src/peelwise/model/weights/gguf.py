@@ -7,6 +7,7 @@ two, four, five or eight bits. Layouts and names of tensors are those of the ggm
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,11 @@ def stored_layers(file: str | Path, blocks: Sequence[Block]) -> dict[LinearLayer
         MissingExtraError: Without the gguf package.
     """
     path = Path(file)
-    try:
-        import gguf
-    except ImportError as error:
-        raise MissingExtraError("Reading the blocks of a .gguf file", "gguf") from error
+    if find_spec("gguf") is None:
+        raise MissingExtraError("Reading the blocks of a .gguf file", "gguf")
     reader = FileReader(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    names = _names(gguf, reader, len(blocks))
+    names = names_in(reader, len(blocks))
     found = {}
     for linear in (linear for block in blocks for linear in block.linears):
         name = names.get_name(linear.name, try_suffixes=(".weight",))
@@ -94,8 +93,10 @@ def read_blocks(kind: str, data: _Bytes) -> tuple[Format, Encoded]:
     )
 
 
-def _names(gguf: Any, reader: FileReader, blocks: int) -> Any:
-    """Return the package's table of tensor names for the architecture of the file."""
+def names_in(reader: FileReader, blocks: int) -> Any:
+    """Return the package's table of tensor names for the architecture of a file."""
+    import gguf
+
     architecture = reader.architecture
     known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
     if architecture not in known:
@@ -105,20 +106,33 @@ def _names(gguf: Any, reader: FileReader, blocks: int) -> Any:
 
 def _in_row_order(encoded: Encoded, form: Format, linear: LinearLayer, path: Path) -> Encoded:
     """Return the codes with rows in the order of the layer's weight, found by comparing the rows themselves."""
-    there, here = form.decode(encoded), linear.weight().float().cpu()
+    rows = rows_in_file(form.decode(encoded), linear.weight().float().cpu())
+    if rows is None:
+        raise FormatError(
+            f"{path} does not store the weights of {linear.name}. Give the file that the model was opened from."
+        )
+    zeros = None if encoded.zeros is None else encoded.zeros[rows]
+    assert encoded.scales is not None
+    return Encoded(encoded.codes[rows], encoded.scales[rows], zeros)
+
+
+def rows_in_file(there: torch.Tensor, here: torch.Tensor) -> torch.Tensor | None:
+    """Return for every row of a layer's weight which row of the file it is, ``[d_out]``; ``None`` if they differ.
+
+    Args:
+        there: weights of the file ``[d_out, d_in]``, float32.
+        here: of the opened model.
+    """
     if torch.equal(there, here):
-        return encoded
-    if there.shape == here.shape:
-        order_there, order_here = (_row_order(matrix) for matrix in (there, here))
-        if torch.equal(there[order_there], here[order_here]):
-            rows = torch.empty_like(order_here)
-            rows[order_here] = order_there
-            zeros = None if encoded.zeros is None else encoded.zeros[rows]
-            assert encoded.scales is not None
-            return Encoded(encoded.codes[rows], encoded.scales[rows], zeros)
-    raise FormatError(
-        f"{path} does not store the weights of {linear.name}. Give the file that the model was opened from."
-    )
+        return torch.arange(len(here))
+    if there.shape != here.shape:
+        return None
+    order_there, order_here = (_row_order(matrix) for matrix in (there, here))
+    if not torch.equal(there[order_there], here[order_here]):
+        return None
+    rows = torch.empty_like(order_here)
+    rows[order_here] = order_there
+    return rows
 
 
 def _row_order(matrix: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,184 @@
+"""`quantise`: a model in a low-bit format without training, as people use it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from peelwise.api.inputs import open_model_and_probe
+from peelwise.api.report import Result, frame
+from peelwise.engine.clock import Watcher
+from peelwise.errors import OptionError, OutputError
+from peelwise.formats.base import Encoded, Format
+from peelwise.model.checkpoints import gguf_file, save_model
+from peelwise.model.fingerprint import identify
+from peelwise.model.options import OpenOptions
+from peelwise.model.weights.gguf_writer import write_gguf
+from peelwise.nn.files import hold_in, note_formats
+from peelwise.probe.options import ProbeOptions
+from peelwise.probe.probe import Probe
+from peelwise.records.folder import check_free, write_text_file, written_whole
+from peelwise.records.quantise import QuantiseRecord
+from peelwise.tasks.quantise.kept import Kept
+from peelwise.tasks.quantise.run import run_quantise
+from peelwise.tasks.quantise.settings import QuantiseSettings
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import nn
+
+RECORD_FILE = "quantise.json"
+GGUF_FILE = "model.gguf"
+To = Literal["folder", "gguf"]
+
+
+@dataclass(frozen=True, eq=False)
+class QuantiseReport(Result):
+    """A model in a low-bit format, and what that cost.
+
+    Attributes:
+        record: every number, as in ``quantise.json``.
+        codes: format and codes of every quantised layer, by name.
+        model: the parent, as it was.
+        tokenizer: its tokenizer, if it came with one.
+    """
+
+    record: QuantiseRecord
+    codes: dict[str, tuple[Format, Encoded]] = field(repr=False)
+    model: nn.Module = field(repr=False)
+    tokenizer: Any | None = field(default=None, repr=False)
+
+    def quantised(self) -> nn.Module:
+        """Return a copy of the parent whose layers are those of `peelwise.nn` and compute with the codes found."""
+        made = copy.deepcopy(self.model)
+        for name, (form, encoded) in self.codes.items():
+            hold_in(made, name, form, encoded)
+        note_formats(made)
+        return made
+
+    def save(self, folder: str | Path, *, to: To = "folder", force: bool = False) -> Path:
+        """Write the quantised model, and the record as ``quantise.json`` beside it; whole or not at all.
+
+        Args:
+            folder: must not exist, unless ``force`` and it holds an earlier result.
+            to: ``"folder"``: a folder that peelwise opens with its low-bit layers, and transformers with the floats
+                they stand for. ``"gguf"``: the ``.gguf`` file that the model was opened from, with other codes.
+            force: replace an earlier result.
+
+        Raises:
+            OutputError: If the folder is taken or cannot be written, or the model cannot be written so.
+            FormatError: If the format is none of GGUF's.
+        """
+        folder = Path(folder)
+        check_free(folder, force=force, ours=RECORD_FILE)
+        with written_whole(folder) as new:
+            if to == "gguf":
+                write_gguf(_source(self.record.model.source), new / GGUF_FILE, self.model, self.codes)
+            else:
+                save_model(self.quantised(), self.tokenizer, new)
+            write_text_file(new / RECORD_FILE, self.to_json() + "\n")
+        return folder
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per layer.
+
+        Raises:
+            MissingExtraError: Without pandas.
+        """
+        rows = [one.model_dump() for one in self.record.layers]
+        return frame([{k: v for k, v in row.items() if k != "steps"} | row["steps"] for row in rows], "name")
+
+
+def quantise(
+    model: nn.Module | str | Path,
+    probe: Probe | ProbeOptions | None = None,
+    settings: QuantiseSettings | None = None,
+    *,
+    format: str | Format | None = None,
+    opening: OpenOptions | None = None,
+    out: str | Path | None = None,
+    to: To = "folder",
+    resume: bool = True,
+    force: bool = False,
+    progress: Watcher | None = None,
+) -> QuantiseReport:
+    """Put the linear layers of a model's blocks into a low-bit format, without training.
+
+    Layers are solved one after the other, for the inputs that they really get from those before them.
+
+    Args:
+        model: a module (left exactly as it was), a folder or a GGUF file.
+        probe: the probe, or the text to draw it from with the model's tokenizer; default: the reference prose.
+        settings: format and effort.
+        format: shorthand for that of ``settings``, such as ``"int3:group=64"``.
+        opening: how a folder or file is opened.
+        out: folder to save the quantised model in; refused before the work if it is taken.
+        to: what is written there; see `QuantiseReport.save`.
+        resume: go on where an interrupted run with the same model, text and settings ended; needs ``out``, beside which
+            finished blocks are kept until the end.
+        force: replace an earlier result there.
+        progress: called with a `Progress` at every step.
+
+    Returns:
+        The report; print it, show it in a notebook, or ``save`` the model.
+
+    Raises:
+        PeelwiseError: With one or two lines on what is wrong and what to do.
+
+    Example:
+        >>> report = peelwise.quantise("path/to/model", format="int4:group=64", out="out/int4")
+        >>> report.record.loss.damage.mean
+        0.043
+    """
+    from dataclasses import replace
+
+    settings = settings or QuantiseSettings()
+    if format is not None:
+        settings = replace(settings, format=format)
+    if to not in ("folder", "gguf"):
+        raise OptionError(f'to: expected "folder" or "gguf", got {to!r}.')
+    if out is not None:
+        check_free(Path(out), force=force, ours=RECORD_FILE)
+    target, drawn, tokenizer = open_model_and_probe(model, probe, opening)
+    if to == "gguf":
+        check_gguf_formats(_source(target.source), settings)
+    kept = None
+    if out is not None and resume:
+        key = {
+            "model": identify(target.model).fingerprint,
+            "probe": drawn.fingerprint,
+            "settings": settings.plain() | {"plan": dict(settings.plan)},
+        }
+        kept = Kept(Path(out).with_name(f".{Path(out).name}.unfinished"), key)
+    found = run_quantise(target.model, target.name, target.source, drawn, settings, progress, kept)
+    report = QuantiseReport(found.record, found.codes, target.model, tokenizer)
+    if out is not None:
+        report.save(out, to=to, force=force)
+        if kept is not None:
+            kept.done()
+    return report
+
+
+def _source(source: str | None) -> Path:
+    file = gguf_file(source)
+    if file is None:
+        raise OutputError(
+            "A .gguf file is written from the one that the model was opened from, with its names and vocabulary: "
+            f"expected a .gguf file, got {source or 'a module'}. Convert the model to GGUF in full precision first."
+        )
+    return file
+
+
+def check_gguf_formats(file: Path, settings: QuantiseSettings) -> None:
+    """Refuse formats that GGUF does not have, before any work.
+
+    Raises:
+        FormatError: With those that it has.
+    """
+    from peelwise.model.weights.gguf_writer import kind_of
+
+    for form in (settings.parsed_format(), *settings.parsed_plan().values()):
+        if not form.name.startswith("dense"):
+            kind_of(form)

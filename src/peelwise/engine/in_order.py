@@ -1,0 +1,130 @@
+"""Layers in the order in which they run, each with the inputs that it gets from those that were changed before it.
+
+Two models are walked side by side, block by block: the parent as it is, and its copy with the changes so far. Stations
+of both, and the sums of one group of layers, are alive at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from peelwise.engine.session import Changes, run_captured, run_until
+from peelwise.engine.sweep import token_rows
+from peelwise.model.capture import Call
+from peelwise.model.layers import Block, LinearLayer
+from peelwise.model.runner import Batch, Runner, Trace
+from peelwise.references.asymmetric import InputSums
+from peelwise.stats.gram import CrossSum, GramSum
+
+
+@dataclass
+class Walk:
+    """A model and its parent on some parts of a probe, as far as it has been walked.
+
+    Args:
+        parent: the full-precision model.
+        own: the model that is changed layer by layer; the parent itself will do.
+        twins: the parent's layer of every layer of ``own`` that is to be changed.
+        parts: traces of the parent, of each part of the probe.
+        stations: per part and micro-batch, what enters the first block of ``own``, ``[b, t, d]``.
+        calls: per part, the micro-batches of ``own``, whose arguments its blocks are called with.
+
+    Attributes:
+        changes: what to put in place, per layer of ``own``; callers add to it while they walk.
+    """
+
+    parent: Runner
+    own: Runner
+    twins: Mapping[LinearLayer, LinearLayer]
+    parts: Sequence[Trace]
+    calls: Sequence[Trace]
+    changes: Changes = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._hidden = [[batch.stations[0] for batch in trace.batches] for trace in self.calls]
+
+    def groups(self, block: Block) -> Iterator[tuple[list[LinearLayer], list[InputSums]]]:
+        """Yield the layers of a block that share their input, in the order they run in, with sums for each part.
+
+        Those of ``changes`` are in place when the next group is yielded.
+        """
+        wanted = [linear for linear in block.linears if linear in self.twins]
+        before = self._parent_inputs(block, wanted)
+        for group in _in_running_order(before):
+            yield group, [self._sums(block, group[0], number, before[number]) for number in range(len(self.parts))]
+
+    @torch.no_grad()
+    def leave(self, block: Block) -> list[float]:
+        """Go on to the next block; return for each part ``E|H - H'|^2 / E|H - mean|^2`` of the stations behind it.
+
+        ``H`` is the parent's station behind the block, ``H'`` that of the model with the changes.
+        """
+        shares = []
+        for number, (trace, calls) in enumerate(zip(self.parts, self.calls, strict=True)):
+            apart = spread = 0.0
+            for i, (there, here) in enumerate(zip(trace.batches, calls.batches, strict=True)):
+                hidden, _ = run_captured(self.own, block, here, self._hidden[number][i], self._of(block))
+                self._hidden[number][i] = hidden
+                own, theirs = (h[here.weights].double() for h in (hidden, there.stations[block.index + 1]))
+                apart += float((own - theirs).square().sum())
+                spread += float((theirs - theirs.mean(0)).square().sum())
+            shares.append(apart / spread if spread else 0.0)
+        return shares
+
+    def _of(self, block: Block) -> Changes:
+        return {linear: self.changes[linear] for linear in block.linears if linear in self.changes}
+
+    @torch.no_grad()
+    def _parent_inputs(self, block: Block, wanted: Sequence[LinearLayer]) -> list[list[dict[LinearLayer, list[Call]]]]:
+        """Return per part and micro-batch the runs of the layers in the parent, under the names of ``own``."""
+        above = self.parent.blocks[block.index]
+        names = {self.twins[linear]: linear for linear in wanted}
+        found: list[list[dict[LinearLayer, list[Call]]]] = []
+        for trace in self.parts:
+            of_part = []
+            for batch in trace.batches:
+                _, capture = run_captured(self.parent, above, batch, batch.stations[above.index], {}, list(names))
+                of_part.append({names[twin]: calls for twin, calls in capture.calls.items()})
+            found.append(of_part)
+        return found
+
+    @torch.no_grad()
+    def _sums(
+        self, block: Block, first: LinearLayer, number: int, before: list[dict[LinearLayer, list[Call]]]
+    ) -> InputSums:
+        zz, lost, paired = GramSum(), CrossSum(), True
+        for batch, hidden, theirs in zip(self.calls[number].batches, self._hidden[number], before, strict=True):
+            twins = theirs.get(first, [])
+            runs = run_until(self.own, block, batch, hidden, self._of(block), (first, len(twins)))
+            paired = paired and len(runs) == len(twins)
+            for i, call in enumerate(runs):
+                z = _rows(call, batch, first)
+                zz.update(z)
+                paired = paired and _same_tokens(call, twins[i])
+                if paired:
+                    lost.update(_rows(twins[i], batch, first) - z, z)
+        return InputSums(zz.mean().float(), lost.mean().float() if paired and lost.n else None)
+
+
+def _rows(call: Call, batch: Batch, linear: LinearLayer) -> Tensor:
+    return token_rows(call.x, call, batch, linear, ones=False)
+
+
+def _same_tokens(one: Call, other: Call) -> bool:
+    """Whether two runs of a layer are on the same tokens: experts get those that their routers chose."""
+    if one.x.shape != other.x.shape or (one.rows is None) != (other.rows is None):
+        return False
+    return one.rows is None or other.rows is None or torch.equal(one.rows, other.rows)
+
+
+def _in_running_order(before: Sequence[Sequence[Mapping[LinearLayer, list[Call]]]]) -> list[list[LinearLayer]]:
+    """Return the layers that ran, those that were given the very same tensors together, in the order they ran in."""
+    groups: dict[tuple[int, ...], list[LinearLayer]] = {}
+    for linear in dict.fromkeys(linear for part in before for batch in part for linear in batch):
+        calls = tuple(id(call.x) for part in before for batch in part for call in batch.get(linear, []))
+        groups.setdefault(calls if not linear.is_expert else (id(linear),), []).append(linear)
+    return list(groups.values())

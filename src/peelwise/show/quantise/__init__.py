@@ -1,0 +1,1 @@
+"""What quantising a model cost and saved, on the terminal."""

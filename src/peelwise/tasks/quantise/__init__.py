@@ -1,0 +1,1 @@
+"""A model in a low-bit format, layer by layer, without training."""

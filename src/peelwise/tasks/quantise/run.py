@@ -1,0 +1,227 @@
+"""A model in a low-bit format without training: layers one after the other, for the inputs that they will really get.
+
+For every group of layers that share their input, in the order they run in:
+
+    1. sums of what they get from the layers quantised before them, and of what the parent gets there
+    2. where their weights should be to make up for what is already lost (`references.asymmetric`)
+    3. codes: rounding with error feedback, then coordinate descent where select agrees
+
+fit makes the codes, select chooses dampings, how far to go and which step to keep, report gives every number shown.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from peelwise.engine.clock import Clock, Watcher
+from peelwise.engine.in_order import Walk
+from peelwise.engine.opening import checked_blocks
+from peelwise.engine.provenance import Setup, model_record, versions
+from peelwise.engine.session import LOSSES, Changes, ReportSession
+from peelwise.errors import FormatError
+from peelwise.formats.base import Encoded, Format
+from peelwise.model.fingerprint import identify
+from peelwise.model.guard import untouched
+from peelwise.model.layers import Block, LinearLayer, device_of
+from peelwise.model.runner import Runner
+from peelwise.model.selfcheck import self_check
+from peelwise.probe.probe import Probe
+from peelwise.records.quantise import (
+    QuantiseConclusion,
+    QuantisedBlock,
+    QuantisedLayer,
+    QuantiseLosses,
+    QuantiseRecord,
+)
+from peelwise.references.asymmetric import InputSums, LayerCodes, Target, coded, targets
+from peelwise.tasks.quantise.kept import Kept
+from peelwise.tasks.quantise.settings import QuantiseSettings
+
+FIT, SELECT, REPORT = range(3)
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """What was found: the record, and the codes of every quantised layer by its name."""
+
+    record: QuantiseRecord
+    codes: dict[str, tuple[Format, Encoded]]
+
+
+def run_quantise(
+    model: nn.Module,
+    name: str,
+    source: str | None,
+    probe: Probe,
+    settings: QuantiseSettings,
+    watcher: Watcher | None = None,
+    kept: Kept | None = None,
+) -> Quantised:
+    """Find codes for the linear layers of a model, and leave it exactly as it was.
+
+    Args:
+        model: the parent.
+        name, source: for the record.
+        probe: the text: fit for codes, select for choices, report for every number shown.
+        settings: format and effort.
+        watcher: told about progress.
+        kept: where the layers of each finished block are kept, so that an interrupted run can go on.
+
+    Raises:
+        FormatError: If no layer is left to quantise, or the format does not go with one of them.
+        UnsupportedModelError: If the architecture cannot be measured.
+    """
+    blocks = checked_blocks(model, probe)
+    chosen, skipped = _chosen(blocks, settings)
+    with untouched(model):
+        runner = Runner(model, blocks, micro_batch_tokens=settings.micro_batch_tokens)
+        clock = Clock(math.inf, runner.work, watcher)
+        with clock.stage(LOSSES):
+            notes = self_check(runner, probe.fit)
+            traces = [runner.trace(part) for part in (probe.fit, probe.select, probe.report)]
+        walk = Walk(runner, runner, {linear: linear for linear in chosen}, traces, traces)
+        session = ReportSession(runner, traces[REPORT])
+        codes: dict[str, tuple[Format, Encoded]] = {}
+        lines: list[QuantisedLayer] = []
+        behind: list[QuantisedBlock] = []
+        with clock.stage("codes"):
+            for done, block in enumerate(blocks):
+                clock.tell(done, len(blocks))
+                found = _known(kept, block, chosen) or dict(_solved(walk, block, chosen, settings))
+                if kept is not None:
+                    kept.put(block.index, {linear.name: each for linear, each in found.items()})
+                for linear, (encoded, line) in found.items():
+                    codes[linear.name] = chosen[linear], encoded
+                    lines.append(line)
+                    walk.changes[linear] = _change(linear, chosen[linear], encoded)
+                behind.append(QuantisedBlock(index=block.index, error=walk.leave(block)[REPORT]))
+        with clock.stage("codes-losses"):
+            loss = _losses(session, walk.changes, _rounded(chosen))
+        cost = clock.record(probe.fit.tokens + probe.select.tokens + probe.report.tokens, device_of(model))
+    record = QuantiseRecord(
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        conclusion=_conclusion(loss),
+        model=model_record(Setup(model, blocks, name, source, identify(model), {}, probe.seed)),
+        probe=probe.record(),
+        format=settings.parsed_format().name,
+        bits_per_weight=sum(r.bits_per_weight * r.weights for r in lines) / sum(r.weights for r in lines),
+        loss=loss,
+        layers=tuple(lines),
+        blocks=tuple(behind),
+        skipped=tuple(skipped),
+        cost=cost,
+        notes=tuple(notes),
+        settings=settings.plain(),
+        seed=probe.seed,
+        versions=versions(),
+    )
+    return Quantised(record, codes)
+
+
+def _chosen(blocks: tuple[Block, ...], settings: QuantiseSettings) -> tuple[dict[LinearLayer, Format], list[str]]:
+    """Return the format of every layer that is to be quantised, and the names of the others."""
+    form, plan = settings.parsed_format(), settings.parsed_plan()
+    linears = [linear for block in blocks for linear in block.linears]
+    unknown = [one for one in plan if one not in {linear.name for linear in linears}]
+    if unknown:
+        raise FormatError(f"The plan names {unknown[0]}, which is no linear layer of the model's blocks.")
+    names = {n for linear in linears for n in (linear.name, linear.name.rpartition(".")[2])}
+    for word in settings.skip:
+        if word not in names:
+            raise FormatError(f"skip names {word!r}, which is no linear layer of the model's blocks. Correct its name.")
+    chosen: dict[LinearLayer, Format] = {}
+    skipped = []
+    for linear in linears:
+        own = plan.get(linear.name, form)
+        left = linear.name in settings.skip or linear.name.rpartition(".")[2] in settings.skip
+        if left or own.name.startswith("dense") or type(linear.module) is not nn.Linear:
+            skipped.append(linear.name)
+            continue
+        try:
+            own.encode(linear.weight())  # refuses what does not go with the format before any work is done
+        except FormatError as error:
+            raise FormatError(f"{linear.name}: {error} Or leave it out with --skip {linear.name}.") from error
+        chosen[linear] = own
+    if not chosen:
+        raise FormatError(
+            "No nn.Linear is left to quantise inside the blocks. Skip fewer layers, or give another model."
+        )
+    return chosen, skipped
+
+
+def _known(
+    kept: Kept | None, block: Block, chosen: dict[LinearLayer, Format]
+) -> dict[LinearLayer, tuple[Encoded, QuantisedLayer]] | None:
+    found = kept.get(block.index) if kept is not None else None
+    if found is None:
+        return None
+    by_name = {linear.name: linear for linear in block.linears if linear in chosen}
+    return {by_name[name]: each for name, each in found.items()} if found.keys() == by_name.keys() else None
+
+
+def _solved(
+    walk: Walk, block: Block, chosen: dict[LinearLayer, Format], settings: QuantiseSettings
+) -> Iterator[tuple[LinearLayer, tuple[Encoded, QuantisedLayer]]]:
+    """Yield codes and line of every layer of a block; each is in place before the next group's sums are made."""
+    for group, sums in walk.groups(block):
+        fit, select, report = sums
+        weights = [linear.weight().float() for linear in group]
+        aims = targets(weights, fit, select) if settings.asymmetric else [Target(W) for W in weights]
+        for linear, W, aim in zip(group, weights, aims, strict=True):
+            form = chosen[linear]
+            found = coded(W, aim, fit, select, form, max_sweeps=settings.max_sweeps, tolerance=settings.tolerance)
+            walk.changes[linear] = _change(linear, form, found.encoded)
+            yield linear, (found.encoded, _line(linear, block.index, W, form, found, report))
+
+
+def _line(
+    linear: LinearLayer, block: int, W: Tensor, form: Format, found: LayerCodes, report: InputSums
+) -> QuantisedLayer:
+    d_out, d_in = W.shape
+    energy = report.energy(W) or 1.0
+    return QuantisedLayer(
+        name=linear.name,
+        block=block,
+        format=form.name,
+        bits_per_weight=form.bits(d_out, d_in, found.encoded.support) / W.numel(),
+        weights=W.numel(),
+        steps={step: report.excess(W, form.decode(each)) / energy for step, each in found.steps.items()},
+        damping=found.damping,
+        target_damping=found.target.damping,
+        target_share=found.target.share,
+        flipped=float((found.encoded.codes != found.steps["rounded"].codes).sum()) / W.numel(),
+    )
+
+
+def _change(linear: LinearLayer, form: Format, encoded: Encoded) -> Tensor:
+    W = linear.weight().float()
+    return pad(form.decode(encoded).to(W) - W, (0, int(linear.has_bias)))
+
+
+def _rounded(chosen: dict[LinearLayer, Format]) -> Changes:
+    return {linear: _change(linear, form, form.encode(linear.weight())) for linear, form in chosen.items()}
+
+
+def _losses(session: ReportSession, changes: Changes, rounded: Changes) -> QuantiseLosses:
+    report = session.report
+    found, nearest = session.losses(report, changes), session.losses(report, rounded)
+    return QuantiseLosses(
+        parent=report.mean,
+        rounded=report.mean_of(nearest),
+        quantised=report.mean_of(found),
+        damage=session.gain(found, report.losses).interval(),
+        rounding_damage=session.gain(nearest, report.losses).interval(),
+        recovered=session.gain(nearest, found).interval(),
+    )
+
+
+def _conclusion(loss: QuantiseLosses) -> QuantiseConclusion:
+    if loss.damage.low <= 0:
+        return QuantiseConclusion(case="no-damage")
+    return QuantiseConclusion(case="better-than-rounding" if loss.recovered.low > 0 else "no-better")
