@@ -59,6 +59,7 @@ def quantise(
     max_sweeps: Annotated[int, flag(QuantiseSettings, "max_sweeps", min=0)] = QuantiseSettings.max_sweeps,
     tolerance: Annotated[float, flag(QuantiseSettings, "tolerance", min=0.0)] = QuantiseSettings.tolerance,
     asymmetric: Annotated[bool, flag(QuantiseSettings, "asymmetric")] = QuantiseSettings.asymmetric,
+    curvature: Annotated[bool, flag(QuantiseSettings, "curvature")] = QuantiseSettings.curvature,
     micro_batch_tokens: Annotated[
         int, flag(QuantiseSettings, "micro_batch_tokens", min=1)
     ] = QuantiseSettings.micro_batch_tokens,
@@ -90,7 +91,9 @@ def quantise(
     from peelwise.show.quantise.terminal import MOST_LAYERS, render
 
     probe = probe_options(text, field, tokens, sequence_length, in_distribution, seed)
-    settings = QuantiseSettings(form, tuple(skip or ()), max_sweeps, tolerance, asymmetric, micro_batch_tokens)
+    settings = QuantiseSettings(
+        form, tuple(skip or ()), max_sweeps, tolerance, asymmetric, curvature, micro_batch_tokens
+    )
     opening = OpenOptions(device, dtype, allow_pickle, tokenizer=tokenizer)
     with at_work(f"Opening {model} ...") as watcher:
         report = api.quantise(

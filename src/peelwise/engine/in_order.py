@@ -18,7 +18,9 @@ from peelwise.model.capture import Call
 from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.runner import Batch, Runner, Trace
 from peelwise.references.asymmetric import InputSums
-from peelwise.stats.gram import CrossSum, GramSum
+from peelwise.stats.gram import CrossSum, GramSum, widened
+
+_SAME = 1e-3  # of the norm of what a block adds to the stream: rounding, half precision included
 
 
 @dataclass
@@ -54,8 +56,11 @@ class Walk:
         """
         wanted = [linear for linear in block.linears if linear in self.twins]
         before = self._parent_inputs(block, wanted)
-        for group in _in_running_order(before):
-            yield group, [self._sums(block, group[0], number, before[number]) for number in range(len(self.parts))]
+        order = _in_running_order(before)
+        writers = self._writers(block, before[0], order)
+        for group in order:
+            earlier = writers[: writers.index(group[0])] if group[0] in writers else None
+            yield group, [self._sums(block, group[0], n, before[n], earlier) for n in range(len(self.parts))]
 
     @torch.no_grad()
     def leave(self, block: Block) -> list[float]:
@@ -92,14 +97,47 @@ class Walk:
             found.append(of_part)
         return found
 
+    def _writers(
+        self, block: Block, before: list[dict[LinearLayer, list[Call]]], order: Sequence[Sequence[LinearLayer]]
+    ) -> list[LinearLayer]:
+        """Return the layers whose outputs are added to the stream, in running order; none if they are not all of it.
+
+        It is tried: in the first micro-batch their outputs must add up to what the parent's block adds.
+        """
+        trace, calls = self.parts[0].batches[0], before[0]
+        there, here = (trace.stations[block.index + i].float() for i in (1, 0))
+        found = [
+            group[0]
+            for group in order
+            if len(group) == 1 and [call.y.shape for call in calls.get(group[0], [])] == [here.shape]
+        ]
+        added = sum((calls[linear][0].y.float() for linear in found), torch.zeros_like(here))
+        at = trace.attended
+        apart = (there - here - added)[at].norm()
+        return found if found and float(apart) <= _SAME * float((there - here)[at].norm()) else []
+
     @torch.no_grad()
     def _sums(
-        self, block: Block, first: LinearLayer, number: int, before: list[dict[LinearLayer, list[Call]]]
+        self,
+        block: Block,
+        first: LinearLayer,
+        number: int,
+        before: list[dict[LinearLayer, list[Call]]],
+        earlier: Sequence[LinearLayer] | None,
     ) -> InputSums:
-        zz, lost, paired = GramSum(), CrossSum(), True
-        for batch, hidden, theirs in zip(self.calls[number].batches, self._hidden[number], before, strict=True):
+        """Return the sums of one group; ``earlier`` are the layers that wrote to the stream before, if it does too."""
+        zz, lost, stream, paired = GramSum(), CrossSum(), CrossSum(), True
+        for i_batch, (batch, hidden, theirs) in enumerate(
+            zip(self.calls[number].batches, self._hidden[number], before, strict=True)
+        ):
             twins = theirs.get(first, [])
-            runs = run_until(self.own, block, batch, hidden, self._of(block), (first, len(twins)))
+            capture = run_until(self.own, block, batch, hidden, self._of(block), (first, len(twins)), earlier or ())
+            runs = capture.calls.get(first, [])
+            if earlier is not None and paired:
+                gap = self.parts[number].batches[i_batch].stations[block.index] - hidden
+                for writer in earlier:
+                    gap = gap + theirs[writer][0].y - capture.calls[writer][0].y
+                stream.update(widened(gap[batch.weights]), _rows(runs[0], batch, first))
             paired = paired and len(runs) == len(twins)
             for i, call in enumerate(runs):
                 z = _rows(call, batch, first)
@@ -107,7 +145,11 @@ class Walk:
                 paired = paired and _same_tokens(call, twins[i])
                 if paired:
                     lost.update(_rows(twins[i], batch, first) - z, z)
-        return InputSums(zz.mean().float(), lost.mean().float() if paired and lost.n else None)
+        return InputSums(
+            zz.mean().float(),
+            lost.mean().float() if paired and lost.n else None,
+            stream.mean().float() if paired and stream.n else None,
+        )
 
 
 def _rows(call: Call, batch: Batch, linear: LinearLayer) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from peelwise.engine.clock import Clock
 from peelwise.engine.sweep import BlockProposals, Direction, sweep
 from peelwise.evidence.intervals import Paired, paired
-from peelwise.model.capture import Call, Capture, captured, ended_by
+from peelwise.model.capture import Capture, captured, ended_by
 from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.runner import Batch, Runner, Trace
 from peelwise.model.splice import spliced
@@ -148,13 +148,19 @@ def run_captured(
 
 
 def run_until(
-    runner: Runner, block: Block, batch: Batch, hidden: Tensor, changes: Mapping[LinearLayer, Tensor], wanted: Wanted
-) -> list[Call]:
-    """Run one block with ``changes`` in place until a layer has run so often; return its runs."""
+    runner: Runner,
+    block: Block,
+    batch: Batch,
+    hidden: Tensor,
+    changes: Mapping[LinearLayer, Tensor],
+    wanted: Wanted,
+    beside: Sequence[LinearLayer] = (),
+) -> Capture:
+    """Run one block with ``changes`` in place until a layer has run so often; return its runs and those ``beside``."""
     linear, runs = wanted
-    with spliced(changes), captured([linear]) as capture, ended_by(linear, runs):
+    with spliced(changes), captured([linear, *beside]) as capture, ended_by(linear, runs):
         runner.run_block(block, hidden, batch)
-    return capture.calls.get(linear, [])
+    return capture
 
 
 def combined(

@@ -48,6 +48,7 @@ Stage = Literal[
     "untrained-control",
     "best-weights",
     "best-weights-losses",
+    "curvature",
     "codes",
     "codes-losses",
     "weight-signals",
@@ -89,4 +90,5 @@ NoteCode = Literal[
     "checkpoint",
     "autocast",
     "factor-first",
+    "no-curvature",
 ]

@@ -16,8 +16,8 @@ class QuantisedLayer(Record):
     """One linear layer and how its codes were found.
 
     ``steps`` is what each step came to: how much larger ``E|W x - W' z|^2`` is on report with its codes ``W'`` than
-    with the parent's weights ``W``, in parts of ``E|W z|^2``, for inputs ``x`` in the parent and ``z`` in the model that
-    was quantised up to this layer. It is negative where the codes make up for more than they lose. ``damping`` is that
+    with the parent's weights ``W``, in parts of ``E|W z|^2``, for inputs ``x`` in the parent and ``z`` in the model
+    quantised up to this layer. It is negative where the codes make up for more than they lose. ``damping`` is that
     of error feedback, ``target_damping`` and ``target_share`` say how far the layer makes up for what those before it
     lost, and ``flipped`` is the share of codes other than those of rounding to nearest.
     """

@@ -3,10 +3,14 @@
 With inputs ``x`` of the layer in the parent and ``z`` in the model that is quantised so far, weights ``W`` of the
 parent and ``W'`` looked for:
 
-    E|W x - W' z|^2  =  tr((W' - T) S (W' - T)^T) + const      S = E[z z^T]      T = W + W E[(x - z) z^T] S^-1
+    E|W x + e - W' z|^2  =  tr((W' - T) S (W' - T)^T) + const      S = E[z z^T]      T = W + E[(W (x - z) + e) z^T] S^-1
 
-so a layer can make up for part of what the layers before it lost (arXiv:2504.02692, arXiv:2504.09629). From few tokens
-``T`` learns noise, hence ``S + damping``, and a share of the way from ``W`` to ``T`` that other tokens choose.
+so a layer can make up for part of what the layers before it lost (arXiv:2504.02692, arXiv:2504.09629). ``e`` is what the
+stream itself has lost so far, where the layer's output is added to it, and 0 elsewhere. From few tokens ``T`` learns
+noise, hence ``S + damping``, and a share of the way from ``W`` to ``T`` that other tokens choose.
+
+Where it is known which directions of the output the loss minds, ``M = E[g g^T] + damping``, errors are weighted with it:
+``tr(M (W' - T) S (W' - T)^T)``, the Kronecker-factored curvature of the loss (arXiv:1503.05671).
 """
 
 from __future__ import annotations
@@ -17,12 +21,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from peelwise.formats.base import Encoded, Format
-from peelwise.references.coded import damped
+from peelwise.formats.membership import scaled_part
+from peelwise.references.coded import Metric, damped, flipped
 from peelwise.references.quantized import solve
 from peelwise.stats.linalg import DampedFactor
 
 TARGET_DAMPINGS = (0.01, 0.1, 1.0)
-FEEDBACK_DAMPINGS = (0.0, 0.01, 0.1, 1.0)
+FEEDBACK_DAMPINGS = (0.0, 0.05, 0.3)
+CURVATURE_DAMPING = 0.01
+LEAST_FLIP_DAMPING = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,23 +40,34 @@ class InputSums:
         zz: ``E[z z^T] [d_in, d_in]`` of its inputs ``z`` in the model that is quantised so far.
         lost: ``E[(x - z) z^T] [d_in, d_in]``, ``x`` being its inputs in the parent; ``None`` if these are the same
             (nothing before it is quantised) or other tokens (of an expert whose router chose others).
+        stream: ``E[e z^T] [d_out, d_in]`` where the layer's output is added to the stream of the block: ``e`` is what
+            the parent's stream has there and this one lacks.
     """
 
     zz: Tensor
     lost: Tensor | None = None
+    stream: Tensor | None = None
 
-    def excess(self, W: Tensor, coded: Tensor) -> float:
-        """Return ``E|W x - W' z|^2 - E|W x - W z|^2``: what other weights cost beyond the parent's at these inputs.
+    def missing(self, W: Tensor) -> Tensor | None:
+        """Return ``E[(W (x - z) + e) z^T] [d_out, d_in]``, what the layer's output lacks; ``None`` for nothing."""
+        if self.lost is None:
+            return None
+        missing = W.to(self.lost) @ self.lost
+        return missing if self.stream is None else missing + self.stream
+
+    def excess(self, W: Tensor, coded: Tensor, M: Tensor | None = None) -> float:
+        """Return ``E|W x + e - W' z|^2 - E|W x + e - W z|^2``: what other weights cost beyond the parent's.
 
         Args:
             W: the parent's weights ``[d_out, d_in]``.
             coded: the weights ``W'`` in question ``[d_out, d_in]``.
+            M: the metric of the outputs ``[d_out, d_out]``; all alike if it is ``None``.
         """
         D = (coded - W).to(self.zz)
-        total = ((D @ self.zz) * D).sum()
-        if self.lost is not None:
-            total = total - 2 * ((W.to(self.zz) @ self.lost) * D).sum()
-        return float(total)
+        weighed = D if M is None else M.to(D) @ D
+        total = ((D @ self.zz) * weighed).sum()
+        missing = self.missing(W)
+        return float(total if missing is None else total - 2 * (missing * weighed).sum())
 
     def energy(self, W: Tensor) -> float:
         """Return ``E|W z|^2``, the mean squared output of the parent's weights at these inputs."""
@@ -77,7 +95,7 @@ def targets(
 ) -> list[Target]:
     """Return where the weights of layers that share their input should be.
 
-        T = W + share * W E[(x - z) z^T] (S + damping * tr(S)/d I)^-1
+        T = W + share * E[(W (x - z) + e) z^T] (S + damping * tr(S)/d I)^-1
 
     Sums of the fit tokens make the direction; those of the select tokens choose ``damping`` and ``share``, whose best
     value is known in closed form because the error is a parabola in it.
@@ -90,15 +108,16 @@ def targets(
 
     Source: arXiv:2504.02692, with damping and share chosen per layer.
     """
-    if fit.lost is None or select.lost is None:
-        return [Target(W) for W in weights]
     best = [Target(W) for W in weights]
     gains = [0.0] * len(best)
     for damping in dampings:
         factor = DampedFactor(fit.zz, damping, name="inputs")
         for i, W in enumerate(weights):
-            moved = factor.solve_right(W.to(fit.lost) @ fit.lost).to(W)
-            slope = float(((W.to(select.lost) @ select.lost) * moved.to(select.lost)).sum())
+            lacks, lacks_there = fit.missing(W), select.missing(W)
+            if lacks is None or lacks_there is None:
+                continue
+            moved = factor.solve_right(lacks).to(W)
+            slope = float((lacks_there * moved.to(lacks_there)).sum())
             curvature = float(((moved.to(select.zz) @ select.zz) * moved.to(select.zz)).sum())
             if slope <= 0 or curvature <= 0:
                 continue
@@ -133,6 +152,7 @@ def coded(
     select: InputSums,
     form: Format,
     *,
+    curvature: Tensor | None = None,
     starts: Sequence[Encoded] = (),
     dampings: Sequence[float] = FEEDBACK_DAMPINGS,
     max_sweeps: int = 5,
@@ -140,14 +160,16 @@ def coded(
 ) -> LayerCodes:
     """Return the codes of a layer with the lowest error on select among those that fit proposes.
 
-    Rounding with error feedback is made with each damping; descent goes on from the best of them, and what it finds is
-    taken if select agrees. So are the codes among ``starts``.
+    Rounding with error feedback is made with each damping; descent goes on from the best of them, and then single codes
+    move to where the curvature says that the loss minds least. What each step finds is taken if select agrees. So are
+    the codes among ``starts``.
 
     Args:
         W: the parent's weights ``[d_out, d_in]``.
         target: where they should be, from `targets`.
         fit, select: sums of what the layer is given.
         form: the format.
+        curvature: ``F = E[g g^T] [d_out, d_out]`` of the loss's gradients at the layer's output, if it is known.
         starts: codes in use, where there are any.
         dampings: of error feedback to choose from, in units of the mean diagonal.
         max_sweeps: most sweeps of descent; 0 for none.
@@ -157,8 +179,10 @@ def coded(
         FormatError: If the format does not go with the shape.
     """
 
+    M = None if curvature is None else damped(curvature, CURVATURE_DAMPING).to(fit.zz)
+
     def cost(encoded: Encoded) -> float:
-        return select.excess(W, form.decode(encoded))
+        return select.excess(W, form.decode(encoded), M)
 
     T = target.T
     supports = [each.support for each in starts[:1]]
@@ -173,4 +197,8 @@ def coded(
         ).encoded
         best = min((best, moved), key=cost)
         steps["descended"] = best
+    if M is not None and scaled_part(form) is not None:
+        metric = Metric(damped(fit.zz, max(damping, LEAST_FLIP_DAMPING)), M)
+        best = min((best, flipped(metric, T.to(M) - form.decode(best).to(M), form, best)), key=cost)
+        steps["weighed"] = best
     return LayerCodes(best, target, damping, steps)

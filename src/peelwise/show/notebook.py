@@ -270,7 +270,12 @@ def _quantise(record: QuantiseRecord) -> str:
     steps = [step for step in quantise_words.STEPS if any(step in layer.steps for layer in record.layers)]
     ordered = sorted(record.layers, key=lambda layer: list(layer.steps.values())[-1:], reverse=True)
     rows = [
-        [esc(each.name), esc(each.format), f"{each.bits_per_weight:.2f}", *(_percent(each.steps.get(s)) for s in steps)]
+        [
+            esc(each.name),
+            esc(each.format),
+            f"{each.bits_per_weight:.2f}",
+            *(_percent(each.steps.get(s, 0.0)) for s in steps),
+        ]
         for each in ordered[:MOST_ROWS]
     ]
     headers = ["layer", "format", "bits", *(f"{quantise_words.STEPS[step]}, %" for step in steps)]

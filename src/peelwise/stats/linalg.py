@@ -64,7 +64,8 @@ class DampedFactor:
     @property
     def root(self) -> Tensor:
         """The lower triangular ``L [d, d]`` with ``L L^T = S + ..``, in the factor's dtype."""
-        return self._factor
+        root: Tensor = self._factor
+        return root
 
     def solve(self, right: Tensor) -> Tensor:
         """Return ``(S + ..)^-1 right`` for ``right [d, m]``, in the factor's dtype."""

@@ -8,6 +8,7 @@ STEPS = {
     "rounded": "rounded to nearest",
     "fed-back": "error feedback",
     "descended": "and descent",
+    "weighed": "weighed by the loss",
 }
 ABOUT_LAYERS = (
     "What the codes of a layer lose at the inputs that it gets, in percent of its mean squared output; below 0 where "

@@ -6,6 +6,8 @@ For every group of layers that share their input, in the order they run in:
     2. where their weights should be to make up for what is already lost (`references.asymmetric`)
     3. codes: rounding with error feedback, then coordinate descent where select agrees
 
+    4. single codes moved to where the loss minds least (its curvature in the layer's outputs, from one pass back)
+
 fit makes the codes, select chooses dampings, how far to go and which step to keep, report gives every number shown.
 """
 
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from peelwise.engine.clock import Clock, Watcher
+from peelwise.engine.curvature import output_curvatures
 from peelwise.engine.in_order import Walk
 from peelwise.engine.opening import checked_blocks
 from peelwise.engine.provenance import Setup, model_record, versions
@@ -32,6 +35,7 @@ from peelwise.model.layers import Block, LinearLayer, device_of
 from peelwise.model.runner import Runner
 from peelwise.model.selfcheck import self_check
 from peelwise.probe.probe import Probe
+from peelwise.records.base import note
 from peelwise.records.quantise import (
     QuantiseConclusion,
     QuantisedBlock,
@@ -90,10 +94,19 @@ def run_quantise(
         codes: dict[str, tuple[Format, Encoded]] = {}
         lines: list[QuantisedLayer] = []
         behind: list[QuantisedBlock] = []
+        with clock.stage("curvature"):
+            curvatures = (
+                output_curvatures(runner, traces[FIT], chosen, after_block=lambda done: clock.tell(done, len(blocks)))
+                if settings.curvature
+                else {}
+            )
+            if curvatures is None:
+                notes = (*notes, note("no-curvature"))
+                curvatures = {}
         with clock.stage("codes"):
             for done, block in enumerate(blocks):
                 clock.tell(done, len(blocks))
-                found = _known(kept, block, chosen) or dict(_solved(walk, block, chosen, settings))
+                found = _known(kept, block, chosen) or dict(_solved(walk, block, chosen, settings, curvatures))
                 if kept is not None:
                     kept.put(block.index, {linear.name: each for linear, each in found.items()})
                 for linear, (encoded, line) in found.items():
@@ -166,7 +179,11 @@ def _known(
 
 
 def _solved(
-    walk: Walk, block: Block, chosen: dict[LinearLayer, Format], settings: QuantiseSettings
+    walk: Walk,
+    block: Block,
+    chosen: dict[LinearLayer, Format],
+    settings: QuantiseSettings,
+    curvatures: dict[LinearLayer, Tensor],
 ) -> Iterator[tuple[LinearLayer, tuple[Encoded, QuantisedLayer]]]:
     """Yield codes and line of every layer of a block; each is in place before the next group's sums are made."""
     for group, sums in walk.groups(block):
@@ -175,7 +192,16 @@ def _solved(
         aims = targets(weights, fit, select) if settings.asymmetric else [Target(W) for W in weights]
         for linear, W, aim in zip(group, weights, aims, strict=True):
             form = chosen[linear]
-            found = coded(W, aim, fit, select, form, max_sweeps=settings.max_sweeps, tolerance=settings.tolerance)
+            found = coded(
+                W,
+                aim,
+                fit,
+                select,
+                form,
+                curvature=curvatures.get(linear),
+                max_sweeps=settings.max_sweeps,
+                tolerance=settings.tolerance,
+            )
             walk.changes[linear] = _change(linear, form, found.encoded)
             yield linear, (found.encoded, _line(linear, block.index, W, form, found, report))
 

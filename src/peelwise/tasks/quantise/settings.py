@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from peelwise.errors import OptionError
 from peelwise.records.options import MICRO_BATCH_TOKENS, Plain, check_least, option
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ class QuantiseSettings:
         max_sweeps: Most sweeps of coordinate descent per layer after error feedback; 0 for error feedback alone.
         tolerance: The sweep that lowers a layer's error by less than this share of it is the last.
         asymmetric: Let layers make up for what the layers before them lost.
+        curvature: Weigh errors with how much the loss minds them; one pass back more.
         micro_batch_tokens: Tokens that go through the model at a time; fewer need less memory.
         plan: formats of single layers by name, in place of ``format``; from an allocation.
 
@@ -42,6 +42,7 @@ class QuantiseSettings:
     )
     tolerance: float = option(0.01, "The sweep that lowers a layer's error by less than this share of it is the last.")
     asymmetric: bool = option(True, "Let layers make up for what the layers before them lost.")
+    curvature: bool = option(True, "Weigh errors with how much the loss minds them; one pass back more.")
     micro_batch_tokens: int = option(
         MICRO_BATCH_TOKENS, "Tokens that go through the model at a time; fewer need less memory."
     )
@@ -50,8 +51,6 @@ class QuantiseSettings:
     def __post_init__(self) -> None:
         check_least(self, 0, "max_sweeps", "tolerance")
         check_least(self, 1, "micro_batch_tokens")
-        if isinstance(self.skip, str):
-            raise OptionError(f"skip: expected several names, got the text {self.skip!r}. Give ({self.skip!r},).")
         self.parsed_format()
         self.parsed_plan()
 
@@ -75,5 +74,6 @@ class QuantiseSettings:
             "max_sweeps": self.max_sweeps,
             "tolerance": self.tolerance,
             "asymmetric": self.asymmetric,
+            "curvature": self.curvature,
             "planned_layers": len(self.plan),
         }
