@@ -3,14 +3,15 @@
 With inputs ``x`` of the layer in the parent and ``z`` in the model that is quantised so far, weights ``W`` of the
 parent and ``W'`` looked for:
 
-    E|W x + e - W' z|^2  =  tr((W' - T) S (W' - T)^T) + const      S = E[z z^T]      T = W + E[(W (x - z) + e) z^T] S^-1
+    E|W x + e - W' z|^2  =  tr((W' - T) S (W' - T)^T) + const
+    S = E[z z^T]      T = W + E[(W (x - z) + e) z^T] S^-1
 
-so a layer can make up for part of what the layers before it lost (arXiv:2504.02692, arXiv:2504.09629). ``e`` is what the
-stream itself has lost so far, where the layer's output is added to it, and 0 elsewhere. From few tokens ``T`` learns
-noise, hence ``S + damping``, and a share of the way from ``W`` to ``T`` that other tokens choose.
+so a layer can make up for part of what the layers before it lost (arXiv:2504.02692, arXiv:2504.09629). ``e`` is what
+the stream itself has lost so far, where the layer's output is added to it, and 0 elsewhere. From few tokens ``T``
+learns noise, hence ``S + damping``, and a share of the way from ``W`` to ``T`` that other tokens choose.
 
-Where it is known which directions of the output the loss minds, ``M = E[g g^T] + damping``, errors are weighted with it:
-``tr(M (W' - T) S (W' - T)^T)``, the Kronecker-factored curvature of the loss (arXiv:1503.05671).
+Where it is known which directions of the output the loss minds, ``M = E[g g^T] + damping``, errors are weighted with
+it: ``tr(M (W' - T) S (W' - T)^T)``, the Kronecker-factored curvature of the loss (arXiv:1503.05671).
 """
 
 from __future__ import annotations

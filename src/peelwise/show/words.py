@@ -135,8 +135,8 @@ NOTES: Mapping[str, str] = MappingProxyType(
         "autocast": "The model's own forward computes in {dtype} (autocast inside), and so does every measurement.",
         "factor-first": "What {part} of block {block} writes was multiplied by {factor:.2f} before the first round; "
         "the signals of the sweep are those of the model with this factor.",
-        "no-curvature": "The curvature of the loss in all layers' outputs would need more than 2 GiB, so errors are not "
-        "weighed with it.",
+        "no-curvature": "The curvature of the loss in all layers' outputs would need more than 2 GiB, so errors are "
+        "not weighed with it.",
     }
 )
 

@@ -32,10 +32,10 @@ from peelwise.formats.base import Encoded, Format
 from peelwise.model.fingerprint import identify
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, LinearLayer, device_of
-from peelwise.model.runner import Runner
+from peelwise.model.runner import Runner, Trace
 from peelwise.model.selfcheck import self_check
 from peelwise.probe.probe import Probe
-from peelwise.records.base import note
+from peelwise.records.base import Note, note
 from peelwise.records.quantise import (
     QuantiseConclusion,
     QuantisedBlock,
@@ -94,15 +94,7 @@ def run_quantise(
         codes: dict[str, tuple[Format, Encoded]] = {}
         lines: list[QuantisedLayer] = []
         behind: list[QuantisedBlock] = []
-        with clock.stage("curvature"):
-            curvatures = (
-                output_curvatures(runner, traces[FIT], chosen, after_block=lambda done: clock.tell(done, len(blocks)))
-                if settings.curvature
-                else {}
-            )
-            if curvatures is None:
-                notes = (*notes, note("no-curvature"))
-                curvatures = {}
+        curvatures, more = _curvatures(runner, traces[FIT], chosen, settings, clock)
         with clock.stage("codes"):
             for done, block in enumerate(blocks):
                 clock.tell(done, len(blocks))
@@ -129,7 +121,7 @@ def run_quantise(
         blocks=tuple(behind),
         skipped=tuple(skipped),
         cost=cost,
-        notes=tuple(notes),
+        notes=(*notes, *more),
         settings=settings.plain(),
         seed=probe.seed,
         versions=versions(),
@@ -166,6 +158,17 @@ def _chosen(blocks: tuple[Block, ...], settings: QuantiseSettings) -> tuple[dict
             "No nn.Linear is left to quantise inside the blocks. Skip fewer layers, or give another model."
         )
     return chosen, skipped
+
+
+def _curvatures(
+    runner: Runner, fit: Trace, chosen: dict[LinearLayer, Format], settings: QuantiseSettings, clock: Clock
+) -> tuple[dict[LinearLayer, Tensor], tuple[Note, ...]]:
+    """Return what the loss minds in every layer's outputs, and what to say where that is left out."""
+    if not settings.curvature:
+        return {}, ()
+    with clock.stage("curvature"):
+        found = output_curvatures(runner, fit, chosen, after_block=lambda done: clock.tell(done, len(runner.blocks)))
+    return ({}, (note("no-curvature"),)) if found is None else (found, ())
 
 
 def _known(

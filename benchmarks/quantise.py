@@ -1,0 +1,215 @@
+"""How much of the parent SmolLM2 loses in low-bit formats without training, by how the codes are found.
+
+All arms get the same tokens and are measured on the same report text, paired by sequence:
+
+    rounding          every weight rounded to nearest, the format's own rule for scales
+    parent-inputs     all layers at once for the parent's inputs: error feedback and descent, damping chosen on select
+    error-feedback    one layer after the other, error feedback at damping 0.01, scales of rounding (arXiv:2210.17323)
+    asymmetric        the same, with the target that makes up for the layers before it (arXiv:2504.02692)
+    peelwise          `peelwise quantise`
+    no-curvature      the same without weighing by the loss
+    packaged          the file's own four-bit blocks are the parent, so nothing is quantised
+
+Resumable: each finished arm is a line of the JSON file. Example:
+
+    python benchmarks/quantise.py --formats int3:group=64 int4:group=64 --tokens 4096 --text prose
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from common import RESULTS, environment
+from peelwise.engine.in_order import Walk
+from peelwise.engine.session import Changes, ReportSession
+from peelwise.formats.base import Encoded, Format
+from peelwise.formats.membership import scaled_part
+from peelwise.formats.table import parse_format
+from peelwise.model.architectures import find_blocks
+from peelwise.model.checkpoints import open_model
+from peelwise.model.layers import LinearLayer
+from peelwise.model.runner import Runner, Trace
+from peelwise.probe.options import ProbeOptions
+from peelwise.probe.probe import Probe, Split
+from peelwise.references.asymmetric import InputSums, Target, coded
+from peelwise.references.descent import Descent
+from peelwise.stats.linalg import DampedFactor
+from peelwise.tasks.quantise.run import run_quantise
+from peelwise.tasks.quantise.settings import QuantiseSettings
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+from small_gpt.text import training_documents  # noqa: E402
+
+FILE = RESULTS / "quantise.json"
+SELECT, REPORT, LENGTH = 1_024, 8_192, 128
+PUBLISHED_DAMPING = 0.01
+FORMATS = [f"{family}:{layout}" for family in ("int4", "int3", "int2", "ternary") for layout in ("group=64", "channel")]
+
+Solve = Callable[[Tensor, Format, InputSums, InputSums], Encoded]
+
+
+class Bench:
+    """The model on one text: traces of its parts, and the losses of the parent on report."""
+
+    def __init__(self, model: Any, tokenizer: Any, text: str, tokens: int) -> None:
+        documents = None if text == "prose" else training_documents()
+        options = ProbeOptions(tokens=2 * (tokens + SELECT + REPORT), sequence_length=LENGTH)
+        drawn = Probe.from_options(options, tokenizer, documents=documents)
+        ids, mask = (
+            torch.cat([getattr(s, k) for s in (drawn.report, drawn.fit, drawn.select)]) for k in ("ids", "mask")
+        )
+        parts, start = [], 0
+        for wanted in (REPORT, SELECT, tokens):  # report first: it is the same for every number of fit tokens
+            weights = (mask[start:, 1:]).sum(1).cumsum(0)
+            stop = start + int((weights <= wanted).sum())
+            parts.append(Split(ids[start:stop], mask[start:stop]))
+            start = stop
+        from dataclasses import replace
+
+        self.probe = replace(drawn, report=parts[0], select=parts[1], fit=parts[2])
+        self.model = model
+        self.runner = Runner(model, find_blocks(model))
+        self.traces = [self.runner.trace(part) for part in (self.probe.fit, self.probe.select, self.probe.report)]
+        self.session = ReportSession(self.runner, self.traces[2])
+        self.linears = [linear for block in self.runner.blocks for linear in block.linears]
+
+    def rounding(self, form: Format) -> Tensor:
+        """Return the losses of rounding to nearest."""
+        return self._losses({linear: _change(linear, form, form.encode(linear.weight())) for linear in self.linears})
+
+    def in_order(self, form: Format, solve: Solve) -> Tensor:
+        """Return the losses with every layer solved for what it gets from those before it."""
+        twins = {linear: linear for linear in self.linears}
+        walk = Walk(self.runner, self.runner, twins, self.traces[:2], self.traces[:2])
+        for block in self.runner.blocks:
+            for group, (fit, select) in walk.groups(block):
+                for linear in group:
+                    walk.changes[linear] = _change(linear, form, solve(linear.weight().float(), form, fit, select))
+            walk.leave(block)
+        return self._losses(walk.changes)
+
+    def parent_inputs(self, form: Format) -> Tensor:
+        """Return the losses with every layer solved for the parent's inputs."""
+        found: Changes = {}
+        twins = {linear: linear for linear in self.linears}
+        walk = Walk(self.runner, self.runner, twins, self.traces[:2], self.traces[:2])
+        for block in self.runner.blocks:
+            for group, sums in walk.groups(block):  # nothing is put in place, so these are the parent's inputs
+                fit, select = (InputSums(each.zz) for each in sums)
+                for linear in group:
+                    W = linear.weight().float()
+                    found[linear] = _change(linear, form, coded(W, Target(W), fit, select, form).encoded)
+            walk.leave(block)
+        return self._losses(found)
+
+    def ours(self, form: Format, curvature: bool) -> Tensor:
+        """Return the losses of `peelwise quantise`."""
+        settings = QuantiseSettings(form, curvature=curvature)
+        codes = run_quantise(self.model, "smollm2", None, self.probe, settings).codes
+        by_name = {linear.name: linear for linear in self.linears}
+        return self._losses({by_name[n]: _change(by_name[n], form, encoded) for n, (_, encoded) in codes.items()})
+
+    def _losses(self, changes: Changes) -> Tensor:
+        return self.session.losses(self.traces[2], changes)
+
+
+def published(asymmetric: bool) -> Solve:
+    """Return error feedback as it is published: one damping, scales of rounding to nearest."""
+
+    def solve(W: Tensor, form: Format, fit: InputSums, select: InputSums) -> Encoded:
+        T, inner = W, scaled_part(form)
+        assert inner is not None
+        lacks = InputSums(fit.zz, fit.lost).missing(W) if asymmetric else None
+        if lacks is not None:
+            T = W + DampedFactor(fit.zz, PUBLISHED_DAMPING).solve_right(lacks).to(W)
+        descent = Descent(fit.zz, T, inner, form.encode(W))
+        descent.feed_back()
+        return descent.encoded()
+
+    return solve
+
+
+ARMS: dict[str, Callable[[Bench, Format], Tensor]] = {
+    "rounding": lambda bench, form: bench.rounding(form),
+    "peelwise": lambda bench, form: bench.ours(form, True),
+    "error-feedback": lambda bench, form: bench.in_order(form, published(False)),
+    "asymmetric": lambda bench, form: bench.in_order(form, published(True)),
+    "parent-inputs": lambda bench, form: bench.parent_inputs(form),
+    "no-curvature": lambda bench, form: bench.ours(form, False),
+}
+
+
+def _change(linear: LinearLayer, form: Format, encoded: Encoded) -> Tensor:
+    W = linear.weight().float()
+    return pad(form.decode(encoded).to(W) - W, (0, int(linear.has_bias)))
+
+
+def _rows() -> list[dict[str, Any]]:
+    return json.loads(FILE.read_text())["rows"] if FILE.is_file() else []
+
+
+def _paired(bench: Bench, report: Trace, losses: Tensor, against: Tensor) -> list[float]:
+    found = bench.session.gain(losses, against).interval()
+    return [round(value, 4) for value in (found.mean, found.low, found.high)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", nargs="+", default=FORMATS)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4_096, 16_384])
+    parser.add_argument("--text", nargs="+", default=["prose", "docstrings"], choices=["prose", "docstrings"])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    opened = open_model("smollm2", device="cpu")
+    for text in arguments.text:
+        for tokens in arguments.tokens:
+            bench = None
+            for name in arguments.formats:
+                for arm in arguments.arms:
+                    key = {"text": text, "fit_tokens": tokens, "format": parse_format(name).name, "arm": arm}
+                    if any(key.items() <= row.items() for row in _rows()):
+                        continue
+                    bench = bench or Bench(opened.model, opened.tokenizer, text, tokens)
+                    _write(key | _measured(bench, parse_format(name), arm))
+
+
+def _measured(bench: Bench, form: Format, arm: str) -> dict[str, Any]:
+    """Return the losses of one arm; per sequence too, so that arms can be compared in pairs later."""
+    start, worked = time.perf_counter(), time.process_time()
+    losses = ARMS[arm](bench, form)
+    report = bench.traces[2]
+    return {
+        "tokens_fitted": bench.probe.fit.tokens,
+        "tokens_selected": bench.probe.select.tokens,
+        "tokens_reported": bench.probe.report.tokens,
+        "parent": round(report.mean, 4),
+        "loss": round(report.mean_of(losses), 4),
+        "damage": _paired(bench, report, losses, report.losses),
+        "seconds": round(time.perf_counter() - start, 1),
+        "processor_seconds": round(time.process_time() - worked, 1),
+        "per_sequence": [round(v, 3) for v in losses.tolist()],
+        "sequence_tokens": [int(v) for v in report.tokens.tolist()],
+    }
+
+
+def _write(row: dict[str, Any]) -> None:
+    rows = [*_rows(), row]
+    new = FILE.with_suffix(".new")
+    new.write_text(json.dumps(environment() | {"rows": rows}, indent=1) + "\n")
+    new.replace(FILE)
+    print({k: v for k, v in row.items() if k not in ("per_sequence", "sequence_tokens")}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
