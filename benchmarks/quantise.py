@@ -47,7 +47,7 @@ from peelwise.tasks.quantise.settings import QuantiseSettings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-from small_gpt.text import training_documents  # noqa: E402
+from small_gpt.text import training_documents
 
 FILE = RESULTS / "quantise.json"
 SELECT, REPORT, LENGTH = 1_024, 8_192, 128

@@ -96,7 +96,6 @@ def quantise(
     probe: Probe | ProbeOptions | None = None,
     settings: QuantiseSettings | None = None,
     *,
-    format: str | Format | None = None,
     opening: OpenOptions | None = None,
     out: str | Path | None = None,
     to: To = "folder",
@@ -112,7 +111,6 @@ def quantise(
         model: a module (left exactly as it was), a folder or a GGUF file.
         probe: the probe, or the text to draw it from with the model's tokenizer; default: the reference prose.
         settings: format and effort.
-        format: shorthand for that of ``settings``, such as ``"int3:group=64"``.
         opening: how a folder or file is opened.
         out: folder to save the quantised model in; refused before the work if it is taken.
         to: what is written there; see `QuantiseReport.save`.
@@ -128,15 +126,11 @@ def quantise(
         PeelwiseError: With one or two lines on what is wrong and what to do.
 
     Example:
-        >>> report = peelwise.quantise("path/to/model", format="int4:group=64", out="out/int4")
+        >>> report = peelwise.quantise("path/to/model", settings=peelwise.QuantiseSettings("int4:group=64"), out="out")
         >>> report.record.loss.damage.mean
         0.043
     """
-    from dataclasses import replace
-
     settings = settings or QuantiseSettings()
-    if format is not None:
-        settings = replace(settings, format=format)
     if to not in ("folder", "gguf"):
         raise OptionError(f'to: expected "folder" or "gguf", got {to!r}.')
     if out is not None:

@@ -20,6 +20,7 @@ from peelwise.cli.options import (
     ModelArgument,
     PickleOption,
     SeedOption,
+    StoredOption,
     TextOption,
     TokenizerOption,
     TokensOption,
@@ -66,6 +67,7 @@ def quantise(
     device: DeviceOption = OpenOptions.device,
     dtype: DtypeOption = OpenOptions.dtype,
     allow_pickle: PickleOption = OpenOptions.allow_pickle,
+    as_stored: StoredOption = OpenOptions.as_stored,
     tokenizer: TokenizerOption = None,
     out: Annotated[
         Path | None, output("--out", metavar="DIR", help="Folder for the quantised model and its record.")
@@ -94,7 +96,7 @@ def quantise(
     settings = QuantiseSettings(
         form, tuple(skip or ()), max_sweeps, tolerance, asymmetric, curvature, micro_batch_tokens
     )
-    opening = OpenOptions(device, dtype, allow_pickle, tokenizer=tokenizer)
+    opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer)
     with at_work(f"Opening {model} ...") as watcher:
         report = api.quantise(
             model,

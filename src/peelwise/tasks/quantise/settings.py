@@ -18,7 +18,8 @@ class QuantiseSettings:
 
     Attributes:
         format: Format of the weights, like int4:group=64 or ternary:channel.
-        skip: Layers to leave in full precision, by name or by the last part of it, like down_proj.
+        skip: Layer to leave in full precision, by name or by the last part of it, like down_proj; may be repeated.
+            Default: none but the output head.
         max_sweeps: Most sweeps of coordinate descent per layer after error feedback; 0 for error feedback alone.
         tolerance: The sweep that lowers a layer's error by less than this share of it is the last.
         asymmetric: Let layers make up for what the layers before them lost.
