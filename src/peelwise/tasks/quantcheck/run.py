@@ -9,8 +9,11 @@ probe:
     relaxed    0 but for structural zeros: the parent itself
 
 on report. The codes are found in ``S + damping * tr(S)/d I`` of the fit tokens, with the damping, and whether they are
-taken at all, by the error on select: few tokens leave directions in which undamped sums allow any error. And for the
-loss on report: the parent's, the present one, and the one with all the better codes in place.
+taken at all, by the error on select: few tokens leave directions in which undamped sums allow any error.
+
+And for the loss on report: the parent's, the present one, and the one with better codes in place. Two sets of them are
+tried, and the one with the lower loss on select is taken: those of each layer by itself, and those of layers one after
+the other, for the inputs that they really get from the better codes before them (`references.asymmetric`).
 """
 
 from __future__ import annotations
@@ -35,10 +38,12 @@ from peelwise.model.weights.held import Held
 from peelwise.probe.probe import Probe
 from peelwise.records.base import ModelRecord, Note, SplitRecord, note
 from peelwise.records.quantcheck import LayerCheck, QuantcheckConclusion, QuantcheckRecord, QuantLosses
+from peelwise.tasks.quantcheck.in_order import solve_in_order
 from peelwise.tasks.quantcheck.layers import Candidate, Layer, held_of, input_sums, matched
 from peelwise.tasks.quantcheck.settings import QuantcheckSettings
 
-_SOLVE_SHARE = 0.9  # of the budget; the losses with the better weights come after it
+# Of the budget, when each way of finding codes ends; the losses with them come after.
+_ALONE_SHARE, _IN_ORDER_SHARE = 0.45, 0.9
 
 
 @dataclass
@@ -83,21 +88,25 @@ def run_quantcheck(
             select, session = runner.trace(probe.select), ReportSession(runner, runner.trace(probe.report))
         with clock.stage("best-weights"):
             found = _solve_all(other, above_of, {pairs[m]: (m, h) for m, h in held.items()}, settings, clock)
+        with clock.stage("codes"):
+            parts = above_of[:2], (runner.trace(probe.fit), select)
+            stop = _IN_ORDER_SHARE * clock.budget
+            in_order, reached = solve_in_order(other, runner, parts, pairs, held, settings, clock, stop)
         with clock.stage("best-weights-losses"):
-            loss = _losses(session, found.changes, select, above_of[-1])
+            loss = _losses(session, (found.changes, in_order), select, above_of[-1])
         cost = clock.record(probe.fit.tokens + probe.select.tokens + probe.report.tokens, device_of(quantised.model))
     records = [_model_record(c, b, probe.seed) for c, b in ((quantised, blocks), (parent, above))]
     return QuantcheckRecord(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         conclusion=_conclusion(loss),
-        complete=found.complete,
+        complete=found.complete and reached,
         quantised=records[0],
         parent=records[1],
         probe=probe.record(),
         loss=loss,
         layers=tuple(found.layers),
         cost=cost,
-        notes=(*checked, *_notes(quantised.model, parent.model, held, found)),
+        notes=(*checked, *_notes(quantised.model, parent.model, held, ended=not (found.complete and reached))),
         settings=settings.plain(),
         seed=probe.seed,
         versions=versions(),
@@ -113,7 +122,7 @@ def _solve_all(
 ) -> _Found:
     """Solve every map of the parent, block by block; one block's sums on all ``parts`` are alive at a time."""
     found = _Found()
-    stop = _SOLVE_SHARE * clock.budget
+    stop = _ALONE_SHARE * clock.budget
     for done, block in enumerate(runner.blocks):
         clock.tell(done, len(runner.blocks))
         sums = [input_sums(runner, block, trace) for trace in parts]
@@ -129,10 +138,12 @@ def _solve_all(
     return found
 
 
-def _losses(session: ReportSession, changes: Changes, select: Trace, parent: Trace) -> QuantLosses:
-    """Return the losses on report; the better weights are taken only if they lower the loss on select."""
+def _losses(session: ReportSession, candidates: Sequence[Changes], select: Trace, parent: Trace) -> QuantLosses:
+    """Return the losses on report; of the better weights those that lower the loss on select most, if any do."""
     report = session.report
-    kept = select.mean_of(session.losses(select, changes)) < select.mean
+    losses = [(select.mean_of(session.losses(select, each)), each) for each in candidates if each]
+    lowest, changes = min(losses, key=lambda pair: pair[0], default=(select.mean, {}))
+    kept = lowest < select.mean
     best = session.losses(report, changes) if kept else report.losses
     mean = report.mean_of(best)
     return QuantLosses(
@@ -155,8 +166,8 @@ def _conclusion(loss: QuantLosses) -> QuantcheckConclusion:
     return QuantcheckConclusion(case="recoverable" if loss.left.low > 0 else "none-found")
 
 
-def _notes(quantised: nn.Module, parent: nn.Module, held: dict[LinearLayer, Held], found: _Found) -> Iterator[Note]:
-    if not found.complete:
+def _notes(quantised: nn.Module, parent: nn.Module, held: dict[LinearLayer, Held], *, ended: bool) -> Iterator[Note]:
+    if ended:
         yield note("budget-ended")
     others = _other_differences(quantised, parent, held)
     if others:

@@ -1,0 +1,67 @@
+"""Better codes of a quantised model, one layer after the other, for what each gets from the better codes before it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch.nn.functional import pad
+
+from peelwise.engine.clock import Clock
+from peelwise.engine.curvature import output_curvatures
+from peelwise.engine.in_order import Walk
+from peelwise.engine.session import Changes
+from peelwise.model.layers import LinearLayer
+from peelwise.model.runner import Runner, Trace
+from peelwise.model.weights.held import Held
+from peelwise.references.asymmetric import coded, targets
+from peelwise.tasks.quantcheck.settings import QuantcheckSettings
+
+
+def solve_in_order(
+    parent: Runner,
+    own: Runner,
+    parts: tuple[Sequence[Trace], Sequence[Trace]],
+    pairs: Mapping[LinearLayer, LinearLayer],
+    held: Mapping[LinearLayer, Held],
+    settings: QuantcheckSettings,
+    clock: Clock,
+    stop: float,
+) -> tuple[Changes, bool]:
+    """Return changes to better codes, and whether all layers were reached.
+
+    Args:
+        parent: the full-precision model.
+        own: the quantised model.
+        parts: traces of fit and select, of the parent and of the quantised model.
+        pairs: the parent's layer of every layer of the quantised model.
+        held: what its quantised layers hold.
+        settings: effort.
+        clock: progress.
+        stop: seconds of the clock after which no block is begun; its layers and those behind keep their codes.
+    """
+    twins = {linear: pairs[linear] for linear in held if not linear.is_expert}
+    curvatures = output_curvatures(parent, parts[0][0], set(twins.values())) or {}
+    walk = Walk(parent, own, twins, *parts)
+    for done, block in enumerate(own.blocks):
+        clock.tell(done, len(own.blocks))
+        if clock.elapsed > stop:
+            return walk.changes, False
+        for group, (fit, select) in walk.groups(block):
+            weights = [twins[linear].weight().float() for linear in group]
+            for linear, W, aim in zip(group, weights, targets(weights, fit, select), strict=True):
+                mine = held[linear]
+                found = coded(
+                    W,
+                    aim,
+                    fit,
+                    select,
+                    mine.format,
+                    curvature=curvatures.get(twins[linear]),
+                    starts=[mine.encoded],
+                    max_sweeps=settings.max_sweeps,
+                    tolerance=settings.tolerance,
+                )
+                change = mine.format.decode(found.encoded).to(W) - mine.weight.to(W)
+                walk.changes[linear] = pad(change, (0, int(linear.has_bias)))
+        walk.leave(block)
+    return walk.changes, True
