@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peelwise.api.allocate import AllocationReport, allocate
     from peelwise.api.audit import AuditReport, audit
     from peelwise.api.certificate import apply, verify
     from peelwise.api.check import CheckReport, check
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from peelwise.model.options import OpenOptions
     from peelwise.probe.options import ProbeOptions
     from peelwise.probe.probe import Probe
+    from peelwise.tasks.allocate.settings import AllocateSettings
     from peelwise.tasks.audit.settings import AuditSettings
     from peelwise.tasks.check.settings import CheckSettings
     from peelwise.tasks.compare.settings import CompareSettings
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from peelwise.tasks.yes.bounds import YesMonitor
 
 __all__ = [
+    "AllocateSettings",
+    "AllocationReport",
     "AuditReport",
     "AuditSettings",
     "CheckReport",
@@ -51,6 +55,7 @@ __all__ = [
     "QuantiseSettings",
     "YesBounds",
     "YesMonitor",
+    "allocate",
     "apply",
     "audit",
     "check",
@@ -68,6 +73,8 @@ if find_spec("transformers") is not None:
     __all__ += ["attach"]  # needs this extra: "from peelwise import *" works without any
 
 _HOME = {
+    "AllocateSettings": "peelwise.tasks.allocate.settings",
+    "AllocationReport": "peelwise.api.allocate",
     "AuditReport": "peelwise.api.audit",
     "AuditSettings": "peelwise.tasks.audit.settings",
     "CheckReport": "peelwise.api.check",
@@ -87,6 +94,7 @@ _HOME = {
     "QuantiseSettings": "peelwise.tasks.quantise.settings",
     "YesBounds": "peelwise.api.yes",
     "YesMonitor": "peelwise.tasks.yes.bounds",
+    "allocate": "peelwise.api.allocate",
     "apply": "peelwise.api.certificate",
     "attach": "peelwise.integrations.huggingface",
     "audit": "peelwise.api.audit",

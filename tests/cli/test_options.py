@@ -13,6 +13,7 @@ from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
 from peelwise.records.options import options_of
 from peelwise.references.map_search import BEAM_WIDTH
+from peelwise.tasks.allocate.settings import AllocateSettings
 from peelwise.tasks.audit.settings import AuditSettings
 from peelwise.tasks.check.settings import CHECK_LENGTH, CHECK_TOKENS, CheckSettings
 from peelwise.tasks.compare.settings import CompareSettings
@@ -26,6 +27,7 @@ SETTINGS = {
     "peel": PeelSettings,
     "quantcheck": QuantcheckSettings,
     "quantise": QuantiseSettings,
+    "allocate": AllocateSettings,
     "compare": CompareSettings,
 }
 CLASSES = (*SETTINGS.values(), OpenOptions, ProbeOptions)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from peelwise.certificate.base import write_certificate
 from peelwise.errors import MissingExtraError
 from peelwise.probe.probe import Probe
+from peelwise.records.allocation import AllocationRecord
 from peelwise.records.audit import AuditRecord
 from peelwise.records.check import CheckRecord
 from peelwise.records.compare import CompareRecord, CompareSeries
@@ -35,7 +36,16 @@ class Result:
         record: every number, as in the JSON file.
     """
 
-    record: AuditRecord | CheckRecord | PeelRecord | QuantcheckRecord | QuantiseRecord | CompareRecord | CompareSeries
+    record: (
+        AuditRecord
+        | CheckRecord
+        | PeelRecord
+        | QuantcheckRecord
+        | QuantiseRecord
+        | CompareRecord
+        | CompareSeries
+        | AllocationRecord
+    )
 
     def __str__(self) -> str:
         from rich.console import Console

@@ -56,6 +56,15 @@ def quantise(
     in_distribution: InDistributionOption = ProbeOptions.in_distribution,
     seed: SeedOption = ProbeOptions.seed,
     form: Annotated[str, flag(QuantiseSettings, "format", "--format", metavar="FORMAT")] = str(QuantiseSettings.format),
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            "--plan",
+            metavar="DIR",
+            help="Formats of single layers: the folder of `peelwise allocate`, or a JSON object of formats by layer.",
+            rich_help_panel="Measurement",
+        ),
+    ] = None,
     skip: Annotated[list[str] | None, flag(QuantiseSettings, "skip", metavar="NAME")] = None,
     max_sweeps: Annotated[int, flag(QuantiseSettings, "max_sweeps", min=0)] = QuantiseSettings.max_sweeps,
     tolerance: Annotated[float, flag(QuantiseSettings, "tolerance", min=0.0)] = QuantiseSettings.tolerance,
@@ -89,12 +98,14 @@ def quantise(
     rounding to nearest.
     """
     from peelwise.api import quantise as api
+    from peelwise.api.allocate import read_plan
     from peelwise.show.audit.terminal import print_view
     from peelwise.show.quantise.terminal import MOST_LAYERS, render
 
     probe = probe_options(text, field, tokens, sequence_length, in_distribution, seed)
+    planned = read_plan(plan) if plan is not None else {}
     settings = QuantiseSettings(
-        form, tuple(skip or ()), max_sweeps, tolerance, asymmetric, curvature, micro_batch_tokens
+        form, tuple(skip or ()), max_sweeps, tolerance, asymmetric, curvature, micro_batch_tokens, planned
     )
     opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer)
     with at_work(f"Opening {model} ...") as watcher:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
+from peelwise.records.allocation import AllocationRecord
 from peelwise.records.audit import AuditRecord, BlockRecord
 from peelwise.records.base import Colour, Interval, ModelRecord
 from peelwise.records.check import BlockCheck, CheckRecord
@@ -20,6 +21,7 @@ from peelwise.records.quantise import QuantiseRecord
 from peelwise.records.run import COLOURS, WHOLE_MODEL, Measurement
 from peelwise.records.yes import YesRecord
 from peelwise.show import yes as yes_words
+from peelwise.show.allocate import words as allocate_words
 from peelwise.show.audit import words as audit_words
 from peelwise.show.check import words as check_words
 from peelwise.show.compare import words as compare_words
@@ -53,13 +55,22 @@ _CLOUDS: Mapping[str, Colour] = MappingProxyType({"red": "red", "yellow": "yello
 
 
 def record_html(
-    record: AuditRecord | CheckRecord | PeelRecord | QuantcheckRecord | QuantiseRecord | CompareRecord | CompareSeries,
+    record: AuditRecord
+    | CheckRecord
+    | PeelRecord
+    | QuantcheckRecord
+    | QuantiseRecord
+    | CompareRecord
+    | CompareSeries
+    | AllocationRecord,
 ) -> str:
     """Return the fragment of any record."""
     if isinstance(record, CheckRecord):
         return _check(record)
     if isinstance(record, QuantcheckRecord):
         return _quantcheck(record)
+    if isinstance(record, AllocationRecord):
+        return _allocation(record)
     if isinstance(record, QuantiseRecord):
         return _quantise(record)
     if isinstance(record, CompareRecord):
@@ -290,6 +301,25 @@ def _quantise(record: QuantiseRecord) -> str:
         _table(headers, rows, _of("Layers, those that lose most first", len(rows), len(ordered))),
         _line(quantise_words.ABOUT_LAYERS, quiet=True),
         *(_line(f"Note: {note_words(note)}", quiet=True) for note in record.notes),
+        _line(f"Cost: {duration(record.cost.wall_seconds)}.", quiet=True),
+    )
+
+
+def _allocation(record: AllocationRecord) -> str:
+    curve = [
+        [f"{each.bits_per_weight:.2f}", esc(each.name), nats(each.loss), with_ends(each.damage)]
+        for each in record.curve
+    ]
+    ordered = sorted(record.layers, key=lambda layer: layer.share, reverse=True)
+    rows = [[esc(each.name), esc(each.format), _percent(each.share)] for each in ordered[:MOST_ROWS]]
+    return fragment(
+        _title(record.model.name, _facts(record.model)),
+        _line(allocate_words.conclusion(record)),
+        _table(["bits per weight", "formats", "loss, nats per token", "damage"], curve, "Loss against bits"),
+        _table(
+            ["layer", "format", "share of the damage, %"], rows, _of("Layers that cost most", len(rows), len(ordered))
+        ),
+        _line(f"Interactions: {allocate_words.interaction(record)}.", quiet=True),
         _line(f"Cost: {duration(record.cost.wall_seconds)}.", quiet=True),
     )
 

@@ -6,12 +6,15 @@ from pathlib import Path
 
 from rich.console import Console, RenderableType
 
+from peelwise.records.allocation import AllocationRecord
 from peelwise.records.audit import AuditRecord
 from peelwise.records.check import CheckRecord
 from peelwise.records.compare import CompareRecord, CompareSeries
 from peelwise.records.peel import PeelRecord
 from peelwise.records.quantcheck import QuantcheckRecord
 from peelwise.records.quantise import QuantiseRecord
+from peelwise.show.allocate import terminal as allocate_terminal
+from peelwise.show.allocate import words as allocate_words
 from peelwise.show.audit import report, terminal
 from peelwise.show.audit import words as audit_words
 from peelwise.show.check import report as check_report
@@ -29,7 +32,7 @@ from peelwise.show.quantise import terminal as quantise_terminal
 from peelwise.show.quantise import words as quantise_words
 
 PageRecord = AuditRecord | CheckRecord | PeelRecord | CompareRecord | CompareSeries
-AnyRecord = PageRecord | QuantcheckRecord | QuantiseRecord
+AnyRecord = PageRecord | QuantcheckRecord | QuantiseRecord | AllocationRecord
 
 
 def render(record: AnyRecord, folder: Path | str | None = None) -> RenderableType:
@@ -41,6 +44,8 @@ def render(record: AnyRecord, folder: Path | str | None = None) -> RenderableTyp
     """
     if isinstance(record, QuantcheckRecord):
         return quantcheck_terminal.render(record)
+    if isinstance(record, AllocationRecord):
+        return allocate_terminal.render(record)
     if isinstance(record, QuantiseRecord):
         return quantise_terminal.render(record)
     if isinstance(record, CheckRecord):
@@ -63,6 +68,8 @@ def conclusion(record: AnyRecord) -> str:
     """Return in a few sentences what was found."""
     if isinstance(record, QuantcheckRecord):
         return quantcheck_words.conclusion(record)
+    if isinstance(record, AllocationRecord):
+        return allocate_words.conclusion(record)
     if isinstance(record, QuantiseRecord):
         return quantise_words.conclusion(record)
     if isinstance(record, CheckRecord):

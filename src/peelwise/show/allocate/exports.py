@@ -1,0 +1,130 @@
+"""An allocation in the syntax of the tools that will use it. Text made from the record alone.
+
+Layers that are left alone are those in a dense format, beside the output head, which is never asked about. Names of
+options are those of the tools' own documentation; each text says which.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+
+from peelwise.records.allocation import AllocatedLayer, AllocationRecord
+
+HEAD = "lm_head"
+# The parts of llama.cpp's names for tensors of blocks, by the last part of ours.
+_GGUF_PARTS = {
+    "q_proj": "attn_q",
+    "k_proj": "attn_k",
+    "v_proj": "attn_v",
+    "o_proj": "attn_output",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+}
+_GGUF_TYPES = {"int2": "q2_K", "int3": "q3_K", "int4": "q4_K", "int5": "q5_K", "int6": "q6_K", "int8": "q8_0"}
+
+
+def exports(record: AllocationRecord) -> dict[str, str]:
+    """Return texts by the name of a file: the same plan for several tools."""
+    return {
+        "llm-compressor.yaml": llm_compressor(record),
+        "llama-cpp.txt": llama_cpp(record),
+        "onnx.json": onnx(record),
+        "torchao_config.py": torchao(record),
+        "transformers.json": transformers(record),
+    }
+
+
+def llm_compressor(record: AllocationRecord) -> str:
+    """Return a recipe of llm-compressor: ``ignore`` and one group of ``config_groups`` per format."""
+    lines = [
+        "# Recipe for llm-compressor. Formats without integers of a fixed width are left to `ignore`.",
+        "quantization_stage:",
+        "  quantization_modifiers:",
+        "    GPTQModifier:",
+        f"      ignore: {json.dumps([HEAD, *(each.name for each in _left(record))])}",
+        "      config_groups:",
+    ]
+    for number, (form, layers) in enumerate(_by_format(record)):
+        width, group, symmetric = _integer(form)
+        strategy = f"strategy: group, group_size: {group}" if group else "strategy: channel"
+        lines += [
+            f"        group_{number}:",
+            f"          targets: {json.dumps([each.name for each in layers])}",
+            f"          weights: {{num_bits: {width}, type: int, symmetric: {str(symmetric).lower()}, {strategy}}}",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def llama_cpp(record: AllocationRecord) -> str:
+    """Return options for llama.cpp's ``llama-quantize``: a ``--tensor-type`` per layer, the nearest type it has."""
+    lines = []
+    for layer in record.layers:
+        part = _GGUF_PARTS.get(layer.name.rpartition(".")[2])
+        if part is not None:
+            family = layer.format.partition(":")[0]
+            lines.append(f"--tensor-type blk.{layer.block}.{part}={_GGUF_TYPES.get(family, 'f16')}")
+    return " \\\n".join(lines) + "\n"
+
+
+def onnx(record: AllocationRecord) -> str:
+    """Return ``nodes_to_exclude`` of ONNX Runtime's quantisers: matrix products as PyTorch's exporter names them."""
+    nodes = [f"/{'/'.join(_path(layer.name))}/MatMul" for layer in _left(record)]
+    return json.dumps({"nodes_to_exclude": [*nodes, f"/{HEAD}/MatMul"]}, indent=2) + "\n"
+
+
+def torchao(record: AllocationRecord) -> str:
+    """Return a Python file with a configuration for ``torchao.quantization.quantize_``."""
+    lines = [
+        '"""quantize_(model, config, filter_fn=None) of torchao, layer by layer."""',
+        "",
+        "import torch",
+        "from torchao.quantization import FqnToConfig, IntxWeightOnlyConfig, PerAxis, PerGroup",
+        "",
+        "config = FqnToConfig(",
+        "    {",
+    ]
+    for form, layers in _by_format(record):
+        width, group, symmetric = _integer(form)
+        how = f"PerGroup({group})" if group else "PerAxis(0)"
+        if not symmetric:
+            lines.append(f"        # {form} has an offset, which this configuration does not have.")
+        made = f"IntxWeightOnlyConfig(weight_dtype=torch.int{width}, granularity={how})"
+        lines += [f"        {json.dumps(layer.name)}: {made}," for layer in layers]
+    return "\n".join([*lines, "    }", ")"]) + "\n"
+
+
+def transformers(record: AllocationRecord) -> str:
+    """Return ``modules_to_not_convert`` of the quantisation configurations of transformers."""
+    return json.dumps({"modules_to_not_convert": [*(each.name for each in _left(record)), HEAD]}, indent=2) + "\n"
+
+
+def _left(record: AllocationRecord) -> list[AllocatedLayer]:
+    return [layer for layer in record.layers if not layer.format.startswith("int")]
+
+
+def _by_format(record: AllocationRecord) -> Iterator[tuple[str, list[AllocatedLayer]]]:
+    for form in record.formats:
+        layers = [layer for layer in record.layers if layer.format == form]
+        if layers and form.startswith("int"):
+            yield form, layers
+
+
+def _integer(form: str) -> tuple[int, int, bool]:
+    """Return width, group (0 for one scale per channel) and whether it is symmetric, from a format's name."""
+    family, _, options = form.partition(":")
+    words = options.split(",")
+    group = next((int(word.partition("=")[2]) for word in words if word.startswith("group=")), 0)
+    return int(family.removeprefix("int")), group, "symmetric" in words
+
+
+def _path(name: str) -> Sequence[str]:
+    """Return the parts of a module's path as exporters write them: a list's index belongs to its list."""
+    parts: list[str] = []
+    for part in name.split("."):
+        if part.isdigit() and parts:
+            parts[-1] += f".{part}"
+        else:
+            parts.append(part)
+    return parts

@@ -1,0 +1,1 @@
+"""Which layers of a model get how many bits, under a budget."""
