@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,14 +57,40 @@ def cheapest(damage: NDArray[np.float64], bits: NDArray[np.float64], budget: flo
             "per weight, or name a smaller format."
         )
     each_once = np.kron(np.eye(groups), np.ones(formats))  # [groups, groups * formats]
+    unit = float(bits.min())  # numbers of order 1: the solver's tolerances are absolute
     constraints = [
         LinearConstraint(each_once, 1, 1),
-        LinearConstraint(bits.reshape(1, -1) / budget, -np.inf, 1 + _SLACK),
+        LinearConstraint(bits.reshape(1, -1) / unit, -np.inf, budget / unit * (1 + _SLACK)),
     ]
-    found = milp(damage.flatten(), integrality=np.ones(groups * formats), bounds=Bounds(0, 1), constraints=constraints)
+    found = milp(
+        damage.flatten() / (float(damage.max()) or 1.0),
+        integrality=np.ones(groups * formats),
+        bounds=Bounds(0, 1),
+        constraints=constraints,
+    )
     if found.x is None:
         raise FormatError(f"No allocation was found: {found.message}")
     return [int(row.argmax()) for row in found.x.reshape(groups, formats)]
+
+
+@contextmanager
+def _nothing_printed() -> Iterator[None]:
+    """Keep the solver's own lines, which no option turns off, out of what a program prints on standard output."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is none
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            yield
+    finally:
+        with suppress(OSError, AttributeError, TypeError):  # C's own buffer, where the program's C library is known
+            ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def bits_of(choice: Sequence[int], bits: NDArray[np.float64]) -> float:

@@ -1,0 +1,151 @@
+"""Bits where they matter: better than one format for all, within the budget, in tools' syntax."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import peelwise
+from audits import Snapshot, part_of, tiny_probe
+from damage import scale
+from peelwise.api.allocate import read_plan
+from peelwise.errors import FormatError, OptionError, OutputError
+from peelwise.formats.table import parse_format
+from peelwise.records.allocation import AllocationRecord
+from zoo import ZOO
+
+FORMATS = ("int2:group=32", "int3:group=32", "int4:group=32")
+
+
+@pytest.fixture(scope="module")
+def allocated(stored_stage, training_probe):
+    """Of a model one block of which hardly writes, so that its bits are of more use elsewhere."""
+    model = scale(stored_stage("final")[0], 2, 0.02)
+    before = Snapshot.of(model)
+    report = peelwise.allocate(model, training_probe, peelwise.AllocateSettings(3.5, FORMATS, points=1))
+    before.assert_unchanged(model)
+    return report
+
+
+def test_the_plan_is_within_the_budget_and_better_than_one_format_for_all(allocated):
+    record = allocated.record
+    assert record.bits_per_weight <= 3.5
+    assert record.chosen in ("predicted", "corrected")
+    assert record.better_than[parse_format("int3:group=32").name].low > 0
+    assert {point.name for point in record.curve if point.kind == "uniform"} == {parse_format(f).name for f in FORMATS}
+    bits = sum(layer.bits_per_weight * layer.weights for layer in record.layers)
+    assert bits / sum(layer.weights for layer in record.layers) == pytest.approx(record.bits_per_weight)
+    assert sum(layer.share for layer in record.layers) == pytest.approx(1)
+    assert AllocationRecord.model_validate_json(record.to_json()) == record
+
+
+def test_layers_that_share_their_input_decide_together(allocated):
+    groups = {}
+    for layer in allocated.record.layers:
+        groups.setdefault(layer.group, set()).add((layer.name.rpartition(".")[2], layer.format))
+    kinds = [{name for name, _ in group} for group in groups.values()]
+    assert {"q_proj", "k_proj", "v_proj"} in kinds
+    assert {"gate_proj", "up_proj"} in kinds
+    assert all(len({form for _, form in group}) == 1 for group in groups.values())
+
+
+def test_a_block_that_hardly_writes_gets_fewer_bits(stored_stage, training_probe):
+    """Its errors matter less; the healthy model is the control."""
+    model, _ = stored_stage("final")
+    probe = part_of(training_probe, fit=12, select=4, report=4)
+    settings = peelwise.AllocateSettings(3.0, FORMATS, points=0)
+
+    def bits_of_block(subject):
+        layers = [layer for layer in peelwise.allocate(subject, probe, settings).record.layers if layer.block == 2]
+        return sum(layer.bits_per_weight * layer.weights for layer in layers) / sum(layer.weights for layer in layers)
+
+    assert bits_of_block(scale(model, 2, 0.02)) < bits_of_block(model)
+
+
+def test_the_plan_is_what_quantise_takes(allocated, stored_stage, training_probe, tmp_path):
+    model, _ = stored_stage("final")
+    allocated.save(tmp_path / "plan")
+    plan = read_plan(tmp_path / "plan")
+    assert plan == allocated.plan == read_plan(tmp_path / "plan" / "allocation.json")
+    (tmp_path / "own.json").write_text(json.dumps(plan))
+    assert read_plan(tmp_path / "own.json") == plan
+    settings = peelwise.QuantiseSettings(plan=plan, max_sweeps=0)
+    made = peelwise.quantise(model, part_of(training_probe, fit=12, select=4, report=8), settings)
+    assert {layer.name: layer.format for layer in made.record.layers} == plan
+    assert made.record.bits_per_weight == pytest.approx(allocated.record.bits_per_weight)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: peelwise.AllocateSettings(-1.0), OptionError, "bits"),
+        (lambda: peelwise.AllocateSettings(3.0, ("int4",)), OptionError, "two different"),
+        (lambda: peelwise.AllocateSettings(3.0, ("int4", "int4:channel")), OptionError, "two different"),
+        (lambda: peelwise.AllocateSettings(3.0, ("int4", "int99")), FormatError, "int99"),
+        (
+            lambda: peelwise.allocate(ZOO["llama"](), tiny_probe(), peelwise.AllocateSettings(1.0, ("int2", "int4"))),
+            FormatError,
+            "smallest of the formats",
+        ),
+    ],
+)
+def test_bad_input_is_a_sentence(make, error, words):
+    with pytest.raises(error, match=words):
+        make()
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"a": 3}', '{"layers": [{"name": "x"}]}'])
+def test_no_plan_is_a_sentence(tmp_path, text):
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(OutputError, match="plan"):
+        read_plan(tmp_path / "plan.json")
+
+
+def test_texts_for_other_tools_say_the_plan(allocated, stored_stage):
+    record = allocated.record
+    first = record.layers[0]
+    left = record.model_copy(
+        update={"layers": (first.model_copy(update={"format": "dense:float32"}), *record.layers[1:])}
+    )
+    from peelwise.show.allocate.exports import exports
+
+    texts = exports(left)
+    assert json.loads(texts["transformers.json"]) == {"modules_to_not_convert": [first.name, "lm_head"]}
+    node = first.name.replace("layers.0.", "layers.0/").replace(".self", "/self").replace("model.", "/model/")
+    assert json.loads(texts["onnx.json"])["nodes_to_exclude"][0] == f"{node.replace('attn.', 'attn/')}/MatMul"
+    lines = texts["llama-cpp.txt"].split(" \\\n")
+    assert len(lines) == len(record.layers)
+    assert f"--tensor-type blk.{first.block}.attn_q=f16" in lines
+    yaml = pytest.importorskip("yaml")
+    stage = yaml.safe_load(texts["llm-compressor.yaml"])["quantization_stage"]["quantization_modifiers"]["GPTQModifier"]
+    assert stage["ignore"] == ["lm_head", first.name]
+    said = {
+        name: (group["weights"]["num_bits"], group["weights"]["group_size"])
+        for group in stage["config_groups"].values()
+        for name in group["targets"]
+    }
+    for layer in record.layers[1:]:
+        assert said[layer.name] == (int(layer.format[3]), 32)
+
+
+def test_torchao_takes_its_configuration(allocated, stored_stage):
+    pytest.importorskip("torchao.quantization")
+    from torchao.quantization import quantize_
+
+    model, _ = stored_stage("final")
+    space = {}
+    exec(allocated.exports()["torchao_config.py"], space)
+    before = {
+        name: module.weight.detach().clone() for name, module in model.named_modules() if hasattr(module, "weight")
+    }
+    quantize_(model, space["config"], filter_fn=None)
+    for layer in allocated.record.layers:
+        weight = model.get_submodule(layer.name).weight
+        assert type(weight) is not torch.nn.Parameter
+        form = parse_format(layer.format)
+        plain = before[layer.name]
+        steps = (weight.dequantize() - plain).abs() / form.encode(plain).scales.float().repeat_interleave(32, 1)
+        assert float(steps.max()) < 1.2  # it is in steps of that many bits
+        assert float(steps.max()) > 0.3
