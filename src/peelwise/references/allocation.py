@@ -62,12 +62,13 @@ def cheapest(damage: NDArray[np.float64], bits: NDArray[np.float64], budget: flo
         LinearConstraint(each_once, 1, 1),
         LinearConstraint(bits.reshape(1, -1) / unit, -np.inf, budget / unit * (1 + _SLACK)),
     ]
-    found = milp(
-        damage.flatten() / (float(damage.max()) or 1.0),
-        integrality=np.ones(groups * formats),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-    )
+    with _nothing_printed():
+        found = milp(
+            damage.flatten() / (float(damage.max()) or 1.0),
+            integrality=np.ones(groups * formats),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+        )
     if found.x is None:
         raise FormatError(f"No allocation was found: {found.message}")
     return [int(row.argmax()) for row in found.x.reshape(groups, formats)]
