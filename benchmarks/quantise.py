@@ -1,4 +1,4 @@
-"""How much of the parent SmolLM2 loses in low-bit formats without training, by how the codes are found.
+"""How much of the parent a model loses in low-bit formats without training, by how the codes are found.
 
 All arms get the same tokens and are measured on the same report text, paired by sequence:
 
@@ -8,18 +8,21 @@ All arms get the same tokens and are measured on the same report text, paired by
     asymmetric        the same, with the target that makes up for the layers before it (arXiv:2504.02692)
     peelwise          `peelwise quantise`
     no-curvature      the same without weighing by the loss
-    packaged          the file's own four-bit blocks are the parent, so nothing is quantised
 
-Resumable: each finished arm is a line of the JSON file. Example:
+Models: SmolLM2-135M as packaged (its own four-bit blocks are the parent) and the small GPT of the examples, in which
+groups of 64 are of 32. Resumable: each finished arm is a row of the JSON file. Examples:
 
+    python benchmarks/quantise.py --model small-gpt --tokens 4096 --text docstrings --seeds 0 1 2
     python benchmarks/quantise.py --formats int3:group=64 int4:group=64 --tokens 4096 --text prose
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +48,12 @@ from peelwise.stats.linalg import DampedFactor
 from peelwise.tasks.quantise.run import run_quantise
 from peelwise.tasks.quantise.settings import QuantiseSettings
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
 
-from small_gpt.text import training_documents
+from small_gpt.text import training_documents  # noqa: E402
 
-FILE = RESULTS / "quantise.json"
+FILES = {"smollm2": RESULTS / "quantise.json", "small-gpt": RESULTS / "quantise_small.json"}
 SELECT, REPORT, LENGTH = 1_024, 8_192, 128
 PUBLISHED_DAMPING = 0.01
 FORMATS = [f"{family}:{layout}" for family in ("int4", "int3", "int2", "ternary") for layout in ("group=64", "channel")]
@@ -60,9 +64,9 @@ Solve = Callable[[Tensor, Format, InputSums, InputSums], Encoded]
 class Bench:
     """The model on one text: traces of its parts, and the losses of the parent on report."""
 
-    def __init__(self, model: Any, tokenizer: Any, text: str, tokens: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, text: str, tokens: int, seed: int) -> None:
         documents = None if text == "prose" else training_documents()
-        options = ProbeOptions(tokens=2 * (tokens + SELECT + REPORT), sequence_length=LENGTH)
+        options = ProbeOptions(tokens=2 * (tokens + SELECT + REPORT), sequence_length=LENGTH, seed=seed)
         drawn = Probe.from_options(options, tokenizer, documents=documents)
         ids, mask = (
             torch.cat([getattr(s, k) for s in (drawn.report, drawn.fit, drawn.select)]) for k in ("ids", "mask")
@@ -73,8 +77,6 @@ class Bench:
             stop = start + int((weights <= wanted).sum())
             parts.append(Split(ids[start:stop], mask[start:stop]))
             start = stop
-        from dataclasses import replace
-
         self.probe = replace(drawn, report=parts[0], select=parts[1], fit=parts[2])
         self.model = model
         self.runner = Runner(model, find_blocks(model))
@@ -153,8 +155,8 @@ def _change(linear: LinearLayer, form: Format, encoded: Encoded) -> Tensor:
     return pad(form.decode(encoded).to(W) - W, (0, int(linear.has_bias)))
 
 
-def _rows() -> list[dict[str, Any]]:
-    return json.loads(FILE.read_text())["rows"] if FILE.is_file() else []
+def _rows(file: Path) -> list[dict[str, Any]]:
+    return json.loads(file.read_text())["rows"] if file.is_file() else []
 
 
 def _paired(bench: Bench, report: Trace, losses: Tensor, against: Tensor) -> list[float]:
@@ -164,6 +166,8 @@ def _paired(bench: Bench, report: Trace, losses: Tensor, against: Tensor) -> lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", choices=["smollm2", "small-gpt"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--formats", nargs="+", default=FORMATS)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4_096, 16_384])
     parser.add_argument("--text", nargs="+", default=["prose", "docstrings"], choices=["prose", "docstrings"])
@@ -171,17 +175,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    opened = open_model("smollm2", device="cpu")
-    for text in arguments.text:
-        for tokens in arguments.tokens:
-            bench = None
-            for name in arguments.formats:
-                for arm in arguments.arms:
-                    key = {"text": text, "fit_tokens": tokens, "format": parse_format(name).name, "arm": arm}
-                    if any(key.items() <= row.items() for row in _rows()):
-                        continue
-                    bench = bench or Bench(opened.model, opened.tokenizer, text, tokens)
-                    _write(key | _measured(bench, parse_format(name), arm))
+    small = arguments.model == "small-gpt"
+    folder = EXAMPLES / "small_gpt" / "checkpoints"
+    opened = open_model(
+        folder / "step-02400" if small else "smollm2", device="cpu", tokenizer=folder / "tokenizer" if small else None
+    )
+    for text, tokens, seed in itertools.product(arguments.text, arguments.tokens, arguments.seeds):
+        bench = None
+        for name, arm in itertools.product(arguments.formats, arguments.arms):
+            form = parse_format(name.replace("group=64", "group=32") if small else name)
+            key = {"model": arguments.model, "text": text, "seed": seed, "fit_tokens": tokens}
+            key |= {"format": form.name, "arm": arm}
+            if any(key.items() <= row.items() for row in _rows(FILES[arguments.model])):
+                continue
+            bench = bench or Bench(opened.model, opened.tokenizer, text, tokens, seed)
+            _write(key | _measured(bench, form, arm))
 
 
 def _measured(bench: Bench, form: Format, arm: str) -> dict[str, Any]:
@@ -204,10 +212,11 @@ def _measured(bench: Bench, form: Format, arm: str) -> dict[str, Any]:
 
 
 def _write(row: dict[str, Any]) -> None:
-    rows = [*_rows(), row]
-    new = FILE.with_suffix(".new")
+    file = FILES[row["model"]]
+    rows = [*_rows(file), row]
+    new = file.with_suffix(".new")
     new.write_text(json.dumps(environment() | {"rows": rows}, indent=1) + "\n")
-    new.replace(FILE)
+    new.replace(file)
     print({k: v for k, v in row.items() if k not in ("per_sequence", "sequence_tokens")}, flush=True)
 
 
