@@ -29,7 +29,7 @@ def quantised(model, settings=QUICK, kept=None, probe=None, watcher=None):
 
 def test_codes_of_a_trained_model_lose_less_than_half_of_what_rounding_does(small_gpt, training_probe):
     model, _ = small_gpt("final")
-    probe = part_of(training_probe, fit=24, select=6, report=24)
+    probe = part_of(training_probe, fit=20, select=6, report=20)
     before = Snapshot.of(model)
     found = quantised(model, probe=probe)
     before.assert_unchanged(model)
@@ -116,6 +116,14 @@ def test_zeros_do_no_harm():
         model.model.layers[1].self_attn.o_proj.weight.zero_()
     record = quantised(model, QuantiseSettings("int4:group=16", max_sweeps=1)).record
     assert all(torch.isfinite(torch.tensor(list(layer.steps.values()))).all() for layer in record.layers)
+
+
+def test_fewer_tokens_than_inputs_are_said():
+    few = part_of(tiny_probe(), fit=3)
+    (said,) = (n for n in quantised(ZOO["llama"](), probe=few).record.notes if n.code == "few-fit-tokens")
+    assert said.values["tokens"] == 48 < said.values["inputs"] == 80
+    assert said.values["more"] == sum(".down_proj" in n for n, _ in ZOO["llama"]().named_modules()) - 1
+    assert not any(n.code == "few-fit-tokens" for n in quantised(ZOO["llama"]()).record.notes)
 
 
 class StopHereError(Exception):

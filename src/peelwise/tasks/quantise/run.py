@@ -48,6 +48,8 @@ from peelwise.tasks.quantise.kept import Kept
 from peelwise.tasks.quantise.settings import QuantiseSettings
 
 FIT, SELECT, REPORT = range(3)
+# Tokens of report, at least, that steps of layers and distances behind blocks are shown on; losses are on all of it.
+REPORTED_STEPS = 2_048
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def run_quantise(
         with clock.stage(LOSSES):
             notes = self_check(runner, probe.fit)
             traces = [runner.trace(part) for part in (probe.fit, probe.select, probe.report)]
-        walk = Walk(runner, runner, {linear: linear for linear in chosen}, traces, traces)
+        walked = [*traces[:REPORT], _beginning(traces[REPORT], REPORTED_STEPS)]
+        walk = Walk(runner, runner, {linear: linear for linear in chosen}, walked, walked)
         session = ReportSession(runner, traces[REPORT])
         codes: dict[str, tuple[Format, Encoded]] = {}
         lines: list[QuantisedLayer] = []
@@ -121,7 +124,7 @@ def run_quantise(
         blocks=tuple(behind),
         skipped=tuple(skipped),
         cost=cost,
-        notes=(*notes, *more),
+        notes=(*notes, *more, *_few_tokens(lines, chosen, int(traces[FIT].predicted))),
         settings=settings.plain(),
         seed=probe.seed,
         versions=versions(),
@@ -160,6 +163,17 @@ def _chosen(blocks: tuple[Block, ...], settings: QuantiseSettings) -> tuple[dict
     return chosen, skipped
 
 
+def _beginning(trace: Trace, tokens: int) -> Trace:
+    """Return the first micro-batches of a part with at least so many predicted tokens, or all of it."""
+    batches, losses, seen = [], 0, 0
+    for batch in trace.batches:
+        batches.append(batch)
+        losses, seen = losses + len(batch.inputs), seen + int(batch.weights.sum())
+        if seen >= tokens:
+            break
+    return Trace(batches, trace.losses[:losses], trace.tokens[:losses])
+
+
 def _curvatures(
     runner: Runner, fit: Trace, chosen: dict[LinearLayer, Format], settings: QuantiseSettings, clock: Clock
 ) -> tuple[dict[LinearLayer, Tensor], tuple[Note, ...]]:
@@ -169,6 +183,15 @@ def _curvatures(
     with clock.stage("curvature"):
         found = output_curvatures(runner, fit, chosen, after_block=lambda done: clock.tell(done, len(runner.blocks)))
     return ({}, (note("no-curvature"),)) if found is None else (found, ())
+
+
+def _few_tokens(lines: list[QuantisedLayer], chosen: dict[LinearLayer, Format], tokens: int) -> Iterator[Note]:
+    """Say of the widest layer, and how many more, that fewer tokens than it has inputs made its sums."""
+    widths = {linear.name: linear.weight().shape[1] for linear in chosen}
+    short = sorted((line.name for line in lines if widths[line.name] > tokens), key=lambda name: -widths[name])
+    if short:
+        inputs = widths[short[0]]
+        yield note("few-fit-tokens", layer=short[0], tokens=tokens, inputs=inputs, rank=tokens, more=len(short) - 1)
 
 
 def _known(
