@@ -19,7 +19,8 @@ class QuantisedLayer(Record):
     with the parent's weights ``W``, in parts of ``E|W z|^2``, for inputs ``x`` in the parent and ``z`` in the model
     quantised up to this layer. It is negative where the codes make up for more than they lose. ``damping`` is that
     of error feedback, ``target_damping`` and ``target_share`` say how far the layer makes up for what those before it
-    lost, and ``flipped`` is the share of codes other than those of rounding to nearest.
+    lost, and ``flipped`` is the share of codes other than those of rounding to nearest. Steps are measured on the first
+    2,048 tokens of report, or all where it is shorter.
     """
 
     name: str
@@ -35,7 +36,10 @@ class QuantisedLayer(Record):
 
 
 class QuantisedBlock(Record):
-    """Squared distance between the stations behind a block in both models on report, in parts of the variance there."""
+    """Squared distance between the stations behind a block in both models, in parts of the variance there.
+
+    On the same tokens as the steps of layers.
+    """
 
     index: int
     error: float

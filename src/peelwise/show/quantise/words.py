@@ -12,7 +12,7 @@ STEPS = {
 }
 ABOUT_LAYERS = (
     "What the codes of a layer lose at the inputs that it gets, in percent of its mean squared output; below 0 where "
-    "it makes up for more than it loses. On report."
+    "it makes up for more than it loses. On the first 2,048 report tokens."
 )
 
 
