@@ -17,7 +17,6 @@ from peelwise.act import (
     apply_witness_,
     block_modules,
     by_importance,
-    factors_of,
     growth,
     param_groups,
     random_blocks,
@@ -96,7 +95,7 @@ def _mapped(fed: Fed, source: str = "", control: bool = False) -> list[Arm]:
     return [of, Arm(f"constant at the mean of the map by {fed}", fed=fed, mean=True, nominal=MIDDLE, control=True)]
 
 
-ARMS = (
+ARMS = (  # in the order in which they are trained
     Arm("uniform"),
     *_mapped("Hill alpha", "arXiv:2605.22297"),
     *_mapped("natural-gradient score"),
@@ -105,12 +104,12 @@ ARMS = (
     Arm("growth by importance", rule=_growth, source="arXiv:2603.19348"),
     Arm("growth by shuffled importance", rule=_growth_shuffled, control=True),
     Arm("witness once, at half of the steps", witness=(0.5,)),
-    *_mapped("gradient norm"),
-    *_mapped("ablation"),
     Arm("blockwise rates by kind", kinds=True, nominal=5.0, source="arXiv:2502.19002"),
-    Arm("importance-sampled half of the blocks per step", rule=_half_by_importance),
     Arm("a quarter of the blocks for 5 steps each, embedding always", rule=_quarter_at_random, outer="always", held=5,
         source="arXiv:2403.17919"),
+    Arm("importance-sampled half of the blocks per step", rule=_half_by_importance),
+    *_mapped("gradient norm"),
+    *_mapped("ablation"),
     Arm("witness every eighth of the steps", witness=tuple(i / 8 for i in range(1, 8))),
 )  # fmt: skip
 
@@ -192,6 +191,3 @@ class Running:
         """Return what was done, as plain values."""
         done = self.schedule.record()
         return {"block_steps": done["block_steps"], "factors": self.factors, "witnesses": self.witnesses}
-
-
-__all__ = ["ARMS", "Arm", "Running", "factors_of", "optimizer_of"]

@@ -53,8 +53,8 @@ SIZES = {
     size.name: size
     for size in (
         Size("smoke", 3, 32, 64, 4, 32, 24, 6),
-        Size("small", 8, 64, 176, 8, 64, 400, 80),
-        Size("deep", 12, 48, 128, 8, 64, 400, 80),
+        Size("small", 6, 64, 176, 8, 64, 600, 100),
+        Size("deep", 12, 48, 128, 8, 64, 600, 100),
     )
 }
 
