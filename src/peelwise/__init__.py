@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peelwise.api.anatomy import AnatomyReport, anatomy
     from peelwise.api.audit import AuditReport, audit
     from peelwise.api.certificate import apply, verify
     from peelwise.api.check import CheckReport, check
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from peelwise.model.options import OpenOptions
     from peelwise.probe.options import ProbeOptions
     from peelwise.probe.probe import Probe
+    from peelwise.tasks.anatomy.settings import AnatomySettings
     from peelwise.tasks.audit.settings import AuditSettings
     from peelwise.tasks.check.settings import CheckSettings
     from peelwise.tasks.compare.settings import CompareSettings
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from peelwise.tasks.yes.bounds import YesMonitor
 
 __all__ = [
+    "AnatomyReport",
+    "AnatomySettings",
     "AuditReport",
     "AuditSettings",
     "CheckReport",
@@ -47,6 +51,7 @@ __all__ = [
     "QuantcheckSettings",
     "YesBounds",
     "YesMonitor",
+    "anatomy",
     "apply",
     "audit",
     "check",
@@ -63,6 +68,8 @@ if find_spec("transformers") is not None:
     __all__ += ["attach"]  # needs this extra: "from peelwise import *" works without any
 
 _HOME = {
+    "AnatomyReport": "peelwise.api.anatomy",
+    "AnatomySettings": "peelwise.tasks.anatomy.settings",
     "AuditReport": "peelwise.api.audit",
     "AuditSettings": "peelwise.tasks.audit.settings",
     "CheckReport": "peelwise.api.check",
@@ -80,6 +87,7 @@ _HOME = {
     "QuantcheckSettings": "peelwise.tasks.quantcheck.settings",
     "YesBounds": "peelwise.api.yes",
     "YesMonitor": "peelwise.tasks.yes.bounds",
+    "anatomy": "peelwise.api.anatomy",
     "apply": "peelwise.api.certificate",
     "attach": "peelwise.integrations.huggingface",
     "audit": "peelwise.api.audit",

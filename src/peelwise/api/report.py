@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from peelwise.certificate.base import write_certificate
 from peelwise.errors import MissingExtraError
 from peelwise.probe.probe import Probe
+from peelwise.records.anatomy import AnatomyRecord
 from peelwise.records.audit import AuditRecord
 from peelwise.records.check import CheckRecord
 from peelwise.records.compare import CompareRecord, CompareSeries
@@ -34,7 +35,7 @@ class Result:
         record: every number, as in the JSON file.
     """
 
-    record: AuditRecord | CheckRecord | PeelRecord | QuantcheckRecord | CompareRecord | CompareSeries
+    record: AuditRecord | CheckRecord | PeelRecord | QuantcheckRecord | CompareRecord | CompareSeries | AnatomyRecord
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -74,7 +75,7 @@ class WithPage(Result):
         record: every number, as in the JSON file.
     """
 
-    record: AuditRecord | CheckRecord | PeelRecord | CompareRecord | CompareSeries
+    record: AuditRecord | CheckRecord | PeelRecord | CompareRecord | CompareSeries | AnatomyRecord
 
     def to_html(self) -> str:
         """Return the report as one self-contained HTML page.

@@ -1,5 +1,5 @@
-"""The command line: ``peelwise check | audit | peel | quantcheck | compare | verify | apply | report`` on models and
-certificates, and ``export | watch | serve | demo-training`` on run histories.
+"""The command line: ``peelwise check | audit | peel | quantcheck | compare | anatomy | verify | apply | report`` on models
+and certificates, and ``export | watch | serve | demo-training`` on run histories.
 
 Exit codes: 0 fine, 1 finding, 2 bad input.
 """
@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from peelwise.cli import audit, certificate, check, compare, peel, quantcheck, runs
+from peelwise.cli import anatomy, audit, certificate, check, compare, peel, quantcheck, runs
 from peelwise.cli.terminal import one_line, stderr
 from peelwise.errors import PeelwiseError
 
@@ -24,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
 )
-for commands in (check, audit, peel, quantcheck, compare, certificate, runs):  # in the order of --help
+for commands in (check, audit, peel, quantcheck, compare, anatomy, certificate, runs):  # in the order of --help
     app.add_typer(commands.app)
 _INTERRUPTED = 130
 
