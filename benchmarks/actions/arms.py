@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import measures
@@ -39,6 +39,7 @@ class Arm:
         name: on the page.
         fed: statistic that the map of rates is fed with.
         mean: whether every block gets the mean of the map's factors instead of its own: the control of that map.
+        outside: factor of the embedding and the final norm.
         kinds: whether rates go by the kind of matrix.
         rule: makes the rule of a `BlockSchedule` from size, seed, steps and importance.
         outer, held: how the schedule treats the embedding, and for how many steps a set is kept.
@@ -50,6 +51,7 @@ class Arm:
     name: str
     fed: Fed | None = None
     mean: bool = False
+    outside: float = 1.0
     kinds: bool = False
     rule: Callable[[Size, int, int, Sequence[float]], Any] | None = None
     outer: Literal["always", "cut"] = "cut"
@@ -91,12 +93,13 @@ def _quarter_at_random(size: Size, seed: int, steps: int, importance: Sequence[f
 
 
 def _mapped(fed: Fed, source: str = "", control: bool = False) -> list[Arm]:
-    of = Arm(f"map [1, 5] by {fed}", fed=fed, nominal=MIDDLE, source=source, control=control)
-    return [of, Arm(f"constant at the mean of the map by {fed}", fed=fed, mean=True, nominal=MIDDLE, control=True)]
+    of = Arm(f"map [1, 5] by {fed}", fed=fed, outside=MIDDLE, nominal=MIDDLE, source=source, control=control)
+    return [of, replace(of, name=f"constant at the mean of the map by {fed}", mean=True, control=True)]
 
 
 ARMS = (  # in the order in which they are trained
     Arm("uniform"),
+    Arm("map [1, 5] by Hill alpha, embedding at 1", fed="Hill alpha", nominal=MIDDLE, source="arXiv:2605.22297"),
     *_mapped("Hill alpha", "arXiv:2605.22297"),
     *_mapped("natural-gradient score"),
     _mapped("permutation", control=True)[0],
@@ -120,7 +123,10 @@ def optimizer_of(arm: Arm, model: nn.Module, rate: float) -> torch.optim.AdamW:
         groups = _by_kind(model, rate / arm.nominal)
     else:
         weights, middle = [1.0] * len(block_modules(model)), MIDDLE if arm.fed else 1.0
-        groups = param_groups(model, weights, base_lr=rate / arm.nominal, span=(middle, middle), weight_decay=DECAY)
+        span = (middle, middle)
+        groups = param_groups(
+            model, weights, base_lr=rate / arm.nominal, span=span, outside=arm.outside, weight_decay=DECAY
+        )
     return torch.optim.AdamW(groups, betas=(0.9, 0.95))
 
 

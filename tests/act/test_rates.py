@@ -54,6 +54,14 @@ def test_every_parameter_is_in_one_group_and_moves_at_its_own_rate(decay):
         assert all((group["weight_decay"] == decay) == (p.dim() > 1) for group in groups for p in group["params"])
 
 
+def test_what_lies_outside_of_the_blocks_has_its_own_factor():
+    model = PlainGPT()
+    optimizer = torch.optim.SGD(param_groups(model, [1.0, 2.0, 5.0], base_lr=0.01, outside=3.0))
+    expected = rates_of([1.0, 2.0, 5.0], 0.01, dict(model.named_parameters()))
+    expected |= {name: 0.03 for name in expected if not name.startswith("blocks.")}
+    assert moved(model, optimizer) == pytest.approx(expected, rel=1e-3)
+
+
 def test_a_tied_head_and_frozen_parameters():
     model = tiny_llama(tied=True)
     model.model.layers[0].requires_grad_(False)
@@ -72,6 +80,7 @@ def test_a_tied_head_and_frozen_parameters():
         ([1.0, float("nan"), 2.0], {}, "expected positive numbers, got nan for block 1"),
         ([1.0, 2.0, 3.0], {"base_lr": -1.0}, "base_lr: expected a positive number"),
         ([1.0, 2.0, 3.0], {"span": (0.0, 5.0)}, "span: expected two positive factors"),
+        ([1.0, 2.0, 3.0], {"outside": 0.0}, "outside: expected a positive factor"),
         ([1.0, 2.0, 3.0], {"scale": "cubic"}, 'expected "linear", "log" or "rank"'),
     ],
 )

@@ -13,6 +13,7 @@ from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
 from peelwise.records.options import options_of
 from peelwise.references.map_search import BEAM_WIDTH
+from peelwise.tasks.anatomy.settings import AnatomySettings
 from peelwise.tasks.audit.settings import AuditSettings
 from peelwise.tasks.check.settings import CHECK_LENGTH, CHECK_TOKENS, CheckSettings
 from peelwise.tasks.compare.settings import CompareSettings
@@ -25,6 +26,7 @@ SETTINGS = {
     "peel": PeelSettings,
     "quantcheck": QuantcheckSettings,
     "compare": CompareSettings,
+    "anatomy": AnatomySettings,
 }
 CLASSES = (*SETTINGS.values(), OpenOptions, ProbeOptions)
 RENAMED = {("quantcheck", "format"): "form"}  # a parameter of this name would hide the built-in

@@ -54,14 +54,15 @@ def param_groups(
     base_lr: float,
     span: tuple[float, float] = (1.0, 5.0),
     scale: Scale = "linear",
+    outside: float = 1.0,
     weight_decay: float | None = None,
     blocks: Sequence[nn.Module] | None = None,
 ) -> list[dict[str, Any]]:
     """Return parameter groups for any torch optimiser, each block with its own learning rate.
 
     ``lr = base_lr * factor``, see `factors_of`; parameters outside of the blocks (embedding, final norm, head) have
-    factor 1. Every trainable parameter is in one group, a tied one once. A group also holds ``block`` (``None``
-    outside) and ``factor``, which an optimiser keeps and saves.
+    the factor ``outside``. Every trainable parameter is in one group, a tied one once. A group also holds ``block``
+    (``None`` outside) and ``factor``, which an optimiser keeps and saves.
 
     Args:
         model: any module with a list of blocks.
@@ -69,6 +70,8 @@ def param_groups(
         base_lr: rate of factor 1.
         span: factors of the smallest and of the largest weight.
         scale: ``"linear"``, ``"log"`` or ``"rank"``; the last does not depend on how far weights lie apart.
+        outside: factor of what lies outside of the blocks. At 1 an embedding has the rate of the block that gets least,
+            which can cost more than any map gains (docs/actions.md).
         weight_decay: of parameters with two or more dimensions, 0 for the others; ``None`` leaves it to the optimiser.
         blocks: the blocks, where they are not the largest ``nn.ModuleList``.
 
@@ -82,12 +85,14 @@ def param_groups(
     """
     if not (math.isfinite(base_lr) and base_lr > 0):
         raise OptionError(f"base_lr: expected a positive number, got {base_lr}.")
+    if not (math.isfinite(outside) and outside > 0):
+        raise OptionError(f"outside: expected a positive factor, got {outside}.")
     members = block_parameters(model, blocks)
     factors = factors_of(weights_of_blocks, len(members), span=span, scale=scale)
     inside = {id(p) for each in members for p in each}
-    outside = [p for p in model.parameters() if id(p) not in inside]
+    others = [p for p in model.parameters() if id(p) not in inside]
     groups: list[dict[str, Any]] = []
-    for block, factor, params in [(None, 1.0, outside), *zip(range(len(members)), factors, members, strict=True)]:
+    for block, factor, params in [(None, outside, others), *zip(range(len(members)), factors, members, strict=True)]:
         for part, decay in _by_decay([p for p in params if p.requires_grad], weight_decay):
             groups.append({"params": part, "lr": base_lr * factor, "block": block, "factor": factor} | decay)
     check_groups(model, groups)

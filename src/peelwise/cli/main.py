@@ -1,5 +1,5 @@
-"""The command line: ``peelwise check | audit | peel | quantcheck | compare | anatomy | verify | apply | report`` on models
-and certificates, and ``export | watch | serve | demo-training`` on run histories.
+"""The command line: ``peelwise check | audit | peel | quantcheck | compare | anatomy | verify | apply | report`` on
+models and certificates, and ``export | watch | serve | demo-training`` on run histories.
 
 Exit codes: 0 fine, 1 finding, 2 bad input.
 """

@@ -137,7 +137,7 @@ def _correlations(record: AnatomyRecord) -> str:
 def _reading() -> str:
     lines = (
         words.SIGNS,
-        "Means are those of the fit tokens, the best scale was chosen on select, all that is shown is measured on report.",
+        "Means are those of the fit tokens, the best scale was chosen on select, all that is shown is from report.",
         "What a block costs on this text says nothing of other text, and blocks that cost nothing one at a time may "
         "cost much together.",
         "Recovered: of what noise of half a standard deviation costs, the share that one closed-form round of the "

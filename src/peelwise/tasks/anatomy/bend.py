@@ -62,7 +62,7 @@ def changer(kind: Bend, parts: Parts, seed: int) -> Callable[[float], Changes]:
         return lambda factor: {m: scaled_change(m, factor) for m in linears}
     if kind == "low-rank":
         decomposed = {m: torch.linalg.svd(m.weight().float(), full_matrices=False) for m in linears}
-        return lambda share: {m: _with_bias(m, -_tail(*decomposed[m], share)) for m in linears}
+        return lambda share: {m: _with_bias(m, -_tail(decomposed[m], share)) for m in linears}
 
     def changes(strength: float) -> Changes:
         generator = torch.Generator().manual_seed(seed * 10_007 + parts.block.index)
@@ -81,8 +81,9 @@ def _moved(kind: Bend, W: Tensor, strength: float, generator: torch.Generator) -
     return -2 * W * flipped
 
 
-def _tail(U: Tensor, s: Tensor, Vh: Tensor, share: float) -> Tensor:
+def _tail(decomposed: tuple[Tensor, Tensor, Tensor], share: float) -> Tensor:
     """Return what goes with the smallest singular values."""
+    U, s, Vh = decomposed
     kept = max(1, math.ceil((1 - share) * len(s)))
     return (U[:, kept:] * s[kept:]) @ Vh[kept:]
 

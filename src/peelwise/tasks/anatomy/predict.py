@@ -55,7 +55,8 @@ def grams_of(layers: Sequence[LinearLayer], seed: int, *, independent: bool = Fa
     halves = []
     for half in (order[0::2], order[1::2]):
         gram = torch.zeros(len(layers), len(layers), dtype=torch.float64)
-        for rows in half.split(_ROWS):
+        for begin in range(0, len(half), _ROWS):
+            rows = half[begin : begin + _ROWS]
             stack = torch.stack([w[rows.to(w.device)].float().flatten().cpu() for w in weights])  # [L, rows * d_in]
             if independent:
                 noise = torch.randn(stack.shape, generator=generator)
