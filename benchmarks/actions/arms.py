@@ -97,16 +97,21 @@ def _mapped(fed: Fed, source: str = "", control: bool = False) -> list[Arm]:
     return [of, replace(of, name=f"constant at the mean of the map by {fed}", mean=True, control=True)]
 
 
-ARMS = (  # in the order in which they are trained
+_HILL, _HILL_MEAN = _mapped("Hill alpha", "arXiv:2605.22297")
+_SCORE, _SCORE_MEAN = _mapped("natural-gradient score")
+
+ARMS = (  # in the order in which they are trained: every idea soon followed by its control
     Arm("uniform"),
-    Arm("map [1, 5] by Hill alpha, embedding at 1", fed="Hill alpha", nominal=MIDDLE, source="arXiv:2605.22297"),
-    *_mapped("Hill alpha", "arXiv:2605.22297"),
-    *_mapped("natural-gradient score"),
+    replace(_HILL, name="map [1, 5] by Hill alpha, embedding at 1", outside=1.0),
+    _HILL,
     _mapped("permutation", control=True)[0],
-    Arm("random half of the blocks per step", rule=_half_at_random, source="arXiv:2510.02239"),
     Arm("growth by importance", rule=_growth, source="arXiv:2603.19348"),
     Arm("growth by shuffled importance", rule=_growth_shuffled, control=True),
+    Arm("random half of the blocks per step", rule=_half_at_random, source="arXiv:2510.02239"),
+    _SCORE,
     Arm("witness once, at half of the steps", witness=(0.5,)),
+    _HILL_MEAN,
+    _SCORE_MEAN,
     Arm("blockwise rates by kind", kinds=True, nominal=5.0, source="arXiv:2502.19002"),
     Arm("a quarter of the blocks for 5 steps each, embedding always", rule=_quarter_at_random, outer="always", held=5,
         source="arXiv:2403.17919"),
