@@ -12,6 +12,7 @@ from peelwise.records.anatomy import (
     Explained,
     Predictability,
     Recovery,
+    Retrained,
 )
 from peelwise.records.base import CostRecord, Interval, StageCost, note
 
@@ -38,7 +39,12 @@ def _block(index: int, cost: float) -> BlockAnatomy:
             Bent(kind="low-rank", strengths=(0.1, 0.25), costs=(interval(0.0), interval(0.3)), tolerated=0.1),
         ),
         best_scale=BestScale(factor=0.925, gain=interval(0.0123)),
-        recovery=Recovery(damage=interval(0.5), left=interval(0.3), share=0.4),
+        recovery=Recovery(
+            damage=interval(0.5),
+            left=interval(0.3),
+            share=0.4,
+            retrained=Retrained(steps=None if index == 2 else 35, tokens=35_000, most_steps=100, left=interval(0.01)),
+        ),
         signals={"stable_rank.mlp.up_proj": cost * 3, "score": 1.0 * index},
     )
 

@@ -125,4 +125,6 @@ def _row(block: BlockAnatomy) -> dict[str, Any]:
         row["best_scale"] = block.best_scale.factor
     if block.recovery is not None:
         row["recovered_share"] = block.recovery.share
+        if block.recovery.retrained is not None:
+            row["retrained_steps"] = block.recovery.retrained.steps
     return row | block.signals

@@ -47,18 +47,37 @@ class BestScale(Record):
     gain: Interval
 
 
+class Retrained(Record):
+    """A damaged block trained alone until the loss is back.
+
+    Attributes:
+        steps: of the optimiser until the mean cost on report was within the margin, looked at every few steps;
+            ``None`` where it was not within ``most_steps``.
+        tokens: of training text that went forward and back by then.
+        most_steps: that it was given.
+        left: what is left of the damage's cost at the end.
+    """
+
+    steps: int | None
+    tokens: int
+    most_steps: int
+    left: Interval
+
+
 class Recovery(Record):
-    """How much of a damage one closed-form round of the block alone takes back.
+    """How much of a damage one closed-form round of the block alone takes back, and how long training it takes.
 
     Attributes:
         damage: what the noise costs.
         left: what is left of that cost after the round.
         share: ``1 - left / damage``, of the means; ``None`` where the damage is not above the margin.
+        retrained: the same damage, the block trained alone; ``None`` where there was no time, or no damage.
     """
 
     damage: Interval
     left: Interval
     share: float | None = None
+    retrained: Retrained | None = None
 
 
 class BlockAnatomy(Record):

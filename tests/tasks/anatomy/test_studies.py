@@ -12,6 +12,7 @@ from peelwise.engine.opening import checked_blocks, open_session
 from peelwise.model.guard import untouched
 from peelwise.model.parts import parts_of
 from peelwise.records.anatomy import ABLATIONS, BENDS
+from peelwise.tasks.anatomy import recover
 from peelwise.tasks.anatomy.ablate import ablations
 from peelwise.tasks.anatomy.bend import STRENGTHS, bent, best_scale, changer
 from peelwise.tasks.anatomy.predict import Grams, coefficients, deltas, explained, grams_of, kinds, predictability
@@ -193,6 +194,42 @@ def test_recovery_takes_back_a_part_of_the_damage(opened):
         assert found.share == pytest.approx(1 - found.left.mean / found.damage.mean)
     assert found.left.mean != found.damage.mean
     assert recovery(session, all_parts[1], 1e9, 5).share is None  # a damage within the margin
+
+
+def test_training_a_damaged_block_alone_is_the_training_of_a_copy(monkeypatch):
+    model = model_of("llama")
+    monkeypatch.setattr(recover, "MOST_STEPS", 10)
+    with untouched(model), torch.no_grad():
+        session = open_session(model, checked_blocks(model, PROBE), PROBE, name="m", budget_seconds=1e9,
+                               micro_batch_tokens=64, watcher=None)  # fmt: skip
+        parts = parts_of(session.runner.blocks[1])
+        damage = changer("noise", parts, 5)(0.5)
+        found = recover.trained_alone(session, parts, damage, -9.0, lambda: True)  # a margin that is never reached
+        healed = recover.trained_alone(session, parts, damage, 9.0, lambda: True)
+        stopped = recover.trained_alone(session, parts, damage, -9.0, lambda: False)
+    name = parts.block.name
+    copied = with_matrices(
+        model, 1, lambda each, W: W + next(d for m, d in damage.items() if m.name == f"{name}.{each}")
+    )
+    linears = [m for m in copied.model.layers[1].modules() if isinstance(m, torch.nn.Linear)]
+    stds = [float(m.weight.detach().std()) for m in model.model.layers[1].modules() if isinstance(m, torch.nn.Linear)]
+    groups = [{"params": [m.weight], "lr": 0.02 * std} for m, std in zip(linears, stds, strict=True)]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    batches = [batch.inputs for batch in session.fit.batches]
+    targets = [batch.targets for batch in session.fit.batches]
+    for step in range(10):
+        place = step % len(batches)
+        copied.zero_grad()
+        cross_entropy(copied(batches[place]).logits.flatten(0, 1), targets[place].flatten()).backward()
+        optimizer.step()
+    assert found.steps is None
+    assert found.left.mean == pytest.approx(cost(model, copied), abs=1e-4)
+    assert found.tokens == sum(t.numel() for t in (targets * 10)[:10])
+    assert (healed.steps, stopped) == (recover.LOOK_EVERY, None)
+    start = cost(
+        model, with_matrices(model, 1, lambda e, W: W + next(d for m, d in damage.items() if m.name == f"{name}.{e}"))
+    )
+    assert abs(found.left.mean - start) > 1e-3  # it did something
 
 
 # -- weights over depth --------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def _ablation(record: AnatomyRecord) -> str:
 
 
 def _bending(record: AnatomyRecord) -> str:
-    titles = ("block", *(words.BENDS[kind] for kind in BENDS), "best scale", "its gain", "recovered")
+    titles = ("block", *(words.BENDS[kind] for kind in BENDS), "best scale", "its gain", "recovered", "steps")
     rows = [_bent_row(block) for block in record.blocks if block.bent or block.recovery]
     return section(
         "bending",
@@ -94,6 +94,7 @@ def _bent_row(block: BlockAnatomy) -> tuple[str, ...]:
         "–" if best is None else f"{best.factor:.3g}",
         _interval(None if best is None else best.gain),
         "–" if recovery is None or recovery.share is None else f"{100 * recovery.share:.0f} %",
+        esc(words.retrained(block)),
     )
 
 
@@ -141,7 +142,7 @@ def _reading() -> str:
         "What a block costs on this text says nothing of other text, and blocks that cost nothing one at a time may "
         "cost much together.",
         "Recovered: of what noise of half a standard deviation costs, the share that one closed-form round of the "
-        "block alone takes back. How many steps of training that takes was not measured.",
+        "block alone takes back. Steps: of a training of the block alone, until the cost is within the margin.",
     )
     return section("reading", "How to read this", f"<ul>{''.join(f'<li>{esc(line)}</li>' for line in lines)}</ul>")
 

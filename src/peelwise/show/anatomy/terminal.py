@@ -77,12 +77,12 @@ def _costs(record: AnatomyRecord, width: int) -> RenderableType:
 
 def _bends(record: AnatomyRecord) -> RenderableType:
     table = _table("block", *(words.BENDS[kind].replace(" ", "\n", 1) for kind in BENDS), "best\nscale", "its\ngain",
-                   "recovered")  # fmt: skip
+                   "recovered", "steps")  # fmt: skip
     for block in record.blocks:
         cells = ["-" if (bent := words.bent_of(block, kind)) is None else words.tolerated(bent) for kind in BENDS]
         best = block.best_scale
         scale = ("-", "-") if best is None else (f"{best.factor:.3g}", f"{best.gain.mean:+z.{_DECIMALS}f}")
-        table.add_row(str(block.index), *cells, *scale, _recovered(block))
+        table.add_row(str(block.index), *cells, *scale, _recovered(block), words.retrained(block))
     title = f"\nTolerated within the margin of {record.margin_nats:.4f} nats per token"
     return Group(Text(title, style="bold"), table)
 

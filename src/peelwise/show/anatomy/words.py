@@ -106,6 +106,14 @@ def tolerated(bent: Bent) -> str:
     return f"{100 * bent.tolerated:g} %" if share else f"{bent.tolerated:g}"
 
 
+def retrained(block: BlockAnatomy) -> str:
+    """Return the steps of training that a damaged block needs alone, or that more were needed than it was given."""
+    done = None if block.recovery is None else block.recovery.retrained
+    if done is None:
+        return "-"
+    return f"> {done.most_steps}" if done.steps is None else f"{done.steps}"
+
+
 def bent_of(block: BlockAnatomy, kind: Bend) -> Bent | None:
     """Return what one way of bending did to a block, or ``None``."""
     return next((bent for bent in block.bent if bent.kind == kind), None)

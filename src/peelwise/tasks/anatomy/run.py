@@ -162,7 +162,9 @@ def _recover(found: _Found) -> None:
     def work(index: int) -> None:
         parts = found.all_parts[index]
         if parts.block.linears:
-            found.blocks[index]["recovery"] = recovery(found.session, parts, found.margin, found.seed)
+            clock = found.session.clock
+            done = recovery(found.session, parts, found.margin, found.seed, lambda: clock.left > 0)
+            found.blocks[index]["recovery"] = done
 
     found.each("recovery", work)
 
