@@ -38,12 +38,15 @@ class Runs:
         self.size, self.folder = size, folder
         self.file = folder / "runs.jsonl"
         self.costs = Costs(size, folder / "costs.json")
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        text = self.file.read_text() if self.file.exists() else ""
+        lines = text.splitlines()
+        if text and not text.endswith("\n"):  # killed while it wrote: the next line must not be joined to that one
+            self.file.write_text("".join(f"{line}\n" for line in lines[:-1]))
+            lines = lines[:-1]
         self.done: dict[tuple[str, float, int, float], dict[str, Any]] = {}
         for line in lines:
-            if line.endswith("}"):  # one that was cut off is run again
-                row = json.loads(line)
-                self.done[row["arm"], row["rate"], row["seed"], row["budget"]] = row
+            row = json.loads(line)
+            self.done[row["arm"], row["rate"], row["seed"], row["budget"]] = row
 
     def get(self, arm: Arm, rate: float, seed: int, budget: float = 1.0) -> dict[str, Any]:
         """Return one training, done now unless it was before."""
