@@ -22,7 +22,7 @@ import torch
 import peelwise
 from common import RESULTS, environment
 from peelwise.evidence.anatomy import rank_correlation
-from peelwise.records.anatomy import AnatomyRecord
+from peelwise.records.anatomy import AnatomyRecord, BlockAnatomy
 from peelwise.records.base import Interval
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,16 +125,21 @@ def weights_table(record: AnatomyRecord) -> str:
 def bends_table(record: AnatomyRecord) -> str:
     """Return what the blocks tolerate, and what a damage leaves, as a table of the page."""
     kinds = [bent.kind for bent in record.blocks[0].bent]
-    header = ["block", *kinds, "best factor", "its gain", "recovered"]
+    header = ["block", *kinds, "best factor", "its gain", "recovered", "retrained"]
     lines = [header, ["---"] * len(header)]
     for b in record.blocks:
         best, share = b.best_scale, b.recovery.share if b.recovery else None
         lines.append(
             [str(b.index), *("none" if bent.tolerated is None else f"{bent.tolerated:g}" for bent in b.bent),
              "" if best is None else f"{best.factor:.3g}", "" if best is None else _cell(best.gain),
-             "" if share is None else f"{100 * share:.0f} %"]
+             "" if share is None else f"{100 * share:.0f} %", _retrained(b)]
         )  # fmt: skip
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _retrained(block: BlockAnatomy) -> str:
+    done = block.recovery.retrained if block.recovery else None
+    return "" if done is None else f"{100 * done.share:.0f} % in {done.best_step} steps"
 
 
 def _cell(cost: Interval | None) -> str:

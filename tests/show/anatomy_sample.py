@@ -43,7 +43,14 @@ def _block(index: int, cost: float) -> BlockAnatomy:
             damage=interval(0.5),
             left=interval(0.3),
             share=0.4,
-            retrained=Retrained(steps=None if index == 2 else 35, tokens=35_000, most_steps=100, left=interval(0.01)),
+            retrained=Retrained(
+                steps=None if index == 2 else 35,
+                best_step=20,
+                tokens=20_000,
+                most_steps=100,
+                left=interval(0.2),
+                share=0.6,
+            ),
         ),
         signals={"stable_rank.mlp.up_proj": cost * 3, "score": 1.0 * index},
     )

@@ -126,5 +126,7 @@ def _row(block: BlockAnatomy) -> dict[str, Any]:
     if block.recovery is not None:
         row["recovered_share"] = block.recovery.share
         if block.recovery.retrained is not None:
-            row["retrained_steps"] = block.recovery.retrained.steps
+            row |= {
+                f"retrained_{key}": getattr(block.recovery.retrained, key) for key in ("steps", "best_step", "share")
+            }
     return row | block.signals

@@ -86,8 +86,7 @@ def _row(block: BlockAnatomy) -> dict[str, float]:
     if block.recovery is not None and block.recovery.share is not None:
         row["recovery"] = block.recovery.share
     if block.recovery is not None and block.recovery.retrained is not None:
-        done = block.recovery.retrained
-        row["recovery.steps"] = done.most_steps + 1.0 if done.steps is None else float(done.steps)
+        row["retrained"] = block.recovery.retrained.share
     row |= {f"bent.{bent.kind}": first for bent in block.bent if (first := _mildest(bent)) is not None}
     return row | block.signals
 

@@ -48,24 +48,28 @@ class BestScale(Record):
 
 
 class Retrained(Record):
-    """A damaged block trained alone until the loss is back.
+    """A damaged block trained alone, stopped early on select.
 
     Attributes:
-        steps: of the optimiser until the mean cost on report was within the margin, looked at every few steps;
-            ``None`` where it was not within ``most_steps``.
-        tokens: of training text that went forward and back by then.
+        steps: of the optimiser until the cost on select was within the margin, looked at every few steps; ``None``
+            where it never was: the fit tokens are not enough, or the steps.
+        best_step: after which the loss on select was lowest.
+        tokens: of the fit text that went forward and back by then.
         most_steps: that it was given.
-        left: what is left of the damage's cost at the end.
+        left: what is left of the damage's cost after the best step, on report.
+        share: ``1 - left / damage``, of the means.
     """
 
     steps: int | None
+    best_step: int
     tokens: int
     most_steps: int
     left: Interval
+    share: float
 
 
 class Recovery(Record):
-    """How much of a damage one closed-form round of the block alone takes back, and how long training it takes.
+    """How much of a damage one closed-form round of the block alone takes back, and what training it alone does.
 
     Attributes:
         damage: what the noise costs.

@@ -42,8 +42,8 @@ def test_the_conclusion_follows_from_the_numbers() -> None:
 
 def test_the_terminal_shows_costs_tolerances_controls_and_correlations() -> None:
     shown = printed(anatomy_sample.record())
-    for text in ("-0.250 [-0.260, -0.240]", "+2.100", "0.925", "40 %", "> 100", "none", "10 %", "-0.530 .. -0.470",
-                 "+1.00  ", words.SIGNS[:40], "Cost: 1 min"):  # fmt: skip
+    for text in ("-0.250 [-0.260, -0.240]", "+2.100", "0.925", "40 %", "60 % in 20", "60 % in 35", "none", "10 %",
+                 "-0.530 .. -0.470", "+1.00  ", words.SIGNS[:40], "Cost: 1 min"):  # fmt: skip
         assert text in shown, text
     assert all(len(line) <= 80 for line in printed(anatomy_sample.record(), 80).splitlines())
 

@@ -198,7 +198,7 @@ def test_recovery_takes_back_a_part_of_the_damage(opened):
 
 def test_training_a_damaged_block_alone_is_the_training_of_a_copy(monkeypatch):
     model = model_of("llama")
-    monkeypatch.setattr(recover, "MOST_STEPS", 10)
+    monkeypatch.setattr(recover, "MOST_STEPS", 30)
     with untouched(model), torch.no_grad():
         session = open_session(model, checked_blocks(model, PROBE), PROBE, name="m", budget_seconds=1e9,
                                micro_batch_tokens=64, watcher=None)  # fmt: skip
@@ -207,29 +207,32 @@ def test_training_a_damaged_block_alone_is_the_training_of_a_copy(monkeypatch):
         found = recover.trained_alone(session, parts, damage, -9.0, lambda: True)  # a margin that is never reached
         healed = recover.trained_alone(session, parts, damage, 9.0, lambda: True)
         stopped = recover.trained_alone(session, parts, damage, -9.0, lambda: False)
-    name = parts.block.name
-    copied = with_matrices(
-        model, 1, lambda each, W: W + next(d for m, d in damage.items() if m.name == f"{name}.{each}")
-    )
+    assert (healed.steps, healed.best_step, stopped) == (recover.LOOK_EVERY, recover.LOOK_EVERY, None)
+    noise = {m.name.removeprefix(f"{parts.block.name}."): d for m, d in damage.items()}
+    copied = with_matrices(model, 1, lambda name, W: W + noise[name])
+    before = cost(model, copied)
     linears = [m for m in copied.model.layers[1].modules() if isinstance(m, torch.nn.Linear)]
     stds = [float(m.weight.detach().std()) for m in model.model.layers[1].modules() if isinstance(m, torch.nn.Linear)]
-    groups = [{"params": [m.weight], "lr": 0.02 * std} for m, std in zip(linears, stds, strict=True)]
+    groups = [{"params": [m.weight], "lr": 0.01 * std} for m, std in zip(linears, stds, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    batches = [batch.inputs for batch in session.fit.batches]
-    targets = [batch.targets for batch in session.fit.batches]
-    for step in range(10):
-        place = step % len(batches)
+    batches = session.fit.batches
+    select, report = [], []
+    for step in range(30):
+        batch = batches[step % len(batches)]
         copied.zero_grad()
-        cross_entropy(copied(batches[place]).logits.flatten(0, 1), targets[place].flatten()).backward()
+        cross_entropy(copied(batch.inputs).logits.flatten(0, 1), batch.targets.flatten()).backward()
         optimizer.step()
+        if (step + 1) % recover.LOOK_EVERY == 0:
+            select.append(loss(copied, PROBE.select))
+            report.append(cost(model, copied))
+    looks = min(len(select), found.best_step // recover.LOOK_EVERY + recover.PATIENCE)  # then it ended
+    best = min(range(looks), key=select.__getitem__)
     assert found.steps is None
-    assert found.left.mean == pytest.approx(cost(model, copied), abs=1e-4)
-    assert found.tokens == sum(t.numel() for t in (targets * 10)[:10])
-    assert (healed.steps, stopped) == (recover.LOOK_EVERY, None)
-    start = cost(
-        model, with_matrices(model, 1, lambda e, W: W + next(d for m, d in damage.items() if m.name == f"{name}.{e}"))
-    )
-    assert abs(found.left.mean - start) > 1e-3  # it did something
+    assert found.best_step == (best + 1) * recover.LOOK_EVERY
+    assert found.left.mean == pytest.approx(report[best], abs=1e-4)
+    assert found.share == pytest.approx(1 - report[best] / before, abs=1e-3)
+    assert found.tokens == sum(batches[step % len(batches)].targets.numel() for step in range(found.best_step))
+    assert abs(found.left.mean - before) > 1e-3  # it did something
 
 
 # -- weights over depth --------------------------------------------------------------------------------

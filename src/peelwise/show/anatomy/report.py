@@ -75,7 +75,14 @@ def _ablation(record: AnatomyRecord) -> str:
 
 
 def _bending(record: AnatomyRecord) -> str:
-    titles = ("block", *(words.BENDS[kind] for kind in BENDS), "best scale", "its gain", "recovered", "steps")
+    titles = (
+        "block",
+        *(words.BENDS[kind] for kind in BENDS),
+        "best scale",
+        "its gain",
+        "recovered",
+        "retrained in steps",
+    )
     rows = [_bent_row(block) for block in record.blocks if block.bent or block.recovery]
     return section(
         "bending",
@@ -142,7 +149,7 @@ def _reading() -> str:
         "What a block costs on this text says nothing of other text, and blocks that cost nothing one at a time may "
         "cost much together.",
         "Recovered: of what noise of half a standard deviation costs, the share that one closed-form round of the "
-        "block alone takes back. Steps: of a training of the block alone, until the cost is within the margin.",
+        "block alone takes back. Retrained: the share that a training of the block alone does, stopped early on select.",
     )
     return section("reading", "How to read this", f"<ul>{''.join(f'<li>{esc(line)}</li>' for line in lines)}</ul>")
 

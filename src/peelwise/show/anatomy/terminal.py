@@ -77,7 +77,7 @@ def _costs(record: AnatomyRecord, width: int) -> RenderableType:
 
 def _bends(record: AnatomyRecord) -> RenderableType:
     table = _table("block", *(words.BENDS[kind].replace(" ", "\n", 1) for kind in BENDS), "best\nscale", "its\ngain",
-                   "recovered", "steps")  # fmt: skip
+                   "recovered", "retrained\nin steps")  # fmt: skip
     for block in record.blocks:
         cells = ["-" if (bent := words.bent_of(block, kind)) is None else words.tolerated(bent) for kind in BENDS]
         best = block.best_scale

@@ -107,11 +107,11 @@ def tolerated(bent: Bent) -> str:
 
 
 def retrained(block: BlockAnatomy) -> str:
-    """Return the steps of training that a damaged block needs alone, or that more were needed than it was given."""
+    """Return what training a damaged block alone takes back of the damage, and after how many steps."""
     done = None if block.recovery is None else block.recovery.retrained
     if done is None:
         return "-"
-    return f"> {done.most_steps}" if done.steps is None else f"{done.steps}"
+    return f"{100 * done.share:.0f} % in {done.best_step if done.steps is None else done.steps}"
 
 
 def bent_of(block: BlockAnatomy, kind: Bend) -> Bent | None:

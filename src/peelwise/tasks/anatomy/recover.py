@@ -1,7 +1,8 @@
-"""A block is damaged by noise: what one closed-form round of it alone takes back, and how long training it takes."""
+"""A block is damaged by noise: what one closed-form round of it alone takes back, and what training it does."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -20,14 +21,14 @@ from peelwise.tasks.anatomy.ablate import cost_of
 from peelwise.tasks.anatomy.bend import changer
 
 NOISE = 0.5  # standard deviations of each matrix (arXiv:2603.19348)
-MOST_STEPS, LOOK_EVERY = 100, 5
-RATE = 0.02  # of a matrix's standard deviation, per step of Adam
+MOST_STEPS, LOOK_EVERY, PATIENCE = 100, 5, 4
+RATE = 0.01  # of a matrix's standard deviation, per step of Adam
 
 
 def recovery(
     session: Session, parts: Parts, margin: float, seed: int, go_on: Callable[[], bool] = lambda: True
 ) -> Recovery:
-    """Return what the damage costs, what of it one round of the block alone leaves, and how long training it takes.
+    """Return what the damage costs, what of it one round of the block alone leaves, and what training it alone does.
 
     The round is that of an audit's solo gain: directions from fit, step on select, costs on report.
 
@@ -58,15 +59,17 @@ def trained_alone(
 ) -> Retrained | None:
     """Train a damaged block's linear layers alone on the fit tokens, a micro-batch a step; ``None`` if time ends.
 
-    Adam (0.9, 0.95) with a rate of 2 % of each matrix's own standard deviation, so that it is the same for all blocks
-    and models. Weights are those of the model plus a change that is trained; the model itself is never written.
+    Adam (0.9, 0.95) with a rate of 1 % of each matrix's own standard deviation, so that it is the same for all blocks
+    and models. It ends when the cost on select is within the margin, or has not fallen at a few looks in a row: few fit
+    tokens are soon learnt by heart. Weights are those of the model plus a change that is trained; the model itself is
+    never written.
     """
-    index = parts.block.index
+    index, select = parts.block.index, session.select
     changes = {m: d.clone().requires_grad_(True) for m, d in damage.items()}
     groups = [{"params": [d], "lr": RATE * float(m.weight().float().std())} for m, d in changes.items()]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    tokens, left = 0, cost_of(session, damage, index)
-    for step in range(MOST_STEPS):
+    best, best_loss, step, tokens, steps = (0, damage), math.inf, 0, [0], None
+    while step < MOST_STEPS and steps is None and step - best[0] < PATIENCE * LOOK_EVERY:
         if not go_on():
             return None
         batch = session.fit.batches[step % len(session.fit.batches)]
@@ -75,12 +78,18 @@ def trained_alone(
         for change, gradient in zip(changes.values(), gradients, strict=True):
             change.grad = gradient
         optimizer.step()
-        tokens += int(batch.weights.sum())
-        if (step + 1) % LOOK_EVERY == 0:
-            left = cost_of(session, {m: d.detach() for m, d in changes.items()}, index)
-            if left.mean <= margin:
-                return Retrained(steps=step + 1, tokens=tokens, most_steps=MOST_STEPS, left=left)
-    return Retrained(steps=None, tokens=tokens, most_steps=MOST_STEPS, left=left)
+        step += 1
+        tokens.append(tokens[-1] + int(batch.weights.sum()))
+        if step % LOOK_EVERY == 0:
+            now = {m: d.detach().clone() for m, d in changes.items()}
+            loss = select.mean_of(session.losses(select, now, index))
+            best, best_loss = ((step, now), loss) if loss < best_loss else (best, best_loss)
+            steps = step if loss <= select.mean + margin else None
+    left, cost = cost_of(session, best[1], index), cost_of(session, damage, index)
+    share = 1 - left.mean / cost.mean
+    return Retrained(
+        steps=steps, best_step=best[0], tokens=tokens[best[0]], most_steps=MOST_STEPS, left=left, share=share
+    )
 
 
 def _loss(session: Session, batch: Batch, changes: dict[LinearLayer, Tensor], index: int) -> Tensor:
