@@ -56,17 +56,18 @@ def claims(record: AnatomyRecord) -> list[list[str]]:
     rows: list[list[str]] = []
     for way in ("neighbours", "skipped"):
         costs = {b.index: b.ablation[way] for b in record.blocks if way in b.ablation}  # type: ignore[index]
-        if len(costs) < len(record.blocks):
+        if not {*CORE, *LEFT_OUT} <= set(costs):
             continue
         order = sorted(costs, key=lambda index: -costs[index].mean)
         most, least = costs[order[0]], costs[order[-1]]
         places = ", ".join(str(order.index(block) + 1) for block in CORE)
         rows += [
             [f"range of importance ({way})", "+63,419 % (block 11) to -0.6 % (14, 17)",
-             f"{percent(most.mean)} (block {order[0]}) to {percent(least.mean)} (block {order[-1]})", "",
+             f"{percent(most.mean)} (block {order[0]}) to {percent(least.mean)} (block {order[-1]})",
+             f"{len(costs)} of {len(record.blocks)} blocks measured",
              "wide too; the least is above 0" if least.low > 0 else "wide too; the least is not told from 0"],
             [f"core in blocks 8 to 11 ({way})", "the critical ones", f"places {places} of {len(costs)}",
-             "four of thirty blocks at random: 15.5 on average",
+             f"at random: {(len(costs) + 1) / 2:g} on average",
              "agrees" if sum(order.index(b) < len(CORE) + 2 for b in CORE) >= 3 else
              "in part" if any(order.index(b) < len(CORE) for b in CORE) else "does not"],
         ]  # fmt: skip

@@ -149,7 +149,7 @@ def _reading() -> str:
         "What a block costs on this text says nothing of other text, and blocks that cost nothing one at a time may "
         "cost much together.",
         "Recovered: of what noise of half a standard deviation costs, the share that one closed-form round of the "
-        "block alone takes back. Retrained: the share that a training of the block alone does, stopped early on select.",
+        "block alone takes back. Retrained: the share that training the block alone does, stopped early on select.",
     )
     return section("reading", "How to read this", f"<ul>{''.join(f'<li>{esc(line)}</li>' for line in lines)}</ul>")
 
