@@ -65,7 +65,8 @@ def claims(record: AnatomyRecord) -> list[list[str]]:
             [f"range of importance ({way})", "+63,419 % (block 11) to -0.6 % (14, 17)",
              f"{percent(most.mean)} (block {order[0]}) to {percent(least.mean)} (block {order[-1]})",
              f"{len(costs)} of {len(record.blocks)} blocks measured",
-             "wide too; the least is above 0" if least.low > 0 else "wide too; the least is not told from 0"],
+             ("wide too" if most.mean > math.log(2) else "narrower") + "; the least is "
+             + ("above 0" if least.low > 0 else "below 0" if least.high < 0 else "not told from 0")],
             [f"core in blocks 8 to 11 ({way})", "the critical ones", f"places {places} of {len(costs)}",
              f"at random: {(len(costs) + 1) / 2:g} on average",
              "agrees" if sum(order.index(b) < len(CORE) + 2 for b in CORE) >= 3 else
@@ -93,8 +94,8 @@ def claims(record: AnatomyRecord) -> list[list[str]]:
         rows.append(
             ["correlation of successive differences", "-0.50", f"{min(values):.3f} to {max(values):.3f}, by matrix",
              f"random order: {min(lows):.3f} .. {max(highs):.3f}; {inside} of {len(values)} kinds within their own",
-             "agrees in size, not told from chance" if inside == len(values) else
-             "agrees in size, where not told from chance"]
+             "differs" if max(abs(value + 0.5) for value in values) > 0.1 else
+             "agrees, and is not told from chance" if inside == len(values) else "agrees in size"]
         )  # fmt: skip
     return rows
 
