@@ -67,6 +67,7 @@ def test_the_page_holds_every_block_and_loads_nothing() -> None:
         assert f'<th scope="row">{block.index}</th>' in page
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert "<script" not in page
+    assert "mathdefault" not in page  # ticks are plain numbers
     assert "<b>predicted</b>" in page  # significant among all columns
     assert "<b>score</b>" not in page
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from peelwise.records.anatomy import ABLATIONS, AnatomyRecord
@@ -41,9 +43,7 @@ def ablation(record: AnatomyRecord) -> str:
                     ends = [[c.mean - c.low for c in costs], [c.high - c.mean for c in costs]]
                     axes.errorbar(places, means, yerr=ends, fmt="none", ecolor=COLOURS[colour], elinewidth=1)
         axes.axhline(record.margin_nats, color=COLOURS["muted"], linewidth=1, linestyle=":")
-        axes.set_yscale("symlog", linthresh=max(record.margin_nats, 1e-3))
-        axes.minorticks_off()
-        axes.set_ylabel("nats per token (log)")
+        _costs_axis(axes, [cost.mean for b in record.blocks for cost in b.ablation.values()], record.margin_nats)
         axes.legend(ncols=3)
         _ticks(axes, record)
 
@@ -72,12 +72,24 @@ def scaling(record: AnatomyRecord) -> str:
             axes.annotate(str(index), (factors[0], costs[0]), (-3, 0), textcoords="offset points", ha="right",
                           va="center", fontsize=9, color=COLOURS["muted"])  # fmt: skip
         axes.axhline(record.margin_nats, color=COLOURS["muted"], linewidth=1, linestyle=":")
-        axes.set_yscale("symlog", linthresh=max(record.margin_nats, 1e-3))
-        axes.minorticks_off()
+        _costs_axis(axes, [cost for points in curves.values() for _, cost in points], record.margin_nats)
         axes.set_xlabel("factor on all matrices of the block")
-        axes.set_ylabel("nats per token (log)")
 
     return draw("scaling", "What scaling each block costs", (WIDTH, 300), paint)
+
+
+def _costs_axis(axes: Axes, costs: Sequence[float], margin: float) -> None:
+    """Make the axis of costs logarithmic beyond the margin, with plain numbers at its ticks."""
+    straight = max(margin, 1e-3)
+    axes.set_yscale("symlog", linthresh=straight)
+    marks = [0.0]
+    for sign, most in ((1, max(costs)), (-1, -min(costs))):
+        first = math.ceil(math.log10(straight))
+        marks += [sign * 10.0**power for power in range(first, first + 8) if 10.0**power <= 1.2 * most]
+    axes.set_yticks(sorted(marks), [f"{mark:g}" for mark in sorted(marks)])
+    axes.minorticks_off()
+    axes.set_ylim(1.6 * min(costs) if min(costs) < -straight else -straight, 1.6 * max(*costs, straight))
+    axes.set_ylabel("nats per token (log)")
 
 
 def _ticks(axes: Axes, record: AnatomyRecord) -> None:

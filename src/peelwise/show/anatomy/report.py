@@ -99,7 +99,7 @@ def _bent_row(block: BlockAnatomy) -> tuple[str, ...]:
         str(block.index),
         *("–" if (bent := words.bent_of(block, kind)) is None else esc(words.tolerated(bent)) for kind in BENDS),
         "–" if best is None else f"{best.factor:.3g}",
-        _interval(None if best is None else best.gain),
+        "–" if best is None else nats(best.gain.mean, signed=True),
         "–" if recovery is None or recovery.share is None else f"{100 * recovery.share:.0f} %",
         esc(words.retrained(block)),
     )
