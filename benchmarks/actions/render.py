@@ -71,7 +71,7 @@ def summary(rows: Sequence[Row], seeds: Sequence[int]) -> list[dict[str, Any]]:
                 "against_uniform": _against(runs, uniform),
                 "control": control_of(arm) if control else None,
                 "against_control": _against(runs, control) if control else None,
-                "share_of_seconds_to_uniform": [_share_to_reach(r, u) for r, u in zip(runs, uniform, strict=True)],
+                "share_of_budget_to_uniform": [_share_to_reach(r, u) for r, u in zip(runs, uniform, strict=True)],
                 "at_0.8_against_uniform": _against([r for r in short if r], uniform) if all(short) else None,
                 "factors": [r["factors"][-1] for r in runs if r["factors"]],
             }
@@ -104,18 +104,18 @@ def _against(runs: Sequence[Row], others: Sequence[Row]) -> dict[str, Any]:
 
 
 def _share_to_reach(run: Row, uniform: Row) -> float | None:
-    """Return at which share of uniform's seconds a run was first at or below uniform's final loss, as its curve has it.
+    """Return after which share of the budget a run was first at or below uniform's final loss, as its curve has it.
 
     Of uniform itself, 1. Rates fall to the end of a run, so that a curve says little of a shorter run.
     """
     goal, last = uniform["held_out"], None
     for point in run["curve"]:
         if point["held_out"] <= goal + 1e-9:
-            if last is None or last["held_out"] <= goal:
-                return float(point["seconds"] / uniform["processor_seconds"])
-            part = (last["held_out"] - goal) / (last["held_out"] - point["held_out"])
-            seconds = last["seconds"] + part * (point["seconds"] - last["seconds"])
-            return float(seconds / uniform["processor_seconds"])
+            steps = float(point["step"])
+            if last is not None and last["held_out"] > goal:
+                part = (last["held_out"] - goal) / (last["held_out"] - point["held_out"])
+                steps = last["step"] + part * (point["step"] - last["step"])
+            return steps / run["steps"]
         last = point
     return None
 
@@ -126,7 +126,7 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
     return {
         "arms": _table(
             ("arm", "steps", "block-steps", "seconds", "rate", "held-out loss", "minus uniform", "95 % over seeds",
-             "minus its control"),
+             "reaches uniform's loss at", "minus its control"),
             (_arm_row(each, arms) for each in arms),
         ),
         "seeds": _table(
@@ -153,8 +153,16 @@ def _arm_row(each: dict[str, Any], arms: Sequence[dict[str, Any]]) -> list[str]:
         f"{statistics.mean(each['held_out']):.3f}",
         "" if each is uniform else f"{against['mean']:+.3f}",
         "" if each is uniform else f"{against['low']:+.3f} .. {against['high']:+.3f}",
+        _reached(each["share_of_budget_to_uniform"]),
         "" if control is None else f"{control['mean']:+.3f} ({control['low']:+.3f} .. {control['high']:+.3f})",
     ]
+
+
+def _reached(shares: Sequence[float | None]) -> str:
+    """Return the shares of the budget, seed by seed; one word where none is reached."""
+    if all(share is None for share in shares):
+        return "never"
+    return ", ".join("never" if share is None else f"{share:.2f}" for share in shares)
 
 
 def _goal(result: dict[str, Any]) -> str:

@@ -53,9 +53,9 @@ def test_an_arm_is_judged_against_uniform_and_its_control_by_pairs(render):
     assert found[own]["against_uniform"]["per_seed"][0]["low"] == pytest.approx(-0.797, abs=1e-3)  # t of 2 degrees
     assert found[own]["control"] == "growth by shuffled importance"
     assert found[own]["against_control"]["mean"] == pytest.approx(-0.1)
-    # its own curve falls from 2.2 at 5 seconds to 1.7 at 10: uniform's 2.0 after 7
-    assert found[own]["share_of_seconds_to_uniform"][0] == pytest.approx(0.7)
-    assert found["uniform"]["share_of_seconds_to_uniform"] == [1.0, 1.0]
+    # its own curve falls from 2.2 after one step to 1.7 after two: uniform's 2.0 after 1.4
+    assert found[own]["share_of_budget_to_uniform"][0] == pytest.approx(0.7)
+    assert found["uniform"]["share_of_budget_to_uniform"] == [1.0, 1.0]
     assert render.reaching(list(found.values())) == []  # at 0.8 of the budget on one of two seeds
     for row in rows:
         if row["arm"] == own and row["seed"] == 12 and row["budget"] == 0.8:
