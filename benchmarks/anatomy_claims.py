@@ -54,9 +54,9 @@ def of_ten(cost: Interval) -> tuple[float, float]:
 def claims(record: AnatomyRecord) -> list[list[str]]:
     """Return a row per claim: the paper's, what was measured, the control, and what follows."""
     rows: list[list[str]] = []
-    for way in ("neighbours", "skipped"):
-        costs = {b.index: b.ablation[way] for b in record.blocks if way in b.ablation}  # type: ignore[index]
-        if not {*CORE, *LEFT_OUT} <= set(costs):
+    for way in ("neighbours", "skipped", "predicted"):
+        costs = {b.index: cost for b in record.blocks if (cost := _cost(b, way)) is not None}
+        if not set(CORE) <= set(costs):
             continue
         order = sorted(costs, key=lambda index: -costs[index].mean)
         most, least = costs[order[0]], costs[order[-1]]
@@ -72,7 +72,7 @@ def claims(record: AnatomyRecord) -> list[list[str]]:
              "agrees" if sum(order.index(b) < len(CORE) + 2 for b in CORE) >= 3 else
              "in part" if any(order.index(b) < len(CORE) for b in CORE) else "does not"],
         ]  # fmt: skip
-        for block in LEFT_OUT:
+        for block in sorted(set(LEFT_OUT) & set(costs)):
             cost, (low, high) = costs[block], of_ten(costs[block])
             rows.append(
                 [f"better without block {block} ({way})", "-0.6 %",
@@ -98,6 +98,10 @@ def claims(record: AnatomyRecord) -> list[list[str]]:
              "agrees, and is not told from chance" if inside == len(values) else "agrees in size"]
         )  # fmt: skip
     return rows
+
+
+def _cost(block: BlockAnatomy, way: str) -> Interval | None:
+    return block.predicted if way == "predicted" else dict(block.ablation).get(way)  # type: ignore[call-overload]
 
 
 def blocks_table(record: AnatomyRecord) -> str:

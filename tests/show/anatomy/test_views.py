@@ -34,6 +34,9 @@ def test_the_conclusion_follows_from_the_numbers() -> None:
     assert "better without: 3 (skipped), 3 (attention silent)" in said
     assert "tell something of mlp.gate_proj." in said
     record = anatomy_sample.record()
+    some = tuple(b.model_copy(update={"ablation": {}}) if b.index == 0 else b for b in record.blocks)
+    said = views.conclusion(record.model_copy(update={"blocks": some}))
+    assert "Of the 7 blocks measured: without block 7 the loss rises most" in said
     healthy = record.model_copy(update={"better_without": (), "predictability": record.predictability[1:]})
     said = views.conclusion(healthy)
     assert "No block or part was found without which the model is better" in said

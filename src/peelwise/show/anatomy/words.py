@@ -69,9 +69,10 @@ def _importance(record: AnatomyRecord) -> list[str]:
         return []
     order = sorted(costs, key=lambda index: -costs[index].mean)
     most, least = order[0], order[-1]
+    whole = "" if len(costs) == len(record.blocks) else f"Of the {len(costs)} blocks measured: w"
     return [
-        f"Without block {most} the loss rises most, by {nats(costs[most].mean)} nats per token; without block {least} "
-        f"least, by {nats(costs[least].mean)}."
+        f"{whole or 'W'}ithout block {most} the loss rises most, by {nats(costs[most].mean)} nats per token; without "
+        f"block {least} least, by {nats(costs[least].mean)}."
     ]
 
 
