@@ -69,6 +69,7 @@ def claims(record: AnatomyRecord) -> list[list[str]]:
              + ("above 0" if least.low > 0 else "below 0" if least.high < 0 else "not told from 0")],
             [f"core in blocks 8 to 11 ({way})", "the critical ones", f"places {places} of {len(costs)}",
              f"at random: {(len(costs) + 1) / 2:g} on average",
+             "cannot be told: the last blocks are missing" if len(costs) < len(record.blocks) else
              "agrees" if sum(order.index(b) < len(CORE) + 2 for b in CORE) >= 3 else
              "in part" if any(order.index(b) < len(CORE) for b in CORE) else "does not"],
         ]  # fmt: skip
