@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peelwise.api.allocate import AllocationReport, allocate
+    from peelwise.api.anatomy import AnatomyReport, anatomy
     from peelwise.api.audit import AuditReport, audit
     from peelwise.api.certificate import apply, verify
     from peelwise.api.check import CheckReport, check
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from peelwise.probe.options import ProbeOptions
     from peelwise.probe.probe import Probe
     from peelwise.tasks.allocate.settings import AllocateSettings
+    from peelwise.tasks.anatomy.settings import AnatomySettings
     from peelwise.tasks.audit.settings import AuditSettings
     from peelwise.tasks.check.settings import CheckSettings
     from peelwise.tasks.compare.settings import CompareSettings
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AllocateSettings",
     "AllocationReport",
+    "AnatomyReport",
+    "AnatomySettings",
     "AuditReport",
     "AuditSettings",
     "CheckReport",
@@ -56,6 +60,7 @@ __all__ = [
     "YesBounds",
     "YesMonitor",
     "allocate",
+    "anatomy",
     "apply",
     "audit",
     "check",
@@ -75,6 +80,8 @@ if find_spec("transformers") is not None:
 _HOME = {
     "AllocateSettings": "peelwise.tasks.allocate.settings",
     "AllocationReport": "peelwise.api.allocate",
+    "AnatomyReport": "peelwise.api.anatomy",
+    "AnatomySettings": "peelwise.tasks.anatomy.settings",
     "AuditReport": "peelwise.api.audit",
     "AuditSettings": "peelwise.tasks.audit.settings",
     "CheckReport": "peelwise.api.check",
@@ -95,6 +102,7 @@ _HOME = {
     "YesBounds": "peelwise.api.yes",
     "YesMonitor": "peelwise.tasks.yes.bounds",
     "allocate": "peelwise.api.allocate",
+    "anatomy": "peelwise.api.anatomy",
     "apply": "peelwise.api.certificate",
     "attach": "peelwise.integrations.huggingface",
     "audit": "peelwise.api.audit",

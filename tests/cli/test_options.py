@@ -14,6 +14,7 @@ from peelwise.probe.options import ProbeOptions
 from peelwise.records.options import options_of
 from peelwise.references.map_search import BEAM_WIDTH
 from peelwise.tasks.allocate.settings import AllocateSettings
+from peelwise.tasks.anatomy.settings import AnatomySettings
 from peelwise.tasks.audit.settings import AuditSettings
 from peelwise.tasks.check.settings import CHECK_LENGTH, CHECK_TOKENS, CheckSettings
 from peelwise.tasks.compare.settings import CompareSettings
@@ -29,6 +30,7 @@ SETTINGS = {
     "quantise": QuantiseSettings,
     "allocate": AllocateSettings,
     "compare": CompareSettings,
+    "anatomy": AnatomySettings,
 }
 CLASSES = (*SETTINGS.values(), OpenOptions, ProbeOptions)
 RENAMED = {

@@ -11,6 +11,7 @@ from peelwise.model.checkpoints import open_model, open_tokenizer, require_token
 from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
+from peelwise.tasks.anatomy.settings import AnatomySettings
 from peelwise.tasks.audit.settings import AuditSettings
 from peelwise.tasks.compare.settings import CompareSettings
 from peelwise.tasks.peel.settings import PeelSettings
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-Settings = TypeVar("Settings", AuditSettings, PeelSettings, QuantcheckSettings, CompareSettings)
+Settings = TypeVar("Settings", AuditSettings, PeelSettings, QuantcheckSettings, CompareSettings, AnatomySettings)
 
 
 @dataclass(frozen=True, eq=False)

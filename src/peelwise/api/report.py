@@ -10,6 +10,7 @@ from peelwise.certificate.base import write_certificate
 from peelwise.errors import MissingExtraError
 from peelwise.probe.probe import Probe
 from peelwise.records.allocation import AllocationRecord
+from peelwise.records.anatomy import AnatomyRecord
 from peelwise.records.audit import AuditRecord
 from peelwise.records.check import CheckRecord
 from peelwise.records.compare import CompareRecord, CompareSeries
@@ -45,6 +46,7 @@ class Result:
         | CompareRecord
         | CompareSeries
         | AllocationRecord
+        | AnatomyRecord
     )
 
     def __str__(self) -> str:
@@ -85,7 +87,7 @@ class WithPage(Result):
         record: every number, as in the JSON file.
     """
 
-    record: AuditRecord | CheckRecord | PeelRecord | CompareRecord | CompareSeries
+    record: AuditRecord | CheckRecord | PeelRecord | CompareRecord | CompareSeries | AnatomyRecord
 
     def to_html(self) -> str:
         """Return the report as one self-contained HTML page.

@@ -1,5 +1,5 @@
-"""The command line: ``peelwise check | audit | peel | quantise | allocate | quantcheck | compare | verify | apply |
-report`` on models and certificates, and ``export | watch | serve | demo-training`` on run histories.
+"""The command line: ``peelwise check | audit | peel | quantise | allocate | quantcheck | compare | anatomy`` on models,
+``verify | apply | report`` on certificates, and ``export | watch | serve | demo-training`` on run histories.
 
 Exit codes: 0 fine, 1 finding, 2 bad input.
 """
@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from peelwise.cli import allocate, audit, certificate, check, compare, peel, quantcheck, quantise, runs
+from peelwise.cli import allocate, anatomy, audit, certificate, check, compare, peel, quantcheck, quantise, runs
 from peelwise.cli.terminal import one_line, stderr
 from peelwise.errors import PeelwiseError
 
@@ -24,17 +24,9 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
 )
-for commands in (
-    check,
-    audit,
-    peel,
-    quantise,
-    allocate,
-    quantcheck,
-    compare,
-    certificate,
-    runs,
-):  # in the order of --help
+# In the order of --help.
+COMMANDS = (check, audit, peel, quantise, allocate, quantcheck, compare, anatomy, certificate, runs)
+for commands in COMMANDS:
     app.add_typer(commands.app)
 _INTERRUPTED = 130
 

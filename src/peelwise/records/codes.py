@@ -30,7 +30,7 @@ Baseline = Literal[
     "without-blocks",  # a new head on the embedding
 ]
 
-# What the wall time of an audit, a peel or a comparison went into.
+# What the wall time of an audit, a peel, a comparison or an anatomy went into.
 Stage = Literal[
     "self-checks",
     "losses",
@@ -61,6 +61,9 @@ Stage = Literal[
     "layers",
     "swap-path",
     "mended",
+    "predictability",
+    "bending",
+    "recovery",
 ]
 
 # What a reader of a record should know besides its numbers; the values that each has are in `base.Note`.

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 from peelwise.records.allocation import AllocationRecord
+from peelwise.records.anatomy import ABLATIONS, AnatomyRecord
 from peelwise.records.audit import AuditRecord, BlockRecord
 from peelwise.records.base import Colour, Interval, ModelRecord
 from peelwise.records.check import BlockCheck, CheckRecord
@@ -22,6 +23,7 @@ from peelwise.records.run import COLOURS, WHOLE_MODEL, Measurement
 from peelwise.records.yes import YesRecord
 from peelwise.show import yes as yes_words
 from peelwise.show.allocate import words as allocate_words
+from peelwise.show.anatomy import words as anatomy_words
 from peelwise.show.audit import words as audit_words
 from peelwise.show.check import words as check_words
 from peelwise.show.compare import words as compare_words
@@ -62,7 +64,8 @@ def record_html(
     | QuantiseRecord
     | CompareRecord
     | CompareSeries
-    | AllocationRecord,
+    | AllocationRecord
+    | AnatomyRecord,
 ) -> str:
     """Return the fragment of any record."""
     if isinstance(record, CheckRecord):
@@ -77,6 +80,8 @@ def record_html(
         return fragment(*_compare(record))
     if isinstance(record, CompareSeries):
         return fragment(*(part for one in record.pairs for part in _compare(one)))
+    if isinstance(record, AnatomyRecord):
+        return fragment(*_anatomy(record))
     return _peel(record) if isinstance(record, PeelRecord) else _audit(record)
 
 
@@ -397,6 +402,19 @@ def _compare(record: CompareRecord) -> list[str]:
         _table(headers, rows, f"Changed parts ({len(rows)})"),
         *(_line(f"Note: {note_words(note)}", quiet=True) for note in record.notes),
         _line(f"Cost: {duration(record.cost.wall_seconds)}. {compare_words.SIGNS}", quiet=True),
+    ]
+
+
+def _anatomy(record: AnatomyRecord) -> list[str]:
+    ways = [way for way in ABLATIONS if any(way in block.ablation for block in record.blocks)]
+    rows = [[str(block.index), *(_interval(block.ablation.get(way)) for way in ways)] for block in record.blocks]
+    headers = ["block", *(f"{anatomy_words.ABLATIONS[way]}, nats/token" for way in ways)]
+    return [
+        _title(record.model.name, _facts(record.model)),
+        _line(anatomy_words.conclusion(record)),
+        _table(headers, rows, f"Ablation ({len(rows)} blocks)") if ways else "",
+        *(_line(f"Note: {note_words(note)}", quiet=True) for note in record.notes),
+        _line(f"Cost: {duration(record.cost.wall_seconds)}. {anatomy_words.SIGNS}", quiet=True),
     ]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console, RenderableType
 
 from peelwise.records.allocation import AllocationRecord
+from peelwise.records.anatomy import AnatomyRecord
 from peelwise.records.audit import AuditRecord
 from peelwise.records.check import CheckRecord
 from peelwise.records.compare import CompareRecord, CompareSeries
@@ -15,6 +16,9 @@ from peelwise.records.quantcheck import QuantcheckRecord
 from peelwise.records.quantise import QuantiseRecord
 from peelwise.show.allocate import terminal as allocate_terminal
 from peelwise.show.allocate import words as allocate_words
+from peelwise.show.anatomy import report as anatomy_report
+from peelwise.show.anatomy import terminal as anatomy_terminal
+from peelwise.show.anatomy import words as anatomy_words
 from peelwise.show.audit import report, terminal
 from peelwise.show.audit import words as audit_words
 from peelwise.show.check import report as check_report
@@ -31,7 +35,7 @@ from peelwise.show.quantcheck import words as quantcheck_words
 from peelwise.show.quantise import terminal as quantise_terminal
 from peelwise.show.quantise import words as quantise_words
 
-PageRecord = AuditRecord | CheckRecord | PeelRecord | CompareRecord | CompareSeries
+PageRecord = AuditRecord | CheckRecord | PeelRecord | CompareRecord | CompareSeries | AnatomyRecord
 AnyRecord = PageRecord | QuantcheckRecord | QuantiseRecord | AllocationRecord
 
 
@@ -54,6 +58,8 @@ def render(record: AnyRecord, folder: Path | str | None = None) -> RenderableTyp
         return compare_terminal.render(record, folder)
     if isinstance(record, CompareSeries):
         return compare_terminal.render_series(record)
+    if isinstance(record, AnatomyRecord):
+        return anatomy_terminal.render(record, folder)
     if isinstance(record, PeelRecord):
         return peel_terminal.render(record, folder)
     return terminal.render(record, folder)
@@ -78,6 +84,8 @@ def conclusion(record: AnyRecord) -> str:
         return compare_words.conclusion(record)
     if isinstance(record, CompareSeries):
         return "\n".join(f"{one.model.name}: {compare_words.conclusion(one)}" for one in record.pairs)
+    if isinstance(record, AnatomyRecord):
+        return anatomy_words.conclusion(record)
     return peel_words.conclusion(record) if isinstance(record, PeelRecord) else audit_words.conclusion(record)
 
 
@@ -93,4 +101,6 @@ def render_html(record: PageRecord) -> str:
         return compare_report.render_html(record)
     if isinstance(record, CompareSeries):
         return compare_report.render_series(record)
+    if isinstance(record, AnatomyRecord):
+        return anatomy_report.render_html(record)
     return peel_report.render_html(record) if isinstance(record, PeelRecord) else report.render_html(record)

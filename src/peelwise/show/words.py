@@ -89,6 +89,9 @@ STAGES: Mapping[str, str] = MappingProxyType(
         "layers": "layers of the blocks that matter most",
         "swap-path": "putting parts back one after another",
         "mended": "putting back together all that hurt",
+        "predictability": "weights predicted from other blocks'",
+        "bending": "bending each block's weights",
+        "recovery": "damaging each block and refining it alone",
     }
 )
 

@@ -1,0 +1,244 @@
+"""Write what the arms reached into ``benchmarks/results/actions.json`` and ``docs/actions.md``.
+
+    python benchmarks/actions/render.py [--size small]
+
+Only arms whose every report seed is finished are written. The page is written by hand; only what stands between
+``<!-- begin NAME -->`` and ``<!-- end NAME -->`` is made here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from common import RESULTS, environment  # noqa: E402
+from peelwise.evidence.intervals import Paired, paired  # noqa: E402
+
+PAGE = ROOT / "docs" / "actions.md"
+FILE = RESULTS / "actions.json"
+UNIFORM = "uniform"
+# The control that an arm must beat before its idea, and not only its rate or its sparsity, is what helped.
+CONTROLS = {
+    "growth by importance": "growth by shuffled importance",
+    "importance-sampled half of the blocks per step": "random half of the blocks per step",
+}
+Row = dict[str, Any]
+
+
+def control_of(arm: str) -> str | None:
+    """Return the name of an arm's control, if it has one."""
+    if arm.startswith("map [1, 5] by ") and not arm.endswith((" at 1", "permutation")):
+        return f"constant at the mean of the {arm.replace('map [1, 5] by', 'map by')}"
+    return CONTROLS.get(arm)
+
+
+def summary(rows: Sequence[Row], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Return what each finished arm reached, in the order in which they were trained."""
+    by_key = {(r["arm"], r["rate"], r["seed"], r["budget"]): r for r in rows}
+    arms = list(dict.fromkeys(r["arm"] for r in rows))
+    tuned = {arm: _tuned(rows, arm, seeds) for arm in arms}
+    full = {
+        arm: [by_key[arm, rate, seed, 1.0] for seed in seeds]
+        for arm, (rate, _) in tuned.items()
+        if all((arm, rate, seed, 1.0) in by_key for seed in seeds)
+    }
+    uniform = full[UNIFORM]
+    found = []
+    for arm, runs in full.items():
+        rate, grid = tuned[arm]
+        short = [by_key.get((arm, rate, seed, 0.8)) for seed in seeds]
+        control = full.get(control_of(arm) or "")
+        found.append(
+            {
+                "arm": arm,
+                "rate": rate,
+                "grid": grid,
+                "rate_at_end_of_grid": rate in (min(float(r) for r in grid), max(float(r) for r in grid)),
+                "steps": [r["steps"] for r in runs],
+                "block_steps": [sum(r["block_steps"]) for r in runs],
+                "processor_seconds": [r["processor_seconds"] for r in runs],
+                "wall_seconds": [r["wall_seconds"] for r in runs],
+                "held_out": [r["held_out"] for r in runs],
+                "against_uniform": _against(runs, uniform),
+                "control": control_of(arm) if control else None,
+                "against_control": _against(runs, control) if control else None,
+                "share_of_budget_to_uniform": [_share_to_reach(r, u) for r, u in zip(runs, uniform, strict=True)],
+                "at_0.8_against_uniform": _against([r for r in short if r], uniform) if all(short) else None,
+                "factors": [r["factors"][-1] for r in runs if r["factors"]],
+            }
+        )
+    return found
+
+
+def _tuned(rows: Sequence[Row], arm: str, seeds: Sequence[int]) -> tuple[float, dict[str, float]]:
+    tried = {r["rate"]: r["held_out"] for r in rows if r["arm"] == arm and r["seed"] not in seeds}
+    best = min(tried, key=tried.__getitem__)
+    return best, {f"{rate:g}": tried[rate] for rate in sorted(tried)}
+
+
+def _against(runs: Sequence[Row], others: Sequence[Row]) -> dict[str, Any]:
+    """Return held-out loss minus the other's, per seed (paired over windows) and over seeds; below 0 is better."""
+    per_seed = []
+    for own, other in zip(runs, others, strict=True):
+        differences = [a - b for a, b in zip(own["by_window"], other["by_window"], strict=True)]
+        found = paired(differences, [1.0] * len(differences)).interval()
+        per_seed.append({"mean": found.mean, "low": found.low, "high": found.high})
+    means = [each["mean"] for each in per_seed]
+    one = paired(means, [1.0] * len(means)) if len(means) > 1 else None
+    # Of three differences no skewness can be told: Student's t alone.
+    over = None if one is None else Paired(one.mean, one.standard_error, one.sequences).interval()
+    return {
+        "per_seed": per_seed,
+        "mean": statistics.mean(means),
+        "spread": statistics.stdev(means) if len(means) > 1 else None,
+        "low": None if over is None else over.low,
+        "high": None if over is None else over.high,
+    }
+
+
+def _share_to_reach(run: Row, uniform: Row) -> float | None:
+    """Return after which share of the budget a run was first at or below uniform's final loss, as its curve has it.
+
+    Of uniform itself, 1. Rates fall to the end of a run, so that a curve says little of a shorter run.
+    """
+    goal, last = uniform["held_out"], None
+    for point in run["curve"]:
+        if point["held_out"] <= goal + 1e-9:
+            steps = float(point["step"])
+            if last is not None and last["held_out"] > goal:
+                part = (last["held_out"] - goal) / (last["held_out"] - point["held_out"])
+                steps = last["step"] + part * (point["step"] - last["step"])
+            return steps / run["steps"]
+        last = point
+    return None
+
+
+def tables(result: dict[str, Any]) -> dict[str, str]:
+    """Return what stands between the markers of the page."""
+    arms = result["arms"]
+    return {
+        "arms": _table(
+            ("arm", "steps", "block-steps", "seconds", "rate", "held-out loss", "minus uniform", "95 % over seeds",
+             "reaches uniform's loss at", "minus its control"),
+            (_arm_row(each, arms) for each in arms),
+        ),
+        "seeds": _table(
+            ("arm", *(f"seed {seed}" for seed in result["seeds"])),
+            ([each["arm"], *(_interval(one) for one in each["against_uniform"]["per_seed"])]
+             for each in arms if each["arm"] != UNIFORM),
+        ),
+        "goal": _goal(result),
+        "costs": _table(("what", "full steps"), ([k, f"{v:.2f}"] for k, v in sorted(result["costs"].items()))),
+    }  # fmt: skip
+
+
+def _arm_row(each: dict[str, Any], arms: Sequence[dict[str, Any]]) -> list[str]:
+    uniform = next(other for other in arms if other["arm"] == UNIFORM)
+    relative = statistics.mean(each["block_steps"]) / statistics.mean(uniform["block_steps"])
+    seconds = statistics.mean(each["processor_seconds"]) / statistics.mean(uniform["processor_seconds"])
+    against, control = each["against_uniform"], each["against_control"]
+    return [
+        each["arm"],
+        f"{statistics.mean(each['steps']):.0f}",
+        f"{relative:.2f}",
+        f"{seconds:.2f}",
+        f"{each['rate']:g}{' *' if each['rate_at_end_of_grid'] else ''}",
+        f"{statistics.mean(each['held_out']):.3f}",
+        "" if each is uniform else f"{against['mean']:+.3f}",
+        "" if each is uniform else f"{against['low']:+.3f} .. {against['high']:+.3f}",
+        _reached(each["share_of_budget_to_uniform"]),
+        "" if control is None else f"{control['mean']:+.3f} ({control['low']:+.3f} .. {control['high']:+.3f})",
+    ]
+
+
+def _reached(shares: Sequence[float | None]) -> str:
+    """Return the shares of the budget, seed by seed; one word where none is reached."""
+    if all(share is None for share in shares):
+        return "never"
+    return ", ".join("never" if share is None else f"{share:.2f}" for share in shares)
+
+
+def _goal(result: dict[str, Any]) -> str:
+    rows = [
+        [each["arm"], *(_interval(one) for one in each["at_0.8_against_uniform"]["per_seed"])]
+        for each in result["arms"]
+        if each["at_0.8_against_uniform"]
+    ]
+    met = reaching(result["arms"])
+    said = f"Reached by: {', '.join(met)}." if met else "None of the finished arms reaches it on all seeds."
+    header = ("arm, trained for 0.8 of the budget", *(f"seed {seed}" for seed in result["seeds"]))
+    return f"{said}\n\n{_table(header, rows)}"
+
+
+def reaching(arms: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the arms that are at or below uniform's final loss on every seed after 0.8 of its budget."""
+    return [
+        each["arm"]
+        for each in arms
+        if each["at_0.8_against_uniform"]
+        and all(one["mean"] <= 0 for one in each["at_0.8_against_uniform"]["per_seed"])
+    ]
+
+
+def _interval(one: dict[str, float]) -> str:
+    return f"{one['mean']:+.3f} ({one['low']:+.3f} .. {one['high']:+.3f})"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def filled(page: str, result: dict[str, Any]) -> str:
+    """Return the page with its tables made anew."""
+    for name, text in tables(result).items():
+        place = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
+        page, count = re.subn(place, lambda m, t=text: f"{m[1]}{t}\n{m[2]}", page, flags=re.DOTALL)
+        if count != 1:
+            raise SystemExit(f"{PAGE} has {count} places for {name}, expected one.")
+    return page
+
+
+def rounded(value: Any) -> Any:
+    """Return nested plain data with numbers to five significant digits."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="small")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13])
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "actions")
+    options = parser.parse_args()
+    folder = options.out / options.size
+    rows = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines() if line.endswith("}")]
+    costs = json.loads((folder / "costs.json").read_text())
+    command = f"python benchmarks/actions/run.py --size {options.size}"
+    result = environment(command) | {
+        "size": options.size,
+        "seeds": options.seeds,
+        "costs": costs,
+        "trainings": len(rows),
+        "arms": summary(rows, options.seeds),
+    }
+    result = rounded(result)
+    FILE.write_text(json.dumps(result, indent=1) + "\n")
+    PAGE.write_text(filled(PAGE.read_text(), result))
+    print(f"{len(rows)} trainings, {len(result['arms'])} arms finished on all seeds")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""An anatomy, as people see it: terminal, page, words."""

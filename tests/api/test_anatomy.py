@@ -1,0 +1,38 @@
+"""`anatomy` as people call it: a folder, a module, files, what is refused."""
+
+import json
+
+import pytest
+
+import peelwise
+from audits import tiny_probe
+from peelwise.errors import ModelError, OptionError, OutputError
+from stages import stage_folder
+from zoo import ZOO
+
+QUICK = peelwise.AnatomySettings("60s", ("ablation",))
+
+
+def test_a_folder_is_studied_and_the_report_saved(tmp_path):
+    probe = peelwise.ProbeOptions(tokens=1_200, sequence_length=32)
+    report = peelwise.anatomy(stage_folder("final"), probe, QUICK, out=tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "anatomy.json").read_text())
+    assert saved["kind"] == "anatomy"
+    assert saved["blocks"][0]["ablation"]["skipped"]["mean"] == report.record.blocks[0].ablation["skipped"].mean
+    assert "<svg" in (tmp_path / "out" / "report.html").read_text()
+    assert "Without block 0 the loss rises most" in str(report)
+    frame = report.to_frame()
+    assert len(frame) == 6
+    assert frame.loc[0, "skipped_mean"] > frame.loc[1, "skipped_mean"]
+    with pytest.raises(OutputError, match="not empty"):
+        peelwise.anatomy(stage_folder("final"), probe, QUICK, out=tmp_path / "out")
+    peelwise.anatomy(stage_folder("final"), probe, QUICK, budget=30, out=tmp_path / "out", force=True)
+    assert json.loads((tmp_path / "out" / "anatomy.json").read_text())["settings"]["budget_seconds"] == 30
+
+
+def test_a_module_needs_a_probe_and_settings_come_without_torch():
+    assert len(peelwise.anatomy(ZOO["plain"](), tiny_probe(), QUICK).record.blocks) == 3
+    with pytest.raises(ModelError, match="A module has no tokenizer"):
+        peelwise.anatomy(ZOO["plain"]())
+    with pytest.raises(OptionError, match="A budget is"):
+        peelwise.AnatomySettings("soon")
