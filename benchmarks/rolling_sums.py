@@ -1,0 +1,105 @@
+"""Which sums of earlier measurements may be kept: what one block's witness gains on fresh text, by half-life of S, C, F.
+
+    python benchmarks/rolling_sums.py [--seeds 0 1] [--steps 800] [--every 40]
+
+The GPT of `peelwise demo-training` without its fault, one thread. Every so many steps another part of a rolling probe
+(about 1,500 tokens) is measured, once per way of keeping sums; every witness is evaluated on the same 8,192 tokens that
+no measurement has. Printed: solo gains, mean over blocks and moments of the second half of the run, nats per token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import defaultdict
+from dataclasses import replace
+from statistics import mean
+
+import torch
+from torch.nn import functional as F
+
+import peelwise
+from common import write
+from peelwise.cli.demo_training import BATCH, CONTEXT, Plan, SmallGPT
+from peelwise.engine.fading import FadingSums, HalfLives
+from peelwise.engine.opening import open_session
+from peelwise.engine.sweep import sweep
+from peelwise.model.architectures import find_blocks
+from peelwise.model.guard import untouched
+from peelwise.model.splice import frozen
+from peelwise.probe.probe import Split
+from peelwise.probe.rolling import Roll
+from peelwise.probe.texts import reference_prose
+from peelwise.tasks.audit import stages
+from peelwise.tasks.audit.findings import Findings
+
+WAYS = {
+    "none": HalfLives(),
+    "S 400": HalfLives(S=400),
+    "S F 100": HalfLives(S=100, F=100),
+    "S F 400": HalfLives(S=400, F=400),
+    "S F 400, C 20": HalfLives(S=400, F=400, C=20),
+    "S F 400, C 50": HalfLives(S=400, F=400, C=50),
+    "S F 400, C 200": HalfLives(S=400, F=400, C=200),
+}
+
+
+def solo_gains(model, blocks, probe, kept):
+    """Return what every block gains by itself, nats per token of report."""
+    with untouched(model), frozen([linear for block in blocks for linear in block.linears]):
+        session = open_session(model, blocks, probe, name="the model", budget_seconds=math.inf, micro_batch_tokens=2048,
+                               watcher=None, checked=True)  # fmt: skip
+        (proposals,) = sweep(session.runner, session.fit, session.select, kept=kept)
+        found = Findings(proposals=proposals)
+        stages.refine_alone(session, found, rounds=1)
+        now = session.report
+        return [
+            0.0 if (better := found.alone.get(b.index)) is None or better.report_losses is None
+            else now.mean - now.mean_of(better.report_losses)
+            for b in blocks
+        ]  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--every", type=int, default=40)
+    parser.add_argument("--each", type=int, default=1500)
+    parser.add_argument("--name", default="rolling_sums")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    stream = torch.tensor(list("\n\n".join(reference_prose()).encode()))
+    rows = []
+    for seed in options.seeds:
+        torch.manual_seed(seed)
+        model, gains = SmallGPT(), defaultdict(list)
+        blocks, optimizer = find_blocks(model), torch.optim.AdamW(model.parameters(), lr=Plan().rate)
+        whole = peelwise.Probe.rolling(stream, tokens=120_000, sequence_length=CONTEXT, in_distribution=True)
+        roll = Roll(whole)
+        many = Split(whole.report.ids[-128:], whole.report.mask[-128:])  # the roll does not come that far
+        kept = {name: FadingSums(half_lives, most_bytes=2**30) for name, half_lives in WAYS.items()}
+        for step in range(1, options.steps + 1):
+            starts = torch.randint(len(stream) - CONTEXT, (BATCH, 1))
+            batch = stream[starts + torch.arange(CONTEXT + 1)]
+            loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step % options.every:
+                continue
+            probe = replace(roll.take(options.each).probe, report=many)
+            for name, sums in kept.items():
+                sums.begin(step)
+                gains[name].append(mean(solo_gains(model, blocks, probe, sums)))
+        half = options.steps // options.every // 2
+        for name, found in gains.items():
+            row = {"seed": seed, "kept": name, "first_half": mean(found[:half]), "second_half": mean(found[half:]),
+                   "megabytes": round(kept[name].bytes / 1e6, 2)}  # fmt: skip
+            rows.append(row)
+            print(row, flush=True)
+    write(options.name, {"tokens_of_a_measurement": options.each, "every": options.every, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
