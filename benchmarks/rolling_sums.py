@@ -2,7 +2,7 @@
 
     python benchmarks/rolling_sums.py [--seeds 0 1] [--steps 800] [--every 40]
 
-The GPT of `peelwise demo-training` without its fault, one thread. Every so many steps another part of a rolling probe
+The GPT of `peelwise demo-training` without its fault, half a cosine down to a fiftieth of the rate, one thread. Every so many steps another part of a rolling probe
 (about 1,500 tokens) is measured, once per way of keeping sums; every witness is evaluated on the same 8,192 tokens that
 no measurement has. Printed: solo gains, mean over blocks and moments of the second half of the run, nats per token.
 """
@@ -36,11 +36,12 @@ from peelwise.tasks.audit.findings import Findings
 WAYS = {
     "none": HalfLives(),
     "S 400": HalfLives(S=400),
+    "F 100": HalfLives(F=100),
+    "S F 50": HalfLives(S=50, F=50),
     "S F 100": HalfLives(S=100, F=100),
-    "S F 400": HalfLives(S=400, F=400),
-    "S F 400, C 20": HalfLives(S=400, F=400, C=20),
-    "S F 400, C 50": HalfLives(S=400, F=400, C=50),
-    "S F 400, C 200": HalfLives(S=400, F=400, C=200),
+    "S F 200": HalfLives(S=200, F=200),
+    "S F 100, C 10": HalfLives(S=100, F=100, C=10),
+    "S F 100, C 50": HalfLives(S=100, F=100, C=50),
 }
 
 
@@ -80,6 +81,8 @@ def main():
         many = Split(whole.report.ids[-128:], whole.report.mask[-128:])  # the roll does not come that far
         kept = {name: FadingSums(half_lives, most_bytes=2**30) for name, half_lives in WAYS.items()}
         for step in range(1, options.steps + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = Plan().rate * (0.02 + 0.49 * (1 + math.cos(math.pi * step / options.steps)))
             starts = torch.randint(len(stream) - CONTEXT, (BATCH, 1))
             batch = stream[starts + torch.arange(CONTEXT + 1)]
             loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())

@@ -11,8 +11,8 @@ known ``q`` Kalman's filter gives each measurement its weight ``a_k``, which fal
     mean  sum a_k y_k        variance  sum a_k^2 e_k^2 + what may have drifted between and since
 
 ``q`` is the same for all blocks. It is not known, so it is averaged over: a grid of values, weighed by how likely they
-make all measurements. The smallest lets the variance double within a hundred measurements, so that never more than
-about the last ten count, however still a run seems to stand. Degrees of freedom follow from those of the errors
+make all measurements. The smallest is 0.03 of an error's variance between two measurements, so that no more than about
+the last six count in full, however still a run seems to stand. Degrees of freedom follow from those of the errors
 (Satterthwaite), the skewness from the third moments. A value more than three deviations from what was expected begins
 anew: a fault is no drift. (A. C. Harvey, "Forecasting, structural time series models and the Kalman filter", 1989.)
 
@@ -33,7 +33,8 @@ from peelwise.evidence.intervals import Paired
 _REMEMBERED = 24  # measurements of a block; older ones would weigh next to nothing
 _JUMP = 3.0  # deviations
 # Variance of the drift between two measurements, in units of the error's.
-_DRIFTS = np.geomspace(0.01, 100.0, 17)  # [q]
+_DRIFTS = np.geomspace(0.03, 10.0, 11)  # [q]
+_SHARED = 0.4  # of the logarithm of a likelihood: blocks are measured on the same sequences, so their noise is alike
 _PRIOR_ROWS = 20.0  # degrees of freedom that the block's usual error counts for, beside a measurement's own
 _Array = NDArray[np.float64]
 
@@ -83,6 +84,10 @@ class Levels:
     def forget_from(self, step: int) -> None:
         """Forget what was measured from a step on."""
         self._known = {b: kept for b, old in self._known.items() if (kept := [o for o in old if o.step < step])}
+
+    def drop(self, block: int) -> None:
+        """Forget what was measured of a block."""
+        self._known.pop(block, None)
 
     def count(self, block: int) -> int:
         """Return how many measurements a block's level is made of."""
@@ -145,7 +150,7 @@ def combined(u: _Array, y: _Array, e: _Array, df: _Array, third: _Array, *, now:
         spread = (1 - K) ** 4 * spread + K**4 * np.where(here, e[:, k] ** 4 / np.where(here, df[:, k], 1.0), 0.0)[:, None]
         last = np.where(here, u[:, k], last)
     drift = drift + (now - last)[:, None] * q
-    weights = np.exp(likely - likely.max())
+    weights = np.exp(_SHARED * (likely - likely.max()))
     weights /= weights.sum()  # [q]
     level = mean @ weights
     variance = (own + drift + (mean - level[:, None]) ** 2) @ weights
