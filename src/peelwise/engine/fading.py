@@ -1,22 +1,24 @@
 """Sums of earlier measurements that fade: how a monitor's fit tokens accumulate while the model moves on.
 
-For the mean ``A_k`` of measurement ``k`` over ``n_k`` rows, at step ``s_k``, with half-life ``h`` in steps:
+For the mean ``A_k`` of measurement ``k`` over ``n_k`` rows, at step ``s_k``, with half-life ``h`` in steps, and no less
+than a quarter of those so far, because a young model changes faster:
 
     w_k = n_k + 2^(-(s_k - s_(k-1)) / h) w_(k-1)        K_k = K_(k-1) + (A_k - K_(k-1)) n_k / w_k
 
 so ``K_k`` is a mean over all rows so far, each weighed by its age. Which of the sums may be kept is a matter of how
 fast they become wrong: the inputs' second moments ``S`` and those of the outputs' gradients ``F`` change slowly; the
-mean gradient ``C`` is what training itself follows, and an old one points to where the model has been.
+mean gradient ``C`` is what training itself follows, and an old one points to where the model has been. What helps is
+measured in benchmarks/rolling_sums.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from peelwise.model.layers import LinearLayer
+from peelwise.model.layers import Block, LinearLayer
 from peelwise.stats.gram import Moments
 
 
@@ -35,19 +37,30 @@ class _Kept:
     mean: Tensor
 
 
+# What benchmarks/rolling_sums.py found best.
+KEPT = HalfLives(S=100.0, F=100.0)
+_MOST_BYTES = 2**30
+_YOUNG = 0.25  # of the steps so far
+
+
 class FadingSums:
     """Keeps the sums of one training run, by layer.
 
     Args:
         half_lives: of each of the three sums.
-        most_bytes: what may be kept; a layer whose sums would go beyond that has only those of its own measurement.
     """
 
-    def __init__(self, half_lives: HalfLives, *, most_bytes: int) -> None:
-        self._half_lives, self._most_bytes = half_lives, most_bytes
+    def __init__(self, half_lives: HalfLives = KEPT) -> None:
+        self._half_lives = half_lives
         self._kept: dict[tuple[str, str], _Kept] = {}
         self._step: int | None = None
         self._before: int | None = None
+
+    @classmethod
+    def affordable(cls, blocks: Sequence[Block]) -> FadingSums | None:
+        """Return what keeps sums of all layers of some blocks; ``None`` if they would take more than 1 GiB."""
+        sides = [side for block in blocks for linear in block.linears for side in linear.weight().shape]
+        return cls() if 4 * sum((side + 1) ** 2 for side in sides) <= _MOST_BYTES else None
 
     @property
     def bytes(self) -> int:
@@ -92,9 +105,7 @@ class FadingSums:
         if kept is not None and kept.mean.shape == mean.shape and kept.mean.device == mean.device:
             assert self._step is not None
             age = self._step - (self._step if self._before is None else self._before)
-            weight = rows + 0.5 ** (age / half_life) * kept.weight
+            weight = rows + 0.5 ** (age / max(half_life, _YOUNG * self._step)) * kept.weight
             joined = kept.mean.to(mean).lerp(mean, rows / weight)
-        elif self.bytes + mean.numel() * 4 > self._most_bytes:
-            return mean, float(rows)
         self._kept[name, which] = _Kept(weight, joined.float())
         return joined, weight

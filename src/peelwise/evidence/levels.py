@@ -14,7 +14,7 @@ known ``q`` Kalman's filter gives each measurement its weight ``a_k``, which fal
 make all measurements. The smallest is 0.03 of an error's variance between two measurements, so that no more than about
 the last six count in full, however still a run seems to stand. Degrees of freedom follow from those of the errors
 (Satterthwaite), the skewness from the third moments. A value more than three deviations from what was expected begins
-anew: a fault is no drift. (A. C. Harvey, "Forecasting, structural time series models and the Kalman filter", 1989.)
+anew, for a fault is no drift; it counts as three for the likelihood of ``q``. (A. C. Harvey, "Forecasting, structural time series models and the Kalman filter", 1989.)
 
 What intervals cover is tested with truths that stand still, walk, settle and jump (tests/evidence/test_levels.py).
 """
@@ -33,19 +33,26 @@ from peelwise.evidence.intervals import Paired
 _REMEMBERED = 24  # measurements of a block; older ones would weigh next to nothing
 _JUMP = 3.0  # deviations
 # Variance of the drift between two measurements, in units of the error's.
-_DRIFTS = np.geomspace(0.03, 10.0, 11)  # [q]
+_DRIFTS = np.geomspace(0.03, 30.0, 13)  # [q]
 _SHARED = 0.4  # of the logarithm of a likelihood: blocks are measured on the same sequences, so their noise is alike
 _PRIOR_ROWS = 20.0  # degrees of freedom that the block's usual error counts for, beside a measurement's own
+_TINY = 1e-300
 _Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Observed:
-    """One measurement of a block's number; ``report`` are the places of the sequences it was made on."""
+    """One measurement of a block's number.
+
+    Attributes:
+        report: places of the sequences it was made on.
+        anew: whether it was too far from what was expected to be drift.
+    """
 
     step: int
     value: Paired
     report: range
+    anew: bool = False
 
 
 @dataclass
@@ -78,8 +85,7 @@ class Levels:
             jumped = before is not None and abs(value.mean - before.mean) > _JUMP * math.hypot(
                 before.standard_error, value.standard_error
             )
-            history = [] if jumped else self._known.get(block, [])
-            self._known[block] = [*history, Observed(step, value, report)][-_REMEMBERED:]
+            self._known[block] = [*self._known.get(block, []), Observed(step, value, report, jumped)][-_REMEMBERED:]
 
     def forget_from(self, step: int) -> None:
         """Forget what was measured from a step on."""
@@ -89,76 +95,114 @@ class Levels:
         """Forget what was measured of a block."""
         self._known.pop(block, None)
 
-    def count(self, block: int) -> int:
-        """Return how many measurements a block's level is made of."""
-        return len(self._known.get(block, ()))
+    @property
+    def count(self) -> int:
+        """How many measurements of a block there are, of the one that has most."""
+        return max(map(len, self._known.values()), default=0)
 
     def at(self, step: int) -> dict[int, Paired]:
         """Return the level of every block measured at a step, which is not before the last measurement."""
         if not self._known:
             return {}
-        tables = _tables(list(self._known.values()))
-        return dict(zip(self._known, combined(*tables, now=math.log1p(step)), strict=True))
+        return dict(zip(self._known, combined(_table(list(self._known.values())), math.log1p(step)), strict=True))
 
 
-def _tables(histories: list[list[Observed]]) -> tuple[_Array, _Array, _Array, _Array, _Array]:
-    """Return times, values, errors, degrees of freedom and third moments, ``[blocks, measurements]``, NaN behind."""
-    longest = max(map(len, histories))
-    out = np.full((5, len(histories), longest), np.nan)
+@dataclass(frozen=True)
+class Table:
+    """Measurements of several blocks, ``[blocks, measurements]`` each, as rows that end in NaN where there are fewer.
+
+    Attributes:
+        u: their times, rising.
+        y: what was measured, nats per token.
+        e: standard errors of it.
+        df: their degrees of freedom.
+        third: third central moments of the means.
+        anew: 1 where a block's level begins anew, else 0.
+    """
+
+    u: _Array
+    y: _Array
+    e: _Array
+    df: _Array
+    third: _Array
+    anew: _Array
+
+
+def _table(histories: list[list[Observed]]) -> Table:
+    out = np.full((6, len(histories), max(map(len, histories))), np.nan)
     for row, history in enumerate(histories):
         for k, one in enumerate(history):
             v = one.value
             third = v.skewness / v.sequences**0.5 * v.standard_error**3
-            out[:, row, k] = math.log1p(one.step), v.mean, v.standard_error, v.sequences - 1, third
-    return out[0], out[1], out[2], out[3], out[4]
+            out[:, row, k] = math.log1p(one.step), v.mean, v.standard_error, v.sequences - 1, third, one.anew
+    return Table(*out)
 
 
-def combined(u: _Array, y: _Array, e: _Array, df: _Array, third: _Array, *, now: float) -> list[Paired]:
-    """Return the level of every block at a time, by the local-level model.
+@dataclass
+class _Filtered:
+    """What is known of every block for every ``q``, ``[blocks, q]`` each.
 
-    Args:
-        u: times of the measurements, ``[blocks, measurements]``, rising; NaN behind a block's last one.
-        y: what was measured, nats per token.
-        e: standard errors.
-        df: their degrees of freedom.
-        third: third central moments of the means.
-        now: the time asked about.
+    Attributes:
+        mean: of the level.
+        P: its variance as the weights see it.
+        own: ``sum a^2 e^2``.
+        drift: what may have drifted, squared and weighed alike.
+        third: ``sum a^3 third``.
+        spread: ``sum a^4 e^4 / df``.
     """
-    usual = _usual(e, df)
-    steps, errors = np.diff(u, axis=1), np.nanmedian(usual)
-    between = float(np.nanmedian(steps)) if np.isfinite(steps).any() else 1.0
-    q = _DRIFTS * errors / max(between, 1e-12)  # [q]
-    blocks = len(u)
-    mean = np.repeat(y[:, :1], len(q), axis=1)  # [blocks, q], as all below
-    P = np.repeat(usual[:, :1], len(q), axis=1)
-    own = np.repeat(e[:, :1] ** 2, len(q), axis=1)  # sum a^2 e^2
-    drift, skew = np.zeros_like(P), np.repeat(third[:, :1], len(q), axis=1)
-    spread = np.repeat(e[:, :1] ** 4 / df[:, :1], len(q), axis=1)  # sum a^4 e^4 / df
-    likely, last = np.zeros(len(q)), u[:, 0].copy()
-    for k in range(1, u.shape[1]):
-        here = np.isfinite(u[:, k])
-        step = np.where(here, u[:, k] - last, 0.0)[:, None] * q
-        ahead = P + step + np.where(here, usual[:, k], 1.0)[:, None]  # variance of what is expected to be measured
-        off = np.where(here, y[:, k], 0.0)[:, None] - mean
-        K = np.where(here[:, None], (P + step) / np.maximum(ahead, 1e-300), 0.0)
-        likely -= 0.5 * np.where(here[:, None], np.log(np.maximum(ahead, 1e-300)) + off**2 / np.maximum(ahead, 1e-300), 0.0).sum(0)
-        mean += K * off
-        P = (1 - K) * (P + step)
-        drift = (1 - K) ** 2 * (drift + step)
-        own = (1 - K) ** 2 * own + K**2 * np.where(here, e[:, k] ** 2, 0.0)[:, None]
-        skew = (1 - K) ** 3 * skew + K**3 * np.where(here, third[:, k], 0.0)[:, None]
-        spread = (1 - K) ** 4 * spread + K**4 * np.where(here, e[:, k] ** 4 / np.where(here, df[:, k], 1.0), 0.0)[:, None]
-        last = np.where(here, u[:, k], last)
-    drift = drift + (now - last)[:, None] * q
+
+    mean: _Array
+    P: _Array
+    own: _Array
+    drift: _Array
+    third: _Array
+    spread: _Array
+
+
+def combined(table: Table, now: float) -> list[Paired]:
+    """Return the level of every block at a time, by the local-level model."""
+    usual = _usual(table.e, table.df)
+    between = np.diff(table.u, axis=1)
+    between = between[np.isfinite(between)]
+    apart = float(np.median(between)) if between.size else 1.0
+    q = _DRIFTS * np.nanmedian(usual) / max(apart, 1e-12)  # [q]
+    state, likely, last = _filtered(table, usual, q)
     weights = np.exp(_SHARED * (likely - likely.max()))
     weights /= weights.sum()  # [q]
-    level = mean @ weights
-    variance = (own + drift + (mean - level[:, None]) ** 2) @ weights
-    freedom = variance**2 / np.maximum(spread @ weights, 1e-300)
-    counted = np.nansum(df + 1, axis=1)
-    return [
-        _paired(level[b], variance[b], min(freedom[b], counted[b]), float(skew[b] @ weights)) for b in range(blocks)
-    ]
+    level = state.mean @ weights
+    drift = state.drift + (now - last)[:, None] * q
+    variance = (state.own + drift + (state.mean - level[:, None]) ** 2) @ weights
+    freedom = np.minimum(variance**2 / np.maximum(state.spread @ weights, _TINY), np.nansum(table.df + 1, axis=1))
+    third = state.third @ weights
+    return [_paired(*numbers) for numbers in zip(level, variance, freedom, third, strict=True)]
+
+
+def _filtered(table: Table, usual: _Array, q: _Array) -> tuple[_Filtered, _Array, _Array]:
+    """Run Kalman's filter for every ``q``: states, the logarithm of each likelihood ``[q]``, times of the last ones."""
+    known = np.isfinite(table.u)
+    # What is not there gets no weight.
+    y, e, df, third, usual = (np.where(known, a, 1.0) for a in (table.y, table.e, table.df, table.third, usual))
+    first = [np.repeat(a[:, :1], len(q), axis=1) for a in (y, usual, e**2, 0 * e, third, e**4 / df)]
+    state, likely, last = _Filtered(*first), np.zeros(len(q)), table.u[:, 0]
+    for k in range(1, table.u.shape[1]):
+        here, anew = known[:, k, None], (table.anew[:, k] == 1)[:, None]
+        step = np.where(here, table.u[:, k, None] - last[:, None], 0.0) * q
+        ahead = np.maximum(state.P + step + usual[:, k, None], _TINY)  # variance of what is expected to be measured
+        off = y[:, k, None] - state.mean
+        apart = np.where(anew, np.minimum(off**2 / ahead, _JUMP**2), off**2 / ahead)
+        likely = likely - 0.5 * np.where(here, np.log(ahead) + apart, 0.0).sum(0)
+        K = np.where(here, np.where(anew, 1.0, (state.P + step) / ahead), 0.0)
+        rest = 1 - K
+        state = _Filtered(
+            state.mean + K * off,
+            np.where(anew, usual[:, k, None], rest * (state.P + step)),
+            rest**2 * state.own + K**2 * e[:, k, None] ** 2,
+            rest**2 * (state.drift + step),
+            rest**3 * state.third + K**3 * third[:, k, None],
+            rest**4 * state.spread + K**4 * e[:, k, None] ** 4 / df[:, k, None],
+        )
+        last = np.where(known[:, k], table.u[:, k], last)
+    return state, likely, last
 
 
 def _paired(mean: float, variance: float, freedom: float, third: float) -> Paired:

@@ -253,7 +253,7 @@ class Probe:
                 index: texts, mappings with ``field``, token ids, or mappings with ``input_ids``. Random states are the
                 same afterwards.
             tokenizer: As for :meth:`from_text`; ``None`` for token ids.
-            options: ``tokens`` (of the corpus, 200,000), ``each`` (of one measurement at most, 4,096), ``field`` (of a
+            options: ``tokens`` (of the corpus, 200,000), ``each`` (of one measurement at most, 8,192), ``field`` (of a
                 data set's text), and the other arguments of :meth:`from_text`.
 
         Raises:

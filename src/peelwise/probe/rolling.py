@@ -20,12 +20,11 @@ from torch import Tensor
 
 from peelwise.errors import ProbeError
 from peelwise.probe.options import SEQUENCE_LENGTH
-from peelwise.probe.probe import Probe, Split
+from peelwise.probe.probe import SHARES, Probe, Split
 from peelwise.probe.split import PARTS
 from peelwise.probe.texts import text_of
 
-CORPUS_TOKENS, EACH = 200_000, 4_096
-SHARES = (0.4, 0.2, 0.4)  # of fit, select and report: a step that is chosen on few tokens makes every gain noisier
+CORPUS_TOKENS, EACH = 200_000, 8_192
 _FIXED_TOKENS, _FIXED_SHARE = 1_024, 0.25  # of report, for the loss
 _FEWEST = {"fit": 2, "select": 1, "report": 8}  # sequences of a measurement
 _CHARACTERS_PER_TOKEN = 16  # read of documents: several times what is drawn

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.distributed.sharding import check_blocks
+from peelwise.engine.fading import FadingSums
 from peelwise.engine.opening import checked_blocks, first_notes
 from peelwise.errors import NotCausalError, OptionError, OtherProcessError, PeelwiseError
 from peelwise.evidence import events as alerts
@@ -123,6 +124,7 @@ class Follower:
             check_blocks({block.name: unwrapped(block.module) for block in self.blocks})
             _check_same(processes, model, probe)
             per_token, notes, self._leak = self._first_look()
+        self._kept = FadingSums.affordable(self.blocks) if self._fixed is not None else None
         self._planner = Planner(probe, settings.plan, settings.budget, per_token, processes)
         self._notes = list(notes)
         self._chronicle = Chronicle(
@@ -250,6 +252,8 @@ class Follower:
                 return None
             grown = self._planner.grow(self.elapsed)
             part = self._planner.take()
+            if self._kept is not None:
+                self._kept.begin(step)
             order = self._processes.broadcast(self._chronicle.wanted_first())
             found = measure(
                 self._model,
@@ -262,6 +266,7 @@ class Follower:
                 checked=self._checked,
                 steps=self._steps,
                 fixed=self._fixed,
+                kept=self._kept,
             )
         except Exception as error:  # whatever goes wrong here, the training must not end of it
             self._planner.took(kind, time.monotonic() - start, failed=True)

@@ -22,7 +22,7 @@ class Found:
     """A difference, when it was measured last, and the probe's loss at that time.
 
     Attributes:
-        measurements: that it is put together from.
+        measurements: 1 for what one has found; more for a level that may be put together from as many.
     """
 
     step: int
@@ -78,12 +78,14 @@ class Memory:
             levels.add(step, values, part.report, repeats=part.repeats)
 
     def levels(self, step: int) -> Iterator[tuple[Name, int, Paired]]:
-        """Put the level of every number that was measured more than once in its place, as it is at a step; yield it."""
+        """Put the level of every number in its place, as it is at a step, and yield it.
+
+        How fast levels drift is seen from the second measurement of a block on; until then there are none.
+        """
         for name, levels in self._levels.items():
-            kept = self._named(name)
-            for block, level in levels.at(step).items():
-                count = levels.count(block)
-                if block in kept and count > 1:
+            kept, count = self._named(name), levels.count
+            for block, level in levels.at(step).items() if count > 1 else ():
+                if block in kept:
                     kept[block] = replace(kept[block], value=level, measurements=count)
                     yield name, block, level
 
