@@ -206,7 +206,7 @@ def _filtered(table: Table, usual: _Array, q: _Array) -> tuple[_Filtered, _Array
 
 
 def _paired(mean: float, variance: float, freedom: float, third: float) -> Paired:
-    sequences = max(int(freedom) + 1, 2)
+    sequences = max(int(freedom + 1e-6) + 1, 2)
     skewness = third / variance**1.5 * sequences**0.5 if variance > 0 else 0.0
     return Paired(float(mean), float(variance) ** 0.5, sequences, float(skewness))
 

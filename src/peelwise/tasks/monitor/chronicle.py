@@ -35,6 +35,7 @@ _REMEMBERED_LOSSES = 20_000
 _COMPARED = 50  # losses of training, at most, that the probe's is compared with
 _APART_TWICE = 2
 _RECENT = 16  # losses
+_SOON = 0.25  # of the window of the loss's slope
 _AT_FAULT = Verdict("grey", "run-at-fault")
 
 
@@ -275,7 +276,21 @@ class Chronicle:
         margin = self._margin_at(loss)
         evidence = self._memory.evidence(self._count, self.frozen, loss, margin)
         judged = judge(evidence, margin, in_distribution=self._in_distribution, still_falling=falling)
-        return list(self._memory.lasting(step, judged, loss, margin, falling=falling))
+        verdicts = list(self._memory.lasting(step, judged, loss, margin, falling=falling))
+        slope = self.slope()
+        return [self._unless_soon(block, verdict, slope) for block, verdict in enumerate(verdicts)]
+
+    def _unless_soon(self, block: int, verdict: Verdict, slope: Slope | None) -> Verdict:
+        """Return a verdict, but yellow for a red whose gain training may make by itself in a quarter of the window.
+
+        That losses are not shown to fall does not say that they stand still. How fast they may fall, their slope says.
+        """
+        found = self._memory.of(block, verdict) if verdict.colour == "red" else None
+        if found is None or slope is None:
+            return verdict
+        worth = equivalent_steps(found.value.interval(), slope).low
+        soon = worth is not None and worth < _SOON * slope.steps
+        return Verdict("yellow", "still-falling", interaction=verdict.interaction) if soon else verdict
 
     def _falling(self, loss: float, slope: Slope | None) -> bool:
         """Whether training makes progress: until the slope is known it counts as going on; red says that it is not.
