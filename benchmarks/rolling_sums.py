@@ -79,7 +79,7 @@ def main():
         whole = peelwise.Probe.rolling(stream, tokens=120_000, sequence_length=CONTEXT, in_distribution=True)
         roll = Roll(whole)
         many = Split(whole.report.ids[-128:], whole.report.mask[-128:])  # the roll does not come that far
-        kept = {name: FadingSums(half_lives) for name, half_lives in WAYS.items()}
+        kept = {name: FadingSums(half_lives, share=0.0) for name, half_lives in WAYS.items()}
         for step in range(1, options.steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = Plan().rate * (0.02 + 0.49 * (1 + math.cos(math.pi * step / options.steps)))

@@ -40,7 +40,7 @@ class _Kept:
 # What benchmarks/rolling_sums.py found best.
 KEPT = HalfLives(S=100.0, F=100.0)
 _MOST_BYTES = 2**30
-_YOUNG = 0.25  # of the steps so far
+_SHARE = 0.25
 
 
 class FadingSums:
@@ -48,10 +48,11 @@ class FadingSums:
 
     Args:
         half_lives: of each of the three sums.
+        share: of the steps so far that a half-life is at least.
     """
 
-    def __init__(self, half_lives: HalfLives = KEPT) -> None:
-        self._half_lives = half_lives
+    def __init__(self, half_lives: HalfLives = KEPT, *, share: float = _SHARE) -> None:
+        self._half_lives, self._share = half_lives, share
         self._kept: dict[tuple[str, str], _Kept] = {}
         self._step: int | None = None
         self._before: int | None = None
@@ -105,7 +106,7 @@ class FadingSums:
         if kept is not None and kept.mean.shape == mean.shape and kept.mean.device == mean.device:
             assert self._step is not None
             age = self._step - (self._step if self._before is None else self._before)
-            weight = rows + 0.5 ** (age / max(half_life, _YOUNG * self._step)) * kept.weight
+            weight = rows + 0.5 ** (age / max(half_life, self._share * self._step)) * kept.weight
             joined = kept.mean.to(mean).lerp(mean, rows / weight)
         self._kept[name, which] = _Kept(weight, joined.float())
         return joined, weight

@@ -1,0 +1,135 @@
+"""Do the intervals of levels hold on a real run? Against a dense measurement with many tokens, at ten moments.
+
+    python benchmarks/levels.py [--seeds 0 1] [--steps 1000] [--each 4096] [--every 40] [--name levels]
+
+The GPT of `peelwise demo-training` without its fault, half a cosine, one thread. Every so many steps another part of a
+rolling probe is measured as a monitor does, and the level of every block's solo gain is kept up. At ten moments, mostly
+between two measurements, the gain of witnesses of the same kind is measured densely: five of them, each from a part of its
+own, on 320 sequences that the rolling measurements never come to. Counted: intervals of levels, and of the latest single
+measurement, that hold the dense mean, allowing for its own error; and how wide they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from dataclasses import replace
+from statistics import mean, stdev
+
+import torch
+from torch.nn import functional as F
+
+import peelwise
+from common import write
+from peelwise.cli.demo_training import BATCH, CONTEXT, Plan, SmallGPT
+from peelwise.engine.fading import FadingSums
+from peelwise.evidence.intervals import Paired
+from peelwise.evidence.levels import Levels
+from peelwise.model.architectures import find_blocks
+from peelwise.probe.probe import Split
+from peelwise.probe.rolling import Roll
+from peelwise.probe.texts import reference_prose
+from peelwise.tasks.monitor import measure as measuring
+
+DRAWS, DENSE, MOMENTS = 5, 320, 10
+
+
+def alone(model, blocks, probe, kept):
+    """Return the solo gain of every block, as a monitor measures it."""
+    every = range(len(blocks))
+    found = measuring.measure(model, blocks, probe, "alone", every, micro_batch_tokens=2048, kept=kept)
+    return found.loss, found.alone
+
+
+def dense(model, blocks, roll, options, many, kept, step):
+    """Return per block the mean gain of several witnesses of the same kind on many tokens, and its standard error."""
+    gains = {block.index: [] for block in blocks}
+    for _ in range(DRAWS):
+        sums = copy.deepcopy(kept)
+        sums.begin(step)
+        for index, value in alone(model, blocks, replace(roll.take(options.each).probe, report=many), sums)[1].items():
+            gains[index].append(value)
+    return {
+        index: (mean(v.mean for v in found),
+                math.hypot(mean(v.standard_error for v in found), stdev(v.mean for v in found) / len(found) ** 0.5))
+        for index, found in gains.items() if len(found) == DRAWS
+    }  # fmt: skip
+
+
+def holds(value: Paired, truth: float, error: float) -> bool:
+    """Whether the interval holds a truth that is known up to an error of its own."""
+    interval = replace(value, standard_error=math.hypot(value.standard_error, error)).interval()
+    return interval.low <= truth <= interval.high
+
+
+def run(seed, stream, options):
+    """Return a row per moment and block."""
+    torch.manual_seed(seed)
+    model = SmallGPT()
+    blocks, optimizer = find_blocks(model), torch.optim.AdamW(model.parameters(), lr=Plan().rate)
+    whole = peelwise.Probe.rolling(stream, tokens=360_000, sequence_length=CONTEXT, in_distribution=True, seed=seed)
+    many = Split(whole.report.ids[-DENSE:], whole.report.mask[-DENSE:])
+    roll, others = Roll(whole), Roll(whole)
+    measurements = options.steps // options.every
+    used = sum(roll.take(options.each).probe.report.sequences for _ in range(measurements))
+    assert used + whole.fixed.sequences + DENSE <= whole.report.sequences, "the rolling measurements come too far"
+    others.take(options.each * measurements)  # so that the dense ones fit on other parts
+    roll = Roll(whole)
+    kept, levels, latest, rows = FadingSums(), Levels(), {}, []
+    for step in range(1, options.steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = Plan().rate * (0.02 + 0.49 * (1 + math.cos(math.pi * step / options.steps)))
+        starts = torch.randint(len(stream) - CONTEXT, (BATCH, 1))
+        batch = stream[starts + torch.arange(CONTEXT + 1)]
+        loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % options.every == 0:
+            part = roll.take(options.each)
+            kept.begin(step)
+            now, latest = alone(model, blocks, part.probe, kept)
+            levels.add(step, latest, part.report, repeats=part.repeats)
+        if step % (options.steps // MOMENTS) == 0:
+            at = levels.at(step)
+            for index, (truth, error) in dense(model, blocks, others, options, many, kept, step).items():
+                level, single = at[index], latest[index]
+                rows.append({
+                    "seed": seed, "step": step, "block": index, "loss": now, "truth": truth, "truth_error": error,
+                    "level": level.mean, "level_error": level.standard_error, "level_holds": holds(level, truth, error),
+                    "single": single.mean, "single_error": single.standard_error,
+                    "single_holds": holds(single, truth, error),
+                })  # fmt: skip
+            print(step, round(now, 3), [f"{r['truth']:.4f}+-{r['truth_error']:.4f} level {r['level']:.4f}+-"
+                  f"{r['level_error']:.4f} {r['level_holds']}" for r in rows[-len(blocks):]], flush=True)  # fmt: skip
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--each", type=int, default=4096)
+    parser.add_argument("--every", type=int, default=40)
+    parser.add_argument("--name", default="levels")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    measuring._affordable = lambda session, order, seconds, evaluations: list(order)  # all blocks, however long it takes
+    stream = torch.tensor(list("\n\n".join(reference_prose()).encode()))
+    rows = [row for seed in options.seeds for row in run(seed, stream, options)]
+    result = {
+        "each": options.each,
+        "every": options.every,
+        "cells": len(rows),
+        "levels_hold": mean(row["level_holds"] for row in rows),
+        "singles_hold": mean(row["single_holds"] for row in rows),
+        "error_of_level_over_single": mean(row["level_error"] / row["single_error"] for row in rows),
+        "squared_off_level": mean((row["level"] - row["truth"]) ** 2 for row in rows) ** 0.5,
+        "squared_off_single": mean((row["single"] - row["truth"]) ** 2 for row in rows) ** 0.5,
+    }
+    write(options.name, result | {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
