@@ -64,7 +64,7 @@ def holds(value: Paired, truth: float, error: float) -> bool:
 
 
 def run(seed, stream, options):
-    """Return a row per moment and block."""
+    """Return a row per moment and block, and every measurement that the levels are made of."""
     torch.manual_seed(seed)
     model = SmallGPT()
     blocks, optimizer = find_blocks(model), torch.optim.AdamW(model.parameters(), lr=Plan().rate)
@@ -76,7 +76,7 @@ def run(seed, stream, options):
     assert used + whole.fixed.sequences + DENSE <= whole.report.sequences, "the rolling measurements come too far"
     others.take(options.each * measurements)  # so that the dense ones fit on other parts
     roll = Roll(whole)
-    kept, levels, latest, rows = FadingSums(), Levels(), {}, []
+    kept, levels, latest, rows, measured = FadingSums(), Levels(), {}, [], []
     for step in range(1, options.steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = Plan().rate * (0.02 + 0.49 * (1 + math.cos(math.pi * step / options.steps)))
@@ -91,6 +91,8 @@ def run(seed, stream, options):
             kept.begin(step)
             now, latest = alone(model, blocks, part.probe, kept)
             levels.add(step, latest, part.report, repeats=part.repeats)
+            measured.append([step, {index: [v.mean, v.standard_error, v.sequences, v.skewness]
+                                    for index, v in latest.items()}])  # fmt: skip
         if step % (options.steps // MOMENTS) == 0:
             at = levels.at(step)
             for index, (truth, error) in dense(model, blocks, others, options, many, kept, step).items():
@@ -103,7 +105,7 @@ def run(seed, stream, options):
                 })  # fmt: skip
             print(step, round(now, 3), [f"{r['truth']:.4f}+-{r['truth_error']:.4f} level {r['level']:.4f}+-"
                   f"{r['level_error']:.4f} {r['level_holds']}" for r in rows[-len(blocks):]], flush=True)  # fmt: skip
-    return rows
+    return rows, measured
 
 
 def main():
@@ -117,7 +119,8 @@ def main():
     torch.set_num_threads(1)
     measuring._affordable = lambda session, order, seconds, evaluations: list(order)  # all blocks, however long it takes
     stream = torch.tensor(list("\n\n".join(reference_prose()).encode()))
-    rows = [row for seed in options.seeds for row in run(seed, stream, options)]
+    found = {seed: run(seed, stream, options) for seed in options.seeds}
+    rows = [row for of_seed, _ in found.values() for row in of_seed]
     result = {
         "each": options.each,
         "every": options.every,
@@ -128,7 +131,7 @@ def main():
         "squared_off_level": mean((row["level"] - row["truth"]) ** 2 for row in rows) ** 0.5,
         "squared_off_single": mean((row["single"] - row["truth"]) ** 2 for row in rows) ** 0.5,
     }
-    write(options.name, result | {"rows": rows})
+    write(options.name, result | {"rows": rows, "measurements": {seed: measured for seed, (_, measured) in found.items()}})
 
 
 if __name__ == "__main__":

@@ -256,6 +256,7 @@ class Chronicle:
                 worth = equivalent_steps(interval, slope) if slope and name == "recoverable" else None
                 if worth is not None and worth.mean is not None:
                     rows.append(Statistic("equivalent_steps", block, worth.mean, worth.low, worth.high))
+        self._memory.drop_outdated(measured.loss, self._margin_at(measured.loss))
         for of, block, value in self._memory.levels(step):
             level = value.interval()
             rows.append(Statistic(f"{of}_level", block, level.mean, level.low, level.high))
@@ -276,9 +277,9 @@ class Chronicle:
         margin = self._margin_at(loss)
         evidence = self._memory.evidence(self._count, self.frozen, loss, margin)
         judged = judge(evidence, margin, in_distribution=self._in_distribution, still_falling=falling)
-        verdicts = list(self._memory.lasting(step, judged, loss, margin, falling=falling))
         slope = self.slope()
-        return [self._unless_soon(block, verdict, slope) for block, verdict in enumerate(verdicts)]
+        judged = [self._unless_soon(block, verdict, slope) for block, verdict in enumerate(judged)]
+        return list(self._memory.lasting(step, judged, loss, margin, falling=falling))
 
     def _unless_soon(self, block: int, verdict: Verdict, slope: Slope | None) -> Verdict:
         """Return a verdict, but yellow for a red whose gain training may make by itself in a quarter of the window.

@@ -106,13 +106,17 @@ class Memory:
 
     def evidence(self, count: int, frozen: Collection[int], loss: float, margin: float) -> list[Evidence]:
         """Drop what is outdated, and return what is left of every block."""
+        self.drop_outdated(loss, margin)
+        return [Evidence(frozen=True) if block in frozen else self._evidence(block, margin) for block in range(count)]
+
+    def drop_outdated(self, loss: float, margin: float) -> None:
+        """Drop what is of another model than the one that has ``loss`` on the probe."""
         for name in _NAMES:
             kept = self._named(name)
             for block in [b for b, found in kept.items() if found.outdated(loss, margin)]:
                 if kept[block].measurements > 1:  # the loss has risen: the next measurement is of something else
                     self._levels[name].drop(block)
                 del kept[block]
-        return [Evidence(frozen=True) if block in frozen else self._evidence(block, margin) for block in range(count)]
 
     def _evidence(self, block: int, margin: float) -> Evidence:
         alone, bound = self.alone.get(block), self.bounds.get(block)
