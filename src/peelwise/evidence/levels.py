@@ -11,7 +11,7 @@ known ``q`` Kalman's filter gives each measurement its weight ``a_k``, which fal
     mean  sum a_k y_k        variance  sum a_k^2 e_k^2 + what may have drifted between and since
 
 ``q`` is the same for all blocks. It is not known, so it is averaged over: a grid of values, weighed by how likely they
-make all measurements. The smallest is 0.03 of an error's variance between two measurements, so that no more than about
+make the measurements, the latest most. The smallest is 0.03 of an error's variance between two measurements, so that no more than about
 the last six count in full, however still a run seems to stand. Degrees of freedom follow from those of the errors
 (Satterthwaite), the skewness from the third moments. A value more than three deviations from what was expected begins
 anew, for a fault is no drift; it counts as three for the likelihood of ``q``. (A. C. Harvey, "Forecasting, structural time series models and the Kalman filter", 1989.)
@@ -36,6 +36,7 @@ _JUMP = 3.0  # deviations
 _DRIFTS = np.geomspace(0.03, 30.0, 13)  # [q]
 _SHARED = 0.4  # of the logarithm of a likelihood: blocks are measured on the same sequences, so their noise is alike
 _PRIOR_ROWS = 20.0  # degrees of freedom that the block's usual error counts for, beside a measurement's own
+_FORGET = 0.8  # of a likelihood, with every later measurement: a run may have stood still and fall now
 _TINY = 1e-300
 _Array = NDArray[np.float64]
 
@@ -190,7 +191,7 @@ def _filtered(table: Table, usual: _Array, q: _Array) -> tuple[_Filtered, _Array
         ahead = np.maximum(state.P + step + usual[:, k, None], _TINY)  # variance of what is expected to be measured
         off = y[:, k, None] - state.mean
         apart = np.where(anew, np.minimum(off**2 / ahead, _JUMP**2), off**2 / ahead)
-        likely = likely - 0.5 * np.where(here, np.log(ahead) + apart, 0.0).sum(0)
+        likely = _FORGET * likely - 0.5 * np.where(here, np.log(ahead) + apart, 0.0).sum(0)
         K = np.where(here, np.where(anew, 1.0, (state.P + step) / ahead), 0.0)
         rest = 1 - K
         state = _Filtered(
