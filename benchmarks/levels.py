@@ -3,10 +3,10 @@
     python benchmarks/levels.py [--seeds 0 1] [--steps 1000] [--each 4096] [--every 40] [--name levels]
 
 The GPT of `peelwise demo-training` without its fault, half a cosine, one thread. Every so many steps another part of a
-rolling probe is measured as a monitor does, and the level of every block's solo gain is kept up. At ten moments, mostly
-between two measurements, the gain of witnesses of the same kind is measured densely: five of them, each from a part of its
-own, on 320 sequences that the rolling measurements never come to. Counted: intervals of levels, and of the latest single
-measurement, that hold the dense mean, allowing for its own error; and how wide they are.
+rolling probe is measured as a monitor does, and the level of every block's solo gain is kept up. At ten moments, some
+of them between two measurements, the gain of witnesses of the same kind is measured densely: five of them, each from a
+part of its own, on 320 sequences that the rolling measurements never come to. Counted: intervals of levels, and of the
+latest single measurement, that hold the dense mean, allowing for its own error; and how wide they are.
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ def main():
     parser.add_argument("--name", default="levels")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    measuring._affordable = lambda session, order, seconds, evaluations: list(order)  # all blocks, however long it takes
+    measuring._affordable = lambda session, order, seconds, evaluations: list(
+        order
+    )  # all blocks, however long it takes
     stream = torch.tensor(list("\n\n".join(reference_prose()).encode()))
     found = {seed: run(seed, stream, options) for seed in options.seeds}
     rows = [row for of_seed, _ in found.values() for row in of_seed]
@@ -131,7 +133,9 @@ def main():
         "squared_off_level": mean((row["level"] - row["truth"]) ** 2 for row in rows) ** 0.5,
         "squared_off_single": mean((row["single"] - row["truth"]) ** 2 for row in rows) ** 0.5,
     }
-    write(options.name, result | {"rows": rows, "measurements": {seed: measured for seed, (_, measured) in found.items()}})
+    write(
+        options.name, result | {"rows": rows, "measurements": {seed: measured for seed, (_, measured) in found.items()}}
+    )
 
 
 if __name__ == "__main__":

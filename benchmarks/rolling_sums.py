@@ -1,10 +1,11 @@
-"""Which sums of earlier measurements may be kept: what one block's witness gains on fresh text, by half-life of S, C, F.
+"""Which sums of earlier measurements may be kept: what a block's witness gains on fresh text, by half-lives of S, C, F.
 
     python benchmarks/rolling_sums.py [--seeds 0 1] [--steps 800] [--every 40]
 
-The GPT of `peelwise demo-training` without its fault, half a cosine down to a fiftieth of the rate, one thread. Every so many steps another part of a rolling probe
-(about 1,500 tokens) is measured, once per way of keeping sums; every witness is evaluated on the same 8,192 tokens that
-no measurement has. Printed: solo gains, mean over blocks and moments of the second half of the run, nats per token.
+The GPT of `peelwise demo-training` without its fault, half a cosine down to a fiftieth of the rate, one thread. Every
+so many steps another part of a rolling probe is measured, once per way of keeping sums; every witness is evaluated on
+the same 8,192 tokens that no measurement has. Half-lives are in steps, without the monitor's quarter of the run.
+Printed: solo gains, means over blocks and the moments of each half of the run, nats per token.
 """
 
 from __future__ import annotations

@@ -30,7 +30,9 @@ def test_a_known_drift_gives_the_level_of_the_dense_gaussian_model(monkeypatch):
     found = level_of([(s, Paired(v, e, 50)) for s, v in zip(steps, y, strict=True)], 300)
     u = np.log1p(steps)
     q = 0.5 * e**2 / np.median(np.diff(u))
-    covariance = q * np.minimum.outer(u - u[0], u - u[0]) + e**2 * np.eye(4)  # of what is measured, given the first level
+    covariance = q * np.minimum.outer(u - u[0], u - u[0]) + e**2 * np.eye(
+        4
+    )  # of what is measured, given the first level
     now = q * (u - u[0])  # covariance of it with the level at the last measurement
     inverse, ones = np.linalg.inv(covariance), np.ones(4)
     start = ones @ inverse @ y / (ones @ inverse @ ones)
@@ -119,7 +121,7 @@ def skewed(rng, size):
 
 
 def covered(truth, noise, runs, measurements=12):
-    """Return which share of intervals holds the truth, from the second measurement on, and their mean relative width."""
+    """Return which share of intervals holds the truth from the second measurement on, and their mean relative width."""
     rng, hits, widths = np.random.default_rng(0), [], []
     for _ in range(runs):
         steps = np.sort(rng.choice(np.arange(20, 2000), measurements, replace=False))

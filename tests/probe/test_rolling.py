@@ -1,4 +1,4 @@
-"""Rolling probes: another part each time, nothing fitted on is ever reported on, and reading draws nothing at random."""
+"""Rolling probes: another part each time, nothing fitted on is ever reported on, and random states stay as they are."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def test_places_tell_which_earlier_parts_are_reported_on_again():
     reported = [rows(part.probe.report) for part in parts]
     pairs = [(i, j) for j in range(20) for i in range(j)]
     said = [parts[j].repeats(parts[i].report) for i, j in pairs]
-    assert said == [any(reported[j] & reported[k] for k in range(i, j)) or bool(reported[j] & reported[i]) for i, j in pairs]
+    assert said == [
+        any(reported[j] & reported[k] for k in range(i, j)) or bool(reported[j] & reported[i]) for i, j in pairs
+    ]
     assert any(said)
     assert not all(said)
 

@@ -11,10 +11,11 @@ known ``q`` Kalman's filter gives each measurement its weight ``a_k``, which fal
     mean  sum a_k y_k        variance  sum a_k^2 e_k^2 + what may have drifted between and since
 
 ``q`` is the same for all blocks. It is not known, so it is averaged over: a grid of values, weighed by how likely they
-make the measurements, the latest most. The smallest is 0.03 of an error's variance between two measurements, so that no more than about
-the last six count in full, however still a run seems to stand. Degrees of freedom follow from those of the errors
-(Satterthwaite), the skewness from the third moments. A value more than three deviations from what was expected begins
-anew, for a fault is no drift; it counts as three for the likelihood of ``q``. (A. C. Harvey, "Forecasting, structural time series models and the Kalman filter", 1989.)
+make the measurements, the latest most. The smallest is 0.03 of an error's variance between two measurements, so that no
+more than about the last six count in full, however still a run seems to stand. Degrees of freedom follow from those of
+the errors (Satterthwaite), the skewness from the third moments. A value more than three deviations from what was
+expected begins anew, for a fault is no drift; it counts as three for the likelihood of ``q``. (A. C. Harvey,
+"Forecasting, structural time series models and the Kalman filter", Cambridge, 1989.)
 
 What intervals cover is tested with truths that stand still, walk, settle and jump (tests/evidence/test_levels.py).
 """

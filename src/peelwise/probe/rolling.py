@@ -102,16 +102,18 @@ class Roll:
 
     def take(self, tokens: int) -> Part:
         """Return the next sequences of every part, about so many tokens in all, and half of what there is at most."""
-        splits, places = {}, range(0)
+        splits: list[Split] = []
+        places = range(0)
         for part in PARTS:
             split: Split = getattr(self._whole, part)
             there = split.sequences - self._first[part]
             count = max(_FEWEST[part], round(tokens / self._tokens * split.sequences))
             places = range(self._taken[part], self._taken[part] + min(count, there // 2))
             self._taken[part] = places.stop
-            splits[part] = _rows(split, [self._first[part] + place % there for place in places])
+            splits.append(_rows(split, [self._first[part] + place % there for place in places]))
         whole = self._whole
-        probe = Probe(**splits, source=whole.source, in_distribution=whole.in_distribution, seed=whole.seed)
+        fit, select, report = splits
+        probe = Probe(fit, select, report, whole.source, whole.in_distribution, whole.seed)
         return Part(probe, places, whole.report.sequences - self._first["report"])  # PARTS ends with report
 
 
@@ -140,10 +142,9 @@ def rolling_probe(
         "shares": shares,
     }
     by_index = not isinstance(text, str | Sequence | Tensor) and hasattr(text, "__getitem__")
+    read: Any = text
     if by_index:
         read = _documents(text, field, tokens, seed) if tokenizer is not None else _rows_of(text, tokens, seed)
-    else:
-        read = text
     whole = Probe.from_tokens(read, **options) if tokenizer is None else Probe.from_text(read, tokenizer, **options)
     found = RollingProbe(**{name: getattr(whole, name) for name in Probe.__dataclass_fields__}, each=each)
     found.check()

@@ -146,8 +146,8 @@ _ROWS = (
         "recoverable_level",
         "level of the solo gain",
         NATS,
-        "What successive measurements on different text say together of the solo gain, by witnesses of this kind; older "
-        "ones weigh less, and drift is in the interval.",
+        "What successive measurements on different text say together of the solo gain, by witnesses of this kind; "
+        "older ones weigh less, and drift is in the interval.",
         quotient=False,
         tracked=True,
         kind="refinement",
