@@ -1,12 +1,13 @@
 """Do the intervals of levels hold on a real run? Against a dense measurement with many tokens, at ten moments.
 
-    python benchmarks/levels.py [--seeds 0 1] [--steps 1000] [--each 4096] [--every 40] [--name levels]
+    python benchmarks/levels.py [--seeds 0 1] [--steps 1000] [--each 4096] [--every 40] [--name levels] [--again]
 
 The GPT of `peelwise demo-training` without its fault, half a cosine, one thread. Every so many steps another part of a
 rolling probe is measured as a monitor does, and the level of every block's solo gain is kept up. At ten moments, some
 of them between two measurements, the gain of witnesses of the same kind is measured densely: five of them, each from a
 part of its own, on 320 sequences that the rolling measurements never come to. Counted: intervals of levels, and of the
-latest single measurement, that hold the dense mean, allowing for its own error; and how wide they are.
+latest single measurement, that hold the dense mean, allowing for its own error; and how wide they are. `--again` makes
+the levels anew from the measurements that the result file has.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch.nn import functional as F
 
 import peelwise
-from common import write
+from common import earlier, write
 from peelwise.cli.demo_training import BATCH, CONTEXT, Plan, SmallGPT
 from peelwise.engine.fading import FadingSums
 from peelwise.evidence.intervals import Paired
@@ -36,7 +37,7 @@ DRAWS, DENSE, MOMENTS = 5, 320, 10
 
 
 def alone(model, blocks, probe, kept):
-    """Return the solo gain of every block, as a monitor measures it."""
+    """Return the loss and the solo gain of every block, as a monitor measures it."""
     every = range(len(blocks))
     found = measuring.measure(model, blocks, probe, "alone", every, micro_batch_tokens=2048, kept=kept)
     return found.loss, found.alone
@@ -64,7 +65,7 @@ def holds(value: Paired, truth: float, error: float) -> bool:
 
 
 def run(seed, stream, options):
-    """Return a row per moment and block, and every measurement that the levels are made of."""
+    """Return what was measured densely, a row per moment and block, and every rolling measurement."""
     torch.manual_seed(seed)
     model = SmallGPT()
     blocks, optimizer = find_blocks(model), torch.optim.AdamW(model.parameters(), lr=Plan().rate)
@@ -75,8 +76,8 @@ def run(seed, stream, options):
     used = sum(roll.take(options.each).probe.report.sequences for _ in range(measurements))
     assert used + whole.fixed.sequences + DENSE <= whole.report.sequences, "the rolling measurements come too far"
     others.take(options.each * measurements)  # so that the dense ones fit on other parts
-    roll = Roll(whole)
-    kept, levels, latest, rows, measured = FadingSums(), Levels(), {}, [], []
+    roll, kept = Roll(whole), FadingSums()
+    dense_rows, measured = [], []
     for step in range(1, options.steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = Plan().rate * (0.02 + 0.49 * (1 + math.cos(math.pi * step / options.steps)))
@@ -87,25 +88,43 @@ def run(seed, stream, options):
         loss.backward()
         optimizer.step()
         if step % options.every == 0:
-            part = roll.take(options.each)
             kept.begin(step)
-            now, latest = alone(model, blocks, part.probe, kept)
-            levels.add(step, latest, part.report, repeats=part.repeats)
-            measured.append([step, {index: [v.mean, v.standard_error, v.sequences, v.skewness]
-                                    for index, v in latest.items()}])  # fmt: skip
+            _, found = alone(model, blocks, roll.take(options.each).probe, kept)
+            values = {i: [v.mean, v.standard_error, v.sequences, v.skewness] for i, v in found.items()}
+            measured.append({"seed": seed, "step": step, "values": values})
         if step % (options.steps // MOMENTS) == 0:
-            at = levels.at(step)
             for index, (truth, error) in dense(model, blocks, others, options, many, kept, step).items():
-                level, single = at[index], latest[index]
-                rows.append({
-                    "seed": seed, "step": step, "block": index, "loss": now, "truth": truth, "truth_error": error,
-                    "level": level.mean, "level_error": level.standard_error, "level_holds": holds(level, truth, error),
+                dense_rows.append({"seed": seed, "step": step, "block": index, "truth": truth, "truth_error": error})
+            print(
+                seed,
+                step,
+                [f"{r['truth']:.4f}+-{r['truth_error']:.4f}" for r in dense_rows[-len(blocks) :]],
+                flush=True,
+            )
+    return dense_rows, measured
+
+
+def compared(dense_rows, measured):
+    """Return the rows with the level and the latest single measurement that a monitor has at that moment."""
+    rows = []
+    for seed, step in dict.fromkeys((row["seed"], row["step"]) for row in dense_rows):
+        levels = Levels()
+        for one in measured:
+            if one["seed"] == seed and one["step"] <= step:
+                latest = {int(index): Paired(*value) for index, value in one["values"].items()}
+                levels.add(one["step"], latest)
+        at = levels.at(step)
+        for row in dense_rows:
+            if (row["seed"], row["step"]) == (seed, step):
+                level, single = at[row["block"]], latest[row["block"]]
+                known = {key: row[key] for key in ("seed", "step", "block", "truth", "truth_error")}
+                rows.append(known | {
+                    "level": level.mean, "level_error": level.standard_error,
+                    "level_holds": holds(level, row["truth"], row["truth_error"]),
                     "single": single.mean, "single_error": single.standard_error,
-                    "single_holds": holds(single, truth, error),
+                    "single_holds": holds(single, row["truth"], row["truth_error"]),
                 })  # fmt: skip
-            print(step, round(now, 3), [f"{r['truth']:.4f}+-{r['truth_error']:.4f} level {r['level']:.4f}+-"
-                  f"{r['level_error']:.4f} {r['level_holds']}" for r in rows[-len(blocks):]], flush=True)  # fmt: skip
-    return rows, measured
+    return rows
 
 
 def main():
@@ -115,27 +134,31 @@ def main():
     parser.add_argument("--each", type=int, default=4096)
     parser.add_argument("--every", type=int, default=40)
     parser.add_argument("--name", default="levels")
+    parser.add_argument("--again", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     measuring._affordable = lambda session, order, seconds, evaluations: list(
         order
     )  # all blocks, however long it takes
-    stream = torch.tensor(list("\n\n".join(reference_prose()).encode()))
-    found = {seed: run(seed, stream, options) for seed in options.seeds}
-    rows = [row for of_seed, _ in found.values() for row in of_seed]
+    before = None
+    if options.again:
+        known = earlier(options.name)
+        before, dense_rows, measured = known["command"], known["rows"], known["measurements"]
+    else:
+        stream = torch.tensor(list("\n\n".join(reference_prose()).encode()))
+        found = [run(seed, stream, options) for seed in options.seeds]
+        dense_rows, measured = ([row for each in column for row in each] for column in zip(*found, strict=True))
+    rows = compared(dense_rows, measured)
     result = {
-        "each": options.each,
-        "every": options.every,
         "cells": len(rows),
         "levels_hold": mean(row["level_holds"] for row in rows),
         "singles_hold": mean(row["single_holds"] for row in rows),
         "error_of_level_over_single": mean(row["level_error"] / row["single_error"] for row in rows),
-        "squared_off_level": mean((row["level"] - row["truth"]) ** 2 for row in rows) ** 0.5,
-        "squared_off_single": mean((row["single"] - row["truth"]) ** 2 for row in rows) ** 0.5,
+        "off_level": mean((row["level"] - row["truth"]) ** 2 for row in rows) ** 0.5,
+        "off_single": mean((row["single"] - row["truth"]) ** 2 for row in rows) ** 0.5,
     }
-    write(
-        options.name, result | {"rows": rows, "measurements": {seed: measured for seed, (_, measured) in found.items()}}
-    )
+    print(result)
+    write(options.name, result | {"rows": rows, "measurements": measured}, before=before, show=False)
 
 
 if __name__ == "__main__":
