@@ -102,7 +102,7 @@ class Planner:
         # By what the first process has measured.
         rolling = self._roll is not None
         size = self._processes.broadcast(
-            affordable_tokens(self._full, self._per_token, self._budget, elapsed, self._size)
+            affordable_tokens(self._full, self._per_token, self._budget, elapsed, self._size, rolling=rolling)
         )
         if size == self._size:
             return False
