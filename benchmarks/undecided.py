@@ -106,10 +106,17 @@ def main():
             shown, steps, blocks, watching = run(stream, budget, options.steps, kind)
             events = [[e.step, e.kind, e.block] for e in watching.events if e.level != "info"]
             row = {
-                "training": name, "probe": kind, "seed": seed, "budget": budget, "share": watching.share,
-                "steps": steps, "seconds": time.perf_counter() - began, **undecided(shown, steps, blocks), "events": events,
+                "training": name,
+                "probe": kind,
+                "seed": seed,
+                "budget": budget,
+                "share": watching.share,
+                "steps": steps,
+                "seconds": time.perf_counter() - began,
+                **undecided(shown, steps, blocks),
+                "events": events,
                 "letters": {str(step): letters for step, letters in shown.items()},
-            }  # fmt: skip
+            }
             rows.append(row)
             write(options.name, {"means": means(rows), "runs": rows}, show=False)  # what is there if it is stopped
             print({key: value for key, value in row.items() if key != "letters"}, flush=True)
