@@ -153,7 +153,8 @@ def main():
         "cells": len(rows),
         "levels_hold": mean(row["level_holds"] for row in rows),
         "singles_hold": mean(row["single_holds"] for row in rows),
-        "error_of_level_over_single": mean(row["level_error"] / row["single_error"] for row in rows),
+        "level_error": mean(row["level_error"] for row in rows),
+        "single_error": mean(row["single_error"] for row in rows),
         "off_level": mean((row["level"] - row["truth"]) ** 2 for row in rows) ** 0.5,
         "off_single": mean((row["single"] - row["truth"]) ** 2 for row in rows) ** 0.5,
     }

@@ -63,6 +63,16 @@ def test_measurements_that_agree_narrow_the_interval_and_older_ones_weigh_less()
     assert level_of(agreeing, 1200).standard_error < 0.65 * 0.003
 
 
+def test_where_no_step_helped_a_gain_of_zero_is_no_certain_level():
+    noisy = [(100 * k, Paired(0.004, 0.002, 20)) for k in range(1, 4)]
+    level = level_of([*noisy, (400, Paired(0.0, 0.0, 20))], 400)
+    assert 0.001 < level.mean < 0.004
+    assert level.standard_error > 0.0005
+    known = Levels()
+    known.add(100, {0: Paired(0.0, 0.0, 20), 1: Paired(0.0, 0.0, 20)})
+    assert known.at(200)[1].standard_error == 0.0  # there is nothing to tell a deviation from
+
+
 def test_a_jump_begins_anew_and_a_step_within_the_noise_does_not():
     calm = [(100 * k, Paired(0.002, 0.001, 30)) for k in range(1, 9)]
     after = level_of([*calm, (900, Paired(0.05, 0.002, 30))], 900)
@@ -161,6 +171,6 @@ def test_an_average_that_knows_no_drift_does_not_cover(monkeypatch):
 @pytest.mark.parametrize("noise", [normal, skewed])
 @pytest.mark.parametrize("name", TRUTHS)
 def test_coverage_is_93_to_97_percent_where_truths_drift(name, noise):
-    share, width = covered(TRUTHS[name], noise, runs=600)
+    share, width = covered(TRUTHS[name], noise, runs=300)
     assert 0.925 < share < 0.975, (share, width)
     assert width < 0.95
