@@ -185,7 +185,9 @@ def _filtered(table: Table, usual: _Array, q: _Array) -> tuple[_Filtered, _Array
     known = np.isfinite(table.u)
     # What is not there gets no weight.
     y, e, df, third, usual = (np.where(known, a, 1.0) for a in (table.y, table.e, table.df, table.third, usual))
-    e = np.where(e > 0, e, usual**0.5)  # where no step helped, a witness gains nothing for certain; the level is not known
+    e = np.where(
+        e > 0, e, usual**0.5
+    )  # where no step helped, a witness gains nothing for certain; the level is not known
     first = [np.repeat(a[:, :1], len(q), axis=1) for a in (y, usual, e**2, 0 * e, third, e**4 / df)]
     state, likely, last = _Filtered(*first), np.zeros(len(q)), table.u[:, 0]
     for k in range(1, table.u.shape[1]):
