@@ -132,6 +132,14 @@ def test_what_may_decide_comes_first_at_every_measurement_of_a_rolling_probe():
     assert kinds == {"rolling": ["alone"] * 4, "fixed": ["alone", "ranking", "alone", "ranking"]}
 
 
+def test_a_rolling_probe_is_refined_at_every_measurement_and_joint_rounds_keep_their_turn():
+    made, kinds = planner(rolling()), []
+    for _ in range(6):
+        kinds.append(made.due(0.0, 1e6, undecided=0.0))
+        made.begin(kinds[-1])
+    assert kinds == ["alone", "alone", "alone", "joint", "alone", "alone"]
+
+
 def test_the_loss_is_always_of_the_same_text():
     model = ZOO["plain"]()
     probe = rolling()

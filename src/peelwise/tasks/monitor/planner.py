@@ -72,22 +72,33 @@ class Planner:
             spent: seconds taken so far.
             elapsed: seconds since the start.
             undecided: share of blocks without a colour. While there are many, what may decide them comes first at every
-                other measurement; at every one where measurements are put together.
+                other measurement; where measurements are put together at every one, and never a mere ranking.
         """
-        kind = self._plan[self._planned % len(self._plan)]
+        kind = self._next
         if self._budget is None:
             return kind
         often = self._roll is not None or self._begun % 2 == 0
         if self._plan is PLAN and often and undecided > _FEW_UNDECIDED:
             kind = "alone"
+        elif self._always_refines and kind == "ranking":
+            kind = "alone"
         now = affordable(spent, self._costs[kind], elapsed, self._budget)
         code = self._processes.broadcast_number(1 + _KINDS.index(kind) if now else 0)
         return _KINDS[code - 1] if code else None
 
+    @property
+    def _next(self) -> MeasurementKind:
+        return self._plan[self._planned % len(self._plan)]
+
+    @property
+    def _always_refines(self) -> bool:
+        """Whether every measurement refines blocks: a ranking takes nearly as long, and adds nothing to any level."""
+        return self._roll is not None and self._plan is PLAN and self._budget is not None
+
     def begin(self, kind: MeasurementKind) -> None:
         """Note that a measurement begins."""
         self._begun += 1
-        self._planned += kind == self._plan[self._planned % len(self._plan)]
+        self._planned += kind == self._next or (self._always_refines and self._next == "ranking")
 
     def took(self, kind: MeasurementKind, seconds: float, *, failed: bool = False) -> None:
         """Note what a measurement took."""
