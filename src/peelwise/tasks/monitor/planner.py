@@ -78,9 +78,7 @@ class Planner:
         if self._budget is None:
             return kind
         often = self._roll is not None or self._begun % 2 == 0
-        if self._plan is PLAN and often and undecided > _FEW_UNDECIDED:
-            kind = "alone"
-        elif self._always_refines and kind == "ranking":
+        if (self._plan is PLAN and often and undecided > _FEW_UNDECIDED) or (self._always_refines and kind == "ranking"):
             kind = "alone"
         now = affordable(spent, self._costs[kind], elapsed, self._budget)
         code = self._processes.broadcast_number(1 + _KINDS.index(kind) if now else 0)
