@@ -1,13 +1,13 @@
 """Do the intervals of levels hold on a real run? Against a dense measurement with many tokens, at ten moments.
 
-    python benchmarks/levels.py [--seeds 0 1] [--steps 1000] [--each 4096] [--every 40] [--name levels] [--again]
+    python benchmarks/levels.py [--seeds 0 1] [--steps 1000] [--each 4096] [--every 40] [--name levels] [--again | --add]
 
 The GPT of `peelwise demo-training` without its fault, half a cosine, one thread. Every so many steps another part of a
 rolling probe is measured as a monitor does, and the level of every block's solo gain is kept up. At ten moments, some
 of them between two measurements, the gain of witnesses of the same kind is measured densely: five of them, each from a
 part of its own, on 320 sequences that the rolling measurements never come to. Counted: intervals of levels, and of the
 latest single measurement, that hold the dense mean, allowing for its own error; and how wide they are. `--again` makes
-the levels anew from the measurements that the result file has.
+the levels anew from the measurements that the result file has; `--add` keeps those and adds other seeds.
 """
 
 from __future__ import annotations
@@ -135,19 +135,21 @@ def main():
     parser.add_argument("--every", type=int, default=40)
     parser.add_argument("--name", default="levels")
     parser.add_argument("--again", action="store_true")
+    parser.add_argument("--add", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     measuring._affordable = lambda session, order, seconds, evaluations: list(
         order
     )  # all blocks, however long it takes
-    before = None
-    if options.again:
+    before, dense_rows, measured = None, [], []
+    if options.again or options.add:
         known = earlier(options.name)
         before, dense_rows, measured = known["command"], known["rows"], known["measurements"]
-    else:
+    if not options.again:
         stream = torch.tensor(list("\n\n".join(reference_prose()).encode()))
-        found = [run(seed, stream, options) for seed in options.seeds]
-        dense_rows, measured = ([row for each in column for row in each] for column in zip(*found, strict=True))
+        for seed in options.seeds:
+            of_seed = run(seed, stream, options)
+            dense_rows, measured = [*dense_rows, *of_seed[0]], [*measured, *of_seed[1]]
     rows = compared(dense_rows, measured)
     result = {
         "cells": len(rows),

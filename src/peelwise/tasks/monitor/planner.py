@@ -78,7 +78,9 @@ class Planner:
         if self._budget is None:
             return kind
         often = self._roll is not None or self._begun % 2 == 0
-        if (self._plan is PLAN and often and undecided > _FEW_UNDECIDED) or (self._always_refines and kind == "ranking"):
+        if (self._plan is PLAN and often and undecided > _FEW_UNDECIDED) or (
+            self._always_refines and kind == "ranking"
+        ):
             kind = "alone"
         now = affordable(spent, self._costs[kind], elapsed, self._budget)
         code = self._processes.broadcast_number(1 + _KINDS.index(kind) if now else 0)
@@ -90,7 +92,7 @@ class Planner:
 
     @property
     def _always_refines(self) -> bool:
-        """Whether every measurement refines blocks: a ranking takes nearly as long, and adds nothing to any level."""
+        """Whether every measurement refines blocks: a ranking takes nearly as long, and adds nothing to a level."""
         return self._roll is not None and self._plan is PLAN and self._budget is not None
 
     def begin(self, kind: MeasurementKind) -> None:
