@@ -1,6 +1,6 @@
 """Do the intervals of levels hold on a real run? Against a dense measurement with many tokens, at ten moments.
 
-    python benchmarks/levels.py [--seeds 0 1] [--steps 1000] [--each 4096] [--every 40] [--name levels] [--again | --add]
+    python benchmarks/levels.py [--seeds 0 1] [--steps 1000] [--each 4096] [--every 40] [--again | --add]
 
 The GPT of `peelwise demo-training` without its fault, half a cosine, one thread. Every so many steps another part of a
 rolling probe is measured as a monitor does, and the level of every block's solo gain is kept up. At ten moments, some
