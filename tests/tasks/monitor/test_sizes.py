@@ -25,14 +25,6 @@ def test_as_much_as_is_paid_for(per_token, budget, elapsed, now, size):
         assert PASSES * per_token * size <= budget * max(60.0, elapsed / 20)
 
 
-def test_measurements_that_are_put_together_begin_smaller_and_sooner():
-    assert affordable_tokens(12_000, 2e-5, 0.03, rolling=False) == 12_000
-    assert affordable_tokens(12_000, 2e-5, 0.03, rolling=True) == 4096
-    assert (
-        affordable_tokens(12_000, 2e-5, 0.03, 2400.0, 4096, rolling=True) == 12_000
-    )  # as others, once the run is long
-
-
 def test_a_small_probe_is_taken_whole():
     assert affordable_tokens(500, 1.0, 0.01) == 500
     probe = tiny_probe()

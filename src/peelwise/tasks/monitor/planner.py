@@ -113,7 +113,7 @@ class Planner:
         # By what the first process has measured.
         rolling = self._roll is not None
         size = self._processes.broadcast(
-            affordable_tokens(self._full, self._per_token, self._budget, elapsed, self._size, rolling=rolling)
+            affordable_tokens(self._full, self._per_token, self._budget, elapsed, self._size)
         )
         if size == self._size:
             return False

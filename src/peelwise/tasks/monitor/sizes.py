@@ -12,7 +12,6 @@ from dataclasses import replace
 from peelwise.probe.probe import Probe, Split
 
 PASSES = 10.0  # of the whole model forward, that a measurement takes which can decide a block
-_SOONEST_ROLLING = 30.0
 _SOONEST, _PER_RUN = 60.0, 20  # seconds between measurements at the beginning; measurements in a run, later
 _FEWEST_TOKENS, _FEWEST_SEQUENCES = 1024, 8
 
@@ -22,15 +21,7 @@ def tokens_of(probe: Probe) -> int:
     return probe.fit.tokens + probe.select.tokens + probe.report.tokens
 
 
-def affordable_tokens(
-    full: int,
-    per_token: float,
-    budget: float | None,
-    elapsed: float = 0.0,
-    now: int = 0,
-    *,
-    rolling: bool = False,
-) -> int:
+def affordable_tokens(full: int, per_token: float, budget: float | None, elapsed: float = 0.0, now: int = 0) -> int:
     """Return how many tokens of a probe to measure on; in doublings, so that losses stay comparable for long.
 
     Args:
@@ -39,12 +30,10 @@ def affordable_tokens(
         budget: share of wall time, or ``None`` for no limit.
         elapsed: seconds since the run began.
         now: what is measured on at present; never less than that is returned.
-        rolling: whether measurements are put together: then the first may decide less, if there is soon a second.
     """
     if budget is None or per_token <= 0:
         return full
-    soonest = _SOONEST_ROLLING if rolling else _SOONEST
-    paid = budget * max(soonest, elapsed / _PER_RUN) / (PASSES * per_token)
+    paid = budget * max(_SOONEST, elapsed / _PER_RUN) / (PASSES * per_token)
     size = max(now, min(_FEWEST_TOKENS, full))
     while 2 * size <= paid:
         size *= 2
