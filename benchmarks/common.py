@@ -59,9 +59,10 @@ def environment(before: str | None = None) -> dict[str, Any]:
     }
 
 
-def write(name: str, result: dict[str, Any], *, before: str | None = None) -> None:
+def write(name: str, result: dict[str, Any], *, before: str | None = None, show: bool = True) -> None:
     """Write the result with machine, versions and the command (after the one of the other parts), and print it."""
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps(environment(before) | result, indent=2)
     (RESULTS / f"{name}.json").write_text(text + "\n")
-    print(text)
+    if show:
+        print(text)

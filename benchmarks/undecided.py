@@ -1,9 +1,11 @@
 """Which part of a monitored run does the page show "?", at what share of time?
 
-    python benchmarks/undecided.py [--budgets 0.01 0.03 0.1] [--seeds 0] [--steps 1000] [--name undecided]
+    python benchmarks/undecided.py [--budgets 0.01 0.03 0.1] [--seeds 0] [--steps 1000] [--probes fixed rolling]
+                                   [--trainings demo healthy] [--name undecided]
 
 Two trainings on one thread: the one of ``peelwise demo-training`` (720 steps, a block cut off at 400), and the healthy
-small GPT of examples/monitor.py. Counted after the first tenth of the steps: cells (blocks x measurements) without a
+small GPT of examples/monitor.py, each with the probe that it has there and with a rolling one, one after the other.
+Counted after the first tenth of the steps: cells (blocks x measurements) without a
 colour, and the same weighted by how long each was on screen; before the first measurement all counts as undecided.
 """
 
@@ -12,6 +14,7 @@ import itertools
 import sys
 import time
 from pathlib import Path
+from statistics import mean
 
 import torch
 from torch.nn import functional as F
@@ -24,12 +27,20 @@ from peelwise.probe.texts import reference_prose
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import monitor as example
+from peelwise.probe.options import TOKENS
 
 
-def demo(stream, budget, steps):
+def probe_of(kind, stream, tokens, length):
+    """Return a probe of some tokens that all measurements share, or a rolling one."""
+    if kind == "rolling":
+        return peelwise.Probe.rolling(stream, sequence_length=length, in_distribution=True)
+    return peelwise.Probe.from_tokens(stream, tokens=tokens, sequence_length=length, in_distribution=True)
+
+
+def demo(stream, budget, steps, kind):
     plan, model = Plan(budget=budget), SmallGPT()
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.rate)
-    probe = peelwise.Probe.from_tokens(stream, tokens=plan.probe_tokens, sequence_length=64, in_distribution=True)
+    probe = probe_of(kind, stream, plan.probe_tokens, 64)
     with peelwise.Monitor(
         model, probe, optimizer=optimizer, budget=budget, store=None, on_measurement=None
     ) as watching:
@@ -40,10 +51,10 @@ def demo(stream, budget, steps):
     return shown, plan.steps, DEMO_BLOCKS, watching
 
 
-def healthy(stream, budget, steps):
+def healthy(stream, budget, steps, kind):
     model = example.SmallGPT()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    probe = peelwise.Probe.from_tokens(stream, sequence_length=example.CONTEXT, in_distribution=True)
+    probe = probe_of(kind, stream, TOKENS, example.CONTEXT)
     with peelwise.Monitor(model, probe, optimizer=optimizer, budget=budget, store=None) as watching:
         shown = {}
         for step in range(steps):
@@ -80,23 +91,53 @@ def main():
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.01, 0.03, 0.1])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--probes", choices=["fixed", "rolling"], nargs="+", default=["fixed"])
+    parser.add_argument("--trainings", choices=["demo", "healthy"], nargs="+", default=["demo", "healthy"])
     parser.add_argument("--name", default="undecided")
     options = parser.parse_args()
     torch.set_num_threads(1)
     stream = torch.tensor(list("\n\n".join(reference_prose()).encode()))
     rows = []
     for budget in options.budgets:
-        for run, seed in itertools.product((demo, healthy), options.seeds):
+        for name, seed, kind in itertools.product(options.trainings, options.seeds, options.probes):
+            run = {"demo": demo, "healthy": healthy}[name]
             torch.manual_seed(seed)
             began = time.perf_counter()
-            shown, steps, blocks, watching = run(stream, budget, options.steps)
+            shown, steps, blocks, watching = run(stream, budget, options.steps, kind)
             events = [[e.step, e.kind, e.block] for e in watching.events if e.level != "info"]
-            row = {"training": run.__name__, "seed": seed, "budget": budget, "share": watching.share, "steps": steps,
-                   "seconds": time.perf_counter() - began, **undecided(shown, steps, blocks), "events": events,
-                   "letters": {str(step): letters for step, letters in shown.items()}}  # fmt: skip
+            row = {
+                "training": name,
+                "probe": kind,
+                "seed": seed,
+                "budget": budget,
+                "share": watching.share,
+                "steps": steps,
+                "seconds": time.perf_counter() - began,
+                **undecided(shown, steps, blocks),
+                "events": events,
+                "letters": {str(step): letters for step, letters in shown.items()},
+            }
             rows.append(row)
+            write(options.name, {"means": means(rows), "runs": rows}, show=False)  # what is there if it is stopped
             print({key: value for key, value in row.items() if key != "letters"}, flush=True)
-    write(options.name, {"runs": rows})
+    print(means(rows))
+
+
+def means(rows):
+    """Return the mean over seeds of each training, probe and budget, and how many red events blocks at fault had."""
+    found = []
+    for key in dict.fromkeys((row["training"], row["probe"], row["budget"]) for row in rows):
+        of = [row for row in rows if (row["training"], row["probe"], row["budget"]) == key]
+        cells = [row["undecided_cells"] for row in of if row["undecided_cells"] is not None]
+        found.append({
+            "training": key[0], "probe": key[1], "budget": key[2], "runs": len(of),
+            "measurements": mean(row["measurements"] for row in of),
+            "undecided_cells": mean(cells) if cells else None,
+            "undecided_on_screen": mean(row["undecided_on_screen"] for row in of),
+            "share": mean(row["share"] for row in of),
+            "runs_with_a_red_block": sum(any("R" in letters for letters in row["letters"].values()) for row in of),
+        })  # fmt: skip
+    return found
 
 
 if __name__ == "__main__":

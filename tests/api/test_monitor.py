@@ -192,6 +192,20 @@ def test_a_monitor_that_is_not_careful_would_change_training(monkeypatch):
 # -- what it sees --------------------------------------------------------------------------------------------------
 
 
+def test_a_rolling_probe_changes_nothing_either():
+    def rolling(model, optimizer):
+        probe = peelwise.Probe.rolling(sample_ids(900, 9), tokens=6_000, each=400, in_distribution=True)
+        return peelwise.Monitor(
+            model, probe, optimizer=optimizer, budget=None, schedule=peelwise.every(EVERY), store=None
+        )
+
+    expected, _ = train(model_of("plain"))
+    found, monitor = train(model_of("plain"), monitor=rolling)
+    assert_same(found, expected)
+    assert {s.name for s in monitor.last.statistics} >= {"recoverable_level", "recoverable"}
+    assert not [event for event in monitor.events if event.kind == "not-measured"]
+
+
 def test_a_visit_sees_what_an_audit_sees():
     model = ZOO["llama"]()
     with scheduled(1)(model, None) as monitor:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from peelwise.engine.fading import FadingSums
 from peelwise.engine.signals import LayerSums, of_block, of_layer, routed
 from peelwise.errors import IllConditionedWarning, ModelError, UnsupportedModelError
 from peelwise.model.capture import Call
@@ -62,6 +63,7 @@ def sweep(
     targets: Sequence[Targets | None] = (None,),
     after_block: Callable[[int], None] = lambda done: None,
     keep_going: Callable[[], bool] = lambda: True,
+    kept: FadingSums | None = None,
 ) -> list[dict[int, BlockProposals]]:
     """Differentiate the loss down to the lowest block asked for, and make its proposals on the way.
 
@@ -75,6 +77,7 @@ def sweep(
             or other targets for a null control. All of them share the inputs' sums and decompositions.
         after_block: called with the number of blocks done.
         keep_going: asked before each block; the blocks below the one where it says no get no proposals.
+        kept: sums of earlier measurements, which those of the fit tokens are added to.
 
     Returns:
         For each of ``targets``, block index -> proposals.
@@ -91,6 +94,7 @@ def sweep(
         moments, above = block_moments(runner, block, fit, above, keep=keep, with_F=with_F)
         select_moments, above_select = block_moments(runner, block, select, above_select, keep=keep, with_F=with_F)
         if keep:
+            moments = moments if kept is None else [kept.joined(each) for each in moments]
             made = _agreed(runner, proposals_of(block, moments, select_moments[0], directions))
             for proposals, into in zip(made, found, strict=True):
                 if proposals.signals:  # else none of its layers has a gradient

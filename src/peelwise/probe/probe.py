@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from peelwise.probe.sequences import as_rows, chunk_documents, cut, encode_docum
 from peelwise.probe.split import PARTS, Pool, draw_parts, split_faults
 from peelwise.probe.texts import check_text, text_of
 from peelwise.records.base import ProbeRecord
+
+if TYPE_CHECKING:
+    from peelwise.probe.rolling import RollingProbe
 
 SHARES = (0.5, 0.15, 0.35)  # of fit, select and report
 _FEW_REPORT_SEQUENCES = 8
@@ -237,6 +240,28 @@ class Probe:
             source=source,
             shares=shares,
         )
+
+    @classmethod
+    def rolling(cls, text: Any, tokenizer: Any | None = None, **options: Any) -> RollingProbe:
+        """Draw a large probe of which a monitor measures another part each time, and puts together what it finds.
+
+        A few sequences to report on are kept for the curve of the loss. An audit measures on all of it.
+
+        Args:
+            text: Documents, or rows or a stream of token ids, as for :meth:`from_text` and :meth:`from_tokens`; or a
+                data set with ``len(data)`` and ``data[i]``, such as the one that is trained on, which is read by random
+                index: texts, mappings with ``field``, token ids, or mappings with ``input_ids``. Random states are the
+                same afterwards.
+            tokenizer: As for :meth:`from_text`; ``None`` for token ids.
+            options: ``tokens`` (of the corpus, 200,000), ``each`` (of one measurement at most, 8,192), ``field`` (of a
+                data set's text), and the other arguments of :meth:`from_text`.
+
+        Raises:
+            ProbeError: If there are not enough sequences for two measurements, or as :meth:`from_text` does.
+        """
+        from peelwise.probe.rolling import rolling_probe  # which is made from probes
+
+        return rolling_probe(text, tokenizer, **options)
 
     @classmethod
     def from_tensors(

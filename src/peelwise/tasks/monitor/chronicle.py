@@ -23,10 +23,11 @@ from peelwise.evidence.trends import (
     probe_slope,
 )
 from peelwise.evidence.verdict import Verdict, default_margin, judge
+from peelwise.probe.rolling import Part
 from peelwise.records.run import LETTERS, WHOLE_MODEL, Event, Measurement, Statistic, VerdictRow
 from peelwise.records.signals import RANKED_BY, SIGNALS
 from peelwise.tasks.monitor.measure import Measured
-from peelwise.tasks.monitor.memory import Found, Memory
+from peelwise.tasks.monitor.memory import Memory
 
 _SMALLEST_CHANGE = math.log(1.5)
 _LOOKED_BACK = 200  # measurements in which changes are looked for
@@ -34,6 +35,7 @@ _REMEMBERED_LOSSES = 20_000
 _COMPARED = 50  # losses of training, at most, that the probe's is compared with
 _APART_TWICE = 2
 _RECENT = 16  # losses
+_SOON = 0.25  # of the window of the loss's slope
 _AT_FAULT = Verdict("grey", "run-at-fault")
 
 
@@ -141,6 +143,7 @@ class Chronicle:
         at_fault: bool = False,
         counting: float | None = None,
         other_text: bool = False,
+        part: Part | None = None,
     ) -> Measurement:
         """Return the row of a measured.
 
@@ -154,6 +157,7 @@ class Chronicle:
             at_fault: whether something is known to be wrong with the whole run, which has been told.
             counting: what one who only counts tokens has on the probe, nats per token.
             other_text: whether more of the probe is measured than last time.
+            part: of a rolling probe, what it was measured on; the loss is always of the same text then.
         """
         if other_text:
             self._rebase(measured.loss)
@@ -161,7 +165,7 @@ class Chronicle:
         self._probe_losses.add(step, measured.loss)
         apart = self._losses_apart(step)
         slope = self.slope()
-        statistics = [*self._free(step, measured), *self._measured(step, measured, slope), *self._cloud(measured)]
+        statistics = [*self._free(step, measured), *self._measured(step, measured, slope, part), *self._cloud(measured)]
         changes = self._new_changes(step)
         falling = self._falling(measured.loss, slope)
         verdicts = self._judge(step, measured.loss, falling=falling)
@@ -233,23 +237,29 @@ class Chronicle:
         series.add(step, value)
         return against_own(series.steps, series.values, quotient=SIGNALS[name].quotient)
 
-    def _measured(self, step: int, measured: Measured, slope: Slope | None) -> list[Statistic]:
-        """Return the paired differences with their intervals, and what they are worth in steps."""
+    def _measured(self, step: int, measured: Measured, slope: Slope | None, part: Part | None) -> list[Statistic]:
+        """Return the paired differences with their intervals, what they are worth in steps, and their levels."""
+        self._memory.note("recoverable", step, measured.loss, measured.alone, part)
+        self._memory.note("unique", step, measured.loss, measured.unique, part)
+        self._memory.note("first_order", step, measured.loss, measured.bounds, part)
         rows = []
-        for name, found, kept in (
-            ("recoverable", measured.alone, self._memory.alone),
-            ("unique", measured.unique, self._memory.unique),
-            ("first_order", measured.bounds, self._memory.bounds),
-            ("composed", {} if measured.composed is None else {WHOLE_MODEL: measured.composed}, {}),
+        for name, found in (
+            ("recoverable", measured.alone),
+            ("unique", measured.unique),
+            ("first_order", measured.bounds),
+            ("composed", {} if measured.composed is None else {WHOLE_MODEL: measured.composed}),
         ):
             for block, value in found.items():
-                kept[block] = Found(step, measured.loss, value)
                 interval = value.interval()
                 compared = self._against_own(step, name, block, value.mean)
                 rows.append(Statistic(name, block, value.mean, interval.low, interval.high, *compared))
                 worth = equivalent_steps(interval, slope) if slope and name == "recoverable" else None
                 if worth is not None and worth.mean is not None:
                     rows.append(Statistic("equivalent_steps", block, worth.mean, worth.low, worth.high))
+        self._memory.drop_outdated(measured.loss, self._margin_at(measured.loss))
+        for of, block, value in self._memory.levels(step):
+            level = value.interval()
+            rows.append(Statistic(f"{of}_level", block, level.mean, level.low, level.high))
         return rows
 
     def _cloud(self, measured: Measured) -> Iterator[Statistic]:
@@ -267,7 +277,21 @@ class Chronicle:
         margin = self._margin_at(loss)
         evidence = self._memory.evidence(self._count, self.frozen, loss, margin)
         judged = judge(evidence, margin, in_distribution=self._in_distribution, still_falling=falling)
+        slope = self.slope()
+        judged = [self._unless_soon(block, verdict, slope) for block, verdict in enumerate(judged)]
         return list(self._memory.lasting(step, judged, loss, margin, falling=falling))
+
+    def _unless_soon(self, block: int, verdict: Verdict, slope: Slope | None) -> Verdict:
+        """Return a verdict, but yellow for a red whose gain training may make by itself in a quarter of the window.
+
+        That losses are not shown to fall does not say that they stand still. How fast they may fall, their slope says.
+        """
+        found = self._memory.of(block, verdict) if verdict.colour == "red" else None
+        if found is None or slope is None:
+            return verdict
+        worth = equivalent_steps(found.value.interval(), slope).low
+        soon = worth is not None and worth < _SOON * slope.steps
+        return Verdict("yellow", "still-falling", interaction=verdict.interaction) if soon else verdict
 
     def _falling(self, loss: float, slope: Slope | None) -> bool:
         """Whether training makes progress: until the slope is known it counts as going on; red says that it is not.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.distributed.sharding import check_blocks
+from peelwise.engine.fading import FadingSums
 from peelwise.engine.opening import checked_blocks, first_notes
 from peelwise.errors import NotCausalError, OptionError, OtherProcessError, PeelwiseError
 from peelwise.evidence import events as alerts
@@ -27,6 +28,7 @@ from peelwise.model.refined import stepped_by
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner
 from peelwise.model.selfcheck import check_dtypes, check_shared
 from peelwise.probe.probe import Probe, Split
+from peelwise.probe.rolling import Part, RollingProbe
 from peelwise.records.base import Note
 from peelwise.records.options import Refine, check_refine
 from peelwise.records.run import Event, Measurement, MeasurementKind, StepRow
@@ -115,12 +117,14 @@ class Follower:
         _check(settings)
         self._model, self._settings, self._recorder, self._optimizer = model, settings, recorder, optimizer
         self._probe = probe
+        self._fixed = probe.fixed if isinstance(probe, RollingProbe) else None
         self._processes = processes
         with processes.agreeing():
             self.blocks: tuple[Block, ...] = checked_blocks(model, probe, settings.refine, stepped_by(optimizer))
             check_blocks({block.name: unwrapped(block.module) for block in self.blocks})
             _check_same(processes, model, probe)
             per_token, notes, self._leak = self._first_look()
+        self._kept = FadingSums.affordable(self.blocks) if self._fixed is not None else None
         self._planner = Planner(probe, settings.plan, settings.budget, per_token, processes)
         self._notes = list(notes)
         self._chronicle = Chronicle(
@@ -247,6 +251,9 @@ class Follower:
             if not as_many:
                 return None
             grown = self._planner.grow(self.elapsed)
+            part = self._planner.take()
+            if self._kept is not None:
+                self._kept.begin(step)
             order = self._processes.broadcast(self._chronicle.wanted_first())
             found = measure(
                 self._model,
@@ -258,6 +265,8 @@ class Follower:
                 processes=self._processes,
                 checked=self._checked,
                 steps=self._steps,
+                fixed=self._fixed,
+                kept=self._kept,
             )
         except Exception as error:  # whatever goes wrong here, the training must not end of it
             self._planner.took(kind, time.monotonic() - start, failed=True)
@@ -268,7 +277,7 @@ class Follower:
         self._planner.took(kind, now - start)
         share = (self.spent + now - began) / max(self.elapsed, 1e-9)
         row: Measurement = self._processes.broadcast(
-            self._row(step, found, now - start, share, grown=grown) if self._processes.is_main else None
+            self._row(step, found, now - start, share, grown=grown, part=part) if self._processes.is_main else None
         )
         row = self._drift.noted(self._codes.noted(row), self.blocks)
         self._recorder.measurement(row)
@@ -299,7 +308,9 @@ class Follower:
         self._checkup.blocks = now
         return True
 
-    def _row(self, step: int, found: Measured, seconds: float, share: float, *, grown: bool) -> Measurement:
+    def _row(
+        self, step: int, found: Measured, seconds: float, share: float, *, grown: bool, part: Part | None
+    ) -> Measurement:
         return self._chronicle.add(
             step,
             found,
@@ -310,6 +321,7 @@ class Follower:
             at_fault=self._checkup.at_fault,
             counting=self._checkup.counting,
             other_text=grown,
+            part=part,
         )
 
     def _tell_failure(self, step: int, error: Exception) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from peelwise.distributed.processes import ONE_PROCESS, Processes
+from peelwise.engine.fading import FadingSums
 from peelwise.engine.heads import without_blocks
 from peelwise.engine.opening import open_session
 from peelwise.engine.refine import Proposals
@@ -20,7 +21,7 @@ from peelwise.evidence.intervals import Paired
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block
 from peelwise.model.splice import frozen
-from peelwise.probe.probe import Probe
+from peelwise.probe.probe import Probe, Split
 from peelwise.records.base import Note
 from peelwise.records.run import MatrixShare, MeasurementKind
 from peelwise.records.signals import SWEPT, of_kinds
@@ -39,7 +40,7 @@ class Measured:
 
     Attributes:
         kind: what was done.
-        loss: nats per token on the probe's report part.
+        loss: nats per token on the probe's report part, or on what is kept for it.
         free: signal of the sweep -> one value per block, ``None`` where a block has none.
         alone, unique: per block what was measured, paired by report sequence.
         composed: what one joint round gains.
@@ -74,6 +75,8 @@ def measure(
     processes: Processes = ONE_PROCESS,
     checked: bool = True,
     steps: Steps | None = None,
+    fixed: Split | None = None,
+    kept: FadingSums | None = None,
 ) -> Measured:
     """Measure ``model`` as it stands and leave it, and every random state, exactly as they were.
 
@@ -90,6 +93,8 @@ def measure(
         processes: the processes that share the work; what is found is the same in all of them.
         steps: `Measured.steps` of an earlier measurement.
         checked: whether these blocks have passed their self-checks before, such as when the monitor was made.
+        fixed: what the loss is taken of; ``None`` for the probe's report part.
+        kept: sums of earlier measurements, which this one's are added to.
 
     Raises:
         PeelwiseError: If the model cannot be measured, such as when its loss is no finite number.
@@ -113,7 +118,8 @@ def measure(
             processes=processes,
             checked=checked,
         )
-        (proposals,) = sweep(session.runner, session.fit, session.select)
+        loss = session.report.mean if fixed is None else session.runner.trace(fixed).mean
+        (proposals,) = sweep(session.runner, session.fit, session.select, kept=kept)
         found, upper = Findings(proposals=proposals), None
         if kind == "alone":
             able = [index for index in order if index in proposals]  # not a block whose layers have no gradient
@@ -127,7 +133,7 @@ def measure(
     _warn_again(caught)
     own = [w.message for w in caught if isinstance(w.message, IllConditionedWarning)]
     notes = (*{str(w): Note(code=w.code, values=w.values) for w in own}.values(), *session.notes)
-    return _measured(kind, session, found, proposals, upper=upper, steps=steps or {}, notes=notes)
+    return _measured(kind, session, found, proposals, loss=loss, upper=upper, steps=steps or {}, notes=notes)
 
 
 def _warn_again(caught: Sequence[warnings.WarningMessage]) -> None:
@@ -146,6 +152,7 @@ def _measured(
     found: Findings,
     proposals: Proposals,
     *,
+    loss: float,
     upper: float | None,
     steps: Steps,
     notes: tuple[Note, ...],
@@ -164,7 +171,7 @@ def _measured(
     }
     return Measured(
         kind,
-        session.report.mean,
+        loss,
         free,
         {index: e.alone for index, e in evidence.items() if e.alone is not None},
         {index: e.unique for index, e in evidence.items() if e.unique is not None},

@@ -4,27 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from peelwise.evidence.intervals import Paired
+from peelwise.evidence.levels import Levels
 from peelwise.evidence.verdict import Evidence, Verdict
+from peelwise.probe.rolling import Part
 
+Name = Literal["recoverable", "unique", "first_order"]
+
+_NAMES: tuple[Name, ...] = ("recoverable", "unique", "first_order")
 _SHORTEST = 50  # steps that a verdict is kept at least
 
 
 @dataclass(frozen=True)
 class Found:
-    """A difference, when it was measured, and the probe's loss at that time."""
+    """A difference, when it was measured last, and the probe's loss at that time.
+
+    Attributes:
+        measurements: 1 for what one has found; more for a level that may be put together from as many.
+    """
 
     step: int
     loss: float
     value: Paired
+    measurements: int = 1
 
     def outdated(self, loss: float, margin: float) -> bool:
         """Whether it is of another model than the one that now has ``loss`` on the probe.
 
-        Training has since gained as much as was found; or nothing was found, and the loss has since risen.
+        Training has since gained as much as was found; or nothing was found, and the loss has since risen. The level of
+        several measurements is not outdated by training that goes on: its drift is in its interval.
         """
-        return self.loss - loss > max(self.value.mean, margin) or (self.value.mean < margin < loss - self.loss)
+        gained = self.measurements == 1 and self.loss - loss > max(self.value.mean, margin)
+        return gained or (self.value.mean < margin < loss - self.loss)
 
 
 @dataclass(frozen=True)
@@ -38,18 +51,51 @@ class _Decided:
 
 @dataclass
 class Memory:
-    """Remembers by block solo gains, marginal gains, first-order bounds, and the verdicts that were decided."""
+    """Remembers by block solo gains, marginal gains, first-order bounds, and the verdicts that were decided.
+
+    Where measurements are made on different parts of a text, what counts is the level that they show together.
+    """
 
     alone: dict[int, Found] = field(default_factory=dict)
     unique: dict[int, Found] = field(default_factory=dict)
     bounds: dict[int, Found] = field(default_factory=dict)
     _decided: dict[int, _Decided] = field(default_factory=dict)
+    _levels: dict[Name, Levels] = field(default_factory=dict)
+
+    def note(self, name: Name, step: int, loss: float, values: Mapping[int, Paired], part: Part | None = None) -> None:
+        """Take what one measurement found.
+
+        Args:
+            name: of the number.
+            step: of the training.
+            loss: of the probe, nats per token.
+            values: per block.
+            part: what it was measured on, where every measurement is made on another part.
+        """
+        self._named(name).update({block: Found(step, loss, value) for block, value in values.items()})
+        if part is not None:
+            levels = self._levels.setdefault(name, Levels())
+            levels.add(step, values, part.report, repeats=part.repeats)
+
+    def levels(self, step: int) -> Iterator[tuple[Name, int, Paired]]:
+        """Put the level of every number in its place, as it is at a step, and yield it.
+
+        How fast levels drift is seen from the second measurement of a block on; until then there are none.
+        """
+        for name, levels in self._levels.items():
+            kept, count = self._named(name), levels.count
+            for block, level in levels.at(step).items() if count > 1 else ():
+                if block in kept:
+                    kept[block] = replace(kept[block], value=level, measurements=count)
+                    yield name, block, level
 
     def forget_from(self, step: int) -> None:
         """Forget what was found from a step on."""
         for kept in self._kept():
             for block in [b for b, found in kept.items() if found.step >= step]:
                 del kept[block]
+        for levels in self._levels.values():
+            levels.forget_from(step)
         self._decided = {block: old for block, old in self._decided.items() if old.step < step}
 
     def rebase(self, shift: float) -> None:
@@ -60,10 +106,17 @@ class Memory:
 
     def evidence(self, count: int, frozen: Collection[int], loss: float, margin: float) -> list[Evidence]:
         """Drop what is outdated, and return what is left of every block."""
-        for kept in self._kept():
-            for block in [b for b, found in kept.items() if found.outdated(loss, margin)]:
-                del kept[block]
+        self.drop_outdated(loss, margin)
         return [Evidence(frozen=True) if block in frozen else self._evidence(block, margin) for block in range(count)]
+
+    def drop_outdated(self, loss: float, margin: float) -> None:
+        """Drop what is of another model than the one that has ``loss`` on the probe."""
+        for name in _NAMES:
+            kept = self._named(name)
+            for block in [b for b, found in kept.items() if found.outdated(loss, margin)]:
+                if kept[block].measurements > 1:  # the loss has risen: the next measurement is of something else
+                    self._levels[name].drop(block)
+                del kept[block]
 
     def _evidence(self, block: int, margin: float) -> Evidence:
         alone, bound = self.alone.get(block), self.bounds.get(block)
@@ -114,6 +167,9 @@ class Memory:
         if old.verdict.colour == "green":
             return loss - old.loss > margin or (found is not None and found.value.mean > margin)
         return found is None or found.value.mean <= margin
+
+    def _named(self, name: Name) -> dict[int, Found]:
+        return {"recoverable": self.alone, "unique": self.unique, "first_order": self.bounds}[name]
 
     def _kept(self) -> tuple[dict[int, Found], ...]:
         return self.alone, self.unique, self.bounds

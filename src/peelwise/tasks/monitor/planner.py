@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from peelwise.distributed.processes import Processes
 from peelwise.evidence.events import cost
 from peelwise.probe.probe import Probe
+from peelwise.probe.rolling import Part, Roll, RollingProbe
 from peelwise.records.run import Event, MeasurementKind
 from peelwise.tasks.monitor.schedules import affordable
 from peelwise.tasks.monitor.sizes import PASSES, affordable_tokens, part_of, tokens_of
@@ -30,7 +31,7 @@ class Planner:
         processes: that train together.
 
     Attributes:
-        probe: what to measure on at present.
+        probe: what to measure on at present; of a rolling probe, something of that size.
     """
 
     def __init__(
@@ -45,14 +46,24 @@ class Planner:
         self._processes = processes
         self._begun = self._planned = self._size = 0
         self._costs: dict[MeasurementKind, float] = {}
+        self._roll = Roll(probe) if isinstance(probe, RollingProbe) else None
+        self._full = min(probe.each, tokens_of(probe)) if isinstance(probe, RollingProbe) else tokens_of(probe)
         self.probe = probe
         self.grow(0.0)
+
+    def take(self) -> Part | None:
+        """Return the next part of a rolling probe, which `probe` is then; ``None`` if it is another one."""
+        if self._roll is None:
+            return None
+        part = self._roll.take(self._size)
+        self.probe = part.probe
+        return part
 
     def forecast(self, step: int) -> Event | None:
         """Return the event of what measurements are expected to cost, and what fits the budget."""
         if self._budget is None:
             return None
-        return cost(step, tokens_of(self._whole), tokens_of(self.probe), PASSES * self._per_token, self._budget)
+        return cost(step, self._full, tokens_of(self.probe), PASSES * self._per_token, self._budget)
 
     def due(self, spent: float, elapsed: float, undecided: float) -> MeasurementKind | None:
         """Return the kind to measure now, if the budget allows it.
@@ -61,21 +72,33 @@ class Planner:
             spent: seconds taken so far.
             elapsed: seconds since the start.
             undecided: share of blocks without a colour. While there are many, what may decide them comes first at every
-                other measurement.
+                other measurement; where measurements are put together at every one, and never a mere ranking.
         """
-        kind = self._plan[self._planned % len(self._plan)]
+        kind = self._next
         if self._budget is None:
             return kind
-        if self._plan is PLAN and self._begun % 2 == 0 and undecided > _FEW_UNDECIDED:
+        often = self._roll is not None or self._begun % 2 == 0
+        if (self._plan is PLAN and often and undecided > _FEW_UNDECIDED) or (
+            self._always_refines and kind == "ranking"
+        ):
             kind = "alone"
         now = affordable(spent, self._costs[kind], elapsed, self._budget)
         code = self._processes.broadcast_number(1 + _KINDS.index(kind) if now else 0)
         return _KINDS[code - 1] if code else None
 
+    @property
+    def _next(self) -> MeasurementKind:
+        return self._plan[self._planned % len(self._plan)]
+
+    @property
+    def _always_refines(self) -> bool:
+        """Whether every measurement refines blocks: a ranking takes nearly as long, and adds nothing to a level."""
+        return self._roll is not None and self._plan is PLAN and self._budget is not None
+
     def begin(self, kind: MeasurementKind) -> None:
         """Note that a measurement begins."""
         self._begun += 1
-        self._planned += kind == self._plan[self._planned % len(self._plan)]
+        self._planned += kind == self._next or (self._always_refines and self._next == "ranking")
 
     def took(self, kind: MeasurementKind, seconds: float, *, failed: bool = False) -> None:
         """Note what a measurement took."""
@@ -84,12 +107,14 @@ class Planner:
             self._per_token = seconds / _FIRST_GUESS[kind] / tokens_of(self.probe)
 
     def grow(self, elapsed: float) -> bool:
-        """Take more of the probe where the budget pays for it by now, and return whether that is so."""
-        full = tokens_of(self._whole)
-        if self._size == full:
+        """Take more of the probe where the budget pays for it by now; return whether its loss is of other text then."""
+        if self._size == self._full:
             return False
         # By what the first process has measured.
-        size = self._processes.broadcast(affordable_tokens(full, self._per_token, self._budget, elapsed, self._size))
+        rolling = self._roll is not None
+        size = self._processes.broadcast(
+            affordable_tokens(self._full, self._per_token, self._budget, elapsed, self._size)
+        )
         if size == self._size:
             return False
         before, first = tokens_of(self.probe), self._size == 0
@@ -98,4 +123,4 @@ class Planner:
         for kind, passes in _FIRST_GUESS.items():
             guess = self._per_token * tokens_of(self.probe) * passes
             self._costs[kind] = guess if first else self._costs[kind] * times
-        return not first
+        return not first and not rolling

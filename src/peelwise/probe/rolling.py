@@ -1,0 +1,215 @@
+"""Probes of which every measurement takes another part: what many small measurements find can be put together.
+
+A sequence belongs to ``fit``, ``select`` or ``report`` for good, by the hash of its content, as in every probe
+(`probe.split`). So what was fitted on is never reported on, whatever of it is still in use. Within a part sequences are
+taken in the order of their hashes, from the beginning again when all were taken. The first ones to report on are kept
+for the loss: a curve must be of the same text throughout.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peelwise.errors import ProbeError
+from peelwise.probe.options import SEQUENCE_LENGTH
+from peelwise.probe.probe import SHARES, Probe, Split
+from peelwise.probe.split import PARTS
+from peelwise.probe.texts import text_of
+
+CORPUS_TOKENS, EACH = 200_000, 8_192
+_FIXED_TOKENS, _FIXED_SHARE = 1_024, 0.25  # of report, for the loss
+_FEWEST = {"fit": 2, "select": 1, "report": 8}  # sequences of a measurement
+_CHARACTERS_PER_TOKEN = 16  # read of documents: several times what is drawn
+
+
+@dataclass(frozen=True, eq=False)
+class RollingProbe(Probe):
+    """A large probe of which a monitor measures another part each time; made by `Probe.rolling`.
+
+    Args:
+        each: predicted tokens of one measurement, at most.
+    """
+
+    each: int = EACH
+
+    @property
+    def fixed(self) -> Split:
+        """The sequences to report on that every measurement takes the loss of, and nothing else."""
+        return _rows(self.report, range(self._fixed))
+
+    @property
+    def _fixed(self) -> int:
+        per_sequence = max(self.report.tokens / self.report.sequences, 1.0)
+        most = max(_FEWEST["report"], int(_FIXED_SHARE * self.report.sequences))
+        return min(most, max(_FEWEST["report"], round(_FIXED_TOKENS / per_sequence)))
+
+    def check(self) -> None:
+        """Raise unless there are two measurements in it.
+
+        Raises:
+            ProbeError: If not.
+        """
+        counts = {part: getattr(self, part).sequences for part in PARTS}
+        counts["report"] -= self._fixed
+        few = [part for part in PARTS if counts[part] < 2 * _FEWEST[part]]
+        if few:
+            raise ProbeError(
+                f"A rolling probe needs two measurements' sequences and {self._fixed} for the loss; {few[0]} has "
+                f"{counts[few[0]]}, expected {2 * _FEWEST[few[0]]}. Give more text, or use Probe.from_text."
+            )
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one measurement is made on.
+
+    Attributes:
+        probe: its sequences.
+        report: places of its sequences to report on, counted on over all passes through the corpus.
+        corpus: sequences to report on that there are; places so far apart are of the same sequence.
+    """
+
+    probe: Probe
+    report: range
+    corpus: int
+
+    def repeats(self, earlier: range) -> bool:
+        """Whether a sequence of an earlier measurement's report part is reported on again."""
+        return self.report.stop - self.corpus > earlier.start
+
+
+class Roll:
+    """Takes part after part of a rolling probe; in several processes the same ones, if the same sizes are asked for.
+
+    Args:
+        whole: the probe.
+    """
+
+    def __init__(self, whole: RollingProbe) -> None:
+        whole.check()
+        self._whole = whole
+        self._first = {"fit": 0, "select": 0, "report": whole.fixed.sequences}
+        self._taken = dict.fromkeys(PARTS, 0)
+        self._tokens = sum(getattr(whole, part).tokens for part in PARTS)
+
+    def take(self, tokens: int) -> Part:
+        """Return the next sequences of every part, about so many tokens in all, and half of what there is at most."""
+        splits: list[Split] = []
+        places = range(0)
+        for part in PARTS:
+            split: Split = getattr(self._whole, part)
+            there = split.sequences - self._first[part]
+            count = max(_FEWEST[part], round(tokens / self._tokens * split.sequences))
+            places = range(self._taken[part], self._taken[part] + min(count, there // 2))
+            self._taken[part] = places.stop
+            splits.append(_rows(split, [self._first[part] + place % there for place in places]))
+        whole = self._whole
+        fit, select, report = splits
+        probe = Probe(fit, select, report, whole.source, whole.in_distribution, whole.seed)
+        return Part(probe, places, whole.report.sequences - self._first["report"])  # PARTS ends with report
+
+
+def rolling_probe(
+    text: Any,
+    tokenizer: Any | None,
+    *,
+    tokens: int = CORPUS_TOKENS,
+    each: int = EACH,
+    sequence_length: int = SEQUENCE_LENGTH,
+    seed: int = 0,
+    in_distribution: bool = False,
+    source: str = "corpus",
+    shares: Sequence[float] = SHARES,
+    field: str = "text",
+) -> RollingProbe:
+    """Return a rolling probe; see `Probe.rolling`."""
+    if each < 1:
+        raise ProbeError(f"A measurement takes a positive number of tokens, got each={each}.")
+    options: dict[str, Any] = {
+        "tokens": tokens,
+        "sequence_length": sequence_length,
+        "seed": seed,
+        "in_distribution": in_distribution,
+        "source": source,
+        "shares": shares,
+    }
+    by_index = not isinstance(text, str | Sequence | Tensor) and hasattr(text, "__getitem__")
+    read: Any = text
+    if by_index:
+        read = _documents(text, field, tokens, seed) if tokenizer is not None else _rows_of(text, tokens, seed)
+    whole = Probe.from_tokens(read, **options) if tokenizer is None else Probe.from_text(read, tokenizer, **options)
+    found = RollingProbe(**{name: getattr(whole, name) for name in Probe.__dataclass_fields__}, each=each)
+    found.check()
+    return found
+
+
+def _documents(data: Any, field: str, tokens: int, seed: int) -> list[str]:
+    """Return documents of a data set by random index, until they hold several times as much as is asked for."""
+    documents, characters = [], 0
+    for index, row in _drawn(data, seed):
+        documents.append(text_of(row, field, f"Row {index}"))
+        characters += len(documents[-1])
+        if characters >= _CHARACTERS_PER_TOKEN * tokens:
+            break
+    return documents
+
+
+def _rows_of(data: Any, tokens: int, seed: int) -> list[list[int]]:
+    """Return rows of ids of a data set by random index, twice as many as are asked for: some may be nearly the same."""
+    rows, found = [], 0
+    for index, item in _drawn(data, seed):
+        rows.append(_ids_of(item, index))
+        found += max(len(rows[-1]) - 1, 0)
+        if found >= 2 * tokens:
+            break
+    return rows
+
+
+def _drawn(data: Any, seed: int) -> Iterator[tuple[int, Any]]:
+    """Yield index and item in random order; what reading an item draws at random is put back."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+    for index in order:
+        with _same_random_states():
+            item = data[index]
+        yield index, item
+
+
+@contextmanager
+def _same_random_states() -> Iterator[None]:
+    """Put the random states of Python, NumPy and PyTorch back."""
+    python, numpy = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+def _ids_of(item: Any, index: int) -> list[int]:
+    """Return the ids of one item without padding: ids, or a mapping with ``input_ids``."""
+    mask = None
+    if isinstance(item, Mapping):
+        if "input_ids" not in item:
+            raise ProbeError(
+                f"Item {index} has {sorted(item)[:5]}, expected 'input_ids'. Give a tokenizer to read its text, or a "
+                "data set whose items are token ids."
+            )
+        item, mask = item["input_ids"], item.get("attention_mask")
+    ids = torch.as_tensor(item).flatten().tolist()
+    if mask is not None:
+        ids = [each for each, real in zip(ids, torch.as_tensor(mask).flatten().tolist(), strict=True) if real]
+    return ids
+
+
+def _rows(split: Split, places: Sequence[int]) -> Split:
+    chosen = list(places)
+    return Split(split.ids[chosen], split.mask[chosen])
