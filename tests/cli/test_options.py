@@ -63,7 +63,8 @@ def test_the_command_has_every_option_with_its_sentence_panel_and_default(comman
         assert f"--{name.replace('_', '-')}" in parameter.opts
         assert parameter.help.startswith(one.help)
         assert parameter.rich_help_panel == one.panel
-        assert (parameter.default or None) == (OWN_DEFAULTS.get((command, name), one.default) or None)
+        default = tuple(parameter.default) if isinstance(parameter.default, list) else parameter.default
+        assert (default or None) == (OWN_DEFAULTS.get((command, name), one.default) or None)
         if one.rule is not None:
             assert parameter.show_default == one.rule
 
