@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -146,8 +147,7 @@ def test_torchao_takes_its_configuration(allocated, stored_stage):
     pytest.importorskip("torchao.quantization")
     from torchao.quantization import quantize_
 
-    model, _ = stored_stage("final")
-    space = {}
+    model, space = copy.deepcopy(stored_stage("final")[0]), {}
     exec(allocated.exports()["torchao_config.py"], space)
     before = {
         name: module.weight.detach().clone() for name, module in model.named_modules() if hasattr(module, "weight")
