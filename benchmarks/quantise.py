@@ -26,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -33,6 +34,7 @@ from torch.nn.functional import pad
 from common import RESULTS, environment
 from peelwise.engine.in_order import Walk
 from peelwise.engine.session import Changes, ReportSession
+from peelwise.evidence.intervals import paired
 from peelwise.formats.base import Encoded, Format
 from peelwise.formats.membership import scaled_part
 from peelwise.formats.table import parse_format
@@ -164,6 +166,31 @@ def _paired(bench: Bench, report: Trace, losses: Tensor, against: Tensor) -> lis
     return [round(value, 4) for value in (found.mean, found.low, found.high)]
 
 
+def summary(file: Path) -> None:
+    """Print damages, and how much more each arm loses than `peelwise quantise`, paired by sequence over all seeds."""
+    rows = _rows(file)
+    settings = dict.fromkeys((row["model"], row["text"], row["fit_tokens"], row["format"]) for row in rows)
+    for setting in settings:
+        own = [row for row in rows if (row["model"], row["text"], row["fit_tokens"], row["format"]) == setting]
+        by_arm = {arm: {row["seed"]: row for row in own if row["arm"] == arm} for arm in ARMS}
+        for arm, found in by_arm.items():
+            ours = by_arm["peelwise"]
+            both = [seed for seed in found if seed in ours]
+            if not found:
+                continue
+            damage = sum(row["damage"][0] for row in found.values()) / len(found)
+            cost = sum(row["processor_seconds"] for row in found.values()) / len(found)
+            line = f"{setting} {arm:15} damage {damage:.4f} processor {cost:.0f} s, {len(found)} seeds"
+            if both and arm != "peelwise":
+                apart = [
+                    a - b for s in both for a, b in zip(found[s]["per_sequence"], ours[s]["per_sequence"], strict=True)
+                ]
+                tokens = [t for s in both for t in found[s]["sequence_tokens"]]
+                more = paired(np.array(apart), np.array(tokens, dtype=float)).interval()
+                line += f"; {more.mean:+.4f} ({more.low:+.4f} to {more.high:+.4f}) above peelwise"
+            print(line)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", choices=["smollm2", "small-gpt"])
@@ -173,7 +200,11 @@ def main() -> None:
     parser.add_argument("--text", nargs="+", default=["prose", "docstrings"], choices=["prose", "docstrings"])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--summary", action="store_true", help="print what the result file says, and measure nothing")
     arguments = parser.parse_args()
+    if arguments.summary:
+        summary(FILES[arguments.model])
+        return
     torch.set_num_threads(arguments.threads)
     small = arguments.model == "small-gpt"
     folder = EXAMPLES / "small_gpt" / "checkpoints"

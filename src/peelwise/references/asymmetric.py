@@ -31,7 +31,6 @@ TARGET_DAMPINGS = (0.01, 0.1, 1.0)
 FEEDBACK_DAMPINGS = (0.0, 0.05, 0.3)
 CURVATURE_DAMPING = 0.01
 LEAST_FLIP_DAMPING = 0.01
-FLIP_ROUNDS = 16  # each costs two products of whole matrices; the first take most of what there is
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,6 +200,6 @@ def coded(
         steps["descended"] = best
     if M is not None and scaled_part(form) is not None:
         metric = Metric(damped(fit.zz, max(damping, LEAST_FLIP_DAMPING)), M)
-        best = min((best, flipped(metric, T.to(M) - form.decode(best).to(M), form, best, rounds=FLIP_ROUNDS)), key=cost)
+        best = min((best, flipped(metric, T.to(M) - form.decode(best).to(M), form, best)), key=cost)
         steps["weighed"] = best
     return LayerCodes(best, target, damping, steps)
