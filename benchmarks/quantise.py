@@ -29,18 +29,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from common import RESULTS, environment
 from peelwise.engine.in_order import Walk
-from peelwise.engine.session import Changes, ReportSession
+from peelwise.engine.session import Changes, ReportSession, change_to
 from peelwise.evidence.intervals import paired
 from peelwise.formats.base import Encoded, Format
 from peelwise.formats.membership import scaled_part
 from peelwise.formats.table import parse_format
 from peelwise.model.architectures import find_blocks
 from peelwise.model.checkpoints import open_model
-from peelwise.model.layers import LinearLayer
 from peelwise.model.runner import Runner, Trace
 from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe, Split
@@ -88,7 +86,7 @@ class Bench:
 
     def rounding(self, form: Format) -> Tensor:
         """Return the losses of rounding to nearest."""
-        return self._losses({linear: _change(linear, form, form.encode(linear.weight())) for linear in self.linears})
+        return self._losses({linear: change_to(linear, form.project(linear.weight())) for linear in self.linears})
 
     def in_order(self, form: Format, solve: Solve) -> Tensor:
         """Return the losses with every layer solved for what it gets from those before it."""
@@ -97,7 +95,9 @@ class Bench:
         for block in self.runner.blocks:
             for group, (fit, select) in walk.groups(block):
                 for linear in group:
-                    walk.changes[linear] = _change(linear, form, solve(linear.weight().float(), form, fit, select))
+                    walk.changes[linear] = change_to(
+                        linear, form.decode(solve(linear.weight().float(), form, fit, select))
+                    )
             walk.leave(block)
         return self._losses(walk.changes)
 
@@ -111,7 +111,7 @@ class Bench:
                 fit, select = (InputSums(each.zz) for each in sums)
                 for linear in group:
                     W = linear.weight().float()
-                    found[linear] = _change(linear, form, coded(W, Target(W), fit, select, form).encoded)
+                    found[linear] = change_to(linear, form.decode(coded(W, Target(W), fit, select, form).encoded))
             walk.leave(block)
         return self._losses(found)
 
@@ -120,7 +120,9 @@ class Bench:
         settings = QuantiseSettings(form, curvature=curvature)
         codes = run_quantise(self.model, "smollm2", None, self.probe, settings).codes
         by_name = {linear.name: linear for linear in self.linears}
-        return self._losses({by_name[n]: _change(by_name[n], form, encoded) for n, (_, encoded) in codes.items()})
+        return self._losses(
+            {by_name[n]: change_to(by_name[n], form.decode(encoded)) for n, (_, encoded) in codes.items()}
+        )
 
     def _losses(self, changes: Changes) -> Tensor:
         return self.session.losses(self.traces[2], changes)
@@ -150,11 +152,6 @@ ARMS: dict[str, Callable[[Bench, Format], Tensor]] = {
     "parent-inputs": lambda bench, form: bench.parent_inputs(form),
     "no-curvature": lambda bench, form: bench.ours(form, False),
 }
-
-
-def _change(linear: LinearLayer, form: Format, encoded: Encoded) -> Tensor:
-    W = linear.weight().float()
-    return pad(form.decode(encoded).to(W) - W, (0, int(linear.has_bias)))
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from peelwise.formats.base import Encoded, Format
 from peelwise.model.checkpoints import gguf_file, save_model
 from peelwise.model.fingerprint import identify
 from peelwise.model.options import OpenOptions
-from peelwise.model.weights.gguf_writer import write_gguf
+from peelwise.model.weights.gguf_writer import kind_of, write_gguf
 from peelwise.nn.files import hold_in, note_formats
 from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
@@ -137,7 +137,8 @@ def quantise(
         check_free(Path(out), force=force, ours=RECORD_FILE)
     target, drawn, tokenizer = open_model_and_probe(model, probe, opening)
     if to == "gguf":
-        check_gguf_formats(_source(target.source), settings)
+        _source(target.source)
+        _check_gguf_formats(settings)
     kept = None
     if out is not None and resume:
         key = {
@@ -145,7 +146,8 @@ def quantise(
             "probe": drawn.fingerprint,
             "settings": settings.plain() | {"plan": dict(settings.plan)},
         }
-        kept = Kept(Path(out).with_name(f".{Path(out).name}.unfinished"), key)
+        folder = Path(out).absolute()
+        kept = Kept(folder.with_name(f".{folder.name}.unfinished"), key)
     found = run_quantise(target.model, target.name, target.source, drawn, settings, progress, kept)
     report = QuantiseReport(found.record, found.codes, target.model, tokenizer)
     if out is not None:
@@ -165,14 +167,8 @@ def _source(source: str | None) -> Path:
     return file
 
 
-def check_gguf_formats(file: Path, settings: QuantiseSettings) -> None:
-    """Refuse formats that GGUF does not have, before any work.
-
-    Raises:
-        FormatError: With those that it has.
-    """
-    from peelwise.model.weights.gguf_writer import kind_of
-
+def _check_gguf_formats(settings: QuantiseSettings) -> None:
+    """Refuse formats that GGUF does not have, before any work."""
     for form in (settings.parsed_format(), *settings.parsed_plan().values()):
         if not form.name.startswith("dense"):
             kind_of(form)

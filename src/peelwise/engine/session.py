@@ -181,6 +181,12 @@ def combined(
     return out
 
 
+def change_to(linear: LinearLayer, weight: Tensor) -> Tensor:
+    """Return what turns a layer's weight into another ``[d_out, d_in]``, float32; a bias stays."""
+    own = linear.weight().float()
+    return torch.nn.functional.pad(weight.to(own) - own, (0, int(linear.has_bias)))
+
+
 def rounded(change: Tensor) -> Tensor:
     """Return a dense change in the dtype that the witness is stored in."""
     return change.to(WITNESS_DTYPE).float()

@@ -97,6 +97,7 @@ def test_the_plan_is_what_quantise_takes(allocated, stored_stage, training_probe
         (lambda: peelwise.AllocateSettings(3.0, ("int4",)), OptionError, "two different"),
         (lambda: peelwise.AllocateSettings(3.0, ("int4", "int4:channel")), OptionError, "two different"),
         (lambda: peelwise.AllocateSettings(3.0, ("int4", "int99")), FormatError, "int99"),
+        (lambda: peelwise.AllocateSettings(3.0, ("dense", "dense:float16")), OptionError, "fewer bits than dense"),
         (
             lambda: peelwise.allocate(ZOO["llama"](), tiny_probe(), peelwise.AllocateSettings(1.0, ("int2", "int4"))),
             FormatError,

@@ -157,6 +157,7 @@ def test_without_budget_layers_are_said_not_to_be_measured() -> None:
     assert all(layer.split is None and layer.error > 0 for layer in record.layers)
     assert record.loss.split.left_on_the_table == 0
     assert any(note.code == "budget-ended" for note in record.notes)
+    assert {stage.name: stage.forward_equivalents for stage in record.cost.stages}["codes"] == 0  # not even begun
 
 
 def _narrower(model: nn.Module) -> nn.Module:

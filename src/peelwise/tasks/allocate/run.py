@@ -18,14 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from peelwise.engine.clock import Clock, Watcher
 from peelwise.engine.curvature import output_curvatures
 from peelwise.engine.in_order import Walk
 from peelwise.engine.opening import checked_blocks
 from peelwise.engine.provenance import Setup, model_record, versions
-from peelwise.engine.session import LOSSES, Changes, ReportSession
+from peelwise.engine.session import LOSSES, Changes, ReportSession, change_to
 from peelwise.errors import FormatError
 from peelwise.formats.base import Encoded, Format
 from peelwise.formats.dense import Dense
@@ -36,6 +35,7 @@ from peelwise.model.runner import Runner, Trace
 from peelwise.model.selfcheck import self_check
 from peelwise.probe.probe import Probe
 from peelwise.records.allocation import AllocatedLayer, AllocationRecord, CurvePoint, Interaction
+from peelwise.records.base import note
 from peelwise.references.allocation import bits_of, cheapest, predicted_damage
 from peelwise.references.asymmetric import InputSums, Target, coded
 from peelwise.tasks.allocate.settings import AllocateSettings
@@ -58,7 +58,8 @@ class Group:
     def changes(self, at: int, form: Format) -> Changes:
         """Return what format number ``at`` changes."""
         return {
-            linear: _change(linear, form, encoded) for linear, encoded in zip(self.linears, self.codes[at], strict=True)
+            linear: change_to(linear, form.decode(encoded))
+            for linear, encoded in zip(self.linears, self.codes[at], strict=True)
         }
 
 
@@ -93,7 +94,9 @@ def run_allocate(
         session = ReportSession(runner, report)
         with clock.stage("curvature"):
             wanted = {linear for block in blocks for linear in block.linears if type(linear.module) is nn.Linear}
-            curvatures = output_curvatures(runner, fit, wanted) or {}
+            curvatures = output_curvatures(runner, fit, wanted)
+            if curvatures is None:
+                notes, curvatures = (*notes, note("no-curvature")), {}
         with clock.stage("codes"):
             groups = list(_groups(runner, fit, select, forms, curvatures, clock))
         if not groups:
@@ -161,15 +164,10 @@ def _groups(
             for form in forms:
                 of_form = []
                 for linear in group:
-                    W = linear.weight().float()
                     try:
-                        dense = isinstance(form, Dense)
-                        found = (
-                            form.encode(W) if dense else coded(W, Target(W), own, chooses, form, max_sweeps=0).encoded
-                        )
+                        of_form.append(_codes(linear.weight().float(), form, own, chooses))
                     except FormatError as error:
                         raise FormatError(f"{linear.name}: {error}") from error
-                    of_form.append(found)
                 codes.append(of_form)
                 predicted.append(
                     [
@@ -189,11 +187,6 @@ def _codes(W: Tensor, form: Format, fit: InputSums, select: InputSums) -> Encode
 def _bits(form: Format, linear: LinearLayer) -> float:
     d_out, d_in = linear.weight().shape
     return FLOAT_BITS * d_out * d_in if isinstance(form, Dense) else form.bits(d_out, d_in)
-
-
-def _change(linear: LinearLayer, form: Format, encoded: Encoded) -> Tensor:
-    W = linear.weight().float()
-    return pad(form.decode(encoded).to(W) - W, (0, int(linear.has_bias)))
 
 
 def _changes(groups: Sequence[Group], forms: Sequence[Format], plan: Sequence[int]) -> Changes:

@@ -46,6 +46,8 @@ class AllocateSettings:
         check_least(self, 1, "micro_batch_tokens")
         if not 0 < self.bits < float("inf"):
             raise OptionError(f"bits: expected a positive number of bits per weight, got {self.bits}.")
+        if all(form.name.startswith("dense") for form in self.parsed_formats()):
+            raise OptionError("formats: expected one of fewer bits than dense among them, such as int4:group=64.")
         names = [form.name for form in self.parsed_formats()]
         if len(names) < LEAST_FORMATS or len(set(names)) < len(names):
             raise OptionError(f"formats: expected at least two different ones, got {', '.join(names) or 'none'}.")

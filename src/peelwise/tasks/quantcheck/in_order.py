@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch.nn.functional import pad
-
 from peelwise.engine.clock import Clock
 from peelwise.engine.curvature import output_curvatures
 from peelwise.engine.in_order import Walk
-from peelwise.engine.session import Changes
+from peelwise.engine.session import Changes, change_to
 from peelwise.model.layers import LinearLayer
 from peelwise.model.runner import Runner, Trace
 from peelwise.model.weights.held import Held
@@ -39,6 +37,8 @@ def solve_in_order(
         clock: progress.
         stop: seconds of the clock after which no block is begun; its layers and those behind keep their codes.
     """
+    if clock.elapsed > stop:  # the pass back below is not begun either
+        return {}, False
     twins = {linear: pairs[linear] for linear in held if not linear.is_expert}
     curvatures = output_curvatures(parent, parts[0][0], set(twins.values())) or {}
     walk = Walk(parent, own, twins, *parts)
@@ -61,7 +61,6 @@ def solve_in_order(
                     max_sweeps=settings.max_sweeps,
                     tolerance=settings.tolerance,
                 )
-                change = mine.format.decode(found.encoded).to(W) - mine.weight.to(W)
-                walk.changes[linear] = pad(change, (0, int(linear.has_bias)))
+                walk.changes[linear] = change_to(linear, mine.format.decode(found.encoded))
         walk.leave(block)
     return walk.changes, True

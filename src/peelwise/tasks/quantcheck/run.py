@@ -28,7 +28,7 @@ from torch import nn
 from peelwise.engine.clock import Clock, Watcher
 from peelwise.engine.opening import checked_blocks
 from peelwise.engine.provenance import Setup, model_record, versions
-from peelwise.engine.session import LOSSES, Changes, ReportSession
+from peelwise.engine.session import LOSSES, Changes, ReportSession, change_to
 from peelwise.model.fingerprint import identify
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, LinearLayer, device_of
@@ -133,8 +133,7 @@ def _solve_all(
             encoded, damping = layer.best(settings) if found.complete else (None, None)
             found.layers.append(layer.checked(encoded, damping))
             if encoded is not None:
-                change = own.format.decode(encoded).to(layer.T) - own.weight.to(layer.T)
-                found.changes[linear] = torch.nn.functional.pad(change, (0, int(linear.has_bias)))
+                found.changes[linear] = change_to(linear, own.format.decode(encoded))
     return found
 
 

@@ -5,7 +5,6 @@ For every group of layers that share their input, in the order they run in:
     1. sums of what they get from the layers quantised before them, and of what the parent gets there
     2. where their weights should be to make up for what is already lost (`references.asymmetric`)
     3. codes: rounding with error feedback, then coordinate descent where select agrees
-
     4. single codes moved to where the loss minds least (its curvature in the layer's outputs, from one pass back)
 
 fit makes the codes, select chooses dampings, how far to go and which step to keep, report gives every number shown.
@@ -19,14 +18,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from peelwise.engine.clock import Clock, Watcher
 from peelwise.engine.curvature import output_curvatures
 from peelwise.engine.in_order import Walk
 from peelwise.engine.opening import checked_blocks
 from peelwise.engine.provenance import Setup, model_record, versions
-from peelwise.engine.session import LOSSES, Changes, ReportSession
+from peelwise.engine.session import LOSSES, Changes, ReportSession, change_to
 from peelwise.errors import FormatError
 from peelwise.formats.base import Encoded, Format
 from peelwise.model.fingerprint import identify
@@ -107,7 +105,7 @@ def run_quantise(
                 for linear, (encoded, line) in found.items():
                     codes[linear.name] = chosen[linear], encoded
                     lines.append(line)
-                    walk.changes[linear] = _change(linear, chosen[linear], encoded)
+                    walk.changes[linear] = change_to(linear, chosen[linear].decode(encoded))
                 behind.append(QuantisedBlock(index=block.index, error=walk.leave(block)[REPORT]))
         with clock.stage("codes-losses"):
             loss = _losses(session, walk.changes, _rounded(chosen))
@@ -228,7 +226,7 @@ def _solved(
                 max_sweeps=settings.max_sweeps,
                 tolerance=settings.tolerance,
             )
-            walk.changes[linear] = _change(linear, form, found.encoded)
+            walk.changes[linear] = change_to(linear, form.decode(found.encoded))
             yield linear, (found.encoded, _line(linear, block.index, W, form, found, report))
 
 
@@ -251,13 +249,8 @@ def _line(
     )
 
 
-def _change(linear: LinearLayer, form: Format, encoded: Encoded) -> Tensor:
-    W = linear.weight().float()
-    return pad(form.decode(encoded).to(W) - W, (0, int(linear.has_bias)))
-
-
 def _rounded(chosen: dict[LinearLayer, Format]) -> Changes:
-    return {linear: _change(linear, form, form.encode(linear.weight())) for linear, form in chosen.items()}
+    return {linear: change_to(linear, form.project(linear.weight())) for linear, form in chosen.items()}
 
 
 def _losses(session: ReportSession, changes: Changes, rounded: Changes) -> QuantiseLosses:
