@@ -37,8 +37,6 @@ def solve_in_order(
         clock: progress.
         stop: seconds of the clock after which no block is begun; its layers and those behind keep their codes.
     """
-    if clock.elapsed > stop:  # the pass back below is not begun either
-        return {}, False
     twins = {linear: pairs[linear] for linear in held if not linear.is_expert}
     curvatures = output_curvatures(parent, parts[0][0], set(twins.values())) or {}
     walk = Walk(parent, own, twins, *parts)

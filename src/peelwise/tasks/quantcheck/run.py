@@ -89,9 +89,12 @@ def run_quantcheck(
         with clock.stage("best-weights"):
             found = _solve_all(other, above_of, {pairs[m]: (m, h) for m, h in held.items()}, settings, clock)
         with clock.stage("codes"):
-            parts = above_of[:2], (runner.trace(probe.fit), select)
             stop = _IN_ORDER_SHARE * clock.budget
-            in_order, reached = solve_in_order(other, runner, parts, pairs, held, settings, clock, stop)
+            in_order: Changes = {}
+            reached = clock.elapsed <= stop
+            if reached:
+                parts = above_of[:2], (runner.trace(probe.fit), select)
+                in_order, reached = solve_in_order(other, runner, parts, pairs, held, settings, clock, stop)
         with clock.stage("best-weights-losses"):
             loss = _losses(session, (found.changes, in_order), select, above_of[-1])
         cost = clock.record(probe.fit.tokens + probe.select.tokens + probe.report.tokens, device_of(quantised.model))
