@@ -312,8 +312,8 @@ def _quantise(record: QuantiseRecord) -> str:
 
 def _allocation(record: AllocationRecord) -> str:
     curve = [
-        [f"{each.bits_per_weight:.2f}", esc(each.name), nats(each.loss), with_ends(each.damage)]
-        for each in record.curve
+        [f"{bits:.2f}", esc(name), nats(loss), with_ends(damage)]
+        for bits, name, loss, damage in allocate_words.curve_rows(record)
     ]
     ordered = sorted(record.layers, key=lambda layer: layer.share, reverse=True)
     rows = [[esc(each.name), esc(each.format), _percent(each.share)] for each in ordered[:MOST_ROWS]]

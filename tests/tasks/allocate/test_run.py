@@ -15,6 +15,7 @@ from peelwise.api.allocate import read_plan
 from peelwise.errors import FormatError, OptionError, OutputError
 from peelwise.formats.table import parse_format
 from peelwise.records.allocation import AllocationRecord
+from peelwise.show.allocate import words as allocate_words
 from zoo import ZOO
 
 FORMATS = ("int2:group=32", "int3:group=32", "int4:group=32")
@@ -162,3 +163,12 @@ def test_torchao_takes_its_configuration(allocated, stored_stage):
         steps = (weight.dequantize() - plain).abs() / form.encode(plain).scales.float().repeat_interleave(32, 1)
         assert float(steps.max()) < 1.2  # it is in steps of that many bits
         assert float(steps.max()) > 0.3
+
+
+def test_terminal_and_notebook_show_the_plan_among_the_curve(allocated):
+    rows = allocate_words.curve_rows(allocated.record)
+    assert [row[0] for row in rows] == sorted(row[0] for row in rows)
+    assert len(rows) == len(allocated.record.curve) + 1
+    for shown in (str(allocated), allocated._repr_html_()):
+        assert shown.count("this plan") == 1
+        assert allocated.conclusion.split(";")[0] in " ".join(shown.split())

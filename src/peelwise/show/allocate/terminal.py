@@ -9,7 +9,7 @@ from rich.text import Text
 
 from peelwise.records.allocation import AllocatedLayer, AllocationRecord
 from peelwise.records.plain_text import clean
-from peelwise.show.allocate.words import conclusion, interaction
+from peelwise.show.allocate.words import THIS_PLAN, conclusion, curve_rows, interaction
 from peelwise.show.words import bracket, duration, nats, note_words
 
 MOST_LAYERS = 12
@@ -45,11 +45,9 @@ def _curve(record: AllocationRecord) -> Table:
     for title in ("loss", "damage"):
         table.add_column(title, justify="right")
     table.add_column("95 % interval")
-    rows = [(p.bits_per_weight, p.name if p.kind == "uniform" else "mixed", p.loss, p.damage, "") for p in record.curve]
-    rows.append((record.bits_per_weight, "this plan", record.parent_loss + record.damage.mean, record.damage, "bold"))
-    for bits, name, loss, damage, style in sorted(rows, key=lambda row: row[0]):
+    for bits, name, loss, damage in curve_rows(record):
         cells = (f"{bits:.2f}", clean(name), nats(loss), f"{damage.mean:+.4f}", bracket(damage))
-        table.add_row(*(Text(cell, style) for cell in cells))
+        table.add_row(*(Text(cell, "bold" if name == THIS_PLAN else "") for cell in cells))
     return table
 
 

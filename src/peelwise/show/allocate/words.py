@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from peelwise.records.allocation import AllocationRecord
+from peelwise.records.base import Interval
 
+THIS_PLAN = "this plan"
 CHOSEN = {
     "predicted": "from predictions alone",
     "corrected": "from predictions corrected by measured blocks",
@@ -11,6 +13,13 @@ CHOSEN = {
 ABOUT_INTERACTION = (
     "damages of single blocks on select add up to {single:.4f} nats; all together cost {joint:.4f} there: {words}"
 )
+
+
+def curve_rows(record: AllocationRecord) -> list[tuple[float, str, float, Interval]]:
+    """Return bits per weight, formats, loss and damage of all that was measured, the plan among them, by bits."""
+    rows = [(p.bits_per_weight, p.name if p.kind == "uniform" else "mixed", p.loss, p.damage) for p in record.curve]
+    rows.append((record.bits_per_weight, THIS_PLAN, record.parent_loss + record.damage.mean, record.damage))
+    return sorted(rows, key=lambda row: row[0])
 
 
 def conclusion(record: AllocationRecord) -> str:
