@@ -100,7 +100,7 @@ def test_a_row_more_and_the_signal_is_in_history_terminal_page_export_trackers_a
         values = [float(row["value"]) for row in csv.DictReader(file) if row["name"] == ROW.name]
     assert values == MEASUREMENTS * list(expected.values())
 
-    assert f"| `{ROW.name}` | {ROW.title} | {ROW.unit} | {ROW.meaning} | quotient | yes | yes | |" in page()
+    assert f"| `{ROW.name}` | {ROW.title} | {ROW.unit} | {ROW.meaning} | quotient | yes | yes | yes |" in page()
 
 
 @pytest.mark.usefixtures("with_row")

@@ -56,6 +56,9 @@ class Monitor:
             0.003.
         refine: which linear layers are asked about, as in `AuditSettings`: ``"trainable"`` when the monitor is made
             and later, ``"all"``, ``"adapters"``. Blocks without any have the letter F.
+        signals: names of signals of `peelwise check` to record too, after measurements whenever the budget pays for
+            them, such as ``("gain_slope", "stable_rank")``; ``("all",)`` for all, and for the score that a check makes
+            of them. In trainings of one process.
         loggers: further places for what is seen, live: ``"console"``, ``"jsonl:FILE"``, ``"tensorboard:FOLDER"``,
             ``"wandb"``, ``"mlflow"``, ``"trackio"`` (each with ``":PROJECT"`` if you like), or objects like those of
             `peelwise.loggers.table`.
@@ -92,13 +95,14 @@ class Monitor:
         name: str | None = None,
         margin: float | None = None,
         refine: Refine = "trainable",
+        signals: Sequence[str] = (),
         loggers: Sequence[str | Logger] = (),
         on_event: Callable[[Event], None] | None = None,
         on_measurement: Callable[[Measurement], None] | None = None,
     ) -> None:
         model, processes = unwrap_ddp(model), current_processes()
         self._owner, self._lock, self._closed, self._latest = os.getpid(), threading.RLock(), False, -1
-        settings = MonitorSettings(budget=budget, schedule=schedule, margin_nats=margin, refine=refine)
+        settings = MonitorSettings(budget=budget, schedule=schedule, margin_nats=margin, refine=refine, signals=signals)
         if not processes.is_main:
             on_event = on_measurement = None
         self._outlets = Outlets(on_event, on_measurement, lock=self._lock, quiet=not processes.is_main)
@@ -111,7 +115,7 @@ class Monitor:
             budget=budget,
             in_distribution=probe.in_distribution,
             probe=probe.record().model_dump(),
-            settings={"margin": margin, "scheduled": schedule is not None, "refine": refine},
+            settings={"margin": margin, "scheduled": schedule is not None, "refine": refine, "signals": list(signals)},
             versions=versions(),
         )
         with processes.agreeing():  # a logger that cannot be had ends all of them, not only the first

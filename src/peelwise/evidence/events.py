@@ -192,6 +192,11 @@ def not_measured(step: int, why: str, *, later: bool) -> Event:
     return Event(step, "warning", "not-measured", text)
 
 
+def signals_left_out(step: int, why: str) -> Event:
+    """Return the event of signals of a check that were asked for and are not recorded."""
+    return Event(step, "warning", "no-signals", f"the signals of a check are left out: {why.rstrip('.')}.")
+
+
 def blocks_changed(step: int, names: Sequence[str]) -> Event:
     """Return the event of blocks that came or went: what is recorded has a place for each that there was."""
     named = ", ".join(names[:_NAMED]) + (", .." if len(names) > _NAMED else "")

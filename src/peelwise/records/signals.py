@@ -10,6 +10,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from peelwise.errors import OptionError
+
 Kind = Literal[
     "refinement",
     "backward",
@@ -26,6 +28,7 @@ Kind = Literal[
     "update",
     "gate",
     "joint",
+    "score",
 ]
 Side = Literal["both", "high", "low"]
 OverLayers = Literal["sum", "root of sum", "mean", "largest"]
@@ -64,7 +67,7 @@ class Signal:
         over_layers: how a block's value is made from those of its linear layers.
         heading: of a narrow column; empty for the title.
         form: how the terminal prints a value.
-        in_history: whether monitors record it; certificates hold it either way.
+        in_history: whether monitors record it unasked; certificates hold it either way.
         side: on which side of its neighbours' a value over depth says that a block is unlike them.
         resolution: the least spread over depth that deviations are measured in, of the value or its logarithm.
     """
@@ -406,6 +409,16 @@ _ROWS = (
         kind="model",
         form="{:.4f}",
     ),
+    Signal(
+        "unlikeness",
+        "unlike its neighbours (score)",
+        "standard deviations",
+        "How far the block's signals are from those of the blocks around it, as `peelwise check` has it before it "
+        "tries factors; for monitors that record all of its signals.",
+        quotient=False,
+        tracked=True,
+        kind="score",
+    ),
     *_over_depth(
         "matrix",
         "peelwise.engine.depth.weights",
@@ -675,6 +688,19 @@ _ROWS = (
 )
 
 SIGNALS: dict[str, Signal] = {row.name: row for row in _ROWS}
+
+
+def over_depth(names: Collection[str]) -> tuple[str, ...]:
+    """Return the names of signals over depth that are asked for; ``("all",)`` stands for all of them.
+
+    Raises:
+        OptionError: If there is none of a name.
+    """
+    known = [signal.name for signal in of_kinds(OVER_DEPTH)]
+    for name in names:
+        if name not in known and tuple(names) != ("all",):
+            raise OptionError(f"signals: there is no signal {name!r}. Known: {', '.join(sorted(known))}.")
+    return tuple(known) if tuple(names) == ("all",) else tuple(names)
 
 
 def of_kinds(kinds: Collection[Kind]) -> list[Signal]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peelwise.records.signals import Kind, Signal, of_kinds
+from peelwise.records.signals import OVER_DEPTH, Kind, Signal, of_kinds
 
 _HEAD = """# The signals: every number of a block, what it means and how it is compared
 
@@ -16,7 +16,9 @@ see [monitor](monitor.md). *Trackers*: it goes to live loggers too.
 
 *Over depth*: what [`peelwise check`](check.md) compares with the blocks around, a query matrix with query matrices, as
 a quotient or a difference. A part is a linear layer, a norm, attention or the MLP, and the key is `NAME.PART`. They
-stand in the record of a check only, not in the run history.
+stand in the record of a check, and in the run history where a monitor is asked for them with `signals=`; there a block
+has one value of all its parts: the mean of quotients, of differences the one farthest from 0, and of a signal for which
+one side alone is unlike the others the one farthest to it.
 """
 _KINDS: dict[Kind, str] = {
     "refinement": "Measured by refining blocks, on the report part, with 95 % intervals",
@@ -26,6 +28,7 @@ _KINDS: dict[Kind, str] = {
     "codes": "From the codes of low-bit layers in training, free",
     "drift": "From the weights of a run and those of its earlier measurements, free; by monitors only",
     "model": "Of the whole model (block -1)",
+    "score": "Over depth: all signals below in one number; by monitors that are asked for all of them",
     "matrix": "Over depth: of each linear layer's weights",
     "neurons": "Over depth: of the MLP's neurons, from the weights",
     "gain": "Over depth: of each norm's gains",
@@ -35,7 +38,7 @@ _KINDS: dict[Kind, str] = {
     "gate": "Over depth: of each part's output and its gradient, from a pass backward",
     "joint": "Over depth: of the gain slopes of all blocks together, from a pass backward",
 }
-_TITLES = "| name | title | unit | meaning | compared | event | trackers | certificate only |"
+_TITLES = "| name | title | unit | meaning | compared | event | trackers | monitors |"
 
 
 def page() -> str:
@@ -59,6 +62,13 @@ def _row(signal: Signal) -> str:
         signal.meaning,
         compared,
         *marks,
-        "" if signal.in_history else "yes",
+        "when asked" if signal.kind in OVER_DEPTH else "yes" if signal.in_history else "",
     )
     return f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")
+
+
+def _monitors(signal: Signal) -> str:
+    """Return whether monitors record it."""
+    if signal.kind in OVER_DEPTH:
+        return "when asked"
+    return "yes" if signal.in_history else ""

@@ -25,8 +25,9 @@ from peelwise.records.check import GainWitness
 _LESS = (0.85, 0.7, 0.5, 0.25, 0.0, -0.5, -1.0, -1.5)
 _MORE = (1.15, 1.3, 1.6, 2.0, 3.0)
 _REFINEMENTS = 3
-# Tried of many blocks: the sign turned, the part left out, half of it; or more of it.
-_SCREEN_LESS, _SCREEN_MORE = (-1.0, 0.0, 0.6), (1.5, 2.5)
+# Tried of many blocks: the part left out, half of it; or more of it. The sign turned is tried on either side: the slope
+# of a part whose sign is wrong may ask for more of it in a model that is off its distribution.
+_SCREEN_LESS, _SCREEN_MORE, _TURNED = (0.0, 0.6), (1.5, 2.5), -1.0
 _SCREEN_TOKENS = 512
 
 
@@ -61,7 +62,7 @@ def screened(session: Session, few: Sequence[Parts], table: DepthTable) -> dict[
         best = tokens.mean
         for branch in parts.branches:
             slope = _slope(table, branch.name, parts.block.index)
-            for factor in _SCREEN_MORE if slope is not None and slope < 0 else _SCREEN_LESS:
+            for factor in (_TURNED, *(_SCREEN_MORE if slope is not None and slope < 0 else _SCREEN_LESS)):
                 changes = Candidate(branch.name, branch.writer, slope).change(factor)
                 loss = tokens.mean_of(session.losses(tokens, changes, parts.block.index))
                 best = min(best, loss) if math.isfinite(loss) else best
@@ -122,7 +123,7 @@ def _factor_on(
         tried = changes | {writer: scaled_change(writer, factor)}
         return tokens.mean_of(session.losses(tokens, tried, start))
 
-    tried = {1.0: at_one} | {factor: loss(factor) for factor in (*_SCREEN_LESS, *_SCREEN_MORE)}
+    tried = {1.0: at_one} | {factor: loss(factor) for factor in (_TURNED, *_SCREEN_LESS, *_SCREEN_MORE)}
     return _refined(loss, {factor: found for factor, found in tried.items() if math.isfinite(found)})
 
 

@@ -31,6 +31,7 @@ _TABLES: tuple[tuple[str, tuple[Kind, ...]], ...] = (
     ("forward", ("forward",)),
     ("weights", ("weights",)),
     ("weights since the start", ("drift",)),
+    ("over depth", ("score",)),
     ("codes since the measurement before", ("codes",)),
 )
 

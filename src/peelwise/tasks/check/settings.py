@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peelwise.errors import OptionError
 from peelwise.records.options import MICRO_BATCH_TOKENS, Plain, check_least, option
-from peelwise.records.signals import OVER_DEPTH, of_kinds
+from peelwise.records.signals import over_depth
 
 # Tokens that a check draws unless told otherwise: few numbers are fitted, so few decide.
 CHECK_TOKENS = 2_048
@@ -36,15 +35,12 @@ class CheckSettings:
     def __post_init__(self) -> None:
         check_least(self, 0, "most_witnesses")
         check_least(self, 1, "micro_batch_tokens")
-        known = {signal.name for signal in of_kinds(OVER_DEPTH)}
-        for name in self.signals:
-            if name not in known:
-                raise OptionError(f"signals: there is no signal {name!r}. Known: {', '.join(sorted(known))}.")
+        over_depth(self.signals)
 
     @property
     def wanted(self) -> tuple[str, ...]:
         """Names of the signals to compute."""
-        return tuple(self.signals) or tuple(signal.name for signal in of_kinds(OVER_DEPTH))
+        return over_depth(self.signals or ("all",))
 
     def plain(self) -> Plain:
         """Return the settings as plain values under the keys of the record."""

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from peelwise.distributed.sharding import is_sharded
 from peelwise.engine.signals import of_block, of_layer
-from peelwise.evidence.trends import WINDOW, against_own
 from peelwise.model.layers import Block, LinearLayer
-from peelwise.records.run import Measurement, Statistic
-from peelwise.records.signals import SIGNALS, Kind
+from peelwise.records.run import Measurement
+from peelwise.records.signals import Kind
+from peelwise.tasks.monitor.own import OwnHistory
 
 _log = logging.getLogger("peelwise")
 
@@ -47,7 +47,7 @@ class Drift:
         self._start = _samples(blocks)
         self._before: dict[str, Tensor] = dict(self._start)
         self._earlier: dict[str, Tensor] = {}
-        self._series: dict[tuple[str, int], tuple[list[float], list[float]]] = {}  # steps and values
+        self._history = OwnHistory()
 
     def noted(self, row: Measurement, blocks: Sequence[Block]) -> Measurement:
         """Return the row of a measurement with the signals of every block whose weights this process has whole."""
@@ -56,12 +56,7 @@ class Drift:
         except Exception as error:  # such as layers that hold no number: the training must not end of it
             _log.debug("drift at step %d", row.step, exc_info=error)
             return row
-        statistics = [
-            Statistic(name, block, value, None, None, *self._against_own(row.step, name, block, value))
-            for block, values in found.items()
-            for name, value in values.items()
-        ]
-        return replace(row, statistics=(*row.statistics, *statistics))
+        return replace(row, statistics=(*row.statistics, *self._history.rows(row.step, found)))
 
     def _measured(self, blocks: Sequence[Block]) -> dict[int, dict[str, float]]:
         now = _samples(blocks)
@@ -75,16 +70,6 @@ class Drift:
             found[block.index] = of_block(_KINDS, layers)
         self._earlier, self._before = self._before, now
         return found
-
-    def _against_own(self, step: int, name: str, block: int, value: float) -> tuple[float | None, float | None]:
-        steps, values = self._series.setdefault((name, block), ([], []))
-        while steps and steps[-1] >= step:  # training has gone back to before it
-            steps.pop()
-            values.pop()
-        steps.append(step)
-        values.append(value)
-        del steps[: -WINDOW - 1], values[: -WINDOW - 1]
-        return against_own(steps, values, quotient=SIGNALS[name].quotient)
 
 
 def rotation(of: Moved) -> float | None:

@@ -32,10 +32,12 @@ from peelwise.probe.rolling import Part, RollingProbe
 from peelwise.records.base import Note
 from peelwise.records.options import Refine, check_refine
 from peelwise.records.run import Event, Measurement, MeasurementKind, StepRow
+from peelwise.records.signals import over_depth
 from peelwise.tasks.audit.screening import Steps
 from peelwise.tasks.monitor.checkup import Checkup
 from peelwise.tasks.monitor.chronicle import Chronicle
 from peelwise.tasks.monitor.code_signals import CodeSignals
+from peelwise.tasks.monitor.depth import DepthSignals
 from peelwise.tasks.monitor.drift import Drift
 from peelwise.tasks.monitor.measure import Measured, measure
 from peelwise.tasks.monitor.planner import PLAN, Planner
@@ -71,6 +73,7 @@ class MonitorSettings:
         micro_batch_tokens: tokens that go through the model at a time.
         plan: kinds of measurements, in turn.
         refine: which linear layers are asked about; see `peelwise.model.refined.chosen`.
+        signals: names of signals of a check to record too, as often as the budget pays for them; ``("all",)`` for all.
     """
 
     budget: float | None = 0.03
@@ -79,6 +82,7 @@ class MonitorSettings:
     micro_batch_tokens: int = MICRO_BATCH_TOKENS
     plan: Sequence[MeasurementKind] = PLAN
     refine: Refine = "trainable"
+    signals: Sequence[str] = ()
 
 
 class Follower:
@@ -135,6 +139,7 @@ class Follower:
         )
         self._codes = CodeSignals(model, self.blocks)
         self._drift = Drift(self.blocks)
+        self._depth = DepthSignals(over_depth(settings.signals), settings.budget, per_token)
         self._checkup = Checkup(
             model,
             probe,
@@ -279,7 +284,7 @@ class Follower:
         row: Measurement = self._processes.broadcast(
             self._row(step, found, now - start, share, grown=grown, part=part) if self._processes.is_main else None
         )
-        row = self._drift.noted(self._codes.noted(row), self.blocks)
+        row = self._with_depth(self._drift.noted(self._codes.noted(row), self.blocks), began)
         self._recorder.measurement(row)
         for note in found.notes:
             if note.code in ("few-fit-tokens", "few-expert-tokens", "more-damping"):
@@ -287,6 +292,28 @@ class Follower:
             else:
                 self._tell(alerts.noted(step, note), once=f"note {note.code}")
         return row
+
+    def _with_depth(self, row: Measurement, began: float) -> Measurement:
+        """Return the row of a measurement with the signals of a check that are asked for and that the budget pays."""
+        if not self._settings.signals:
+            return row
+        if self._processes.count > 1:
+            self._tell(alerts.signals_left_out(row.step, "they are taken in trainings of one process"))
+            return row
+        try:
+            return self._depth.noted(
+                row,
+                self._model,
+                self.blocks,
+                self._planner.probe,
+                micro_batch_tokens=self._tokens,
+                spent=self.spent + time.monotonic() - began,
+                elapsed=self.elapsed,
+            )
+        except Exception as error:  # whatever goes wrong here, the training must not end of it
+            _log.debug("signals over depth at step %d", row.step, exc_info=error)
+            self._tell(alerts.signals_left_out(row.step, f"{type(error).__name__}: {error}"))
+            return row
 
     def _look_at_blocks(self, step: int) -> bool:
         """Take layers that are other ones than last time, and return whether the blocks are those of the start.
@@ -379,6 +406,7 @@ def _frozen(blocks: Sequence[Block]) -> frozenset[int]:
 
 def _check(settings: MonitorSettings) -> None:
     check_refine(settings.refine)
+    over_depth(settings.signals)
     budget = settings.budget
     if budget is not None and not 0 < budget <= 1:
         raise OptionError(f"The budget is a share of wall time above 0 and up to 1, got {budget}. The default is 0.03.")
