@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peelwise.evidence.mistakes import BatchFacts
+from peelwise.tasks.monitor.padding import NONE, PaddingWatch, Runs, runs_of
 from peelwise.tasks.monitor.uncopied import Uncopied
 
 _AT_A_TIME = 1024  # tokens whose logits are turned into losses
@@ -38,8 +39,11 @@ class BatchWatch:
         self._model = model
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._sums: list[Tensor] = []
+        self._edges: list[Tensor] = []
+        self._inside: list[Tensor] = []
         self._hashes: list[Tensor] = []
         self._tokens = 0
+        self._padding = PaddingWatch()
         self._seen: Counter[int] = Counter()
         self._late: deque[bool] = deque(maxlen=_LATE)
         self.seconds = 0.0
@@ -56,10 +60,11 @@ class BatchWatch:
         for handle in self._handles:
             handle.remove()
         self._handles, self._sums, self._hashes, self._tokens = [], [], [], 0
+        self._edges, self._inside = [], []
 
     def after(self) -> BatchFacts | None:
         """Return what the passes since `before` would cost; ``None`` if they could not be read."""
-        sums, hashes = self._sums, self._hashes
+        sums, hashes, edges, inside = self._sums, self._hashes, self._edges, self._inside
         self.drop()
         if not sums:
             return None
@@ -68,12 +73,16 @@ class BatchWatch:
             self._seen[row] += 1
         if len(self._seen) > _REMEMBERED:
             self._seen = Counter(dict(list(self._seen.items())[-_REMEMBERED // 2 :]))
-        total = torch.stack(sums).sum(dim=0).tolist()  # losses and counts of: next, twice, same, unpadded
-        means = [loss / max(count, 1.0) for loss, count in zip(total[:4], total[4:], strict=True)]
-        padding = 1 - total[7] / max(total[4], 1.0)
-        unpadded = means[3] if total[7] else means[0]
+        total = torch.stack(sums).sum(dim=0).tolist()  # of the next token, the one after it, the same one
+        means = [loss / max(count, 1.0) for loss, count in total]
+        rows = torch.cat(edges)
+        self._padding.add(rows[..., :2], torch.cat(inside))
+        token, (loss, count) = self._padding.token, total[0]
+        filled = rows[rows[..., 0] == token].sum(dim=0).tolist() if token is not None else [0.0] * 4
+        left = count - filled[3]
+        unpadded = (loss - filled[2]) / left if left else means[0]
         late = len(self._late), sum(self._late), len(self._seen)
-        return BatchFacts(means[0], means[1], means[2], unpadded, padding, *late)
+        return BatchFacts(means[0], means[1], means[2], unpadded, filled[3] / max(count, 1.0), *late)
 
     @torch.no_grad()
     def look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
@@ -85,7 +94,11 @@ class BatchWatch:
             self._tokens += ids.numel()
             labels = kwargs.get("labels")
             asked = labels != _IGNORED if isinstance(labels, Tensor) and labels.shape == ids.shape else None
-            self._sums.append(_losses(logits.detach(), ids, asked))
+            runs = runs_of(ids)
+            sums, edges = _losses(logits.detach(), ids, asked, runs)
+            self._sums.append(sums)
+            self._edges.append(edges)
+            self._inside.append(torch.where(runs.inside, ids.long(), NONE).flatten())
             self._hashes.append(_hashes(ids))
         self.seconds += time.monotonic() - start
 
@@ -118,35 +131,38 @@ def _logits(out: Any) -> Tensor | None:
     return logits if isinstance(logits, Tensor) and logits.dim() == 3 else None
 
 
-def _losses(logits: Tensor, ids: Tensor, asked: Tensor | None) -> Tensor:
-    """Return summed losses and numbers of targets, ``[8]``: the next token, the one after it, the same one, no padding.
+def _losses(logits: Tensor, ids: Tensor, asked: Tensor | None, runs: Runs) -> tuple[Tensor, Tensor]:
+    """Return summed losses and numbers of targets, of all and of those in runs at the ends of rows.
 
     Args:
         logits: ``[batch, length, vocabulary]``.
         ids: ``[batch, length]``.
         asked: which tokens count as targets, where that is known.
+        runs: of the ids.
+
+    Returns ``[3, 2]``: loss and number with the next token as target, the one after it, the same one; and
+    ``[batch, 2, 4]``: for a row's end and beginning the token repeated there, how often, the losses of the targets
+    among these, and their number.
     """
     ids = ids.long()
     asked = torch.ones_like(ids, dtype=torch.bool) if asked is None else asked
-    real = asked & ~_padding(ids)
-    sums = torch.zeros(8, dtype=torch.float64, device=ids.device)
+    sums = torch.zeros(3, 2, dtype=torch.float64, device=ids.device)
+    edges = torch.zeros(len(ids), 2, 4, dtype=torch.float64, device=ids.device)
+    for side, (run, token) in enumerate(((runs.last, ids[:, -1]), (runs.first, ids[:, 0]))):
+        edges[:, side, 0] = torch.where(run.any(dim=1), token, NONE).double()
+        edges[:, side, 1] = run.sum(dim=1).double()
     for start in range(0, ids.shape[0], step := max(1, _AT_A_TIME // ids.shape[1])):
         rows = slice(start, start + step)
         log_p = logits[rows].float().log_softmax(dim=-1)
-        for column, (ahead, mask) in enumerate(((1, asked), (2, asked), (0, asked), (1, real))):
-            targets, counted = ids[rows, ahead:], mask[rows, ahead:]
-            losses = -log_p[:, : targets.shape[1]].gather(-1, targets[..., None])[..., 0]
-            sums[column] += (losses * counted).sum()
-            sums[column + 4] += counted.sum()
-    return sums
-
-
-def _padding(ids: Tensor) -> Tensor:
-    """Return where a row ends or begins in one token again and again, ``[batch, length]``."""
-    last = (ids == ids[:, -1:]).flip(1).long().cumprod(dim=1).flip(1).bool()
-    first = (ids == ids[:, :1]).long().cumprod(dim=1).bool()
-    runs = [run & (run.sum(dim=1, keepdim=True) > 1) for run in (last, first)]
-    return runs[0] | runs[1]
+        for column, ahead in enumerate((1, 2, 0)):
+            targets, counted = ids[rows, ahead:], asked[rows, ahead:]
+            losses = -log_p[:, : targets.shape[1]].gather(-1, targets[..., None])[..., 0] * counted
+            sums[column] += torch.stack([losses.sum(), counted.sum()])
+            if ahead == 1:
+                for side, run in enumerate((runs.last[rows, 1:], runs.first[rows, 1:])):
+                    edges[rows, side, 2] = (losses * run).sum(dim=1).double()
+                    edges[rows, side, 3] = (counted & run).sum(dim=1).double()
+    return sums, edges
 
 
 def _hashes(ids: Tensor) -> Tensor:
