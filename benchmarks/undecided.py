@@ -3,10 +3,10 @@
     python benchmarks/undecided.py [--budgets 0.01 0.03 0.1] [--seeds 0] [--steps 1000] [--probes fixed rolling]
                                    [--trainings demo healthy] [--name undecided]
 
-Two trainings on one thread: the one of ``peelwise demo-training`` (720 steps, a block cut off at 400), and the healthy
-small GPT of examples/monitor.py, each with the probe that it has there and with a rolling one, one after the other.
-Counted after the first tenth of the steps: cells (blocks x measurements) without a
-colour, and the same weighted by how long each was on screen; before the first measurement all counts as undecided.
+Two trainings on one thread: the one of ``peelwise demo-training`` (960 steps, a block cut off at 400 and mended at
+720), and the healthy small GPT of examples/monitor.py, each with the probe that it has there and with a rolling one,
+one after the other. Counted after the first tenth of the steps: cells (blocks x measurements) without a colour, and
+the same weighted by how long each was on screen; before the first measurement all counts as undecided.
 """
 
 import argparse

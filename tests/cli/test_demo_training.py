@@ -1,17 +1,21 @@
 """The demonstration, in a shortened form."""
 
+import itertools
 import urllib.request
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 pytest.importorskip("uvicorn", reason="the live page needs starlette and uvicorn")
 
-from peelwise.cli.demo_training import BLOCKS, Plan, SmallGPT, demonstrate, train
+from peelwise.cli import demo_training
+from peelwise.cli.demo_training import BLOCKS, Plan, SmallGPT, demonstrate, mend, train
+from peelwise.probe.texts import reference_prose
 from peelwise.show.dashboard.serve import Address
 from peelwise.store.reader import RunReader
 
-SHORT = Plan(steps=8, cut_off=1, from_step=4, probe_tokens=1_500, budget=0.9)
+SHORT = Plan(steps=10, cut_off=1, from_step=4, mended_at=8, probe_tokens=1_500, audit_tokens=1_500, budget=0.9)
 
 
 class Noting:
@@ -26,17 +30,42 @@ class Noting:
         self.weights.append(torch.cat([p.detach().flatten() for p in blocks[SHORT.cut_off].parameters()]))
 
 
-def test_one_block_is_cut_off_from_its_step_on_and_no_other():
+def followed(monkeypatch, mend):
+    """Train as planned with something else in the place of mending, and return what was noted."""
     torch.manual_seed(0)
     model = SmallGPT()
-    noting = Noting(model)
-    stream = torch.randint(256, (5_000,))
-    assert list(train(noting, model, torch.optim.AdamW(model.parameters(), lr=1e-3), stream, SHORT)) == list(range(8))
+    noting, stream = Noting(model), torch.randint(256, (5_000,))
+    monkeypatch.setattr(demo_training, "mend", mend)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    assert list(train(noting, model, optimizer, stream, SHORT)) == list(range(SHORT.steps))
+    return noting
+
+
+def test_one_block_is_cut_off_until_it_is_mended_and_no_other(monkeypatch):
+    noting = followed(monkeypatch, lambda *_: None)
     for step, fed in enumerate(noting.fed):
         for block, is_fed in enumerate(fed):
-            assert is_fed == (step < SHORT.from_step or block != SHORT.cut_off)
-    for before, after in zip(noting.weights[4:-1], noting.weights[5:], strict=True):
+            cut_off = SHORT.from_step <= step < SHORT.mended_at and block == SHORT.cut_off
+            assert is_fed != cut_off
+    broken = noting.weights[SHORT.from_step : SHORT.mended_at]
+    for before, after in itertools.pairwise(broken):
         assert torch.allclose(after, before * (1 + SHORT.growth))
+
+
+def test_mending_changes_the_linear_layers_of_that_block_alone():
+    torch.manual_seed(0)
+    model, stream = SmallGPT(), torch.tensor(list("\n\n".join(reference_prose()).encode()))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for starts in torch.randint(4_000, (30, 16, 1)):  # a model that has learnt nothing has nothing to find
+        batch = stream[starts + torch.arange(65)]
+        cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    mend(model, optimizer, stream, SHORT)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    layers = [f"blocks.{SHORT.cut_off}.{layer}" for layer in ("qkv", "out", "up", "down")]
+    assert changed == {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
 
 
 def test_it_trains_serves_and_ends(tmp_path):
@@ -50,6 +79,7 @@ def test_it_trains_serves_and_ends(tmp_path):
     assert said[0].startswith("Open http://127.0.0.1:")
     assert said[0].endswith("/#block=1")
     assert "Step 4: block 1 gets no gradient from now on." in said
+    assert "Step 8: block 1 has the weights that an audit found for it, and trains again." in said
     assert said[-1] == f"The history is kept: peelwise serve {store}"
     with RunReader(store) as reader:
         run = reader.latest()

@@ -1,7 +1,8 @@
-"""A demonstration: a small GPT learns real text, one block gets no gradient from half way on, the live page shows it.
+"""A demonstration: a small GPT learns real text, one block breaks half way and is mended, the live page shows it.
 
 From a certain step on one block gets no gradient any more, and its weights grow a little at every step, as they would
 under a weight decay of the wrong sign. Nothing in the block can undo that; the other blocks make up for some of it.
+Later the block is mended: it trains again, and begins with the replacement weights that an audit finds for it.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peelwise.act import apply_witness_
+from peelwise.api.audit import audit
 from peelwise.api.monitor import Monitor
 from peelwise.errors import StoreError
 from peelwise.probe.probe import Probe
 from peelwise.probe.texts import reference_prose
 from peelwise.show.dashboard.serve import Address, Server
 from peelwise.show.words import duration
+from peelwise.tasks.audit.settings import AuditSettings
 
 CONTEXT, BATCH, WIDTH, HEADS, BLOCKS, BYTES = 64, 16, 64, 4, 5, 256
 
@@ -38,20 +42,22 @@ class Plan:
         steps: of training, 1,024 bytes each.
         cut_off: index of the block.
         from_step: from when on it gets no gradient.
-        growth: share by which its weights grow at every step from then on ..
-        until_step: .. to this one.
+        growth: share by which its weights grow at every step from then on.
+        mended_at: step at which it gets gradients again, and the weights that an audit finds for it.
         rate: highest learning rate.
         probe_tokens: bytes of text that the monitor measures on.
+        audit_tokens: bytes of other text that the audit measures on.
         budget: the monitor's share of time; high, so that there is something to see within minutes.
     """
 
-    steps: int = 720
+    steps: int = 960
     cut_off: int = 2
     from_step: int = 400
     growth: float = 0.004
-    until_step: int = 620
+    mended_at: int = 720
     rate: float = 4e-3
     probe_tokens: int = 7_000
+    audit_tokens: int = 12_000
     budget: float = 0.25
 
 
@@ -98,22 +104,35 @@ def train(
     """Train as planned, and yield the number of each step that is done."""
     cut_off = list(model.blocks[plan.cut_off].parameters())
     for step in range(plan.steps):
+        if step == plan.mended_at:
+            mend(model, optimizer, stream, plan)
         for group in optimizer.param_groups:
             group["lr"] = _rate(step, plan)
         starts = torch.randint(len(stream) - CONTEXT, (BATCH, 1))
         batch = stream[starts + torch.arange(CONTEXT + 1)]  # [batch, context + 1]
         loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()  # type: ignore[no-untyped-call]
-        if step >= plan.from_step:
+        if plan.from_step <= step < plan.mended_at:
             with torch.no_grad():
                 for parameter in cut_off:
                     parameter.grad = None
-                    if step < plan.until_step:
-                        parameter.mul_(1 + plan.growth)
+                    parameter.mul_(1 + plan.growth)
         optimizer.step()
         monitor.step(step, loss=loss)
         optimizer.zero_grad()
         yield step
+
+
+def mend(model: SmallGPT, optimizer: torch.optim.Optimizer, stream: Tensor, plan: Plan) -> None:
+    """Audit the model and add what the block could recover by itself to its weights."""
+    probe = Probe.from_tokens(  # drawn with another seed, so that it is not the text that the monitor measures on
+        stream, tokens=plan.audit_tokens, sequence_length=CONTEXT, in_distribution=True, seed=1
+    )
+    report = audit(model, probe, AuditSettings(joint_rounds=0, controls=False), budget="2m")
+    of_block = f"alone/blocks.{plan.cut_off}."
+    own = {name: change for name, change in report.witness.items() if name.startswith(of_block)}
+    if own:  # an audit of very little text may find nothing
+        apply_witness_(model, own, optimizer, kind="alone")
 
 
 def _rate(step: int, plan: Plan) -> float:
@@ -187,7 +206,7 @@ def _prepared(path: Path, plan: Plan) -> tuple[Monitor, Iterator[int]]:
         optimizer=optimizer,
         budget=plan.budget,
         store=path,
-        name=f"small GPT, block {plan.cut_off} without gradients from step {plan.from_step:,}",
+        name=f"small GPT, block {plan.cut_off} without gradients from step {plan.from_step:,} to {plan.mended_at:,}",
     )
     if not monitor.recorded:  # a training would go on; this one is there to be seen
         raise StoreError(monitor.events[-1].text)
@@ -200,7 +219,8 @@ def _say_what_to_see(say: Callable[[str], None], url: str, plan: Plan) -> None:
         f"A small GPT of {BLOCKS} blocks learns the prose of Python's reference, byte by byte, in {plan.steps:,} steps."
     )
     say(f"From step {plan.from_step:,} on, block {plan.cut_off} gets no gradient any more and its weights grow.")
-    say("See how little the loss tells, what the statistics of that block do, and the list of what happened.")
+    say(f"At step {plan.mended_at:,} it is mended with the weights that an audit finds for it.")
+    say("See when the block turns red and green again, what its statistics do, and the list of what happened.")
     say("Ctrl-C ends it.")
 
 
@@ -209,6 +229,8 @@ def _followed(steps: Iterator[int], plan: Plan, say: Callable[[str], None]) -> N
     for step in steps:
         if step == plan.from_step:
             say(f"Step {step:,}: block {plan.cut_off} gets no gradient from now on.")
+        elif step == plan.mended_at:
+            say(f"Step {step:,}: block {plan.cut_off} has the weights that an audit found for it, and trains again.")
         elif step and step % 100 == 0:
             left = (time.monotonic() - began) / step * (plan.steps - step)
             say(f"step {step:,} of {plan.steps:,}, about {duration(left)} left")
