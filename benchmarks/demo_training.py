@@ -21,6 +21,7 @@ from peelwise.cli import demo_training
 from peelwise.cli.demo_training import CONTEXT, Plan, SmallGPT, train
 from peelwise.probe.probe import Probe
 from peelwise.probe.texts import reference_prose
+from peelwise.tasks.monitor.schedules import every
 
 
 def run(plan, seed):
@@ -30,7 +31,9 @@ def run(plan, seed):
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.rate)
     probe = Probe.from_tokens(stream, tokens=plan.probe_tokens, sequence_length=CONTEXT, in_distribution=True)
     shown, began = {}, time.perf_counter()
-    with peelwise.Monitor(model, probe, optimizer=optimizer, budget=plan.budget, store=None) as monitor:
+    with peelwise.Monitor(
+        model, probe, optimizer=optimizer, budget=plan.budget, schedule=every(plan.every), store=None
+    ) as monitor:
         for step in train(monitor, model, optimizer, stream, plan):
             if monitor.last is not None and monitor.last.step == step:
                 shown[step] = monitor.last.letters

@@ -38,7 +38,7 @@ def probe_of(kind, stream, tokens, length):
 
 
 def demo(stream, budget, steps, kind):
-    plan, model = Plan(budget=budget), SmallGPT()
+    plan, model = Plan(), SmallGPT()
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.rate)
     probe = probe_of(kind, stream, plan.probe_tokens, 64)
     with peelwise.Monitor(

@@ -15,7 +15,7 @@ from peelwise.probe.texts import reference_prose
 from peelwise.show.dashboard.serve import Address
 from peelwise.store.reader import RunReader
 
-SHORT = Plan(steps=10, cut_off=1, from_step=4, mended_at=8, probe_tokens=1_500, audit_tokens=1_500, budget=0.9)
+SHORT = Plan(steps=10, cut_off=1, from_step=4, mended_at=8, probe_tokens=1_500, audit_tokens=1_500, every=2, budget=0.9)
 
 
 class Noting:

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from peelwise.evidence.facts import BatchFacts, PulseFacts, StepFacts, UpdateFacts
 from peelwise.evidence.intervals import Paired
-from peelwise.evidence.mistakes import BatchFacts, Diagnosis, PulseFacts, StepFacts, UpdateFacts, leak, shared_words
+from peelwise.evidence.mistakes import Diagnosis, leak, shared_words
 from peelwise.evidence.trends import Slope
 
 FLAT, FALLING = Slope(-1e-5, -1e-3, 1e-3, 100), Slope(-1e-2, -1.1e-2, -0.9e-2, 100)
@@ -54,6 +55,21 @@ def test_a_healthy_run_is_told_nothing_of():
     diagnosis = Diagnosis()
     assert [diagnosis.add(replace(HEALTHY, step=step)) for step in range(5)] == [[]] * 5
     assert diagnosis.present == set()
+
+
+@pytest.mark.parametrize(
+    ("facts", "suspicious"),
+    [
+        (HEALTHY, False),
+        (wrong(losses=[3.1] * 8), True),
+        (wrong(losses=[]), True),
+        (wrong(batch=None), True),
+        (wrong(batch=batch(repeated=60)), True),
+        (wrong(batch=batch(rows=20, repeated=20)), False),
+    ],
+)
+def test_the_probes_loss_is_asked_for_where_it_may_show_what_nothing_else_does(facts, suspicious):
+    assert facts.suspicious == suspicious
 
 
 @pytest.mark.parametrize("kind", CASES)

@@ -30,6 +30,7 @@ from peelwise.probe.texts import reference_prose
 from peelwise.show.dashboard.serve import Address, Server
 from peelwise.show.words import duration
 from peelwise.tasks.audit.settings import AuditSettings
+from peelwise.tasks.monitor.schedules import every
 
 CONTEXT, BATCH, WIDTH, HEADS, BLOCKS, BYTES = 64, 16, 64, 4, 5, 256
 
@@ -47,7 +48,9 @@ class Plan:
         rate: highest learning rate.
         probe_tokens: bytes of text that the monitor measures on.
         audit_tokens: bytes of other text that the audit measures on.
-        budget: the monitor's share of time; high, so that there is something to see within minutes.
+        every: steps between measurements; few, so that there is something to see within minutes. With a share of time
+            alone, how often would depend on what else the machine does.
+        budget: the monitor's share of time, at most; twice what that takes.
     """
 
     steps: int = 960
@@ -58,7 +61,8 @@ class Plan:
     rate: float = 4e-3
     probe_tokens: int = 7_000
     audit_tokens: int = 12_000
-    budget: float = 0.25
+    every: int = 40
+    budget: float = 0.5
 
 
 class Block(nn.Module):
@@ -205,6 +209,7 @@ def _prepared(path: Path, plan: Plan) -> tuple[Monitor, Iterator[int]]:
         probe,
         optimizer=optimizer,
         budget=plan.budget,
+        schedule=every(plan.every),
         store=path,
         name=f"small GPT, block {plan.cut_off} without gradients from step {plan.from_step:,} to {plan.mended_at:,}",
     )

@@ -11,16 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from peelwise.evidence.trends import Slope, loss_gap
-from peelwise.evidence.verdict import default_margin
-from peelwise.records.base import Interval
+from peelwise.evidence.facts import StepFacts, UpdateFacts
+from peelwise.evidence.trends import loss_gap
 from peelwise.records.run import Event, Level
 
 _SIGHTINGS = 2  # checks in a row that must show a mistake
 _GONE = 5  # checks in a row that must not show it any more: a broken run looks well at single moments
 _KNOWN = 0.2  # of the thresholds of a rate that is known to be too large
 _FASTER, _LARGE = 30.0, 0.01  # times the other blocks' update; the least part of the weights, in one step
-_SMALL, _LOSSES, _TOO_LONG = 1e-4, 40, 20.0  # update per step; losses to judge by; times as long as the run so far
+_SMALL, _LOSSES = 1e-4, 40  # update per step; losses to judge by
 _STEADY, _DECAYED = 1.02, 0.3  # a rate that still rises or has fallen far is on its way, not wrong
 _LOST = 0.5  # part of the weights with a gradient that did not move
 _SHRINK, _COUPLED = 0.01, 3.0  # part of the weights that decay takes a step; times the gradient
@@ -28,121 +27,6 @@ _KEPT = 0.05  # part of the last gradient that is in this one
 _APART, _LEAST_APART, _ALIKE, _LEAST_ALIKE = 0.1, 0.1, 0.03, 0.02  # of a loss, and nats
 _BETTER = 0.05  # part of the loss: no healthy model predicts the token after the next better than the next
 _PADDED = 0.05  # part of a batch
-_REPEATED, _FEWEST_ROWS = 0.9, 32
-
-
-@dataclass(frozen=True)
-class UpdateFacts:
-    """What one step of the optimiser did, estimated from a sample of all weights.
-
-    Attributes:
-        moved: per block, the root mean square of the change of its matrices; ``None`` where none is trained.
-        relative: per block, the same over that of the matrices.
-        rates: per block, its learning rate, or ``None``.
-        highest_rate: of all groups, or ``None`` without an optimiser.
-        lost: part of the half-precision weights that have a gradient and did not change; ``None`` without such.
-        dtype: of those.
-        shrink: part of the matrices' weights that decoupled weight decay takes in one step.
-        kept_norm: the norm of the matrices that are decayed over that at the first check.
-        coupled: the norm of what coupled weight decay adds to the gradient, over the norm of the gradient.
-        stale: how much of the last step's gradient is in this one's; ``None`` where that cannot be told.
-    """
-
-    moved: tuple[float | None, ...]
-    relative: tuple[float | None, ...]
-    rates: tuple[float | None, ...] = ()
-    highest_rate: float | None = None
-    lost: float | None = None
-    dtype: str = ""
-    shrink: float = 0.0
-    kept_norm: float = 1.0
-    coupled: float = 0.0
-    stale: float | None = None
-
-    @property
-    def usual(self) -> float | None:
-        """The median of the blocks' relative updates."""
-        known = [value for value in self.relative if value is not None]
-        return median(known) if known else None
-
-
-@dataclass(frozen=True)
-class BatchFacts:
-    """What training's own forward passes of one step would cost in other ways of computing the loss; nats per token.
-
-    Attributes:
-        next, twice, same: with the next token as target, the one after it, and the token itself.
-        unpadded: as ``next``, without targets that look like padding.
-        padding: part of the targets that does.
-        rows, repeated: sequences seen at checks of late, and how many of them had been seen before.
-        distinct: different sequences among all seen.
-    """
-
-    next: float
-    twice: float
-    same: float
-    unpadded: float
-    padding: float
-    rows: int = 0
-    repeated: int = 0
-    distinct: int = 0
-
-
-@dataclass(frozen=True)
-class PulseFacts:
-    """The loss of a few sequences of the probe, and what else their logits say; nats per token.
-
-    Attributes:
-        loss: with its interval.
-        twice: what the token after the next costs less than the next (positive where labels were shifted twice).
-    """
-
-    loss: Interval
-    twice: Interval
-
-
-@dataclass(frozen=True)
-class StepFacts:
-    """All that is known at one check.
-
-    Attributes:
-        step: of the training.
-        losses: those of training of late.
-        loss: the reported one of this very step, or ``None``.
-        slope: of the training loss.
-        count: losses seen so far.
-        counting: what one who only counts tokens would have on the probe, nats per token.
-        nats: per token that matter, or ``None`` for the default.
-    """
-
-    step: int
-    losses: Sequence[float]
-    loss: float | None
-    slope: Slope | None
-    count: int
-    counting: float
-    nats: float | None = None
-    updates: UpdateFacts | None = None
-    batch: BatchFacts | None = None
-    pulse: PulseFacts | None = None
-
-    @property
-    def margin(self) -> float:
-        """Nats per token that matter."""
-        return default_margin(self.counting) if self.nats is None else self.nats
-
-    @property
-    def recent(self) -> float | None:
-        """The median of the losses of training of late."""
-        return median(self.losses) if self.losses else None
-
-    @property
-    def hopeless(self) -> bool:
-        """Whether the training loss is above what counting tokens costs and will be for long at its present slope."""
-        if self.recent is None or self.slope is None or self.recent <= self.counting + self.margin:
-            return False
-        left = self.recent - self.counting
-        return not self.slope.falling or left / -self.slope.mean > _TOO_LONG * max(self.count, 100)
 
 
 @dataclass(frozen=True)
@@ -366,10 +250,10 @@ def _padding_in_loss(facts: StepFacts) -> Mistake | None:
 
 def _repeated_data(facts: StepFacts) -> Mistake | None:
     batch, pulse = facts.batch, facts.pulse
-    if batch is None or pulse is None or facts.recent is None or batch.rows < _FEWEST_ROWS:
+    if batch is None or pulse is None or facts.recent is None or not batch.repeats:
         return None
     gap = loss_gap(facts.losses, [pulse.loss.low, pulse.loss.high])
-    if gap is None or gap > 0 or batch.repeated < _REPEATED * batch.rows:
+    if gap is None or gap > 0:
         return None
     text = (
         f"the same data again and again: {batch.repeated} of {batch.rows} sequences of late had been seen before "

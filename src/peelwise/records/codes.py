@@ -11,6 +11,7 @@ from typing import Literal
 Reason = Literal[
     "above-margin",  # red
     "still-falling",  # yellow: the training loss still falls
+    "within-progress",  # yellow: whatever it could gain at most, training at its present slope gains soon
     "foreign-text",  # yellow: no training text, so it may be adaptation
     "own-above-margin",  # red on text that is no training text: its marginal gain is above the margin
     "nothing-of-its-own",  # green on such text: its marginal gain is below the margin

@@ -41,6 +41,7 @@ REASONS: Mapping[str, str] = MappingProxyType(
     {
         "above-margin": "certified under-optimised",
         "still-falling": "recoverable, still training",
+        "within-progress": "still training: the loss soon falls by more than it could recover",
         "foreign-text": "recoverable on this text; adaptation and under-training are not distinguishable without "
         "training text",
         "own-above-margin": "certified under-optimised: beside all others it still gains more than the margin",

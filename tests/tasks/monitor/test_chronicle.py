@@ -89,6 +89,47 @@ def test_a_red_that_lasts_is_yellow_while_the_loss_falls():
     assert add(made, 320, visit_of(3.0, alone={0: Paired(0.02, 0.004, 30)})).letters[0] == "Y"
 
 
+def test_an_undecided_block_is_yellow_while_training_gains_more_than_it_could():
+    unsure, far = Paired(0.014, 0.004, 30), Paired(0.6, 0.4, 30)
+    row = add(chronicle("falling"), 200, visit_of(alone={0: unsure, 1: far}, bounds={2: unsure}))
+    assert row.letters == "Y?Y?"  # the loss falls by 1 in the window of its slope; nothing is known of the last block
+    assert [v.reason for v in row.verdicts if v.block in (0, 2)] == ["within-progress"] * 2
+    assert add(chronicle(), 200, visit_of(alone={0: unsure})).letters == "????"
+    assert add(chronicle("falling"), 200, visit_of(alone={0: unsure}), at_fault=True).letters == "????"
+    elsewhere = chronicle("falling", in_distribution=False)
+    assert add(elsewhere, 200, visit_of(alone={0: unsure})).letters == "????"
+
+
+def test_what_was_settled_by_the_progress_of_training_ends_with_it():
+    made = chronicle("falling")
+    assert add(made, 200, visit_of(3.0, alone={0: Paired(0.014, 0.004, 30)})).letters == "Y???"
+    assert add(made, 210, visit_of(2.9)).letters == "Y???"
+    noise = np.random.default_rng(1).normal(scale=0.05, size=200)
+    for step in range(211, 411):
+        made.loss(step, 1.0 + noise[step - 211])
+    assert add(made, 411, visit_of(2.9)).letters == "????"
+
+
+def test_undecided_blocks_are_refined_before_decided_ones():
+    made = chronicle()
+    row = add(made, 200, visit_of(alone={0: NOTHING, 1: MUCH, 2: Paired(0.014, 0.004, 30), 3: NOTHING}))
+    assert row.letters == "GR?G"
+    assert made.wanted_first()[0] == 2
+
+
+@pytest.mark.parametrize("whole_before", [True, False], ids=["broke in mid-run", "frozen from the start"])
+def test_changes_of_other_blocks_follow_one_that_broke_and_are_not_told(whole_before):
+    made, healthy = chronicle(), {block: Seen() for block in range(BLOCKS)}
+    told = []
+    for index in range(16):
+        broken = index >= 8 or not whole_before
+        seen = healthy | {1: Seen("no-gradient")} if broken else healthy
+        energies = (1.0, 1.0, 1.0, 8.0 if index >= 8 else 1.0)
+        row = add(made, 200 + index, visit_of(energies=energies), seen=seen)
+        told += [event.block for event in row.events if event.kind == "change"]
+    assert told == ([] if whole_before else [3])
+
+
 def test_no_block_is_green_in_a_run_that_is_at_fault_or_worse_than_counting():
     assert add(chronicle(), 200, visit_of(3.0, alone={0: MUCH, 1: NOTHING})).letters == "RG??"
     row = add(chronicle(), 200, visit_of(3.0, alone={0: MUCH, 1: NOTHING}), at_fault=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peelwise.evidence.mistakes import BatchFacts
+from peelwise.evidence.facts import BatchFacts
 from peelwise.tasks.monitor.padding import NONE, PaddingWatch, Runs, runs_of
 from peelwise.tasks.monitor.uncopied import Uncopied
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Protocol
 
@@ -18,7 +19,8 @@ from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.engine.baselines import probe_unigram
 from peelwise.evidence import events as alerts
 from peelwise.evidence.events import Complaint, Finding, Seen
-from peelwise.evidence.mistakes import Diagnosis, PulseFacts, StepFacts, UpdateFacts, shared_words
+from peelwise.evidence.facts import PulseFacts, StepFacts, UpdateFacts
+from peelwise.evidence.mistakes import Diagnosis, shared_words
 from peelwise.evidence.trends import Slope
 from peelwise.model.layers import Block
 from peelwise.probe.probe import Probe
@@ -30,7 +32,8 @@ from peelwise.tasks.monitor.updates import UpdateWatch
 from peelwise.tasks.monitor.vitals import Vitals
 
 _PER_DECADE, _EVERY = 5, 50
-_PULSES_SHARE = 0.5  # of the budget
+# Of the budget, where the probe's loss may show a mistake that nothing else does, and as long as nothing points at one.
+_PULSES_SHARE, _PULSES_SHARE_ELSE = 0.5, 0.1
 
 
 class Losses(Protocol):
@@ -155,10 +158,11 @@ class Checkup:
         events = self._check_vitals(step)
         updates, batch = self._updates.after(), self._batches.after()
         self._latest = updates or self._latest
-        found = self._pulse(elapsed)
         facts = StepFacts(
-            step, losses.recent(), loss, losses.slope(), losses.count, self.counting, margin, updates, batch, found
+            step, losses.recent(), loss, losses.slope(), losses.count, self.counting, margin, updates, batch
         )
+        often = facts.suspicious or self.at_fault
+        facts = replace(facts, pulse=self._pulse(elapsed, _PULSES_SHARE if often else _PULSES_SHARE_ELSE))
         return [*events, *self._diagnosis.add(facts)]
 
     def shared(self) -> str:
@@ -199,9 +203,9 @@ class Checkup:
             events.append(alerts.no_gradients_seen(step))
         return events
 
-    def _pulse(self, elapsed: float) -> PulseFacts | None:
-        """Measure the loss of a few sequences if the budget allows; never twice as often as it does."""
-        budget = None if self._budget is None else self._budget * _PULSES_SHARE
+    def _pulse(self, elapsed: float, share: float) -> PulseFacts | None:
+        """Measure the loss of a few sequences if that share of the budget allows; never twice as often as it does."""
+        budget = None if self._budget is None else self._budget * share
         now = budget is None or affordable(self._pulse_seconds, self._pulse_cost, elapsed, budget)
         if self._few.sequences < 2 or not self._processes.broadcast_number(int(now)):
             return None

@@ -28,6 +28,7 @@ from peelwise.records.run import LETTERS, WHOLE_MODEL, Event, Measurement, Stati
 from peelwise.records.signals import RANKED_BY, SIGNALS
 from peelwise.tasks.monitor.measure import Measured
 from peelwise.tasks.monitor.memory import Memory
+from peelwise.tasks.monitor.progress import unless_soon, within_progress
 
 _SMALLEST_CHANGE = math.log(1.5)
 _LOOKED_BACK = 200  # measurements in which changes are looked for
@@ -35,7 +36,6 @@ _REMEMBERED_LOSSES = 20_000
 _COMPARED = 50  # losses of training, at most, that the probe's is compared with
 _APART_TWICE = 2
 _RECENT = 16  # losses
-_SOON = 0.25  # of the window of the loss's slope
 _AT_FAULT = Verdict("grey", "run-at-fault")
 
 
@@ -77,6 +77,7 @@ class Chronicle:
         self._reds = Reds()
         self._changes: list[tuple[int, Change]] = []
         self._upper: float | None = None
+        self._trained: set[int] = set()  # blocks that were seen to train
         self._apart = 0  # measurements in a row at which training's loss was far from the probe's
 
     def loss(self, step: int, value: float) -> None:
@@ -102,17 +103,18 @@ class Chronicle:
     def wanted_first(self) -> list[int]:
         """Return the blocks in the order in which they should be refined alone next.
 
-        Never measured ones come first, those with the highest natural-gradient score before the others; then those
-        whose level changed since they were measured; then the ones measured longest ago. Those that a slope leaves no
-        room for come last.
+        Never measured ones come first, those with the highest natural-gradient score before the others; then undecided
+        ones, since more tokens decide these soonest; then those whose level changed since they were measured; then the
+        ones measured longest ago. Those that a slope leaves no room for come last.
         """
         changed = {block for block, change in self._changes if change.by_step > self._step_of(block)}
 
-        def rank(block: int) -> tuple[bool, bool, bool, float, float]:
+        def rank(block: int) -> tuple[bool, bool, bool, bool, float, float]:
             score = self._series[RANKED_BY, block].values[-1:]
             measured, verdict = block in self._memory.alone, self._verdicts.get(block)
             screened = verdict is not None and verdict[0].reason == "screened"
-            return screened, measured, block not in changed, self._step_of(block), -score[0] if score else 0.0
+            decided = verdict is not None and verdict[0].colour != "grey"
+            return screened, measured, decided, block not in changed, self._step_of(block), -score[0] if score else 0.0
 
         return sorted((block for block in range(self._count) if block not in self.frozen), key=rank)
 
@@ -171,12 +173,17 @@ class Chronicle:
         verdicts = self._judge(step, measured.loss, falling=falling)
         if at_fault or self._worse_than_none(measured.loss, counting):
             verdicts = [_AT_FAULT if verdict.colour == "green" else verdict for verdict in verdicts]
+        if at_fault:  # progress towards something else
+            verdicts = [_AT_FAULT if verdict.reason == "within-progress" else verdict for verdict in verdicts]
         # Asked before the row's own verdicts replace the last ones.
         news = self._news(verdicts)
         events = [
             *([alerts.gains_not_finite(step, unknown)] if unknown else []),
             *([apart] if apart else []),
-            *([] if at_fault else [alerts.changed(step, block, change) for block, change in changes]),
+            *[
+                alerts.changed(step, block, change)
+                for block, change in self._worth_a_word(changes, seen or {}, at_fault)
+            ],
             *self._reds.events(step, self._red_blocks(step, verdicts, slope, seen or {}), shared, quiet=at_fault),
         ]
         return Measurement(
@@ -278,20 +285,17 @@ class Chronicle:
         evidence = self._memory.evidence(self._count, self.frozen, loss, margin)
         judged = judge(evidence, margin, in_distribution=self._in_distribution, still_falling=falling)
         slope = self.slope()
-        judged = [self._unless_soon(block, verdict, slope) for block, verdict in enumerate(judged)]
+        if slope is not None:
+            judged = [self._by_progress(block, verdict, slope) for block, verdict in enumerate(judged)]
         return list(self._memory.lasting(step, judged, loss, margin, falling=falling))
 
-    def _unless_soon(self, block: int, verdict: Verdict, slope: Slope | None) -> Verdict:
-        """Return a verdict, but yellow for a red whose gain training may make by itself in a quarter of the window.
-
-        That losses are not shown to fall does not say that they stand still. How fast they may fall, their slope says.
-        """
+    def _by_progress(self, block: int, verdict: Verdict, slope: Slope) -> Verdict:
         found = self._memory.of(block, verdict) if verdict.colour == "red" else None
-        if found is None or slope is None:
-            return verdict
-        worth = equivalent_steps(found.value.interval(), slope).low
-        soon = worth is not None and worth < _SOON * slope.steps
-        return Verdict("yellow", "still-falling", interaction=verdict.interaction) if soon else verdict
+        if found is not None:
+            return unless_soon(verdict, found.value.interval(), slope)
+        most = self._memory.at_most(block)
+        # What the text of training gains says nothing of other text.
+        return within_progress(verdict, most, slope) if most is not None and self._in_distribution else verdict
 
     def _falling(self, loss: float, slope: Slope | None) -> bool:
         """Whether training makes progress: until the slope is known it counts as going on; red says that it is not.
@@ -337,6 +341,18 @@ class Chronicle:
                 self._changes.append((block, change))
                 new.append((block, change))
         return new
+
+    def _worth_a_word(
+        self, changes: list[tuple[int, Change]], seen: Mapping[int, Seen], at_fault: bool
+    ) -> list[tuple[int, Change]]:
+        """Return the changes of level whose cause is not known: where one block broke in mid-run, the others follow it.
+
+        A block that has not trained from the beginning on, such as a frozen one, explains no change of another.
+        """
+        stopped = {block for block, each in seen.items() if each.untrained is not None}
+        self._trained |= {*seen} - stopped
+        broken = stopped & self._trained
+        return [] if at_fault else [(b, change) for b, change in changes if not broken or b in broken]
 
     def _worse_than_none(self, loss: float, counting: float | None) -> bool:
         """Whether the loss is above what is reached without blocks: then nothing that was not found says anything."""

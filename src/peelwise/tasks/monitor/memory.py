@@ -10,6 +10,7 @@ from peelwise.evidence.intervals import Paired
 from peelwise.evidence.levels import Levels
 from peelwise.evidence.verdict import Evidence, Verdict
 from peelwise.probe.rolling import Part
+from peelwise.records.base import Interval
 
 Name = Literal["recoverable", "unique", "first_order"]
 
@@ -132,8 +133,15 @@ class Memory:
         """Return the measurement that a verdict rests on."""
         if verdict.reason == "screened":
             return self.bounds.get(block)
+        if verdict.reason == "within-progress":
+            return self.alone.get(block) or self.bounds.get(block)
         own = verdict.reason in ("own-above-margin", "nothing-of-its-own")
         return (self.unique if own else self.alone).get(block)
+
+    def at_most(self, block: int) -> Interval | None:
+        """Return the interval of what a block gains by itself, measured or bounded by its slope."""
+        found = self.alone.get(block) or self.bounds.get(block)
+        return None if found is None else found.value.interval()
 
     def step_of(self, block: int) -> int | None:
         """Return the step of the measurement that decided a block's verdict, if one has."""
@@ -146,7 +154,8 @@ class Memory:
 
         A measurement of few tokens that decides nothing is no news, and neither is it that training has moved on. A
         verdict is kept until the run is twice as long as when it was measured; green only while the loss has not risen
-        by the margin and what is measured stays below it, others only while the measurement counts and is above it.
+        by the margin and what is measured stays below it, others only while the measurement counts and is above it, or,
+        where they were about the progress of training, while that goes on.
         """
         for block, verdict in enumerate(verdicts):
             found = self.of(block, verdict)
@@ -155,14 +164,20 @@ class Memory:
             old = self._decided.get(block)
             if verdict.colour != "grey" or old is None:
                 yield verdict
-            elif verdict.interaction or step > 2 * old.step + _SHORTEST or self._contradicted(block, old, loss, margin):
+            elif (
+                verdict.interaction
+                or step > 2 * old.step + _SHORTEST
+                or self._contradicted(block, old, loss, margin, falling=falling)
+            ):
                 del self._decided[block]
                 yield verdict
             else:
                 red_yet_falling = old.verdict.colour == "red" and falling
                 yield Verdict("yellow", "still-falling") if red_yet_falling else old.verdict
 
-    def _contradicted(self, block: int, old: _Decided, loss: float, margin: float) -> bool:
+    def _contradicted(self, block: int, old: _Decided, loss: float, margin: float, *, falling: bool) -> bool:
+        if old.verdict.reason == "within-progress":  # it was about the progress, and not about a gain above the margin
+            return not falling
         found = self.of(block, old.verdict)
         if old.verdict.colour == "green":
             return loss - old.loss > margin or (found is not None and found.value.mean > margin)

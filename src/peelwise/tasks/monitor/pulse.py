@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from peelwise.distributed.processes import ONE_PROCESS, Processes
+from peelwise.evidence.facts import PulseFacts
 from peelwise.evidence.intervals import paired
-from peelwise.evidence.mistakes import PulseFacts
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block
 from peelwise.model.runner import Runner

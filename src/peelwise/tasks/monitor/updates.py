@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peelwise.distributed.sharding import is_sharded
-from peelwise.evidence.mistakes import UpdateFacts
+from peelwise.evidence.facts import UpdateFacts
 from peelwise.model.layers import Block
 from peelwise.tasks.monitor.uncopied import Uncopied
 
