@@ -127,7 +127,7 @@ def test_names_can_be_read_again(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_all_zero_and_constant_matrices_are_handled(name: str) -> None:
-    W = torch.zeros(3, 8)
+    W = torch.zeros(3, 256)
     assert (parse_format(name).project(W) == 0).all()
     W[1] = 0.5
     W[2] = -0.25

@@ -31,17 +31,19 @@ def check_member(encoded: Encoded, form: Format, shape: tuple[int, int]) -> None
     inner = scaled_part(form)
     if inner is None or encoded.scales is None:
         raise FormatError(f"{form.name}: expected codes with scales. Dense weights have no codes to check.")
-    if tuple(encoded.codes.shape) != shape or encoded.codes.is_floating_point():
-        raise FormatError(f"{form.name}: expected integer codes {shape}, got {_said(encoded.codes)}.")
+    if tuple(encoded.codes.shape) != shape or encoded.codes.is_floating_point() != inner.levels.dtype.is_floating_point:
+        raise FormatError(
+            f"{form.name}: expected {'codes' if inner.levels.dtype.is_floating_point else 'integer codes'} {shape}, "
+            f"got {_said(encoded.codes)}."
+        )
     if (encoded.support is not None) != isinstance(form, Masked):
         raise FormatError(f"{form.name}: a support is expected with a masked format, and only there.")
-    codes = encoded.codes.long()
+    codes = encoded.codes if encoded.codes.is_floating_point() else encoded.codes.long()
     if encoded.support is not None:
         check_support(encoded.support, shape)
         codes = codes[encoded.support]
     _check_codes(codes, inner, "code")
-    rows = 1 if inner.layout.shared_by_rows else shape[0]
-    per_scale = rows, shape[1] // inner.layout.columns(shape[1])
+    per_scale = inner.layout.rows(shape[0]), shape[1] // inner.layout.columns(shape[1])
     _check_stored(encoded.scales, inner, per_scale, "scales")
     if (encoded.zeros is not None) != (inner.offset != "none"):
         raise FormatError(f"{form.name}: its offset is {inner.offset}, which goes with other stored values than these.")
@@ -57,18 +59,17 @@ def check_member(encoded: Encoded, form: Format, shape: tuple[int, int]) -> None
 
 def _check_codes(codes: Tensor, form: Scaled, what: str) -> None:
     levels = form.levels
-    wrong = (codes < levels.low) | (codes > levels.high) | ((codes - levels.low) % levels.step != 0)
+    wrong = ~levels.contains(codes)
     if bool(wrong.any()):
         raise FormatError(
-            f"{form.name}: {what} {int(codes[wrong][0])} is none of its {levels.count} codes from {levels.low} to "
-            f"{levels.high} ({int(wrong.sum())} such values)."
+            f"{form.name}: {what} {codes[wrong][0].item():g} is none of its {levels.count} codes from {levels.low:g} "
+            f"to {levels.high:g} ({int(wrong.sum())} such values)."
         )
 
 
 def _check_stored(values: Tensor, form: Scaled, shape: tuple[int, int], what: str) -> None:
     if tuple(values.shape) != shape or values.dtype != form.scale_dtype:
-        dtype = str(form.scale_dtype).removeprefix("torch.")
-        raise FormatError(f"{form.name}: expected {what} {shape} in {dtype}, got {_said(values)}.")
+        raise FormatError(f"{form.name}: expected {what} {shape} in {_plain(form.scale_dtype)}, got {_said(values)}.")
     if not bool(values.isfinite().all()):
         raise FormatError(f"{form.name}: {what} hold NaN or Inf.")
 
@@ -79,4 +80,8 @@ def same_support(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def _said(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} in {str(tensor.dtype).removeprefix('torch.')}"
+    return f"{tuple(tensor.shape)} in {_plain(tensor.dtype)}"
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

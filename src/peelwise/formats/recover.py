@@ -15,6 +15,8 @@ from peelwise.errors import FormatError
 from peelwise.formats.base import Encoded, Format, check_matrix
 from peelwise.formats.masked import Masked
 from peelwise.formats.scaled import Scaled
+from peelwise.formats.superblock import SuperBlock
+from peelwise.formats.uneven import Uneven
 
 # Of the spacing: what products of codes and scales in bfloat16 are off by at 32 levels, with a margin.
 _TOLERANCE = 0.1
@@ -37,6 +39,10 @@ def recover(W: Tensor, form: Format) -> Encoded:
         raise FormatError(f"{form.name}: {int((W[~support] != 0).sum())} weights off the support are not zero.")
     if not isinstance(inner, Scaled):
         return form.encode(W, support)
+    if isinstance(inner, Uneven | SuperBlock):  # no even spacing to find, but the largest weight has the largest code
+        encoded = form.encode(W, support)
+        check_decodes(encoded, W.double(), form)
+        return encoded
     W = W.double()
     pooled = inner.layout.pooled(W if support is None else W.masked_fill(~support, math.nan))
     low = pooled.masked_fill(pooled.isnan(), math.inf).amin(-1)

@@ -49,6 +49,23 @@ class Levels:
         steps = ((x - self.low) / self.step + 0.5).floor_()
         return steps.clamp_(0, self.count - 1).mul_(self.step).add_(self.low)
 
+    @property
+    def symmetric(self) -> bool:
+        """Whether every negated code is a code."""
+        return self.low == -self.high
+
+    def contains(self, codes: Tensor) -> Tensor:
+        """Return for every value whether it is a code."""
+        return (codes >= self.low) & (codes <= self.high) & ((codes - self.low) % self.step == 0)
+
+    def moved(self, codes: Tensor, signs: Tensor) -> Tensor:
+        """Return the codes that are next in the direction of ``signs`` (-1, 0, 1); those at the end stay."""
+        return (codes + signs * self.step).clamp(self.low, self.high)
+
+    def position(self, x: Tensor) -> Tensor:
+        """Return where values stand on a line with the codes at 0, 1 .. count - 1."""
+        return (x - self.low) / self.step
+
 
 @dataclass(frozen=True)
 class Scaled(Format):
@@ -71,6 +88,11 @@ class Scaled(Format):
     def offset(self) -> Offset:
         """What is added to the scaled codes."""
         return "none"
+
+    @property
+    def scales_stay(self) -> bool:
+        """Whether scales and offsets are tied to each other, so that none can be re-fitted by itself."""
+        return False
 
     @abstractmethod
     def rule(self, pooled: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -122,7 +144,7 @@ class Scaled(Format):
 
     def with_positive_scales(self, encoded: Encoded) -> Encoded:
         """Return the same matrix with codes instead of scales negated, where every negated code is a code too."""
-        if encoded.scales is None or self.offset != "none" or self.levels.low != -self.levels.high:
+        if encoded.scales is None or self.offset != "none" or not self.levels.symmetric:
             return encoded
         negative = self.layout.spread(encoded.scales < 0, *encoded.codes.shape)
         return replace(encoded, codes=torch.where(negative, -encoded.codes, encoded.codes), scales=encoded.scales.abs())
@@ -144,7 +166,7 @@ class Scaled(Format):
     def bits(self, d_out: int, d_in: int, support: Tensor | None = None) -> float:
         """Return the bits; see `Format.bits`. A scale for the whole model is counted with none of its matrices."""
         weights: float = d_out * d_in
-        groups: float = (1 if self.layout.shared_by_rows else d_out) * (d_in // self.layout.columns(d_in))
+        groups: float = self.layout.rows(d_out) * (d_in // self.layout.columns(d_in))
         if support is not None:
             weights = float(support.sum())
             groups = float(self.layout.pooled(support).any(-1).sum())

@@ -70,6 +70,6 @@ def _distance(form: Format, latent: Tensor, now: Encoded) -> Tensor:
     inner = form.inner if isinstance(form, Masked) else form
     assert isinstance(inner, Scaled)
     levels = inner.levels
-    x = (inner.in_codes(latent, now) - levels.low) / levels.step  # codes are at 0, 1 .. count - 1
+    x = levels.position(inner.in_codes(latent, now))  # codes are at 0, 1 .. count - 1
     threshold = (x - 0.5).round().clamp(0, levels.count - 2) + 0.5
     return (x - threshold).abs()

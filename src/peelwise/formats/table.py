@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from peelwise.errors import FormatError
 from peelwise.formats.base import Format
 from peelwise.formats.binary import Binary
@@ -13,7 +15,9 @@ from peelwise.formats.integer import Integer
 from peelwise.formats.layout import Layout
 from peelwise.formats.masked import Banded, BlockDiagonal, Masked, NOfM, Pattern
 from peelwise.formats.scaled import SCALE_DTYPES
+from peelwise.formats.superblock import TYPES, SuperBlock
 from peelwise.formats.ternary import Ternary
+from peelwise.formats.uneven import UNEVEN, Uneven
 
 _LAYOUTS: Mapping[str, Layout] = {per: Layout(per) for per in ("model", "tensor", "channel")}
 _PATTERNS: Mapping[str, Callable[[str], Pattern]] = {
@@ -44,12 +48,29 @@ def _integer(width: int) -> Callable[[dict[str, Any]], Format]:
     return make
 
 
+def _uneven(table: str) -> Callable[[dict[str, Any]], Format]:
+    def make(options: dict[str, Any]) -> Format:
+        eight_bits = table.startswith("float8")
+        layout = options.pop("layout", Layout("channel") if eight_bits else Layout("group", 64))
+        # The largest eight-bit number is 448 or more, so half precision would leave few digits of a scale.
+        scale = {"scale_dtype": torch.float32} if eight_bits else {}
+        return Uneven(layout, **(scale | _scale(options)), table=table)
+
+    return make
+
+
+def _superblock(kind: str) -> Callable[[dict[str, Any]], Format]:
+    return lambda options: SuperBlock.of(kind)
+
+
 # A family takes the options that it knows; what it leaves is an error.
 FAMILIES: Mapping[str, Callable[[dict[str, Any]], Format]] = {
     "dense": _dense,
     "binary": _binary,
     "ternary": _ternary,
     **{f"int{width}": _integer(width) for width in range(2, 9)},
+    **{table: _uneven(table) for table in UNEVEN},
+    **{kind: _superblock(kind) for kind in TYPES},
 }
 
 _WORDS: Mapping[str, tuple[str, Any]] = {
@@ -59,8 +80,9 @@ _WORDS: Mapping[str, tuple[str, Any]] = {
     **{word: ("dtype", dtype) for word, dtype in SCALE_DTYPES.items()},
 }
 
-SYNTAX = """NAME or NAME:OPTION,OPTION... Names: dense, binary, ternary, int2 to int8.
-One scale per: model, tensor, channel, group=N. Stored scales: scale=float16 (default), bfloat16, float32.
+SYNTAX = """NAME or NAME:OPTION,OPTION... Names: dense, binary, ternary, int2 to int8, nf4, fp4,
+float8_e4m3, float8_e5m2, and GGUF's q2_k to q6_k. One scale per: model, tensor, channel, group=N, block=N (N x N
+weights). Stored scales: scale=float16 (default), bfloat16, float32.
 ternary: absmean (default), absmedian. int2 to int8: symmetric (default), affine, minimum.
 dense: float32 (default), float16, bfloat16.
 Fixed support, for any of them: blocks=N (block-diagonal), band=N, keep=N:M.
@@ -105,6 +127,8 @@ def _option(word: str, text: str) -> tuple[str, Any]:
     try:
         if key == "group":
             return "layout", Layout("group", int(value))
+        if key == "block":
+            return "layout", Layout("block", int(value))
         if key == "scale" and value in SCALE_DTYPES:
             return "scale_dtype", SCALE_DTYPES[value]
         if key in _PATTERNS:
@@ -113,7 +137,7 @@ def _option(word: str, text: str) -> tuple[str, Any]:
         if isinstance(error, FormatError):
             raise
     raise FormatError(
-        f"{text!r}: {word!r} is not understood. Expected one of {', '.join(_WORDS)}, group=N, scale=float32, "
+        f"{text!r}: {word!r} is not understood. Expected one of {', '.join(_WORDS)}, group=N, block=N, scale=float32, "
         "blocks=N, band=N, keep=N:M."
     )
 

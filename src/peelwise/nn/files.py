@@ -110,7 +110,9 @@ def _restored(model: nn.Module, name: str, form_name: str, saved: Callable[[str]
         form = Masked(form, Given(support))
     inner = form.inner if isinstance(form, Masked) else form
     if type(inner) not in LAYER_OF:
-        raise FormatError(f"{name}: {form.name} is no format to train in. Expected binary, ternary or int2 to int8.")
+        raise FormatError(
+            f"{name}: {form.name} is no format to train in. Expected one of codes and scales, such as int4."
+        )
     try:
         layer = LAYER_OF[type(inner)].from_linear(linear, form)
         layer.support = support

@@ -20,8 +20,10 @@ from peelwise.formats.integer import Integer
 from peelwise.formats.masked import Masked
 from peelwise.formats.membership import check_member, same_support, scaled_part
 from peelwise.formats.scaled import Scaled
+from peelwise.formats.superblock import SuperBlock
 from peelwise.formats.table import parse_format
 from peelwise.formats.ternary import Ternary
+from peelwise.formats.uneven import Uneven
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -174,7 +176,7 @@ class TernaryLinear(QuantizedLinear):
 class IntLinear(QuantizedLinear):
     """A linear layer with integer weights of 2 to 8 bits; by default 4, symmetric, a scale per output channel."""
 
-    families = (Integer,)
+    families = (Integer, SuperBlock)
 
     def __init__(
         self,
@@ -188,8 +190,16 @@ class IntLinear(QuantizedLinear):
         super().__init__(in_features, out_features, bias, form, device, dtype)
 
 
+class TableLinear(QuantizedLinear):
+    """A linear layer whose weights are from a table, such as nf4 or eight-bit floating-point numbers, times a scale."""
+
+    families = (Uneven,)
+
+
 LAYER_OF: dict[type[Format], type[QuantizedLinear]] = {
     Binary: BinaryLinear,
     Ternary: TernaryLinear,
     Integer: IntLinear,
+    SuperBlock: IntLinear,
+    Uneven: TableLinear,
 }

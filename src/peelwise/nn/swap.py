@@ -46,7 +46,7 @@ def quantize_(
     form = parse_format(form) if isinstance(form, str) else form
     family = type(form.inner if isinstance(form, Masked) else form)
     if family not in LAYER_OF:
-        raise FormatError(f"{form.name} needs no special layer. Expected binary, ternary or int2 to int8.")
+        raise FormatError(f"{form.name} needs no special layer. Expected one of codes and scales, such as int4.")
     heads = _heads(model)
     swapped: dict[str, QuantizedLinear] = {}
     for name, module in model.named_modules():

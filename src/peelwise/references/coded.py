@@ -92,12 +92,9 @@ def next_level(form: Format, encoded: Encoded, towards: Tensor) -> Tensor:
     """
     levels = _scaled(form).levels
     scales = _spread_scales(form, encoded, towards)
-    steps = towards.sign() * scales.sign() * levels.step
     codes = encoded.codes.to(towards)
-    inside = (codes + steps >= levels.low) & (codes + steps <= levels.high)
-    if encoded.support is not None:
-        inside = inside & encoded.support
-    return torch.where(inside, steps * scales, 0.0)
+    change = (levels.moved(codes, towards.sign() * scales.sign()) - codes) * scales
+    return change if encoded.support is None else change * encoded.support
 
 
 def flip_steps(metric: Metric, D: Tensor, form: Format, encoded: Encoded) -> Tensor:
@@ -206,8 +203,7 @@ def _moved(form: Format, encoded: Encoded, towards: Tensor, chosen: Tensor) -> E
     """Return the codes with those ``chosen [d_out, d_in]`` (bool) one level further in the direction of ``towards``."""
     levels = _scaled(form).levels
     signs = towards.sign() * _spread_scales(form, encoded, towards).sign()
-    codes = encoded.codes.to(torch.int16) + (signs * chosen).to(torch.int16) * levels.step
-    return replace(encoded, codes=codes.to(levels.dtype))
+    return replace(encoded, codes=levels.moved(encoded.codes.to(towards), signs * chosen).to(levels.dtype))
 
 
 def _spread_scales(form: Format, encoded: Encoded, like: Tensor) -> Tensor:

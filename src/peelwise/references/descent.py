@@ -62,7 +62,7 @@ class Descent:
         self.refresh()
 
     def _wide(self, values: Tensor, d_out: int) -> Tensor:
-        return values.T.to(self.S).expand(-1, d_out).contiguous()
+        return values.T.to(self.S).repeat_interleave(d_out // len(values), dim=1).contiguous()
 
     def refresh(self) -> None:
         """Compute weights and gradient from the codes again, which removes rounding errors of many updates."""
@@ -86,7 +86,8 @@ class Descent:
 
     def encoded(self) -> Encoded:
         """Return the matrix as its format writes it down."""
-        form, rows = self.form, slice(0, 1) if self.form.layout.shared_by_rows else slice(None)
+        form, d_out = self.form, self._codes.shape[1]
+        rows = slice(None, None, d_out // form.layout.rows(d_out))
         zeros = None
         if self._zeros is not None:
             kind = form.levels.dtype if form.offset == "zero point" else form.scale_dtype
@@ -164,6 +165,8 @@ class Descent:
 
     def refit(self) -> None:
         """Move every scale and offset once to the best value that can be stored."""
+        if self.form.scales_stay:
+            return
         for group in range(len(self._scales)):
             parabola, along = self.scale_parabola(group)
             self.move_scale(group, parabola.lowest(), along)
@@ -217,8 +220,13 @@ class Descent:
         slope = -(change * self._gradient[columns]).sum(0)  # [d_out]
         curvature = (change * along[columns]).sum(0)
         if self.form.layout.shared_by_rows:
-            slope, curvature = slope.sum().expand_as(slope), curvature.sum().expand_as(curvature)
+            slope, curvature = self._over_shared_rows(slope), self._over_shared_rows(curvature)
         return Parabola(slope, curvature), along
+
+    def _over_shared_rows(self, values: Tensor) -> Tensor:
+        """Return for every row the sum of ``values [d_out]`` over the rows that have the same scale."""
+        rows = self.form.layout.rows(len(values))
+        return values.reshape(rows, -1).sum(1).repeat_interleave(len(values) // rows)
 
     def _take(self, group: int, gradient_change: Tensor) -> None:
         """Bring the weights of a group up to date with its parameters, and the gradient by what is known of it."""

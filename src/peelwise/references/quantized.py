@@ -120,6 +120,8 @@ def solve_together(
         return [_dense(S, T, inner, support) for (S, T), support in zip(problems, supports, strict=True)]
     rounded = _rounded(inner, problems, supports)
     first = [shrunk(inner, S, T, start) for (S, T), start in zip(problems, rounded, strict=True)]
+    if inner.scales_stay and extra[0]:  # the scales in use are better than those of a rule
+        first = [_at_scales_in_use(inner, T, own[0]) for (_, T), own in zip(problems, extra, strict=True)]
     candidates = [rounded]
     history: tuple[float, ...] = ()
     for number, begin in enumerate([first, *zip(*extra, strict=True)]):
@@ -225,10 +227,15 @@ def _rounded(
     return [form.quantized(T.float(), *stored, support) for (_, T), support in zip(problems, supports, strict=True)]
 
 
+def _at_scales_in_use(form: Scaled, T: Tensor, used: Encoded) -> Encoded:
+    assert used.scales is not None
+    return form.quantized(T.float(), used.scales.to(T.device), used.zeros, used.support)
+
+
 def shrunk(form: Scaled, S: Tensor, T: Tensor, rounded: Encoded) -> Encoded:
     """Return ``T`` rounded at the scales that, alone or a part of them, are best for ``sum_j S_jj (W_ij - T_ij)^2``."""
     assert rounded.scales is not None
-    if form.layout.per == "model":
+    if form.layout.per == "model" or form.scales_stay:
         return rounded
     best, lowest = rounded.scales, None
     weights = S.diagonal().to(T)

@@ -1,7 +1,7 @@
 """Codes and scales of GGUF files as they are stored, for the linear layers of the model opened from the same file.
 
 A block is 32 neighbouring inputs (256 in ternary types) with a float16 scale, perhaps a float16 minimum, and codes of
-two, four, five or eight bits. Layouts and names of tensors are those of the ggml project.
+two, four, five or eight bits; K-quants are in `gguf_k`. Layouts and names of tensors are those of the ggml project.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from numpy.typing import NDArray
 
 from peelwise.errors import FormatError, MissingExtraError, UnsupportedModelError
 from peelwise.formats.base import Encoded, Format
+from peelwise.formats.superblock import SUPER
 from peelwise.formats.table import parse_format
 from peelwise.model.layers import Block, LinearLayer
+from peelwise.model.weights.gguf_k import LAYOUTS, products
 from peelwise.model.weights.gguf_reader import FileReader
 from peelwise.model.weights.held import Held
 
 _Bytes = NDArray[np.uint8]
-# Scales, minima or none, and codes as they are counted from the lowest: [blocks, 1], [blocks, 1], [blocks, weights].
-_Parts = tuple[NDArray[np.float16], NDArray[np.float16] | None, NDArray[np.int16]]
+# Scales, minima or none, and codes: [blocks, groups], [blocks, groups], [blocks, weights]; one group but in K-quants.
+_Parts = tuple[NDArray[np.floating], NDArray[np.floating] | None, NDArray[np.int16]]
 
 
 def stored_layers(file: str | Path, blocks: Sequence[Block]) -> dict[LinearLayer, Held]:
@@ -79,16 +81,16 @@ def read_blocks(kind: str, data: _Bytes) -> tuple[Format, Encoded]:
         kind: its type, such as ``"Q4_1"``.
         data: its bytes ``[d_out, bytes of a row]``.
     """
-    name, size, unpack = BLOCK_FORMATS[kind]
+    name, _, unpack = BLOCK_FORMATS[kind]
     form = parse_format(name)
     width = BLOCK_BYTES[kind]
-    d_out, per_row = data.shape[0], data.shape[1] // width
+    d_out = data.shape[0]
     scales, minima, codes = unpack(np.ascontiguousarray(data).reshape(-1, width))
     dtype = np.uint8 if minima is not None else np.int8
-    zeros = None if minima is None else torch.from_numpy(minima.reshape(d_out, per_row).copy())
+    zeros = None if minima is None else torch.from_numpy(minima.reshape(d_out, -1).copy())
     return form, Encoded(
-        torch.from_numpy(codes.astype(dtype).reshape(d_out, per_row * size)),
-        torch.from_numpy(scales.reshape(d_out, per_row).copy()),
+        torch.from_numpy(codes.astype(dtype).reshape(d_out, -1)),
+        torch.from_numpy(scales.reshape(d_out, -1).copy()),
         zeros,
     )
 
@@ -183,6 +185,10 @@ def _tq2_0(blocks: _Bytes) -> _Parts:
     return _float16(blocks, 64), None, codes - 1
 
 
+def _super(kind: str) -> Callable[[_Bytes], _Parts]:
+    return lambda blocks: products(LAYOUTS[kind].read(blocks))
+
+
 # Type -> our format, weights per block, and how a block is taken apart.
 BLOCK_FORMATS: dict[str, tuple[str, int, Callable[[_Bytes], _Parts]]] = {
     "Q4_0": ("int4:group=32", 32, _q4_0),
@@ -191,5 +197,8 @@ BLOCK_FORMATS: dict[str, tuple[str, int, Callable[[_Bytes], _Parts]]] = {
     "Q5_1": ("int5:group=32,minimum", 32, _q5_1),
     "Q8_0": ("int8:group=32", 32, _q8_0),
     "TQ2_0": ("ternary:group=256", 256, _tq2_0),
+    **{kind: (kind.lower(), SUPER, _super(kind)) for kind in LAYOUTS},
 }
-BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "TQ2_0": 66}
+BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "TQ2_0": 66} | {
+    kind: layout.size for kind, layout in LAYOUTS.items()
+}

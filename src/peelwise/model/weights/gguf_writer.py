@@ -20,6 +20,7 @@ from peelwise.formats.base import Encoded, Format
 from peelwise.formats.table import parse_format
 from peelwise.model.architectures import find_blocks
 from peelwise.model.weights.gguf import BLOCK_FORMATS, names_in, read_blocks, rows_in_file
+from peelwise.model.weights.gguf_k import LAYOUTS, integers
 from peelwise.model.weights.gguf_reader import FileReader, dequantize
 
 _Bytes = NDArray[np.uint8]
@@ -33,9 +34,9 @@ def kind_of(form: Format) -> str:
         FormatError: If there is none.
     """
     for kind, (name, _, _) in BLOCK_FORMATS.items():
-        if kind in PACKERS and parse_format(name).name == form.name:
+        if kind in WRITTEN and parse_format(name).name == form.name:
             return kind
-    have = ", ".join(f"{BLOCK_FORMATS[kind][0]} ({kind})" for kind in PACKERS)
+    have = ", ".join(f"{BLOCK_FORMATS[kind][0]} ({kind})" for kind in WRITTEN)
     raise FormatError(f"GGUF has no blocks for {form.name}. Expected one of {have}.")
 
 
@@ -103,6 +104,9 @@ def pack(kind: str, encoded: Encoded) -> _Bytes:
     d_out = len(encoded.codes)
     codes = encoded.codes.cpu().numpy().astype(np.int16).reshape(-1, size)
     assert encoded.scales is not None
+    if kind in LAYOUTS:
+        parts = integers(kind, encoded.scales, encoded.zeros, codes)
+        return LAYOUTS[kind].write(parts).reshape(d_out, -1)
     heads = [_two_bytes(encoded.scales)]
     if encoded.zeros is not None:
         heads.append(_two_bytes(encoded.zeros))
@@ -156,3 +160,4 @@ PACKERS: dict[str, Callable[[NDArray[np.int16]], Any]] = {
     "Q5_1": _fives,
     "Q8_0": lambda codes: codes.astype(np.int8).view(np.uint8),
 }
+WRITTEN = (*PACKERS, *LAYOUTS)
