@@ -277,6 +277,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "always the last position": (lambda: AlwaysLast(Mlp(), Mlp()), "logits of 1 positions for"),
     "ViT": (vit, "ViTForImageClassification could not be run"),
     "nn.Transformer": (lambda: nn.Transformer(WIDTH, 4, 2, 2, 64), "Transformer could not be run"),
-    "packed bytes": (packed, r"h\.1\.up \(Linear\) keeps its weight as uint8"),
-    "float8": (float8, r"h\.1\.up \(Linear\) keeps its weight as float8_e4m3fn"),
+    "packed bytes": (packed, r"h\.1\.up: Linear keeps its weights packed, weight as uint8"),
+    "float8": (float8, r"h\.1\.up: Linear keeps its weights packed, weight as float8_e4m3fn"),
 }

@@ -66,7 +66,7 @@ def test_other_things_to_load_are_refused(folder, key, value):
     refused(folder, "config.json", key, "never done")
 
 
-@pytest.mark.parametrize("method", ["eetq", "fp8", "mxfp4", "fbgemm_fp8", "anybody/quantiser"])
+@pytest.mark.parametrize("method", ["eetq", "mxfp4", "nvfp4", "anybody/quantiser"])
 def test_quantisers_that_fetch_kernels_are_refused(folder, method):
     edit(folder / "config.json", quantization_config={"quant_method": method})
     with pytest.raises(UnsupportedModelError, match=f"quantised by '{method}', which is unknown or fetches kernels"):

@@ -53,7 +53,7 @@ CHECKS = {
     "hooked into": "changes",
     "joined by more than the hidden state": "gradients",
     "gradient at": "gradients",
-    "keeps its weight as": "weights to compute with",
+    "keeps its weights packed": "weights to compute with",
 }
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from peelwise.errors import MissingExtraError, ModelError, UnsupportedModelError
 from peelwise.model.checkpoint_files import Stored, brief, read_json
+from peelwise.model.weights.folders import PACKINGS
 from peelwise.model.weights.gguf_header import GgufHeader
 
 # Set by us: every implementation of attention computes the same. All other names are repositories of kernels.
@@ -34,11 +35,8 @@ _LOADING_KEYS = (
 )  # fmt: skip
 # Code of the checkpoint is never run, so it need not be named.
 _CODE_KEYS = ("auto_map", "custom_pipelines", "_auto_class")
-# Quantisers from Python packages; the others (eetq, fp8, mxfp4, ..) fetch kernels from the hub.
-_QUANTISERS = (
-    "torchao", "bitnet", "bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit", "gptq", "awq", "aqlm", "quanto",
-    "hqq", "compressed-tensors", "vptq", "spqr", "quark", "auto-round",
-)  # fmt: skip
+# Quantisers from Python packages; the others (eetq, mxfp4, ..) fetch kernels from the hub.
+_QUANTISERS = ("torchao", "bitnet", "aqlm", "quanto", "hqq", "vptq", "spqr", "quark", *PACKINGS)
 _QUANTISATION_KEYS = ("quantization_config", "compression_config")
 _SPECIAL_FLOATS = ("Infinity", "-Infinity", "NaN")
 _LAYER_KEYS = re.compile(r"num_hidden_layers|n_layers?|num_layers|num_(de|en)coder_layers|(de|en)coder_layers")
@@ -81,7 +79,20 @@ def checked_config(folder: Path, config: dict[str, Any], stored: Stored) -> Any:
             f"{file} cannot be used: {brief(error)}. Save the model again; a newer transformers may open it."
         ) from error
     check_sizes(folder, built, stored.size, _MOST_PACKED if _quantisers(allowed) else _MOST_PLAIN)
+    if packed_config(config) is not None:  # its layers are read without the tool that made them
+        del built.quantization_config
     return built
+
+
+def packed_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what ``config.json`` says of quantised weights, if `weights.folders` reads them; else ``None``."""
+    found = config.get("quantization_config") or config.get("compression_config")
+    if not isinstance(found, dict):
+        return None
+    method = found.get("quant_method")
+    if method is None and (found.get("load_in_4bit") is True or found.get("load_in_8bit") is True):
+        method = "bitsandbytes"
+    return found | {"quant_method": method} if method in PACKINGS else None
 
 
 def check_config_beside(folder: Path) -> None:

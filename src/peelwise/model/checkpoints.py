@@ -14,11 +14,19 @@ from torch import nn
 
 from peelwise.errors import DeviceError, FormatError, MissingExtraError, ModelError, OutputError
 from peelwise.model.architectures import find_blocks
-from peelwise.model.checkpoint_config import check_config_beside, check_gguf_counts, check_sizes, checked_config
+from peelwise.model.checkpoint_config import (
+    check_config_beside,
+    check_gguf_counts,
+    check_sizes,
+    checked_config,
+    packed_config,
+)
 from peelwise.model.checkpoint_files import brief, check_folder, check_weights, read_config, read_tensors
 from peelwise.model.loading import contained, load_tokenizer, quiet, require_transformers
+from peelwise.model.weights.folders import Unpacked, unpacked
 from peelwise.model.weights.gguf import stored_layers
 from peelwise.model.weights.gguf_header import check_gguf
+from peelwise.model.weights.reading import Reading, note_reading
 from peelwise.nn.files import FORMATS_KEY, TENSORS, hold_in, note_formats, restore_
 
 _SHOWN = 300  # characters of a name that may be anybody's
@@ -76,12 +84,18 @@ def open_model(
     number_format = _number_format(dtype, target)
     path, name = _locate(source)
     with contained():
-        config, options = _gguf_options(path) if path.is_file() else _folder_options(path, allow_pickle)
+        packed: Unpacked | None = None
+        if path.is_file():
+            config, options = _gguf_options(path)
+        else:
+            config, options, packed = _folder_options(path, allow_pickle)
         words = _tokenizer(path, tokenizer, options.get("gguf_file")) if with_tokenizer else None
         model = _load_model(path, config, number_format, options)
     _forget_gguf(model)
     if path.is_dir():
         _restore_formats(model, path)
+    if packed is not None:
+        _hold_packed(model, packed)
     if as_stored:
         _hold_stored(model, path)
     try:
@@ -208,8 +222,8 @@ def _number_format(name: str, device: torch.device) -> torch.dtype | str:
     return _DTYPES[name]
 
 
-def _folder_options(folder: Path, allow_pickle: bool) -> tuple[Any, dict[str, Any]]:
-    """Return the config of a folder, and how its weights are loaded, once all of it is checked."""
+def _folder_options(folder: Path, allow_pickle: bool) -> tuple[Any, dict[str, Any], Unpacked | None]:
+    """Return the config of a folder, how its weights are loaded, and what it holds packed; all of it checked first."""
     check_folder(folder)
     config = read_config(folder)
     if (folder / "adapter_config.json").exists():
@@ -218,7 +232,13 @@ def _folder_options(folder: Path, allow_pickle: bool) -> tuple[Any, dict[str, An
             "installed: expected one. Merge the adapter and save that, or remove adapter_config.json."
         )
     stored = check_weights(folder, allow_pickle=allow_pickle)
-    return checked_config(folder, config, stored), {"use_safetensors": stored.safetensors}
+    built, said = checked_config(folder, config, stored), packed_config(config)
+    if said is None:
+        return built, {"use_safetensors": stored.safetensors}, None
+    if not stored.safetensors:
+        raise ModelError(f"{folder}: packed weights in pickled files are not read. Save them as safetensors.")
+    packed = unpacked(folder, stored.shapes, said)
+    return built, {"state_dict": packed.state}, packed
 
 
 def _gguf_options(file: Path) -> tuple[Any, dict[str, Any]]:
@@ -252,12 +272,17 @@ def _tokenizer(path: Path, elsewhere: str | Path | None, gguf_file: str | None) 
 
 def _load_model(path: Path, config: Any, dtype: torch.dtype | str, options: dict[str, Any]) -> nn.Module:
     try:
-        model, info = require_transformers().AutoModelForCausalLM.from_pretrained(
-            str(path.parent if path.is_file() else path),
+        package = require_transformers()
+        made = package.AutoModelForCausalLM
+        where: str | None = str(path.parent if path.is_file() else path)
+        if "state_dict" in options:  # weights are here already, so nothing is to be found in the folder
+            made, where = package.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], None
+        model, info = made.from_pretrained(
+            where,
             config=config,
             dtype=dtype,
             local_files_only=True,
-            trust_remote_code=False,
+            **({} if where is None else {"trust_remote_code": False}),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, by name
             **options,
@@ -316,6 +341,22 @@ def _hold_stored(model: nn.Module, path: Path) -> None:
         if isinstance(linear.module, nn.Linear):
             hold_in(model, linear.name, held.format, held.encoded)
     note_formats(model)
+
+
+def _hold_packed(model: nn.Module, packed: Unpacked) -> None:
+    """Let every linear layer whose codes a folder holds compute with them; same weights to the bit.
+
+    Layers that the loader renamed, merged or rounded to another dtype keep the numbers that it made of them.
+    """
+    linears = {linear.name: linear for block in find_blocks(model) for linear in block.linears}
+    kept = 0
+    for name, held in packed.held.items():
+        linear = linears.get(name)
+        if linear is not None and type(linear.module) is nn.Linear and torch.equal(linear.weight(), held.weight):
+            hold_in(model, name, held.format, held.encoded)
+            kept += 1
+    note_formats(model)
+    note_reading(model, Reading(packed.said, kept, len(packed.held) + len(packed.plain) - kept, packed.scales))
 
 
 def _restore_formats(model: nn.Module, folder: Path) -> None:

@@ -84,7 +84,9 @@ def check_finite(model: nn.Module) -> None:
     for name, tensor in _tensors(model):
         if not tensor.is_floating_point():
             continue
-        bad = sum(piece.numel() - int(piece.isfinite().sum()) for piece in _pieces(local_shard(tensor)))
+        small = tensor.element_size() < 2  # eight-bit numbers can be compared with nothing
+        pieces = (piece.float() if small else piece for piece in _pieces(local_shard(tensor)))
+        bad = sum(piece.numel() - int(piece.isfinite().sum()) for piece in pieces)
         if bad:
             raise ModelError(
                 f"{name} holds {bad} of {tensor.numel()} values that are NaN or Inf. "

@@ -112,7 +112,9 @@ def _in_training(linear: LinearLayer, stepped: Collection[int] | None) -> bool:
 def _only_codes(linear: LinearLayer) -> bool:
     """Whether a low-bit layer has no floating-point weight behind its codes."""
     weight = linear.module._parameters.get("weight")
-    return linear.low_bit and not (type(weight) is nn.Parameter and weight.is_floating_point())
+    return linear.low_bit and not (
+        type(weight) is nn.Parameter and weight.is_floating_point() and weight.element_size() >= 2
+    )
 
 
 def _adapters(block: Block) -> Iterator[LinearLayer]:

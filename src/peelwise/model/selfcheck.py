@@ -27,6 +27,8 @@ from peelwise.model.layers import Block, LinearLayer, plain_name, unwrapped
 from peelwise.model.parts import parts_of
 from peelwise.model.runner import Batch, Runner, Trace, check_replay
 from peelwise.model.splice import spliced
+from peelwise.model.weights.reading import reading_notes
+from peelwise.model.weights.table import unread
 from peelwise.probe.probe import Split
 from peelwise.records.base import Note, note
 from peelwise.stats.linalg import solve_dtype
@@ -87,7 +89,7 @@ def self_check(runner: Runner, split: Split, *, gradients: bool = True, causal: 
             check_splice(runner, block, linears, trace.batches[0])
     live = {block: _and_experts(block, linears) for block, linears in called.items()}
     runner.blocks = tuple(replace(block, linears=linears) for block, linears in live.items())
-    return (*_left_out(live), *_in_autocast(runner))
+    return (*_left_out(live), *_in_autocast(runner), *reading_notes(runner.model))
 
 
 def check_shared(blocks: Sequence[Block]) -> None:
@@ -120,7 +122,9 @@ def check_dtypes(blocks: Sequence[Block]) -> None:
     """
     for block in blocks:
         for linear in block.linears:
-            weight = getattr(linear.module, "weight", None)
+            weight, why = getattr(linear.module, "weight", None), unread(linear.module)
+            if why is not None:
+                raise UnsupportedModelError(f"Not yet: {linear.name}: {why}")
             if not isinstance(weight, Tensor) or linear.low_bit:
                 continue
             if not weight.is_floating_point() or weight.element_size() < 2:

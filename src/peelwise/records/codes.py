@@ -95,4 +95,5 @@ NoteCode = Literal[
     "autocast",
     "factor-first",
     "no-curvature",
+    "read-as-numbers",
 ]

@@ -14,11 +14,18 @@ from torch import Tensor, nn
 
 from peelwise.errors import UnsupportedModelError
 from peelwise.formats.base import Encoded
-from peelwise.model.weights import bitnet, protocol, torchao
+from peelwise.model.weights import bitnet, bitsandbytes, float8, protocol, refused, torchao
 from peelwise.model.weights.held import Adapter, Held
 
 # The first that matches reads; a new kind of module is a file with such rows of its own.
-ADAPTERS: tuple[Adapter, ...] = (*protocol.ADAPTERS, *bitnet.ADAPTERS, *torchao.ADAPTERS)
+ADAPTERS: tuple[Adapter, ...] = (
+    *protocol.ADAPTERS,
+    *bitnet.ADAPTERS,
+    *torchao.ADAPTERS,
+    *bitsandbytes.ADAPTERS,
+    *float8.ADAPTERS,
+    *refused.ADAPTERS,
+)
 
 
 def held(module: nn.Module) -> Held | None:
@@ -26,7 +33,7 @@ def held(module: nn.Module) -> Held | None:
 
     Raises:
         FormatError: If the module does not store what its format says.
-        UnsupportedModelError: If its codes cannot be read.
+        UnsupportedModelError: If its codes cannot be read; by name, with what to do.
     """
     for adapter in ADAPTERS:
         if adapter.matches(module):
@@ -54,6 +61,12 @@ def hold_(module: nn.Module, encoded: Encoded) -> None:
     if write is None:
         raise UnsupportedModelError(f"{type(module).__name__} cannot be given other codes.")
     write(encoded)
+
+
+def unread(module: nn.Module) -> str | None:
+    """Return why a module's packed weights cannot be read, and what to do; ``None`` if they can, or are not packed."""
+    known = any(adapter.matches(module) for adapter in ADAPTERS if adapter not in refused.ADAPTERS)
+    return None if known else refused.refusal(module)
 
 
 def is_low_bit(module: nn.Module) -> bool:

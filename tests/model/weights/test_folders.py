@@ -1,0 +1,152 @@
+"""Folders of other quantisation tools: opened without these tools, with exactly the weights that they store."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gguf_files import llama_of_whole_blocks
+from packed_files import CASES, words_along, write_packed
+from peelwise.errors import ModelError, UnsupportedModelError
+from peelwise.formats.membership import check_member
+from peelwise.model.architectures import find_blocks
+from peelwise.model.checkpoints import open_model, save_model
+from peelwise.model.weights.packing import packed_bits, unpacked_bits
+from peelwise.model.weights.reading import reading_of
+
+FORMATS = {
+    "gptq": "int4:group=32,symmetric",
+    "gptq-3-bits": "int3:group=32,affine",
+    "gptq-v2": "int8:group=32,affine",
+    "awq": "int4:group=32,affine",
+    "pack-quantized": "int4:group=32,symmetric,scale=bfloat16",
+    "pack-quantized-3-bits": "int3:group=32,affine,scale=bfloat16",
+    "int-quantized": "int8:channel,symmetric,scale=float32",
+    "float-quantized": "float8_e4m3:channel,scale=float32",
+    "fp8-blocks": "float8_e4m3:block=32,scale=float32",
+    "fp8-tensor": "float8_e4m3:tensor,scale=float32",
+}
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_codes_go_on_from_one_word_to_the_next(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (3, 41), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    words = words_along(codes, bits)
+    assert torch.equal(packed_bits(codes, bits), words)
+    assert torch.equal(unpacked_bits(words, bits, 41), codes)
+    with pytest.raises(ModelError, match="expected 200 codes"):
+        unpacked_bits(words, bits, 200)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_folder_is_opened_with_exactly_the_weights_that_it_stores(tmp_path: Path, case: str) -> None:
+    model = llama_of_whole_blocks()
+    expected = write_packed(model, tmp_path, *CASES[case])
+    opened = open_model(tmp_path, device="cpu", with_tokenizer=False).model
+    linears = [linear for block in find_blocks(opened) for linear in block.linears]
+    assert len(linears) == 14
+    for linear in linears:
+        held = linear.held()
+        assert torch.equal(linear.weight(), expected[f"{linear.name}.weight"]), linear.name
+        assert not torch.equal(linear.weight(), model.get_submodule(linear.name).weight)
+        if case == "gptq-act-order":
+            assert held is None
+        else:
+            assert held is not None
+            assert held.format.name == FORMATS[case]
+            check_member(held.encoded, held.format, tuple(linear.weight().shape))
+    reading = reading_of(opened)
+    assert reading is not None
+    assert (reading.codes, reading.numbers) == ((0, 14) if case == "gptq-act-order" else (14, 0))
+    plain = llama_of_whole_blocks()
+    plain.load_state_dict(expected)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(opened(ids).logits, plain(ids).logits)
+
+
+def test_what_was_opened_is_saved_with_its_codes(tmp_path: Path) -> None:
+    expected = write_packed(llama_of_whole_blocks(), tmp_path / "in", *CASES["awq"])
+    opened = open_model(tmp_path / "in", device="cpu", with_tokenizer=False)
+    save_model(opened.model, None, tmp_path / "out")
+    again = open_model(tmp_path / "out", device="cpu", with_tokenizer=False).model
+    for linear in (linear for block in find_blocks(again) for linear in block.linears):
+        assert linear.held().format.name == FORMATS["awq"]
+        assert torch.equal(linear.weight(), expected[f"{linear.name}.weight"])
+
+
+def test_layers_in_full_precision_stay_so(tmp_path: Path) -> None:
+    model = llama_of_whole_blocks()
+    write_packed(model, tmp_path, *CASES["gptq"])
+    stored = load_file(tmp_path / "model.safetensors")
+    layer = "model.layers.1.mlp.down_proj"
+    left = {name: tensor for name, tensor in stored.items() if not name.startswith(layer)}
+    save_file(left | {f"{layer}.weight": model.get_submodule(layer).weight}, tmp_path / "model.safetensors")
+    opened = open_model(tmp_path, device="cpu", with_tokenizer=False).model
+    by_name = {linear.name: linear for block in find_blocks(opened) for linear in block.linears}
+    assert by_name[layer].held() is None
+    assert torch.equal(by_name[layer].weight(), model.get_submodule(layer).weight)
+    assert sum(linear.low_bit for linear in by_name.values()) == 13
+
+
+def _spoilt(folder: Path, case: str, spoil) -> None:
+    write_packed(llama_of_whole_blocks(), folder, *CASES[case])
+    stored = load_file(folder / "model.safetensors")
+    spoil(stored, "model.layers.1.mlp.up_proj")
+    save_file(stored, folder / "model.safetensors")
+
+
+def _edit(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("case", "spoil", "said"),
+    [
+        ("gptq", lambda t, n: t.pop(f"{n}.scales"), r"up_proj do not go together .*'scales'.* gptq"),
+        ("gptq", lambda t, n: t.update({f"{n}.qweight": t[f"{n}.qweight"][:3]}), "up_proj"),
+        ("gptq", lambda t, n: t[f"{n}.scales"].fill_(float("nan")), "up_proj.*NaN or Inf"),
+        ("awq", lambda t, n: t.update({f"{n}.qzeros": t[f"{n}.qzeros"][:1]}), "up_proj"),
+        ("gptq-act-order", lambda t, n: t[f"{n}.g_idx"].add_(1), "up_proj: g_idx should name one of 2 groups"),
+        ("int-quantized", lambda t, n: t.update({f"{n}.weight_scale": torch.ones(5, 1)}), "do not divide a matrix"),
+        ("fp8-blocks", lambda t, n: t.pop(f"{n}.weight_scale_inv"), r"up_proj.weight is packed as float8.* no scale"),
+        ("fp8-tensor", lambda t, n: t[f"{n}.weight"].view(torch.uint8).fill_(0x7F), "up_proj.*NaN or Inf"),
+        ("pack-quantized", lambda t, n: t.update({f"{n}.weight_shape": torch.tensor([96, 640])}), "up_proj"),
+    ],
+)
+def test_damaged_layers_are_named(tmp_path: Path, case: str, spoil, said: str) -> None:
+    _spoilt(tmp_path, case, spoil)
+    with pytest.raises((ModelError, UnsupportedModelError), match=said) as raised:
+        open_model(tmp_path, device="cpu", with_tokenizer=False)
+    assert "Traceback" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "said"),
+    [
+        ("awq", {"version": "gemv"}, "packed for 'gemv'"),
+        ("gptq", {"checkpoint_format": "marlin"}, "packed for 'marlin'"),
+        ("pack-quantized", {"format": "marlin-24"}, "format 'marlin-24'"),
+        ("gptq", {"quant_method": "mxfp4"}, "quantised by 'mxfp4'"),
+    ],
+)
+def test_other_layouts_are_refused_by_name(tmp_path: Path, case: str, changes: dict[str, str], said: str) -> None:
+    write_packed(llama_of_whole_blocks(), tmp_path, *CASES[case])
+    _edit(tmp_path, **changes)
+    with pytest.raises(UnsupportedModelError, match=said):
+        open_model(tmp_path, device="cpu", with_tokenizer=False)
+
+
+def test_in_another_dtype_the_numbers_stay_and_no_codes_are_claimed(tmp_path: Path) -> None:
+    expected = write_packed(llama_of_whole_blocks(), tmp_path, *CASES["gptq"])
+    opened = open_model(tmp_path, device="cpu", dtype="bfloat16", with_tokenizer=False).model
+    reading = reading_of(opened)
+    assert (reading.codes, reading.numbers) == (0, 14)
+    for linear in (linear for block in find_blocks(opened) for linear in block.linears):
+        assert torch.equal(linear.weight(), expected[f"{linear.name}.weight"].bfloat16())

@@ -1,0 +1,112 @@
+"""What is read without the tools that wrote it, beside these tools themselves, where they are installed.
+
+None of them is a dependency. `pip install bitsandbytes compressed-tensors` in an environment with torch 2.13 runs all.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gguf_files import llama_of_whole_blocks
+from packed_files import CASES, write_packed
+from peelwise.formats.membership import check_member
+from peelwise.model.architectures import find_blocks
+from peelwise.model.checkpoints import open_model
+from peelwise.model.weights.bitsandbytes import read_bitsandbytes
+from peelwise.model.weights.reading import reading_of
+from peelwise.model.weights.table import held
+
+
+def _four_bits(W: Tensor, **options: Any) -> nn.Module:
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(W.shape[1], W.shape[0], bias=False, compute_dtype=torch.float32, **options)
+    layer.weight = bnb.nn.Params4bit(W.clone(), requires_grad=False, **options)
+    return layer.to("cpu")
+
+
+@pytest.mark.parametrize("table", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_four_bits_of_bitsandbytes(table: str, nested: bool) -> None:
+    functional = pytest.importorskip("bitsandbytes").functional
+    W = torch.randn(48, 128, generator=torch.Generator().manual_seed(0))
+    layer = _four_bits(W, quant_type=table, compress_statistics=nested)
+    expected = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    found, state = held(layer), layer.state_dict()
+    assert found.format.name == f"{table}:group=64,scale=float32"
+    check_member(found.encoded, found.format, (48, 128))
+    torch.testing.assert_close(found.weight, expected, rtol=2e-7, atol=0)
+    stored = read_bitsandbytes(state, {})
+    assert torch.equal(stored.weight, found.weight)
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(layer(x), x @ found.weight.T, rtol=1e-4, atol=1e-4)
+
+
+def test_eight_bits_of_bitsandbytes() -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    W = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    layer = bnb.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False)
+    layer.weight = bnb.nn.Int8Params(W.clone(), requires_grad=False, has_fp16_weights=False)
+    layer = layer.to("cpu")
+    found = held(layer)
+    assert found.format.name == "int8:channel,symmetric,scale=float32"
+    expected = bnb.functional.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
+    torch.testing.assert_close(found.weight, expected, rtol=1e-6, atol=0)
+    state = layer.state_dict()
+    assert torch.equal(read_bitsandbytes(state, {}).weight, found.weight)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_folder_that_transformers_wrote_with_bitsandbytes(tmp_path: Path, bits: int) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    llama_of_whole_blocks().save_pretrained(tmp_path / "plain")
+    said = (
+        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+        if bits == 4
+        else BitsAndBytesConfig(load_in_8bit=True)
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=said, device_map="cpu", dtype=torch.float32
+    )
+    theirs.save_pretrained(tmp_path / "packed")
+    ours = open_model(tmp_path / "packed", device="cpu", with_tokenizer=False).model
+    assert reading_of(ours).codes + reading_of(ours).numbers == 14
+    for linear in (linear for block in find_blocks(ours) for linear in block.linears):
+        there = held(theirs.get_submodule(linear.name)) if linear.held() is not None else None
+        if there is not None:
+            assert torch.equal(linear.weight(), there.weight)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        a, b = ours(ids).logits, theirs(ids).logits
+    # Eight bits round the inputs too, four bits do not.
+    torch.testing.assert_close(a, b, rtol=0, atol=2e-3 if bits == 4 else 0.1 * float(b.std()))
+
+
+@pytest.mark.parametrize("case", ["pack-quantized", "pack-quantized-3-bits", "int-quantized", "float-quantized"])
+def test_files_of_this_suite_are_what_compressed_tensors_reads(tmp_path: Path, case: str) -> None:
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    make, said = CASES[case]
+    W = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    tensors, expected = make(W)
+    weights = {
+        "pack-quantized": {"num_bits": 4, "strategy": "group", "group_size": 32},
+        "pack-quantized-3-bits": {"num_bits": 3, "strategy": "group", "group_size": 32, "symmetric": False},
+        "int-quantized": {"num_bits": 8, "strategy": "channel"},
+        "float-quantized": {"num_bits": 8, "strategy": "channel", "type": "float"},
+    }[case]
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
+    compressor = compressors.BaseCompressor.get_value_from_registry(said["format"])
+    found = compressor.decompress(tensors, scheme)["weight"]
+    assert torch.equal(found, expected.to(found.dtype))
+    folder = tmp_path / "packed"
+    ours = write_packed(llama_of_whole_blocks(), folder, make, said)
+    opened = open_model(folder, device="cpu", with_tokenizer=False).model
+    assert all(torch.equal(m.weight(), ours[f"{m.name}.weight"]) for b in find_blocks(opened) for m in b.linears)
