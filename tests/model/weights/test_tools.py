@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from gguf_files import llama_of_whole_blocks
 from packed_files import CASES, write_packed
+from peelwise.errors import UnsupportedModelError
 from peelwise.formats.membership import check_member
 from peelwise.model.architectures import find_blocks
 from peelwise.model.checkpoints import open_model
@@ -36,11 +38,16 @@ def test_four_bits_of_bitsandbytes(table: str, nested: bool) -> None:
     W = torch.randn(48, 128, generator=torch.Generator().manual_seed(0))
     layer = _four_bits(W, quant_type=table, compress_statistics=nested)
     expected = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    found, state = held(layer), layer.state_dict()
+    state = layer.state_dict()
+    stored = read_bitsandbytes(state, {})
+    if layer.support_avx512bf16_for_cpu:  # the first forward pass would give it other scales than are stored
+        with pytest.raises(UnsupportedModelError, match="packs the codes anew and rounds their scales"):
+            held(layer)
+        layer.support_avx512bf16_for_cpu = False
+    found = held(layer)
     assert found.format.name == f"{table}:group=64,scale=float32"
     check_member(found.encoded, found.format, (48, 128))
     torch.testing.assert_close(found.weight, expected, rtol=2e-7, atol=0)
-    stored = read_bitsandbytes(state, {})
     assert torch.equal(stored.weight, found.weight)
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(layer(x), x @ found.weight.T, rtol=1e-4, atol=1e-4)
@@ -65,7 +72,11 @@ def test_a_folder_that_transformers_wrote_with_bitsandbytes(tmp_path: Path, bits
     pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    llama_of_whole_blocks().save_pretrained(tmp_path / "plain")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=97, max_position_embeddings=64, **sizes)).save_pretrained(
+        tmp_path / "plain"
+    )
     said = (
         BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
         if bits == 4
@@ -76,16 +87,16 @@ def test_a_folder_that_transformers_wrote_with_bitsandbytes(tmp_path: Path, bits
     )
     theirs.save_pretrained(tmp_path / "packed")
     ours = open_model(tmp_path / "packed", device="cpu", with_tokenizer=False).model
-    assert reading_of(ours).codes + reading_of(ours).numbers == 14
+    assert reading_of(ours).codes == 14
     for linear in (linear for block in find_blocks(ours) for linear in block.linears):
-        there = held(theirs.get_submodule(linear.name)) if linear.held() is not None else None
-        if there is not None:
-            assert torch.equal(linear.weight(), there.weight)
+        module = theirs.get_submodule(linear.name)
+        module.support_avx512bf16_for_cpu = False
+        assert torch.equal(linear.weight(), held(module).weight)
     ids = torch.arange(40)[None]
     with torch.no_grad():
         a, b = ours(ids).logits, theirs(ids).logits
     # Eight bits round the inputs too, four bits do not.
-    torch.testing.assert_close(a, b, rtol=0, atol=2e-3 if bits == 4 else 0.1 * float(b.std()))
+    torch.testing.assert_close(a, b, rtol=0, atol=(1e-4 if bits == 4 else 0.1) * float(b.std()))
 
 
 @pytest.mark.parametrize("case", ["pack-quantized", "pack-quantized-3-bits", "int-quantized", "float-quantized"])

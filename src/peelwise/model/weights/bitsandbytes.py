@@ -71,6 +71,11 @@ def _read_four_bits(module: Any) -> Held:
     weight, state = module.weight, module.weight.quant_state
     if state is None:
         raise UnsupportedModelError("Its four bits have no quant_state yet. Move the model to its device first.")
+    if getattr(module, "support_avx512bf16_for_cpu", False) and weight.device.type == "cpu":
+        raise UnsupportedModelError(
+            "Not yet: four bits of bitsandbytes in memory of this CPU, for which it packs the codes anew and rounds "
+            "their scales to bfloat16 when it first runs. Save the model, and give peelwise the folder."
+        )
     absmax = state.absmax
     if state.nested:
         blocks = torch.arange(len(absmax), device=absmax.device) // state.state2.blocksize
