@@ -10,7 +10,7 @@ pytest.importorskip("playwright", reason="playwright drives the browser")
 
 from playwright.sync_api import expect, sync_playwright
 
-from peelwise.records.run import WHOLE_MODEL, MatrixShare, Measurement, RunInfo, Statistic, StepRow, VerdictRow
+from peelwise.records.run import WHOLE_MODEL, Event, MatrixShare, Measurement, RunInfo, Statistic, StepRow, VerdictRow
 from peelwise.store.writer import RunWriter
 from runs import event, measurement_row, run_info
 from show.dashboard.asking import served
@@ -124,6 +124,40 @@ def test_it_shows_the_newest_run(page, ask):
     assert page.locator(".cloud").count() == 0  # no bounds, no cloud
     assert "2.0 % of the wall time so far, 3.0 % asked for" in article.inner_text()
     assert page.locator("#connection").inner_text() == "at rest"
+
+
+FIRST = {
+    "no measurement": ("", (), "Nothing measured yet, and no alert so far."),
+    "nothing wrong": (
+        "GY?",
+        ((20, "block 0 turned red", "red", 0),),
+        "Healthy as far as was seen: no alert holds, 2 of 3 blocks are decided and none is red.",
+    ),
+    "a red that holds": (
+        "GR?",
+        ((20, "block 1 turned red", "red", 1), (21, "it is slow", "cost", None)),
+        "Look here, because: block 1 turned red",
+    ),
+    "a mistake": (
+        "GG?",
+        ((20, "labels are shifted", "labels-shifted", None),),
+        "Look here, because: labels are shifted",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FIRST)
+def test_the_first_sentence_says_whether_to_look_and_where(page, tmp_path, case):
+    letters, told, sentence = FIRST[case]
+    path = tmp_path / "run.db"
+    with RunWriter(path, run_info("told")) as writer, served(path) as ask:
+        writer.step(StepRow(0, 4.0, 0.0))
+        for step, text, kind, block in told:
+            writer.event(Event(step, "info" if kind == "cost" else "alert", kind, text, block))
+        if letters:
+            writer.measurement(Measurement(30, "alone", 2.0, 0.1, 0.0, letters))
+        opened(page, ask)
+        expect(page.locator(".first")).to_have_text(sentence)
 
 
 def test_the_cloud_is_shown_where_its_bounds_are(page, ask):

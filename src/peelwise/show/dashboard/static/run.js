@@ -23,6 +23,7 @@ export class RunView {
     this.cost = new Cost();
     this.title = h("h2", { id: `run-${data.key}` }, data.facts.name);
     this.facts = h("p", { class: "facts" });
+    this.first = h("p", { class: "first" });
     this.number = h("p", { class: "number" });
     this.what = h("p", { class: "what" });
     this.trend = h("p", { class: "range" });
@@ -37,6 +38,7 @@ export class RunView {
       h(
         "section",
         { class: "card", "aria-label": "Where it stands" },
+        this.first,
         h(
           "div",
           { class: "hero" },
@@ -81,6 +83,9 @@ export class RunView {
       this.facts.dataset.of = known.join();
       this.facts.replaceChildren(...known.map((text, i) => h("span", { class: i ? null : `status ${facts.status}` }, text)));
     }
+    const [alarm, sentence] = firstSentence(this.data);
+    this.first.className = alarm ? "first alarm" : "first";
+    setText(this.first, sentence);
     const loss = this.data.loss.items.findLast((bin) => bin.mean !== null);
     const value = now.look ? now.look.probe_loss : (now.step?.[1] ?? loss?.mean ?? null);
     const shown = value === null || value === undefined ? "–" : nats(value);
@@ -157,6 +162,21 @@ export class RunView {
   #hover(step) {
     for (const each of [this.loss, this.heat, this.block, this.cost]) each.showCursor(step);
   }
+}
+
+// What to look at first: the newest alert that still holds, or that nothing was seen, and on how much that rests.
+function firstSentence({ events, now }) {
+  const letters = now.look?.letters ?? "";
+  const holds = (each) => each.level === "alert"
+    && (each.kind !== "red" || (each.block === null ? letters.includes("R") : letters[each.block] === "R"));
+  const alert = events.findLast(holds);
+  if (alert) return [true, `Look here, because: ${alert.text}`];
+  if (!letters) return [false, "Nothing measured yet, and no alert so far."];
+  const red = letters.split("R").length - 1;
+  const decided = [...letters].filter((letter) => "RYG".includes(letter)).length;
+  const asked = [...letters].filter((letter) => letter !== "F").length;
+  if (red) return [true, `Look at the red ${red === 1 ? "block" : "blocks"}: no event names a cause.`];
+  return [false, `Healthy as far as was seen: no alert holds, ${decided} of ${asked} blocks are decided and none is red.`];
 }
 
 // The number above is the probe's, the slope is training's: says whose it is, and where the two losses are far apart.
