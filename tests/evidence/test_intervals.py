@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from peelwise.errors import TooFewSamplesError
-from peelwise.evidence.intervals import Paired, holm_rejections, paired
+from peelwise.evidence.intervals import Paired, holm_rejections, paired, ratio
 
 TRUTH = 0.01  # nats per token
 SIZES = (8, 12, 20, 29, 30, 60, 200)  # all of them nightly
@@ -246,3 +246,21 @@ def test_the_sequences_needed_mostly_decide():
     needed = np.median([paired(*planted(rng, 40)).sequences_needed(margin) for _ in range(300)])
     assert 40 < needed < 400
     assert decided(int(needed)) > 0.6 > 2 * decided(40)
+
+
+def test_a_share_of_two_means_is_covered_as_often_as_it_says() -> None:
+    """Gains of 200 drawn experiments, correlated as losses of the same sequences are; the true share is 0.6."""
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(400):
+        tokens = rng.integers(50, 100, 20).astype(float)
+        whole = tokens * (0.1 + 0.08 * rng.normal(size=20))
+        part = 0.6 * whole + tokens * 0.03 * rng.normal(size=20)
+        found = ratio(part, whole, tokens)
+        assert found.low < found.mean < found.high
+        assert found.mean == pytest.approx(part.sum() / whole.sum())
+        hits += found.low <= 0.6 <= found.high
+    assert 0.92 < hits / 400 < 0.98
+    assert ratio(part, rng.normal(size=20), tokens) is None  # nothing bounds a share of nothing
+    exact = ratio(0.25 * whole, whole, tokens)
+    assert exact.low == pytest.approx(0.25)
+    assert exact.high == pytest.approx(0.25)

@@ -63,6 +63,7 @@ def quantcheck(
     probe: Probe | ProbeOptions | None = None,
     settings: QuantcheckSettings | None = None,
     *,
+    base: nn.Module | str | Path | None = None,
     budget: float | str | None = None,
     opening: OpenOptions | None = None,
     out: str | Path | None = None,
@@ -77,6 +78,8 @@ def quantcheck(
         probe: the probe, or the text to draw it from with the quantised model's tokenizer; default: the reference
             prose.
         settings: format, effort, budget.
+        base: the model before a fine-tune (adapters merged) that made ``parent``; then the report says how much of the
+            fine-tune survives quantisation, and in which blocks it is lost.
         budget: shorthand for that of ``settings``: wall time, in seconds or like ``"10m"``.
         opening: how folders and files are opened.
         out: JSON file to save the record in; refused before the work if it exists.
@@ -99,7 +102,8 @@ def quantcheck(
         _check_file(out, force=force)
     target, drawn = open_both(quantised, probe, opening)
     pair = _candidate(target), _candidate(open_target(parent, opening))
-    report = QuantcheckReport(run_quantcheck(*pair, drawn, settings, progress))
+    first = None if base is None else _candidate(open_target(base, opening))
+    report = QuantcheckReport(run_quantcheck(*pair, drawn, settings, progress, first))
     if out is not None:
         report.save(out, force=force)
     return report

@@ -46,6 +46,15 @@ def quantcheck(
             "--against", metavar="PARENT", help="The model that it was made from.", rich_help_panel="Measurement"
         ),
     ],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base",
+            metavar="MODEL",
+            help="The model before the fine-tune that made PARENT: how much of the fine-tune survives.",
+            rich_help_panel="Measurement",
+        ),
+    ] = None,
     text: TextOption = None,
     field: FieldOption = ProbeOptions.field,
     tokens: TokensOption = ProbeOptions.tokens,
@@ -84,7 +93,7 @@ def quantcheck(
     opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer)
     with at_work(f"Opening {quantised} and {against} ...") as watcher:
         report = api.quantcheck(
-            quantised, against, probe, settings, opening=opening, out=out, force=force, progress=watcher
+            quantised, against, probe, settings, base=base, opening=opening, out=out, force=force, progress=watcher
         )
     if as_json:
         typer.echo(report.to_json())

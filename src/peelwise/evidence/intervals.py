@@ -125,6 +125,45 @@ def paired(sums: ArrayLike, tokens: ArrayLike) -> Paired:
     return Paired(float(mean), float(error), n, _skewness(residual))
 
 
+@dataclass(frozen=True)
+class Share:
+    """A quotient of two means with its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def ratio(part: ArrayLike, whole: ArrayLike, tokens: ArrayLike, level: float = 0.95) -> Share | None:
+    """Return ``r = mean(part) / mean(whole)`` with Fieller's interval: all ``r`` that ``part - r whole`` agrees with.
+
+        (a - r b)^2 <= t^2 Var(a - r b)        a, b the means per token; residuals over sequences give the variances
+
+    Args:
+        part, whole: sums per sequence, nats.
+        tokens: per sequence.
+        level: of the interval.
+
+    Returns:
+        ``None`` where ``whole`` is not distinguishable from 0, so that nothing bounds the quotient.
+
+    Source: E. C. Fieller, "Some problems in interval estimation", J. R. Statist. Soc. B 16, 1954.
+    """
+    from scipy.special import stdtrit
+
+    t = np.asarray(tokens, dtype=np.float64)
+    both = np.stack([np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)])
+    n, (a, b) = len(t), both.sum(1) / t.sum()
+    residual = both - np.array([[a], [b]]) * t
+    (s_aa, s_ab), (_, s_bb) = n / (n - 1) * residual @ residual.T / t.sum() ** 2
+    q = float(stdtrit(n - 1, (1 + level) / 2)) ** 2
+    square, middle, rest = b**2 - q * s_bb, a * b - q * s_ab, a**2 - q * s_aa
+    if square <= 0:
+        return None
+    half = np.sqrt(max(middle**2 - square * rest, 0.0))
+    return Share(float(a / b), float((middle - half) / square), float((middle + half) / square))
+
+
 def holm_rejections(p_values: Sequence[float], level: float) -> list[bool]:
     """Return which hypotheses Holm's step-down procedure rejects at family-wise ``level``."""
     rejected = [False] * len(p_values)

@@ -1,4 +1,4 @@
-"""Every matrix, in one floating-point dtype."""
+"""Every matrix, in one floating-point dtype; and matrices of a file whose layout is none of our formats."""
 
 from __future__ import annotations
 
@@ -33,3 +33,25 @@ class Dense(Format):
         """Return the bits; see `Format.bits`."""
         weights = d_out * d_in if support is None else float(support.sum())
         return weights * torch.finfo(self.dtype).bits
+
+
+@dataclass(frozen=True)
+class Stored(Dense):
+    """The numbers of a layer that a file stores in a layout of its own: they can be measured, and nothing be sought.
+
+    Attributes:
+        layout: what the layout is called.
+        each: bits per weight in the file.
+    """
+
+    layout: str = ""
+    each: float = 32.0
+
+    @property
+    def name(self) -> str:
+        """What the layout is called."""
+        return self.layout
+
+    def bits(self, d_out: int, d_in: int, support: Tensor | None = None) -> float:
+        """Return the bits in the file."""
+        return d_out * d_in * self.each

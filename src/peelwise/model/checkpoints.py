@@ -349,14 +349,16 @@ def _hold_packed(model: nn.Module, packed: Unpacked) -> None:
     Layers that the loader renamed, merged or rounded to another dtype keep the numbers that it made of them.
     """
     linears = {linear.name: linear for block in find_blocks(model) for linear in block.linears}
-    kept = 0
+    numbers, kept = dict(packed.plain), 0
     for name, held in packed.held.items():
         linear = linears.get(name)
         if linear is not None and type(linear.module) is nn.Linear and torch.equal(linear.weight(), held.weight):
             hold_in(model, name, held.format, held.encoded)
             kept += 1
+        else:
+            numbers[name] = held.format.bits_per_weight(*held.encoded.codes.shape)
     note_formats(model)
-    note_reading(model, Reading(packed.said, kept, len(packed.held) + len(packed.plain) - kept, packed.scales))
+    note_reading(model, Reading(packed.said, kept, numbers, packed.scales))
 
 
 def _restore_formats(model: nn.Module, folder: Path) -> None:

@@ -49,6 +49,7 @@ Stage = Literal[
     "untrained-control",
     "best-weights",
     "best-weights-losses",
+    "fine-tune",
     "curvature",
     "codes",
     "codes-losses",

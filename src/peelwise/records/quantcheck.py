@@ -29,7 +29,8 @@ class LayerCheck(Record):
     ``rounded`` is the error of rounding the parent's weights to nearest with the format's own rule, ``flipped`` the
     share of codes that the best weights found have otherwise, and ``damping`` that of the sums they were found in, in
     units of their mean diagonal. Errors are on the report part, so what is recoverable at the same bit width can be a
-    little below 0.
+    little below 0. ``codes`` is false where the layer's layout is none of our formats, so that none are looked for.
+    ``fine_tune`` is how much a fine-tune changed the layer's output, in the units of ``error``, if a base was given.
     """
 
     name: str
@@ -41,6 +42,35 @@ class LayerCheck(Record):
     flipped: float | None = None
     damping: float | None = None
     split: SplitRecord | None = None
+    codes: bool = True
+    fine_tune: float | None = None
+
+
+class FineTunedBlock(Record):
+    """What the fine-tuned model loses if one block alone gets the quantised weights.
+
+    ``noise`` is the mean over its layers of the quantisation error in units of what the fine-tune changed.
+    """
+
+    index: int
+    lost: Interval
+    noise: float | None = None
+
+
+class FineTuneRecord(Record):
+    """How much of a fine-tune the quantised model keeps: ``survives`` is ``kept / gained``, with ``low`` and ``high``.
+
+    They are ``None`` where the fine-tune is not shown to gain anything on this text.
+    """
+
+    base: ModelRecord
+    loss: float
+    gained: Interval
+    kept: Interval
+    survives: float | None = None
+    low: float | None = None
+    high: float | None = None
+    blocks: tuple[FineTunedBlock, ...] = ()
 
 
 class QuantLosses(Record):
@@ -81,6 +111,7 @@ class QuantcheckRecord(Record):
     probe: ProbeRecord
     loss: QuantLosses
     layers: tuple[LayerCheck, ...]
+    fine_tune: FineTuneRecord | None = None
     cost: CostRecord
     notes: tuple[Note, ...] = ()
     settings: dict[str, bool | int | float | str | None]

@@ -44,14 +44,14 @@ class Unpacked:
     Attributes:
         state: weights by name, all of them numbers.
         held: by layer, those that are codes of our formats.
-        plain: names of quantised layers that are numbers only, as no format of ours has their layout.
+        plain: bits per weight of the layers that are numbers only, as no format of ours has their layout.
         said: the configuration.
         scales: by layer, fixed scales of its quantised inputs, where the folder has them.
     """
 
     state: dict[str, Tensor] = field(default_factory=dict)
     held: dict[str, Held] = field(default_factory=dict)
-    plain: list[str] = field(default_factory=list)
+    plain: dict[str, float] = field(default_factory=dict)
     said: Mapping[str, Any] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(default_factory=dict)
 
@@ -125,7 +125,7 @@ def _add(
     if isinstance(read, Held):
         found.held[layer] = read
     else:
-        found.plain.append(layer)
+        found.plain[layer] = sum(8 * t.numel() * t.element_size() for t in own.values()) / read.numel()
     weight = read.weight if isinstance(read, Held) else read
     _check_finite(folder, layer, weight)
     found.state[f"{layer}.weight"] = weight

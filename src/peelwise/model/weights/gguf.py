@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from peelwise.errors import FormatError, MissingExtraError, UnsupportedModelError
 from peelwise.formats.base import Encoded, Format
+from peelwise.formats.dense import Stored
 from peelwise.formats.superblock import SUPER
 from peelwise.formats.table import parse_format
 from peelwise.model.layers import Block, LinearLayer
@@ -29,7 +30,7 @@ _Bytes = NDArray[np.uint8]
 _Parts = tuple[NDArray[np.floating], NDArray[np.floating] | None, NDArray[np.int16]]
 
 
-def stored_layers(file: str | Path, blocks: Sequence[Block]) -> dict[LinearLayer, Held]:
+def stored_layers(file: str | Path, blocks: Sequence[Block], *, numbers: bool = False) -> dict[LinearLayer, Held]:
     """Return what a GGUF file holds for every linear layer of a model that was opened from it.
 
     Rows are in the order of the model's own weights: some converters keep those of queries and keys in another.
@@ -37,6 +38,7 @@ def stored_layers(file: str | Path, blocks: Sequence[Block]) -> dict[LinearLayer
     Args:
         file: the ``.gguf`` file.
         blocks: of the opened (dequantised) model; see `find_blocks`.
+        numbers: take the dequantised numbers of layers whose blocks are not read, instead of raising an error.
 
     Returns:
         Per layer, format and codes; layers stored as floating-point numbers are left out.
@@ -65,6 +67,11 @@ def stored_layers(file: str | Path, blocks: Sequence[Block]) -> dict[LinearLayer
         if kind in ("F32", "F16", "BF16"):
             continue
         if kind not in BLOCK_FORMATS:
+            if numbers:
+                weight = linear.weight().float()
+                stored = Stored(layout=kind, each=8 * np.asarray(tensor.data).nbytes / weight.numel())
+                found[linear] = Held(stored, Encoded(weight))
+                continue
             raise UnsupportedModelError(
                 f"Not yet: {linear.name} is stored as {kind}; blocks that are read: {', '.join(BLOCK_FORMATS)}. "
                 "The dequantised weights can be audited all the same."

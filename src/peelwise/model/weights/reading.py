@@ -21,13 +21,13 @@ class Reading:
     Attributes:
         said: its ``quantization_config``.
         codes: layers that hold codes of our formats.
-        numbers: quantised layers that hold plain numbers, exactly those that are stored.
+        numbers: quantised layers that hold plain numbers, exactly those that are stored, with their bits per weight.
         scales: by layer, fixed scales of its quantised inputs.
     """
 
     said: Mapping[str, Any]
     codes: int
-    numbers: int
+    numbers: Mapping[str, float]
     scales: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -51,4 +51,4 @@ def reading_notes(model: nn.Module) -> Iterator[Note]:
     """Yield what a reader should know of it."""
     reading = reading_of(model)
     if reading is not None and reading.numbers:
-        yield note("read-as-numbers", method=reading.method, layers=reading.numbers, codes=reading.codes)
+        yield note("read-as-numbers", method=reading.method, layers=len(reading.numbers), codes=reading.codes)

@@ -11,7 +11,7 @@ from peelwise.records.plain_text import clean
 from peelwise.records.quantcheck import LayerCheck, QuantcheckRecord
 from peelwise.show.audit.low_bit import GAP, SAME_BITS
 from peelwise.show.audit.terminal import print_view
-from peelwise.show.quantcheck.words import ABOUT_LAYERS, NOT_KEPT, conclusion
+from peelwise.show.quantcheck.words import ABOUT_LAYERS, NOT_KEPT, conclusion, survival
 from peelwise.show.words import NOT_IN_BUDGET, bracket, duration, nats, note_words
 
 MOST_LAYERS = 24
@@ -29,6 +29,7 @@ def render(record: QuantcheckRecord, most: int | None = MOST_LAYERS) -> Renderab
             (clean(record.quantised.name), "bold"), (" against ", "dim"), (clean(record.parent.name), "bold")
         ),
         Text(clean(conclusion(record))),
+        *(Text(clean(line)) for line in survival(record)),
         Text("\nLoss on report, nats per token", style="bold"),
         Padding(_losses(record), (0, 0, 0, 1)),
         *_layers(record, most),
@@ -72,7 +73,8 @@ def _losses(record: QuantcheckRecord) -> Table:
 
 
 def _layers(record: QuantcheckRecord, most: int | None) -> list[RenderableType]:
-    solved = sorted((layer for layer in record.layers if layer.split), key=_left, reverse=True)
+    measured = [layer for layer in record.layers if layer.split or not layer.codes]
+    solved = sorted(measured, key=lambda layer: (_left(layer), layer.error), reverse=True)
     shown = solved if most is None else solved[:most]
     table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
     table.add_column("block", justify="right", no_wrap=True)
@@ -81,15 +83,15 @@ def _layers(record: QuantcheckRecord, most: int | None) -> list[RenderableType]:
     for title in ("bits", "error", "gap\nat most", "recov-\nerable", "codes\nother"):
         table.add_column(title, justify="right", no_wrap=True)
     for layer in shown:
-        assert layer.split is not None
+        split = layer.split
         table.add_row(
             str(layer.block),
             clean(layer.name.partition(f".{layer.block}.")[2] or layer.name),
             layer.format,
             f"{layer.bits_per_weight:.2f}",
             _percent(layer.error),
-            _percent(layer.split.price_of_precision + layer.split.irreducible),
-            _percent(layer.split.left_on_the_table),
+            _percent(split.price_of_precision + split.irreducible if split else None),
+            _percent(split.left_on_the_table if split else None),
             _percent(layer.flipped),
         )
     title = "\nOutput error of each layer, in percent of the parent's output"

@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
+from peelwise.records.plain_text import clean
 from peelwise.records.quantcheck import QuantcheckRecord
 
 ABOUT_LAYERS = (
     "Inputs are the parent's. Errors are measured on report, as parts of the parent's mean squared output there."
 )
+MOST_BLOCKS = 4  # that a sentence names
 NOT_KEPT = "The better weights of the layers do not lower the loss on select, so none of them is used."
+
+
+def survival(record: QuantcheckRecord) -> list[str]:
+    """Return what became of a fine-tune, in sentences; none if no base was given."""
+    found = record.fine_tune
+    if found is None:
+        return []
+    gained = f"{found.gained.mean:+.4f} ({found.gained.low:+.4f} to {found.gained.high:+.4f}) nats per token"
+    if found.survives is None or found.low is None or found.high is None:
+        return [
+            f"The fine-tune is not shown to gain anything on this text: {gained}. Give text of the kind that it was "
+            "made for."
+        ]
+    lines = [
+        f"{100 * found.survives:.0f} % ({100 * found.low:.0f} to {100 * found.high:.0f}) of what the fine-tune gained "
+        f"on this text survives: it gained {gained} on {clean(found.base.name)}, of which {found.kept.mean:+.4f} are "
+        "left."
+    ]
+    lost = sorted((block for block in found.blocks if block.lost.low > 0), key=lambda block: -block.lost.mean)
+    if lost:
+        named = ", ".join(f"{block.index} ({block.lost.mean:.4f})" for block in lost[:MOST_BLOCKS])
+        more = f" and {len(lost) - MOST_BLOCKS} more" if len(lost) > MOST_BLOCKS else ""
+        lines.append(f"Lost in blocks {named}{more}: nats per token, each block alone with its quantised weights.")
+    loud = [block for block in found.blocks if block.noise is not None and block.noise > 1]
+    if loud:
+        lines.append(
+            f"In {len(loud)} of {len(found.blocks)} blocks quantisation changes the outputs more than the fine-tune "
+            "did."
+        )
+    return lines
 
 
 def conclusion(record: QuantcheckRecord) -> str:

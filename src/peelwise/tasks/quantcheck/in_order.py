@@ -8,6 +8,7 @@ from peelwise.engine.clock import Clock
 from peelwise.engine.curvature import output_curvatures
 from peelwise.engine.in_order import Walk
 from peelwise.engine.session import Changes, change_to
+from peelwise.formats.membership import scaled_part
 from peelwise.model.layers import LinearLayer
 from peelwise.model.runner import Runner, Trace
 from peelwise.model.weights.held import Held
@@ -37,7 +38,9 @@ def solve_in_order(
         clock: progress.
         stop: seconds of the clock after which no block is begun; its layers and those behind keep their codes.
     """
-    twins = {linear: pairs[linear] for linear in held if not linear.is_expert}
+    twins = {m: pairs[m] for m, h in held.items() if not m.is_expert and scaled_part(h.format) is not None}
+    if not twins:
+        return {}, True
     curvatures = output_curvatures(parent, parts[0][0], set(twins.values())) or {}
     walk = Walk(parent, own, twins, *parts)
     for done, block in enumerate(own.blocks):

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from peelwise.engine.sweep import token_rows
 from peelwise.errors import FormatError, ModelError
 from peelwise.formats.base import Encoded, Format
+from peelwise.formats.dense import Stored
+from peelwise.formats.membership import scaled_part
 from peelwise.formats.recover import recover
 from peelwise.model.capture import captured
 from peelwise.model.checkpoints import gguf_file
@@ -17,6 +19,7 @@ from peelwise.model.layers import Block, LinearLayer, vocabulary_size
 from peelwise.model.runner import Runner, Trace
 from peelwise.model.weights.gguf import stored_layers
 from peelwise.model.weights.held import Held
+from peelwise.model.weights.reading import reading_of
 from peelwise.records.base import SplitRecord
 from peelwise.records.quantcheck import LayerCheck
 from peelwise.references.coded import damped
@@ -77,9 +80,14 @@ def held_of(quantised: Candidate, blocks: tuple[Block, ...], form: Format | None
     """
     linears = [linear for block in blocks for linear in block.linears]
     found = {m: h for m in linears if m.low_bit and (h := m.held()) is not None}
+    reading = reading_of(quantised.model)
+    if reading is not None:
+        for linear in (m for m in linears if m.name in reading.numbers):
+            stored = Stored(layout=f"{reading.method}, numbers", each=reading.numbers[linear.name])
+            found[linear] = Held(stored, Encoded(linear.weight().float()))
     file = gguf_file(quantised.source)
     if not found and file is not None:
-        found = stored_layers(file, blocks)
+        found = stored_layers(file, blocks, numbers=True)
     if not found and form is not None:
         found = {linear: _read(linear, form) for linear in linears}
     if not found:
@@ -129,10 +137,16 @@ class Layer:
     fit: Tensor  # [d_in, d_in]
     select: Tensor
     report: Tensor
+    base: Tensor | None = None  # [d_out, d_in], before a fine-tune
 
     def error(self, S: Tensor, encoded: Encoded) -> float:
         """Return ``tr((W - T) S (W - T)^T)`` of what codes stand for."""
         return float(quadratic(S, self.own.format.decode(encoded).to(self.T) - self.T).sum())
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether codes can be looked for in its format."""
+        return scaled_part(self.own.format) is not None
 
     def best(self, settings: QuantcheckSettings) -> tuple[Encoded, float]:
         """Return the codes found and the damping of the sums they were found in; those in use if no others do better.
@@ -168,6 +182,8 @@ class Layer:
             format=own.format.name,
             bits_per_weight=own.format.bits(d_out, d_in, own.encoded.support) / T.numel(),
             error=current / energy,
+            codes=self.has_codes,
+            fine_tune=None if self.base is None else float(quadratic(S, T - self.base.to(T)).sum()) / energy,
         )
         if encoded is None:
             return plain

@@ -19,25 +19,28 @@ the other, for the inputs that they really get from the better codes before them
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peelwise.engine.clock import Clock, Watcher
 from peelwise.engine.opening import checked_blocks
 from peelwise.engine.provenance import Setup, model_record, versions
 from peelwise.engine.session import LOSSES, Changes, ReportSession, change_to
+from peelwise.formats.membership import scaled_part
 from peelwise.model.fingerprint import identify
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, LinearLayer, device_of
 from peelwise.model.runner import Runner, Trace
 from peelwise.model.selfcheck import self_check
 from peelwise.model.weights.held import Held
+from peelwise.model.weights.reading import reading_of
 from peelwise.probe.probe import Probe
 from peelwise.records.base import ModelRecord, Note, SplitRecord, note
 from peelwise.records.quantcheck import LayerCheck, QuantcheckConclusion, QuantcheckRecord, QuantLosses
+from peelwise.tasks.quantcheck.finetune import survival
 from peelwise.tasks.quantcheck.in_order import solve_in_order
 from peelwise.tasks.quantcheck.layers import Candidate, Layer, held_of, input_sums, matched
 from peelwise.tasks.quantcheck.settings import QuantcheckSettings
@@ -53,12 +56,22 @@ class _Found:
     complete: bool = True
 
 
+@dataclass(frozen=True)
+class _Base:
+    """The model before a fine-tune: its losses on report, the weights under the parent's layers, its record."""
+
+    losses: Tensor
+    weights: Mapping[LinearLayer, Callable[[], Tensor]]
+    record: ModelRecord
+
+
 def run_quantcheck(
     quantised: Candidate,
     parent: Candidate,
     probe: Probe,
     settings: QuantcheckSettings,
     watcher: Watcher | None = None,
+    base: Candidate | None = None,
 ) -> QuantcheckRecord:
     """Compare the two and leave both as they were.
 
@@ -68,6 +81,7 @@ def run_quantcheck(
         probe: the text: fit for the inputs' sums, select to accept the better weights, report for every loss shown.
         settings: budget and effort.
         watcher: told about progress.
+        base: the model before a fine-tune that made the parent; then the record says how much of that survives.
 
     Raises:
         ModelError: If the parent has other layers, shapes or another vocabulary.
@@ -76,6 +90,7 @@ def run_quantcheck(
     blocks, above = checked_blocks(quantised.model, probe), checked_blocks(parent.model, probe)
     pairs = matched(quantised, parent, blocks, above)
     held = held_of(quantised, blocks, settings.parsed_format())
+    before = _base_of(base, parent, above, probe, settings)
     with untouched(quantised.model), untouched(parent.model):
         runner = Runner(quantised.model, blocks, micro_batch_tokens=settings.micro_batch_tokens)
         other = Runner(parent.model, above, micro_batch_tokens=settings.micro_batch_tokens)
@@ -87,7 +102,7 @@ def run_quantcheck(
             above_of = [other.trace(part) for part in (probe.fit, probe.select, probe.report)]
             select, session = runner.trace(probe.select), ReportSession(runner, runner.trace(probe.report))
         with clock.stage("best-weights"):
-            found = _solve_all(other, above_of, {pairs[m]: (m, h) for m, h in held.items()}, settings, clock)
+            found = _solve_all(other, above_of, {pairs[m]: (m, h) for m, h in held.items()}, before, settings, clock)
         with clock.stage("codes"):
             stop = _IN_ORDER_SHARE * clock.budget
             in_order: Changes = {}
@@ -97,6 +112,13 @@ def run_quantcheck(
                 in_order, reached = solve_in_order(other, runner, parts, pairs, held, settings, clock, stop)
         with clock.stage("best-weights-losses"):
             loss = _losses(session, (found.changes, in_order), select, above_of[-1])
+        fine_tune = None
+        if before is not None:
+            with clock.stage("fine-tune"):
+                weights = {pairs[m]: h.weight for m, h in held.items()}
+                parent_session = ReportSession(other, above_of[-1])
+                losses = before.losses, session.report.losses
+                fine_tune = survival(parent_session, *losses, weights, tuple(found.layers), before.record, clock)
         cost = clock.record(probe.fit.tokens + probe.select.tokens + probe.report.tokens, device_of(quantised.model))
     records = [_model_record(c, b, probe.seed) for c, b in ((quantised, blocks), (parent, above))]
     return QuantcheckRecord(
@@ -108,6 +130,7 @@ def run_quantcheck(
         probe=probe.record(),
         loss=loss,
         layers=tuple(found.layers),
+        fine_tune=fine_tune,
         cost=cost,
         notes=(*checked, *_notes(quantised.model, parent.model, held, ended=not (found.complete and reached))),
         settings=settings.plain(),
@@ -116,10 +139,23 @@ def run_quantcheck(
     )
 
 
+def _base_of(
+    base: Candidate | None, parent: Candidate, above: tuple[Block, ...], probe: Probe, settings: QuantcheckSettings
+) -> _Base | None:
+    if base is None:
+        return None
+    blocks = checked_blocks(base.model, probe)
+    pairs = matched(parent, base, above, blocks)
+    with untouched(base.model):
+        losses = Runner(base.model, blocks, micro_batch_tokens=settings.micro_batch_tokens).trace(probe.report).losses
+    return _Base(losses, {m: twin.weight for m, twin in pairs.items()}, _model_record(base, blocks, probe.seed))
+
+
 def _solve_all(
     runner: Runner,
     parts: Sequence[Trace],
     held: dict[LinearLayer, tuple[LinearLayer, Held]],
+    before: _Base | None,
     settings: QuantcheckSettings,
     clock: Clock,
 ) -> _Found:
@@ -132,8 +168,10 @@ def _solve_all(
         for twin in (m for m in block.linears if m in held):
             linear, own = held[twin]
             found.complete &= clock.elapsed <= stop
-            layer = Layer(linear.name, block.index, twin.weight().float(), own, *(each[twin] for each in sums))
-            encoded, damping = layer.best(settings) if found.complete else (None, None)
+            W, base = twin.weight().float(), None if before is None else before.weights[twin]()
+            fit, select, report = (each[twin] for each in sums)
+            layer = Layer(linear.name, block.index, W, own, fit, select, report, base)
+            encoded, damping = layer.best(settings) if found.complete and layer.has_codes else (None, None)
             found.layers.append(layer.checked(encoded, damping))
             if encoded is not None:
                 found.changes[linear] = change_to(linear, own.format.decode(encoded))
@@ -171,6 +209,10 @@ def _conclusion(loss: QuantLosses) -> QuantcheckConclusion:
 def _notes(quantised: nn.Module, parent: nn.Module, held: dict[LinearLayer, Held], *, ended: bool) -> Iterator[Note]:
     if ended:
         yield note("budget-ended")
+    unread = {h.format.name for h in held.values() if scaled_part(h.format) is None}
+    if unread and reading_of(quantised) is None:
+        layers = sum(h.format.name in unread for h in held.values())
+        yield note("read-as-numbers", method=", ".join(sorted(unread)), layers=layers, codes=len(held) - layers)
     others = _other_differences(quantised, parent, held)
     if others:
         yield note("other-tensors", count=len(others), name=others[0])

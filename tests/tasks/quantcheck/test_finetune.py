@@ -1,0 +1,96 @@
+"""How much of a fine-tune survives quantisation, and in which blocks it is lost."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import peelwise
+from audits import Snapshot, part_of
+from peelwise.errors import ModelError
+from peelwise.model.architectures import find_blocks
+from peelwise.nn import quantize_
+from peelwise.show.quantcheck.words import survival
+from peelwise.tasks.quantcheck.settings import QuantcheckSettings
+from zoo import ZOO
+
+QUICK = QuantcheckSettings(max_sweeps=1)
+
+
+@pytest.fixture
+def probe(training_probe):
+    return part_of(training_probe, fit=8, select=4, report=16)
+
+
+def _mean_loss(model: torch.nn.Module, part) -> float:
+    """Every token that is to be predicted, one row at a time."""
+    total = tokens = 0.0
+    for ids, mask in zip(part.ids, part.mask, strict=True):
+        with torch.no_grad():
+            logits = model(ids[None, :-1])
+            logits = getattr(logits, "logits", logits)[0].double()
+        rows = mask[1:] if mask.shape == ids.shape else mask
+        losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+        total, tokens = total + float(losses[rows.bool()].sum()), tokens + float(rows.sum())
+    return total / tokens
+
+
+def test_the_share_is_that_of_the_losses_and_the_block_is_named(small_gpt, probe) -> None:
+    base, tuned = small_gpt("middle")[0], small_gpt("final")[0]
+    quantised = copy.deepcopy(tuned)
+    others = [m.name for block in find_blocks(tuned) for m in block.linears if block.index != 2]
+    quantize_(quantised, "int2", skip=others)
+    before = [Snapshot.of(model) for model in (base, tuned, quantised)]
+    record = peelwise.quantcheck(quantised, tuned, probe, QUICK, base=base).record
+    for snapshot, model in zip(before, (base, tuned, quantised), strict=True):
+        snapshot.assert_unchanged(model)
+    found = record.fine_tune
+    losses = [_mean_loss(model.eval(), probe.report) for model in (base, tuned, quantised)]
+    assert found.loss == pytest.approx(losses[0], abs=1e-5)
+    assert found.survives == pytest.approx((losses[0] - losses[2]) / (losses[0] - losses[1]), abs=1e-4)
+    assert found.low < found.survives < found.high
+    assert found.survives < 0.9
+    assert [block.index for block in found.blocks] == [2]
+    assert found.blocks[0].lost.mean == pytest.approx(losses[2] - losses[1], abs=1e-5)
+    said = survival(record)
+    assert f"{100 * found.survives:.0f} % (" in said[0]
+    assert said[1].startswith("Lost in blocks 2 (")
+    layer = next(layer for layer in record.layers if layer.name.endswith("up") or "up" in layer.name)
+    assert layer.fine_tune > 0
+    assert found.blocks[0].noise == pytest.approx(
+        sum(each.error / each.fine_tune for each in record.layers) / len(record.layers)
+    )
+
+
+def test_more_bits_keep_more_of_it(small_gpt, probe) -> None:
+    base, tuned = small_gpt("middle")[0], small_gpt("final")[0]
+    kept = []
+    for form in ("int8", "int3"):
+        quantised = copy.deepcopy(tuned)
+        quantize_(quantised, form)
+        kept.append(peelwise.quantcheck(quantised, tuned, probe, QUICK, base=base, budget=1e-6).record.fine_tune)
+    assert kept[0].survives == pytest.approx(1, abs=0.02)
+    assert kept[1].survives < kept[0].low
+
+
+def test_nothing_is_claimed_where_the_fine_tune_gains_nothing(small_gpt, probe) -> None:
+    tuned = small_gpt("final")[0]
+    quantised = copy.deepcopy(tuned)
+    quantize_(quantised, "int4")
+    record = peelwise.quantcheck(quantised, tuned, probe, QUICK, base=small_gpt("final")[0], budget=1e-6).record
+    assert record.fine_tune.survives is None
+    assert "not shown to gain anything on this text" in survival(record)[0]
+    assert survival(peelwise.quantcheck(quantised, tuned, probe, QUICK, budget=1e-6).record) == []
+
+
+def test_another_models_base_is_refused() -> None:
+    from audits import tiny_probe
+
+    tuned, other = ZOO["llama"](), ZOO["llama"]()
+    quantised = copy.deepcopy(tuned)
+    quantize_(quantised, "int4")
+    del other.model.layers[-1]
+    with pytest.raises(ModelError, match="it is not its parent"):
+        peelwise.quantcheck(quantised, tuned, tiny_probe(), QUICK, base=other)

@@ -1,0 +1,84 @@
+"""Quantised files of other tools against each other and against their parent."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import peelwise
+from audits import tiny_probe
+from gguf_files import llama_of_whole_blocks, write_llama_gguf
+from packed_files import CASES, write_packed
+from peelwise.show.quantcheck.terminal import render
+from peelwise.tasks.quantcheck.settings import QuantcheckSettings
+
+QUICK = QuantcheckSettings(max_sweeps=1)
+
+
+def _shown(record) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(render(record))
+    return console.export_text()
+
+
+@pytest.mark.parametrize("case", ["gptq", "fp8-blocks", "awq"])
+def test_a_folder_is_compared_with_its_parent_in_its_own_format(tmp_path: Path, case: str) -> None:
+    parent = llama_of_whole_blocks()
+    write_packed(parent, tmp_path, *CASES[case])
+    record = peelwise.quantcheck(tmp_path, parent, tiny_probe(in_distribution=True), QUICK).record
+    assert len(record.layers) == 14
+    for layer in record.layers:
+        assert 0 < layer.error < (0.002 if "fp8" in case else 0.02)
+        parts = layer.split
+        assert parts.price_of_precision + parts.left_on_the_table == pytest.approx(layer.error)
+        assert parts.left_on_the_table > 0
+    assert not record.notes
+
+
+def test_layers_without_a_format_of_ours_have_an_error_and_no_parts(tmp_path: Path) -> None:
+    parent = llama_of_whole_blocks()
+    write_packed(parent, tmp_path, *CASES["gptq-act-order"])
+    record = peelwise.quantcheck(tmp_path, parent, tiny_probe(in_distribution=True), QUICK).record
+    assert record.complete
+    assert len(record.layers) == 14
+    for layer in record.layers:
+        assert layer.format == "gptq, numbers"
+        assert layer.error > 0
+        assert layer.split is None
+        assert not layer.codes
+    assert [note.code for note in record.notes] == ["read-as-numbers"]
+    text = _shown(record)
+    assert "14 quantised layers (gptq) are read as plain numbers" in text
+    assert "not measured within the budget" not in text
+    assert "up_proj" in text
+
+
+def test_two_quantised_files_are_compared_with_each_other(tmp_path: Path) -> None:
+    """The parent is a file of eight bits: what four bits lose beside it is about what they lose beside the original."""
+    model, file = llama_of_whole_blocks(), tmp_path / "model.gguf"
+    write_llama_gguf(model, file, "Q8_0")
+    write_packed(model, tmp_path / "awq", *CASES["awq"])
+    probe = tiny_probe(in_distribution=True)
+    beside_file = peelwise.quantcheck(tmp_path / "awq", file, probe, QUICK).record
+    beside_model = peelwise.quantcheck(tmp_path / "awq", model, probe, QUICK).record
+    for a, b in zip(beside_file.layers, beside_model.layers, strict=True):
+        assert a.error == pytest.approx(b.error, rel=0.1)
+    assert beside_file.loss.damage.mean == pytest.approx(beside_model.loss.damage.mean, abs=3e-3)
+    back = peelwise.quantcheck(file, tmp_path / "awq", probe, QUICK).record
+    assert {layer.format for layer in back.layers} == {"int8:group=32,symmetric"}
+
+
+def test_a_check_and_an_audit_of_a_folder_see_the_weights_that_it_stores(tmp_path: Path) -> None:
+    parent = llama_of_whole_blocks()
+    expected = write_packed(parent, tmp_path, *CASES["pack-quantized"])
+    plain = llama_of_whole_blocks()
+    plain.load_state_dict(expected)
+    probe = tiny_probe(in_distribution=True)
+    there, here = (peelwise.check(model, probe).record for model in (tmp_path, plain))
+    assert there.loss == pytest.approx(here.loss, abs=1e-6)
+    audited = peelwise.audit(tmp_path, probe, budget=8).record
+    assert audited.loss.now == pytest.approx(here.loss, abs=1e-6)
+    assert any(note.code == "low-bit" for note in audited.notes)
