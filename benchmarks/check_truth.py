@@ -22,7 +22,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ BLOCKS = {
     "smollm2": {"development": (4, 15, 29, 0), "held back": (19, 6, 29, 0)},
     "small": {"development": (3, 0), "held back": (2, 4, 5, 0)},
 }
+UNTIED = "embedding untied, with noise"
 _DAMPED_BY, _DAMPED_ON = 0.5, 256  # predicted tokens of select
 # Gradients of weights and what the rule does not count: half of the time, and no part of the score.
 SKIPPED = {
@@ -172,17 +173,22 @@ def at_fault(kind: str, index: int, count: int) -> set[int]:
 
 @contextmanager
 def healthy_as(model: nn.Module, kind: str) -> Iterator[None]:
-    """Run with the model's weights rounded to bfloat16, for a dense copy; else with the model as it is."""
-    if kind != "dense copy in bfloat16":
-        yield
-        return
-    with damaged(model, find_blocks(model), "", -1, damage=_rounded_to_bfloat16):
+    """Run with the model as it is, its weights rounded to bfloat16 for a dense copy, or what is no block changed."""
+    damage = {"dense copy in bfloat16": _rounded_to_bfloat16, UNTIED: _untied}.get(kind)
+    with nullcontext() if damage is None else damaged(model, find_blocks(model), "", -1, damage=damage):
         yield
 
 
 def _rounded_to_bfloat16(s: Surgery) -> None:
     for parameter in s.model.parameters():
         s.set(parameter, parameter.to(torch.bfloat16).to(parameter.dtype))
+
+
+def _untied(s: Surgery) -> None:
+    """Give the head a matrix of its own, and the embedding noise: damage that is in no block."""
+    embedding, head = s.model.get_input_embeddings(), s.model.get_output_embeddings()
+    s.put(head, "weight", nn.Parameter(head.weight.detach().clone(), requires_grad=False))
+    s.set(embedding.weight, embedding.weight + 0.5 * s.noise_like(embedding.weight))
 
 
 def healthy_small(seed: int) -> Iterator[tuple[str, Bench]]:
@@ -210,6 +216,7 @@ def run(name: str, seed: int, half: str | None, blocks: Sequence[int] = (), *, d
     (OUT / name).mkdir(parents=True, exist_ok=True)
     bench: Bench | None = None
     todo: list[tuple[str, str, int]] = [("healthy", "as packaged", -1), ("healthy", "dense copy in bfloat16", -1)]
+    todo += [("elsewhere", UNTIED, -1)]
     for group, kinds in (("held back", HELD_BACK), ("development", DEVELOPMENT)):
         if half in (None, group):
             todo += [(group, kind, index) for index in blocks or BLOCKS[name][group] for kind in kinds]
@@ -276,16 +283,18 @@ def signals_alone(case: dict[str, Any]) -> dict[str, list[float]]:
 def table(name: str) -> dict[str, Any]:
     """Return what all cases of a model that cost more than the margin say together, by seed of the probe and half."""
     cases = [json.loads(path.read_text()) for path in sorted((OUT / name).glob("*.json"))]
-    healthy = [case for case in cases if case["group"] == "healthy"]
     result: dict[str, Any] = {"threshold": THRESHOLD, "tokens": CHECK_TOKENS}
     for seed in sorted({case["seed"] for case in cases}):
         for group in ("held back", "development"):
             own = [case for case in cases if case["group"] == group and case["seed"] == seed]
             if own:
                 result[group + (f", probe {seed}" if seed else "")] = _half(own)
-    result["healthy"] = [
-        {"kind": c["kind"], "seed": c["seed"], "named": c["named"], "highest": max(c["scores"])} for c in healthy
-    ]
+    for group in ("healthy", "elsewhere"):  # no block is at fault
+        result[group] = [
+            {key: c[key] for key in ("kind", "seed", "difference", "named")} | {"highest": max(c["scores"])}
+            for c in cases
+            if c["group"] == group
+        ]
     return result
 
 
