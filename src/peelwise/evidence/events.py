@@ -19,7 +19,9 @@ _NAMED = 3
 DEAD_CHECKS = 3  # an output without a gradient at so many checks in a row is called dead
 
 
-Complaint = Literal["frozen", "not-optimised", "zero-rate", "not-updated", "no-gradient", "non-finite", "dead-units"]
+Complaint = Literal[
+    "frozen", "not-optimised", "zero-rate", "not-updated", "no-gradient", "non-finite", "dead-units", "still-zero"
+]
 
 _ADVICE: Mapping[Complaint, str] = {
     "frozen": "If that is not meant, set requires_grad_(True).",
@@ -28,6 +30,7 @@ _ADVICE: Mapping[Complaint, str] = {
     "not-updated": "Check whether the loss depends on them.",
     "no-gradient": "Check whether the loss depends on them.",
     "non-finite": "Lower the learning rate, clip the gradient's norm, or scale the loss, and look at the last batches.",
+    "still-zero": "Give one of an adapter's two matrices random numbers: where both are zero neither gets a gradient.",
     "dead-units": "A smaller learning rate, other initial weights or another activation may bring them back.",
 }
 # The complaints that explain why a block is not trained, as they are said of it.
@@ -37,6 +40,7 @@ _UNTRAINED: Mapping[Complaint, str] = {
     "zero-rate": "has a learning rate of zero",
     "not-updated": "has parameters that are not updated",
     "no-gradient": "has parameters that get no gradient",
+    "still-zero": "has adapters that are still zero",
 }
 
 
@@ -153,6 +157,7 @@ def wrong(step: int, finding: Finding) -> Event:
         "not-updated": f"{what} {are} not written by the optimiser while others are: {names}.",
         "no-gradient": f"{what} {get} no gradient: {names}.",
         "non-finite": f"{what} {have} a gradient that is NaN or Inf: {names}.",
+        "still-zero": f"{what} of adapters {are} still zero at {DEAD_CHECKS} checks after training began: {names}.",
         "dead-units": f"{names}: {finding.dead} of {finding.total} outputs got no gradient at {DEAD_CHECKS} checks in "
         "a row.",
     }[kind]

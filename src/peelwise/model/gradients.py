@@ -15,6 +15,9 @@ from peelwise.model.layers import LinearLayer
 def differentiable(capture: Capture, out: Tensor, name: str) -> dict[LinearLayer, list[Tensor]]:
     """Return the outputs of the layers that gradients can be had of, one per run.
 
+    Runs of constants, such as the unit matrix by which DoRA finds an adapter's weight, are dropped from ``capture``:
+    no token went through them.
+
     Args:
         capture: what the layers saw.
         out: what is to be differentiated.
@@ -25,9 +28,10 @@ def differentiable(capture: Capture, out: Tensor, name: str) -> dict[LinearLayer
     """
     used = {}
     for linear, calls in capture.calls.items():
-        outputs = [call.y for call in calls]
-        if all(y.requires_grad for y in outputs):
-            used[linear] = outputs
+        live = [call for call in calls if call.y.requires_grad]
+        if live:
+            capture.calls[linear] = live
+            used[linear] = [call.y for call in live]
     if not out.requires_grad or (len(used) < len(capture.calls) and _is_checkpointed(out)):
         raise not_differentiable(next((linear.name for linear in capture.calls if linear not in used), name))
     return used

@@ -117,13 +117,26 @@ def _only_codes(linear: LinearLayer) -> bool:
     )
 
 
+def is_adapted(linear: LinearLayer) -> bool:
+    """Whether an adapter of PEFT wraps the layer, which is its base."""
+    return "base_layer" in linear.name.split(".")
+
+
+def adapter_parameters(model: nn.Module) -> frozenset[str]:
+    """Return the names of the parameters that adapters added: by their name, or beside the ``base_layer`` of PEFT."""
+    wrappers = tuple(f"{name}." for name, module in model.named_modules() if "base_layer" in module._modules)
+    return frozenset(name for name, _ in model.named_parameters() if _is_added(name, wrappers))
+
+
 def _adapters(block: Block) -> Iterator[LinearLayer]:
-    """Yield the layers that an adapter added: by their name, or beside the ``base_layer`` that PEFT wraps."""
-    wrappers = [name for name, module in unwrapped(block.module).named_modules() if "base_layer" in module._modules]
+    """Yield the layers that an adapter added."""
+    modules = unwrapped(block.module).named_modules()
+    wrappers = tuple(f"{name}." for name, module in modules if "base_layer" in module._modules)
     for linear in block.linears:
-        name = linear.name.removeprefix(f"{block.name}.")
-        beside = any(
-            name.startswith(f"{wrapper}.") and not name.startswith(f"{wrapper}.base_layer") for wrapper in wrappers
-        )
-        if beside or any(part.lower().startswith(_ADAPTERS) for part in name.split(".")):
+        if _is_added(linear.name.removeprefix(f"{block.name}."), wrappers):
             yield linear
+
+
+def _is_added(name: str, wrappers: Sequence[str]) -> bool:
+    beside = any(name.startswith(w) and not name.startswith(f"{w}base_layer") for w in wrappers)
+    return beside or any(part.lower().startswith(_ADAPTERS) for part in name.split("."))

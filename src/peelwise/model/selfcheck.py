@@ -25,6 +25,7 @@ from peelwise.model.experts import ExpertLinear, experts_as_they_are
 from peelwise.model.gradients import differentiable, gradients_by_layer, not_differentiable
 from peelwise.model.layers import Block, LinearLayer, plain_name, unwrapped
 from peelwise.model.parts import parts_of
+from peelwise.model.refined import is_adapted
 from peelwise.model.runner import Batch, Runner, Trace, check_replay
 from peelwise.model.splice import spliced
 from peelwise.model.weights.reading import reading_notes
@@ -85,8 +86,7 @@ def self_check(runner: Runner, split: Split, *, gradients: bool = True, causal: 
     if not runner.sharded:  # whole weights and gradients are nowhere to compare with
         if gradients:
             check_gradients(runner, trace, called)
-        for block, linears in called.items():
-            check_splice(runner, block, linears, trace.batches[0])
+        called = {block: check_splice(runner, block, linears, trace.batches[0]) for block, linears in called.items()}
     live = {block: _and_experts(block, linears) for block, linears in called.items()}
     runner.blocks = tuple(replace(block, linears=linears) for block, linears in live.items())
     return (*_left_out(live), *_in_autocast(runner), *reading_notes(runner.model))
@@ -198,17 +198,20 @@ def check_gradients(runner: Runner, trace: Trace, called: dict[Block, tuple[Line
         )
 
 
-def check_splice(runner: Runner, block: Block, linears: Sequence[LinearLayer], batch: Batch) -> None:
+def check_splice(runner: Runner, block: Block, linears: Sequence[LinearLayer], batch: Batch) -> tuple[LinearLayer, ...]:
     """Check that a random change hooked into a block's layers does what it does when it is written into the weights.
 
+    Returns the layers for which it does: all but those below an adapter that reads their weight itself, as DoRA does
+    for its norm (arXiv:2402.09353). Such a base is left as it is.
+
     Raises:
-        UnsupportedModelError: With the name of the first layer for which it does not.
+        UnsupportedModelError: With the name of the worst other layer for which it does not.
     """
     module = unwrapped(block.module)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     changes = {linear: _random_change(linear) for linear in linears if _writable(linear, names)}
     if not changes:
-        return
+        return tuple(linears)
     slack = _slack(runner)
     base = _block_output(runner, block, batch, {})
 
@@ -221,8 +224,12 @@ def check_splice(runner: Runner, block: Block, linears: Sequence[LinearLayer], b
         return _norm(hooked - true) / max(effect, 1e-4 * _norm(base), 1e-30)
 
     if apart(list(changes)) <= slack.effect:
-        return
+        return tuple(linears)
     found = {linear: apart([linear]) for linear in changes}
+    read = {linear for linear, away in found.items() if not away <= slack.effect and is_adapted(linear)}
+    rest = [linear for linear in changes if linear not in read]
+    if read and (not rest or apart(rest) <= slack.effect):
+        return tuple(linear for linear in linears if linear not in read)
     linear = max(found, key=lambda each: found[each])
     raise UnsupportedModelError(
         f"A change hooked into {linear.name} does not do what the same change of its weight does (they are "

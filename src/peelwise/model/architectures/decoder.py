@@ -26,6 +26,7 @@ def find_blocks(model: nn.Module) -> tuple[Block, ...]:
     Raises:
         UnsupportedModelError: If there is none; the message names what was found.
     """
+    _refuse_virtual_tokens(model)
     candidates = _in_text_decoder(model, list(_candidate_lists(model)))
     if not candidates:
         raise UnsupportedModelError(_what_was_found(model))
@@ -41,7 +42,7 @@ def find_blocks(model: nn.Module) -> tuple[Block, ...]:
 def find_head(model: nn.Module, blocks: tuple[Block, ...]) -> nn.Module | None:
     """Return the output head: what transformers calls it, or the last linear layer outside the blocks."""
     if callable(getattr(model, "get_output_embeddings", None)):
-        head = named_embedding(model, "output")
+        head = _trained_copy(named_embedding(model, "output"))
         return head if isinstance(head, nn.Linear) else None
     inside = {id(m) for block in blocks for m in block.module.modules()}
     outside = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in inside]
@@ -81,6 +82,26 @@ def _refuse_encoder_decoder(model: nn.Module, candidates: list[tuple[str, nn.Mod
             f"Not yet: {type(model).__name__} is an encoder-decoder (blocks found: {names}). "
             "peelwise audits decoder-only language models."
         )
+
+
+def _refuse_virtual_tokens(model: nn.Module) -> None:
+    """Refuse PEFT's prompt, prefix and p-tuning: blocks see more positions than the text has."""
+    configs = getattr(model, "peft_config", None)
+    for config in configs.values() if isinstance(configs, dict) else ():
+        if getattr(config, "num_virtual_tokens", None):
+            raise UnsupportedModelError(
+                f"Not yet: {type(model).__name__} puts {config.num_virtual_tokens} virtual tokens in front of every "
+                f"text ({type(config).__name__}), which are in no block. Measure the model below it: "
+                "model.get_base_model()."
+            )
+
+
+def _trained_copy(head: nn.Module | None) -> nn.Module | None:
+    """Return the copy that runs of a module which PEFT trains whole beside its adapters (``modules_to_save``)."""
+    copies, active = getattr(head, "modules_to_save", None), getattr(head, "active_adapters", ())
+    if isinstance(copies, nn.ModuleDict):
+        return next((copies[name] for name in active if name in copies), head)
+    return head
 
 
 def _what_was_found(model: nn.Module) -> str:

@@ -6,7 +6,8 @@ They read flags, the optimiser's groups, version counters and gradients; nothing
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,10 @@ from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.distributed.sharding import is_sharded, local_shard
 from peelwise.evidence.events import DEAD_CHECKS, Complaint, Finding
 from peelwise.model.layers import Block, plain_name
+from peelwise.model.refined import adapter_parameters
 
 _DEAD_SHARE = 0.1  # of a map's outputs; a few dead units are nothing unusual
+_NUMBER = re.compile(r"\d+")  # a block's place in a name
 _SAME_NORMS, _SAME = 4, 1e-3  # so many norms in a row that differ by less than a thousandth are no chance
 
 
@@ -50,6 +53,8 @@ class Vitals:
         self._still: dict[str, int] = {}
         self._zero_rate_before: set[str] = set()
         self._silent: dict[str, Tensor] = {}  # per layer [d_out]: checks in a row without a gradient
+        self._seen_versions: dict[str, int] = {}
+        self._zeros: dict[str, int] = {}  # of adapters: checks in a row at zero while others moved; -1: it is not
         self._norms: list[float] = []  # of all gradients together, at the latest checks
         self.saw_gradients = False
 
@@ -65,7 +70,8 @@ class Vitals:
         # Asked for anew each time: parameters may be replaced while training goes on.
         self._parameters = {plain_name(name): p for name, p in self._model.named_parameters()}
         trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
-        found = [self._finding("frozen", (n for n in self._parameters if n not in trained))]
+        added = {plain_name(name) for name in adapter_parameters(self._model)}
+        found = [self._finding("frozen", self._frozen(trained, added))]
         groups = self._groups()
         if groups is not None:
             missing = [name for name, p in trained.items() if id(p) not in groups]
@@ -82,7 +88,34 @@ class Vitals:
         # Where gradients tell why, a parameter that stands still needs no second mention.
         named = {name for finding in found if finding for name in finding.names}
         found.append(self._finding("not-updated", (n for n in self._standing(trained) if n not in named)))
+        zero = self._at_zero({name: p for name, p in trained.items() if name in added})
+        found.append(self._finding("still-zero", (n for n in zero if n not in named)))
         return [finding for finding in found if finding is not None]
+
+    def _frozen(self, trained: Collection[str], added: Collection[str]) -> list[str]:
+        """Return parameters that do not train although they seem meant to.
+
+        The base of adapters is frozen on purpose, and so is what is frozen of the adapters of all blocks.
+        """
+        frozen = [name for name in self._parameters if name not in trained]
+        if not added:
+            return frozen
+        kinds = {_NUMBER.sub("", name) for name in trained}
+        return [name for name in frozen if name in added and _NUMBER.sub("", name) in kinds]
+
+    def _at_zero(self, adapters: dict[str, nn.Parameter]) -> list[str]:
+        """Return matrices of adapters that were all zero at this and the checks before, while others were written.
+
+        One of an adapter's two matrices begins at zero. Where both do, neither ever gets a gradient.
+        """
+        moved = any(p._version != self._seen_versions.get(name, p._version) for name, p in adapters.items())
+        self._seen_versions = {name: p._version for name, p in adapters.items()}
+        for name, p in adapters.items():
+            before = self._zeros.get(name, 0)
+            if before < 0 or p.dim() < 2 or is_sharded(p):
+                continue  # it was seen to be something else, and need not be looked at again
+            self._zeros[name] = before + moved if not bool(p.detach().any()) else -1
+        return [name for name, times in self._zeros.items() if times >= DEAD_CHECKS and name in adapters]
 
     def rates(self) -> list[float | None]:
         """Return the learning rate of every block (the mean over its maps), ``None`` where it is not known."""
