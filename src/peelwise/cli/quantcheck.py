@@ -68,6 +68,7 @@ def quantcheck(
     micro_batch_tokens: Annotated[
         int, flag(QuantcheckSettings, "micro_batch_tokens", min=1)
     ] = QuantcheckSettings.micro_batch_tokens,
+    activations: Annotated[str | None, flag(QuantcheckSettings, "activations", metavar="FORMAT")] = None,
     device: DeviceOption = OpenOptions.device,
     dtype: DtypeOption = OpenOptions.dtype,
     allow_pickle: PickleOption = OpenOptions.allow_pickle,
@@ -89,7 +90,7 @@ def quantcheck(
     from peelwise.show.quantcheck.terminal import MOST_LAYERS, print_record
 
     probe = probe_options(text, field, tokens, sequence_length, in_distribution, seed)
-    settings = QuantcheckSettings(budget, form, max_sweeps, tolerance, micro_batch_tokens)
+    settings = QuantcheckSettings(budget, form, max_sweeps, tolerance, micro_batch_tokens, activations)
     opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer)
     with at_work(f"Opening {quantised} and {against} ...") as watcher:
         report = api.quantcheck(

@@ -50,6 +50,7 @@ Stage = Literal[
     "best-weights",
     "best-weights-losses",
     "fine-tune",
+    "quantised-inputs",
     "curvature",
     "codes",
     "codes-losses",

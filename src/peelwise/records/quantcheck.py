@@ -30,6 +30,7 @@ class LayerCheck(Record):
     share of codes that the best weights found have otherwise, and ``damping`` that of the sums they were found in, in
     units of their mean diagonal. Errors are on the report part, so what is recoverable at the same bit width can be a
     little below 0. ``codes`` is false where the layer's layout is none of our formats, so that none are looked for.
+    ``inputs`` is the error that rounding its inputs adds, with the weights as they are, in the units of ``error``.
     ``fine_tune`` is how much a fine-tune changed the layer's output, in the units of ``error``, if a base was given.
     """
 
@@ -44,6 +45,7 @@ class LayerCheck(Record):
     split: SplitRecord | None = None
     codes: bool = True
     fine_tune: float | None = None
+    inputs: float | None = None
 
 
 class FineTunedBlock(Record):
@@ -80,10 +82,15 @@ class QuantLosses(Record):
     present codes to those, ``price`` what they are still above the parent, ``damage`` both together. ``split`` adds up
     to ``quantised``. ``kept`` is false if the better weights did not lower the loss on select, so that ``best`` is the
     model as it stands.
+
+    Where inputs of layers are quantised when the model runs, all of this is with floating-point inputs, ``as_run`` is
+    the loss with quantised ones, and ``activations`` what that costs: a fourth part, all four adding up to ``as_run``.
     """
 
     parent: float
     quantised: float
+    as_run: float | None = None
+    activations: Interval | None = None
     best: float
     damage: Interval
     left: Interval
@@ -112,6 +119,7 @@ class QuantcheckRecord(Record):
     loss: QuantLosses
     layers: tuple[LayerCheck, ...]
     fine_tune: FineTuneRecord | None = None
+    activations: str | None = None  # formats of the layers' inputs, where these are quantised when the model runs
     cost: CostRecord
     notes: tuple[Note, ...] = ()
     settings: dict[str, bool | int | float | str | None]

@@ -76,6 +76,7 @@ STAGES: Mapping[str, str] = MappingProxyType(
         "shuffled-control": "control: shuffled targets",
         "untrained-control": "control: untrained",
         "best-weights": "best weights of every layer",
+        "quantised-inputs": "loss with quantised inputs",
         "fine-tune": "what survives of the fine-tune",
         "best-weights-losses": "losses with the best weights",
         "curvature": "curvature of the loss in every layer's outputs",

@@ -11,7 +11,7 @@ from peelwise.records.plain_text import clean
 from peelwise.records.quantcheck import LayerCheck, QuantcheckRecord
 from peelwise.show.audit.low_bit import GAP, SAME_BITS
 from peelwise.show.audit.terminal import print_view
-from peelwise.show.quantcheck.words import ABOUT_LAYERS, NOT_KEPT, conclusion, survival
+from peelwise.show.quantcheck.words import ABOUT_LAYERS, NOT_KEPT, activations, conclusion, survival
 from peelwise.show.words import NOT_IN_BUDGET, bracket, duration, nats, note_words
 
 MOST_LAYERS = 24
@@ -29,7 +29,7 @@ def render(record: QuantcheckRecord, most: int | None = MOST_LAYERS) -> Renderab
             (clean(record.quantised.name), "bold"), (" against ", "dim"), (clean(record.parent.name), "bold")
         ),
         Text(clean(conclusion(record))),
-        *(Text(clean(line)) for line in survival(record)),
+        *(Text(line) for line in (*activations(record), *survival(record))),
         Text("\nLoss on report, nats per token", style="bold"),
         Padding(_losses(record), (0, 0, 0, 1)),
         *_layers(record, most),
@@ -51,6 +51,14 @@ def print_record(record: QuantcheckRecord, console: Console, most: int | None = 
 
 def _losses(record: QuantcheckRecord) -> Table:
     loss = record.loss
+    runs = (
+        ()
+        if loss.as_run is None or loss.activations is None
+        else (
+            ("quantised inputs", nats(loss.activations.mean), bracket(loss.activations), "beside the weights"),
+            ("as it runs", nats(loss.as_run), "", "with them"),
+        )
+    )
     rows = (
         ("parent (irreducible)", nats(loss.split.irreducible), "", ""),
         (
@@ -61,6 +69,7 @@ def _losses(record: QuantcheckRecord) -> Table:
         ),
         (SAME_BITS, nats(loss.split.left_on_the_table), bracket(loss.left), "certified"),
         ("quantised", nats(loss.quantised), "", "the three parts add up to it"),
+        *runs,
         ("best weights found", nats(loss.best), "", ""),
     )
     table = Table(box=None, padding=(0, 1), show_header=False, pad_edge=False)
@@ -82,6 +91,8 @@ def _layers(record: QuantcheckRecord, most: int | None) -> list[RenderableType]:
     table.add_column("format", no_wrap=True)
     for title in ("bits", "error", "gap\nat most", "recov-\nerable", "codes\nother"):
         table.add_column(title, justify="right", no_wrap=True)
+    if record.activations:
+        table.add_column("inputs\nrounded", justify="right", no_wrap=True)
     for layer in shown:
         split = layer.split
         table.add_row(
@@ -93,6 +104,7 @@ def _layers(record: QuantcheckRecord, most: int | None) -> list[RenderableType]:
             _percent(split.price_of_precision + split.irreducible if split else None),
             _percent(split.left_on_the_table if split else None),
             _percent(layer.flipped),
+            *([_percent(layer.inputs)] if record.activations else []),
         )
     title = "\nOutput error of each layer, in percent of the parent's output"
     lines: list[RenderableType] = [Text(title, style="bold"), Text(ABOUT_LAYERS, style="dim"), table]

@@ -42,6 +42,27 @@ def survival(record: QuantcheckRecord) -> list[str]:
     return lines
 
 
+def activations(record: QuantcheckRecord) -> list[str]:
+    """Return what quantised inputs cost, in sentences; none where inputs are not quantised."""
+    cost, damage = record.loss.activations, record.loss.damage
+    if cost is None:
+        return []
+    interval = f"{cost.mean:+.4f} ({cost.low:+.4f} to {cost.high:+.4f}) nats per token"
+    formats = clean(record.activations or "")
+    if cost.low <= 0:
+        lines = [f"Quantised inputs ({formats}) are not shown to cost anything beside the weights: {interval}."]
+    else:
+        larger = "more" if cost.mean > damage.mean else "less"
+        lines = [f"Quantised inputs ({formats}) cost {interval}, {larger} than the weights."]
+    rounded = [layer for layer in record.layers if layer.inputs is not None]
+    worse = sorted((m for m in rounded if m.inputs and m.inputs > m.error), key=lambda m: -(m.inputs or 0))
+    if worse:
+        names = ", ".join(clean(layer.name) for layer in worse[:MOST_BLOCKS])
+        more = f" and {len(worse) - MOST_BLOCKS} more" if len(worse) > MOST_BLOCKS else ""
+        lines.append(f"Their rounding changes the output more than that of the weights does in {names}{more}.")
+    return lines
+
+
 def conclusion(record: QuantcheckRecord) -> str:
     """Return what was found, and no more than that."""
     damage, left, case = record.loss.damage, record.loss.left, record.conclusion.case

@@ -138,6 +138,7 @@ class Layer:
     select: Tensor
     report: Tensor
     base: Tensor | None = None  # [d_out, d_in], before a fine-tune
+    input_error: float | None = None  # mean squared change of its output when its inputs are rounded
 
     def error(self, S: Tensor, encoded: Encoded) -> float:
         """Return ``tr((W - T) S (W - T)^T)`` of what codes stand for."""
@@ -183,6 +184,7 @@ class Layer:
             bits_per_weight=own.format.bits(d_out, d_in, own.encoded.support) / T.numel(),
             error=current / energy,
             codes=self.has_codes,
+            inputs=None if self.input_error is None else self.input_error / energy,
             fine_tune=None if self.base is None else float(quadratic(S, T - self.base.to(T)).sum()) / energy,
         )
         if encoded is None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -35,6 +36,7 @@ from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, LinearLayer, device_of
 from peelwise.model.runner import Runner, Trace
 from peelwise.model.selfcheck import self_check
+from peelwise.model.weights.activations import float_inputs, rounded_inputs
 from peelwise.model.weights.held import Held
 from peelwise.model.weights.reading import reading_of
 from peelwise.probe.probe import Probe
@@ -42,6 +44,7 @@ from peelwise.records.base import ModelRecord, Note, SplitRecord, note
 from peelwise.records.quantcheck import LayerCheck, QuantcheckConclusion, QuantcheckRecord, QuantLosses
 from peelwise.tasks.quantcheck.finetune import survival
 from peelwise.tasks.quantcheck.in_order import solve_in_order
+from peelwise.tasks.quantcheck.inputs import QuantisedInputs, input_errors, quantised_inputs
 from peelwise.tasks.quantcheck.layers import Candidate, Layer, held_of, input_sums, matched
 from peelwise.tasks.quantcheck.settings import QuantcheckSettings
 
@@ -91,7 +94,9 @@ def run_quantcheck(
     pairs = matched(quantised, parent, blocks, above)
     held = held_of(quantised, blocks, settings.parsed_format())
     before = _base_of(base, parent, above, probe, settings)
-    with untouched(quantised.model), untouched(parent.model):
+    inputs = quantised_inputs(quantised.model, held, settings)
+    with untouched(quantised.model), untouched(parent.model), ExitStack() as weights_alone:
+        weights_alone.enter_context(float_inputs(inputs.themselves))
         runner = Runner(quantised.model, blocks, micro_batch_tokens=settings.micro_batch_tokens)
         other = Runner(parent.model, above, micro_batch_tokens=settings.micro_batch_tokens)
         other.work = runner.work
@@ -102,7 +107,9 @@ def run_quantcheck(
             above_of = [other.trace(part) for part in (probe.fit, probe.select, probe.report)]
             select, session = runner.trace(probe.select), ReportSession(runner, runner.trace(probe.report))
         with clock.stage("best-weights"):
-            found = _solve_all(other, above_of, {pairs[m]: (m, h) for m, h in held.items()}, before, settings, clock)
+            found = _solve_all(
+                other, above_of, {pairs[m]: (m, h) for m, h in held.items()}, before, inputs, settings, clock
+            )
         with clock.stage("codes"):
             stop = _IN_ORDER_SHARE * clock.budget
             in_order: Changes = {}
@@ -119,6 +126,10 @@ def run_quantcheck(
                 parent_session = ReportSession(other, above_of[-1])
                 losses = before.losses, session.report.losses
                 fine_tune = survival(parent_session, *losses, weights, tuple(found.layers), before.record, clock)
+        if inputs:
+            with clock.stage("quantised-inputs"):
+                weights_alone.close()
+                loss = _with_inputs(loss, session, inputs)
         cost = clock.record(probe.fit.tokens + probe.select.tokens + probe.report.tokens, device_of(quantised.model))
     records = [_model_record(c, b, probe.seed) for c, b in ((quantised, blocks), (parent, above))]
     return QuantcheckRecord(
@@ -131,6 +142,7 @@ def run_quantcheck(
         loss=loss,
         layers=tuple(found.layers),
         fine_tune=fine_tune,
+        activations=inputs.names,
         cost=cost,
         notes=(*checked, *_notes(quantised.model, parent.model, held, ended=not (found.complete and reached))),
         settings=settings.plain(),
@@ -156,6 +168,7 @@ def _solve_all(
     parts: Sequence[Trace],
     held: dict[LinearLayer, tuple[LinearLayer, Held]],
     before: _Base | None,
+    inputs: QuantisedInputs,
     settings: QuantcheckSettings,
     clock: Clock,
 ) -> _Found:
@@ -165,12 +178,13 @@ def _solve_all(
     for done, block in enumerate(runner.blocks):
         clock.tell(done, len(runner.blocks))
         sums = [input_sums(runner, block, trace) for trace in parts]
+        rounding = input_errors(runner, block, parts[-1], {m: own for m, (own, _) in held.items()}, inputs)
         for twin in (m for m in block.linears if m in held):
             linear, own = held[twin]
             found.complete &= clock.elapsed <= stop
             W, base = twin.weight().float(), None if before is None else before.weights[twin]()
             fit, select, report = (each[twin] for each in sums)
-            layer = Layer(linear.name, block.index, W, own, fit, select, report, base)
+            layer = Layer(linear.name, block.index, W, own, fit, select, report, base, rounding.get(twin))
             encoded, damping = layer.best(settings) if found.complete and layer.has_codes else (None, None)
             found.layers.append(layer.checked(encoded, damping))
             if encoded is not None:
@@ -198,6 +212,15 @@ def _losses(session: ReportSession, candidates: Sequence[Changes], select: Trace
         ),
         kept=kept,
     )
+
+
+def _with_inputs(loss: QuantLosses, session: ReportSession, inputs: QuantisedInputs) -> QuantLosses:
+    """Return the losses with that of the model as it runs, with quantised inputs."""
+    report = session.report
+    with rounded_inputs(inputs.before):
+        as_run = session.losses(report)
+    cost = session.gain(as_run, report.losses).interval()
+    return loss.model_copy(update={"as_run": report.mean_of(as_run), "activations": cost})
 
 
 def _conclusion(loss: QuantLosses) -> QuantcheckConclusion:

@@ -24,6 +24,8 @@ class QuantcheckSettings:
         max_sweeps: Most sweeps of coordinate descent per layer and start.
         tolerance: The sweep that lowers a layer's error by less than this share of it is the last.
         micro_batch_tokens: Tokens that go through a model at a time; fewer need less memory.
+        activations: Format that the inputs of quantised layers are rounded to when the model runs, like int8:channel (a
+            scale per token), or none. Default: what folder and layers say themselves.
         dampings: of the inputs' sums that select chooses from, in units of the mean diagonal.
 
     Raises:
@@ -44,6 +46,12 @@ class QuantcheckSettings:
     micro_batch_tokens: int = option(
         MICRO_BATCH_TOKENS, "Tokens that go through a model at a time; fewer need less memory."
     )
+    activations: str | None = option(
+        None,
+        "Format that the inputs of quantised layers are rounded to when the model runs, like int8:channel (a scale per "
+        "token), or none.",
+        rule="what folder and layers say themselves",
+    )
     dampings: tuple[float, ...] = (0.0, 1e-2, 1e-1, 1.0)
 
     def __post_init__(self) -> None:
@@ -52,6 +60,7 @@ class QuantcheckSettings:
         check_least(self, 0, "tolerance")
         if isinstance(self.format, str):
             self.parsed_format()
+        self.parsed_activations()
 
     @property
     def budget_seconds(self) -> float:
@@ -64,6 +73,14 @@ class QuantcheckSettings:
 
         return parse_format(self.format) if isinstance(self.format, str) else self.format
 
+    def parsed_activations(self) -> Format | None:
+        """Return the format of inputs that is asked for; ``None`` if none is."""
+        if self.activations in (None, "none"):
+            return None
+        from peelwise.formats.table import parse_format
+
+        return parse_format(str(self.activations))
+
     def plain(self) -> Plain:
         """Return the settings as plain values under the keys of the record, which files rely on."""
         form = self.parsed_format()
@@ -72,4 +89,4 @@ class QuantcheckSettings:
             "form": form.name if form else None,
             "max_sweeps": self.max_sweeps,
             "tolerance": self.tolerance,
-        }
+        } | ({} if self.activations is None else {"activations": self.activations})
