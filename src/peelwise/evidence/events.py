@@ -320,6 +320,18 @@ def codes_still(step: int, block: int, measurements: int) -> Event:
     return Event(step, "warning", "codes-still", text, block, suggestion=advice)
 
 
+def fake_quantisers_switched(step: int, on: int, off: int, *, compiled: bool) -> Event:
+    """Return the event of a run in which fake quantisers were switched on or off between two measurements."""
+    text = f"Fake quantisers were switched: {on} are on now and {off} off."
+    advice = "Losses and verdicts before and after are of different models: compare only those on one side."
+    if compiled:
+        advice += (
+            " The model is compiled: measured is the module as it stands. Code that was compiled with guards skipped, "
+            "exported or captured before keeps the old state, and then the training's loss and the probe's part."
+        )
+    return Event(step, "warning", "fake-quant-switched", text, suggestion=advice)
+
+
 def dead_rows(step: int, block: int, dead: int, layer: str) -> Event:
     """Return the event of a low-bit layer that has outputs with all-zero weights."""
     text = f"block {block}: {dead} outputs of {layer} have all-zero weights."

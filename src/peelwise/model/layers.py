@@ -66,6 +66,8 @@ class LinearLayer:
     def bias(self) -> Tensor | None:
         """Return the bias ``[d_out]``, or ``None``."""
         bias = getattr(self.module, "bias", None)
+        if callable(bias):  # layers of torch.ao hand it out
+            bias = bias()
         return bias.detach() if isinstance(bias, Tensor) else None
 
 

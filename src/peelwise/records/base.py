@@ -57,6 +57,7 @@ class Note(Record):
                             ``same``: 1 if their values are equal all the same
     ``checkpoint``          tensors of ``folder`` ``compared`` with the model: so many ``differ``, such as ``names``;
                             ``only_model`` and ``only_file`` are in one of them alone
+    ``fake-quant-off``      ``off`` ``of`` the fake quantisers do nothing, such as ``name``
     ``read-as-numbers``     ``layers`` of a folder by ``method`` that no format has the layout of; ``codes``: the others
     ``autocast``            the model's own forward computes in ``dtype``
     ``no-curvature``        matrices of the curvature of all layers would not fit into memory

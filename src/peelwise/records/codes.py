@@ -98,4 +98,5 @@ NoteCode = Literal[
     "factor-first",
     "no-curvature",
     "read-as-numbers",
+    "fake-quant-off",
 ]

@@ -141,6 +141,8 @@ NOTES: Mapping[str, str] = MappingProxyType(
         "autocast": "The model's own forward computes in {dtype} (autocast inside), and so does every measurement.",
         "factor-first": "What {part} of block {block} writes was multiplied by {factor:.2f} before the first round; "
         "the signals of the sweep are those of the model with this factor.",
+        "fake-quant-off": "{off} of {of} fake quantisers are switched off, such as {name}: their layers are measured "
+        "with weights in full precision, which is not what conversion will make of them.",
         "read-as-numbers": "{layers} quantised layers ({method}) are read as plain numbers, exactly those that are "
         "stored, as no format here has their layout: what they gain is not at the same bit width. {codes} others hold "
         "codes.",

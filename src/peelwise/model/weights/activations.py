@@ -79,6 +79,8 @@ def rounds_inputs(module: nn.Module) -> str | None:
     asked = getattr(weight, "activation_quantization", None)
     if asked is not None:
         return str(asked)
+    if type(module).__module__.startswith("torch.ao.nn.quantized.dynamic."):
+        return "uint8 per tensor"
     fake = getattr(module, "activation_fake_quantizer", None)
     if fake is not None and getattr(fake, "enabled", True):
         return f"{str(getattr(fake.config, 'dtype', '')).removeprefix('torch.')} (in training)"

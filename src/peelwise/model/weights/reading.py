@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peelwise.model.layers import unwrapped
+from peelwise.model.weights.fakes import fake_notes
 from peelwise.records.base import Note, note
 
 _ATTRIBUTE = "_peelwise_reading"
@@ -49,6 +50,7 @@ def reading_of(model: nn.Module) -> Reading | None:
 
 def reading_notes(model: nn.Module) -> Iterator[Note]:
     """Yield what a reader should know of it."""
+    yield from fake_notes(model)
     reading = reading_of(model)
     if reading is not None and reading.numbers:
         yield note("read-as-numbers", method=reading.method, layers=len(reading.numbers), codes=reading.codes)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peelwise.errors import UnsupportedModelError
 from peelwise.formats.base import Encoded
-from peelwise.model.weights import bitnet, bitsandbytes, float8, protocol, refused, torchao
+from peelwise.model.weights import bitnet, bitsandbytes, float8, protocol, refused, torch_ao, torchao
 from peelwise.model.weights.held import Adapter, Held
 
 # The first that matches reads; a new kind of module is a file with such rows of its own.
@@ -22,6 +22,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     *protocol.ADAPTERS,
     *bitnet.ADAPTERS,
     *torchao.ADAPTERS,
+    *torch_ao.ADAPTERS,
     *bitsandbytes.ADAPTERS,
     *float8.ADAPTERS,
     *refused.ADAPTERS,

@@ -10,7 +10,8 @@ from torch import nn
 from peelwise.engine.signals import of_block, of_layer
 from peelwise.evidence import events as alerts
 from peelwise.formats.signals import LowBitSignals
-from peelwise.model.layers import Block
+from peelwise.model.layers import Block, unwrapped
+from peelwise.model.weights.fakes import fake_quantisers
 from peelwise.records.run import Event, Measurement, Statistic
 from peelwise.records.signals import SIGNALS, Kind
 from peelwise.tasks.monitor.codewatch import CodeWatch
@@ -35,11 +36,13 @@ class CodeSignals:
         self._blocks = blocks
         self._still = [0] * len(blocks)
         self._told: set[tuple[str, int]] = set()
+        self._model, self._fakes = model, fake_quantisers(model)
         if self._watch is not None:
             self._watch.measure()  # what the first measurement is compared with
 
     def noted(self, row: Measurement) -> Measurement:
         """Return the row of a measurement with the signals of every low-bit block, and events, each told once."""
+        row = self._with_switches(row)
         if self._watch is None:
             return row
         found = self._watch.measure()
@@ -51,6 +54,15 @@ class CodeSignals:
                 statistics += [Statistic(n, block.index, v) for n, v in values.items() if SIGNALS[n].in_history]
                 events += self._events(row.step, block, own, values["codes_flipped"])
         return replace(row, statistics=tuple(statistics), events=tuple(events))
+
+    def _with_switches(self, row: Measurement) -> Measurement:
+        """Return the row with an event where fake quantisers are on that were off before, or the reverse."""
+        before, self._fakes = self._fakes, fake_quantisers(self._model)
+        if before == self._fakes:
+            return row
+        compiled = unwrapped(self._model) is not self._model or self._model._compiled_call_impl is not None
+        event = alerts.fake_quantisers_switched(row.step, len(self._fakes.on), len(self._fakes.off), compiled=compiled)
+        return replace(row, events=(*row.events, event))
 
     def _events(self, step: int, block: Block, own: dict[str, LowBitSignals], flipped: float) -> Iterator[Event]:
         at = block.index
