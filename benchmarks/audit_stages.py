@@ -41,14 +41,21 @@ def attention(shape):
     return 4 * many * length**2 * width, (many, length, width, length)
 
 
-def square(times, power_of=-1):
-    """Return what counts a decomposition of ``n x n`` as so many ``n^3`` (Golub and Van Loan, Matrix Computations)."""
+def square(times):
+    """Return what counts a decomposition of ``n x n`` as so many ``n^3``."""
 
     def counted(A, *rest):
-        n, many = A.shape[power_of], math.prod(A.shape[:-2])
+        n, many = A.shape[-1], math.prod(A.shape[:-2])
         return many * times * n**3, (many, n, n, n)
 
     return counted
+
+
+def singular(A, full=False, vectors=True, *rest):
+    """Count a singular value decomposition of ``m x n`` (Golub and Van Loan, Matrix Computations, section 8.6)."""
+    n, m = sorted(A.shape[-2:])
+    many = math.prod(A.shape[:-2])
+    return many * (6 * m * n**2 + 20 * n**3 if vectors else 2 * m * n**2 + 2 * n**3), (many, m, n, n)
 
 
 def triangular(A, B, *rest):
@@ -69,7 +76,7 @@ OTHERS = {
         attention(q.shape)[1],
     ),
     aten._linalg_eigh: lambda A, uplo="L", vectors=True: square(9 if vectors else 4 / 3)(A),
-    aten._linalg_svd: square(21),
+    aten._linalg_svd: singular,
     aten.linalg_cholesky_ex: square(1 / 3),
     aten.linalg_inv_ex: square(2),
     aten._linalg_solve_ex: square(2 / 3),
@@ -100,7 +107,7 @@ class Counting(TorchDispatchMode):
         packet = func._overloadpacket
         name = packet.__name__
         if packet in OTHERS:
-            operations, size = OTHERS[packet](*args, **(kwargs or {}))
+            operations, size = OTHERS[packet](*args)
         elif packet in flop_registry and name in ("mm", "addmm", "bmm", "baddbmm"):
             operations, size = flop_registry[packet](*args, **(kwargs or {}), out_val=out), product_size(name, args)
         else:

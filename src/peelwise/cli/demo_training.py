@@ -50,7 +50,7 @@ class Plan:
         audit_tokens: bytes of other text that the audit measures on.
         every: steps between measurements; few, so that there is something to see within minutes. With a share of time
             alone, how often would depend on what else the machine does.
-        budget: the monitor's share of time, at most; twice what that takes.
+        budget: the monitor's share of time, at most; about twice what that takes.
     """
 
     steps: int = 960
@@ -59,10 +59,10 @@ class Plan:
     growth: float = 0.004
     mended_at: int = 720
     rate: float = 4e-3
-    probe_tokens: int = 7_000
+    probe_tokens: int = 12_000
     audit_tokens: int = 12_000
     every: int = 40
-    budget: float = 0.5
+    budget: float = 0.7
 
 
 class Block(nn.Module):
