@@ -1,7 +1,9 @@
 """A measurement begins as small as its budget needs, grows with the run, and is a part of the same probe."""
 
 import pytest
+import torch
 
+import peelwise
 from audits import tiny_probe
 from peelwise.evidence.events import cost
 from peelwise.tasks.monitor.sizes import PASSES, affordable_tokens, part_of, tokens_of
@@ -39,6 +41,14 @@ def test_a_part_is_the_first_sequences_of_each_part():
         assert min(8, whole.sequences) <= few.sequences <= whole.sequences
         assert few.ids.equal(whole.ids[: few.sequences])
     assert part.fingerprint != probe.fingerprint
+
+
+def test_there_is_twice_as_much_to_report_on():
+    ids = torch.randint(40, (400, 9), generator=torch.Generator().manual_seed(0))
+    probe = peelwise.Probe.from_tokens(ids, tokens=3_200)
+    part = part_of(probe, tokens_of(probe) // 4)
+    for name, share in (("fit", 1 / 4), ("select", 1 / 4), ("report", 1 / 2)):
+        assert getattr(part, name).sequences == pytest.approx(share * getattr(probe, name).sequences, abs=1)
 
 
 def test_what_fits_is_said_with_what_is_done():

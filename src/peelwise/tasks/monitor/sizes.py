@@ -41,15 +41,20 @@ def affordable_tokens(full: int, per_token: float, budget: float | None, elapsed
 
 
 def part_of(probe: Probe, tokens: int) -> Probe:
-    """Return the first sequences of each part of a probe, about so many tokens in all; else the probe itself."""
+    """Return the first sequences of each part of a probe; else the probe itself.
+
+    Args:
+        probe: the whole of it.
+        tokens: of its parts together, for the sequences to fit and select with; there are up to twice as many to report
+            on, since these only go through the model forward and are what narrows an interval.
+    """
     share = tokens / tokens_of(probe)
     if share >= 1:
         return probe
 
-    def first(split: Split) -> Split:
+    def first(split: Split, share: float) -> Split:
         count = min(split.sequences, max(_FEWEST_SEQUENCES, round(share * split.sequences)))
         return Split(split.ids[:count], split.mask[:count])
 
-    return replace(
-        probe, fit=first(probe.fit), select=first(probe.select), report=first(probe.report), pool=None, documents=None
-    )
+    fit, select, report = first(probe.fit, share), first(probe.select, share), first(probe.report, 2 * share)
+    return replace(probe, fit=fit, select=select, report=report, pool=None, documents=None)
