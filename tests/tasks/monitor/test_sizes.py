@@ -14,8 +14,8 @@ from peelwise.tasks.monitor.sizes import PASSES, affordable_tokens, part_of, tok
     [
         (1e-5, 0.03, 0.0, 0, 12_000),  # a small model pays for all of it at once
         (6e-3, 0.03, 0.0, 0, 1024),  # never less than that
-        (5e-5, 0.03, 0.0, 0, 2048),  # 3,600 tokens a minute are paid for
-        (5e-5, 0.03, 2400.0, 2048, 4096),  # 7,200 in two
+        (5e-5, 0.03, 0.0, 0, 4096),  # 4,500 tokens a minute are paid for
+        (1e-4, 0.03, 2400.0, 2048, 4096),  # 4,500 in two
         (1e-4, 0.03, 0.0, 4096, 4096),  # never less than before
         (1e-4, 0.03, 36_000.0, 4096, 12_000),
         (1e-2, None, 0.0, 0, 12_000),

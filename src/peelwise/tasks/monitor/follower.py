@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import scipy.special  # noqa: F401  # every interval needs it; within a run, importing it would take a measurement's time
 import torch
 from torch import Tensor, nn
 
@@ -46,6 +47,7 @@ from peelwise.tasks.monitor.structure import changed_layers, looked_at_again, ot
 
 _log = logging.getLogger("peelwise")
 
+_PILOT_SECONDS = 0.05  # in which as many passes as fit are timed, one at least
 _READ_EVERY = 0.5  # seconds, losses that are on a device
 
 
@@ -389,10 +391,13 @@ class Follower:
             except NotCausalError as error:  # a mistake to be told, not a reason to leave the run alone
                 leaks = str(error)
                 notes = first_notes(runner, fit, causal=False)
-            start = time.monotonic()
-            some = runner.trace(Split(fit.ids[:rows], fit.mask[:rows]))
-            seconds = time.monotonic() - start
-        return seconds / some.predicted, notes, leaks
+            some = Split(fit.ids[:rows], fit.mask[:rows])
+            per_token, began = math.inf, time.monotonic()
+            while time.monotonic() - began < _PILOT_SECONDS:  # the first pass of all may take several times as long
+                start = time.monotonic()
+                predicted = runner.trace(some).predicted
+                per_token = min(per_token, (time.monotonic() - start) / predicted)
+        return per_token, notes, leaks
 
 
 def read_later(loss: Tensor) -> bool:

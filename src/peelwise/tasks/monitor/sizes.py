@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from peelwise.probe.probe import Probe, Split
 
-PASSES = 10.0  # of the whole model forward, that a measurement takes which can decide a block
+PASSES = 8.0  # of the whole model forward, that a measurement takes which can decide a block
 _SOONEST, _PER_RUN = 60.0, 20  # seconds between measurements at the beginning; measurements in a run, later
 _FEWEST_TOKENS, _FEWEST_SEQUENCES = 1024, 8
 
