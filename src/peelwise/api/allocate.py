@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peelwise.api.inputs import open_both
-from peelwise.api.report import Result, frame
+from peelwise.api.report import REPORT_FILE, Result, frame
 from peelwise.engine.clock import Watcher
 from peelwise.errors import OutputError
 from peelwise.model.options import OpenOptions
@@ -17,6 +17,7 @@ from peelwise.probe.probe import Probe
 from peelwise.records.allocation import AllocationRecord
 from peelwise.records.folder import check_free, write_text_file, written_whole
 from peelwise.show.allocate.exports import exports
+from peelwise.show.allocate.report import render_html, render_picture
 from peelwise.tasks.allocate.run import run_allocate
 from peelwise.tasks.allocate.settings import AllocateSettings
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 RECORD_FILE = "allocation.json"
+PICTURE_FILE = "layers.svg"
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +67,8 @@ class AllocationReport(Result):
         check_free(folder, force=force, ours=RECORD_FILE)
         with written_whole(folder) as new:
             write_text_file(new / RECORD_FILE, self.record.to_json() + "\n")
+            write_text_file(new / REPORT_FILE, render_html(self.record))
+            write_text_file(new / PICTURE_FILE, render_picture(self.record))
             for name, text in self.exports().items():
                 write_text_file(new / name, text)
         return folder

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from peelwise.api.inputs import open_model_and_probe
-from peelwise.api.report import Result, frame
+from peelwise.api.report import REPORT_FILE, Result, frame
 from peelwise.engine.clock import Watcher
 from peelwise.errors import OptionError, OutputError
 from peelwise.formats.base import Encoded, Format
@@ -21,6 +21,7 @@ from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
 from peelwise.records.folder import check_free, write_text_file, written_whole
 from peelwise.records.quantise import QuantiseRecord
+from peelwise.show.quantise.report import render_html, render_picture
 from peelwise.tasks.quantise.kept import Kept
 from peelwise.tasks.quantise.run import run_quantise
 from peelwise.tasks.quantise.settings import QuantiseSettings
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 RECORD_FILE = "quantise.json"
+PICTURE_FILE = "layers.svg"
 GGUF_FILE = "model.gguf"
 To = Literal["folder", "gguf"]
 
@@ -79,6 +81,8 @@ class QuantiseReport(Result):
             else:
                 save_model(self.quantised(), self.tokenizer, new)
             write_text_file(new / RECORD_FILE, self.to_json() + "\n")
+            write_text_file(new / REPORT_FILE, render_html(self.record))
+            write_text_file(new / PICTURE_FILE, render_picture(self.record))
         return folder
 
     def to_frame(self) -> pd.DataFrame:

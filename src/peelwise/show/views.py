@@ -14,6 +14,7 @@ from peelwise.records.compare import CompareRecord, CompareSeries
 from peelwise.records.peel import PeelRecord
 from peelwise.records.quantcheck import QuantcheckRecord
 from peelwise.records.quantise import QuantiseRecord
+from peelwise.show.allocate import report as allocate_report
 from peelwise.show.allocate import terminal as allocate_terminal
 from peelwise.show.allocate import words as allocate_words
 from peelwise.show.anatomy import report as anatomy_report
@@ -32,11 +33,21 @@ from peelwise.show.peel import terminal as peel_terminal
 from peelwise.show.peel import words as peel_words
 from peelwise.show.quantcheck import terminal as quantcheck_terminal
 from peelwise.show.quantcheck import words as quantcheck_words
+from peelwise.show.quantise import report as quantise_report
 from peelwise.show.quantise import terminal as quantise_terminal
 from peelwise.show.quantise import words as quantise_words
 
-PageRecord = AuditRecord | CheckRecord | PeelRecord | CompareRecord | CompareSeries | AnatomyRecord
-AnyRecord = PageRecord | QuantcheckRecord | QuantiseRecord | AllocationRecord
+PageRecord = (
+    AuditRecord
+    | CheckRecord
+    | PeelRecord
+    | CompareRecord
+    | CompareSeries
+    | AnatomyRecord
+    | QuantiseRecord
+    | AllocationRecord
+)
+AnyRecord = PageRecord | QuantcheckRecord
 
 
 def render(record: AnyRecord, folder: Path | str | None = None) -> RenderableType:
@@ -103,4 +114,8 @@ def render_html(record: PageRecord) -> str:
         return compare_report.render_series(record)
     if isinstance(record, AnatomyRecord):
         return anatomy_report.render_html(record)
+    if isinstance(record, QuantiseRecord):
+        return quantise_report.render_html(record)
+    if isinstance(record, AllocationRecord):
+        return allocate_report.render_html(record)
     return peel_report.render_html(record) if isinstance(record, PeelRecord) else report.render_html(record)

@@ -76,9 +76,9 @@ STAGES: Mapping[str, str] = MappingProxyType(
         "shuffled-control": "control: shuffled targets",
         "untrained-control": "control: untrained",
         "best-weights": "best weights of every layer",
-        "quantised-inputs": "loss with quantised inputs",
-        "fine-tune": "what survives of the fine-tune",
         "best-weights-losses": "losses with the best weights",
+        "fine-tune": "what survives of the fine-tune",
+        "quantised-inputs": "loss with quantised inputs",
         "curvature": "curvature of the loss in every layer's outputs",
         "codes": "codes of every layer, block by block",
         "codes-losses": "losses with these codes, and rounded to nearest",
@@ -141,13 +141,13 @@ NOTES: Mapping[str, str] = MappingProxyType(
         "autocast": "The model's own forward computes in {dtype} (autocast inside), and so does every measurement.",
         "factor-first": "What {part} of block {block} writes was multiplied by {factor:.2f} before the first round; "
         "the signals of the sweep are those of the model with this factor.",
-        "fake-quant-off": "{off} of {of} fake quantisers are switched off, such as {name}: their layers are measured "
-        "with weights in full precision, which is not what conversion will make of them.",
+        "no-curvature": "The curvature of the loss in all layers' outputs would need more than 2 GiB, so errors are "
+        "not weighed with it.",
         "read-as-numbers": "{layers} quantised layers ({method}) are read as plain numbers, exactly those that are "
         "stored, as no format here has their layout: what they gain is not at the same bit width. {codes} others hold "
         "codes.",
-        "no-curvature": "The curvature of the loss in all layers' outputs would need more than 2 GiB, so errors are "
-        "not weighed with it.",
+        "fake-quant-off": "{off} of {of} fake quantisers are switched off, such as {name}: their layers are measured "
+        "with weights in full precision, which is not what conversion will make of them.",
     }
 )
 

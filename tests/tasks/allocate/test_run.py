@@ -15,6 +15,7 @@ from peelwise.api.allocate import read_plan
 from peelwise.errors import FormatError, OptionError, OutputError
 from peelwise.formats.table import parse_format
 from peelwise.records.allocation import AllocationRecord
+from peelwise.show.allocate import report as allocate_report
 from peelwise.show.allocate import words as allocate_words
 from zoo import ZOO
 
@@ -81,6 +82,11 @@ def test_a_block_that_hardly_writes_gets_fewer_bits_than_in_the_healthy_model(st
 def test_the_plan_is_what_quantise_takes(allocated, stored_stage, training_probe, tmp_path):
     model, _ = stored_stage("final")
     allocated.save(tmp_path / "plan")
+    page, drawn = ((tmp_path / "plan" / name).read_text() for name in ("report.html", "layers.svg"))
+    assert page == allocate_report.render_html(allocated.record)
+    assert drawn in page
+    assert drawn.count("<g><title>block ") == len(allocated.record.layers)
+    assert all(f"<h3>{name}</h3>" in page for name in allocated.exports())
     plan = read_plan(tmp_path / "plan")
     assert plan == allocated.plan == read_plan(tmp_path / "plan" / "allocation.json")
     (tmp_path / "own.json").write_text(json.dumps(plan))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 
 import pytest
@@ -14,6 +15,7 @@ from peelwise.errors import FormatError, OptionError, OutputError
 from peelwise.formats.table import parse_format
 from peelwise.model.checkpoints import open_model
 from peelwise.records.quantise import QuantiseRecord
+from peelwise.show.quantise.report import render_html
 from peelwise.show.quantise.words import conclusion
 from peelwise.tasks.quantise.kept import Kept
 from peelwise.tasks.quantise.run import run_quantise
@@ -57,6 +59,12 @@ def test_the_model_returned_is_the_one_that_was_measured(small_gpt, training_pro
         mean = float((losses * mask[:, 1:]).sum() / mask[:, 1:].sum())
         assert mean == pytest.approx(report.record.loss.quantised, abs=1e-4)
     assert json.loads((tmp_path / "int3" / "quantise.json").read_text())["kind"] == "quantise"
+    page, drawn = ((tmp_path / "int3" / name).read_text() for name in ("report.html", "layers.svg"))
+    assert page == render_html(report.record)
+    assert drawn in page
+    assert drawn.count("<g><title>block ") == len(report.record.layers)
+    assert all(layer.name in page for layer in report.record.layers)
+    assert html.escape(conclusion(report.record)) in page
     assert not (tmp_path / ".int3.unfinished").exists()
     assert conclusion(report.record) in " ".join(str(report).split())
 

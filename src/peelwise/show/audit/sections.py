@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from peelwise.records.allocation import AllocationRecord
 from peelwise.records.audit import AuditRecord, BlockRecord
 from peelwise.records.base import Interval, ProbeRecord, SealedRecord
+from peelwise.records.quantise import QuantiseRecord
 from peelwise.records.signals import RANKED_BY, SIGNALS
 from peelwise.show.audit import charts
 from peelwise.show.audit.words import reasons
@@ -208,7 +210,7 @@ def verifying(record: SealedRecord) -> str:
     return section("verify", "How to verify", steps, command, files)
 
 
-def cost(record: SealedRecord) -> str:
+def cost(record: SealedRecord | QuantiseRecord | AllocationRecord) -> str:
     """Show what the audit cost, stage by stage."""
     total = record.cost
     longest = max((stage.wall_seconds for stage in total.stages), default=0.0) or 1.0
@@ -234,7 +236,11 @@ def cost(record: SealedRecord) -> str:
     )
 
 
-def origin(record: SealedRecord, title: str = "What was audited", beside: tuple[tuple[str, object], ...] = ()) -> str:
+def origin(
+    record: SealedRecord | QuantiseRecord | AllocationRecord,
+    title: str = "What was audited",
+    beside: tuple[tuple[str, object], ...] = (),
+) -> str:
     """Show what exactly was measured, on which text, with which settings and versions; ``beside`` first."""
     model = record.model
     about = (

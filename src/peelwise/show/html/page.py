@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from importlib.resources import files
 
+from peelwise.records.allocation import AllocationRecord
 from peelwise.records.base import SealedRecord
+from peelwise.records.quantise import QuantiseRecord
 from peelwise.show.html.markup import esc
 from peelwise.show.words import VERDICTS, amount
 
@@ -29,7 +31,7 @@ def document(title: str, body_html: str) -> str:
     )
 
 
-def facts(record: SealedRecord) -> str:
+def facts(record: SealedRecord | QuantiseRecord | AllocationRecord) -> str:
     """Return the line under the title: what was measured, and when."""
     model = record.model
     found = (

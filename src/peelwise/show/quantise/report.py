@@ -1,0 +1,114 @@
+"""A quantised model as one HTML file and one picture: what it costs, and what each of its layers does."""
+
+from __future__ import annotations
+
+from peelwise.records.quantise import QuantisedLayer, QuantiseRecord
+from peelwise.show.audit import sections
+from peelwise.show.html.markup import esc, pairs, paragraph, section, table
+from peelwise.show.html.page import document, facts
+from peelwise.show.html.prices import Price, picture
+from peelwise.show.quantise.words import ABOUT_LAYERS, STEPS, conclusion
+from peelwise.show.words import bracket, nats
+
+MOST_ROWS = 400
+
+
+def render_html(record: QuantiseRecord) -> str:
+    """Return the report as one self-contained HTML document, the same for the same record."""
+    parts = (
+        f'<header><p class="eyebrow">peelwise quantise</p><h1>{esc(record.model.name)}</h1>{facts(record)}'
+        f'<p class="conclusion">{esc(conclusion(record))}</p></header><main>',
+        _strip(record),
+        section(
+            "layers", "What each layer loses", paragraph(ABOUT_LAYERS), f"<figure>{render_picture(record)}</figure>"
+        ),
+        _behind(record),
+        _table(record),
+        _skipped(record),
+        sections.cost(record),
+        sections.origin(record, "What was quantised"),
+        "</main>",
+    )
+    return document(f"{record.model.name} – peelwise quantise", "".join(parts))
+
+
+def render_picture(record: QuantiseRecord) -> str:
+    """Return the picture of all layers as one SVG, which can stand by itself."""
+    loss = record.loss
+    prices = [
+        Price(layer.block, within(layer.name, layer.block), _last(layer), said=f"{100 * _last(layer):.3g} %")
+        for layer in record.layers
+    ]
+    lines = (
+        f"costs {loss.damage.mean:+.4f} {bracket(loss.damage)} nats per token; rounding to nearest "
+        f"{loss.rounding_damage.mean:+.4f} {bracket(loss.rounding_damage)}",
+        "each layer: error of its output, as a part of its mean square; peelwise, text that nothing was fitted on",
+    )
+    bits = f"{record.model.name} in {record.format}, {record.bits_per_weight:.2f} bits per weight"
+    return picture(prices, bits, lines, "output error")
+
+
+def within(name: str, block: int) -> str:
+    """Return the name of a layer within its block."""
+    return name.partition(f".{block}.")[2] or name
+
+
+def _strip(record: QuantiseRecord) -> str:
+    loss = record.loss
+    number = (
+        f'<p class="number">{loss.damage.mean:+.4f} <small>nats per token</small></p>'
+        f'<p class="range">{esc(bracket(loss.damage))}</p><p class="what">lost on text that nothing was fitted on</p>'
+    )
+    side = (
+        ("loss of the parent", nats(loss.parent)),
+        ("quantised", nats(loss.quantised)),
+        ("rounded to nearest", f"{nats(loss.rounded)} ({loss.rounding_damage.mean:+.4f})"),
+        ("less than rounding", f"{nats(loss.recovered.mean)} {bracket(loss.recovered)}"),
+        ("bits per weight", f"{record.bits_per_weight:.2f}"),
+    )
+    inner = f'<div class="hero"><div>{number}</div><div>{pairs(side)}</div></div>'
+    return f'<section id="strip" class="card">{inner}</section>'
+
+
+def _behind(record: QuantiseRecord) -> str:
+    top = max((block.error for block in record.blocks), default=0.0) or 1.0
+    rows = [
+        (
+            str(block.index),
+            f"{100 * block.error:.3g}",
+            f'<span class="bar" style="width:{100 * max(block.error, 0) / top:.0f}%"></span>',
+        )
+        for block in record.blocks
+    ]
+    about = "Squared distance of the stream behind each block from the parent's, in percent of its variance there."
+    return section(
+        "blocks", "Behind each block", paragraph(about), table(("block", "percent", ""), rows, caption=about)
+    )
+
+
+def _table(record: QuantiseRecord) -> str:
+    shown = sorted(record.layers, key=_last, reverse=True)[:MOST_ROWS]
+    steps = [step for step in STEPS if any(step in layer.steps for layer in shown)]
+    rows = [
+        (
+            esc(layer.name),
+            esc(layer.format),
+            f"{layer.bits_per_weight:.2f}",
+            *(f"{100 * layer.steps[step]:.3g}" if step in layer.steps else "" for step in steps),
+            f"{100 * layer.flipped:.1f}",
+        )
+        for layer in shown
+    ]
+    titles = ("layer", "format", "bits", *(STEPS[step] for step in steps), "other codes, %")
+    return section("steps", "What each step came to, percent", table(titles, rows, caption="Layers, most first"))
+
+
+def _skipped(record: QuantiseRecord) -> str:
+    if not record.skipped:
+        return ""
+    names = "".join(f"<li>{esc(name)}</li>" for name in record.skipped[:MOST_ROWS])
+    return section("skipped", f"Left in full precision: {len(record.skipped)}", f"<ul>{names}</ul>")
+
+
+def _last(layer: QuantisedLayer) -> float:
+    return list(layer.steps.values())[-1] if layer.steps else 0.0
