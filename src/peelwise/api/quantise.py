@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from peelwise.api.inputs import open_model_and_probe
 from peelwise.api.report import REPORT_FILE, Result, frame
@@ -15,6 +16,7 @@ from peelwise.formats.base import Encoded, Format
 from peelwise.model.checkpoints import gguf_file, save_model
 from peelwise.model.fingerprint import identify
 from peelwise.model.options import OpenOptions
+from peelwise.model.torchao_writer import check_torchao, write_torchao
 from peelwise.model.weights.gguf_writer import kind_of, write_gguf
 from peelwise.nn.files import hold_in, note_formats
 from peelwise.probe.options import ProbeOptions
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 RECORD_FILE = "quantise.json"
 PICTURE_FILE = "layers.svg"
 GGUF_FILE = "model.gguf"
-To = Literal["folder", "gguf"]
+To = Literal["folder", "gguf", "torchao"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +69,7 @@ class QuantiseReport(Result):
             folder: must not exist, unless ``force`` and it holds an earlier result.
             to: ``"folder"``: a folder that peelwise opens with its low-bit layers, and transformers with the floats
                 they stand for. ``"gguf"``: the ``.gguf`` file that the model was opened from, with other codes.
+                ``"torchao"``: a folder with torchao's integer weights, which transformers opens by itself.
             force: replace an earlier result.
 
         Raises:
@@ -78,6 +81,8 @@ class QuantiseReport(Result):
         with written_whole(folder) as new:
             if to == "gguf":
                 write_gguf(_source(self.record.model.source), new / GGUF_FILE, self.model, self.codes)
+            elif to == "torchao":
+                write_torchao(self.model, self.tokenizer, self.codes, new)
             else:
                 save_model(self.quantised(), self.tokenizer, new)
             write_text_file(new / RECORD_FILE, self.to_json() + "\n")
@@ -135,14 +140,15 @@ def quantise(
         0.043
     """
     settings = settings or QuantiseSettings()
-    if to not in ("folder", "gguf"):
-        raise OptionError(f'to: expected "folder" or "gguf", got {to!r}.')
+    if to not in get_args(To):
+        raise OptionError(f"to: expected one of {', '.join(get_args(To))}, got {to!r}.")
     if out is not None:
         check_free(Path(out), force=force, ours=RECORD_FILE)
     target, drawn, tokenizer = open_model_and_probe(model, probe, opening)
     if to == "gguf":
         _source(target.source)
-        _check_gguf_formats(settings)
+    if to != "folder":
+        _check_formats(settings, kind_of if to == "gguf" else check_torchao)
     kept = None
     if out is not None and resume:
         key = {
@@ -171,8 +177,8 @@ def _source(source: str | None) -> Path:
     return file
 
 
-def _check_gguf_formats(settings: QuantiseSettings) -> None:
-    """Refuse formats that GGUF does not have, before any work."""
+def _check_formats(settings: QuantiseSettings, check: Callable[[Format], object]) -> None:
+    """Refuse formats that what is to be written does not have, before any work."""
     for form in (settings.parsed_format(), *settings.parsed_plan().values()):
         if not form.name.startswith("dense"):
-            kind_of(form)
+            check(form)

@@ -41,6 +41,7 @@ class To(StrEnum):
 
     folder = "folder"
     gguf = "gguf"
+    torchao = "torchao"
 
 
 @app.command(
@@ -82,7 +83,11 @@ def quantise(
         Path | None, output("--out", metavar="DIR", help="Folder for the quantised model and its record.")
     ] = None,
     to: Annotated[
-        To, output("--to", help="Write a folder for peelwise and transformers, or the .gguf file that was opened.")
+        To,
+        output(
+            "--to",
+            help="Write a folder of peelwise.nn layers, the opened .gguf file with other codes, or torchao's.",
+        ),
     ] = To.folder,
     resume: Annotated[
         bool, output("--resume/--no-resume", help="Go on where an interrupted run with the same --out ended.")
