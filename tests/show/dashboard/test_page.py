@@ -121,6 +121,7 @@ def test_it_shows_the_newest_run(page, ask):
         "1\nG\nnothing above the margin found",
         "1\n?\nundecided",
     ]
+    assert page.locator(".what").inner_text().startswith("on the probe, at step 199, 0.1000 below that of step 189.")
     assert page.locator(".cloud").count() == 0  # no bounds, no cloud
     assert "2.0 % of the wall time so far, 3.0 % asked for" in article.inner_text()
     assert page.locator("#connection").inner_text() == "at rest"

@@ -95,7 +95,15 @@ export class RunView {
     }
     setText(this.trend, slopeWords(now.look, now.step?.[1] ?? null));
     const at = now.step ? ` Training is at step ${integer(now.step[0])}${now.step[1] === null ? "" : `, loss ${nats(now.step[1])}`}.` : "";
-    setText(this.what, now.look ? `on the probe, at step ${integer(now.look.step)}.${at}` : `No measurement yet: the first comes when the budget allows.${at}`);
+    setText(this.what, now.look ? `on the probe, at step ${integer(now.look.step)}${this.#since(now.look)}.${at}` : `No measurement yet: the first comes when the budget allows.${at}`);
+  }
+
+  // How the probe's own loss has moved since the measurement before: the slope beside it is training's.
+  #since(look) {
+    const before = this.data.looks.items.findLast((each) => each.last < look.step && each.loss !== null);
+    if (!before) return "";
+    const moved = look.probe_loss - before.loss;
+    return `, ${nats(Math.abs(moved))} ${moved > 0 ? "above" : "below"} that of step ${integer(before.last)}`;
   }
 
   #buildStrip() {
