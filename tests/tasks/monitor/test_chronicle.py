@@ -110,6 +110,12 @@ def test_what_was_settled_by_the_progress_of_training_ends_with_it():
     assert add(made, 411, visit_of(2.9)).letters == "????"
 
 
+def test_a_green_that_lasts_is_not_settled_again():
+    made = chronicle("falling")
+    assert add(made, 200, visit_of(3.0, alone={0: NOTHING})).letters == "G???"
+    assert add(made, 210, visit_of(3.0, alone={0: Paired(0.008, 0.006, 30)})).letters == "G???"
+
+
 def test_undecided_blocks_are_refined_before_decided_ones():
     made = chronicle()
     row = add(made, 200, visit_of(alone={0: NOTHING, 1: MUCH, 2: Paired(0.014, 0.004, 30), 3: NOTHING}))

@@ -10,7 +10,6 @@ from statistics import median
 
 from peelwise.evidence import events as alerts
 from peelwise.evidence.events import Change, Seen
-from peelwise.evidence.intervals import Paired
 from peelwise.evidence.reds import RedBlock, Reds
 from peelwise.evidence.trends import (
     Slope,
@@ -26,7 +25,7 @@ from peelwise.evidence.verdict import Verdict, default_margin, judge
 from peelwise.probe.rolling import Part
 from peelwise.records.run import LETTERS, WHOLE_MODEL, Event, Measurement, Statistic, VerdictRow
 from peelwise.records.signals import RANKED_BY, SIGNALS
-from peelwise.tasks.monitor.measure import Measured
+from peelwise.tasks.monitor.measure import Measured, finite
 from peelwise.tasks.monitor.memory import Memory
 from peelwise.tasks.monitor.progress import unless_soon, within_progress
 
@@ -163,7 +162,7 @@ class Chronicle:
         """
         if other_text:
             self._rebase(measured.loss)
-        measured, unknown = _finite(measured)
+        measured, unknown = finite(measured)
         self._probe_losses.add(step, measured.loss)
         apart = self._losses_apart(step)
         slope = self.slope()
@@ -286,16 +285,24 @@ class Chronicle:
         judged = judge(evidence, margin, in_distribution=self._in_distribution, still_falling=falling)
         slope = self.slope()
         if slope is not None:
-            judged = [self._by_progress(block, verdict, slope) for block, verdict in enumerate(judged)]
-        return list(self._memory.lasting(step, judged, loss, margin, falling=falling))
+            judged = [self._unless_soon(block, verdict, slope) for block, verdict in enumerate(judged)]
+        lasting = list(self._memory.lasting(step, judged, loss, margin, falling=falling))
+        return [self._or_settled(block, verdict, slope, loss) for block, verdict in enumerate(lasting)]
 
-    def _by_progress(self, block: int, verdict: Verdict, slope: Slope) -> Verdict:
+    def _unless_soon(self, block: int, verdict: Verdict, slope: Slope) -> Verdict:
         found = self._memory.of(block, verdict) if verdict.colour == "red" else None
-        if found is not None:
-            return unless_soon(verdict, found.value.interval(), slope)
-        most = self._memory.at_most(block)
+        return verdict if found is None else unless_soon(verdict, found.value.interval(), slope)
+
+    def _or_settled(self, block: int, verdict: Verdict, slope: Slope | None, loss: float) -> Verdict:
+        """Return a verdict; where none was reached and none lasts, what the progress of training settles."""
+        found = self._memory.at_most(block)
         # What the text of training gains says nothing of other text.
-        return within_progress(verdict, most, slope) if most is not None and self._in_distribution else verdict
+        if found is None or slope is None or not self._in_distribution:
+            return verdict
+        settled = within_progress(verdict, found.value.interval(), slope)
+        if settled is not verdict:
+            self._memory.keep(block, settled, found.step, loss)
+        return settled
 
     def _falling(self, loss: float, slope: Slope | None) -> bool:
         """Whether training makes progress: until the slope is known it counts as going on; red says that it is not.
@@ -377,22 +384,6 @@ class Chronicle:
     def _with_change(self, block: int, seen: Seen) -> Seen:
         changes = [change for b, change in self._changes if b == block]
         return replace(seen, change=max(changes, key=lambda c: c.by_step)) if changes else seen
-
-
-def _finite(measured: Measured) -> tuple[Measured, tuple[int, ...]]:
-    """Return what was measured without differences that are NaN or Inf, and whose they were."""
-
-    def known(value: Paired) -> bool:
-        return math.isfinite(value.mean) and math.isfinite(value.standard_error)
-
-    alone = {block: value for block, value in measured.alone.items() if known(value)}
-    unique = {block: value for block, value in measured.unique.items() if known(value)}
-    bounds = {block: value for block, value in measured.bounds.items() if known(value)}
-    composed = measured.composed if measured.composed is None or known(measured.composed) else None
-    lost = ({*measured.alone} - {*alone}) | ({*measured.unique} - {*unique})
-    if composed is not measured.composed:
-        lost.add(WHOLE_MODEL)
-    return replace(measured, alone=alone, unique=unique, bounds=bounds, composed=composed), tuple(sorted(lost))
 
 
 def _near(one: Change, other: Change, steps: list[int]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -23,7 +23,7 @@ from peelwise.model.layers import Block
 from peelwise.model.splice import frozen
 from peelwise.probe.probe import Probe, Split
 from peelwise.records.base import Note
-from peelwise.records.run import MatrixShare, MeasurementKind
+from peelwise.records.run import WHOLE_MODEL, MatrixShare, MeasurementKind
 from peelwise.records.signals import SWEPT, of_kinds
 from peelwise.tasks.audit import stages
 from peelwise.tasks.audit.findings import Findings
@@ -62,6 +62,22 @@ class Measured:
     notes: tuple[Note, ...] = ()
     bounds: dict[int, Paired] = field(default_factory=dict)
     steps: Steps = field(default_factory=dict)
+
+
+def finite(measured: Measured) -> tuple[Measured, tuple[int, ...]]:
+    """Return what was measured without differences that are NaN or Inf, and whose they were."""
+
+    def known(value: Paired) -> bool:
+        return math.isfinite(value.mean) and math.isfinite(value.standard_error)
+
+    alone = {block: value for block, value in measured.alone.items() if known(value)}
+    unique = {block: value for block, value in measured.unique.items() if known(value)}
+    bounds = {block: value for block, value in measured.bounds.items() if known(value)}
+    composed = measured.composed if measured.composed is None or known(measured.composed) else None
+    lost = ({*measured.alone} - {*alone}) | ({*measured.unique} - {*unique})
+    if composed is not measured.composed:
+        lost.add(WHOLE_MODEL)
+    return replace(measured, alone=alone, unique=unique, bounds=bounds, composed=composed), tuple(sorted(lost))
 
 
 def measure(

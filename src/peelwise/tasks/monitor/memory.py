@@ -10,7 +10,6 @@ from peelwise.evidence.intervals import Paired
 from peelwise.evidence.levels import Levels
 from peelwise.evidence.verdict import Evidence, Verdict
 from peelwise.probe.rolling import Part
-from peelwise.records.base import Interval
 
 Name = Literal["recoverable", "unique", "first_order"]
 
@@ -134,14 +133,17 @@ class Memory:
         if verdict.reason == "screened":
             return self.bounds.get(block)
         if verdict.reason == "within-progress":
-            return self.alone.get(block) or self.bounds.get(block)
+            return self.at_most(block)
         own = verdict.reason in ("own-above-margin", "nothing-of-its-own")
         return (self.unique if own else self.alone).get(block)
 
-    def at_most(self, block: int) -> Interval | None:
-        """Return the interval of what a block gains by itself, measured or bounded by its slope."""
-        found = self.alone.get(block) or self.bounds.get(block)
-        return None if found is None else found.value.interval()
+    def at_most(self, block: int) -> Found | None:
+        """Return what a block gains by itself, measured or bounded by its slope."""
+        return self.alone.get(block) or self.bounds.get(block)
+
+    def keep(self, block: int, verdict: Verdict, step: int, loss: float) -> None:
+        """Remember a verdict by the measurement of a step, at the probe's loss now."""
+        self._decided[block] = _Decided(verdict, step, loss)
 
     def step_of(self, block: int) -> int | None:
         """Return the step of the measurement that decided a block's verdict, if one has."""
