@@ -68,7 +68,7 @@ def test_dense_layers_are_saved_as_plain_ones(tmp_path) -> None:
     ("edit", "message"),
     [
         ({"model.layers.7.mlp.up_proj": "ternary"}, "which the model does not have"),
-        ({"model.layers.0.mlp": "ternary"}, "expected an nn.Linear, got"),
+        ({"model.layers.0.mlp": "ternary"}, "expected an nn.Linear or Conv1D, got"),
         ({"model.layers.0.mlp.up_proj": "quinary"}, "Unknown format 'quinary'"),
         ({"model.layers.0.mlp.up_proj": "int4:group=32"}, "up_proj: group=32 does not divide the 48 inputs"),
         ({"model.layers.0.mlp.up_proj": "int4:keep=2:4"}, "its support is missing"),

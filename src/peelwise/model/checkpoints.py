@@ -338,7 +338,7 @@ def _hold_stored(model: nn.Module, path: Path) -> None:
         raise ModelError(f"{path} is a folder: only the blocks of a .gguf file can be taken as stored.")
     stored = stored_layers(path, find_blocks(model))
     for linear, held in stored.items():
-        if isinstance(linear.module, nn.Linear):
+        if linear.is_plain:
             hold_in(model, linear.name, held.format, held.encoded)
     note_formats(model)
 
@@ -352,7 +352,7 @@ def _hold_packed(model: nn.Module, packed: Unpacked) -> None:
     numbers, kept = dict(packed.plain), 0
     for name, held in packed.held.items():
         linear = linears.get(name)
-        if linear is not None and type(linear.module) is nn.Linear and torch.equal(linear.weight(), held.weight):
+        if linear is not None and linear.is_plain and torch.equal(linear.weight(), held.weight):
             hold_in(model, name, held.format, held.encoded)
             kept += 1
         else:

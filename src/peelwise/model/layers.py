@@ -34,6 +34,11 @@ class LinearLayer:
         return isinstance(self.module, ExpertLinear)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether its module is an ``nn.Linear`` or a Conv1D and nothing else, so that codes can take its place."""
+        return type(self.module) is nn.Linear or self.transposed
+
+    @property
     def parameter(self) -> object:
         """What holds the weight: a parameter, of one expert that of all; ``None`` if the weight is made of others."""
         module = self.module

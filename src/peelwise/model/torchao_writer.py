@@ -56,8 +56,10 @@ def write_torchao(model: nn.Module, tokenizer: Any | None, codes: Codes, folder:
         ModelError: If what was written does not read back as the same weights to the bit.
         MissingExtraError: Without torchao.
     """
-    for form, _ in codes.values():
+    for name, (form, _) in codes.items():
         check_torchao(form)
+        if type(model.get_submodule(name)) is not nn.Linear:
+            raise FormatError(f"{name}: torchao's weights are those of nn.Linear. Leave it out with --skip {name}.")
     with tempfile.TemporaryDirectory() as plain:
         made = copy.deepcopy(model)
         for name, (form, encoded) in codes.items():

@@ -86,7 +86,6 @@ def hold_in(model: nn.Module, name: str, form: Format, encoded: Encoded) -> None
     """
     linear = model.get_submodule(name)
     inner = form.inner if isinstance(form, Masked) else form
-    assert isinstance(linear, nn.Linear)
     layer = LAYER_OF[type(inner)].from_linear(linear, form)
     layer.support = encoded.support
     layer.hold_(encoded)
@@ -99,8 +98,8 @@ def _restored(model: nn.Module, name: str, form_name: str, saved: Callable[[str]
         linear = model.get_submodule(name)
     except AttributeError:
         raise FormatError(f"{FORMATS_KEY} names {name}, which the model does not have.") from None
-    if type(linear) is not nn.Linear:
-        raise FormatError(f"{FORMATS_KEY} names {name}: expected an nn.Linear, got {type(linear).__name__}.")
+    if type(linear) is not nn.Linear and type(linear).__name__ != "Conv1D":
+        raise FormatError(f"{FORMATS_KEY} names {name}: expected an nn.Linear or Conv1D, got {type(linear).__name__}.")
     support, scales, zeros = (saved(f"{name}.{part}") for part in TENSORS)
     given = _GIVEN in form_name
     form = parse_format(form_name.replace(f",{_GIVEN}", "").replace(f":{_GIVEN}", ""))

@@ -60,6 +60,7 @@ class QuantizedLinear(nn.Linear):
     """
 
     families: tuple[type[Format], ...] = (Scaled,)
+    _turned_from: type[nn.Module] | None = None  # transformers' Conv1D, where the weight is kept as that has it
     support: Tensor | None
     scales: Tensor | None
     zeros: Tensor | None
@@ -83,23 +84,50 @@ class QuantizedLinear(nn.Linear):
         self._fix_support()
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, form: Format | str) -> Self:
-        """Return a layer that trains the very parameters of ``linear``, so that optimizers keep their grip on them."""
-        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, form, device="meta")
-        layer.weight, layer.bias = linear.weight, linear.bias
+    def from_linear(cls, linear: nn.Module, form: Format | str) -> Self:
+        """Return a layer that trains the very parameters of ``linear``, so that optimizers keep their grip on them.
+
+        Args:
+            linear: an ``nn.Linear``, or transformers' Conv1D, whose weight stays ``[in_features, out_features]``.
+            form: the format.
+        """
+        weight, bias = linear.weight, linear.bias
+        assert isinstance(weight, nn.Parameter)
+        turned = not isinstance(linear, nn.Linear)
+        d_out, d_in = weight.shape[::-1] if turned else weight.shape
+        layer = cls(d_in, d_out, bias is not None, form, device="meta")
+        layer._turned_from = type(linear) if turned else None
+        layer.weight = weight
+        layer.register_parameter("bias", bias if isinstance(bias, nn.Parameter) else None)
         layer._fix_support()
         return layer.train(linear.training)
 
+    @property
+    def latent(self) -> Tensor:
+        """The latent weight as ``[out_features, in_features]``, whichever way the parameter has it."""
+        return self.weight if self._turned_from is None else self.weight.T
+
+    def plain(self) -> nn.Module:
+        """Return an ordinary layer of the kind that this one was made from, with the effective weight."""
+        weight = self.effective_weight().detach()
+        if self._turned_from is None:
+            made: nn.Module = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        else:
+            made, weight = self._turned_from(self.out_features, self.in_features), weight.T.contiguous()
+        made.weight = nn.Parameter(weight.clone(), requires_grad=self.weight.requires_grad)
+        made.register_parameter("bias", self.bias)
+        return made.train(self.training)
+
     def _fix_support(self) -> None:
         if not self.weight.is_meta:
-            encoded = self.format.encode(self.weight.detach())  # refuses a shape that does not go with the format
+            encoded = self.format.encode(self.latent.detach())  # refuses a shape that does not go with the format
             self.support = encoded.support
 
     def encoded(self) -> Encoded:
         """Return codes, scales and zero points of the effective weight."""
         if self.scales is None:
-            return self.format.rounded(self.weight.detach(), self.support)
-        return self._inner.quantized(self.weight.detach(), self.scales, self.zeros, self.support)
+            return self.format.rounded(self.latent.detach(), self.support)
+        return self._inner.quantized(self.latent.detach(), self.scales, self.zeros, self.support)
 
     @property
     def _inner(self) -> Scaled:
@@ -126,7 +154,7 @@ class QuantizedLinear(nn.Linear):
         assert encoded.scales is not None
         device = self.weight.device
         decoded = self.format.decode(encoded).to(device)
-        self.weight.copy_(decoded)
+        self.latent.copy_(decoded)
         self.scales = encoded.scales.detach().to(device, copy=True)
         self.zeros = None if encoded.zeros is None else encoded.zeros.detach().to(device, copy=True)
         if not torch.equal(self.format.decode(self.encoded()), decoded):
@@ -138,7 +166,7 @@ class QuantizedLinear(nn.Linear):
     def effective_weight(self) -> Tensor:
         """Return the weight that the forward pass uses; its gradient goes to the latent weight."""
         decoded = self.format.decode(self.encoded())
-        quantized: Tensor = _StraightThrough.apply(self.weight, decoded, self.support)  # type: ignore[no-untyped-call]
+        quantized: Tensor = _StraightThrough.apply(self.latent, decoded, self.support)  # type: ignore[no-untyped-call]
         return quantized
 
     def forward(self, input: Tensor) -> Tensor:

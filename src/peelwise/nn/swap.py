@@ -115,7 +115,7 @@ def share_scale_(model: nn.Module) -> list[str]:
 
 def _on_support(layer: QuantizedLinear) -> Tensor:
     """Return the latent weights of a layer as ``[n]``, float32."""
-    weight = layer.weight.detach().float()
+    weight = layer.latent.detach().float()
     return (weight if layer.support is None else weight[layer.support]).flatten()
 
 
@@ -129,10 +129,7 @@ def dense_(model: nn.Module) -> list[str]:
     swapped = []
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedLinear):
-            weight, bias = module.effective_weight().detach().clone(), module.bias
-            plain = nn.Linear(module.in_features, module.out_features, bias is not None, device="meta")
-            plain.weight, plain.bias = nn.Parameter(weight, requires_grad=module.weight.requires_grad), bias
-            _put(model, name, plain.train(module.training))
+            _put(model, name, module.plain())
             swapped.append(name)
     note_formats(model)
     return swapped

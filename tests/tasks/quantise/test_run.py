@@ -14,6 +14,8 @@ from audits import Snapshot, part_of, tiny_probe
 from peelwise.errors import FormatError, OptionError, OutputError
 from peelwise.formats.table import parse_format
 from peelwise.model.checkpoints import open_model
+from peelwise.model.weights.table import held
+from peelwise.nn import dense_
 from peelwise.records.quantise import QuantiseRecord
 from peelwise.show.quantise.report import render_html
 from peelwise.show.quantise.words import conclusion
@@ -74,15 +76,37 @@ def test_the_model_returned_is_the_one_that_was_measured(small_gpt, training_pro
 def test_any_architecture(kind, form):
     model = ZOO[kind]()
     before = Snapshot.of(model)
-    if kind == "gpt2":  # Conv1D is no nn.Linear
-        with pytest.raises(FormatError, match=r"No nn\.Linear is left"):
-            quantised(model, QuantiseSettings(form))
-        return
     record = quantised(model, QuantiseSettings(form, max_sweeps=1)).record
     before.assert_unchanged(model)
     assert all(layer.format == parse_format(form).name for layer in record.layers)
     assert all(".experts." not in layer.name for layer in record.layers)
     assert (kind == "mixtral") == any(".experts." in name for name in record.skipped)
+
+
+def test_a_conv1d_is_quantised_saved_and_opened_as_it_was_measured(tmp_path):
+    """GPT-2 keeps its matrices as [inputs, outputs], and so do the files."""
+    model, probe = ZOO["gpt2"]().eval(), tiny_probe()
+    report = peelwise.quantise(model, probe, QuantiseSettings("int4:group=16", max_sweeps=1), out=tmp_path / "out")
+    assert any(name.endswith("attn.c_attn") for name in report.codes)
+    made = open_model(tmp_path / "out", device="cpu", with_tokenizer=False).model
+    ids, mask = probe.report.ids, probe.report.mask
+    for each in (report.quantised(), made):
+        for name, (form, encoded) in report.codes.items():
+            layer = each.get_submodule(name)
+            assert layer.weight.shape == model.get_submodule(name).weight.shape
+            assert torch.equal(layer.effective_weight(), form.decode(encoded))
+            assert torch.equal(held(layer).latent, layer.weight.T)
+        with torch.no_grad():
+            logits = each(ids[:, :-1]).logits
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        mean = float((losses * mask[:, 1:]).sum() / mask[:, 1:].sum())
+        assert mean == pytest.approx(report.record.loss.quantised, abs=1e-4)
+    names = dense_(made)
+    assert set(names) == set(report.codes)
+    plain = made.get_submodule(names[0])
+    assert type(plain) is type(model.get_submodule(names[0]))
+    with torch.no_grad():
+        torch.testing.assert_close(made(ids[:, :-1]).logits, logits)
 
 
 def test_single_layers_can_be_skipped_or_planned():

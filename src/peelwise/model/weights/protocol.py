@@ -16,9 +16,11 @@ def _read_protocol(module: Any) -> Held:
     weight = module.effective_weight().detach()
     encoded = module.encoded() if callable(getattr(module, "encoded", None)) else recover(weight, form)
     check_decodes(encoded, weight.float(), form)
-    latent = getattr(module, "weight", None)
-    if isinstance(latent, nn.Parameter) and latent.shape == weight.shape:
-        return Held(form, encoded, latent.detach())
+    kept = getattr(module, "weight", None)
+    if isinstance(kept, nn.Parameter):
+        latent = getattr(module, "latent", kept)
+        if latent.shape == weight.shape:
+            return Held(form, encoded, latent.detach())
     return Held(form, encoded)
 
 

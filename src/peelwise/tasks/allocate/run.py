@@ -93,14 +93,14 @@ def run_allocate(
             fit, select, report = (runner.trace(part) for part in (probe.fit, probe.select, probe.report))
         session = ReportSession(runner, report)
         with clock.stage("curvature"):
-            wanted = {linear for block in blocks for linear in block.linears if type(linear.module) is nn.Linear}
+            wanted = {linear for block in blocks for linear in block.linears if linear.is_plain}
             curvatures = output_curvatures(runner, fit, wanted)
             if curvatures is None:
                 notes, curvatures = (*notes, note("no-curvature")), {}
         with clock.stage("codes"):
             groups = list(_groups(runner, fit, select, forms, curvatures, clock))
         if not groups:
-            raise FormatError("No nn.Linear is left to quantise inside the blocks. Give another model.")
+            raise FormatError("No linear layer is left to quantise inside the blocks. Give another model.")
         bits = np.array([group.bits for group in groups])
         weights = sum(linear.weight().numel() for group in groups for linear in group.linears)
         cheapest(np.zeros_like(bits), bits, settings.bits * weights)  # refuses a budget that is too small
@@ -155,7 +155,7 @@ def _groups(
     clock: Clock,
 ) -> Iterator[Group]:
     """Yield the groups of all blocks; one group's sums are alive at a time."""
-    linears = {m: m for block in runner.blocks for m in block.linears if type(m.module) is nn.Linear}
+    linears = {m: m for block in runner.blocks for m in block.linears if m.is_plain}
     walk = Walk(runner, runner, linears, [fit, select], [fit, select])
     for done, block in enumerate(runner.blocks):
         clock.tell(done, len(runner.blocks))

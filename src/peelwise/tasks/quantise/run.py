@@ -146,7 +146,7 @@ def _chosen(blocks: tuple[Block, ...], settings: QuantiseSettings) -> tuple[dict
     for linear in linears:
         own = plan.get(linear.name, form)
         left = linear.name in settings.skip or linear.name.rpartition(".")[2] in settings.skip
-        if left or own.name.startswith("dense") or type(linear.module) is not nn.Linear:
+        if left or own.name.startswith("dense") or not linear.is_plain:
             skipped.append(linear.name)
             continue
         try:
@@ -156,7 +156,7 @@ def _chosen(blocks: tuple[Block, ...], settings: QuantiseSettings) -> tuple[dict
         chosen[linear] = own
     if not chosen:
         raise FormatError(
-            "No nn.Linear is left to quantise inside the blocks. Skip fewer layers, or give another model."
+            "No linear layer is left to quantise inside the blocks. Skip fewer layers, or give another model."
         )
     return chosen, skipped
 
