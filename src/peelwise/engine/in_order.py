@@ -6,7 +6,7 @@ of both, and the sums of one group of layers, are alive at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,10 +17,20 @@ from peelwise.engine.sweep import token_rows
 from peelwise.model.capture import Call
 from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.runner import Batch, Runner, Trace
+from peelwise.records.base import Note, note
 from peelwise.references.asymmetric import InputSums
 from peelwise.stats.gram import CrossSum, GramSum, widened
 
 _SAME = 1e-3  # of the norm of what a block adds to the stream: rounding, half precision included
+
+
+def few_tokens(linears: Iterable[LinearLayer], tokens: int) -> Iterator[Note]:
+    """Say of the widest layer, and how many more, that fewer tokens than it has inputs made its sums."""
+    widths = {linear.name: linear.weight().shape[1] for linear in linears}
+    short = sorted((name for name in widths if widths[name] > tokens), key=lambda name: -widths[name])
+    if short:
+        inputs = widths[short[0]]
+        yield note("few-fit-tokens", layer=short[0], tokens=tokens, inputs=inputs, rank=tokens, more=len(short) - 1)
 
 
 @dataclass

@@ -178,3 +178,17 @@ def test_terminal_and_notebook_show_the_plan_among_the_curve(allocated):
     for shown in (str(allocated), allocated._repr_html_()):
         assert shown.count("this plan") == 1
         assert allocated.conclusion.split(";")[0] in " ".join(shown.split())
+
+
+def test_formats_of_tables_and_super_blocks_are_named_as_llama_cpp_names_them(allocated):
+    from peelwise.show.allocate.exports import exports
+
+    record = allocated.record
+    forms = ["q4_k", "nf4:group=64", "float8_e4m3:channel,scale=float32"]
+    changed = [
+        layer.model_copy(update={"format": forms[i % 3]} if i < 3 else {}) for i, layer in enumerate(record.layers)
+    ]
+    texts = exports(record.model_copy(update={"layers": tuple(changed)}))
+    lines = texts["llama-cpp.txt"].split(" \\\n")
+    assert [line.rpartition("=")[2].strip() for line in lines[:3]] == ["q4_K", "iq4_nl", "q8_0"]
+    assert [changed[i].name for i in range(3)] == json.loads(texts["transformers.json"])["modules_to_not_convert"][:3]

@@ -115,7 +115,10 @@ def names_in(reader: FileReader, blocks: int) -> Any:
 
 def _in_row_order(encoded: Encoded, form: Format, linear: LinearLayer, path: Path) -> Encoded:
     """Return the codes with rows in the order of the layer's weight, found by comparing the rows themselves."""
-    rows = rows_in_file(form.decode(encoded), linear.weight().float().cpu())
+    stored = form.decode(encoded)
+    if not bool(stored.isfinite().all()):
+        raise FormatError(f"{path}: blocks of {linear.name} have scales of NaN or Inf. Convert the model again.")
+    rows = rows_in_file(stored, linear.weight().float().cpu())
     if rows is None:
         raise FormatError(
             f"{path} does not store the weights of {linear.name}. Give the file that the model was opened from."

@@ -22,7 +22,20 @@ _GGUF_PARTS = {
     "up_proj": "ffn_up",
     "down_proj": "ffn_down",
 }
-_GGUF_TYPES = {"int2": "q2_K", "int3": "q3_K", "int4": "q4_K", "int5": "q5_K", "int6": "q6_K", "int8": "q8_0"}
+_GGUF_TYPES = {
+    "int2": "q2_K",
+    "int3": "q3_K",
+    "int4": "q4_K",
+    "int5": "q5_K",
+    "int6": "q6_K",
+    "int7": "q8_0",
+    "int8": "q8_0",
+    **{f"q{bits}_k": f"q{bits}_K" for bits in range(2, 7)},
+    "nf4": "iq4_nl",
+    "fp4": "iq4_nl",
+    "float8_e4m3": "q8_0",
+    "float8_e5m2": "q8_0",
+}
 
 
 def exports(record: AllocationRecord) -> dict[str, str]:

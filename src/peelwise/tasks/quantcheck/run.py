@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from peelwise.engine.clock import Clock, Watcher
+from peelwise.engine.in_order import few_tokens
 from peelwise.engine.opening import checked_blocks
 from peelwise.engine.provenance import Setup, model_record, versions
 from peelwise.engine.session import LOSSES, Changes, ReportSession, change_to
@@ -144,7 +145,11 @@ def run_quantcheck(
         fine_tune=fine_tune,
         activations=inputs.names,
         cost=cost,
-        notes=(*checked, *_notes(quantised.model, parent.model, held, ended=not (found.complete and reached))),
+        notes=(
+            *checked,
+            *few_tokens(held, int(above_of[0].predicted)),
+            *_notes(quantised.model, parent.model, held, ended=not (found.complete and reached)),
+        ),
         settings=settings.plain(),
         seed=probe.seed,
         versions=versions(),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from peelwise.engine.clock import Clock, Watcher
 from peelwise.engine.curvature import output_curvatures
-from peelwise.engine.in_order import Walk
+from peelwise.engine.in_order import Walk, few_tokens
 from peelwise.engine.opening import checked_blocks
 from peelwise.engine.provenance import Setup, model_record, versions
 from peelwise.engine.session import LOSSES, Changes, ReportSession, change_to
@@ -122,7 +122,7 @@ def run_quantise(
         blocks=tuple(behind),
         skipped=tuple(skipped),
         cost=cost,
-        notes=(*notes, *more, *_few_tokens(lines, chosen, int(traces[FIT].predicted))),
+        notes=(*notes, *more, *few_tokens(chosen, int(traces[FIT].predicted))),
         settings=settings.plain(),
         seed=probe.seed,
         versions=versions(),
@@ -181,15 +181,6 @@ def _curvatures(
     with clock.stage("curvature"):
         found = output_curvatures(runner, fit, chosen, after_block=lambda done: clock.tell(done, len(runner.blocks)))
     return ({}, (note("no-curvature"),)) if found is None else (found, ())
-
-
-def _few_tokens(lines: list[QuantisedLayer], chosen: dict[LinearLayer, Format], tokens: int) -> Iterator[Note]:
-    """Say of the widest layer, and how many more, that fewer tokens than it has inputs made its sums."""
-    widths = {linear.name: linear.weight().shape[1] for linear in chosen}
-    short = sorted((line.name for line in lines if widths[line.name] > tokens), key=lambda name: -widths[name])
-    if short:
-        inputs = widths[short[0]]
-        yield note("few-fit-tokens", layer=short[0], tokens=tokens, inputs=inputs, rank=tokens, more=len(short) - 1)
 
 
 def _known(
