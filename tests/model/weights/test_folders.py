@@ -15,6 +15,7 @@ from peelwise.errors import ModelError, UnsupportedModelError
 from peelwise.formats.membership import check_member
 from peelwise.model.architectures import find_blocks
 from peelwise.model.checkpoints import open_model, save_model
+from peelwise.model.weights.float8 import read_float8
 from peelwise.model.weights.packing import packed_bits, unpacked_bits
 from peelwise.model.weights.reading import reading_of
 
@@ -69,6 +70,24 @@ def test_a_folder_is_opened_with_exactly_the_weights_that_it_stores(tmp_path: Pa
     ids = torch.arange(40)[None]
     with torch.no_grad():
         torch.testing.assert_close(opened(ids).logits, plain(ids).logits)
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (70, 64), (64, 48), (40, 40), (48, 32), (32, 32)])
+def test_blocks_that_are_cut_off_at_the_edge_are_those_of_the_configuration(shape: tuple[int, int]) -> None:
+    """One block after the other: 70 outputs in blocks of 32 are 32, 32 and 6, not three of the same size."""
+    d_out, d_in = shape
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    scales = torch.rand(-(-d_out // 32), -(-d_in // 32), generator=torch.Generator().manual_seed(1)) + 0.5
+    weight, expected = W.to(torch.float8_e4m3fn), torch.empty(shape)
+    for i in range(d_out):
+        for j in range(d_in):
+            expected[i, j] = float(weight[i, j].float()) * scales[i // 32, j // 32]
+    read = read_float8({"weight": weight, "weight_scale_inv": scales}, {"weight_block_size": [32, 32]})
+    assert isinstance(read, torch.Tensor) == bool(d_out % 32 or d_in % 32)
+    torch.testing.assert_close(read if isinstance(read, torch.Tensor) else read.weight, expected, rtol=0, atol=0)
+    if scales.numel() > 1:
+        with pytest.raises(ModelError, match="are not those of blocks"):
+            read_float8({"weight": weight, "weight_scale_inv": scales.repeat(2, 2)}, {"weight_block_size": [32, 32]})
 
 
 def test_what_was_opened_is_saved_with_its_codes(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def read_compressed(tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> R
     if packed is None:
         weight = tensors["weight"]
         if weight.dtype != torch.int8:
-            return floats(weight, scales)
+            return floats(weight, scales, _block(said))
         codes, bits = weight.to(torch.int16) + 128, 8
     else:
         d_out, d_in = (int(size) for size in tensors["weight_shape"])
@@ -59,6 +59,13 @@ def read_compressed(tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> R
         assert group_of is not None
         return by_column(codes, scales, torch.full_like(scales, half) if zeros is None else zeros, group_of)
     return integers(codes, scales, zeros, bits)
+
+
+def _block(said: Mapping[str, Any]) -> Any:
+    """Return the sides of blocks, if the weights of any group have them."""
+    groups = said.get("config_groups")
+    found = [(group.get("weights") or {}) for group in (groups.values() if isinstance(groups, dict) else ())]
+    return next((each["block_structure"] for each in found if each.get("strategy") == "block"), None)
 
 
 def _matrix(values: Tensor) -> Tensor:

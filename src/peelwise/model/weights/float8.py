@@ -6,7 +6,7 @@ W = weight * weight_scale          per tensor or per channel (FBGEMM, vLLM, comp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,11 +28,17 @@ def read_float8(tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> Read:
     scale = tensors.get("weight_scale_inv", tensors.get("weight_scale"))
     if scale is None:
         raise ModelError("its float8 weight has no scale beside it")
-    return floats(tensors["weight"], scale)
+    return floats(tensors["weight"], scale, said.get("weight_block_size"))
 
 
-def floats(weight: Tensor, scale: Tensor) -> Read:
-    """Return ``weight [d_out, d_in]`` times ``scale``: one number, one per output, or ``[rows, groups]``."""
+def floats(weight: Tensor, scale: Tensor, block: Sequence[int] | None = None) -> Read:
+    """Return ``weight [d_out, d_in]`` times ``scale``: one number, one per output, or ``[rows, groups]``.
+
+    Args:
+        weight: float8.
+        scale: beside it.
+        block: outputs and inputs that share a scale, where the configuration says so; the last blocks may be cut off.
+    """
     table = _TABLES.get(weight.dtype)
     if table is None or weight.dim() != 2:
         dtype = str(weight.dtype).removeprefix("torch.")
@@ -40,8 +46,15 @@ def floats(weight: Tensor, scale: Tensor) -> Read:
     scales = scale if scale.dtype in SCALE_DTYPES.values() else scale.float()
     scales = scales if scales.dim() == 2 else scales.reshape(-1, 1)
     d_out, d_in = weight.shape
-    layout = layout_of((d_out, d_in), scales)
     values = weight.float()
+    if block is not None and scales.numel() > 1:
+        rows, columns = int(block[0]), int(block[1])
+        if tuple(scales.shape) != (-(-d_out // rows), -(-d_in // columns)):
+            raise ModelError(f"scales {tuple(scales.shape)} are not those of blocks of {block} in [{d_out}, {d_in}]")
+        if d_out % rows or d_in % columns:
+            wide = scales.float().repeat_interleave(rows, dim=0).repeat_interleave(columns, dim=1)
+            return values * wide[:d_out, :d_in]
+    layout = layout_of((d_out, d_in), scales)
     if layout is None or not bool(values.isfinite().all()):
         return values * spread(scales, d_out, d_in)
     return Held(Uneven(layout, scales.dtype, table), Encoded(values, scales.contiguous()))
