@@ -122,6 +122,18 @@ CASES: Mapping[str, tuple[Callable[[Tensor], Made], dict[str, Any]]] = {
         lambda W: gptq(W, symmetric=False, shuffled=True),
         {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True},
     ),
+    "auto-round": (
+        lambda W: gptq(W, symmetric=False, older=False),
+        {"quant_method": "auto-round", "bits": 4, "group_size": 32, "packing_format": "auto_round"},
+    ),
+    "auto-round-as-gptq": (
+        lambda W: gptq(W, bits=2, symmetric=False),
+        {"quant_method": "auto-round", "bits": 2, "group_size": 32, "packing_format": "auto_round:auto_gptq"},
+    ),
+    "auto-round-as-awq": (
+        awq,
+        {"quant_method": "auto-round", "bits": 4, "group_size": 32, "packing_format": "auto_round:auto_awq"},
+    ),
     "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}),
     "pack-quantized": (pack_quantized, {"quant_method": "compressed-tensors", "format": "pack-quantized"}),
     "pack-quantized-3-bits": (

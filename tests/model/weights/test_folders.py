@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gguf_files import llama_of_whole_blocks
-from packed_files import CASES, words_along, write_packed
+from packed_files import CASES, int_quantized, words_along, write_packed
 from peelwise.errors import ModelError, UnsupportedModelError
 from peelwise.formats.membership import check_member
 from peelwise.model.architectures import find_blocks
@@ -18,11 +18,15 @@ from peelwise.model.checkpoints import open_model, save_model
 from peelwise.model.weights.float8 import read_float8
 from peelwise.model.weights.packing import packed_bits, unpacked_bits
 from peelwise.model.weights.reading import reading_of
+from zoo import ZOO
 
 FORMATS = {
     "gptq": "int4:group=32,symmetric",
     "gptq-3-bits": "int3:group=32,affine",
     "gptq-v2": "int8:group=32,affine",
+    "auto-round": "int4:group=32,affine",
+    "auto-round-as-gptq": "int2:group=32,affine",
+    "auto-round-as-awq": "int4:group=32,affine",
     "awq": "int4:group=32,affine",
     "pack-quantized": "int4:group=32,symmetric,scale=bfloat16",
     "pack-quantized-3-bits": "int3:group=32,affine,scale=bfloat16",
@@ -154,6 +158,8 @@ def test_damaged_layers_are_named(tmp_path: Path, case: str, spoil, said: str) -
         ("awq", {"version": "gemv"}, "packed for 'gemv'"),
         ("gptq", {"checkpoint_format": "marlin"}, "packed for 'marlin'"),
         ("pack-quantized", {"format": "marlin-24"}, "format 'marlin-24'"),
+        ("auto-round", {"packing_format": "auto_round:fp8_static"}, "packed for 'auto_round:fp8_static'"),
+        ("auto-round", {"act_bits": 8}, "with quantised inputs"),
         ("gptq", {"quant_method": "mxfp4"}, "quantised by 'mxfp4'"),
     ],
 )
@@ -171,3 +177,31 @@ def test_in_another_dtype_the_numbers_stay_and_no_codes_are_claimed(tmp_path: Pa
     assert (reading.codes, len(reading.numbers)) == (0, 14)
     for linear in (linear for block in find_blocks(opened) for linear in block.linears):
         assert torch.equal(linear.weight(), expected[f"{linear.name}.weight"].bfloat16())
+
+
+def test_experts_that_the_loader_merges_keep_the_stored_numbers(tmp_path: Path) -> None:
+    """Files have a matrix per expert, the model one parameter of all: codes cannot stay, the weights must."""
+    model = ZOO["mixtral"]()
+    model.save_pretrained(tmp_path)
+    stored, packed, expected = load_file(tmp_path / "model.safetensors"), {}, {}
+    for name, tensor in stored.items():
+        if tensor.dim() == 2 and ("experts" in name or "_proj" in name):
+            made, expected[name] = int_quantized(tensor)
+            packed |= {f"{name.removesuffix('.weight')}.{part}": t.contiguous() for part, t in made.items()}
+        else:
+            packed[name] = expected[name] = tensor
+    save_file(packed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": CASES["int-quantized"][1]}))
+    opened = open_model(tmp_path, device="cpu", with_tokenizer=False).model
+    plain_folder = tmp_path / "plain"
+    model.save_pretrained(plain_folder)
+    save_file(expected, plain_folder / "model.safetensors", metadata={"format": "pt"})
+    plain = open_model(plain_folder, device="cpu", with_tokenizer=False).model
+    reading = reading_of(opened)
+    assert reading.codes > 0
+    assert any("expert" in name for name in reading.numbers)
+    theirs = {linear.name: linear for block in find_blocks(plain) for linear in block.linears}
+    for linear in (linear for block in find_blocks(opened) for linear in block.linears):
+        assert torch.equal(linear.weight(), theirs[linear.name].weight()), linear.name
+        assert not (linear.is_expert and linear.low_bit)

@@ -1,6 +1,6 @@
 """What is read without the tools that wrote it, beside these tools themselves, where they are installed.
 
-None of them is a dependency. `pip install bitsandbytes compressed-tensors` in an environment with torch 2.13 runs all.
+None of them is a dependency. `pip install bitsandbytes compressed-tensors auto-round` beside torch 2.13 runs all.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from peelwise.formats.membership import check_member
 from peelwise.model.architectures import find_blocks
 from peelwise.model.checkpoints import open_model
 from peelwise.model.weights.bitsandbytes import read_bitsandbytes
+from peelwise.model.weights.gptq import read_auto_round, read_awq
 from peelwise.model.weights.reading import reading_of
 from peelwise.model.weights.table import held
 
@@ -121,3 +122,41 @@ def test_files_of_this_suite_are_what_compressed_tensors_reads(tmp_path: Path, c
     ours = write_packed(llama_of_whole_blocks(), folder, make, said)
     opened = open_model(folder, device="cpu", with_tokenizer=False).model
     assert all(torch.equal(m.weight(), ours[f"{m.name}.weight"]) for b in find_blocks(opened) for m in b.linears)
+
+
+def _grid(W: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Scales in half precision and zero points ``[d_out, groups]``, none of them 0, which one layout cannot store."""
+    pooled = W.reshape(len(W), -1, group)
+    high, low = pooled.amax(-1).clamp_min(0), pooled.amin(-1).clamp_max(0)
+    scales = ((high - low) / (2**bits - 1)).half().float()
+    return scales, (-low / scales).round().clamp(1, 2**bits - 1)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("packing", ["auto_round", "auto_round:auto_gptq"])
+def test_layers_that_auto_round_packs(bits: int, packing: str) -> None:
+    name = "qlinear_torch_zp" if "gptq" in packing else "qlinear_torch"
+    theirs = pytest.importorskip(f"auto_round_extension.torch.{name}")
+    linear = nn.Linear(96, 64, bias=False)
+    scales, zeros = _grid(linear.weight.detach(), bits, 32)
+    layer = theirs.QuantLinear(bits, 32, 96, 64, bias=False)
+    layer.device = "cpu"
+    layer.pack(linear, scales, zeros, None, device="cpu")
+    layer.post_init()
+    said = {"bits": bits, "packing_format": packing}
+    found = read_auto_round(dict(layer.named_buffers()), said)
+    assert found.format.name.startswith(f"int{bits}:group=32,affine")
+    assert (found.weight - linear.weight).abs().max() <= scales.max()
+    computed = layer(torch.eye(96)).T  # in half precision inside
+    torch.testing.assert_close(computed.float(), found.weight, rtol=2e-3, atol=1e-5)
+
+
+def test_layers_that_auto_round_packs_as_awq() -> None:
+    awq = pytest.importorskip("auto_round.export.export_to_awq.utils")
+    linear = nn.Linear(96, 64, bias=False)
+    scales, zeros = _grid(linear.weight.detach(), 4, 32)
+    layer = awq.WQLinear_GEMM.from_linear(linear, 4, 32, scales=scales.T.contiguous(), zeros=zeros.T.contiguous())
+    expected = awq.dequantize_gemm(layer.qweight, layer.qzeros, layer.scales.float(), 4, 32).T
+    found = read_awq(dict(layer.named_buffers()), {"version": "gemm"})
+    assert torch.equal(found.weight, expected)
+    assert (found.weight - linear.weight).abs().max() <= scales.max()

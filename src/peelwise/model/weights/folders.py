@@ -61,7 +61,7 @@ _FLOATS = Packing(float8.PARTS, ("weight_scale_inv", "weight_scale"), float8.rea
 
 PACKINGS: Mapping[str, Packing] = {
     "gptq": Packing(gptq.PARTS, ("qweight",), gptq.read_gptq),
-    "auto-round": Packing(gptq.PARTS, ("qweight",), gptq.read_gptq),
+    "auto-round": Packing(gptq.PARTS, ("qweight",), gptq.read_auto_round),
     "awq": Packing(gptq.PARTS, ("qweight",), gptq.read_awq),
     "compressed-tensors": Packing(compressed.PARTS, ("weight_packed", "weight_scale"), compressed.read_compressed),
     "fp8": _FLOATS,

@@ -20,6 +20,8 @@ from peelwise.errors import ModelError, UnsupportedModelError
 from peelwise.model.weights.packing import Read, by_column, in_order, integers, unpacked_bits
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
+# How AutoRound calls them, and which of GPTQ's layouts of zero points they have.
+_AUTO_ROUND = {"auto_round": "gptq_v2", "auto_round:gptqmodel": "gptq_v2", "auto_round:auto_gptq": "gptq"}
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
@@ -30,12 +32,11 @@ def read_gptq(tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> Read:
         tensors: `PARTS` by name.
         said: the configuration: ``bits``, and ``checkpoint_format`` (``"gptq_v2"`` for zero points as they are).
     """
-    if said.get("checkpoint_format", "gptq") not in ("gptq", "gptq_v2") or said.get("packing_format"):
-        other = said.get("packing_format") or said["checkpoint_format"]
-        if other != "auto_round:auto_gptq":
-            raise UnsupportedModelError(
-                f"Not yet: GPTQ layers packed for {str(other)[:60]!r}. Expected 'gptq' or 'gptq_v2': save it so."
-            )
+    layout = str(said.get("checkpoint_format") or "gptq")
+    if layout not in ("gptq", "gptq_v2"):
+        raise UnsupportedModelError(
+            f"Not yet: GPTQ layers packed for {layout[:60]!r}. Expected 'gptq' or 'gptq_v2': save it so."
+        )
     qweight, scales = tensors["qweight"], tensors["scales"].T
     group_of, (d_out, groups) = tensors.get("g_idx"), scales.shape
     bits = int(said.get("bits") or 4)
@@ -46,11 +47,28 @@ def read_gptq(tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> Read:
         raise ModelError(f"{words} words of qweight and qzeros are not those of {bits} bits for [{d_out}, {d_in}]")
     codes = unpacked_bits(qweight.T, bits, d_in)
     zeros = unpacked_bits(tensors["qzeros"], bits, d_out).T.to(torch.int16)
-    zeros = zeros + (said.get("checkpoint_format") != "gptq_v2")
+    zeros = zeros + (layout == "gptq")
     if not in_order(group_of, groups, d_in):
         assert group_of is not None
         return by_column(codes, scales, zeros, group_of)
     return integers(codes, scales, zeros, bits)
+
+
+def read_auto_round(tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> Read:
+    """Return what one layer of AutoRound holds; its ``packing_format`` says which of these layouts it has."""
+    packing = str(said.get("packing_format") or said.get("backend") or "auto_round")
+    if int(said.get("act_bits") or 16) < 16:
+        raise UnsupportedModelError(
+            "Not yet: AutoRound's own layout with quantised inputs. Save it for compressed-tensors."
+        )
+    if packing == "auto_round:auto_awq":
+        return read_awq(tensors, {**said, "version": "gemm"})
+    if packing not in _AUTO_ROUND:
+        raise UnsupportedModelError(
+            f"Not yet: AutoRound layers packed for {packing[:60]!r}. Expected auto_round:auto_awq or one of "
+            f"{', '.join(_AUTO_ROUND)}: save it so."
+        )
+    return read_gptq(tensors, {**said, "checkpoint_format": _AUTO_ROUND[packing]})
 
 
 def read_awq(tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> Read:
