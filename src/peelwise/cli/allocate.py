@@ -20,6 +20,7 @@ from peelwise.cli.options import (
     PickleOption,
     SeedOption,
     StoredOption,
+    StreamOption,
     TextOption,
     TokenizerOption,
     TokensOption,
@@ -58,6 +59,7 @@ def allocate(
     dtype: DtypeOption = OpenOptions.dtype,
     allow_pickle: PickleOption = OpenOptions.allow_pickle,
     as_stored: StoredOption = OpenOptions.as_stored,
+    stream: StreamOption = OpenOptions.stream,
     tokenizer: TokenizerOption = None,
     out: Annotated[
         Path | None, output("--out", metavar="DIR", help="Folder for the plan, also in the syntax of other tools.")
@@ -77,7 +79,7 @@ def allocate(
 
     probe = probe_options(text, field, tokens, sequence_length, in_distribution, seed)
     settings = AllocateSettings(bits, tuple(formats), points, micro_batch_tokens)
-    opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer)
+    opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer, stream)
     with at_work(f"Opening {model} ...") as watcher:
         report = api.allocate(model, probe, settings, opening=opening, out=out, force=force, progress=watcher)
     if as_json:

@@ -20,6 +20,7 @@ from peelwise.cli.options import (
     PickleOption,
     SeedOption,
     StoredOption,
+    StreamOption,
     TextOption,
     TokenizerOption,
     TokensOption,
@@ -57,6 +58,7 @@ def anatomy(
     dtype: DtypeOption = OpenOptions.dtype,
     allow_pickle: PickleOption = OpenOptions.allow_pickle,
     as_stored: StoredOption = OpenOptions.as_stored,
+    stream: StreamOption = OpenOptions.stream,
     tokenizer: TokenizerOption = None,
     out: Annotated[Path | None, output(metavar="DIR", help="Folder for anatomy.json and the page.")] = None,
     force: ForceOption = False,
@@ -72,7 +74,7 @@ def anatomy(
 
     settings = AnatomySettings(budget, _names(studies), margin, micro_batch_tokens)
     probe = probe_options(text, field, tokens, sequence_length, in_distribution, seed)
-    opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer)
+    opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer, stream)
     with at_work(f"Opening {model} ...") as watcher:
         report = api.anatomy(model, probe, settings, opening=opening, out=out, force=force, progress=watcher)
     if as_json:

@@ -20,6 +20,7 @@ from peelwise.cli.options import (
     PickleOption,
     SeedOption,
     StoredOption,
+    StreamOption,
     TextOption,
     TokenizerOption,
     TokensOption,
@@ -63,6 +64,7 @@ def audit(
     dtype: DtypeOption = OpenOptions.dtype,
     allow_pickle: PickleOption = OpenOptions.allow_pickle,
     as_stored: StoredOption = OpenOptions.as_stored,
+    stream: StreamOption = OpenOptions.stream,
     tokenizer: TokenizerOption = None,
     out: OutOption = None,
     force: ForceOption = False,
@@ -79,7 +81,7 @@ def audit(
 
     probe = probe_options(text, field, tokens, sequence_length, in_distribution, seed)
     settings = AuditSettings(budget, joint_rounds, solo_rounds, margin, controls, micro_batch_tokens, refine)
-    opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer)
+    opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer, stream)
     with at_work(f"Opening {model} ...") as watcher:
         report = api.audit(model, probe, settings, opening=opening, out=out, force=force, progress=watcher)
     print_report(report, out, as_json)

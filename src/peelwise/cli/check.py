@@ -20,6 +20,7 @@ from peelwise.cli.options import (
     PickleOption,
     SeedOption,
     StoredOption,
+    StreamOption,
     TextOption,
     TokenizerOption,
     TokensOption,
@@ -60,6 +61,7 @@ def check(
     dtype: DtypeOption = OpenOptions.dtype,
     allow_pickle: PickleOption = OpenOptions.allow_pickle,
     as_stored: StoredOption = OpenOptions.as_stored,
+    stream: StreamOption = OpenOptions.stream,
     tokenizer: TokenizerOption = None,
     out: Annotated[Path | None, output(metavar="DIR", help="Folder for certificate, factors and report.")] = None,
     force: ForceOption = False,
@@ -81,7 +83,7 @@ def check(
         raise OptionError("--no-text and --text exclude each other. Leave one of them out.")
     settings = CheckSettings(_names(signals), most_witnesses, micro_batch_tokens)
     probe = None if no_text else probe_options(text, field, tokens, sequence_length, in_distribution, seed)
-    opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer)
+    opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer, stream)
     with at_work(f"Opening {model} ...") as watcher:
         report = api.check(
             model, probe, settings, text=not no_text, opening=opening, out=out, force=force, progress=watcher

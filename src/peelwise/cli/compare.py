@@ -19,6 +19,7 @@ from peelwise.cli.options import (
     PickleOption,
     SeedOption,
     StoredOption,
+    StreamOption,
     TextOption,
     TokenizerOption,
     TokensOption,
@@ -63,6 +64,7 @@ def compare(
     dtype: DtypeOption = OpenOptions.dtype,
     allow_pickle: PickleOption = OpenOptions.allow_pickle,
     as_stored: StoredOption = OpenOptions.as_stored,
+    stream: StreamOption = OpenOptions.stream,
     tokenizer: TokenizerOption = None,
     out: Annotated[
         Path | None, output(metavar="DIR", help="Folder for certificate and page; of a run, compare.json.")
@@ -86,7 +88,7 @@ def compare(
 
     probe = probe_options(text, field, tokens, sequence_length, in_distribution, seed)
     settings = CompareSettings(budget, layers_of, margin, path, micro_batch_tokens)
-    opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer)
+    opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer, stream)
     shown: CompareRecord | CompareSeries
     if new is None:
         with at_work(f"Opening the checkpoints in {old} ...") as watcher:

@@ -48,6 +48,7 @@ DeviceOption = Annotated[str, flag(OpenOptions, "device")]
 DtypeOption = Annotated[Dtype, flag(OpenOptions, "dtype")]
 PickleOption = Annotated[bool, flag(OpenOptions, "allow_pickle", "--allow-pickle")]
 StoredOption = Annotated[bool, flag(OpenOptions, "as_stored", "--as-stored")]
+StreamOption = Annotated[bool, flag(OpenOptions, "stream", "--stream")]
 TokenizerOption = Annotated[Path | None, flag(OpenOptions, "tokenizer", metavar="DIR")]
 
 # What a command leaves and prints.

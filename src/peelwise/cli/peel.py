@@ -19,6 +19,7 @@ from peelwise.cli.options import (
     PickleOption,
     SeedOption,
     StoredOption,
+    StreamOption,
     TextOption,
     TokenizerOption,
     TokensOption,
@@ -66,6 +67,7 @@ def peel(
     dtype: DtypeOption = OpenOptions.dtype,
     allow_pickle: PickleOption = OpenOptions.allow_pickle,
     as_stored: StoredOption = OpenOptions.as_stored,
+    stream: StreamOption = OpenOptions.stream,
     tokenizer: TokenizerOption = None,
     out: OutOption = None,
     force: ForceOption = False,
@@ -98,7 +100,7 @@ def peel(
         margin,
         micro_batch_tokens,
     )
-    opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer)
+    opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer, stream)
     with at_work(f"Opening {model} ...") as watcher:
         report = api.peel(model, probe, settings, opening=opening, out=out, force=force, progress=watcher)
     print_report(report, out, as_json)

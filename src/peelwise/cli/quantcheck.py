@@ -19,6 +19,7 @@ from peelwise.cli.options import (
     PickleOption,
     SeedOption,
     StoredOption,
+    StreamOption,
     TextOption,
     TokenizerOption,
     TokensOption,
@@ -73,6 +74,7 @@ def quantcheck(
     dtype: DtypeOption = OpenOptions.dtype,
     allow_pickle: PickleOption = OpenOptions.allow_pickle,
     as_stored: StoredOption = OpenOptions.as_stored,
+    stream: StreamOption = OpenOptions.stream,
     tokenizer: TokenizerOption = None,
     out: Annotated[Path | None, output(metavar="FILE", help="JSON file for the record.")] = None,
     force: ForceOption = False,
@@ -91,7 +93,7 @@ def quantcheck(
 
     probe = probe_options(text, field, tokens, sequence_length, in_distribution, seed)
     settings = QuantcheckSettings(budget, form, max_sweeps, tolerance, micro_batch_tokens, activations)
-    opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer)
+    opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer, stream)
     with at_work(f"Opening {quantised} and {against} ...") as watcher:
         report = api.quantcheck(
             quantised, against, probe, settings, base=base, opening=opening, out=out, force=force, progress=watcher

@@ -21,6 +21,7 @@ from peelwise.cli.options import (
     PickleOption,
     SeedOption,
     StoredOption,
+    StreamOption,
     TextOption,
     TokenizerOption,
     TokensOption,
@@ -78,6 +79,7 @@ def quantise(
     dtype: DtypeOption = OpenOptions.dtype,
     allow_pickle: PickleOption = OpenOptions.allow_pickle,
     as_stored: StoredOption = OpenOptions.as_stored,
+    stream: StreamOption = OpenOptions.stream,
     tokenizer: TokenizerOption = None,
     out: Annotated[
         Path | None, output("--out", metavar="DIR", help="Folder for the quantised model and its record.")
@@ -112,7 +114,7 @@ def quantise(
     settings = QuantiseSettings(
         form, tuple(skip or ()), max_sweeps, tolerance, asymmetric, curvature, micro_batch_tokens, planned
     )
-    opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer)
+    opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer, stream)
     with at_work(f"Opening {model} ...") as watcher:
         report = api.quantise(
             model,

