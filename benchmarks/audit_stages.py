@@ -248,15 +248,17 @@ def main():
 
 
 def show(found):
-    """Print the table."""
+    """Print the table of docs/method.md."""
     for name, each in found.items():
-        seconds = f"{each['processor_seconds']:.0f} s of the processor, {each['wall_seconds']:.0f} s"
-        print(f"{name}: {seconds}, {each['verdicts']}")
+        seconds = f"{each['processor_seconds']:.0f} s of the processor, {each['wall_seconds']:.0f} s in all"
+        print(f"\n{name}, {each['tokens']:,} tokens: {seconds}, verdicts {each['verdicts']}\n")
+        print("| stage | seconds | Gflop | share of matrix speed | left to win, s | mostly |")
+        print("|---|---:|---:|---:|---:|---|")
         for row in each["stages"]:
             share = "" if row["share"] is None else f"{row['share']:.0%}"
-            kinds = ", ".join(f"{kind} {part:.0%}" for kind, part in row["kinds"].items())
-            numbers = f"{row['seconds']:7.2f} s {row['operations'] / 1e9:9.1f} Gflop {share:>5}"
-            print(f"  {row['stage']:20} {numbers} left {row['left_seconds']:6.2f} s  {kinds}")
+            kinds = ", ".join(f"{kind.split('_flash')[0]} {part:.0%}" for kind, part in list(row["kinds"].items())[:2])
+            numbers = f"{row['seconds']:.1f} | {row['operations'] / 1e9:,.0f} | {share} | {row['left_seconds']:.1f}"
+            print(f"| {row['stage']} | {numbers} | {kinds} |")
 
 
 if __name__ == "__main__":

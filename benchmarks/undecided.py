@@ -5,7 +5,7 @@
                                    [--probes fixed rolling] [--name undecided]
 
 Trainings on one thread, each with its usual probe or with a rolling one: that of ``peelwise demo-training`` (a block
-cut off at step 400 and mended at 720), the small GPT of examples/monitor.py healthy and as it is there (a block is
+cut off at step 400 and mended at 680), the small GPT of examples/monitor.py healthy and as it is there (a block is
 missing from the optimiser), the small Llama of examples/small_gpt from step 600 on, and SmolLM2-135M fine-tuned by
 transformers' Trainer. Counted after the first tenth of the steps: cells (blocks x measurements) without a colour, and
 the same weighted by how long each was on screen; before the first measurement all counts as undecided. Resumable: what

@@ -53,14 +53,14 @@ class Plan:
         budget: the monitor's share of time, at most; about twice what that takes.
     """
 
-    steps: int = 960
+    steps: int = 1000
     cut_off: int = 2
     from_step: int = 400
     growth: float = 0.004
-    mended_at: int = 720
+    mended_at: int = 680
     rate: float = 4e-3
     probe_tokens: int = 12_000
-    audit_tokens: int = 12_000
+    audit_tokens: int = 40_000
     every: int = 40
     budget: float = 0.7
 
@@ -132,7 +132,10 @@ def mend(model: SmallGPT, optimizer: torch.optim.Optimizer, stream: Tensor, plan
     probe = Probe.from_tokens(  # drawn with another seed, so that it is not the text that the monitor measures on
         stream, tokens=plan.audit_tokens, sequence_length=CONTEXT, in_distribution=True, seed=1
     )
+    for index, block in enumerate(model.blocks):  # an audit asks about what trains
+        block.requires_grad_(index == plan.cut_off)
     report = audit(model, probe, AuditSettings(joint_rounds=0, controls=False), budget="2m")
+    model.blocks.requires_grad_(True)
     of_block = f"alone/blocks.{plan.cut_off}."
     own = {name: change for name, change in report.witness.items() if name.startswith(of_block)}
     if own:  # an audit of very little text may find nothing
