@@ -1,10 +1,11 @@
 """What every stage of an audit computes, how fast against this machine's matrix speed, and what is left to win.
 
-    python benchmarks/audit_stages.py [--models small-gpt smollm2] [--rounds 1] [--name audit_stages]
+    python benchmarks/audit_stages.py [--models small-gpt smollm2] [--rounds 1] [--budget 60m]
 
-One audit on one thread, to its end. Operations of matrix products, attention and decompositions are counted as they
-run, by stage and by size. The same run then multiplies float32 matrices of the sizes that were most of each stage: what
-a stage's operations would take at that speed, over what it took, is the share that it achieves; the rest is left.
+One audit on one thread, to its end or that of its budget. Operations of matrix products, attention and decompositions
+are counted as they run, by stage and by size. The same run then multiplies float32 matrices of the sizes that were most
+of each stage: what a stage's operations would take at that speed, over what it took, is the share that it achieves; the
+rest is left to win.
 Seconds are the processor's, so that other work on the machine counts little. Counting costs time itself, which is why
 the small model, whose operations are short, is audited once more without it. Resumable by model.
 """
@@ -169,8 +170,8 @@ def most(sizes):
     return chosen
 
 
-def audited(model, probe, rounds, counting, *, count):
-    settings = peelwise.AuditSettings("60m", joint_rounds=rounds, solo_rounds=rounds)
+def audited(model, probe, rounds, budget, counting, *, count):
+    settings = peelwise.AuditSettings(budget, joint_rounds=rounds, solo_rounds=rounds)
     began = time.perf_counter(), time.process_time()
     counting.enter("between stages")
     with watched(counting):
@@ -216,16 +217,16 @@ def table(counted, timed):
     return rows, fastest
 
 
-def measured(name, rounds):
+def measured(name, rounds, budget):
     source, tokens = MODELS[name]
     opened = open_model(source, dtype="float32", device="cpu")
     probe = peelwise.Probe.from_text(reference_prose(), opened.tokenizer, tokens=tokens, in_distribution=True)
     counted = Counting()
-    _, whole = audited(opened.model, probe, rounds, counted, count=True)
+    _, whole = audited(opened.model, probe, rounds, budget, counted, count=True)
     timed = counted
     if name == "small-gpt":
         timed = Counting()
-        _, whole = audited(opened.model, probe, rounds, timed, count=False)
+        _, whole = audited(opened.model, probe, rounds, budget, timed, count=False)
     rows, fastest = table(counted, timed)
     return {"tokens": tokens, "rounds": rounds, **whole, "stages": rows, "giga_operations_per_second": fastest}
 
@@ -234,6 +235,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=1, help="joint and solo rounds, at most")
+    parser.add_argument("--budget", default="60m", help="wall time of an audit; what is not done by then has no row")
     parser.add_argument("--name", default="audit_stages", help="of the result file")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -242,7 +244,7 @@ def main():
     for name in options.models:
         if name in found:
             continue
-        found[name] = measured(name, options.rounds)
+        found[name] = measured(name, options.rounds, options.budget)
         path.write_text(json.dumps(environment() | {"models": found}, indent=1) + "\n")
     show(found)
 
