@@ -97,6 +97,8 @@ def open_model(
             config, options = _gguf_options(path)
         else:
             config, options, packed = _folder_options(path, allow_pickle)
+        if packed is not None and dtype == "auto":
+            number_format = torch.float32  # in which codes times scales are what is stored, on any device
         words = _tokenizer(path, tokenizer, options.get("gguf_file")) if with_tokenizer else None
         model = _load_model(path, config, number_format, options)
     _forget_gguf(model)

@@ -48,6 +48,8 @@ def must_stream(path: Path) -> bool:
     if not path.is_dir():
         return False
     check_folder(path)
+    if not any(path.glob("*.safetensors")):  # whether pickled weights will do is asked when they are opened
+        return False
     if "quantization_config" in read_config(path):  # packed weights are unpacked into memory
         return False
     stored, free = check_weights(path, allow_pickle=True), available_memory()

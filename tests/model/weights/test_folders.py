@@ -13,8 +13,10 @@ from gguf_files import llama_of_whole_blocks
 from packed_files import CASES, int_quantized, words_along, write_packed
 from peelwise.errors import ModelError, UnsupportedModelError
 from peelwise.formats.membership import check_member
+from peelwise.formats.uneven import table_of
 from peelwise.model.architectures import find_blocks
 from peelwise.model.checkpoints import open_model, save_model
+from peelwise.model.weights.bitsandbytes import read_bitsandbytes
 from peelwise.model.weights.float8 import read_float8
 from peelwise.model.weights.packing import packed_bits, unpacked_bits
 from peelwise.model.weights.reading import reading_of
@@ -205,3 +207,31 @@ def test_experts_that_the_loader_merges_keep_the_stored_numbers(tmp_path: Path) 
     for linear in (linear for block in find_blocks(opened) for linear in block.linears):
         assert torch.equal(linear.weight(), theirs[linear.name].weight()), linear.name
         assert not (linear.is_expert and linear.low_bit)
+
+
+def _four_bits(**said: object) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Tensors of bitsandbytes' nf4, written one byte after the other, and the weight that they stand for."""
+    W = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    table = torch.tensor(table_of("nf4").values)
+    absmax = W.reshape(-1, 64).abs().amax(1)
+    codes = (W.reshape(-1, 64) / absmax[:, None])[..., None].sub(table).abs().argmin(-1).flatten().tolist()
+    packed = [16 * codes[i] + codes[i + 1] for i in range(0, len(codes), 2)]  # the first in the high half
+    state = json.dumps({"shape": [16, 64], "blocksize": 64, "dtype": "float32", "quant_type": "nf4"} | said).encode()
+    return {
+        "weight": torch.tensor(packed, dtype=torch.uint8)[:, None],
+        "weight.absmax": absmax,
+        "weight.quant_map": table,
+        "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(state), dtype=torch.uint8),
+    }, (table[torch.tensor(codes)].reshape(-1, 64) * absmax[:, None]).reshape(16, 64)
+
+
+def test_four_bits_are_read_from_their_bytes() -> None:
+    tensors, expected = _four_bits()
+    found = read_bitsandbytes(tensors, {})
+    assert found.format.name == "nf4:group=64,scale=float32"
+    assert torch.equal(found.weight, expected)
+    across = read_bitsandbytes(_four_bits(shape=[32, 32])[0], {})  # blocks of 64 go on from one output to the next
+    assert torch.equal(across, expected.reshape(32, 32))
+    for said in ({"shape": [16, 65]}, {"blocksize": 10**12}, {"blocksize": 32}, {"blocksize": 0}):
+        with pytest.raises(ModelError, match="are not those of a matrix"):
+            read_bitsandbytes(_four_bits(**said)[0], {})

@@ -12,6 +12,7 @@ import peelwise
 from audits import tiny_probe
 from gguf_files import llama_of_whole_blocks, write_llama_gguf
 from packed_files import CASES, write_packed
+from peelwise.model.weights.gguf import BLOCK_FORMATS
 from peelwise.show.quantcheck.terminal import render
 from peelwise.tasks.quantcheck.settings import QuantcheckSettings
 
@@ -82,3 +83,20 @@ def test_a_check_and_an_audit_of_a_folder_see_the_weights_that_it_stores(tmp_pat
     audited = peelwise.audit(tmp_path, probe, budget=4).record
     assert audited.loss.current == pytest.approx(here.loss, abs=1e-6)
     assert any(note.code == "low-bit" for note in audited.notes)
+
+
+def test_blocks_of_a_gguf_file_that_are_not_read_have_an_error_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent, file = llama_of_whole_blocks(), tmp_path / "model.gguf"
+    write_llama_gguf(parent, file, "Q5_0")
+    probe = tiny_probe(in_distribution=True)
+    settings = QuantcheckSettings(budget=1e-6)
+    read = peelwise.quantcheck(file, parent, probe, settings).record
+    monkeypatch.delitem(BLOCK_FORMATS, "Q5_0")
+    record = peelwise.quantcheck(file, parent, probe, settings).record
+    for layer, known in zip(record.layers, read.layers, strict=True):
+        assert (layer.format, layer.bits_per_weight, layer.codes) == ("Q5_0", 5.5, False)
+        assert layer.error == pytest.approx(known.error, rel=1e-5)
+    (said,) = (note for note in record.notes if note.code == "read-as-numbers")
+    assert said.values == {"method": "Q5_0", "layers": 14, "codes": 0}

@@ -53,8 +53,8 @@ def _four_bits(packed: Tensor, absmax: Tensor, table: Tensor, block: int, shape:
     d_out, d_in = shape
     halves = packed.reshape(-1, 1).view(torch.uint8)
     codes = table[torch.cat([halves >> 4, halves & 15], dim=1).flatten()[: d_out * d_in].long()]
-    if len(codes) < d_out * d_in or len(absmax) * block < d_out * d_in:
-        raise ModelError(f"its bytes are too few for a matrix of {shape}")
+    if len(codes) < d_out * d_in or len(absmax) != -(-d_out * d_in // max(block, 1)):
+        raise ModelError(f"its bytes and scales are not those of a matrix of {shape} in blocks of {block}")
     known = next((n for n in ("nf4", "fp4") if Table.of(table) == table_of(n)), None)
     if known is None or d_in % block:  # blocks go on from one output to the next
         return (codes * absmax.repeat_interleave(block)[: len(codes)]).reshape(shape)

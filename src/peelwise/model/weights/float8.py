@@ -48,7 +48,7 @@ def floats(weight: Tensor, scale: Tensor, block: Sequence[int] | None = None) ->
     d_out, d_in = weight.shape
     values = weight.float()
     if block is not None and scales.numel() > 1:
-        rows, columns = int(block[0]), int(block[1])
+        rows, columns = min(int(block[0]), d_out), min(int(block[1]), d_in)  # a file may say anything
         if tuple(scales.shape) != (-(-d_out // rows), -(-d_in // columns)):
             raise ModelError(f"scales {tuple(scales.shape)} are not those of blocks of {block} in [{d_out}, {d_in}]")
         if d_out % rows or d_in % columns:
