@@ -20,6 +20,7 @@ from peelwise.model.weights.bitsandbytes import read_bitsandbytes
 from peelwise.model.weights.float8 import read_float8
 from peelwise.model.weights.packing import packed_bits, unpacked_bits
 from peelwise.model.weights.reading import reading_of
+from peelwise.model.weights.table import held
 from zoo import ZOO
 
 FORMATS = {
@@ -235,3 +236,17 @@ def test_four_bits_are_read_from_their_bytes() -> None:
     for said in ({"shape": [16, 65]}, {"blocksize": 10**12}, {"blocksize": 32}, {"blocksize": 0}):
         with pytest.raises(ModelError, match="are not those of a matrix"):
             read_bitsandbytes(_four_bits(**said)[0], {})
+
+
+@pytest.mark.parametrize("block", [None, (32, 32)])
+def test_fp8_layers_in_memory_are_read_as_transformers_dequantises_them(block: tuple[int, int] | None) -> None:
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    layer = fp8.FP8Linear(64, 96, block_size=block)
+    W = torch.randn(96, 64, generator=torch.Generator().manual_seed(0))
+    layer.weight.data = W.to(torch.float8_e4m3fn)
+    scales = torch.rand_like(layer.weight_scale_inv) + 0.5
+    layer.weight_scale_inv.data = scales
+    found = held(layer)
+    assert found.format.name.startswith("float8_e4m3:tensor" if block is None else "float8_e4m3:block=32")
+    wide = scales if block is None else scales.repeat_interleave(32, 0).repeat_interleave(32, 1)
+    assert torch.equal(found.weight, layer.weight.float() * wide)

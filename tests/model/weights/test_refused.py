@@ -70,12 +70,21 @@ def _gptq(like: nn.Linear) -> nn.Module:
     return MarlinQuantLinear()
 
 
+def _scheme(like: nn.Linear) -> nn.Module:
+    """An ordinary layer whose forward pass rounds its weight, as compressed-tensors leaves one before it is saved."""
+    layer = nn.Linear(like.in_features, like.out_features, bias=False)
+    layer.load_state_dict({"weight": like.weight.detach()})
+    layer.quantization_scheme = object()
+    return layer
+
+
 STUBS: dict[str, tuple[Callable[[nn.Linear], nn.Module], str]] = {
     "int8": (lambda like: Packed(like, torch.int8), "Packed keeps its weights packed, weight as int8"),
     "uint8": (lambda like: Packed(like, torch.uint8), "Packed keeps its weights packed, weight as uint8"),
     "float8": (lambda like: Packed(like, torch.float8_e4m3fn), "weight as float8_e4m3fn"),
     "a tensor class": (_wrapped, "weight as Wrapped of model"),
     "HQQ": (_hqq, r"HQQLinear \(HQQ\) keeps its weights packed, W_q as uint8.*Save its dequantised weights"),
+    "compressed-tensors": (_scheme, r"Linear \(compressed-tensors\) rounds its weights as it runs"),
     "GPTQ": (_gptq, r"MarlinQuantLinear \(GPTQ or AWQ .*qweight as int32.*Give peelwise the checkpoint folder"),
 }
 

@@ -22,7 +22,7 @@ from peelwise.model.checkpoints import open_model
 from peelwise.model.weights.bitsandbytes import read_bitsandbytes
 from peelwise.model.weights.gptq import read_auto_round, read_awq
 from peelwise.model.weights.reading import reading_of
-from peelwise.model.weights.table import held
+from peelwise.model.weights.table import held, unread
 
 
 def _four_bits(W: Tensor, **options: Any) -> nn.Module:
@@ -160,3 +160,13 @@ def test_layers_that_auto_round_packs_as_awq() -> None:
     found = read_awq(dict(layer.named_buffers()), {"version": "gemm"})
     assert torch.equal(found.weight, expected)
     assert (found.weight - linear.weight).abs().max() <= scales.max()
+
+
+def test_layers_that_compressed_tensors_rounds_as_they_run_are_refused() -> None:
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    model = nn.Sequential(nn.Linear(64, 32))
+    assert unread(model[0]) is None
+    weights = quantization.QuantizationArgs(num_bits=4, strategy="group", group_size=32)
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
+    quantization.apply_quantization_config(model, quantization.QuantizationConfig(config_groups={"all": scheme}))
+    assert "(compressed-tensors) rounds its weights as it runs" in unread(model[0])

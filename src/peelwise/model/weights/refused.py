@@ -35,10 +35,14 @@ KNOWN: tuple[tuple[str, str, str], ...] = (
 
 def refusal(module: nn.Module) -> str | None:
     """Return why a module's weights are not read, and what to do; ``None`` if they are numbers or there are none."""
+    kind = type(module).__name__
+    if (
+        getattr(module, "quantization_scheme", None) is not None
+    ):  # its weight is a number, and not what it computes with
+        return f"{kind} (compressed-tensors) rounds its weights as it runs. Save the model compressed. {_FOLDER}."
     what = _packed(module)
     if what is None:
         return None
-    kind = type(module).__name__
     rows = [row for row in KNOWN if kind.startswith(row[0]) or kind.endswith(row[0])]
     known = max(rows, key=lambda row: len(row[0]), default=None)
     whose, remedy = (f" ({known[1]})", known[2]) if known else ("", _DEQUANTISE)
