@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import peelwise
 from gguf_files import llama_of_whole_blocks
 from packed_files import CASES, write_packed
 from peelwise.errors import UnsupportedModelError
@@ -23,6 +24,8 @@ from peelwise.model.weights.bitsandbytes import read_bitsandbytes
 from peelwise.model.weights.gptq import read_auto_round, read_awq
 from peelwise.model.weights.reading import reading_of
 from peelwise.model.weights.table import held, unread
+from peelwise.probe.probe import Probe
+from peelwise.tasks.quantcheck.settings import QuantcheckSettings
 
 
 def _four_bits(W: Tensor, **options: Any) -> nn.Module:
@@ -170,3 +173,26 @@ def test_layers_that_compressed_tensors_rounds_as_they_run_are_refused() -> None
     scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
     quantization.apply_quantization_config(model, quantization.QuantizationConfig(config_groups={"all": scheme}))
     assert "(compressed-tensors) rounds its weights as it runs" in unread(model[0])
+
+
+def test_eight_bits_of_bitsandbytes_round_their_inputs_in_memory_and_from_a_folder_alike(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    parent = llama_of_whole_blocks()
+    parent.save_pretrained(tmp_path / "plain")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain",
+        quantization_config=BitsAndBytesConfig(load_in_8bit=True),
+        device_map="cpu",
+        dtype=torch.float32,
+    )
+    theirs.save_pretrained(tmp_path / "packed")
+    ids = torch.randint(0, 97, (24, 33), generator=torch.Generator().manual_seed(0))
+    probe, settings = Probe.from_tokens(ids, in_distribution=True), QuantcheckSettings(budget=1e-6)
+    here = peelwise.quantcheck(theirs, parent, probe, settings).record
+    there = peelwise.quantcheck(tmp_path / "packed", parent, probe, settings).record
+    assert here.loss.quantised == pytest.approx(there.loss.quantised, abs=1e-4)
+    assert here.loss.activations.mean == pytest.approx(there.loss.activations.mean, abs=3e-3)
+    for a, b in zip(here.layers, there.layers, strict=True):
+        assert a.inputs == pytest.approx(b.inputs, rel=0.2)

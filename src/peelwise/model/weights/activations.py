@@ -79,8 +79,9 @@ def rounds_inputs(module: nn.Module) -> str | None:
     asked = getattr(weight, "activation_quantization", None)
     if asked is not None:
         return str(asked)
-    if type(module).__module__.startswith("torch.ao.nn.quantized.dynamic."):
-        return "uint8 per tensor"
+    for name, where, how in _THEMSELVES:
+        if any(base.__name__ == name and base.__module__.startswith(where) for base in type(module).__mro__):
+            return how
     fake = getattr(module, "activation_fake_quantizer", None)
     if fake is not None and getattr(fake, "enabled", True):
         return f"{str(getattr(fake.config, 'dtype', '')).removeprefix('torch.')} (in training)"
@@ -164,6 +165,13 @@ def _is_target(target: str, name: str) -> bool:
 def _of_bytes(said: Mapping[str, Any], name: str) -> Format | None:
     return Integer(Layout("channel"), torch.float32, width=8) if said.get("load_in_8bit") else None
 
+
+# Class, package, and how its inputs are rounded.
+_THEMSELVES = (
+    ("Linear", "torch.ao.nn.quantized.dynamic.", "uint8 per tensor"),
+    ("Linear8bitLt", "bitsandbytes.", "int8 per token, outlier columns kept"),
+    ("FP8Linear", "transformers.", "float8_e4m3"),
+)
 
 # Method -> the format of a layer's inputs, from the configuration and the layer's name.
 _SAID: Mapping[str, Callable[[Mapping[str, Any], str], Format | None]] = {
