@@ -87,8 +87,10 @@ def _layers(record: QuantcheckRecord, most: int | None) -> list[RenderableType]:
     shown = solved if most is None else solved[:most]
     table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
     table.add_column("block", justify="right", no_wrap=True)
-    table.add_column("layer", overflow="fold")
-    table.add_column("format", no_wrap=True)
+    table.add_column("layer", overflow="fold", min_width=12)
+    formats = sorted({layer.format for layer in record.layers})
+    if len(formats) > 1:  # one format for all is said above, and leaves its room to the names
+        table.add_column("format", overflow="fold")
     for title in ("bits", "error", "gap\nat most", "recov-\nerable", "codes\nother"):
         table.add_column(title, justify="right", no_wrap=True)
     if record.activations:
@@ -98,7 +100,7 @@ def _layers(record: QuantcheckRecord, most: int | None) -> list[RenderableType]:
         table.add_row(
             str(layer.block),
             clean(layer.name.partition(f".{layer.block}.")[2] or layer.name),
-            layer.format,
+            *([layer.format] if len(formats) > 1 else []),
             f"{layer.bits_per_weight:.2f}",
             _percent(layer.error),
             _percent(split.price_of_precision + split.irreducible if split else None),
@@ -106,8 +108,9 @@ def _layers(record: QuantcheckRecord, most: int | None) -> list[RenderableType]:
             _percent(layer.flipped),
             *([_percent(layer.inputs)] if record.activations else []),
         )
+    about = ABOUT_LAYERS if len(formats) > 1 else f"{ABOUT_LAYERS} All hold {clean(formats[0])}."
     title = "\nOutput error of each layer, in percent of the parent's output"
-    lines: list[RenderableType] = [Text(title, style="bold"), Text(ABOUT_LAYERS, style="dim"), table]
+    lines: list[RenderableType] = [Text(title, style="bold"), Text(about, style="dim"), table]
     if len(solved) > len(shown):
         lines.append(
             Text(f"The {len(shown)} with most to recover; all {len(solved)} with --all or in the JSON.", style="dim")
