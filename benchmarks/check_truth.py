@@ -228,7 +228,12 @@ def run(name: str, seed: int, half: str | None, blocks: Sequence[int] = (), *, d
         changed = set() if index < 0 else at_fault(kind, index, len(bench.blocks))
         within = damaged(bench.model, bench.blocks, kind, index) if changed else healthy_as(bench.model, kind)
         with within:
-            found = bench.case(changed or set(range(len(bench.blocks))), damping=damping)
+            if group == "elsewhere":  # what comes before the blocks is another than that of the traces
+                other = Bench(bench.model, bench.probe)
+                found = other.case(set(), damping=False)
+                found["difference"] = _difference(bench.traces[2], other.traces[2])
+            else:
+                found = bench.case(changed or set(range(len(bench.blocks))), damping=damping)
         _save(path, found, group, kind, index, sorted(changed), seed)
     if name == "small" and not _path(name, seed, "healthy", "widened", -1).exists():
         for kind, other in healthy_small(seed):
