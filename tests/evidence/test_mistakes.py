@@ -72,6 +72,14 @@ def test_the_probes_loss_is_asked_for_where_it_may_show_what_nothing_else_does(f
     assert facts.suspicious == suspicious
 
 
+@pytest.mark.parametrize(("labelled_first", "told"), [(1.81, ["padding-in-loss"]), (None, [])])
+def test_padding_is_seen_where_labels_were_made_before_it(labelled_first, told):
+    """Its first token in each row is no target there, and costs a trained model much."""
+    facts = wrong(loss=1.8, batch=batch(next=2.0, labelled_first=labelled_first, unpadded=2.7, padding=0.3))
+    diagnosis = Diagnosis()
+    assert [event.kind for step in range(3) for event in diagnosis.add(replace(facts, step=step))] == told
+
+
 @pytest.mark.parametrize("kind", CASES)
 def test_each_mistake_is_told_once_at_its_second_check_and_stays_known(kind):
     facts, words = CASES[kind]

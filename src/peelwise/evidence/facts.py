@@ -56,6 +56,8 @@ class BatchFacts:
     Attributes:
         next, twice, same: with the next token as target, the one after it, and the token itself.
         unpadded: as ``next``, without targets that look like padding.
+        labelled_first: as ``next``, without the first of these in each row: labels that were made before the rows were
+            filled up have another token there.
         padding: part of the targets that does.
         rows, repeated: sequences seen at checks of late, and how many of them had been seen before.
         distinct: different sequences among all seen.
@@ -69,6 +71,7 @@ class BatchFacts:
     rows: int = 0
     repeated: int = 0
     distinct: int = 0
+    labelled_first: float | None = None
 
     @property
     def repeats(self) -> bool:

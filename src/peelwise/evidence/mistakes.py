@@ -239,7 +239,8 @@ def _padding_in_loss(facts: StepFacts) -> Mistake | None:
     batch, told = facts.batch, facts.loss
     if batch is None or told is None or batch.padding < _PADDED:
         return None
-    if not _alike(told, batch.next) or not _apart(told, batch.unpadded):
+    as_computed = [batch.next, batch.next if batch.labelled_first is None else batch.labelled_first]
+    if not any(_alike(told, each) for each in as_computed) or not _apart(told, batch.unpadded):
         return None
     text = (
         f"padding counts in the loss: {batch.padding:.0%} of the targets repeat one token at the end of their rows. "

@@ -46,6 +46,10 @@ def test_padding_is_found_at_either_end_and_left_out(side):
     real[1:, where] = False
     assert facts.padding == pytest.approx(1 - float(real[:, 1:].float().mean()), abs=0.02)
     assert facts.unpadded == pytest.approx(float(losses[real[:, 1:]].mean()), rel=2e-2)
+    others = torch.ones_like(losses, dtype=torch.bool)
+    others[:, -9] = side == "left"  # the first padded target of a row, where it is at the end
+    others[0] = True
+    assert facts.labelled_first == pytest.approx(float(losses[others].mean()), rel=1e-4)
 
 
 def test_rows_cut_from_a_text_with_rules_and_indentation_are_not_padded():

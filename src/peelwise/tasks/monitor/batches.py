@@ -78,11 +78,13 @@ class BatchWatch:
         rows = torch.cat(edges)
         self._padding.add(rows[..., :2], torch.cat(inside))
         token, (loss, count) = self._padding.token, total[0]
-        filled = rows[rows[..., 0] == token].sum(dim=0).tolist() if token is not None else [0.0] * 4
+        filled = rows[rows[..., 0] == token].sum(dim=0).tolist() if token is not None else [0.0] * 6
         left = count - filled[3]
         unpadded = (loss - filled[2]) / left if left else means[0]
+        others = count - filled[5]
+        labelled_first = (loss - filled[4]) / others if others else means[0]
         late = len(self._late), sum(self._late), len(self._seen)
-        return BatchFacts(means[0], means[1], means[2], unpadded, filled[3] / max(count, 1.0), *late)
+        return BatchFacts(means[0], means[1], means[2], unpadded, filled[3] / max(count, 1.0), *late, labelled_first)
 
     @torch.no_grad()
     def look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
@@ -141,13 +143,13 @@ def _losses(logits: Tensor, ids: Tensor, asked: Tensor | None, runs: Runs) -> tu
         runs: of the ids.
 
     Returns ``[3, 2]``: loss and number with the next token as target, the one after it, the same one; and
-    ``[batch, 2, 4]``: for a row's end and beginning the token repeated there, how often, the losses of the targets
-    among these, and their number.
+    ``[batch, 2, 6]``: for a row's end and beginning the token repeated there, how often, the losses of the targets
+    among these, and their number; and loss and number of the first of them, at a row's end.
     """
     ids = ids.long()
     asked = torch.ones_like(ids, dtype=torch.bool) if asked is None else asked
     sums = torch.zeros(3, 2, dtype=torch.float64, device=ids.device)
-    edges = torch.zeros(len(ids), 2, 4, dtype=torch.float64, device=ids.device)
+    edges = torch.zeros(len(ids), 2, 6, dtype=torch.float64, device=ids.device)
     for side, (run, token) in enumerate(((runs.last, ids[:, -1]), (runs.first, ids[:, 0]))):
         edges[:, side, 0] = torch.where(run.any(dim=1), token, NONE).double()
         edges[:, side, 1] = run.sum(dim=1).double()
@@ -162,6 +164,9 @@ def _losses(logits: Tensor, ids: Tensor, asked: Tensor | None, runs: Runs) -> tu
                 for side, run in enumerate((runs.last[rows, 1:], runs.first[rows, 1:])):
                     edges[rows, side, 2] = (losses * run).sum(dim=1).double()
                     edges[rows, side, 3] = (counted & run).sum(dim=1).double()
+                begins = runs.last[rows, 1:] & ~runs.last[rows, :-1]
+                edges[rows, 0, 4] = (losses * begins).sum(dim=1).double()
+                edges[rows, 0, 5] = (counted & begins).sum(dim=1).double()
     return sums, edges
 
 
