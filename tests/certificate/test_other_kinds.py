@@ -265,6 +265,7 @@ def test_what_is_not_rechecked_at_once_is_said_and_differs_from_a_check_made_aga
     assert next(differences(read_any_record(folder), again), None), name
 
 
+@pytest.mark.nightly
 def test_in_full_a_check_is_made_again(originals, models, tmp_path):
     folder = forged(CheckRecord, originals["check"], _unlike_no_more, tmp_path / "forged")
     assert "score" in why_not(lambda: checked("check", folder, models, full=True))

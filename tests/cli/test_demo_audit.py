@@ -31,6 +31,7 @@ def test_a_block_that_is_not_there_is_refused():
         damaged(ZOO["llama"](), 7)
 
 
+@pytest.mark.nightly
 def test_both_are_audited_and_shown_on_one_page(tmp_path, stored_stage):
     stored_stage("final")  # a trained model: not for the quick tests
     said = []

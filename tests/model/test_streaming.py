@@ -40,6 +40,7 @@ def folder(path: Path, dtype: torch.dtype, **sizes: int) -> Path:
     return path
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="private memory is asked of Linux")
 def test_weights_take_no_memory_of_their_own(tmp_path: Path) -> None:

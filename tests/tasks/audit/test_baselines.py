@@ -65,6 +65,7 @@ def test_a_baseline_that_would_take_too_long_is_left_out():
     assert embedding_baseline(session, share=1e-12) is None
 
 
+@pytest.mark.nightly
 def test_a_wrong_rotary_base_is_not_blamed_on_a_block(stored_stage, training_probe):
     """Every block can make up for it, so every one is red, and none of them is at fault."""
     model = stored_stage("final")[0]

@@ -344,6 +344,7 @@ def test_a_block_taken_out_is_a_block_whose_outputs_are_zero(small_gpt, training
         assert torch.allclose(without, runner.trace(training_probe.select).losses, rtol=1e-6)
 
 
+@pytest.mark.nightly
 def test_a_factor_on_what_is_unlike_comes_first_and_singles_out_the_block(small_gpt, training_probe, tmp_path):
     """On text that is not known to be training text; the sign is turned back, and nobody else has anything left."""
     broken = damage.sign_flip(small_gpt("final")[0], 3)

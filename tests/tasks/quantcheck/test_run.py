@@ -37,6 +37,7 @@ def _check(quantised: nn.Module, parent: nn.Module, settings: QuantcheckSettings
     )
 
 
+@pytest.mark.nightly
 def test_a_trained_model_rounded_to_three_bits_leaves_something_on_the_table(small_gpt, training_probe) -> None:
     parent, _ = small_gpt("final")
     quantised = copy.deepcopy(parent)
@@ -83,6 +84,7 @@ def test_a_model_of_the_best_codes_leaves_nothing_in_its_layers(small_gpt, train
     assert max(layer.split.left_on_the_table / layer.error for layer in record.layers) < 0.05
 
 
+@pytest.mark.nightly
 def test_a_model_of_the_best_codes_in_running_order_leaves_nothing_in_the_loss(small_gpt, training_probe) -> None:
     """Rounding the same layers to nearest is the control: it leaves much."""
     parent, _ = small_gpt("final")

@@ -31,6 +31,7 @@ def quantised(model, settings=QUICK, kept=None, probe=None, watcher=None):
     return run_quantise(model, "small", None, probe or tiny_probe(), settings, watcher, kept)
 
 
+@pytest.mark.nightly
 def test_codes_of_a_trained_model_lose_less_than_half_of_what_rounding_does(small_gpt, training_probe):
     model, _ = small_gpt("final")
     probe = part_of(training_probe, fit=20, select=6, report=20)
