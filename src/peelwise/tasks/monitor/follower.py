@@ -392,11 +392,14 @@ class Follower:
                 leaks = str(error)
                 notes = first_notes(runner, fit, causal=False)
             some = Split(fit.ids[:rows], fit.mask[:rows])
-            per_token, began = math.inf, time.monotonic()
-            while time.monotonic() - began < _PILOT_SECONDS:  # the first pass of all may take several times as long
+            per_token, began, again = math.inf, time.monotonic(), True
+            while again:  # the first pass of all may take several times as long
                 start = time.monotonic()
                 predicted = runner.trace(some).predicted
-                per_token = min(per_token, (time.monotonic() - start) / predicted)
+                now = time.monotonic()
+                per_token = min(per_token, (now - start) / predicted)
+                # A pass is one of all processes, so how many there are is said by the clock of the first.
+                again = bool(self._processes.broadcast_number(int(now - began < _PILOT_SECONDS)))
         return per_token, notes, leaks
 
 
