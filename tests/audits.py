@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -243,3 +243,20 @@ def block_of(blocks: tuple[Block, ...], name: str) -> LinearLayer:
     """Return the one map whose name ends in ``name`` in the first block."""
     (found,) = (linear for linear in blocks[0].linears if linear.name.endswith(name))
     return found
+
+
+def trained_beside(model: nn.Module, monitor_of: Callable[[torch.optim.Optimizer], Any] | None) -> dict[str, Tensor]:
+    """Train a tiny model for eight steps, beside a monitor if there is to be one, and return its weights."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = monitor_of(optimizer) if monitor_of is not None else None
+    ids = sample_ids(4, 16)
+    for step in range(1, 9):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if monitor is not None:
+            monitor.step(step, float(loss.detach()))
+    if monitor is not None:
+        monitor.close()
+    return model.state_dict()

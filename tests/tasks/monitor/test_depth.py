@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import peelwise
-from audits import runner_of, tiny_probe
+from audits import runner_of, tiny_probe, trained_beside
 from peelwise.engine.depth.table import DepthTable, pass_table
 from peelwise.errors import OptionError
 from peelwise.model.architectures import find_blocks
@@ -18,7 +18,7 @@ from peelwise.records.run import Measurement
 from peelwise.records.signals import FROM_BACKWARD, FROM_FORWARD, FROM_WEIGHTS, OVER_DEPTH, of_kinds, over_depth
 from peelwise.store.reader import RunReader
 from peelwise.tasks.monitor.depth import SCORE, DepthSignals, over_blocks
-from zoo import ZOO, sample_ids
+from zoo import ZOO
 
 ROW = Measurement(10, "ranking", 2.0, 0.1, 0.01, "???")
 
@@ -81,26 +81,19 @@ def test_what_a_group_took_decides_from_then_on() -> None:
 
 
 def test_a_monitored_run_has_all_of_them_with_the_score_and_is_not_changed(tmp_path: Path) -> None:
+    events: list[peelwise.Event] = []
+
     def trained(watched: bool) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
         model = _deep()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         options = {"budget": None, "schedule": peelwise.every(1), "store": tmp_path / "run.db", "signals": ("all",)}
-        monitor = peelwise.Monitor(model, tiny_probe(), optimizer=optimizer, **options) if watched else None
-        ids = sample_ids(4, 16)
-        for step in range(1, 9):
-            loss = model(ids, labels=ids).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if monitor is not None:
-                monitor.step(step, float(loss.detach()))
-        if monitor is not None:
-            monitor.close()
-            assert "no-signals" not in [event.kind for event in monitor.events]
-        return model.state_dict()
+        options["on_event"] = events.append
+        return trained_beside(
+            model, (lambda o: peelwise.Monitor(model, tiny_probe(), optimizer=o, **options)) if watched else None
+        )
 
     plain, watched = trained(False), trained(True)
+    assert "no-signals" not in [event.kind for event in events]
     assert all(torch.equal(plain[name], watched[name]) for name in plain)
     reader = RunReader(tmp_path / "run.db")
     run = reader.latest()

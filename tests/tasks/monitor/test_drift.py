@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import peelwise
-from audits import tiny_probe
+from audits import tiny_probe, trained_beside
 from peelwise.model.architectures import find_blocks
 from peelwise.records.run import Measurement
 from peelwise.store.reader import RunReader
 from peelwise.tasks.monitor import drift
 from peelwise.tasks.monitor.drift import Drift
-from zoo import ZOO, sample_ids
+from zoo import ZOO
 
 
 def values(row: Measurement) -> dict[tuple[str, int], float]:
@@ -54,20 +54,10 @@ def test_a_monitored_run_has_them_with_their_own_history_and_is_not_changed(tmp_
     def trained(watched: bool) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
         model = ZOO["llama"]()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         options = {"budget": None, "schedule": peelwise.every(1), "store": tmp_path / "run.db"}
-        monitor = peelwise.Monitor(model, tiny_probe(), optimizer=optimizer, **options) if watched else None
-        ids = sample_ids(4, 16)
-        for step in range(1, 9):
-            loss = model(ids, labels=ids).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if monitor is not None:
-                monitor.step(step, float(loss.detach()))
-        if monitor is not None:
-            monitor.close()
-        return model.state_dict()
+        return trained_beside(
+            model, (lambda o: peelwise.Monitor(model, tiny_probe(), optimizer=o, **options)) if watched else None
+        )
 
     plain, watched = trained(False), trained(True)
     assert all(torch.equal(plain[name], watched[name]) for name in plain)

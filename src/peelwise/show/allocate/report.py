@@ -7,8 +7,8 @@ from peelwise.show.allocate.exports import exports
 from peelwise.show.allocate.words import THIS_PLAN, conclusion, curve_rows, interaction
 from peelwise.show.audit import sections
 from peelwise.show.html.markup import esc, pairs, paragraph, section, table
-from peelwise.show.html.page import document, facts
-from peelwise.show.html.prices import Price, picture
+from peelwise.show.html.page import document, heading
+from peelwise.show.html.prices import Price, picture, within
 from peelwise.show.words import bracket, nats
 
 MOST_ROWS = 400
@@ -17,8 +17,7 @@ MOST_ROWS = 400
 def render_html(record: AllocationRecord) -> str:
     """Return the report as one self-contained HTML document, the same for the same record."""
     parts = (
-        f'<header><p class="eyebrow">peelwise allocate</p><h1>{esc(record.model.name)}</h1>{facts(record)}'
-        f'<p class="conclusion">{esc(conclusion(record))}</p></header><main>',
+        f'{heading("allocate", record)}<p class="conclusion">{esc(conclusion(record))}</p></header><main>',
         _strip(record),
         section("prices", "The price of each layer", f"<figure>{render_picture(record)}</figure>"),
         _curve(record),
@@ -36,9 +35,9 @@ def render_picture(record: AllocationRecord) -> str:
     prices = [
         Price(
             layer.block,
-            layer.name.partition(f".{layer.block}.")[2] or layer.name,
+            within(layer.name, layer.block),
             layer.predicted.get(layer.format, 0.0),
-            f"{layer.bits_per_weight:.0f}",
+            f"{layer.bits_per_weight:.1f}".removesuffix(".0"),
             f"{layer.format}, {layer.predicted.get(layer.format, 0.0):.2g} nats",
         )
         for layer in record.layers

@@ -7,7 +7,7 @@ from peelwise.records.base import Interval
 from peelwise.show.anatomy import charts, words
 from peelwise.show.audit import sections
 from peelwise.show.html.markup import chart, esc, pairs, paragraph, section, table
-from peelwise.show.html.page import document, facts
+from peelwise.show.html.page import document, heading
 from peelwise.show.words import NOT_IN_BUDGET, bracket, nats
 
 _MISSING = f"{NOT_IN_BUDGET.capitalize()}."
@@ -40,10 +40,7 @@ def render_html(record: AnatomyRecord) -> str:
 
 def _header(record: AnatomyRecord) -> str:
     warning = "" if record.complete else paragraph(f"Stopped early. What is missing was {NOT_IN_BUDGET}.", "warning")
-    return (
-        f'<header><p class="eyebrow">peelwise anatomy</p><h1>{esc(record.model.name)}</h1>{facts(record)}'
-        f'<p class="conclusion">{esc(words.conclusion(record))}</p>{warning}</header>'
-    )
+    return f'{heading("anatomy", record)}<p class="conclusion">{esc(words.conclusion(record))}</p>{warning}</header>'
 
 
 def _hero(record: AnatomyRecord) -> str:

@@ -10,7 +10,7 @@ from peelwise.show.audit.low_bit import low_bit
 from peelwise.show.audit.words import conclusion, reasons, two_gains
 from peelwise.show.check import words as check_words
 from peelwise.show.html.markup import chip, esc, paragraph
-from peelwise.show.html.page import document, facts
+from peelwise.show.html.page import document, heading
 from peelwise.show.words import (
     INTERACTION,
     NOT_IN_BUDGET,
@@ -64,10 +64,7 @@ def render_html(record: AuditRecord) -> str:
 
 
 def _header(record: AuditRecord) -> str:
-    return (
-        f'<header><p class="eyebrow">peelwise audit</p><h1>{esc(record.model.name)}</h1>{facts(record)}'
-        f'<p class="conclusion">{esc(conclusion(record))}</p>{_warnings(record)}</header>'
-    )
+    return f'{heading("audit", record)}<p class="conclusion">{esc(conclusion(record))}</p>{_warnings(record)}</header>'
 
 
 def _warnings(record: AuditRecord) -> str:

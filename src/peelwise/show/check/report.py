@@ -27,7 +27,7 @@ from peelwise.show.check.words import (
     story,
 )
 from peelwise.show.html.markup import esc, pairs, paragraph, section, table
-from peelwise.show.html.page import document, facts
+from peelwise.show.html.page import document, heading
 from peelwise.show.words import bracket, nats, note_words, significant
 
 MOST_IN_A_ROW = 32
@@ -84,7 +84,7 @@ def _header(record: CheckRecord) -> str:
     codes = ("no-text", "no-gradients")
     missing = [note_words(note) for note in record.notes if not isinstance(note, str) and note.code in codes]
     return (
-        f'<header><p class="eyebrow">peelwise check</p><h1>{esc(record.model.name)}</h1>{facts(record)}'
+        f"{heading('check', record)}"
         f'<p class="conclusion">{esc(conclusion(record))}</p>'
         f"{''.join(paragraph(line, 'warning') for line in missing)}</header>"
     )

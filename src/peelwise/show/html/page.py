@@ -44,6 +44,11 @@ def facts(record: SealedRecord | QuantiseRecord | AllocationRecord) -> str:
     return f'<p class="facts">{"".join(f"<span>{esc(fact)}</span>" for fact in found)}</p>'
 
 
+def heading(command: str, record: SealedRecord | QuantiseRecord | AllocationRecord) -> str:
+    """Return how the head of every report on one model begins: the command, the model, and the line below."""
+    return f'<header><p class="eyebrow">peelwise {command}</p><h1>{esc(record.model.name)}</h1>{facts(record)}'
+
+
 def style_sheet() -> str:
     """Return the style sheet, its verdict colours taken from the one place that holds them."""
     light = "".join(f"--{colour}:{words.light};" for colour, words in VERDICTS.items())

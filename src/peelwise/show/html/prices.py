@@ -80,6 +80,11 @@ def picture(prices: Iterable[Price], title: str, lines: tuple[str, ...], unit: s
     )
 
 
+def within(name: str, block: int) -> str:
+    """Return the name of a layer within its block."""
+    return name.partition(f".{block}.")[2] or name
+
+
 def shade(value: float, largest: float) -> float:
     """Return how dark a price is drawn, from 0 (nothing) to 1 (the largest)."""
     if value <= 0 or largest <= 0:

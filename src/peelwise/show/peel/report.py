@@ -8,7 +8,7 @@ from peelwise.records.base import Interval
 from peelwise.records.peel import MapRecord, PeelRecord, StationRecord
 from peelwise.show.audit import sections
 from peelwise.show.html.markup import chart, esc, pairs, paragraph, section, table
-from peelwise.show.html.page import document, facts
+from peelwise.show.html.page import document, heading
 from peelwise.show.peel import charts as peel_charts
 from peelwise.show.peel.words import (
     CAVEAT,
@@ -60,7 +60,7 @@ def _header(record: PeelRecord) -> str:
     if record.informative is False:
         warnings.append(control_sentence(record))
     return (
-        f'<header><p class="eyebrow">peelwise peel</p><h1>{esc(record.model.name)}</h1>{facts(record)}'
+        f"{heading('peel', record)}"
         f'<p class="conclusion">{esc(conclusion(record))}</p>'
         f"{''.join(paragraph(line, 'warning') for line in warnings)}</header>"
     )

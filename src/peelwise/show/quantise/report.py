@@ -5,8 +5,8 @@ from __future__ import annotations
 from peelwise.records.quantise import QuantisedLayer, QuantiseRecord
 from peelwise.show.audit import sections
 from peelwise.show.html.markup import esc, pairs, paragraph, section, table
-from peelwise.show.html.page import document, facts
-from peelwise.show.html.prices import Price, picture
+from peelwise.show.html.page import document, heading
+from peelwise.show.html.prices import Price, picture, within
 from peelwise.show.quantise.words import ABOUT_LAYERS, STEPS, conclusion
 from peelwise.show.words import bracket, nats
 
@@ -16,8 +16,7 @@ MOST_ROWS = 400
 def render_html(record: QuantiseRecord) -> str:
     """Return the report as one self-contained HTML document, the same for the same record."""
     parts = (
-        f'<header><p class="eyebrow">peelwise quantise</p><h1>{esc(record.model.name)}</h1>{facts(record)}'
-        f'<p class="conclusion">{esc(conclusion(record))}</p></header><main>',
+        f'{heading("quantise", record)}<p class="conclusion">{esc(conclusion(record))}</p></header><main>',
         _strip(record),
         section(
             "layers", "What each layer loses", paragraph(ABOUT_LAYERS), f"<figure>{render_picture(record)}</figure>"
@@ -46,11 +45,6 @@ def render_picture(record: QuantiseRecord) -> str:
     )
     bits = f"{record.model.name} in {record.format}, {record.bits_per_weight:.2f} bits per weight"
     return picture(prices, bits, lines, "output error")
-
-
-def within(name: str, block: int) -> str:
-    """Return the name of a layer within its block."""
-    return name.partition(f".{block}.")[2] or name
 
 
 def _strip(record: QuantiseRecord) -> str:
