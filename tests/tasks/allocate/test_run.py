@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -83,6 +84,9 @@ def test_the_plan_is_what_quantise_takes(allocated, stored_stage, training_probe
     model, _ = stored_stage("final")
     allocated.save(tmp_path / "plan")
     page, drawn = ((tmp_path / "plan" / name).read_text() for name in ("report.html", "layers.svg"))
+    # Formats differ by less than a bit with their scales: in whole bits three and four would both be called 4.
+    told = {each.removesuffix(".0") for each in re.findall(r'text-anchor="middle">(\d+\.\d|16)</text>', drawn)}
+    assert told == {f"{layer.bits_per_weight:.1f}".removesuffix(".0") for layer in allocated.record.layers}
     assert page == allocate_report.render_html(allocated.record)
     assert drawn in page
     assert drawn.count("<g><title>block ") == len(allocated.record.layers)
