@@ -7,8 +7,9 @@
 
 Kinds in `truth.kinds.DEVELOPMENT` were looked at while the rule of `evidence/unlike.py` was made, at blocks 4, 15 and
 both ends; those of `HELD_BACK` were run after it was fixed, at other blocks and both ends. Each case is saved when it
-is done, so the run can be stopped and goes on where it was. What a case computes is what `run_check` does, but that
-signals of weights are computed again for changed blocks alone.
+is done, so the run can be stopped and goes on where it was; a half and a probe that were run elsewhere keep their rows
+in the result. What a case computes is what `run_check` does, but that signals of weights are computed again for changed
+blocks alone.
 
 Rivals: the parts of the score and a few signals by themselves; damping what each block adds by half, without any
 reference (arXiv:2512.22174), on a few hundred tokens; and every signal over depth by itself.
@@ -293,7 +294,7 @@ def table(name: str) -> dict[str, Any]:
         for group in ("held back", "development"):
             own = [case for case in cases if case["group"] == group and case["seed"] == seed]
             if own:
-                result[group + (f", probe {seed}" if seed else "")] = _half(own)
+                result[group + (f", probe {seed}" if seed else "")] = _half(own) | {"command": environment()["command"]}
     for group in ("healthy", "elsewhere"):  # no block is at fault
         result[group] = [
             {key: c[key] for key in ("kind", "seed", "difference", "named")} | {"highest": max(c["scores"])}
@@ -365,7 +366,8 @@ def main() -> None:
     found = table(options.model)
     file = RESULTS / "check_truth.json"
     before = json.loads(file.read_text()) if file.exists() else {}
-    result = {"models": before.get("models", {}) | {options.model: environment() | found}}
+    known = before.get("models", {})
+    result = {"models": known | {options.model: known.get(options.model, {}) | environment() | found}}
     file.write_text(json.dumps(result, indent=1) + "\n")
     for half in ("held back", "development"):
         if half in found:
