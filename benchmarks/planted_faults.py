@@ -97,7 +97,7 @@ FAULTS = {
     "no gradient": (no_gradient, {"no-gradient"}),
     "no gradient, weights grow": (grows, {"no-gradient"}),
     "100 times the rate": (too_fast, {"rate-too-large"}),
-    "re-drawn": (redrawn, set()),
+    "re-drawn": (redrawn, {"weights-replaced"}),
     "dead neurons": (dead_neurons, {"dead-units"}),
     "labels shifted twice": (lambda run: setattr(run, "batch", shifted_twice), {"labels-shifted"}),
     "padding in the loss": (lambda run: setattr(run, "batch", padded(masked=False)), {"padding-in-loss"}),

@@ -37,6 +37,10 @@ FAST = updates(moved=(0.001, 0.001, 0.001, 0.1, 0.1), relative=(0.01,) * 3 + (0.
 SLOW = wrong(updates=replace(UPDATES, relative=(1e-5,) * 5, highest_rate=1e-6), losses=[5.5], loss=5.5, slope=FLAT)
 CASES = {
     "rate-too-large": (FAST, "blocks 3 and 4: one step changes their weights by 80%, 100 times the other blocks'"),
+    "weights-replaced": (
+        updates(alike=(0.99, 0.99, 0.02, 0.98, 0.99), since=50),
+        "block 2: its weights are not those of step 50 (cosine 0.02; of the other blocks 0.99)",
+    ),
     "rate-too-small": (SLOW, "changes the weights by 1e-05 of their size at a learning rate of 1e-06"),
     "updates-lost": (updates(lost=0.93, dtype="bfloat16"), "93% of the weights that got a gradient did not change"),
     "decay-too-strong": (updates(shrink=0.04, kept_norm=0.4), "takes 4.0% of the weights in every step"),
@@ -139,6 +143,35 @@ HARMLESS = {
     "decay that does not shrink anything": updates(shrink=0.04, kept_norm=1.5),
     "gradients that cannot be told apart": updates(stale=None),
 }  # fmt: skip
+
+
+def test_a_rate_far_above_the_others_is_told_where_updates_have_become_smaller():
+    """Gradients die where weights explode: the update is then only some ten times the other blocks'."""
+    fast = updates(moved=(0.001, 0.001, 0.012, 0.001, 0.001), relative=(0.01, 0.01, 0.004, 0.01, 0.01))
+    slow = replace(fast, updates=replace(fast.updates, rates=(1e-3, 1e-3, 1e-2, 1e-3, 1e-3)))
+    fast = replace(fast, updates=replace(fast.updates, rates=(1e-3, 1e-3, 0.1, 1e-3, 1e-3)))
+    for facts, told in ((fast, ["rate-too-large"]), (slow, [])):
+        diagnosis = Diagnosis()
+        events = [event for step in (1, 2, 3) for event in diagnosis.add(replace(facts, step=step))]
+        assert [event.kind for event in events] == told
+        assert all(
+            "its weights by 0.40%, 12 times the other blocks'; the learning rate is 100 times" in e.text for e in events
+        )
+
+
+@pytest.mark.parametrize(("rates", "told"), [((1e-3,) * 5, "weights-replaced"), ((), "rate-too-large")])
+def test_a_step_that_makes_another_block_is_no_update_where_the_rate_is_that_of_the_others(rates, told):
+    moved = updates(moved=(0.001, 0.001, 0.1, 0.001, 0.001), relative=(0.01, 0.01, 1.3, 0.01, 0.01), rates=rates)
+    moved = replace(moved, updates=replace(moved.updates, alike=(0.99, 0.98, 0.0, 0.99, 0.99), since=50))
+    diagnosis = Diagnosis()
+    events = [event for step in (1, 2) for event in diagnosis.add(replace(moved, step=step))]
+    assert [(event.kind, event.block) for event in events] == [(told, 2)]
+
+
+def test_blocks_that_all_move_far_are_not_said_to_be_replaced():
+    diagnosis = Diagnosis()
+    facts = updates(alike=(0.6, 0.55, 0.3, 0.6, 0.5), since=1)
+    assert [diagnosis.add(replace(facts, step=step)) for step in range(3)] == [[]] * 3
 
 
 @pytest.mark.parametrize("name", HARMLESS)

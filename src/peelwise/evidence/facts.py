@@ -11,7 +11,7 @@ from peelwise.evidence.verdict import default_margin
 from peelwise.records.base import Interval
 
 _TOO_LONG = 20.0  # times as long as the run so far
-_REPEATED, _FEWEST_ROWS = 0.9, 32
+_REPEATED, _FEWEST_ROWS = 0.75, 32
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,9 @@ class UpdateFacts:
         kept_norm: the norm of the matrices that are decayed over that at the first check.
         coupled: the norm of what coupled weight decay adds to the gradient, over the norm of the gradient.
         stale: how much of the last step's gradient is in this one's; ``None`` where that cannot be told.
+        alike: per block, the cosine of its matrices and what they were at the check before the last; ``None`` where
+            none is trained or there was no such check.
+        since: the step of that check.
     """
 
     moved: tuple[float | None, ...]
@@ -41,6 +44,14 @@ class UpdateFacts:
     kept_norm: float = 1.0
     coupled: float = 0.0
     stale: float | None = None
+    alike: tuple[float | None, ...] = ()
+    since: int | None = None
+
+    @property
+    def rates_known(self) -> bool:
+        """Whether every block that is trained has a learning rate that is known."""
+        pairs = zip(self.moved, self.rates, strict=True) if self.rates else ((moved, None) for moved in self.moved)
+        return all(rate is not None for moved, rate in pairs if moved is not None)
 
     @property
     def usual(self) -> float | None:
@@ -75,7 +86,7 @@ class BatchFacts:
 
     @property
     def repeats(self) -> bool:
-        """Whether nearly all sequences of late had been seen before."""
+        """Whether most sequences of late had been seen before."""
         return self.rows >= _FEWEST_ROWS and self.repeated >= _REPEATED * self.rows
 
 

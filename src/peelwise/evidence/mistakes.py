@@ -19,6 +19,11 @@ _SIGHTINGS = 2  # checks in a row that must show a mistake
 _GONE = 5  # checks in a row that must not show it any more: a broken run looks well at single moments
 _KNOWN = 0.2  # of the thresholds of a rate that is known to be too large
 _FASTER, _LARGE = 30.0, 0.01  # times the other blocks' update; the least part of the weights, in one step
+_FASTER_ANYWAY, _LARGE_ANYWAY = 3.0, 0.001  # the same where the learning rate itself is as many times theirs
+_REPLACED, _THE_SAME = (
+    0.5,
+    0.9,
+)  # cosine with the weights of earlier: of a block that is another, of blocks that are not
 _SMALL, _LOSSES = 1e-4, 40  # update per step; losses to judge by
 _STEADY, _DECAYED = 1.02, 0.3  # a rate that still rises or has fallen far is on its way, not wrong
 _LOST = 0.5  # part of the weights with a gradient that did not move
@@ -79,7 +84,12 @@ class Diagnosis:
     def _all(self, facts: StepFacts) -> Iterator[Mistake]:
         steady = self._steady(facts)
         fast = _rate_too_large(facts, _KNOWN if "rate-too-large" in self.present else 1.0)
-        for mistake in (fast, *(rule(facts) for rule in _RULES)):
+        replaced = _replaced(facts)
+        if replaced is not None and (fast is None or (facts.updates is not None and facts.updates.rates_known)):
+            fast = None  # one step that changes everything, at a rate like the others', is none of the optimiser
+        elif fast is not None or "rate-too-large" in self.present:
+            replaced = None
+        for mistake in (fast, replaced, *(rule(facts) for rule in _RULES)):
             if mistake is not None:
                 yield mistake
         lost = facts.updates is not None and facts.updates.lost is not None and facts.updates.lost > _LOST
@@ -128,20 +138,22 @@ def _rate_too_large(facts: StepFacts, part_of_thresholds: float) -> Mistake | No
     if seen is None or seen.usual is None:
         return None
     usual = median([value for value in seen.moved if value is not None])
-    fast = [
-        block
-        for block, (moved, part) in enumerate(zip(seen.moved, seen.relative, strict=True))
-        if moved is not None
-        and part is not None
-        and moved > part_of_thresholds * _FASTER * usual
-        and part > part_of_thresholds * _LARGE
-    ]
+    rates = [rate for rate in seen.rates if rate is not None]
+
+    def too_fast(block: int, moved: float, part: float) -> bool:
+        own = seen.rates[block] if seen.rates else None
+        by_rate = own is not None and own > _FASTER * median(rates) > 0  # which no update need show at every step
+        times, least = (_FASTER_ANYWAY, _LARGE_ANYWAY) if by_rate else (_FASTER, _LARGE)
+        return moved > part_of_thresholds * times * usual and part > part_of_thresholds * least
+
+    updates = enumerate(zip(seen.moved, seen.relative, strict=True))
+    fast = [b for b, (moved, part) in updates if moved is not None and part is not None and too_fast(b, moved, part)]
     if not fast or usual == 0:
         return None
     times = median([(seen.moved[block] or 0.0) / usual for block in fast])
     part = median([seen.relative[block] or 0.0 for block in fast])
-    text = f"{_blocks(fast)}: one step changes {_its(fast)} weights by {part:.0%}, {times:.0f} times the other blocks'"
-    rates = [rate for rate in seen.rates if rate is not None]
+    size = f"{part:.0%}" if part >= _LARGE else f"{part:.2%}"
+    text = f"{_blocks(fast)}: one step changes {_its(fast)} weights by {size}, {times:.0f} times the other blocks'"
     own = [rate for block in fast if (rate := seen.rates[block] if seen.rates else None) is not None]
     if rates and own and median(own) > 2 * median(rates):
         text += f"; the learning rate is {median(own) / median(rates):.3g} times theirs"
@@ -151,6 +163,33 @@ def _rate_too_large(facts: StepFacts, part_of_thresholds: float) -> Mistake | No
         "Lower the learning rate of these blocks: look at the optimiser's groups.",
         fast[0] if len(fast) == 1 else None,
     )
+
+
+def _replaced(facts: StepFacts) -> Mistake | None:
+    """Say that single blocks are other ones than a while ago, while all others are what they were."""
+    seen = facts.updates
+    known = [] if seen is None else [cosine for cosine in seen.alike if cosine is not None]
+    if seen is None or not known:
+        return None
+    rates = [rate for rate in seen.rates if rate is not None]
+    usual, highest = median(known), _FASTER_ANYWAY * median(rates) if rates else 0.0
+
+    def is_another(block: int, cosine: float) -> bool:
+        own = seen.rates[block] if seen.rates else None
+        return cosine < _REPLACED and (own is None or own <= highest)
+
+    other = [block for block, cosine in enumerate(seen.alike) if cosine is not None and is_another(block, cosine)]
+    if not other or usual < _THE_SAME:
+        return None
+    lowest = min(seen.alike[block] or 0.0 for block in other)
+    text = (
+        f"{_blocks(other)}: {_its(other)} weights are not those of step {seen.since} (cosine {lowest:.2f}; of the "
+        f"other blocks {usual:.2f}): no step of training does that."
+    )
+    advice = (
+        "Was a checkpoint loaded, or were layers made or initialised anew, since then? If so it must be trained again."
+    )
+    return Mistake("weights-replaced", text, advice, other[0] if len(other) == 1 else None)
 
 
 def _rate_too_small(facts: StepFacts) -> Mistake | None:

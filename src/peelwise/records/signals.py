@@ -42,6 +42,7 @@ FROM_BACKWARD: tuple[Kind, ...] = ("gate", "joint")
 OVER_DEPTH: tuple[Kind, ...] = FROM_WEIGHTS + FROM_FORWARD + FROM_BACKWARD
 NATS = "nats per token"
 STEPS = "steps"
+TOKENS = "tokens"
 # The name of what ranks blocks before anything is evaluated.
 RANKED_BY = "natural_energy"
 
@@ -197,6 +198,27 @@ _ROWS = (
         tracked=True,
         kind="refinement",
         heading="steps",
+        form="{:,.0f}",
+    ),
+    Signal(
+        "tokens_to_decide",
+        "tokens that would decide it",
+        TOKENS,
+        "Of an undecided block: about how many tokens to report on would tell its gain from the margin, if the gain "
+        "stays as it was measured. Those of all measurements together, where they are made on different text.",
+        quotient=False,
+        kind="refinement",
+        heading="to decide",
+        form="{:,.0f}",
+    ),
+    Signal(
+        "seconds_to_decide",
+        "time until it is decided",
+        "s",
+        "Of an undecided block: about how long the run's budget takes to pay for what is missing of these tokens.",
+        quotient=False,
+        kind="refinement",
+        heading="decided in",
         form="{:,.0f}",
     ),
     Signal(

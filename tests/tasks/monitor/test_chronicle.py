@@ -10,6 +10,7 @@ from peelwise.evidence.intervals import Paired
 from peelwise.records.run import WHOLE_MODEL, MatrixShare
 from peelwise.tasks.monitor.chronicle import Chronicle
 from peelwise.tasks.monitor.measure import Measured
+from peelwise.tasks.monitor.pace import Pace, missing
 
 BLOCKS = 4
 MUCH, NOTHING = Paired(0.05, 0.004, 40), Paired(0.001, 0.001, 40)
@@ -352,3 +353,34 @@ def test_a_later_slope_outdoes_an_earlier_gain_only_where_it_leaves_no_room():
     assert add(made, 200, visit_of(alone={0: MUCH, 1: MUCH})).letters == "RR??"
     assert add(made, 210, visit_of(bounds={0: NOTHING, 1: MUCH})).letters == "GR??"
     assert add(made, 220, visit_of(alone={0: MUCH})).letters == "RR??"
+
+
+def test_an_undecided_block_says_how_many_tokens_would_decide_it_and_when_they_are_paid():
+    made = chronicle()
+    near, nearer = Paired(0.010, 0.004, 40), Paired(0.012, 0.004, 40)  # the margin is 0.015
+    row = add(made, 200, visit_of(alone={0: near, 1: nearer, 2: MUCH}), pace=Pace(16, 0.01, 0.1))
+    assert row.letters == "??R?"
+    found = {(s.name, s.block): s.value for s in row.statistics if s.name.endswith("to_decide")}
+    # As many sequences as bring 2.5 standard errors down to the distance from the margin: 40 (2.5 0.004 / 0.005)^2.
+    assert found["tokens_to_decide", 0] == pytest.approx(160 * 16)
+    assert found["seconds_to_decide", 0] == pytest.approx(160 * 16 * 0.01 / 0.1)
+    assert found["tokens_to_decide", 1] > found["tokens_to_decide", 0]
+    assert not {block for _, block in found} & {2, 3}  # decided; never measured
+    assert made.wanted_first() == [3, 0, 1, 2]
+
+
+def test_a_block_that_no_run_decides_waits_with_the_decided_ones():
+    made = chronicle()
+    at_the_margin, soon = Paired(0.01499, 0.004, 40), Paired(0.010, 0.004, 40)
+    add(made, 200, visit_of(alone={0: at_the_margin, 1: soon, 2: MUCH, 3: MUCH}))
+    assert made.wanted_first()[0] == 1
+    add(made, 201, visit_of(alone={1: MUCH}))
+    assert made.wanted_first()[-1] == 1  # the one measured last, whatever its colour
+
+
+def test_what_is_held_already_needs_not_be_paid_again():
+    pace = Pace(tokens=10, seconds=0.5, budget=0.03)
+    assert missing(100, 0, pace) == (1000, pytest.approx(1000 * 0.5 / 0.03))
+    assert missing(100, 60, pace) == (1000, pytest.approx(400 * 0.5 / 0.03))
+    assert missing(100, 120, pace) == (1000, 0)
+    assert missing(100, 0, Pace(10, 0.5, None)) == (1000, None)

@@ -24,7 +24,7 @@ class Training:
         options = {"lr": 1e-3} | options
         self.optimizer = make(groups(self.model) if groups else self.model.parameters(), **options)
         self.watch = UpdateWatch(self.model, find_blocks(self.model), self.optimizer)
-        self.clears, self.clip, self.seed = clears, clip, 0
+        self.clears, self.clip, self.seed, self.steps = clears, clip, 0, 0
 
     def backward(self):
         ids = sample_ids(seed=self.seed)
@@ -41,7 +41,8 @@ class Training:
         if self.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
-        facts = self.watch.after()
+        facts = self.watch.after(self.steps)
+        self.steps += 1
         if self.clears:
             self.optimizer.zero_grad(set_to_none=self.clears != "in place")
         return facts
@@ -87,7 +88,7 @@ def test_within_an_accumulation_nothing_is_said():
     training = Training()
     training.watch.before()
     training.backward()
-    assert training.watch.after() is None
+    assert training.watch.after(0) is None
 
 
 @pytest.mark.parametrize(("rate", "lost"), [(1e-5, True), (3e-3, False)])
@@ -137,7 +138,7 @@ def test_blocks_at_another_rate_and_frozen_ones():
     frozen.watch.before()
     frozen.backward()
     frozen.optimizer.step()
-    assert frozen.watch.after().relative[1:] == (None, None)
+    assert frozen.watch.after(0).relative[1:] == (None, None)
 
 
 def test_copies_of_a_model_that_is_looked_at_are_free_of_it():
@@ -149,3 +150,44 @@ def test_copies_of_a_model_that_is_looked_at_are_free_of_it():
     assert training.watch._fresh == {}
     training.watch.drop()
     assert all(not p._backward_hooks for p in training.model.parameters())
+
+
+def test_blocks_are_compared_with_what_they_were_two_checks_ago():
+    training = Training()
+    first, second = training.step(), training.step()
+    assert (first.alike, first.since, second.alike, second.since) == ((), None, (), None)
+    before = copy.deepcopy(training.model)
+    training.step()
+    with torch.no_grad():
+        for parameter in training.model.blocks[1].parameters():
+            parameter.copy_(torch.randn_like(parameter) * parameter.std().nan_to_num(1.0))
+    facts = training.step()
+    assert facts.since == 1
+    for block, found in enumerate(facts.alike):
+        old, now = (
+            torch.cat([p.detach().flatten() for p in model.blocks[block].parameters() if p.dim() > 1]).double()
+            for model in (before, training.model)
+        )
+        assert found == pytest.approx(float(torch.cosine_similarity(old, now, dim=0)), abs=0.02)
+    assert abs(facts.alike[1]) < 0.1
+    assert min(facts.alike[0], facts.alike[2]) > 0.98
+    assert abs(training.step().alike[1]) < 0.1  # against the check before it was re-drawn
+    assert training.step().alike[1] > 0.98
+
+
+def test_parameters_that_are_other_ones_are_compared_with_nothing():
+    training = Training()
+    for _ in range(3):
+        training.step()
+    linear = next(m for m in training.model.modules() if isinstance(m, nn.Linear))
+    linear.weight = nn.Parameter(linear.weight.detach().clone())
+    training.optimizer.add_param_group({"params": [linear.weight]})
+    assert [training.step().since for _ in range(3)] == [None, None, 3]
+
+
+def test_steps_that_went_back_are_compared_with_nothing():
+    training = Training()
+    for _ in range(3):
+        training.step()
+    training.steps = 1
+    assert training.step().since is None

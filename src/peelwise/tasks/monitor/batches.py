@@ -19,7 +19,7 @@ from peelwise.tasks.monitor.uncopied import Uncopied
 
 _AT_A_TIME = 1024  # tokens whose logits are turned into losses
 _MOST_TOKENS = 65_536  # of a step; what comes later is not looked at
-_LATE = 64  # sequences that count as of late
+_LATE = 32  # sequences that count as of late
 _REMEMBERED = 100_000
 _MULTIPLIER = 6364136223846793005
 _IGNORED = -100

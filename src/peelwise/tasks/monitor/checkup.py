@@ -156,7 +156,7 @@ class Checkup:
             elapsed: seconds since the run began, by the first process's clock.
         """
         events = self._check_vitals(step)
-        updates, batch = self._updates.after(), self._batches.after()
+        updates, batch = self._updates.after(step), self._batches.after()
         self._latest = updates or self._latest
         facts = StepFacts(
             step, losses.recent(), loss, losses.slope(), losses.count, self.counting, margin, updates, batch

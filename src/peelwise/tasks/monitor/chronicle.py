@@ -27,6 +27,7 @@ from peelwise.records.run import LETTERS, WHOLE_MODEL, Event, Measurement, Stati
 from peelwise.records.signals import RANKED_BY, SIGNALS
 from peelwise.tasks.monitor.measure import Measured, finite
 from peelwise.tasks.monitor.memory import Memory
+from peelwise.tasks.monitor.pace import Pace, missing
 from peelwise.tasks.monitor.progress import unless_soon, within_progress
 
 _SMALLEST_CHANGE = math.log(1.5)
@@ -35,6 +36,7 @@ _REMEMBERED_LOSSES = 20_000
 _COMPARED = 50  # losses of training, at most, that the probe's is compared with
 _APART_TWICE = 2
 _RECENT = 16  # losses
+_WITHIN_A_RUN = 30  # times the sequences that a block was measured on; as many decide nothing of the next block
 _AT_FAULT = Verdict("grey", "run-at-fault")
 
 
@@ -103,19 +105,28 @@ class Chronicle:
         """Return the blocks in the order in which they should be refined alone next.
 
         Never measured ones come first, those with the highest natural-gradient score before the others; then undecided
-        ones, since more tokens decide these soonest; then those whose level changed since they were measured; then the
-        ones measured longest ago. Those that a slope leaves no room for come last.
+        ones, beginning with that which fewest tokens decide; then those whose level changed since they were measured;
+        then the ones measured longest ago, and beside them those so close to the margin that no run decides them. Those
+        that a slope leaves no room for come last.
         """
         changed = {block for block, change in self._changes if change.by_step > self._step_of(block)}
 
-        def rank(block: int) -> tuple[bool, bool, bool, bool, float, float]:
+        def rank(block: int) -> tuple[bool, bool, float, bool, float, float]:
             score = self._series[RANKED_BY, block].values[-1:]
             measured, verdict = block in self._memory.alone, self._verdicts.get(block)
             screened = verdict is not None and verdict[0].reason == "screened"
-            decided = verdict is not None and verdict[0].colour != "grey"
-            return screened, measured, decided, block not in changed, self._step_of(block), -score[0] if score else 0.0
+            wait = math.inf if verdict is None or verdict[0].colour != "grey" else self._times_more(block, verdict[0])
+            return screened, measured, wait, block not in changed, self._step_of(block), -score[0] if score else 0.0
 
         return sorted((block for block in range(self._count) if block not in self.frozen), key=rank)
+
+    def _times_more(self, block: int, verdict: Verdict) -> float:
+        """Return how many times the sequences it was measured on decide a block: infinitely many beyond hope."""
+        found = self._memory.alone.get(block)
+        if found is None or verdict.sequences_needed is None:
+            return 1.0
+        times = verdict.sequences_needed / found.value.sequences
+        return times if times <= _WITHIN_A_RUN else math.inf
 
     def recent(self) -> list[float]:
         """Return the latest training losses."""
@@ -145,6 +156,7 @@ class Chronicle:
         counting: float | None = None,
         other_text: bool = False,
         part: Part | None = None,
+        pace: Pace | None = None,
     ) -> Measurement:
         """Return the row of a measured.
 
@@ -159,6 +171,7 @@ class Chronicle:
             counting: what one who only counts tokens has on the probe, nats per token.
             other_text: whether more of the probe is measured than last time.
             part: of a rolling probe, what it was measured on; the loss is always of the same text then.
+            pace: what measuring costs in this run, for how long it takes until undecided blocks are decided.
         """
         if other_text:
             self._rebase(measured.loss)
@@ -174,6 +187,8 @@ class Chronicle:
             verdicts = [_AT_FAULT if verdict.colour == "green" else verdict for verdict in verdicts]
         if at_fault:  # progress towards something else
             verdicts = [_AT_FAULT if verdict.reason == "within-progress" else verdict for verdict in verdicts]
+        if pace is not None:
+            statistics += self._missing(verdicts, pace, together=part is not None)
         # Asked before the row's own verdicts replace the last ones.
         news = self._news(verdicts)
         events = [
@@ -278,6 +293,18 @@ class Chronicle:
             gain = measured.composed.interval() if measured.composed is not None else None
             gains = (gain.mean, gain.high, gain.low) if gain is not None else (0.0, 0.0, 0.0)
             yield Statistic("bound_lower", WHOLE_MODEL, *(measured.loss - max(nats, 0.0) for nats in gains))
+
+    def _missing(self, verdicts: list[Verdict], pace: Pace, *, together: bool) -> Iterator[Statistic]:
+        """Yield of every undecided block how many tokens would decide it, and how long the budget takes to pay them."""
+        for block, verdict in enumerate(verdicts):
+            if verdict.colour != "grey" or verdict.sequences_needed is None:
+                continue
+            found = self._memory.alone.get(block)
+            held = found.value.sequences if found is not None and together else 0
+            tokens, seconds = missing(verdict.sequences_needed, held, pace)
+            yield Statistic("tokens_to_decide", block, tokens)
+            if seconds is not None:
+                yield Statistic("seconds_to_decide", block, seconds)
 
     def _judge(self, step: int, loss: float, *, falling: bool) -> list[Verdict]:
         margin = self._margin_at(loss)

@@ -41,6 +41,7 @@ from peelwise.tasks.monitor.code_signals import CodeSignals
 from peelwise.tasks.monitor.depth import DepthSignals
 from peelwise.tasks.monitor.drift import Drift
 from peelwise.tasks.monitor.measure import Measured, measure
+from peelwise.tasks.monitor.pace import Pace
 from peelwise.tasks.monitor.planner import PLAN, Planner
 from peelwise.tasks.monitor.schedules import Schedule
 from peelwise.tasks.monitor.structure import changed_layers, looked_at_again, other_blocks
@@ -351,7 +352,13 @@ class Follower:
             counting=self._checkup.counting,
             other_text=grown,
             part=part,
+            pace=self._pace(seconds),
         )
+
+    def _pace(self, seconds: float) -> Pace:
+        """Return what measuring costs, by a measurement that took so long."""
+        report = self._planner.probe.report
+        return Pace(report.tokens / report.sequences, seconds / report.tokens, self._settings.budget)
 
     def _tell_failure(self, step: int, error: Exception) -> None:
         """Say that a measurement failed; after an error that nobody foresaw, try later, with half the tokens at a time.

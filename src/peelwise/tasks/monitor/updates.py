@@ -1,12 +1,15 @@
 """What one step of the optimiser does to the weights, seen on a sample of them before and after it.
 
-How far each block moves, whether half-precision weights move at all, what weight decay takes, and whether the gradient
-holds that of the step before. Nothing is run and nothing of the training is changed.
+How far each block moves, whether it is still the one of earlier checks, whether half-precision weights move at all,
+what weight decay takes, and whether the gradient holds that of the step before. Nothing is run and nothing of the
+training is changed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,7 @@ from peelwise.model.layers import Block
 from peelwise.tasks.monitor.uncopied import Uncopied
 
 _SAMPLED = 1024  # numbers of each parameter
+_BACK = 2  # checks that a block is compared with itself over
 _FRESH, _LARGEST_FRESH = 4, 65_536  # parameters whose own gradient of a step is kept; numbers in each
 _EXPLAINED, _OWN = 0.05, 0.2  # of the gradient's norm: what two gradients must leave over, and one alone
 _DECOUPLED = ("AdamW", "Lion", "Muon", "Adafactor")
@@ -44,6 +48,7 @@ class UpdateWatch:
         self._stale: dict[int, Tensor] = {}  # id of a parameter -> the gradient at the end of the step before
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._first: dict[str, float] = {}
+        self._checked: list[_Checked] = []  # after the last checks, the oldest first
 
     def before(self) -> None:
         """Take a sample of the weights as they are before the next step."""
@@ -71,8 +76,12 @@ class UpdateWatch:
         self._stale.clear()
 
     @torch.no_grad()
-    def after(self) -> UpdateFacts | None:
-        """Return what the step did; ``None`` if it was not looked at from before, or parameters are other ones now."""
+    def after(self, step: int) -> UpdateFacts | None:
+        """Return what the step did; ``None`` if it was not looked at from before, or parameters are other ones now.
+
+        Args:
+            step: its number.
+        """
         weights, parameters = self._weights, self._parameters
         if weights is None or [p._version for p in parameters] == self._versions:
             self.drop()  # not stepped: within an accumulation, or skipped by a scaler
@@ -81,7 +90,16 @@ class UpdateWatch:
         now, gradients = _sample(parameters), _sample([_gradient(p) for p in parameters])
         sums = _sums(parameters, weights, now, gradients)
         self.drop()
-        return self._facts(parameters, sums, stale)
+        facts = self._facts(parameters, sums, stale)
+        checked = _Checked(step, parameters, now)
+        if self._checked and not self._checked[-1].precedes(checked):
+            self._checked.clear()
+        earlier = self._checked[0] if len(self._checked) == _BACK else None
+        self._checked = [*self._checked[1 - _BACK :], checked]
+        if earlier is None:
+            return facts
+        alike = [_cosine([p for p in b.module.parameters() if p.dim() > 1], earlier, checked) for b in self.blocks]
+        return replace(facts, alike=tuple(alike), since=earlier.step)
 
     def _facts(
         self, parameters: Sequence[nn.Parameter], sums: Mapping[str, Sequence[float]], stale: float | None
@@ -159,6 +177,37 @@ class UpdateWatch:
         return float(factors[1]) if left < _EXPLAINED * size else None
 
 
+@dataclass(frozen=True, eq=False)
+class _Checked:
+    """A sample of parameters ``[sampled]`` at the end of a step."""
+
+    step: int
+    parameters: Sequence[nn.Parameter]
+    sample: Tensor
+
+    def precedes(self, other: _Checked) -> bool:
+        """Whether the other is of the same parameters and a later step."""
+        ids, others = ([id(p) for p in each.parameters] for each in (self, other))
+        return self.step < other.step and ids == others and self.sample.device == other.sample.device
+
+    def places(self) -> dict[int, slice]:
+        """Return id of a parameter -> where its numbers are."""
+        ends = list(accumulate(_count(p) for p in self.parameters))
+        return {id(p): slice(end - _count(p), end) for p, end in zip(self.parameters, ends, strict=True)}
+
+
+def _cosine(parameters: Sequence[Tensor], earlier: _Checked, now: _Checked) -> float | None:
+    """Return the cosine of some parameters at two checks, each parameter counting by its size."""
+    places, products = now.places(), torch.zeros(3, dtype=torch.float64)
+    for parameter in parameters:
+        if id(parameter) in places:
+            a, b = (each.sample[places[id(parameter)]].double() for each in (earlier, now))
+            factor = parameter.numel() / max(_count(parameter), 1)
+            products += factor * torch.stack([a @ b, a @ a, b @ b]).cpu()
+    size = float((products[1] * products[2]).sqrt())
+    return float(products[0]) / size if 0 < size < float("inf") else None
+
+
 class _Keep(Uncopied):
     """Adds up the gradients that reach a parameter in one step; copies of the parameter do without it."""
 
@@ -181,6 +230,10 @@ def _stride(tensor: Tensor) -> int:
     return max(1, tensor.numel() // _SAMPLED)
 
 
+def _count(tensor: Tensor) -> int:
+    return len(range(0, tensor.numel(), _stride(tensor)))
+
+
 def _sample(tensors: Sequence[Tensor]) -> Tensor:
     """Return about `_SAMPLED` numbers of each tensor, evenly spaced, behind each other: float32."""
     return torch.cat([t.detach().reshape(-1)[:: _stride(t)].float() for t in tensors])
@@ -188,7 +241,7 @@ def _sample(tensors: Sequence[Tensor]) -> Tensor:
 
 def _sums(parameters: Sequence[Tensor], before: Tensor, now: Tensor, gradients: Tensor) -> dict[str, list[float]]:
     """Return sums over all numbers of each parameter, estimated from the sample."""
-    counts = [len(range(0, p.numel(), _stride(p))) for p in parameters]
+    counts = [_count(p) for p in parameters]
     place = torch.repeat_interleave(torch.tensor(counts, device=before.device))  # [sampled]
     factor = torch.tensor(
         [p.numel() / max(count, 1) for p, count in zip(parameters, counts, strict=True)], device=before.device

@@ -4,7 +4,7 @@ import { chip, h, s, setText, Table, thinned, width } from "./dom.js";
 import { extremes, MODEL } from "./data.js";
 import { find } from "./loss.js";
 import { area, marker, path, Plot } from "./plot.js";
-import { against, amount, integer, percent } from "./scale.js";
+import { against, amount, compact, duration, integer, percent } from "./scale.js";
 
 const COLOURS = { R: "red", Y: "yellow", G: "green", "?": "grey", F: "frozen" };
 
@@ -53,7 +53,8 @@ export class BlockPanel {
 
   #renderReason() {
     const verdict = this.data.verdicts.get(this.selected);
-    const state = verdict ? `${verdict.step}${verdict.colour}${this.selected}` : "";
+    const wait = verdict?.colour === "grey" ? this.#wait() : "";
+    const state = verdict ? `${verdict.step}${verdict.colour}${this.selected}${wait}` : "";
     if (this.reason.dataset.of === state) return;
     this.reason.dataset.of = state;
     if (!verdict) {
@@ -63,7 +64,19 @@ export class BlockPanel {
     const word = this.words.find((each) => each.colour === verdict.colour);
     const measured = verdict.measured_step === null ? "" : ` Rests on the measurement at step ${integer(verdict.measured_step)}.`;
     this.reason.replaceChildren(
-      chip(word), h("span", { class: "muted" }, ` since step ${integer(verdict.step)}: ${verdict.reason}.${measured}`));
+      chip(word), h("span", { class: "muted" }, ` since step ${integer(verdict.step)}: ${verdict.reason}.${measured}${wait}`));
+  }
+
+  // What would decide an undecided block: as the newest measurement says, if it does.
+  #wait() {
+    const newest = (name) => {
+      const row = this.data.block?.series.get(name)?.at(-1);
+      return row && row[0] === this.data.now.look?.step ? row[2] : null;
+    };
+    const [tokens, seconds] = [newest("tokens_to_decide"), newest("seconds_to_decide")];
+    if (tokens === null) return "";
+    const time = seconds ? `, which the budget pays for in about ${duration(seconds)}` : "";
+    return ` About ${compact(tokens)} tokens to report on would decide it${time}, if its gain stays what it is.`;
   }
 
   // One chart per statistic, kept as long as the statistic is there.
@@ -109,7 +122,7 @@ export class BlockPanel {
     );
     const [step, , v, lo, hi, m] = rows.at(-1);
     const interval = lo === null ? "" : ` [${amount(facts, lo)}, ${amount(facts, hi)}]`;
-    const unit = facts.unit && facts.unit !== "steps" ? ` ${facts.unit}` : "";
+    const unit = facts.unit && !["steps", "s"].includes(facts.unit) ? ` ${facts.unit}` : "";
     const compared = against(facts, v, m);
     setText(value, `${amount(facts, v)}${interval}${unit} at step ${integer(step)}${compared ? `, ${compared}` : ""}`);
     plot.svg.setAttribute("aria-label", `${facts.title} of ${rows.length} measurements. Latest: ${value.textContent}`);

@@ -65,7 +65,8 @@ export function duration(seconds) {
 export function amount(facts, value) {
   if (value === null) return "no finite number";
   if (facts.unit === "nats per token") return signed(value);
-  if (facts.unit === "steps") return integer(value);
+  if (facts.unit === "steps" || facts.unit === "tokens") return integer(value);
+  if (facts.unit === "s") return duration(value);
   return Math.abs(value) >= 10_000 ? short.format(value) : three.format(value);
 }
 
