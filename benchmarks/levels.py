@@ -28,8 +28,8 @@ from peelwise.engine.fading import FadingSums
 from peelwise.evidence.intervals import Paired
 from peelwise.evidence.levels import Levels
 from peelwise.model.architectures import find_blocks
-from peelwise.probe.probe import Split
 from peelwise.probe.rolling import Roll
+from peelwise.probe.rows import Split
 from peelwise.probe.texts import reference_prose
 from peelwise.tasks.monitor import measure as measuring
 

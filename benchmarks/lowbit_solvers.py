@@ -34,7 +34,7 @@ from peelwise.model.architectures import find_blocks
 from peelwise.model.checkpoints import open_model
 from peelwise.model.guard import untouched
 from peelwise.model.layers import LinearLayer
-from peelwise.probe.probe import Split
+from peelwise.probe.rows import Split
 from peelwise.probe.texts import reference_prose
 from peelwise.references.quantized import quadratic, shrunk, solve
 from peelwise.stats.gram import GramSum

@@ -17,7 +17,8 @@ import peelwise
 from common import write
 from peelwise.model.architectures import find_blocks
 from peelwise.model.checkpoints import open_model
-from peelwise.probe.probe import Probe, Split
+from peelwise.probe.probe import Probe
+from peelwise.probe.rows import Split
 from peelwise.probe.texts import reference_prose
 
 STAGES = sorted((Path(__file__).parents[1] / "examples/small_gpt/checkpoints").glob("step-*"))

@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerFast
 from common import write
 from peelwise.model.checkpoints import open_model
 from peelwise.nn import quantize_
-from peelwise.probe.probe import Probe, Split
+from peelwise.probe.probe import Probe
+from peelwise.probe.rows import Split
 from peelwise.tasks.quantcheck.layers import Candidate
 from peelwise.tasks.quantcheck.run import run_quantcheck
 from peelwise.tasks.quantcheck.settings import QuantcheckSettings

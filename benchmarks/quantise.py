@@ -41,7 +41,8 @@ from peelwise.model.architectures import find_blocks
 from peelwise.model.checkpoints import open_model
 from peelwise.model.runner import Runner, Trace
 from peelwise.probe.options import ProbeOptions
-from peelwise.probe.probe import Probe, Split
+from peelwise.probe.probe import Probe
+from peelwise.probe.rows import Split
 from peelwise.references.asymmetric import InputSums, Target, coded
 from peelwise.references.descent import Descent
 from peelwise.stats.linalg import DampedFactor

@@ -28,8 +28,8 @@ from peelwise.engine.sweep import sweep
 from peelwise.model.architectures import find_blocks
 from peelwise.model.guard import untouched
 from peelwise.model.splice import frozen
-from peelwise.probe.probe import Split
 from peelwise.probe.rolling import Roll
+from peelwise.probe.rows import Split
 from peelwise.probe.texts import reference_prose
 from peelwise.tasks.audit import stages
 from peelwise.tasks.audit.findings import Findings

@@ -20,7 +20,8 @@ from peelwise.model.architectures import find_blocks
 from peelwise.model.experts import experts_called
 from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.runner import Runner, Trace
-from peelwise.probe.probe import Probe, Split
+from peelwise.probe.probe import Probe
+from peelwise.probe.rows import Split
 from peelwise.records.audit import AuditRecord
 from peelwise.stats.gram import Moments
 from peelwise.tasks.audit.settings import AuditSettings

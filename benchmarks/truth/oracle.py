@@ -28,7 +28,8 @@ from cases import KEPT_SEED, SMALL, Case, probe_of
 from common import environment
 from peelwise.model.architectures import find_blocks
 from peelwise.model.runner import Runner
-from peelwise.probe.probe import SHARES, Probe, Split
+from peelwise.probe.probe import SHARES, Probe
+from peelwise.probe.rows import Split
 from render import rounded
 
 CASES = (

@@ -15,7 +15,8 @@ from peelwise.evidence.intervals import paired
 from peelwise.model.architectures import find_blocks
 from peelwise.model.guard import untouched
 from peelwise.model.runner import Runner
-from peelwise.probe.probe import Probe, Split
+from peelwise.probe.probe import Probe
+from peelwise.probe.rows import Split
 from peelwise.records.audit import AuditRecord
 from peelwise.tasks.audit.run import AuditOutcome, run_audit
 from peelwise.tasks.audit.settings import AuditSettings

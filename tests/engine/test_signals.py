@@ -21,7 +21,7 @@ from peelwise.engine.sweep import block_moments
 from peelwise.model.architectures import find_blocks
 from peelwise.model.guard import untouched
 from peelwise.model.runner import Runner
-from peelwise.probe.probe import Split
+from peelwise.probe.rows import Split
 from peelwise.records.signals import SIGNALS, Signal
 from zoo import ZOO, sample_ids
 

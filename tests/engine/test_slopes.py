@@ -9,7 +9,7 @@ from peelwise.engine.opening import open_report
 from peelwise.engine.slopes import first_order_gains
 from peelwise.model.architectures import find_blocks
 from peelwise.model.guard import untouched
-from peelwise.probe.probe import Split
+from peelwise.probe.rows import Split
 from zoo import ZOO, sample_ids
 
 STEP = 2e-3

@@ -19,7 +19,7 @@ from peelwise.model.guard import untouched
 from peelwise.model.runner import Runner
 from peelwise.model.selfcheck import self_check
 from peelwise.model.splice import spliced
-from peelwise.probe.probe import Split
+from peelwise.probe.rows import Split
 from zoo import BLOCKS, ZOO, sample_ids
 
 MIXTURES = ["mixtral", "gpt-oss"]

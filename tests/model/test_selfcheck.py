@@ -17,7 +17,8 @@ from peelwise.model.architectures import find_blocks
 from peelwise.model.guard import untouched
 from peelwise.model.runner import Runner
 from peelwise.model.selfcheck import self_check
-from peelwise.probe.probe import Probe, Split
+from peelwise.probe.probe import Probe
+from peelwise.probe.rows import Split
 from peelwise.records.base import Note
 from zoo import LEFT_OUT, LORA, UNSUPPORTED, ZOO, sample_ids
 

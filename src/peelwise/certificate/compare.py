@@ -41,7 +41,8 @@ from peelwise.evidence.compare import effects_of, is_changed
 from peelwise.model.architectures import find_blocks
 from peelwise.model.guard import untouched
 from peelwise.model.runner import Runner
-from peelwise.probe.probe import Probe, Split
+from peelwise.probe.probe import Probe
+from peelwise.probe.rows import Split
 from peelwise.records.base import Interval
 from peelwise.records.compare import BlockChange, CompareRecord
 from peelwise.records.files import HEADER_BYTES, WITNESS_FILE, what_changed

@@ -147,7 +147,7 @@ class Walk:
                 gap = self.parts[number].batches[i_batch].stations[block.index] - hidden
                 for writer in earlier:
                     gap = gap + theirs[writer][0].y - capture.calls[writer][0].y
-                stream.update(widened(gap[batch.weights]), _rows(runs[0], batch, first))
+                stream.update(widened(gap[batch.read]), _rows(runs[0], batch, first))
             paired = paired and len(runs) == len(twins)
             for i, call in enumerate(runs):
                 z = _rows(call, batch, first)

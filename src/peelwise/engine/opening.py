@@ -20,7 +20,8 @@ from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner, check_replay
 from peelwise.model.selfcheck import check_dtypes, check_shared, self_check
 from peelwise.model.weights.held import Held
 from peelwise.model.whereabouts import check_in_memory, untied_note
-from peelwise.probe.probe import Probe, Split, check_context, check_vocabulary
+from peelwise.probe.probe import Probe, check_context, check_vocabulary
+from peelwise.probe.rows import Split
 from peelwise.records.base import Note
 from peelwise.records.options import Refine
 

@@ -40,7 +40,7 @@ def partner_order(sequences: int, seed: int, *, shift_first: bool = False) -> Te
 
 def shuffled_stations(trace: Trace, seed: int, *, shift_first: bool = False) -> Shuffle:
     """Return a function that gives every sequence of a trace another one's station, position by position."""
-    lengths = torch.cat([batch.weights.sum(dim=1) for batch in trace.batches])  # [sequences]
+    lengths = torch.cat([batch.read.sum(dim=1) for batch in trace.batches])  # [sequences]
     partner = partner_order(len(lengths), seed, shift_first=shift_first).to(lengths.device)
     width = trace.batches[0].weights.shape[1]
     places = torch.arange(width, device=lengths.device).expand(len(lengths), width)

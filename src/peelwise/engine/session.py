@@ -17,7 +17,7 @@ from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.runner import Batch, Runner, Trace
 from peelwise.model.splice import spliced
 from peelwise.model.weights.held import Held
-from peelwise.probe.probe import Probe, Split
+from peelwise.probe.probe import Probe
 from peelwise.records.base import Note
 from peelwise.records.codes import Stage
 
@@ -117,7 +117,7 @@ class Session(ReportSession):
         """Return the first sequences of select, of so many predicted tokens at most, but one sequence at least."""
         split = self.probe.select
         few = max(int((split.weights.sum(dim=1).cumsum(0) <= tokens).sum()), 1)
-        return self.select if few == split.sequences else self.runner.trace(Split(split.ids[:few], split.mask[:few]))
+        return self.select if few == split.sequences else self.runner.trace(split.at(slice(few)))
 
     def tell_block(self, done: int) -> None:
         """Report that a sweep over all blocks has done so many."""

@@ -199,7 +199,7 @@ def _finite_mean(total: CrossSum, linear: LinearLayer, tokens: float) -> Tensor:
 
 
 def token_rows(x: Tensor, call: Call, batch: Batch, linear: LinearLayer, *, ones: bool = True) -> Tensor:
-    """Return the rows of predicted tokens ``[n, d]``, with a column of ones if the map has a bias.
+    """Return the rows of tokens that were read ``[n, d]``, with a column of ones if the map has a bias.
 
     Args:
         x: input or output of the layer, or a gradient there, ``[..., d]``.
@@ -211,7 +211,7 @@ def token_rows(x: Tensor, call: Call, batch: Batch, linear: LinearLayer, *, ones
     Raises:
         UnsupportedModelError: If some tokens are padding and it cannot be told which rows are theirs.
     """
-    rows = widened(_predicted(x.detach(), call.rows, batch.weights, linear))
+    rows = widened(_predicted(x.detach(), call.rows, batch.read, linear))
     return with_ones(rows) if ones and linear.has_bias else rows
 
 

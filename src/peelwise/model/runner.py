@@ -24,7 +24,7 @@ from peelwise.model.calls import hidden_of, skipping, uncached, without_hidden
 from peelwise.model.capture import Capture, captured
 from peelwise.model.gradients import differentiable, gradients_by_layer, not_differentiable
 from peelwise.model.layers import Block, LinearLayer, unwrapped
-from peelwise.probe.probe import Split
+from peelwise.probe.rows import Split
 from peelwise.records.options import MICRO_BATCH_TOKENS as MICRO_BATCH_TOKENS
 
 _LOSS_NUMBERS = 2**22  # logits whose losses are taken at once
@@ -38,7 +38,8 @@ class Batch:
     targets: Tensor  # [b, t] token ids
     weights: Tensor  # [b, t] bool: predicted tokens
     padded: bool
-    attended: Tensor  # [b, t] bool: real input positions that predict something, also in rows that only fill up
+    attended: Tensor  # [b, t] bool: real input positions with a next token, also in rows that only fill up
+    read: Tensor  # [b, t] bool: the same, in rows that count; `weights` only where the next token is asked for
     # Per block, without H; ``None`` for a block that the model skips for such a text.
     calls: list[tuple[tuple[Any, ...], dict[str, Any]] | None] = field(default_factory=list)
     stations: list[Tensor] = field(default_factory=list)  # L + 1 of [b, t, d]
@@ -409,13 +410,14 @@ class Runner:
             places = part[start : start + per_batch]
             rows = torch.tensor([0 if place is None else place for place in places])
             real = torch.tensor([place is not None for place in places])
-            attended = split.weights[rows]
+            attended = split.read[rows]
             yield Batch(
                 split.inputs[rows].to(device),
                 split.targets[rows].to(device),
-                (attended & real[:, None]).to(device),
+                (split.weights[rows] & real[:, None]).to(device),
                 padded=not bool(split.mask[rows].all()),
                 attended=attended.to(device),
+                read=(attended & real[:, None]).to(device),
             )
 
 
@@ -431,7 +433,7 @@ def check_replay(runner: Runner, split: Split) -> None:
     Raises:
         UnsupportedModelError: If it does not: something happens between the blocks.
     """
-    few = Split(split.ids[:1], split.mask[:1])
+    few = split.at(slice(1))
     trace = runner.trace(few)
     again = runner.losses_from(trace, 0)
     if not torch.allclose(trace.losses, again, rtol=1e-3, atol=1e-3, equal_nan=True):

@@ -30,7 +30,7 @@ from peelwise.model.runner import Batch, Runner, Trace, check_replay
 from peelwise.model.splice import spliced
 from peelwise.model.weights.reading import reading_notes
 from peelwise.model.weights.table import unread
-from peelwise.probe.probe import Split
+from peelwise.probe.rows import Split
 from peelwise.records.base import Note, note
 from peelwise.stats.linalg import solve_dtype
 
@@ -71,7 +71,7 @@ def self_check(runner: Runner, split: Split, *, gradients: bool = True, causal: 
         UnsupportedModelError: With the name of the layer or block where a check fails.
         NotDifferentiableError: Of these, if gradients cannot be had.
     """
-    few = Split(split.ids[:1], split.mask[:1])
+    few = split.at(slice(1))
     trace = _first_trace(runner, few)
     if not math.isfinite(trace.mean):
         return ()  # whoever reads the loss says so

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from peelwise.errors import FewSequencesWarning, ProbeError
+from peelwise.probe.answers import Row, conversation_rows, labelled
 from peelwise.probe.options import SEQUENCE_LENGTH, TOKENS, ProbeOptions, check_sizes
+from peelwise.probe.rows import Split, padded
 from peelwise.probe.sequences import as_rows, chunk_documents, cut, encode_documents, opening_ids
 from peelwise.probe.split import PARTS, Pool, draw_parts, split_faults
 from peelwise.probe.texts import check_text, text_of
@@ -26,55 +28,10 @@ from peelwise.records.base import ProbeRecord
 if TYPE_CHECKING:
     from peelwise.probe.rolling import RollingProbe
 
+MESSAGES_LENGTH = 1024  # predicted tokens of a conversation
 SHARES = (0.5, 0.15, 0.35)  # of fit, select and report
 _FEW_REPORT_SEQUENCES = 8
 _CHARACTERS_PER_TOKEN = 200  # read from a data set: some fifty times what is needed, so streams end
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Sequences of token ids with right padding.
-
-    Args:
-        ids: ``[sequences, positions]`` int64; padding holds any valid id.
-        mask: ``[sequences, positions]`` bool, true at real tokens.
-    """
-
-    ids: Tensor
-    mask: Tensor
-
-    @property
-    def inputs(self) -> Tensor:
-        """What the model reads, ``[sequences, positions - 1]``."""
-        return self.ids[:, :-1]
-
-    @property
-    def targets(self) -> Tensor:
-        """What it has to predict at each position, ``[sequences, positions - 1]``."""
-        return self.ids[:, 1:]
-
-    @property
-    def weights(self) -> Tensor:
-        """Where input and target are both real, ``[sequences, positions - 1]`` bool."""
-        return self.mask[:, 1:] & self.mask[:, :-1]
-
-    @property
-    def sequences(self) -> int:
-        """Number of sequences."""
-        return self.ids.shape[0]
-
-    def rows(self) -> list[list[int]]:
-        """Return the ids of every sequence without padding."""
-        return [ids[mask].tolist() for ids, mask in zip(self.ids.cpu(), self.mask.cpu(), strict=True)]
-
-    @property
-    def tokens(self) -> int:
-        """Number of predicted tokens."""
-        return int(self.weights.sum())
-
-    def to(self, device: torch.device | str) -> Split:
-        """Return the same split on ``device``."""
-        return Split(self.ids.to(device), self.mask.to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,6 +123,7 @@ class Probe:
         cls,
         sequences: Tensor | Sequence[Sequence[int]] | Sequence[int],
         *,
+        labels: Tensor | Sequence[Sequence[int]] | None = None,
         tokens: int | None = TOKENS,
         sequence_length: int = SEQUENCE_LENGTH,
         seed: int = 0,
@@ -178,7 +136,9 @@ class Probe:
         Args:
             sequences: Rows of ids (a matrix or ragged lists) are kept whole, whatever their length, and
                 padded on the right; one long stream is cut into sequences of ``sequence_length + 1``.
-            tokens: Upper limit of predicted tokens in all parts together; ``None`` takes all.
+            labels: For rows: the ids again, with -100 for each that the model reads and is not asked for, as in a
+                training on answers only. Not shifted. Rows that ask for nothing are left out.
+            tokens: Upper limit of tokens in all parts together, those that are only read included; ``None`` takes all.
             sequence_length: Predicted tokens per sequence; used for a stream only.
             seed: Draws and splits the sequences.
             in_distribution: Whether the model was trained on text of this kind.
@@ -186,19 +146,62 @@ class Probe:
             shares: Shares of ``fit``, ``select`` and ``report`` among the sequences.
 
         Raises:
-            ProbeError: If ids are no integers, negative, or too few for 2 + 1 + 2 different sequences.
+            ProbeError: If ids are no integers, negative, or too few for 2 + 1 + 2 different sequences; if labels do not
+                fit them.
         """
         check_sizes(tokens, sequence_length)
-        rows = as_rows(sequences)
-        if not isinstance(rows, list):
-            rows = list(cut(rows.tolist(), sequence_length + 1))
-        rows = [row for row in rows if len(row) > 1]  # a single id predicts nothing
+        ids = as_rows(sequences)
+        if labels is not None:
+            if not isinstance(ids, list) or len(labels) != len(ids):
+                raise ProbeError("Labels belong to rows of token ids: expected one row of them for each.")
+            rows = [labelled(row, own, f"Row {i}") for i, (row, own) in enumerate(zip(ids, labels, strict=True))]
+        else:
+            rows = [Row(row) for row in (ids if isinstance(ids, list) else cut(ids.tolist(), sequence_length + 1))]
+        rows = [row for row in rows if row.is_asked]  # a single id predicts nothing
         if not rows:
             raise ProbeError(
                 f"The tokens are too few: one sequence needs {sequence_length + 1} from a stream, "
-                "or a row of at least 2. Give more tokens or a shorter sequence length."
+                "or a row of at least 2 of which one is asked for. Give more tokens or a shorter sequence length."
             )
-        return cls._assemble(rows, None, tokens, shares, source=source, in_distribution=in_distribution, seed=seed)
+        return cls._of_rows(rows, tokens, shares, source=source, in_distribution=in_distribution, seed=seed)
+
+    @classmethod
+    def from_messages(
+        cls,
+        conversations: Iterable[Any],
+        tokenizer: Any,
+        *,
+        tokens: int | None = TOKENS,
+        sequence_length: int = MESSAGES_LENGTH,
+        seed: int = 0,
+        in_distribution: bool = False,
+        source: str = "conversations",
+        shares: Sequence[float] = SHARES,
+    ) -> Probe:
+        """Write conversations with the tokenizer's chat template, and ask for the assistant's messages alone.
+
+        A conversation is one sequence, cut after ``sequence_length`` predicted tokens; the model reads all of it, and
+        losses, statistics of targets and gains are of the answers. The other arguments are those of :meth:`from_text`.
+
+        Args:
+            conversations: Lists of messages with ``role`` and ``content``, or mappings with such a list as
+                ``messages``.
+            tokenizer: A Hugging Face tokenizer with a chat template.
+            tokens: Upper limit of tokens in all parts together, those that are only read included; ``None`` takes all.
+            sequence_length: Predicted tokens of a conversation at most.
+            seed: Draws and splits the conversations.
+            in_distribution: Whether the model was trained on conversations of this kind.
+            source: Where they come from, for the record.
+            shares: Shares of ``fit``, ``select`` and ``report`` among the conversations.
+
+        Raises:
+            ProbeError: If there is no chat template, one that cannot write them, or too few conversations.
+        """
+        check_sizes(tokens, sequence_length)
+        rows = list(conversation_rows(conversations, tokenizer, sequence_length))
+        if not rows:
+            raise ProbeError("No conversation has an answer of the assistant to predict. Give more conversations.")
+        return cls._of_rows(rows, tokens, shares, source=source, in_distribution=in_distribution, seed=seed)
 
     @classmethod
     def from_dataset(
@@ -287,7 +290,7 @@ class Probe:
             fits = ids.ndim == 2 and ids.shape[1] > 1 and lengths.shape == ids.shape[:1] and ids.numel() > 0
             if not fits or int(lengths.min()) < 2 or int(lengths.max()) > ids.shape[1] or int(ids.min()) < 0:
                 raise ProbeError(f"The stored probe is damaged: ids and lengths of {part!r} do not belong together.")
-            splits[part] = Split(ids, torch.arange(ids.shape[1]) < lengths[:, None])
+            splits[part] = Split(ids, torch.arange(ids.shape[1]) < lengths[:, None], _stored_asked(tensors, part, ids))
         documents = {part: tensors[key].long() for part in PARTS if (key := f"{part}.documents") in tensors}
         if documents and {p: tuple(d.shape) for p, d in documents.items()} != {
             p: (split.sequences,) for p, split in splits.items()
@@ -301,6 +304,23 @@ class Probe:
             pool=pool,
             documents=documents or None,
         )
+
+    @classmethod
+    def _of_rows(cls, rows: Sequence[Row], tokens: int | None, shares: Sequence[float], **about: Any) -> Probe:
+        """Split rows; of two with the same ids the first counts."""
+        probe = cls._assemble([row.ids for row in rows], None, tokens, shares, **about)
+        asked = {tuple(row.ids): row.asked for row in reversed(rows)}
+        if all(each is None for each in asked.values()):
+            return probe
+
+        def asking(split: Split) -> Split:
+            found = torch.zeros_like(split.mask)
+            for place, row in enumerate(split.rows()):
+                wanted = asked[tuple(row)]
+                found[place, : len(row)] = True if wanted is None else torch.tensor(wanted)
+            return replace(split, asked=found)
+
+        return replace(probe, fit=asking(probe.fit), select=asking(probe.select), report=asking(probe.report))
 
     @classmethod
     def _assemble(
@@ -342,13 +362,16 @@ class Probe:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over names, shapes, ids, masks (and documents) of the parts as int64, padding as 0."""
+        """SHA-256 over names, shapes, ids, masks (what is asked for, documents) of the parts as int64, padding as 0."""
         digest = hashlib.sha256()
         for part, split in self._splits():
             mask = split.mask.cpu().long()
             digest.update(f"{part} {tuple(mask.shape)}\n".encode())
             for values in (split.ids.cpu().long() * mask, mask):
                 digest.update(values.contiguous().numpy().astype("<i8", copy=False).tobytes())
+            if split.asked is not None:
+                asked = split.asked.cpu().long() * mask
+                digest.update(asked.contiguous().numpy().astype("<i8", copy=False).tobytes())
             if self.documents is not None:
                 digest.update(self.documents[part].cpu().long().numpy().astype("<i8", copy=False).tobytes())
         return digest.hexdigest()
@@ -373,12 +396,17 @@ class Probe:
         )
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Return ``<part>.ids [sequences, positions]`` and ``<part>.lengths [sequences]``, int32 on CPU."""
+        """Return ``<part>.ids [sequences, positions]`` and ``<part>.lengths [sequences]``, int32 on CPU.
+
+        Where not every token is asked for, ``<part>.asked [sequences, positions]`` too, uint8.
+        """
         tensors = {}
         for part, split in self._splits():
             mask = split.mask.cpu()
             tensors[f"{part}.ids"] = (split.ids.cpu() * mask).to(torch.int32).contiguous()
             tensors[f"{part}.lengths"] = mask.sum(dim=1).to(torch.int32)
+            if split.asked is not None:
+                tensors[f"{part}.asked"] = (split.asked.cpu() & mask).to(torch.uint8).contiguous()
             if self.documents is not None:
                 tensors[f"{part}.documents"] = self.documents[part].to(torch.int32)
         return tensors
@@ -464,10 +492,10 @@ def _whole_numbers(values: Tensor) -> Tensor:
     return values.long()
 
 
-def padded(rows: list[list[int]], positions: int) -> Split:
-    """Return sequences of any length as one split, padded on the right."""
-    ids = torch.zeros(len(rows), positions, dtype=torch.int64)  # [sequences, positions]
-    lengths = torch.tensor([len(row) for row in rows])  # [sequences]
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(row)
-    return Split(ids, torch.arange(positions) < lengths[:, None])
+def _stored_asked(tensors: Mapping[str, Tensor], part: str, ids: Tensor) -> Tensor | None:
+    asked = tensors.get(f"{part}.asked")
+    if asked is None:
+        return None
+    if asked.shape != ids.shape or bool((_whole_numbers(asked) > 1).any()) or not bool(asked[:, 1:].any(dim=1).all()):
+        raise ProbeError(f"The stored probe is damaged: what is asked for of {part!r} does not belong to its ids.")
+    return asked.bool()

@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor
 
 from peelwise.errors import ProbeError
+from peelwise.probe.answers import Row, masked
 from peelwise.probe.options import SEQUENCE_LENGTH
-from peelwise.probe.probe import SHARES, Probe, Split
+from peelwise.probe.probe import SHARES, Probe
+from peelwise.probe.rows import Split
 from peelwise.probe.split import PARTS
 from peelwise.probe.texts import text_of
 
@@ -43,7 +46,7 @@ class RollingProbe(Probe):
     @property
     def fixed(self) -> Split:
         """The sequences to report on that every measurement takes the loss of, and nothing else."""
-        return _rows(self.report, range(self._fixed))
+        return self.report.at(range(self._fixed))
 
     @property
     def _fixed(self) -> int:
@@ -110,7 +113,7 @@ class Roll:
             count = max(_FEWEST[part], round(tokens / self._tokens * split.sequences))
             places = range(self._taken[part], self._taken[part] + min(count, there // 2))
             self._taken[part] = places.stop
-            splits.append(_rows(split, [self._first[part] + place % there for place in places]))
+            splits.append(split.at([self._first[part] + place % there for place in places]))
         whole = self._whole
         fit, select, report = splits
         probe = Probe(fit, select, report, whole.source, whole.in_distribution, whole.seed)
@@ -142,10 +145,15 @@ def rolling_probe(
         "shares": shares,
     }
     by_index = not isinstance(text, str | Sequence | Tensor) and hasattr(text, "__getitem__")
-    read: Any = text
-    if by_index:
-        read = _documents(text, field, tokens, seed) if tokenizer is not None else _rows_of(text, tokens, seed)
-    whole = Probe.from_tokens(read, **options) if tokenizer is None else Probe.from_text(read, tokenizer, **options)
+    if tokenizer is not None:
+        read = _documents(text, field, tokens, seed) if by_index else text
+        whole = Probe.from_text(read, tokenizer, **options)
+    elif by_index:
+        rows = _rows_of(text, tokens, seed)
+        labels = [row.labels for row in rows] if any(row.asked is not None for row in rows) else None
+        whole = Probe.from_tokens([row.ids for row in rows], labels=labels, **options)
+    else:
+        whole = Probe.from_tokens(text, **options)
     found = RollingProbe(**{name: getattr(whole, name) for name in Probe.__dataclass_fields__}, each=each)
     found.check()
     return found
@@ -162,12 +170,12 @@ def _documents(data: Any, field: str, tokens: int, seed: int) -> list[str]:
     return documents
 
 
-def _rows_of(data: Any, tokens: int, seed: int) -> list[list[int]]:
-    """Return rows of ids of a data set by random index, twice as many as are asked for: some may be nearly the same."""
+def _rows_of(data: Any, tokens: int, seed: int) -> list[Row]:
+    """Return rows of a data set by random index, twice as many as are asked for: some may be nearly the same."""
     rows, found = [], 0
     for index, item in _drawn(data, seed):
-        rows.append(_ids_of(item, index))
-        found += max(len(rows[-1]) - 1, 0)
+        rows.append(_row_of(item, index))
+        found += max(len(rows[-1].ids) - 1, 0)
         if found >= 2 * tokens:
             break
     return rows
@@ -194,22 +202,18 @@ def _same_random_states() -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
 
 
-def _ids_of(item: Any, index: int) -> list[int]:
-    """Return the ids of one item without padding: ids, or a mapping with ``input_ids``."""
-    mask = None
-    if isinstance(item, Mapping):
-        if "input_ids" not in item:
-            raise ProbeError(
-                f"Item {index} has {sorted(item)[:5]}, expected 'input_ids'. Give a tokenizer to read its text, or a "
-                "data set whose items are token ids."
-            )
-        item, mask = item["input_ids"], item.get("attention_mask")
-    ids = torch.as_tensor(item).flatten().tolist()
-    if mask is not None:
-        ids = [each for each, real in zip(ids, torch.as_tensor(mask).flatten().tolist(), strict=True) if real]
-    return ids
-
-
-def _rows(split: Split, places: Sequence[int]) -> Split:
-    chosen = list(places)
-    return Split(split.ids[chosen], split.mask[chosen])
+def _row_of(item: Any, index: int) -> Row:
+    """Return one item without padding: ids, or a mapping with ``input_ids``, and ``labels`` or masks of answers."""
+    if not isinstance(item, Mapping):
+        return Row(torch.as_tensor(item).flatten().tolist())
+    if "input_ids" not in item:
+        raise ProbeError(
+            f"Item {index} has {sorted(item)[:5]}, expected 'input_ids'. Give a tokenizer to read its text, or a "
+            "data set whose items are token ids."
+        )
+    row = masked(item, torch.as_tensor(item["input_ids"]).flatten().tolist(), f"Item {index}")
+    if item.get("attention_mask") is None:
+        return row
+    real = [bool(each) for each in torch.as_tensor(item["attention_mask"]).flatten().tolist()]
+    asked = None if row.asked is None else tuple(compress(row.asked, real))
+    return Row(list(compress(row.ids, real)), asked)

@@ -21,7 +21,7 @@ from peelwise.engine.depth.table import block_weights, joined, pass_table, weigh
 from peelwise.model.architectures import find_blocks
 from peelwise.model.parts import Parts, parts_of
 from peelwise.model.runner import Runner, Trace
-from peelwise.probe.probe import Split
+from peelwise.probe.rows import Split
 
 LAYERS = 6
 DEEP = 1e-4  # of two ways to differentiate in float32

@@ -22,7 +22,8 @@ import spectra
 from audits import Snapshot, part_of, slow_losses, tiny_probe
 from damage import reset, sign_flip
 from peelwise.model.architectures import find_blocks
-from peelwise.probe.probe import Probe, Split
+from peelwise.probe.probe import Probe
+from peelwise.probe.rows import Split
 from rivals import Given
 from zoo import ZOO
 

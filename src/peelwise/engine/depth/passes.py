@@ -74,7 +74,7 @@ def _observe_block(
         for branch in parts.branches:
             y = found.tensors.get(branch.name)
             if y is not None and y.shape == hidden.shape:
-                updates.setdefault(branch.name, []).append(y.detach()[batch.weights].float())
+                updates.setdefault(branch.name, []).append(y.detach()[batch.read].float())
         if above is not None:
             below.append(_add_gradients(parts, batch, found, hidden, out, above[place], backward))
     runner.work.add(runner.shares[index], trace.predicted, 1 if above is None else 3)
@@ -92,7 +92,7 @@ def _observe_block(
 def _rows(trace: Trace, station: int) -> Any:
     if station < 0:
         return None
-    return torch.cat([batch.stations[station][batch.weights].float() for batch in trace.batches])
+    return torch.cat([batch.stations[station][batch.read].float() for batch in trace.batches])
 
 
 def _add_gradients(
@@ -123,12 +123,12 @@ def _add_gradients(
 
 
 def token_channels(y: Tensor, batch: Batch) -> Tensor | None:
-    """Return a tensor's rows of predicted tokens ``[n, d]``, float32; ``None`` where it has no row per token."""
-    shape = batch.weights.shape
+    """Return a tensor's rows of tokens that were read ``[n, d]``, float32; ``None`` where it has no row per token."""
+    shape = batch.read.shape
     if y.shape[:2] == shape:
-        return y.flatten(2)[batch.weights].float() if y.dim() > 2 else None
-    if y.dim() == 2 and y.shape[0] == batch.weights.numel():
-        return y.view(*shape, -1)[batch.weights].float()
+        return y.flatten(2)[batch.read].float() if y.dim() > 2 else None
+    if y.dim() == 2 and y.shape[0] == batch.read.numel():
+        return y.view(*shape, -1)[batch.read].float()
     return None
 
 

@@ -12,7 +12,7 @@ from peelwise.engine.rounds import next_round
 from peelwise.engine.session import Session
 from peelwise.engine.sweep import sweep
 from peelwise.errors import IllConditionedWarning
-from peelwise.probe.probe import Split
+from peelwise.probe.rows import Split
 from peelwise.records.audit import HeadRecord
 from peelwise.tasks.audit.findings import Control
 
@@ -89,7 +89,7 @@ def untrained_control(session: Session) -> Control | None:
 
 def _third(split: Split) -> Split:
     few = max(split.sequences // 3, 1)
-    return Split(split.ids[:few], split.mask[:few])
+    return split.at(slice(few))
 
 
 def _joint_step(session: Session, proposals: Proposals) -> Control:

@@ -28,7 +28,8 @@ from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, device_of, vocabulary_size
 from peelwise.model.runner import Runner, check_replay
 from peelwise.model.selfcheck import check_causal
-from peelwise.probe.probe import Probe, Split
+from peelwise.probe.probe import Probe
+from peelwise.probe.rows import Split
 from peelwise.records.base import Interval, Note, note
 from peelwise.records.compare import (
     BlockChange,
@@ -185,7 +186,7 @@ def opened_side(runner: Runner, report: Split, fit: Split) -> Side:
         UnsupportedModelError: If calling the blocks one by one is not what the model does.
         ModelError: If its loss is no finite number.
     """
-    few = Split(fit.ids[:1], fit.mask[:1])
+    few = fit.at(slice(1))
     check_replay(runner, few)
     check_causal(runner, runner.trace(few).batches[0])
     trace = runner.trace(report)

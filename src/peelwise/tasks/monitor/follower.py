@@ -28,7 +28,7 @@ from peelwise.model.layers import Block, device_of, unwrapped
 from peelwise.model.refined import stepped_by
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner
 from peelwise.model.selfcheck import check_dtypes, check_shared
-from peelwise.probe.probe import Probe, Split
+from peelwise.probe.probe import Probe
 from peelwise.probe.rolling import Part, RollingProbe
 from peelwise.records.base import Note
 from peelwise.records.options import Refine, check_refine
@@ -398,7 +398,7 @@ class Follower:
             except NotCausalError as error:  # a mistake to be told, not a reason to leave the run alone
                 leaks = str(error)
                 notes = first_notes(runner, fit, causal=False)
-            some = Split(fit.ids[:rows], fit.mask[:rows])
+            some = fit.at(slice(rows))
             per_token, began, again = math.inf, time.monotonic(), True
             while again:  # the first pass of all may take several times as long
                 start = time.monotonic()

@@ -21,7 +21,8 @@ from peelwise.evidence.intervals import Paired
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block
 from peelwise.model.splice import frozen
-from peelwise.probe.probe import Probe, Split
+from peelwise.probe.probe import Probe
+from peelwise.probe.rows import Split
 from peelwise.records.base import Note
 from peelwise.records.run import WHOLE_MODEL, MatrixShare, MeasurementKind
 from peelwise.records.signals import SWEPT, of_kinds

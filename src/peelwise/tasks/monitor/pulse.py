@@ -12,7 +12,8 @@ from peelwise.evidence.intervals import paired
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block
 from peelwise.model.runner import Runner
-from peelwise.probe.probe import Probe, Split
+from peelwise.probe.probe import Probe
+from peelwise.probe.rows import Split
 
 TOKENS = 1024  # about so many
 _FEWEST = 8  # sequences, for an interval
@@ -23,7 +24,7 @@ def few_of(probe: Probe, tokens: int = TOKENS) -> Split:
     report = probe.report
     per_sequence = max(report.tokens / max(report.sequences, 1), 1.0)
     count = min(report.sequences, max(_FEWEST, round(tokens / per_sequence)))
-    return Split(report.ids[:count], report.mask[:count])
+    return report.at(slice(count))
 
 
 def pulse(

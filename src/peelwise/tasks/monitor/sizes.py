@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from peelwise.probe.probe import Probe, Split
+from peelwise.probe.probe import Probe
+from peelwise.probe.rows import Split
 
 PASSES = 8.0  # of the whole model forward, that a measurement takes which can decide a block
 _SOONEST, _PER_RUN = 60.0, 20  # seconds between measurements at the beginning; measurements in a run, later
@@ -54,7 +55,7 @@ def part_of(probe: Probe, tokens: int) -> Probe:
 
     def first(split: Split, share: float) -> Split:
         count = min(split.sequences, max(_FEWEST_SEQUENCES, round(share * split.sequences)))
-        return Split(split.ids[:count], split.mask[:count])
+        return split.at(slice(count))
 
     fit, select, report = first(probe.fit, share), first(probe.select, share), first(probe.report, 2 * share)
     return replace(probe, fit=fit, select=select, report=report, pool=None, documents=None)
