@@ -6,6 +6,8 @@ import { find } from "./loss.js";
 import { area, marker, path, Plot } from "./plot.js";
 import { against, amount, compact, duration, integer, percent } from "./scale.js";
 
+// Said in a sentence, not drawn.
+const IN_WORDS = ["tokens_to_decide", "seconds_to_decide"];
 const COLOURS = { R: "red", Y: "yellow", G: "green", "?": "grey", F: "frozen" };
 
 export class BlockPanel {
@@ -41,7 +43,8 @@ export class BlockPanel {
       setText(this.matrices, "");
       return;
     }
-    const names = [...data.statistics.keys()].filter((each) => data.block.series.has(each) && !data.statistics.get(each).in_cloud);
+    const names = [...data.statistics.keys()].filter(
+      (each) => data.block.series.has(each) && !data.statistics.get(each).in_cloud && !IN_WORDS.includes(each));
     this.#arrange(names);
     names.forEach((each) => width(this.plots.get(each).plot.root)); // before anything is drawn
     names.forEach((each) => this.#renderSeries(each, x));
