@@ -35,11 +35,15 @@ class Routed:
         share: of all that its parameter's experts were given, from 0 to 1.
         experts: how many share the parameter.
         parameters: how many such parameters the block has, over which a block's value is a mean.
+        tokens: that all of its parameter's experts were given.
+        per_token: experts that a token is given to; ``None`` where the block has no layer that sees every token.
     """
 
     share: float
     experts: int
     parameters: int
+    tokens: int
+    per_token: float | None = None
 
 
 def routed(block: Block, fit: Mapping[LinearLayer, Moments]) -> dict[LinearLayer, Routed]:
@@ -48,9 +52,11 @@ def routed(block: Block, fit: Mapping[LinearLayer, Moments]) -> dict[LinearLayer
     for linear in block.linears:
         if linear.is_expert:
             tokens.setdefault(id(linear.parameter), {})[linear] = fit[linear].n if linear in fit else 0
+    read = max((moments.n for linear, moments in fit.items() if not linear.is_expert), default=0)
+    totals = {key: sum(found.values()) for key, found in tokens.items()}
     return {
-        linear: Routed(n / sum(found.values()), len(found), len(tokens))
-        for found in tokens.values()
+        linear: Routed(n / totals[key], len(found), len(tokens), totals[key], totals[key] / read if read else None)
+        for key, found in tokens.items()
         for linear, n in found.items()
         if n
     }
@@ -159,6 +165,23 @@ def expert_entropy(of: LayerSums) -> float | None:
 def experts_used(of: LayerSums) -> float | None:
     """Return ``1 / E`` for an expert that was given a token; the sum is the share of experts that are not dead."""
     return None if of.routed is None else 1 / of.routed.experts / of.routed.parameters
+
+
+def expert_spread(of: LayerSums) -> float | None:
+    """Return an expert's part ``-p log(p k) / log(E / k)`` of what is left of an even spread; the sum is 1 where even.
+
+    ``p`` is its share of the tokens and ``k`` the number of experts that a token is given to (`evidence.mixtures`).
+    """
+    routed = of.routed
+    if routed is None or routed.per_token is None or not 1 <= routed.per_token < routed.experts:
+        return None
+    part = -routed.share * math.log(routed.share * routed.per_token)
+    return part / math.log(routed.experts / routed.per_token) / routed.parameters
+
+
+def expert_tokens(of: LayerSums) -> float | None:
+    """Return the tokens that an expert would have been given of an even load."""
+    return None if of.routed is None else of.routed.tokens / of.routed.experts
 
 
 def of_layer(kinds: Collection[Kind], layer: Any) -> dict[str, float | None]:

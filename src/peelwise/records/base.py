@@ -61,6 +61,9 @@ class Note(Record):
     ``read-as-numbers``     ``layers`` of a folder by ``method`` that no format has the layout of; ``codes``: the others
     ``autocast``            the model's own forward computes in ``dtype``
     ``no-curvature``        matrices of the curvature of all layers would not fit into memory
+    ``router-collapsed``    the router of ``block`` gives a ``share`` of all tokens to ``experts`` ``of`` so many
+    ``dead-experts``        ``count`` ``of`` the experts of ``block`` were given no token, ``even`` each of an even load
+    ``copied-experts``      ``pairs`` of experts of ``block`` have the same weights
     ``factor-first``        ``factor`` on what ``part`` of ``block`` writes, in place before the first round of an audit
     ======================  ================================================================================
     """

@@ -99,4 +99,7 @@ NoteCode = Literal[
     "no-curvature",
     "read-as-numbers",
     "fake-quant-off",
+    "router-collapsed",
+    "dead-experts",
+    "copied-experts",
 ]

@@ -276,7 +276,25 @@ _ROWS = (
         "Share of a mixture's experts that any probe token was routed to; the others are dead on this text.",
         quotient=False,
         function="peelwise.engine.signals:experts_used",
-        in_history=False,
+    ),
+    Signal(
+        "expert_spread",
+        "spread over experts",
+        "",
+        "Entropy of the experts' shares of the tokens between that of a router that gives all tokens to the same "
+        "experts (0) and that of an even load (1).",
+        quotient=False,
+        function="peelwise.engine.signals:expert_spread",
+    ),
+    Signal(
+        "expert_tokens",
+        "even load of an expert",
+        TOKENS,
+        "Fit tokens that every expert of a mixture would get of an even load: how much an expert without one says.",
+        quotient=False,
+        function="peelwise.engine.signals:expert_tokens",
+        over_layers="largest",
+        form="{:,.0f}",
     ),
     Signal(
         "layer_slope",

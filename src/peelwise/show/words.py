@@ -146,6 +146,11 @@ NOTES: Mapping[str, str] = MappingProxyType(
         "read-as-numbers": "{layers} quantised layers ({method}) are read as plain numbers, exactly those that are "
         "stored, as no format here has their layout: what they gain is not at the same bit width. {codes} others hold "
         "codes.",
+        "router-collapsed": "Block {block}: its router has collapsed: {share:.0%} of all tokens go to experts "
+        "{experts} of {of}.",
+        "dead-experts": "Block {block}: {count} of {of} experts were given no token of this text (an even load would "
+        "be {even:.0f} each): {experts}.",
+        "copied-experts": "Block {block}: experts {pairs} have the same weights.",
         "fake-quant-off": "{off} of {of} fake quantisers are switched off, such as {name}: their layers are measured "
         "with weights in full precision, which is not what conversion will make of them.",
     }

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from peelwise.records.base import Interval
 from peelwise.records.check import BlockCheck, CheckPart, CheckRecord, GainWitness, SignalReason, UnlikeBlock
 from peelwise.records.signals import SIGNALS, title_of
-from peelwise.show.words import nats, significant
+from peelwise.show.words import nats, note_words, significant
 
 ATTENTION, MLP = "attention", "mlp"
 MOST_LISTED = 6  # blocks that a sentence names
@@ -23,20 +23,24 @@ NOT_EXCLUDED = (
     "This does not exclude a fault that all blocks share, one that these signals do not see, or blocks that are "
     "under-trained alike, which peelwise audit measures."
 )
+_OF_EXPERTS = ("router-collapsed", "dead-experts", "copied-experts")  # come first, as no score sees them
 _WEIGHTS_ALONE = "Only weights were looked at, not what the model does with a text."
 
 
 def conclusion(record: CheckRecord) -> str:
     """Return in a few sentences which blocks are unlike their neighbours and why, and no more than that."""
+    experts = [note_words(each) for each in record.notes if getattr(each, "code", "") in _OF_EXPERTS]
     if record.unlike is None:
         few = blocks_words(len(record.blocks))
-        return f"{few} have no depth to compare with, so none is named. The signals stand for themselves."
+        none = f"{few} have no depth to compare with, so none is named. The signals stand for themselves."
+        return " ".join([*experts, none])
     if not record.unlike:
-        return " ".join(filter(None, (_nothing(record), _limits(record), NOT_EXCLUDED)))
+        return " ".join(filter(None, (*experts, _nothing(record), _limits(record), NOT_EXCLUDED)))
     first, most = record.unlike[0], max(shown_witnesses(record), key=_gained, default=None)
     elsewhere = most if most is not None and most.block != first.block else None
     together = record.composed_gain if sum(w.composed for w in record.gain_witnesses) > 1 else None
     parts = (
+        *experts,
         _named(record),
         *([f"Block {first.block} first:"] if len(record.unlike) > 1 else []),
         *story(record, first),

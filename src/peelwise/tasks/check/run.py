@@ -13,6 +13,7 @@ from peelwise.engine.clock import Clock, Watcher
 from peelwise.engine.depth.gains import GainWitnesses, gain_witnesses
 from peelwise.engine.depth.look import Look, both, look, look_at_weights
 from peelwise.engine.depth.table import DepthTable
+from peelwise.engine.experts import mixture_notes
 from peelwise.engine.opening import checked_blocks, open_session
 from peelwise.engine.provenance import Setup, model_record, versions
 from peelwise.engine.session import Session
@@ -90,6 +91,7 @@ def _with_text(session: Session, all_parts: Sequence[Parts], settings: CheckSett
     seen = both(session.fit, session.select)
     found = _Found(look(session, all_parts, seen, wanted=settings.wanted, gradients=gradients), session)
     found.notes += [*session.notes, *([] if gradients else [note("no-gradients")])]
+    found.notes += mixture_notes(session.runner, seen)
     worst = found.look.names[: settings.most_witnesses]
     if worst:
         with session.clock.stage("ablation"):

@@ -10,6 +10,7 @@ from statistics import median
 
 from peelwise.evidence import events as alerts
 from peelwise.evidence.events import Change, Seen
+from peelwise.evidence.mixtures import MixtureWatch
 from peelwise.evidence.reds import RedBlock, Reds
 from peelwise.evidence.trends import (
     Slope,
@@ -76,6 +77,7 @@ class Chronicle:
         self._memory = Memory()
         self._verdicts: dict[int, tuple[Verdict, int | None]] = {}
         self._reds = Reds()
+        self._mixtures = MixtureWatch()
         self._changes: list[tuple[int, Change]] = []
         self._upper: float | None = None
         self._trained: set[int] = set()  # blocks that were seen to train
@@ -198,6 +200,7 @@ class Chronicle:
                 alerts.changed(step, block, change)
                 for block, change in self._worth_a_word(changes, seen or {}, at_fault)
             ],
+            *self._mixtures.add(step, measured.free),
             *self._reds.events(step, self._red_blocks(step, verdicts, slope, seen or {}), shared, quiet=at_fault),
         ]
         return Measurement(
