@@ -1,5 +1,7 @@
 """Probes that ask for some tokens only: labels of -100, conversations, and that every number is of the answers."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,7 +14,9 @@ from peelwise.engine.sweep import block_moments
 from peelwise.errors import ProbeError
 from peelwise.model.architectures import find_blocks
 from peelwise.model.runner import Runner
+from peelwise.probe import texts
 from peelwise.probe.answers import conversation_rows
+from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
 
 WORDS = [f"w{i}" for i in range(60)]
@@ -245,3 +249,37 @@ def test_labels_that_do_not_fit_are_refused(labels, said):
         Probe.from_tokens([[1, 2, 3], [4, 5, 6]], labels=labels)
     with pytest.raises(ProbeError, match="of which one is asked for"):
         Probe.from_tokens([[1, 2, 3]], labels=[[1, -100, -100]])
+
+
+def test_a_file_of_conversations_is_read_by_the_field_that_holds_them(tokenizer, tmp_path):
+    file = tmp_path / "chat.jsonl"
+    file.write_text("\n".join(json.dumps({"messages": each, "text": "w1 w2"}) for each in conversations()))
+    made = Probe.from_options(ProbeOptions([file], "messages"), tokenizer)
+    assert made.fingerprint == Probe.from_messages(conversations(), tokenizer).fingerprint
+    with file.open("a") as more:
+        more.write('\n{"messages": "w1 w2 w3"}')
+    with pytest.raises(ProbeError, match="24 of 25 documents are conversations, the others text"):
+        ProbeOptions([file], "messages").documents()
+
+
+def test_a_large_file_of_conversations_is_sampled(tmp_path, monkeypatch):
+    file = tmp_path / "chat.jsonl"
+    file.write_text("\n".join(json.dumps({"messages": each}) for each in conversations(400)))
+    monkeypatch.setattr(texts, "WHOLE_BYTES", file.stat().st_size // 2)
+    documents = ProbeOptions([file], "messages").documents()
+    assert 5 < len(documents) <= 400
+    assert all(document in conversations(400) for document in documents[:5])
+
+
+def test_the_command_line_audits_a_chat_model_on_its_conversations(model, tokenizer, tmp_path, run):
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps({"messages": each}) for each in conversations()))
+    out, text = tmp_path / "out", ("--text", tmp_path / "chat.jsonl", "--field", "messages")
+    code, _, error = run("audit", tmp_path / "model", *text, "--budget", "30s", "--out", out)
+    assert code == 0, error
+    record = json.loads((out / "certificate.json").read_text())
+    assert record["probe"]["report_tokens"] == Probe.from_messages(conversations(), tokenizer).report.tokens
+    code, _, error = run("verify", out, *text)
+    assert code == 2
+    assert "not on conversations" in error

@@ -14,7 +14,7 @@ from peelwise.certificate.check import scaled_model, verify_check
 from peelwise.certificate.compare import mended_model, verify_compare
 from peelwise.certificate.own_text import Text
 from peelwise.certificate.peel import verify_peel
-from peelwise.errors import CertificateError, ModelError, OptionError, OutputError, PeelwiseError
+from peelwise.errors import CertificateError, ModelError, OptionError, OutputError, PeelwiseError, ProbeError
 from peelwise.model.checkpoints import OpenedModel, open_model, open_tokenizer, require_tokenizer, save_model
 from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
@@ -81,10 +81,15 @@ def verify(
         return Verification("does not hold", changed)
     options = _own_text(text, tokens)
     documents = options.documents() if options is not None else []  # first, since it is quick and may be mistyped
+    texts = [document for document in documents if isinstance(document, str)]
+    if len(texts) < len(documents):
+        raise ProbeError(
+            "A certificate is tried on text of your own, not on conversations: name a field that holds text."
+        )
     opened, source, tokenizer = _model_and_tokenizer(record, model, opening, with_tokenizer=options is not None)
     own = None
     if options is not None:
-        own = Text(documents, tokenizer, options.tokens, options.source, options.in_distribution, options.seed)
+        own = Text(texts, tokenizer, options.tokens, options.source, options.in_distribution, options.seed)
     with _one_line(path):
         if isinstance(record, PeelRecord):
             return verify_peel(path, record, opened, replay=replay, text=own, source=source)

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from peelwise.errors import ProbeError
 from peelwise.records.options import option
+
+if TYPE_CHECKING:
+    from peelwise.probe.texts import Document
 
 TOKENS, SEQUENCE_LENGTH = 6_400, 128
 
@@ -19,7 +23,7 @@ class ProbeOptions:
     Attributes:
         text: Files of text: .txt, .jsonl, .parquet or - for standard input. Default: the Python reference prose of the
             standard library.
-        field: Field of .jsonl and .parquet files that holds the text.
+        field: Field of .jsonl and .parquet files that holds the text, or lists of messages.
         tokens: Tokens of text to use at most.
         sequence_length: Tokens per sequence.
         in_distribution: The text is what the model was trained on.
@@ -35,7 +39,9 @@ class ProbeOptions:
         panel="Text",
         rule="the Python reference prose of the standard library",
     )
-    field: str = option("text", "Field of .jsonl and .parquet files that holds the text.", panel="Text")
+    field: str = option(
+        "text", "Field of .jsonl and .parquet files that holds the text, or lists of messages.", panel="Text"
+    )
     tokens: int = option(TOKENS, "Tokens of text to use at most.", panel="Text")
     sequence_length: int = option(SEQUENCE_LENGTH, "Tokens per sequence.", panel="Text")
     in_distribution: bool = option(False, "The text is what the model was trained on.", panel="Text")
@@ -51,8 +57,8 @@ class ProbeOptions:
             return "Python reference prose (pydoc_data.topics)"
         return ", ".join("standard input" if str(path) == "-" else Path(path).name for path in self.text)
 
-    def documents(self) -> list[str]:
-        """Return the texts of the files; the reference prose if there are none.
+    def documents(self) -> list[Document]:
+        """Return the texts or conversations of the files; the reference prose if there are none.
 
         Raises:
             ProbeError: If a file is missing, empty, not UTF-8, malformed or lacks the field.
@@ -60,7 +66,9 @@ class ProbeOptions:
         """
         from peelwise.probe.texts import read_texts, reference_prose
 
-        return read_texts(self.text, field=self.field, seed=self.seed) if self.text else reference_prose()
+        if self.text:
+            return read_texts(self.text, field=self.field, seed=self.seed)
+        return list(reference_prose())
 
 
 def check_sizes(tokens: int | None, sequence_length: int) -> None:

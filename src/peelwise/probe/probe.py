@@ -22,7 +22,7 @@ from peelwise.probe.options import SEQUENCE_LENGTH, TOKENS, ProbeOptions, check_
 from peelwise.probe.rows import Split, padded
 from peelwise.probe.sequences import as_rows, chunk_documents, cut, encode_documents, opening_ids
 from peelwise.probe.split import PARTS, Pool, draw_parts, split_faults
-from peelwise.probe.texts import check_text, text_of
+from peelwise.probe.texts import Document, check_text, text_of
 from peelwise.records.base import ProbeRecord
 
 if TYPE_CHECKING:
@@ -97,8 +97,12 @@ class Probe:
         )
 
     @classmethod
-    def from_options(cls, options: ProbeOptions, tokenizer: Any, *, documents: Sequence[str] | None = None) -> Probe:
+    def from_options(
+        cls, options: ProbeOptions, tokenizer: Any, *, documents: Sequence[Document] | None = None
+    ) -> Probe:
         """Draw a probe as the command line does: from files, or the reference prose if there are none.
+
+        Conversations are sequences of their own, cut after 1,024 tokens or the sequence length if that is more.
 
         Args:
             options: Which text, and how it is drawn.
@@ -108,15 +112,17 @@ class Probe:
         Raises:
             ProbeError: If the text cannot be read, is empty or too short.
         """
-        return cls.from_text(
-            options.documents() if documents is None else documents,
-            tokenizer,
-            tokens=options.tokens,
-            sequence_length=options.sequence_length,
-            seed=options.seed,
-            in_distribution=options.in_distribution,
-            source=options.source,
-        )
+        found: list[Any] = options.documents() if documents is None else list(documents)
+        about: dict[str, Any] = {
+            "tokens": options.tokens,
+            "seed": options.seed,
+            "in_distribution": options.in_distribution,
+            "source": options.source,
+        }
+        if found and isinstance(found[0], list):
+            longest = max(options.sequence_length, MESSAGES_LENGTH)
+            return cls.from_messages(found, tokenizer, sequence_length=longest, **about)
+        return cls.from_text(found, tokenizer, sequence_length=options.sequence_length, **about)
 
     @classmethod
     def from_tokens(

@@ -8,6 +8,7 @@ import random
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,11 @@ _MOST_ROW_GROUPS = 64  # of a .parquet file that is sampled
 _BATCH_ROWS = 256
 
 
-def read_texts(paths: Sequence[str | Path], *, field: str = "text", seed: int = 0) -> list[str]:
+# Text, or a conversation: a list of messages.
+Document = str | list[Any]
+
+
+def read_texts(paths: Sequence[str | Path], *, field: str = "text", seed: int = 0) -> list[Document]:
     """Return the documents that the named files hold, in the order given.
 
     Up to 32 MiB of files are read whole. Of more, 16 MiB are read from random places everywhere in them: the same
@@ -32,28 +37,43 @@ def read_texts(paths: Sequence[str | Path], *, field: str = "text", seed: int = 
         paths: ``.jsonl`` and ``.ndjson`` give one document per line and ``.parquet`` one per row; any other
             file is one document of plain text (sampled: one for each place); ``-`` is standard input, read as plain
             text and never sampled.
-        field: The key or column that holds the text; rows where it is empty or null are left out.
+        field: The key or column that holds the text, or lists of messages (conversations); rows where it is empty or
+            null are left out.
         seed: Draws the places.
 
     Returns:
-        Documents without byte-order mark, with ``\\n`` at the end of lines.
+        Documents without byte-order mark, with ``\\n`` at the end of lines; or conversations alone.
 
     Raises:
-        ProbeError: If a file is missing, no regular file, empty, not UTF-8, malformed or without ``field``.
+        ProbeError: If a file is missing, no regular file, empty, not UTF-8, malformed or without ``field``; if some
+            rows hold text and others conversations.
         MissingExtraError: If a ``.parquet`` file is given and pyarrow is not installed.
     """
     if not paths:
         raise ProbeError("No text given: expected at least one file, or - for standard input.")
     sizes = [_size_of(path, field) for path in paths]
     if sum(sizes) > WHOLE_BYTES:
-        return _sampled(paths, sizes, field, seed)
-    documents: list[str] = []
+        return _of_one_kind(_sampled(paths, sizes, field, seed))
+    documents: list[Document] = []
     for path in paths:
-        found = [text for text in _read_one(path, field) if text.strip()]
+        found = [document for document in _read_one(path, field) if not _is_empty(document)]
         if not found:
             raise ProbeError(f"{_label(path)} holds no text. Give a file with text in it.")
         documents += found
+    return _of_one_kind(documents)
+
+
+def _of_one_kind(documents: list[Document]) -> list[Document]:
+    conversations = sum(isinstance(document, list) for document in documents)
+    if 0 < conversations < len(documents):
+        raise ProbeError(
+            f"{conversations} of {len(documents)} documents are conversations, the others text; give one kind."
+        )
     return documents
+
+
+def _is_empty(document: Document) -> bool:
+    return not (document.strip() if isinstance(document, str) else document)
 
 
 def reference_prose() -> list[str]:
@@ -104,6 +124,12 @@ def text_of(row: Mapping[str, Any] | str, field: str, where: str) -> str:
     return check_text(value, where)
 
 
+def document_of(row: Mapping[str, Any] | str, field: str, where: str) -> Document:
+    """Return the text of one row as `text_of` does, or the list of messages that it holds instead."""
+    value = row.get(field) if isinstance(row, Mapping) else None
+    return value if isinstance(value, list) else text_of(row, field, where)
+
+
 def check_text(text: str, where: str) -> str:
     """Return a text that has an encoding, as tokenizers ask for.
 
@@ -127,15 +153,15 @@ def _size_of(path: str | Path, field: str) -> int:
     return _parquet_size(Path(path), field) if _is_parquet(path) else size
 
 
-def _sampled(paths: Sequence[str | Path], sizes: Sequence[int], field: str, seed: int) -> list[str]:
+def _sampled(paths: Sequence[str | Path], sizes: Sequence[int], field: str, seed: int) -> list[Document]:
     """Return documents from random places of files that are too large to be read whole, in the order of the files."""
     plain = [0 if str(path) == "-" or _is_parquet(path) else size for path, size in zip(paths, sizes, strict=True)]
     blocks = files.draw_blocks(plain, seed)
-    documents: list[str] = []
+    documents: list[Document] = []
     characters = 0
     for number, path in enumerate(paths):
         if str(path) == "-":
-            found: Iterator[tuple[int, str]] = enumerate(_read_one(path, field))
+            found: Iterator[tuple[int, Document]] = enumerate(_read_one(path, field))
         elif _is_parquet(path):
             found = _sampled_rows(Path(path), field, SAMPLE_BYTES * sizes[number] // sum(sizes), seed)
         elif _is_json(path):
@@ -144,18 +170,24 @@ def _sampled(paths: Sequence[str | Path], sizes: Sequence[int], field: str, seed
             found = ((p.start, decode_stretch(p, str(path))) for p in files.stretches(Path(path), blocks[number]))
         kept = []
         for place, text in found:
-            if text.strip():
+            if not _is_empty(text):
                 kept.append((place, text))
-                characters += len(text)
+                characters += _characters(text)
             if characters > WHOLE_BYTES:  # long lines: each is worth many blocks
                 break
-        documents += [text for _, text in sorted(kept)]
+        documents += [text for _, text in sorted(kept, key=itemgetter(0))]
     if not documents:
         raise ProbeError(f"{', '.join(map(_label, paths))[:200]}: no text was found. Give files with text in them.")
     return documents
 
 
-def _read_one(path: str | Path, field: str) -> Iterator[str]:
+def _characters(document: Document) -> int:
+    if isinstance(document, str):
+        return len(document)
+    return sum(len(str(each.get("content"))) for each in document if isinstance(each, Mapping))
+
+
+def _read_one(path: str | Path, field: str) -> Iterator[Document]:
     if str(path) == "-":
         yield decode(files.limited(sys.stdin.buffer, _label(path)), _label(path))
         return
@@ -173,7 +205,7 @@ def _read_one(path: str | Path, field: str) -> Iterator[str]:
         yield text
 
 
-def _sampled_lines(path: Path, field: str, blocks: Sequence[int]) -> Iterator[tuple[int, str]]:
+def _sampled_lines(path: Path, field: str, blocks: Sequence[int]) -> Iterator[tuple[int, Document]]:
     for piece in files.lines(path, blocks):
         where = f"{path}, the line at byte {piece.start}"
         line = decode(piece.raw, where)
@@ -181,7 +213,7 @@ def _sampled_lines(path: Path, field: str, blocks: Sequence[int]) -> Iterator[tu
             yield piece.start, _text_of_line(line, field, where)
 
 
-def _text_of_line(line: str, field: str, where: str) -> str:
+def _text_of_line(line: str, field: str, where: str) -> Document:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -192,19 +224,19 @@ def _text_of_line(line: str, field: str, where: str) -> str:
         raise ProbeError(f"{where}: nested too deeply. Expected an object with the field {field!r}.") from error
     except ValueError as error:  # numbers of thousands of digits
         raise ProbeError(f"{where}: {_first_line(error)[:80]}. Expected an object with the field {field!r}.") from error
-    return text_of(row, field, where)
+    return document_of(row, field, where)
 
 
-def _read_parquet(path: Path, field: str) -> Iterator[str]:
+def _read_parquet(path: Path, field: str) -> Iterator[Document]:
     characters = 0
     for _, text in _rows(path, field, None):
-        characters += len(text)
+        characters += _characters(text)
         if characters > WHOLE_BYTES:  # compressed a thousand times
             raise ProbeError(f"{path} holds more text than {WHOLE_BYTES} characters when unpacked. Give fewer rows.")
         yield text
 
 
-def _sampled_rows(path: Path, field: str, size: int, seed: int) -> Iterator[tuple[int, str]]:
+def _sampled_rows(path: Path, field: str, size: int, seed: int) -> Iterator[tuple[int, Document]]:
     """Yield the first rows of random groups of rows, about ``size`` characters in all."""
     with _parquet(path) as file:
         count = file.num_row_groups
@@ -213,12 +245,12 @@ def _sampled_rows(path: Path, field: str, size: int, seed: int) -> Iterator[tupl
         characters = 0
         for number, text in _rows(path, field, group):
             yield group * 2**40 + number, text  # their order in the file
-            characters += len(text)
+            characters += _characters(text)
             if characters > size // len(groups):
                 break
 
 
-def _rows(path: Path, field: str, group: int | None) -> Iterator[tuple[int, str]]:
+def _rows(path: Path, field: str, group: int | None) -> Iterator[tuple[int, Document]]:
     """Yield the texts of one group of rows, or of all, with their numbers."""
     with _parquet(path) as file:
         columns = file.schema_arrow.names
@@ -229,7 +261,7 @@ def _rows(path: Path, field: str, group: int | None) -> Iterator[tuple[int, str]
         for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups, columns=[field]):
             values = batch.column(0).to_pylist()
             for row, value in enumerate(values, start=start):
-                yield row, text_of({field: value}, field, f"{path} row {row}")
+                yield row, document_of({field: value}, field, f"{path} row {row}")
             start += len(values)
 
 

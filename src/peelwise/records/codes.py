@@ -98,8 +98,8 @@ NoteCode = Literal[
     "factor-first",
     "no-curvature",
     "read-as-numbers",
-    "fake-quant-off",
     "router-collapsed",
     "dead-experts",
     "copied-experts",
+    "fake-quant-off",
 ]
