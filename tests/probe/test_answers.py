@@ -283,3 +283,17 @@ def test_the_command_line_audits_a_chat_model_on_its_conversations(model, tokeni
     code, _, error = run("verify", out, *text)
     assert code == 2
     assert "not on conversations" in error
+
+
+def test_conversations_roll_by_index_or_as_a_list(tokenizer):
+    class Data:
+        def __len__(self):
+            return 120
+
+        def __getitem__(self, i):
+            return {"messages": conversations(120)[i]}
+
+    made = Probe.rolling(Data(), tokenizer, field="messages", tokens=2_000)
+    assert 0 < made.report.tokens < int(made.report.read.sum())
+    listed = Probe.rolling(conversations(120), tokenizer, tokens=100_000)
+    assert listed.fit.asked is not None

@@ -259,8 +259,8 @@ class Probe:
         Args:
             text: Documents, or rows or a stream of token ids, as for :meth:`from_text` and :meth:`from_tokens`; or a
                 data set with ``len(data)`` and ``data[i]``, such as the one that is trained on, which is read by random
-                index: texts, mappings with ``field``, token ids, or mappings with ``input_ids``. Random states are the
-                same afterwards.
+                index: texts, mappings with ``field``, which holds a text or a list of messages, token ids, or mappings
+                with ``input_ids`` (and ``labels``). Random states are the same afterwards.
             tokenizer: As for :meth:`from_text`; ``None`` for token ids.
             options: ``tokens`` (of the corpus, 200,000), ``each`` (of one measurement at most, 8,192), ``field`` (of a
                 data set's text), and the other arguments of :meth:`from_text`.

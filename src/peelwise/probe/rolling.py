@@ -22,10 +22,10 @@ from torch import Tensor
 from peelwise.errors import ProbeError
 from peelwise.probe.answers import Row, masked
 from peelwise.probe.options import SEQUENCE_LENGTH
-from peelwise.probe.probe import SHARES, Probe
+from peelwise.probe.probe import MESSAGES_LENGTH, SHARES, Probe
 from peelwise.probe.rows import Split
 from peelwise.probe.split import PARTS
-from peelwise.probe.texts import text_of
+from peelwise.probe.texts import Document, characters_of, document_of
 
 CORPUS_TOKENS, EACH = 200_000, 8_192
 _FIXED_TOKENS, _FIXED_SHARE = 1_024, 0.25  # of report, for the loss
@@ -146,8 +146,12 @@ def rolling_probe(
     }
     by_index = not isinstance(text, str | Sequence | Tensor) and hasattr(text, "__getitem__")
     if tokenizer is not None:
-        read = _documents(text, field, tokens, seed) if by_index else text
-        whole = Probe.from_text(read, tokenizer, **options)
+        read: Any = _documents(text, field, tokens, seed) if by_index else text
+        if not isinstance(read, str) and read and isinstance(read[0], list):
+            longest = max(sequence_length, MESSAGES_LENGTH)
+            whole = Probe.from_messages(read, tokenizer, **options | {"sequence_length": longest})
+        else:
+            whole = Probe.from_text(read, tokenizer, **options)
     elif by_index:
         rows = _rows_of(text, tokens, seed)
         labels = [row.labels for row in rows] if any(row.asked is not None for row in rows) else None
@@ -159,12 +163,13 @@ def rolling_probe(
     return found
 
 
-def _documents(data: Any, field: str, tokens: int, seed: int) -> list[str]:
-    """Return documents of a data set by random index, until they hold several times as much as is asked for."""
-    documents, characters = [], 0
+def _documents(data: Any, field: str, tokens: int, seed: int) -> list[Document]:
+    """Return documents or conversations of a data set by random index, until they hold several times what is asked for."""
+    documents: list[Document] = []
+    characters = 0
     for index, row in _drawn(data, seed):
-        documents.append(text_of(row, field, f"Row {index}"))
-        characters += len(documents[-1])
+        documents.append(document_of(row, field, f"Row {index}"))
+        characters += characters_of(documents[-1])
         if characters >= _CHARACTERS_PER_TOKEN * tokens:
             break
     return documents

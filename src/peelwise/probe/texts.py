@@ -130,6 +130,13 @@ def document_of(row: Mapping[str, Any] | str, field: str, where: str) -> Documen
     return value if isinstance(value, list) else text_of(row, field, where)
 
 
+def characters_of(document: Document) -> int:
+    """Return how many characters a text has, or all messages of a conversation together."""
+    if isinstance(document, str):
+        return len(document)
+    return sum(len(str(each.get("content"))) for each in document if isinstance(each, Mapping))
+
+
 def check_text(text: str, where: str) -> str:
     """Return a text that has an encoding, as tokenizers ask for.
 
@@ -172,19 +179,13 @@ def _sampled(paths: Sequence[str | Path], sizes: Sequence[int], field: str, seed
         for place, text in found:
             if not _is_empty(text):
                 kept.append((place, text))
-                characters += _characters(text)
+                characters += characters_of(text)
             if characters > WHOLE_BYTES:  # long lines: each is worth many blocks
                 break
         documents += [text for _, text in sorted(kept, key=itemgetter(0))]
     if not documents:
         raise ProbeError(f"{', '.join(map(_label, paths))[:200]}: no text was found. Give files with text in them.")
     return documents
-
-
-def _characters(document: Document) -> int:
-    if isinstance(document, str):
-        return len(document)
-    return sum(len(str(each.get("content"))) for each in document if isinstance(each, Mapping))
 
 
 def _read_one(path: str | Path, field: str) -> Iterator[Document]:
@@ -230,7 +231,7 @@ def _text_of_line(line: str, field: str, where: str) -> Document:
 def _read_parquet(path: Path, field: str) -> Iterator[Document]:
     characters = 0
     for _, text in _rows(path, field, None):
-        characters += _characters(text)
+        characters += characters_of(text)
         if characters > WHOLE_BYTES:  # compressed a thousand times
             raise ProbeError(f"{path} holds more text than {WHOLE_BYTES} characters when unpacked. Give fewer rows.")
         yield text
@@ -245,7 +246,7 @@ def _sampled_rows(path: Path, field: str, size: int, seed: int) -> Iterator[tupl
         characters = 0
         for number, text in _rows(path, field, group):
             yield group * 2**40 + number, text  # their order in the file
-            characters += _characters(text)
+            characters += characters_of(text)
             if characters > size // len(groups):
                 break
 
