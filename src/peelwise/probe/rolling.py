@@ -164,7 +164,7 @@ def rolling_probe(
 
 
 def _documents(data: Any, field: str, tokens: int, seed: int) -> list[Document]:
-    """Return documents or conversations of a data set by random index, until they hold several times what is asked for."""
+    """Return documents or conversations of a data set by random index, until they hold more than is asked for."""
     documents: list[Document] = []
     characters = 0
     for index, row in _drawn(data, seed):
