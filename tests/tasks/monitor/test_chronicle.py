@@ -361,21 +361,12 @@ def test_an_undecided_block_says_how_many_tokens_would_decide_it_and_when_they_a
     row = add(made, 200, visit_of(alone={0: near, 1: nearer, 2: MUCH}), pace=Pace(16, 0.01, 0.1))
     assert row.letters == "??R?"
     found = {(s.name, s.block): s.value for s in row.statistics if s.name.endswith("to_decide")}
-    # As many sequences as bring 2.5 standard errors down to the distance from the margin: 40 (2.5 0.004 / 0.005)^2.
-    assert found["tokens_to_decide", 0] == pytest.approx(160 * 16)
-    assert found["seconds_to_decide", 0] == pytest.approx(160 * 16 * 0.01 / 0.1)
+    # As many as bring 2.5 standard errors down to the distance from the margin: 40 (2.5 0.004 / 0.005)^2 = 160.
+    assert found["tokens_to_decide", 0] == pytest.approx(160 * 16, rel=0.01)
+    assert found["seconds_to_decide", 0] == pytest.approx(160 * 16 * 0.01 / 0.1, rel=0.01)
     assert found["tokens_to_decide", 1] > found["tokens_to_decide", 0]
     assert not {block for _, block in found} & {2, 3}  # decided; never measured
     assert made.wanted_first() == [3, 0, 1, 2]
-
-
-def test_a_block_that_no_run_decides_waits_with_the_decided_ones():
-    made = chronicle()
-    at_the_margin, soon = Paired(0.01499, 0.004, 40), Paired(0.010, 0.004, 40)
-    add(made, 200, visit_of(alone={0: at_the_margin, 1: soon, 2: MUCH, 3: MUCH}))
-    assert made.wanted_first()[0] == 1
-    add(made, 201, visit_of(alone={1: MUCH}))
-    assert made.wanted_first()[-1] == 1  # the one measured last, whatever its colour
 
 
 def test_what_is_held_already_needs_not_be_paid_again():

@@ -37,7 +37,6 @@ _REMEMBERED_LOSSES = 20_000
 _COMPARED = 50  # losses of training, at most, that the probe's is compared with
 _APART_TWICE = 2
 _RECENT = 16  # losses
-_WITHIN_A_RUN = 30  # times the sequences that a block was measured on; as many decide nothing of the next block
 _AT_FAULT = Verdict("grey", "run-at-fault")
 
 
@@ -108,8 +107,7 @@ class Chronicle:
 
         Never measured ones come first, those with the highest natural-gradient score before the others; then undecided
         ones, beginning with that which fewest tokens decide; then those whose level changed since they were measured;
-        then the ones measured longest ago, and beside them those so close to the margin that no run decides them. Those
-        that a slope leaves no room for come last.
+        then the ones measured longest ago. Those that a slope leaves no room for come last.
         """
         changed = {block for block, change in self._changes if change.by_step > self._step_of(block)}
 
@@ -123,12 +121,11 @@ class Chronicle:
         return sorted((block for block in range(self._count) if block not in self.frozen), key=rank)
 
     def _times_more(self, block: int, verdict: Verdict) -> float:
-        """Return how many times the sequences it was measured on decide a block: infinitely many beyond hope."""
+        """Return how many times the sequences that it was measured on would decide a block, as far as that is known."""
         found = self._memory.alone.get(block)
         if found is None or verdict.sequences_needed is None:
             return 1.0
-        times = verdict.sequences_needed / found.value.sequences
-        return times if times <= _WITHIN_A_RUN else math.inf
+        return verdict.sequences_needed / found.value.sequences
 
     def recent(self) -> list[float]:
         """Return the latest training losses."""

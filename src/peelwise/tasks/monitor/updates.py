@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -98,8 +97,7 @@ class UpdateWatch:
         self._checked = [*self._checked[1 - _BACK :], checked]
         if earlier is None:
             return facts
-        alike = [_cosine([p for p in b.module.parameters() if p.dim() > 1], earlier, checked) for b in self.blocks]
-        return replace(facts, alike=tuple(alike), since=earlier.step)
+        return replace(facts, alike=_alike(self.blocks, earlier, checked), since=earlier.step)
 
     def _facts(
         self, parameters: Sequence[nn.Parameter], sums: Mapping[str, Sequence[float]], stale: float | None
@@ -190,22 +188,20 @@ class _Checked:
         ids, others = ([id(p) for p in each.parameters] for each in (self, other))
         return self.step < other.step and ids == others and self.sample.device == other.sample.device
 
-    def places(self) -> dict[int, slice]:
-        """Return id of a parameter -> where its numbers are."""
-        ends = list(accumulate(_count(p) for p in self.parameters))
-        return {id(p): slice(end - _count(p), end) for p, end in zip(self.parameters, ends, strict=True)}
 
-
-def _cosine(parameters: Sequence[Tensor], earlier: _Checked, now: _Checked) -> float | None:
-    """Return the cosine of some parameters at two checks, each parameter counting by its size."""
-    places, products = now.places(), torch.zeros(3, dtype=torch.float64)
-    for parameter in parameters:
-        if id(parameter) in places:
-            a, b = (each.sample[places[id(parameter)]].double() for each in (earlier, now))
-            factor = parameter.numel() / max(_count(parameter), 1)
-            products += factor * torch.stack([a @ b, a @ a, b @ b]).cpu()
-    size = float((products[1] * products[2]).sqrt())
-    return float(products[0]) / size if 0 < size < float("inf") else None
+def _alike(blocks: Sequence[Block], earlier: _Checked, now: _Checked) -> tuple[float | None, ...]:
+    """Return per block the cosine of its matrices at two checks; ``None`` where it has none that is trained."""
+    a, b = earlier.sample, now.sample
+    names = ("both", "before", "now")
+    sums = _totals(now.parameters, dict(zip(names, (a * b, a.square(), b.square()), strict=True)))
+    place = {id(p): i for i, p in enumerate(now.parameters)}
+    found: list[float | None] = []
+    for block in blocks:
+        own = [place[id(p)] for p in block.module.parameters() if p.dim() > 1 and id(p) in place]
+        both, before, after = (sum(sums[name][i] for i in own) for name in names)
+        size = (before * after) ** 0.5
+        found.append(both / size if 0 < size < float("inf") else None)
+    return tuple(found)
 
 
 class _Keep(Uncopied):
@@ -230,10 +226,6 @@ def _stride(tensor: Tensor) -> int:
     return max(1, tensor.numel() // _SAMPLED)
 
 
-def _count(tensor: Tensor) -> int:
-    return len(range(0, tensor.numel(), _stride(tensor)))
-
-
 def _sample(tensors: Sequence[Tensor]) -> Tensor:
     """Return about `_SAMPLED` numbers of each tensor, evenly spaced, behind each other: float32."""
     return torch.cat([t.detach().reshape(-1)[:: _stride(t)].float() for t in tensors])
@@ -241,11 +233,6 @@ def _sample(tensors: Sequence[Tensor]) -> Tensor:
 
 def _sums(parameters: Sequence[Tensor], before: Tensor, now: Tensor, gradients: Tensor) -> dict[str, list[float]]:
     """Return sums over all numbers of each parameter, estimated from the sample."""
-    counts = [_count(p) for p in parameters]
-    place = torch.repeat_interleave(torch.tensor(counts, device=before.device))  # [sampled]
-    factor = torch.tensor(
-        [p.numel() / max(count, 1) for p, count in zip(parameters, counts, strict=True)], device=before.device
-    )
     change, reached = now - before, gradients != 0
     columns = {
         "change": change.square(),
@@ -254,8 +241,18 @@ def _sums(parameters: Sequence[Tensor], before: Tensor, now: Tensor, gradients: 
         "reached": reached.float(),
         "unmoved": (reached & (change == 0)).float(),
     }
-    rows = torch.stack(list(columns.values()))  # [5, sampled]
-    sums = torch.zeros(len(columns), len(counts), device=before.device).index_add_(1, place, rows) * factor
+    return _totals(parameters, columns)
+
+
+def _totals(parameters: Sequence[Tensor], columns: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """Return the sums of columns ``[sampled]`` over all numbers of each parameter."""
+    rows = torch.stack(list(columns.values()))  # [columns, sampled]
+    counts = [len(range(0, p.numel(), _stride(p))) for p in parameters]
+    place = torch.repeat_interleave(torch.tensor(counts, device=rows.device))  # [sampled]
+    factor = torch.tensor(
+        [p.numel() / max(count, 1) for p, count in zip(parameters, counts, strict=True)], device=rows.device
+    )
+    sums = torch.zeros(len(columns), len(counts), device=rows.device).index_add_(1, place, rows) * factor
     return dict(zip(columns, sums.tolist(), strict=True))
 
 
