@@ -18,6 +18,7 @@ from peelwise.evidence.trends import (
     loss_slope,
     own_parts,
     probe_slope,
+    progress_slope,
 )
 
 RNG = np.random.default_rng
@@ -218,3 +219,23 @@ def test_slope_of_too_few_looks():
 )
 def test_losses_that_are_far_apart(training, probe, gap):
     assert loss_gap(training, probe) == (None if gap is None else pytest.approx(gap))
+
+
+def test_progress_that_noise_hides_in_the_recent_past_is_that_of_longer_at_half_its_slope():
+    noise = np.random.default_rng(0).normal(scale=0.25, size=320)
+    losses = list(3.0 - 0.0015 * np.arange(320) + noise)
+    recent, found = loss_slope(range(320), losses), progress_slope(range(320), losses)
+    assert not recent.falling
+    assert recent.mean < 0
+    assert found.falling
+    assert -0.0015 < found.mean < -0.0004
+    assert found.steps == recent.steps
+
+
+def test_a_loss_that_has_got_flat_makes_no_progress():
+    noise = np.random.default_rng(0).normal(scale=0.05, size=400)
+    losses = list(3.0 - 0.002 * np.minimum(np.arange(400), 290) + noise)
+    assert loss_slope(range(400), losses) == progress_slope(range(400), losses)
+    steady = list(3.0 - 0.002 * np.arange(400) + noise)
+    assert loss_slope(range(400), steady) == progress_slope(range(400), steady)
+    assert loss_slope(range(400), steady).falling

@@ -19,6 +19,7 @@ _FEWEST_FOR_MEDIAN, _FEWEST_FOR_TREND = 3, 5
 _GROUPS, _FEWEST_LOSSES = 16, 32
 _FEWEST_LOOKS = 5  # in the same span of steps; their text is always the same
 _SHORTEST_LOSS_WINDOW, _LONGEST_LOSS_WINDOW, _LOSS_SHARE = 100, 2000, 0.2
+_LONGER, _AS_STEEP = 3, 0.75  # times that window, where it does not show a slope; of the slope of the longer one
 _LOSSES_APART, _LEAST_APART = 0.2, 0.3  # part of the probe's loss; nats per token
 _ROBUST = 1.4826  # median absolute deviation of normal numbers -> standard deviation
 
@@ -157,7 +158,34 @@ def loss_slope(steps: Sequence[float], losses: Sequence[float]) -> Slope | None:
     Returns:
         The slope, or ``None`` with fewer than 32 losses.
     """
-    wanted = int(min(max(_SHORTEST_LOSS_WINDOW, _LOSS_SHARE * len(losses)), _LONGEST_LOSS_WINDOW))
+    return _slope_of_last(steps, losses, _window(len(losses)))
+
+
+def progress_slope(steps: Sequence[float], losses: Sequence[float]) -> Slope | None:
+    """Return the slope that says how fast training goes on: of the recent past, or where noise hides it, of longer.
+
+    In the first minutes a hundred losses of small batches are too few to show a slope that three hundred show. These
+    count where the recent past goes on at three quarters of their slope, as far as can be told, and then with half of
+    it: a loss that gets flat falls by less than it did.
+
+    Args:
+        steps: training steps, increasing.
+        losses: as many; those that are not finite are left out.
+    """
+    recent = loss_slope(steps, losses)
+    if recent is None or recent.falling:
+        return recent
+    longer = _slope_of_last(steps, losses, _LONGER * _window(len(losses)))
+    if longer is None or not longer.falling or recent.mean > _AS_STEEP * longer.mean:
+        return recent
+    return Slope(longer.mean / 2, longer.low / 2, longer.high / 2, recent.steps)
+
+
+def _window(losses: int) -> int:
+    return int(min(max(_SHORTEST_LOSS_WINDOW, _LOSS_SHARE * losses), _LONGEST_LOSS_WINDOW))
+
+
+def _slope_of_last(steps: Sequence[float], losses: Sequence[float], wanted: int) -> Slope | None:
     x, y = np.asarray(steps[-wanted:], dtype=np.float64), np.asarray(losses[-wanted:], dtype=np.float64)
     x, y = x[np.isfinite(y)], y[np.isfinite(y)]
     if len(y) < _FEWEST_LOSSES:

@@ -21,6 +21,7 @@ from peelwise.evidence.trends import (
     loss_slope,
     own_parts,
     probe_slope,
+    progress_slope,
 )
 from peelwise.evidence.verdict import Verdict, default_margin, judge
 from peelwise.probe.rolling import Part
@@ -314,7 +315,8 @@ class Chronicle:
         if slope is not None:
             judged = [self._unless_soon(block, verdict, slope) for block, verdict in enumerate(judged)]
         lasting = list(self._memory.lasting(step, judged, loss, margin, falling=falling))
-        return [self._or_settled(block, verdict, slope, loss) for block, verdict in enumerate(lasting)]
+        progress = progress_slope(self._losses.steps, self._losses.values) if self._losses.steps else slope
+        return [self._or_settled(block, verdict, progress, loss) for block, verdict in enumerate(lasting)]
 
     def _unless_soon(self, block: int, verdict: Verdict, slope: Slope) -> Verdict:
         found = self._memory.of(block, verdict) if verdict.colour == "red" else None
