@@ -294,7 +294,7 @@ def table(name: str) -> dict[str, Any]:
         for group in ("held back", "development"):
             own = [case for case in cases if case["group"] == group and case["seed"] == seed]
             if own:
-                result[group + (f", probe {seed}" if seed else "")] = _half(own) | {"command": environment()["command"]}
+                result[_key(group, seed, own, name)] = _half(own) | {"command": environment()["command"]}
     for group in ("healthy", "elsewhere"):  # no block is at fault
         result[group] = [
             {key: c[key] for key in ("kind", "seed", "difference", "named")} | {"highest": max(c["scores"])}
@@ -302,6 +302,13 @@ def table(name: str) -> dict[str, Any]:
             if c["group"] == group
         ]
     return result
+
+
+def _key(group: str, seed: int, own: list[dict[str, Any]], name: str) -> str:
+    """Return what a half of the kinds is called, with the probe and the blocks where it is not the usual or not all."""
+    blocks = sorted({case["block"] for case in own})
+    where = "" if set(blocks) == set(BLOCKS[name][group]) else f", blocks {' '.join(map(str, blocks))}"
+    return f"{group}{f', probe {seed}' if seed else ''}{where}"
 
 
 def _half(own: list[dict[str, Any]]) -> dict[str, Any]:
