@@ -65,7 +65,7 @@ RUNS = {
     "small-gpt": {"check-weights": 0, "check": 2_048, "audit": 6_400, "compare": 2_048},
     "llama-20m": {"check-weights": 0, "check": 2_048, "audit": 2_048, "compare": 2_048},
     "llama-20m-bf16": {"check-weights": 0, "check": 2_048, "audit": 2_048},
-    "smollm2": {"check-weights": 0, "check": 2_048, "audit": 1_280},
+    "smollm2": {"check-weights": 0, "check": 2_048, "audit": 512},
     "llama-1b": {"check-weights": 0},
 }
 LENGTH = 64

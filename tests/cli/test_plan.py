@@ -122,6 +122,7 @@ def test_processes_share_weights_and_text():
     weights = [plan.stages[0].peak_bytes - BASE_BYTES for plan in (first, second)]
     assert weights[1] < weights[0] / 4
     assert "stream" not in {plan.way for plan in many.plans}
+    assert "compare" not in many.tasks
     # Solves and proposals are made in every process.
     made = [next(s for s in record.ways("audit")[0].stages if s.stage == "proposals") for record in (alone, many)]
     assert made[0].operations == made[1].operations

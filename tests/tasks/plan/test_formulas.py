@@ -1,16 +1,24 @@
 """Formulas of costs against what PyTorch counts, and against the bytes of what is really kept."""
 
+import warnings
+from itertools import accumulate
+
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from audits import runner_of, tiny_probe
+from peelwise.engine.depth.table import block_weights
 from peelwise.engine.depth.weights import Matrix
 from peelwise.engine.permute import shuffled_targets
 from peelwise.engine.sweep import block_moments, sweep
 from peelwise.model.experts import experts_called
+from peelwise.model.parts import parts_of
 from peelwise.model.shape import shape_of
+from peelwise.model.splice import spliced
+from peelwise.probe.probe import Probe
 from peelwise.references.head import fit_head
 from peelwise.references.whitened import InputWhitened, two_sided
 from peelwise.stats.gram import CrossSum, GramSum, Moments
@@ -191,6 +199,62 @@ def test_micro_batches_are_whole_sequences():
 
 
 # -- memory ------------------------------------------------------------------------------------------------------
+
+
+def peak(action):
+    """Return the most bytes of tensors that an action has alive at a time, beside those from before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
+        action()
+    found = profiled.profiler.kineto_results.events()
+    events = sorted((e for e in found if e.name() == "[memory]"), key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events))
+
+
+def llama(**sizes):
+    """Return a random Llama of two blocks, larger than what lies beside its tensors, and its runner."""
+    import transformers
+
+    torch.manual_seed(0)
+    same = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**same, **sizes)).eval()
+    return model, runner_of(model)
+
+
+@pytest.mark.parametrize("vocabulary", [2_000, 9_000])
+def test_logits_and_their_gradients(vocabulary):
+    """One piece of losses, and more than two of them."""
+    model, runner = llama(vocab_size=vocabulary, hidden_size=16, intermediate_size=32)
+    probe = Probe.from_tokens(torch.randint(vocabulary, (64, 33)))
+    kept = memory(shape_of(model, "llama", 4.0), probe.fit.tokens)
+    trace = runner.trace(probe.fit)
+    assert peak(lambda: runner.trace(probe.fit)) == pytest.approx(kept.logits(probe.fit.tokens), rel=0.05)
+    assert peak(lambda: runner.tail_gradients(trace)) == pytest.approx(kept.logits_back(probe.fit.tokens), rel=0.05)
+
+
+def test_spectra():
+    model, runner = llama(vocab_size=60, hidden_size=384, intermediate_size=1_056)
+    parts = parts_of(runner.blocks[0])
+    kept = memory(shape_of(model, "llama", 4.0), 0)
+    assert peak(lambda: block_weights(parts, 384)) == pytest.approx(kept.spectrum(), rel=0.15)
+
+
+def test_sums_of_a_block_and_changes_in_place():
+    model, runner = llama(vocab_size=60, hidden_size=128, intermediate_size=352)
+    probe = Probe.from_tokens(torch.randint(60, (30, 17)))
+    fit, select = runner.trace(probe.fit), runner.trace(probe.select)
+    kept = memory(shape_of(model, "llama", 4.0), probe.fit.tokens)
+    changes = {linear: torch.zeros_like(linear.weight()) for block in runner.blocks for linear in block.linears}
+
+    def evaluate():
+        with spliced(changes):
+            runner.losses_from(select, 0)
+
+    assert peak(evaluate) == pytest.approx(kept.splice() + kept.logits(probe.select.tokens), rel=0.15)
+    null = shuffled_targets(fit, 0, shift_first=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = peak(lambda: sweep(runner, fit, select, targets=[None, null]))
+    assert found == pytest.approx(kept.sums(2) + kept.proposals(4), rel=0.15)
 
 
 def memory(own, tokens, **options):

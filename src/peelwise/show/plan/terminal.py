@@ -13,6 +13,11 @@ from peelwise.show.words import amount, duration
 
 _NAMES = 30  # columns of a terminal, so that the tables of stages are alike
 
+_SEVERAL = (
+    " Several processes measure together in a monitored training (Monitor); the commands run in one. What processes "
+    "tell each other is left out."
+)
+
 
 def render(record: PlanRecord) -> RenderableType:
     """Return the view."""
@@ -31,7 +36,7 @@ def render(record: PlanRecord) -> RenderableType:
         *(_stages(record, plan) for plan in shown),
         Text(
             "Computed from sizes, not measured. Operations are those of products, attention and decompositions to the "
-            "end; an audit and a comparison stop when their budget is spent.",
+            "end; an audit and a comparison stop when their budget is spent." + (_SEVERAL * (record.processes > 1)),
             style="dim",
         ),
     )

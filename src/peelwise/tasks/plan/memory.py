@@ -10,7 +10,6 @@ from peelwise.tasks.plan.work import largest
 _FLOAT32, _FLOAT64, _PROPOSAL = 4, 8, 2
 _LOSS_NUMBERS = 2**22  # logits whose losses are taken at once
 _PIECE = 2**22
-_CURVED = 256  # tokens that are kept for curvature along a gradient
 _COPIES_OF_HEAD = 15  # iterate, gradient, six pairs of both, and what is tried
 _CHUNK = 1_024  # tokens whose logits a fit of the head computes at once
 
@@ -73,25 +72,28 @@ class Memory:
         return (self.bytes_per_weight + 3) * min(_PIECE, max(self.shape.head_weights, self.block))
 
     def logits(self, tokens: float) -> float:
-        """Logits of a micro-batch of ``n`` tokens and losses of some of them, ``b n V + 8 min(n V, 2^22)``."""
+        """Logits of a micro-batch and losses of a piece: ``b N + 4 min(N, 2^22)``, ``N = n V``; 8 in half precision."""
         numbers = min(self.micro_batch, tokens) * self.shape.vocabulary
-        return self.bytes_per_weight * numbers + 2 * _FLOAT32 * min(numbers, _LOSS_NUMBERS)
+        return self.bytes_per_weight * numbers + (1 + self.hooked) * _FLOAT32 * min(numbers, _LOSS_NUMBERS)
 
     def logits_back(self, tokens: float) -> float:
-        """Logits of a micro-batch, their logarithms and gradients, those of pieces and of all: ``(3 b + 8) n V``.
+        """Logits of a micro-batch and the way back: ``max(3 b N, (b + 4) N + 8 min(N, 2^22))``, ``N = n V``.
 
-        In half precision ``4 n V`` more, for what is made float32.
+        Either logits, their gradients in pieces and as a whole; or logits, their logarithms, and two gradients of the
+        first piece. In half precision ``4 N`` more, for what the CPU's products of it keep beside PyTorch's tensors.
         """
-        numbers = min(self.micro_batch, tokens) * self.shape.vocabulary
-        widened = _FLOAT32 if self.hooked else 0
-        return (3 * self.bytes_per_weight + 2 * _FLOAT32 + widened) * numbers
+        b, numbers = self.bytes_per_weight, min(self.micro_batch, tokens) * self.shape.vocabulary
+        first = (b + _FLOAT32) * numbers + 2 * _FLOAT32 * min(numbers, _LOSS_NUMBERS)
+        return max(3 * b * numbers, first) + _FLOAT32 * numbers * self.hooked
 
     def activations(self, tokens: float) -> float:
-        """What one block keeps of a micro-batch for its pass back: outputs and their gradients, inputs, the stream."""
+        """What a block keeps of a micro-batch for its pass back: about ``b n (4 sum o + 3 sum d)``.
+
+        Outputs of layers, what activations and positions make of them, gradients of all; inputs, norms, the stream.
+        """
         groups = self.shape.groups
-        wide = sum(g.count * g.routed * (g.inputs + 2 * sum(g.outputs)) for g in groups) / self.shape.depth
-        n = min(self.micro_batch, tokens)
-        return self.bytes_per_weight * n * (wide + 8 * self.shape.width)
+        wide = sum(g.count * g.routed * (3 * g.inputs + 4 * sum(g.outputs)) for g in groups) / self.shape.depth
+        return self.bytes_per_weight * min(self.micro_batch, tokens) * wide
 
     @property
     def hooked(self) -> bool:
@@ -115,9 +117,10 @@ class Memory:
         d, single = self.shape.width, [g for g in self.shape.groups if not g.expert]
         gradients = 2 * seen * d * self.bytes_per_weight
         matrices = sum(g.count * g.weights for g in single) / self.shape.depth
-        kept = sum(g.count * (g.inputs + sum(g.outputs)) for g in single) / self.shape.depth * min(seen, _CURVED)
+        rows = sum(g.count * (len(g.outputs) * g.inputs + sum(g.outputs)) for g in single) / self.shape.depth
         group, outputs = largest(self.shape)
-        own = _FLOAT32 * (matrices + group.inputs * outputs + kept)
+        # Rows of the first micro-batch stay, of which curvature along a gradient is measured on 256.
+        own = _FLOAT32 * (matrices + group.inputs * outputs + rows * min(self.micro_batch, seen))
         stream = _FLOAT32 * 8 * seen * d + 3 * _FLOAT64 * seen * d
         return gradients + max(self.logits_back(seen), own + max(self.activations(seen), stream, 3 * _FLOAT32 * d * d))
 
