@@ -38,7 +38,9 @@ from peelwise.model.shape import shape_of
 from peelwise.probe.texts import reference_prose
 from peelwise.records.options import MICRO_BATCH_TOKENS
 from peelwise.records.plan import Shape
+from peelwise.show.plan.words import TASKS, conclusion
 from peelwise.tasks.plan.run import planned
+from peelwise.tasks.plan.shapes import Decoder
 from peelwise.tasks.plan.stages import Loops, Probe
 from peelwise.tasks.plan.work import Part
 
@@ -338,6 +340,34 @@ def show(runs):
             print(f"| {stage} | {ratio(*each['operations'])} | {ratio(*each['memory'])} | {read} |")
 
 
+# Of 7 B on one device, and of 70 B whose weights are spread over eight.
+COMPUTED = {
+    "7 B": (Decoder(4_096, 11_008, 32, 32, 32, 32_000), 1),
+    "70 B": (Decoder(8_192, 28_672, 80, 64, 8, 128_256), 8),
+}
+
+
+def compute():
+    """Print what the formulas give for models that were not measured, with 80 GB for each process."""
+    print("\n| model | command | Tflop | GB in float32 | in bfloat16 | with `--stream` | GB read with `--stream` |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    said = []
+    for name, (decoder, processes) in COMPUTED.items():
+        settings = peelwise.PlanSettings(memory="80GB", processes=processes)
+        record = peelwise.plan(decoder.shape(name), settings).record
+        for task in record.tasks:
+            ways = {plan.way: plan for plan in record.ways(task)}
+            cells = [
+                f"{ways[way].largest.peak_bytes / 1e9:,.0f}" if way in ways else ""
+                for way in ("float32", "bfloat16", "stream")
+            ]
+            read = f"{ways['stream'].read_bytes / 1e9:,.0f}" if "stream" in ways else ""
+            operations = ways["float32"].operations / 1e12
+            print(f"| {name} | {TASKS[task]} | {operations:,.0f} | {' | '.join(cells)} | {read} |")
+        said.append(f"{name}. {conclusion(record)}")
+    print("\n" + "\n".join(said))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
@@ -360,6 +390,7 @@ def main():
                 found[f"{name} {kind}"] = in_a_process(source, kind, tokens, streamed) | {"streamed": streamed}
                 path.write_text(json.dumps(environment() | {"runs": found}, indent=1) + "\n")
     show(found)
+    compute()
 
 
 if __name__ == "__main__":
