@@ -21,10 +21,11 @@ _HOW: dict[Way, tuple[str, str]] = {
 _OWN_STAGES = {
     "ablation": "blocks skipped, one at a time",
     "leave-one-out": "each block left out of all",
-    "identity": "NaN and fingerprint",
+    "identity": "opening, NaN, fingerprint",
     "proposals": "replacement weights of all blocks",
     "shuffled-control": "control: permuted targets",
     "untrained-control": "control: the model at initialisation",
+    "experts": "loads of experts",
     "factors": "factors on blocks that stand out",
 }
 

@@ -67,9 +67,15 @@ class Memory:
         return self.base + self.models * (self.weights + self.stations)
 
     @property
-    def pieces(self) -> float:
-        """What is looked at for NaN at a time: at most 2^22 numbers, their sizes and what is true of them."""
-        return (self.bytes_per_weight + 3) * min(_PIECE, max(self.shape.head_weights, self.block))
+    def opening(self) -> float:
+        """A tensor in float32 on its way into memory, or what is looked at for NaN at a time: at most 2^22 numbers.
+
+        Of the latter also their sizes, and what is true of them. What stays in its file is not made anything else.
+        """
+        group, outputs = largest(self.shape)
+        tensor = max(self.shape.head_weights, group.inputs * outputs)
+        looked_at = (self.bytes_per_weight + 3) * min(_PIECE, tensor)
+        return looked_at if self.streamed else max(looked_at, _FLOAT32 * tensor)
 
     def logits(self, tokens: float) -> float:
         """Logits of a micro-batch and losses of a piece: ``b N + 4 min(N, 2^22)``, ``N = n V``; 8 in half precision."""

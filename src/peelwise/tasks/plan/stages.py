@@ -74,11 +74,11 @@ def check_weights(shape: Shape, memory: Memory) -> list[Stage]:
 def check(shape: Shape, probe: Probe, memory: Memory, loops: Loops) -> list[Stage]:
     """Return the stages of a check with text."""
     seen = Part(probe.fit.tokens + probe.select.tokens, probe.fit.length, probe.fit.micro_batch_tokens)
-    return [
-        *_opening(shape, probe, memory),
-        *_look(shape, probe, seen, memory),
-        *_witnesses(shape, probe, memory, loops),
-    ]
+    found = [*_opening(shape, probe, memory), *_look(shape, probe, seen, memory)]
+    if any(group.expert for group in shape.groups):  # each block once more, to see which experts are given what
+        again = work.forward(shape, seen, heads=0.0).operations
+        found.append(Stage("experts", Work(again, blocks=1.0), 0.0))
+    return [*found, *_witnesses(shape, probe, memory, loops)]
 
 
 def audit(shape: Shape, probe: Probe, memory: Memory, loops: Loops) -> list[Stage]:
@@ -154,8 +154,8 @@ def compare(shape: Shape, probe: Probe, memory: Memory, loops: Loops) -> list[St
 
 
 def _identity(memory: Memory, models: int = 1) -> Stage:
-    # Looked at for NaN, and hashed.
-    return Stage("identity", Work(whole=2.0 * models), memory.pieces)
+    # Opened, looked at for NaN, and hashed.
+    return Stage("identity", Work(whole=2.0 * models), memory.opening)
 
 
 def _opening(shape: Shape, probe: Probe, memory: Memory) -> list[Stage]:
