@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from peelwise.api.compare import CompareReport, CompareSeriesReport, compare, compare_run
     from peelwise.api.monitor import Monitor
     from peelwise.api.peel import PeelReport, peel
+    from peelwise.api.plan import PlanReport, plan
     from peelwise.api.quantcheck import QuantcheckReport, quantcheck
     from peelwise.api.quantise import QuantiseReport, quantise
     from peelwise.api.yes import YesBounds, yes_bounds
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from peelwise.tasks.compare.settings import CompareSettings
     from peelwise.tasks.monitor.schedules import every, log_spaced
     from peelwise.tasks.peel.settings import PeelSettings
+    from peelwise.tasks.plan.settings import PlanSettings
     from peelwise.tasks.quantcheck.settings import QuantcheckSettings
     from peelwise.tasks.quantise.settings import QuantiseSettings
     from peelwise.tasks.yes.bounds import YesMonitor
@@ -51,6 +53,8 @@ __all__ = [
     "OpenOptions",
     "PeelReport",
     "PeelSettings",
+    "PlanReport",
+    "PlanSettings",
     "Probe",
     "ProbeOptions",
     "QuantcheckReport",
@@ -69,6 +73,7 @@ __all__ = [
     "every",
     "log_spaced",
     "peel",
+    "plan",
     "quantcheck",
     "quantise",
     "verify",
@@ -93,6 +98,8 @@ _HOME = {
     "OpenOptions": "peelwise.model.options",
     "PeelReport": "peelwise.api.peel",
     "PeelSettings": "peelwise.tasks.peel.settings",
+    "PlanReport": "peelwise.api.plan",
+    "PlanSettings": "peelwise.tasks.plan.settings",
     "Probe": "peelwise.probe.probe",
     "ProbeOptions": "peelwise.probe.options",
     "QuantcheckReport": "peelwise.api.quantcheck",
@@ -112,6 +119,7 @@ _HOME = {
     "every": "peelwise.tasks.monitor.schedules",
     "log_spaced": "peelwise.tasks.monitor.schedules",
     "peel": "peelwise.api.peel",
+    "plan": "peelwise.api.plan",
     "quantcheck": "peelwise.api.quantcheck",
     "quantise": "peelwise.api.quantise",
     "verify": "peelwise.api.certificate",

@@ -26,6 +26,7 @@ COMMANDS = (
     "peel",
     "quantcheck",
     "compare",
+    "plan",
     "verify",
     "apply",
     "report",

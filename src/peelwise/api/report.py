@@ -17,6 +17,7 @@ from peelwise.records.compare import CompareRecord, CompareSeries
 from peelwise.records.files import RECORD_FILE
 from peelwise.records.folder import check_free
 from peelwise.records.peel import PeelRecord
+from peelwise.records.plan import PlanRecord
 from peelwise.records.quantcheck import QuantcheckRecord
 from peelwise.records.quantise import QuantiseRecord
 
@@ -47,6 +48,7 @@ class Result:
         | CompareSeries
         | AllocationRecord
         | AnatomyRecord
+        | PlanRecord
     )
 
     def __str__(self) -> str:

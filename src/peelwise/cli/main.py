@@ -1,5 +1,6 @@
 """The command line: ``peelwise check | audit | peel | quantise | allocate | quantcheck | compare | anatomy`` on models,
-``verify | apply | report`` on certificates, and ``export | watch | serve | demo-training`` on run histories.
+``plan`` on configs, ``verify | apply | report`` on certificates, and ``export | watch | serve | demo-training`` on
+run histories.
 
 Exit codes: 0 fine, 1 finding, 2 bad input.
 """
@@ -13,7 +14,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from peelwise.cli import allocate, anatomy, audit, certificate, check, compare, peel, quantcheck, quantise, runs
+from peelwise.cli import allocate, anatomy, audit, certificate, check, compare, peel, plan, quantcheck, quantise, runs
 from peelwise.cli.terminal import one_line, stderr
 from peelwise.errors import PeelwiseError
 
@@ -25,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 # In the order of --help.
-COMMANDS = (check, audit, peel, quantise, allocate, quantcheck, compare, anatomy, certificate, runs)
+COMMANDS = (check, audit, peel, quantise, allocate, quantcheck, compare, anatomy, plan, certificate, runs)
 for commands in COMMANDS:
     app.add_typer(commands.app)
 _INTERRUPTED = 130

@@ -51,13 +51,13 @@ _MOST_PLAIN, _MOST_PACKED = 1, 16  # weights in a byte: two bytes each, half a b
 _LARGEST_BUFFERS_BYTES = 2**30  # masks and tables that no file holds
 
 
-def checked_config(folder: Path, config: dict[str, Any], stored: Stored) -> Any:
+def checked_config(folder: Path, config: dict[str, Any], stored: Stored | None = None) -> Any:
     """Return the transformers config of a folder, without what it must not decide.
 
     Args:
         folder: How errors name it.
         config: The content of ``config.json``.
-        stored: What the weight files hold.
+        stored: What the weight files hold; ``None`` where no weights are to be loaded.
 
     Raises:
         ModelError: If it names things to load from elsewhere, or sizes that the files do not hold.
@@ -67,7 +67,7 @@ def checked_config(folder: Path, config: dict[str, Any], stored: Stored) -> Any:
     file = folder / "config.json"
     kind = _architecture(folder, config)
     _check_quantisers(file, config)
-    allowed, attention = _checked(file, config, kind, len(stored.shapes) or _MOST_COUNTED)
+    allowed, attention = _checked(file, config, kind, (len(stored.shapes) if stored else 0) or _MOST_COUNTED)
     from transformers import CONFIG_MAPPING
 
     try:
@@ -78,7 +78,8 @@ def checked_config(folder: Path, config: dict[str, Any], stored: Stored) -> Any:
         raise ModelError(
             f"{file} cannot be used: {brief(error)}. Save the model again; a newer transformers may open it."
         ) from error
-    check_sizes(folder, built, stored.size, _MOST_PACKED if _quantisers(allowed) else _MOST_PLAIN)
+    if stored is not None:
+        check_sizes(folder, built, stored.size, _MOST_PACKED if _quantisers(allowed) else _MOST_PLAIN)
     if packed_config(config) is not None:  # its layers are read without the tool that made them
         del built.quantization_config
     return built
@@ -141,16 +142,7 @@ def check_sizes(source: Path, config: Any, size: int, per_byte: int = _MOST_PACK
     Raises:
         ModelError: If it does not.
     """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # architectures refuse sizes with errors of any kind
-        raise ModelError(
-            f"{source} cannot be opened: {brief(error)}. The sizes in its config do not go together, or a newer "
-            "transformers is needed."
-        ) from error
+    model = on_meta(source, config)
     weights = sum(parameter.numel() for parameter in model.parameters())
     if weights > per_byte * size:
         raise ModelError(
@@ -163,6 +155,29 @@ def check_sizes(source: Path, config: Any, size: int, per_byte: int = _MOST_PACK
             f"{source}: its config asks for {buffers} bytes of masks and tables beside the weights, expected at most "
             f"{_LARGEST_BUFFERS_BYTES + size}. Correct the context length in config.json."
         )
+
+
+def on_meta(source: Path, config: Any) -> nn.Module:
+    """Return the model of a config without values: tensors have sizes, and take no memory.
+
+    Args:
+        source: How errors name it.
+        config: A transformers config.
+
+    Raises:
+        ModelError: If its sizes do not go together.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # architectures refuse sizes with errors of any kind
+        raise ModelError(
+            f"{source} cannot be opened: {brief(error)}. The sizes in its config do not go together, or a newer "
+            "transformers is needed."
+        ) from error
+    return model
 
 
 def _checked(file: Path, config: dict[str, Any], kind: Any, tensors: int) -> tuple[dict[str, Any], str | None]:

@@ -86,7 +86,7 @@ def open_model(
     """
     target = _device(device)
     number_format = _number_format(dtype, target)
-    path, name = _locate(source)
+    path, name = locate(source)
     if stream:
         check_streamable(path, dtype, target)
     if stream or (dtype == "auto" and target.type == "cpu" and must_stream(path)):
@@ -94,7 +94,7 @@ def open_model(
     with contained():
         packed: Unpacked | None = None
         if path.is_file():
-            config, options = _gguf_options(path)
+            config, options = gguf_options(path)
         else:
             config, options, packed = _folder_options(path, allow_pickle)
         if packed is not None and dtype == "auto":
@@ -181,7 +181,7 @@ def save_model(model: nn.Module, tokenizer: Any | None, folder: str | Path) -> N
         raise OutputError(f"The model could not be written to {folder}: {brief(error)}.") from error
 
 
-def _locate(source: str | Path) -> tuple[Path, str]:
+def locate(source: str | Path) -> tuple[Path, str]:
     """Return an existing folder or ``.gguf`` file, and a name for it."""
     if str(source) == "smollm2":
         path = _packaged_model()
@@ -251,7 +251,7 @@ def _folder_options(folder: Path, allow_pickle: bool) -> tuple[Any, dict[str, An
     return built, {"state_dict": packed.state}, packed
 
 
-def _gguf_options(file: Path) -> tuple[Any, dict[str, Any]]:
+def gguf_options(file: Path) -> tuple[Any, dict[str, Any]]:
     """Return the config that a GGUF file holds, and how its weights are loaded, once all of it is checked."""
     header = check_gguf(file)
     check_gguf_counts(file, header)
@@ -339,7 +339,7 @@ def gguf_file(source: str | Path | None) -> Path | None:
     """Return the ``.gguf`` file that a source names, or ``None`` if it names something else or nothing."""
     if source is None or not (str(source) == "smollm2" or Path(source).suffix.lower() == ".gguf"):
         return None
-    return _locate(source)[0]
+    return locate(source)[0]
 
 
 def _hold_stored(model: nn.Module, path: Path) -> None:

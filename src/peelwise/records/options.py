@@ -7,6 +7,7 @@ test checks; the command line makes its options from the fields.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar, get_args
@@ -27,6 +28,7 @@ REFINE_HELP = (
 LEAST_MARGIN, MOST_MARGIN = 5e-4, 1.0
 
 _T = TypeVar("_T")
+_POWERS = ("", "K", "M", "G", "T")
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -83,6 +85,25 @@ def parse_seconds(budget: float | str) -> float:
     if not seconds > 0:  # also NaN
         raise OptionError(f"A budget is a positive time like 90s, 5m or 1h; got {budget!r}.")
     return seconds
+
+
+def parse_amount(name: str, amount: float | str) -> float:
+    """Return a number from one or from a text like ``80GB``, ``16GiB``, ``50G`` or ``2.5e12``: bytes, or a rate.
+
+    Args:
+        name: of the option.
+        amount: the number or text; ``K``, ``M``, ``G``, ``T`` are powers of 1000, with an ``i`` of 1024.
+
+    Raises:
+        OptionError: If it is neither, or not positive and finite.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*([KMGT]?)(i?)B?\s*", str(amount), re.IGNORECASE)
+    value = 0.0
+    if match and (match[2] or not match[3]):
+        value = float(match[1]) * (1024 if match[3] else 1000) ** _POWERS.index(match[2].upper())
+    if not 0 < value < math.inf:
+        raise OptionError(f"{name}: expected a positive amount like 80GB, 16GiB or 50G, got {str(amount)[:80]!r}.")
+    return value
 
 
 def check_least(settings: object, least: float, *names: str) -> None:

@@ -17,6 +17,7 @@ from peelwise.records.base import Colour, Interval, ModelRecord
 from peelwise.records.check import BlockCheck, CheckRecord
 from peelwise.records.compare import CompareRecord, CompareSeries
 from peelwise.records.peel import PeelRecord
+from peelwise.records.plan import PlanRecord
 from peelwise.records.quantcheck import LayerCheck, QuantcheckRecord
 from peelwise.records.quantise import QuantiseRecord
 from peelwise.records.run import COLOURS, WHOLE_MODEL, Measurement
@@ -29,6 +30,7 @@ from peelwise.show.check import words as check_words
 from peelwise.show.compare import words as compare_words
 from peelwise.show.html.markup import esc
 from peelwise.show.peel import words as peel_words
+from peelwise.show.plan import words as plan_words
 from peelwise.show.quantcheck import words as quantcheck_words
 from peelwise.show.quantise import words as quantise_words
 from peelwise.show.words import (
@@ -65,11 +67,14 @@ def record_html(
     | CompareRecord
     | CompareSeries
     | AllocationRecord
-    | AnatomyRecord,
+    | AnatomyRecord
+    | PlanRecord,
 ) -> str:
     """Return the fragment of any record."""
     if isinstance(record, CheckRecord):
         return _check(record)
+    if isinstance(record, PlanRecord):
+        return _plan(record)
     if isinstance(record, QuantcheckRecord):
         return _quantcheck(record)
     if isinstance(record, AllocationRecord):
@@ -326,6 +331,20 @@ def _allocation(record: AllocationRecord) -> str:
         ),
         _line(f"Interactions: {allocate_words.interaction(record)}.", quiet=True),
         _line(f"Cost: {duration(record.cost.wall_seconds)}.", quiet=True),
+    )
+
+
+def _plan(record: PlanRecord) -> str:
+    rows = [
+        [esc(plan_words.TASKS[plan.task]), esc(plan_words.WAYS[plan.way]), f"{plan.tokens:,}" if plan.tokens else "",
+         amount(plan.operations), plan_words.size(plan.largest.peak_bytes), plan_words.size(plan.read_bytes)]
+        for plan in record.plans
+    ]  # fmt: skip
+    headers = ["command", "weights", "tokens", "operations", "memory", "read from disk"]
+    return fragment(
+        _title(record.shape.name, (record.shape.architecture, f"{amount(record.shape.parameters)} parameters")),
+        _line(plan_words.conclusion(record)),
+        _table(headers, rows, "What it would take"),
     )
 
 

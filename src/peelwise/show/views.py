@@ -12,6 +12,7 @@ from peelwise.records.audit import AuditRecord
 from peelwise.records.check import CheckRecord
 from peelwise.records.compare import CompareRecord, CompareSeries
 from peelwise.records.peel import PeelRecord
+from peelwise.records.plan import PlanRecord
 from peelwise.records.quantcheck import QuantcheckRecord
 from peelwise.records.quantise import QuantiseRecord
 from peelwise.show.allocate import report as allocate_report
@@ -31,6 +32,8 @@ from peelwise.show.compare import words as compare_words
 from peelwise.show.peel import report as peel_report
 from peelwise.show.peel import terminal as peel_terminal
 from peelwise.show.peel import words as peel_words
+from peelwise.show.plan import terminal as plan_terminal
+from peelwise.show.plan import words as plan_words
 from peelwise.show.quantcheck import terminal as quantcheck_terminal
 from peelwise.show.quantcheck import words as quantcheck_words
 from peelwise.show.quantise import report as quantise_report
@@ -47,7 +50,7 @@ PageRecord = (
     | QuantiseRecord
     | AllocationRecord
 )
-AnyRecord = PageRecord | QuantcheckRecord
+AnyRecord = PageRecord | QuantcheckRecord | PlanRecord
 
 
 def render(record: AnyRecord, folder: Path | str | None = None) -> RenderableType:
@@ -57,6 +60,8 @@ def render(record: AnyRecord, folder: Path | str | None = None) -> RenderableTyp
         record: what was found.
         folder: where its files are, if they were written.
     """
+    if isinstance(record, PlanRecord):
+        return plan_terminal.render(record)
     if isinstance(record, QuantcheckRecord):
         return quantcheck_terminal.render(record)
     if isinstance(record, AllocationRecord):
@@ -83,6 +88,8 @@ def print_record(record: AnyRecord, console: Console, folder: Path | str | None 
 
 def conclusion(record: AnyRecord) -> str:
     """Return in a few sentences what was found."""
+    if isinstance(record, PlanRecord):
+        return plan_words.conclusion(record)
     if isinstance(record, QuantcheckRecord):
         return quantcheck_words.conclusion(record)
     if isinstance(record, AllocationRecord):
