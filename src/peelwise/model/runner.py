@@ -116,6 +116,12 @@ class Runner:
         self.shares = [size / total for size in sizes]
         self.head_share = head / total
 
+    def by_itself(self) -> Runner:
+        """Return what runs the same model in this process alone, its work counted here."""
+        alone = Runner(self.model, self.blocks, micro_batch_tokens=self.micro_batch_tokens)
+        alone.work = self.work
+        return alone
+
     # -- forward ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -231,7 +237,7 @@ class Runner:
     def block_gradients(
         self, block: Block, batch: Batch, gradients: Sequence[Tensor]
     ) -> tuple[Capture, list[tuple[Tensor, dict[LinearLayer, list[Tensor]]]]]:
-        """Pass gradients back through one block; several share its forward pass.
+        """Pass gradients back through one block; several share its forward pass. The caller counts the work.
 
         Args:
             block: the block.
@@ -259,7 +265,6 @@ class Runner:
                 )
                 grads = gradients_by_layer(used, found[1:])
                 results.append((torch.zeros_like(hidden) if found[0] is None else found[0], grads))
-        self.work.add(self.shares[block.index], float(batch.weights.sum()), 1 + 2 * len(gradients))
         return capture, results
 
     # -- the model's own ends --------------------------------------------------------------------------

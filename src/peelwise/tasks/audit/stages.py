@@ -8,10 +8,11 @@ from dataclasses import replace
 
 from peelwise.engine.depth.gains import factors_on_branches
 from peelwise.engine.depth.look import look
+from peelwise.engine.proposals import Direction
 from peelwise.engine.refine import Refined, unrefined
 from peelwise.engine.rounds import Kind, kinds, next_round
 from peelwise.engine.session import REMOVED, WITHOUT, Session, rounded
-from peelwise.engine.sweep import Direction, Targets
+from peelwise.engine.sweep import Targets
 from peelwise.evidence.unlike import LEAST_BLOCKS
 from peelwise.model.parts import parts_of
 from peelwise.records.audit import RoundRecord
@@ -39,7 +40,14 @@ def look_over_depth(session: Session, findings: Findings, *, share: float) -> bo
         return True
     if session.seconds_for(_LOOK_PASSES * session.select.predicted) > share * clock.budget:
         return False
-    findings.look = look(session, [parts_of(block) for block in blocks], session.select)
+    alone, seen = None, session.select
+    if session.runner.processes.count > 1:
+        # Signals of single tokens, and what hangs on all tokens at once, do not add up over processes: each passes over
+        # all of select by itself, a few forward passes of the hundreds that an audit takes.
+        with clock.stage("pass-signals"):
+            alone = session.runner.by_itself()
+            seen = alone.trace(session.probe.select)
+    findings.look = look(session, [parts_of(block) for block in blocks], seen, alone=alone)
     return True
 
 
