@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 from peelwise.errors import DeviceError, OptionError
@@ -33,11 +33,19 @@ def check_shares(command: str | None) -> None:
 
 @contextmanager
 def one_voice() -> Iterator[None]:
-    """Let processes other than the first say nothing; what they raise they say all the same."""
+    """Let processes other than the first say nothing, and end without an exit code; what is unforeseen they raise.
+
+    torchrun ends all as soon as one of them ends with a code: the first one is to have said why.
+    """
     if started() == 1 or os.environ["RANK"] == "0":
         yield
         return
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        redirect_stdout(nowhere),
+        redirect_stderr(nowhere),
+        suppress(SystemExit),
+    ):
         yield
 
 

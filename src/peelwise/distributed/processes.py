@@ -148,11 +148,7 @@ class TorchProcesses(Processes):
 
     def all_gather(self, rows: Tensor) -> Tensor:
         """Return the rows of all processes, one process after another."""
-        self.check_peers()
-        lengths = torch.zeros(self.count, dtype=torch.int64)
-        lengths[self.rank] = len(rows)
-        self._distributed.all_reduce(lengths, group=self._control)
-        counts = lengths.tolist()
+        counts = self._meet(len(rows))
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
         padded[: len(rows)] = rows
         found = [torch.empty_like(padded) for _ in counts]
@@ -170,8 +166,7 @@ class TorchProcesses(Processes):
 
     def all_true(self, yes: bool) -> bool:
         """Return whether all processes say yes."""
-        self.check_peers()
-        return not any(self._anybody(not yes))
+        return not any(self._meet(int(not yes)))
 
     def all_sum(self, numbers: Sequence[int]) -> list[int]:
         """Return whole numbers added up over all processes."""
@@ -189,7 +184,8 @@ class TorchProcesses(Processes):
 
     def broadcast_number(self, value: int) -> int:
         """Return the number that the first process says; a shorter way than `broadcast`, for every step."""
-        self.check_peers()
+        if self._agreeing:
+            return self._meet(value)[0]
         number = torch.tensor([value])
         self._distributed.broadcast(number, src=0, group=self._control)
         return int(number)
@@ -205,7 +201,7 @@ class TorchProcesses(Processes):
             raise
         except Exception as error:
             if self._agreeing:
-                self._anybody(True, False)
+                self._told(0, failed=True)
                 self._reasons(error)
             raise
         finally:
@@ -213,15 +209,8 @@ class TorchProcesses(Processes):
 
     def check_peers(self) -> None:
         """Wait for the others, unless one of them has failed."""
-        if not self._agreeing:
-            return
-        failed, interrupted = self._anybody(False, self._interrupted)
-        if failed:
-            self._agreeing = False
-            raise next(reason for reason in self._reasons(None) if reason is not None)
-        if interrupted:
-            self._interrupted = False
-            raise KeyboardInterrupt
+        if self._agreeing:
+            self._meet(0)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -247,11 +236,26 @@ class TorchProcesses(Processes):
         """Give up the connections that were made for this object."""
         self._distributed.destroy_process_group(self._control)
 
-    def _anybody(self, *yes: bool) -> list[bool]:
-        """Return for each question whether some process says yes to it."""
-        flags = torch.tensor(yes, dtype=torch.int64)
-        self._distributed.all_reduce(flags, group=self._control)
-        return [bool(flag) for flag in flags]
+    def _meet(self, number: int) -> list[int]:
+        """Return what number each process says, unless one of them has failed or is to stop."""
+        failed, interrupted, *numbers = self._told(number)
+        if failed and self._agreeing:
+            self._agreeing = False
+            raise next(reason for reason in self._reasons(None) if reason is not None)
+        if interrupted and self._agreeing:
+            self._interrupted = False
+            raise KeyboardInterrupt
+        return numbers
+
+    def _told(self, number: int, *, failed: bool = False) -> list[int]:
+        """Return how many processes have failed, how many are to stop, and a number from each: one exchange for all.
+
+        Whoever has failed meets the others here wherever they are, so it is always of one size.
+        """
+        told = torch.zeros(2 + self.count, dtype=torch.int64)
+        told[0], told[1], told[2 + self.rank] = failed, self._interrupted, number
+        self._distributed.all_reduce(told, group=self._control)
+        return [int(each) for each in told]
 
     def _reasons(self, error: Exception | None) -> Sequence[OtherProcessError | None]:
         reasons: list[Any] = [None] * self.count

@@ -116,12 +116,6 @@ class Runner:
         self.shares = [size / total for size in sizes]
         self.head_share = head / total
 
-    def by_itself(self) -> Runner:
-        """Return what runs the same model in this process alone, its work counted here."""
-        alone = Runner(self.model, self.blocks, micro_batch_tokens=self.micro_batch_tokens)
-        alone.work = self.work
-        return alone
-
     # -- forward ---------------------------------------------------------------------------------------
 
     @torch.no_grad()

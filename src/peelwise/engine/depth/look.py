@@ -19,7 +19,7 @@ from peelwise.engine.session import Session
 from peelwise.evidence.unlike import Unlikeness, named, reasons, to_screen, unlikeness, with_gains
 from peelwise.evidence.verdict import default_margin
 from peelwise.model.parts import Parts
-from peelwise.model.runner import Runner, Trace
+from peelwise.model.runner import Trace
 from peelwise.records.check import UnlikeBlock
 from peelwise.records.signals import SIGNALS
 
@@ -69,7 +69,6 @@ def look(
     *,
     wanted: Collection[str] = tuple(SIGNALS),
     gradients: bool = True,
-    alone: Runner | None = None,
 ) -> Look:
     """Return what weights, a pass over ``seen`` and a few factors on select say of all blocks.
 
@@ -79,7 +78,6 @@ def look(
         seen: tokens to look at; nothing is proved on them.
         wanted: names of the signals to compute.
         gradients: also differentiate the loss.
-        alone: runs ``seen`` in this process alone, where several share the rest.
     """
     clock = session.clock
     with torch.no_grad():
@@ -87,7 +85,7 @@ def look(
             weights = _weights(all_parts, clock, wanted, session.runner.processes)
         with clock.stage("pass-signals"):
             passed = pass_table(
-                session.runner if alone is None else alone,
+                session.runner,
                 all_parts,
                 seen,
                 gradients=gradients,

@@ -40,14 +40,7 @@ def look_over_depth(session: Session, findings: Findings, *, share: float) -> bo
         return True
     if session.seconds_for(_LOOK_PASSES * session.select.predicted) > share * clock.budget:
         return False
-    alone, seen = None, session.select
-    if session.runner.processes.count > 1:
-        # Signals of single tokens, and what hangs on all tokens at once, do not add up over processes: each passes over
-        # all of select by itself, a few forward passes of the hundreds that an audit takes.
-        with clock.stage("pass-signals"):
-            alone = session.runner.by_itself()
-            seen = alone.trace(session.probe.select)
-    findings.look = look(session, [parts_of(block) for block in blocks], seen, alone=alone)
+    findings.look = look(session, [parts_of(block) for block in blocks], session.select)
     return True
 
 
