@@ -102,7 +102,7 @@ def summary(runs, tokens):
             "losses": largest(runs, lambda found: found["losses"].values()),
             "gains": largest(runs, lambda found: found["gains"]),
         },
-        "beside_it": "two cores with other work on them all the time; load averages before and after each run",
+        "beside_it": "two cores with other benchmarks on them all the time; load averages before and after each run",
         "runs": runs,
     }
 
