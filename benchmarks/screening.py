@@ -23,9 +23,10 @@ from torch import nn
 
 from common import RESULTS, environment
 from peelwise.engine.opening import open_session
+from peelwise.engine.proposals import BlockProposals, Direction
 from peelwise.engine.refine import Refined
 from peelwise.engine.session import Session
-from peelwise.engine.sweep import BlockProposals, Direction, sweep
+from peelwise.engine.sweep import sweep
 from peelwise.evidence.verdict import Evidence, default_margin, judge
 from peelwise.model.architectures import find_blocks
 from peelwise.model.guard import untouched

@@ -27,11 +27,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import peelwise
 from common import RESULTS, environment
 from peelwise.engine.opening import open_session
+from peelwise.engine.proposals import DIRECTIONS, BlockProposals, Direction
 from peelwise.engine.refine import Refined, unrefined
 from peelwise.engine.rounds import next_round
 from peelwise.engine.session import Session
 from peelwise.engine.slopes import first_order_gains
-from peelwise.engine.sweep import DIRECTIONS, BlockProposals, Direction, sweep
+from peelwise.engine.sweep import sweep
 from peelwise.evidence.verdict import default_margin
 from peelwise.model.architectures import find_blocks
 from peelwise.model.guard import untouched

@@ -240,6 +240,17 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
+def same_bits(a: Any, b: Any) -> bool:
+    """Whether two nests of dicts, sequences and tensors hold the same to the bit."""
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_bits(value, b[key]) for key, value in a.items())
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same_bits, a, b))
+    return bool(a == b)
+
+
 def block_of(blocks: tuple[Block, ...], name: str) -> LinearLayer:
     """Return the one map whose name ends in ``name`` in the first block."""
     (found,) = (linear for linear in blocks[0].linears if linear.name.endswith(name))

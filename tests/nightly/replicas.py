@@ -117,7 +117,7 @@ def forget() -> None:
     """A monitor in one process only is an error, not a wait for ever; last of all, because processes then miscount."""
     processes._PATIENCE = timedelta(seconds=1)
     if distributed.get_rank() == 0:
-        with pytest.raises(OptionError, match="Only 1 of 2 processes made a monitor within 1 s"):
+        with pytest.raises(OptionError, match="Only 1 of 2 processes came to share a measurement within 1 s"):
             peelwise.Monitor(ZOO["plain"](), tiny_probe(), store=None)
     distributed.barrier()
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from peelwise.api.inputs import open_both, with_budget
 from peelwise.api.report import Report, check_out, frame
+from peelwise.distributed.processes import together
+from peelwise.distributed.sharding import unwrap_ddp
 from peelwise.engine.clock import Watcher
 from peelwise.model.options import OpenOptions
 from peelwise.model.whereabouts import checkpoint_note
@@ -58,6 +60,9 @@ def audit(
 ) -> AuditReport:
     """Tell, block by block, how much lower the loss could be, with replacement weights that prove it.
 
+    Where ``torch.distributed`` has several processes, call it in all of them, with the same model and probe: they share
+    the text and the solves, and all return the same report. The first one alone reports progress and saves.
+
     Args:
         model: a module (left exactly as it was), or what ``peelwise audit`` takes: a folder, a GGUF file.
         probe: the probe, or the text to draw it from with the model's tokenizer; default: the reference prose.
@@ -81,22 +86,27 @@ def audit(
         >>> report = peelwise.audit("smollm2", peelwise.ProbeOptions(["notes.txt"]), budget="5m", out="out/mine")
     """
     settings = with_budget(settings or AuditSettings(), budget)
-    if out is not None:
-        check_out(out, force=force)
-    target, drawn = open_both(model, probe, opening)
-    notes = [] if checkpoint is None else [checkpoint_note(target.model, checkpoint)]
-    outcome = run_audit(
-        target.model,
-        drawn,
-        settings,
-        name=name or target.name,
-        source=target.source,
-        watcher=progress,
-        notes=notes,
-    )
-    report = AuditReport(outcome.record, outcome.witness, outcome.probe)
-    if out is not None:
-        report.save(out, force=force)
+    with together() as processes:
+        with processes.agreeing():
+            if out is not None and processes.is_main:
+                check_out(out, force=force)
+            target, drawn = open_both(model, probe, opening)
+            module = target.model if processes.count == 1 else unwrap_ddp(target.model)
+            notes = [] if checkpoint is None else [checkpoint_note(module, checkpoint)]
+        outcome = run_audit(
+            module,
+            drawn,
+            settings,
+            name=name or target.name,
+            source=target.source,
+            watcher=progress if processes.is_main else None,
+            notes=notes,
+            processes=processes,
+        )
+        report = AuditReport(outcome.record, outcome.witness, outcome.probe)
+        with processes.agreeing():
+            if out is not None and processes.is_main:
+                report.save(out, force=force)
     return report
 
 

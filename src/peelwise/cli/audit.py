@@ -29,6 +29,7 @@ from peelwise.cli.options import (
     probe_options,
 )
 from peelwise.cli.output import print_report
+from peelwise.cli.several import joined
 from peelwise.cli.terminal import at_work
 from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
@@ -75,14 +76,15 @@ def audit(
 ) -> None:
     """Audit MODEL: how much lower could its loss be, block by block, with weights that prove it.
 
-    Ctrl-C ends the audit early and reports what was finished.
+    Ctrl-C ends the audit early and reports what was finished. `torchrun --nproc-per-node 2 -m peelwise audit MODEL`
+    shares it between two processes.
     """
     from peelwise.api import audit as api
 
     probe = probe_options(text, field, tokens, sequence_length, in_distribution, seed)
     settings = AuditSettings(budget, joint_rounds, solo_rounds, margin, controls, micro_batch_tokens, refine)
     opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer, stream)
-    with at_work(f"Opening {model} ...") as watcher:
+    with joined(device), at_work(f"Opening {model} ...") as watcher:
         report = api.audit(model, probe, settings, opening=opening, out=out, force=force, progress=watcher)
     print_report(report, out, as_json)
     if any(block.verdict in _FAILING[fail_on] for block in report.record.blocks):

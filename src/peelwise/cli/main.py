@@ -15,6 +15,7 @@ import typer
 from rich.markup import escape
 
 from peelwise.cli import allocate, anatomy, audit, certificate, check, compare, peel, plan, quantcheck, quantise, runs
+from peelwise.cli.several import check_shares, one_voice
 from peelwise.cli.terminal import one_line, stderr
 from peelwise.errors import PeelwiseError
 
@@ -36,22 +37,25 @@ def main() -> None:
     """Run the command line; errors a user can act on become one or two lines and exit code 2."""
     # OpenMP threads that spin while they wait are slow on a machine that does other work too. Read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        app()
-    except PeelwiseError as error:
-        stderr.print(f"[bold red]error:[/] {escape(one_line(error))}", soft_wrap=True)
-        sys.exit(2)
-    except SystemExit as stop:
-        if stop.code == _INTERRUPTED:  # what typer makes of Ctrl-C
-            stderr.print("Stopped before there was anything to report; nothing was written.")
-        raise
+    with one_voice():
+        try:
+            app()
+        except PeelwiseError as error:
+            stderr.print(f"[bold red]error:[/] {escape(one_line(error))}", soft_wrap=True)
+            sys.exit(2)
+        except SystemExit as stop:
+            if stop.code == _INTERRUPTED:  # what typer makes of Ctrl-C
+                stderr.print("Stopped before there was anything to report; nothing was written.")
+            raise
 
 
 @app.callback(invoke_without_command=True)
 def version_option(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
     """Print the version if asked."""
+    check_shares(context.invoked_subcommand)
     if version:
         from importlib.metadata import version as installed
 

@@ -1,13 +1,17 @@
-"""Processes that train one model together share the work on a probe: each takes some of its sequences.
+"""Processes that hold one model share the work on a probe: each takes some of its sequences, and some of the solves.
 
 Everything that a measurement adds up or compares passes through here: sums are added over all processes, losses are
 put in the order in which one process alone would have them, and numbers that decide what is done next come from the
 first process, so that all of them take the same path. A process that fails says so at the place where it would have
-met the others, and all of them give the measurement up; nobody waits for somebody who is not coming.
+met the others, and all of them give the measurement up; nobody waits for somebody who is not coming. Ctrl-C stops all
+of them at such a place too.
 """
 
 from __future__ import annotations
 
+import io
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -42,12 +46,20 @@ class Processes:
         mine = range(self.rank * each, (self.rank + 1) * each)
         return [place if place < sequences else None for place in mine]
 
+    def rows(self, n: int) -> slice:
+        """Return which of ``n`` rows this process takes where all hold all of them: about as many for each."""
+        return slice(n * self.rank // self.count, n * (self.rank + 1) // self.count)
+
     def all_reduce_(self, totals: Iterable[Tensor]) -> None:
         """Add up tensors over all processes, in place."""
 
     def all_gather(self, rows: Tensor) -> Tensor:
         """Return the rows of all processes, one process after another."""
         return rows
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Return what each process says, in their order; tensors in it come to this process's device."""
+        return [value]
 
     def all_true(self, yes: bool) -> bool:
         """Return whether all processes say yes."""
@@ -81,6 +93,20 @@ class Processes:
         """
         yield
 
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Let Ctrl-C, inside of `agreeing`, stop all processes where they next meet: all have done the same until then.
+
+        A second one stops this process at once.
+
+        Raises:
+            KeyboardInterrupt: In all of them.
+        """
+        yield
+
+    def close(self) -> None:
+        """Give up the connections that were made for this object; nothing is exchanged any more."""
+
 
 ONE_PROCESS = Processes()
 
@@ -96,7 +122,7 @@ class TorchProcesses(Processes):
         self._wait_for_all()
         # Decisions are numbers of the processor: telling them must not wait for what a GPU still computes.
         self._control = distributed.new_group(backend="gloo")
-        self._agreeing = False
+        self._agreeing = self._interrupted = False
 
     def _wait_for_all(self) -> None:
         """Raise if others do not come, which whatever is exchanged with them would wait for without end."""
@@ -109,8 +135,9 @@ class TorchProcesses(Processes):
         except RuntimeError as error:  # torch's DistStoreError among them
             here = sum(store.check([key]) for key in keys)
             raise OptionError(
-                f"Only {here} of {self.count} processes made a monitor within {_PATIENCE.total_seconds():.0f} s. "
-                "Make it in all of them, not only in the first: they share the work, and the first one writes."
+                f"Only {here} of {self.count} processes came to share a measurement within "
+                f"{_PATIENCE.total_seconds():.0f} s. Make a monitor, or call an audit, in all of them, not only in "
+                "the first: they share the work, and the first one writes."
             ) from error
 
     def all_reduce_(self, totals: Iterable[Tensor]) -> None:
@@ -121,19 +148,25 @@ class TorchProcesses(Processes):
 
     def all_gather(self, rows: Tensor) -> Tensor:
         """Return the rows of all processes, one process after another."""
-        self.check_peers()
-        counts: list[Any] = [None] * self.count
-        self._distributed.all_gather_object(counts, len(rows), group=self._control)
+        counts = self._meet(len(rows))
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
         padded[: len(rows)] = rows
         found = [torch.empty_like(padded) for _ in counts]
         self._distributed.all_gather(found, padded)
         return torch.cat([each[:count] for each, count in zip(found, counts, strict=True)])
 
+    def exchange(self, value: Any) -> list[Any]:
+        """Return what each process says, in their order."""
+        self.check_peers()
+        packed = io.BytesIO()
+        torch.save(value, packed)
+        found: list[Any] = [None] * self.count
+        self._distributed.all_gather_object(found, packed.getvalue(), group=self._control)
+        return [value if rank == self.rank else _unpacked(each) for rank, each in enumerate(found)]
+
     def all_true(self, yes: bool) -> bool:
         """Return whether all processes say yes."""
-        self.check_peers()
-        return not self._anybody(not yes)
+        return not any(self._meet(int(not yes)))
 
     def all_sum(self, numbers: Sequence[int]) -> list[int]:
         """Return whole numbers added up over all processes."""
@@ -151,6 +184,8 @@ class TorchProcesses(Processes):
 
     def broadcast_number(self, value: int) -> int:
         """Return the number that the first process says; a shorter way than `broadcast`, for every step."""
+        if self._agreeing:
+            return self._meet(value)[0]
         number = torch.tensor([value])
         self._distributed.broadcast(number, src=0, group=self._control)
         return int(number)
@@ -165,7 +200,8 @@ class TorchProcesses(Processes):
         except OtherProcessError:
             raise
         except Exception as error:
-            if self._agreeing and self._anybody(True):
+            if self._agreeing:
+                self._told(0, failed=True)
                 self._reasons(error)
             raise
         finally:
@@ -173,14 +209,53 @@ class TorchProcesses(Processes):
 
     def check_peers(self) -> None:
         """Wait for the others, unless one of them has failed."""
-        if self._agreeing and self._anybody(False):
+        if self._agreeing:
+            self._meet(0)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Let Ctrl-C stop all processes where they next meet."""
+        # Handlers are the main thread's to set, and whoever has put in another one wants that.
+        ours = threading.current_thread() is threading.main_thread()
+        if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            yield
+            return
+        signal.signal(signal.SIGINT, self._note_interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._interrupted = False
+
+    def _note_interrupt(self, *_: object) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+
+    def close(self) -> None:
+        """Give up the connections that were made for this object."""
+        self._distributed.destroy_process_group(self._control)
+
+    def _meet(self, number: int) -> list[int]:
+        """Return what number each process says, unless one of them has failed or is to stop."""
+        failed, interrupted, *numbers = self._told(number)
+        if failed and self._agreeing:
             self._agreeing = False
             raise next(reason for reason in self._reasons(None) if reason is not None)
+        if interrupted and self._agreeing:
+            self._interrupted = False
+            raise KeyboardInterrupt
+        return numbers
 
-    def _anybody(self, yes: bool) -> bool:
-        flag = torch.tensor([int(yes)])
-        self._distributed.all_reduce(flag, group=self._control)
-        return bool(flag)
+    def _told(self, number: int, *, failed: bool = False) -> list[int]:
+        """Return how many processes have failed, how many are to stop, and a number from each: one exchange for all.
+
+        Whoever has failed meets the others here wherever they are, so it is always of one size.
+        """
+        told = torch.zeros(2 + self.count, dtype=torch.int64)
+        told[0], told[1], told[2 + self.rank] = failed, self._interrupted, number
+        self._distributed.all_reduce(told, group=self._control)
+        return [int(each) for each in told]
 
     def _reasons(self, error: Exception | None) -> Sequence[OtherProcessError | None]:
         reasons: list[Any] = [None] * self.count
@@ -190,9 +265,43 @@ class TorchProcesses(Processes):
         return [None if reason is None else OtherProcessError(*reason) for reason in reasons]
 
 
+def _unpacked(packed: bytes) -> Any:
+    def here(storage: Any, location: str) -> Any:
+        return storage if location == "cpu" else storage.cuda()
+
+    return torch.load(io.BytesIO(packed), map_location=here, weights_only=False)  # from a process of our own
+
+
+def check_same(processes: Processes, own: object) -> None:
+    """Check that all processes hold the same model and probe.
+
+    Args:
+        processes: those that are about to share the work.
+        own: what tells model and probe of this process.
+
+    Raises:
+        OptionError: If one of them holds another one.
+    """
+    if not processes.all_true(processes.broadcast(own) == own):
+        raise OptionError(
+            "The processes hold different models or probes, which is not supported (pipeline parallel?). "
+            "Make the same probe, with the same seed, in all of them."
+        )
+
+
 def current_processes() -> Processes:
-    """Return the processes that train together, or this one alone; to be called in all of them at once."""
+    """Return the processes that work together, or this one alone; to be called in all of them at once."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         return TorchProcesses()
     return ONE_PROCESS
+
+
+@contextmanager
+def together() -> Iterator[Processes]:
+    """Yield `current_processes` for as long as one measurement takes."""
+    processes = current_processes()
+    try:
+        yield processes
+    finally:
+        processes.close()

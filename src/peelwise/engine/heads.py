@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.engine.session import WITNESS_DTYPE, Session
 from peelwise.engine.sweep import Targets
 from peelwise.model.runner import Runner, Trace
@@ -30,17 +31,19 @@ class HeadRows:
         x: inputs of the head, ``[n, d]``.
         y: labels, ``[n]``.
         logits: maps inputs ``[k, d]`` to the logits ``[k, v]`` that changes are added to.
+        processes: all hold all rows, and take some of them each where something is computed.
     """
 
     trace: Trace
     x: Tensor
     y: Tensor
     logits: Callable[[Tensor], Tensor]
+    processes: Processes = ONE_PROCESS
 
     @torch.no_grad()
     def token_losses(self, change: Tensor | None = None) -> Tensor:
         """Return the loss ``[n]`` of every token, in nats, optionally with ``change [v, d]``."""
-        return token_cross_entropy(self.x, self.y, self.logits, change)
+        return token_cross_entropy(self.x, self.y, self.logits, change, processes=self.processes)
 
     def per_sequence(self, losses: Tensor) -> Tensor:
         """Add up token losses ``[n]`` per sequence ``[sequences]``."""
@@ -93,8 +96,8 @@ def head_rows(runner: Runner, trace: Trace, *, blank: bool = False) -> HeadRows 
         return rows.new_zeros(rows.shape[0], weight.shape[0])
 
     if not blank:
-        return HeadRows(trace, x, y, own)
-    return HeadRows(trace, x if head.bias is None else with_ones(x), y, nothing)
+        return HeadRows(trace, x, y, own, runner.processes)
+    return HeadRows(trace, x if head.bias is None else with_ones(x), y, nothing, runner.processes)
 
 
 def fit(
@@ -140,6 +143,7 @@ def fit(
             penalty=penalty,
             max_steps=max_steps,
             keep_going=keep_going,
+            processes=session.runner.processes,
         )
     session.runner.work.add(session.runner.head_share, 3.0 * (reference.steps + 1) * len(labels))
     return HeadFit(own, select, report, reference)
@@ -212,6 +216,4 @@ def without_blocks(session: Session, *, seconds: float) -> float | None:
     found = fit(session, blank=True, penalty=_BLANK_PENALTY, keep_going=lambda: session.clock.elapsed < stop)
     if found is None:
         return None
-    # Every process has all rows and fits for itself, but when its time is over hangs on its clock.
-    loss = float(found.report.token_losses(found.reference.change).mean())
-    return float(session.runner.processes.broadcast(loss))
+    return float(found.report.token_losses(found.reference.change).mean())

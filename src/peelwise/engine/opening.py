@@ -72,6 +72,7 @@ def open_session(
 ) -> Session:
     """Start the clock and measure the model as it stands on all parts of the probe.
 
+    With several ``processes`` all of them do the same: sequences and solves are shared out.
     ``checked`` says that this model has passed its self-checks before: only the replay of its loss is checked again;
     ``gradients`` whether those of it will be needed, and are checked.
 
@@ -80,7 +81,7 @@ def open_session(
         ModelError: If its loss is no finite number.
     """
     runner = Runner(model, blocks, micro_batch_tokens=micro_batch_tokens, processes=processes)
-    clock = Clock(budget_seconds, runner.work, watcher)
+    clock = Clock(budget_seconds, runner.work, watcher, processes)
     with clock.stage("self-checks"):
         if checked:
             check_replay(runner, probe.fit)
@@ -125,8 +126,9 @@ def untrained_session(session: Session, probe: Probe) -> Session | None:
     if not asked <= names_of(found):
         return None  # what was put into the model after it was made, such as adapters, is in no configuration
     blocks = only(found, asked)
-    runner = Runner(fresh, blocks, micro_batch_tokens=session.runner.micro_batch_tokens)
-    runner.work = session.runner.work
+    own = session.runner
+    runner = Runner(fresh, blocks, micro_batch_tokens=own.micro_batch_tokens, processes=own.processes)
+    runner.work = own.work
     fit, select, report = runner.trace(probe.fit), runner.trace(probe.select), runner.trace(probe.report)
     return Session(runner, report, probe, fit, select, session.clock, session.seed, low_bit_layers(blocks))
 

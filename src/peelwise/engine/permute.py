@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.engine.sweep import Targets
 from peelwise.model.runner import Trace
 
@@ -38,25 +39,39 @@ def partner_order(sequences: int, seed: int, *, shift_first: bool = False) -> Te
     return partner
 
 
-def shuffled_stations(trace: Trace, seed: int, *, shift_first: bool = False) -> Shuffle:
-    """Return a function that gives every sequence of a trace another one's station, position by position."""
-    lengths = torch.cat([batch.read.sum(dim=1) for batch in trace.batches])  # [sequences]
-    partner = partner_order(len(lengths), seed, shift_first=shift_first).to(lengths.device)
+def shuffled_stations(
+    trace: Trace, seed: int, *, shift_first: bool = False, processes: Processes = ONE_PROCESS
+) -> Shuffle:
+    """Return a function that gives every sequence of a trace another one's station, position by position.
+
+    Args:
+        trace: the sequences.
+        seed: of the draw.
+        shift_first: see `partner_order`.
+        processes: those that share the trace; partners are drawn among the sequences of all.
+    """
+    sequences = len(trace.tokens)
+    lengths = processes.all_gather(torch.cat([batch.read.sum(dim=1) for batch in trace.batches]))[:sequences]
+    partner = partner_order(sequences, seed, shift_first=shift_first).to(lengths.device)
+    own = torch.tensor([place or 0 for place in processes.part(sequences)], device=lengths.device)
     width = trace.batches[0].weights.shape[1]
     places = torch.arange(width, device=lengths.device).expand(len(lengths), width)
     places = places.minimum((lengths[partner] - 1).clamp_min(0)[:, None])  # [sequences, t]
     counts = [len(batch.weights) for batch in trace.batches]
 
     def shuffle(stations: list[Tensor]) -> list[Tensor]:
-        whole = torch.cat(stations)[partner]  # [sequences, t, d]
+        whole = processes.all_gather(torch.cat(stations))[:sequences][partner]  # [sequences, t, d]
         moved = whole.gather(1, places[..., None].expand(-1, -1, whole.shape[-1]))
-        return list(torch.split(moved, counts))
+        return list(torch.split(moved if processes.count == 1 else moved[own], counts))
 
     return shuffle
 
 
-def shuffled_targets(trace: Trace, seed: int, *, shift_first: bool = False) -> Targets:
+def shuffled_targets(
+    trace: Trace, seed: int, *, shift_first: bool = False, processes: Processes = ONE_PROCESS
+) -> Targets:
     """Return targets moved in the same way as `shuffled_stations` moves stations."""
     targets = [batch.targets[..., None] for batch in trace.batches]
-    moved = [one[..., 0] for one in shuffled_stations(trace, seed, shift_first=shift_first)(targets)]
+    shuffle = shuffled_stations(trace, seed, shift_first=shift_first, processes=processes)
+    moved = [one[..., 0] for one in shuffle(targets)]
     return lambda batch, place: moved[place]

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from peelwise.engine.proposals import BlockProposals, Direction
 from peelwise.engine.session import Changes, Session, combined, output_change
-from peelwise.engine.sweep import BlockProposals, Direction
 from peelwise.formats.base import Encoded
 from peelwise.model.layers import LinearLayer
 from peelwise.model.runner import Trace

@@ -6,13 +6,15 @@ step of their own before; biases of low-bit maps keep the mean output where it w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
+from peelwise.distributed.processes import ONE_PROCESS, Processes
+from peelwise.distributed.shared import Shared
 from peelwise.engine.refine import Proposals, Refined, take_round
 from peelwise.engine.session import Changes, Session, rounded
 from peelwise.formats.base import Encoded
@@ -48,7 +50,7 @@ def take_coded_round(session: Session, before: Refined, proposals: Proposals) ->
         proposals: what the sweep proposed, linearised at ``before``.
     """
     start, select = _dense_step(session, before, proposals), session.select
-    site = Site(start, proposals, session.held)
+    site = Site(start, proposals, session.held, session.runner.processes)
 
     def loss_of(candidate: Candidate) -> float:
         return select.mean_of(session.losses(select, candidate.changes, before.start))
@@ -116,10 +118,19 @@ def _next(tried: Mapping[int, float], base: float) -> int:
 
 
 class Site:
-    """The codes in use, the sums around them, and the candidates that can be made of both."""
+    """The codes in use, the sums around them, and the candidates that can be made of both.
 
-    def __init__(self, before: Refined, proposals: Proposals, held: Mapping[LinearLayer, Held]) -> None:
-        self.before, self.held = before, held
+    Several processes share out the layers for which codes are looked for.
+    """
+
+    def __init__(
+        self,
+        before: Refined,
+        proposals: Proposals,
+        held: Mapping[LinearLayer, Held],
+        processes: Processes = ONE_PROCESS,
+    ) -> None:
+        self.before, self.held, self._processes = before, held, processes
         self.local: dict[LinearLayer, LocalProblem] = {m: p for b in proposals.values() for m, p in b.local.items()}
         changes = [block.changes for block in proposals.values()]
         self.direction = next(iter(changes[0]))
@@ -130,20 +141,30 @@ class Site:
     def projection(self, share: float) -> Candidate | None:
         """Return the projections of ``W + a D``, with the ``a`` at which about ``share`` of the codes would flip."""
         step = step_for_share(self._projection_steps, share)
-        codes = {}
-        for linear, problem in self.local.items():
+
+        def of_layer(linear: LinearLayer) -> Encoded:
             target = self.weights[linear] + step * self._weight_step(linear)
-            codes[linear] = projected(problem.S, target, self.held[linear].format, self.codes[linear])
+            return projected(self.local[linear].S, target, self.held[linear].format, self.codes[linear])
+
+        codes = self._shared(self.local, of_layer)
         return Candidate(f"{self.direction}, projected", step, codes, self._changes(codes)) if step else None
 
     def flips(self, share: float) -> Candidate | None:
         """Return the codes after flips towards ``W + a D``, with the ``a`` at which about ``share`` would flip."""
         step = step_for_share(self._flip_steps, share)
-        codes = {}
-        for linear, metric in self._curvatures.items():
+
+        def of_layer(linear: LinearLayer) -> Encoded:
             form, now = self.held[linear].format, self.codes[linear]
-            codes[linear] = flipped(metric, step * self._weight_step(linear), form, now)
+            return flipped(self._curvatures[linear], step * self._weight_step(linear), form, now)
+
+        codes = self._shared(self._curvatures, of_layer)
         return Candidate(f"{self.direction}, flips", step, codes, self._changes(codes)) if step else None
+
+    def _shared(self, linears: Iterable[LinearLayer], of_layer: Callable[[LinearLayer], Encoded]) -> Codes:
+        every, shared = list(linears), Shared[Encoded](self._processes)
+        for linear in every:
+            shared.ask(float(self.weights[linear].numel() * self.weights[linear].shape[1]), partial(of_layer, linear))
+        return dict(zip(every, shared.results(), strict=True))
 
     @cached_property
     def _curvatures(self) -> dict[LinearLayer, Metric]:

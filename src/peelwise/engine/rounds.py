@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
+from peelwise.engine.proposals import Direction
 from peelwise.engine.refine import Proposals, Refined, take_round
 from peelwise.engine.refine_coded import take_coded_round
 from peelwise.engine.session import Session
-from peelwise.engine.sweep import Direction
 
 # "certified" keeps every map in its format; "dense" leaves the formats of low-bit maps, to tell what the bits cost.
 Kind = Literal["certified", "dense"]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from peelwise.engine.clock import Clock
-from peelwise.engine.sweep import BlockProposals, Direction, sweep
+from peelwise.engine.proposals import BlockProposals, Direction
+from peelwise.engine.sweep import sweep
 from peelwise.evidence.intervals import Paired, paired
 from peelwise.model.capture import Capture, captured, ended_by
 from peelwise.model.layers import Block, LinearLayer

@@ -51,6 +51,7 @@ def first_order_gains(session: ReportSession, part: Trace, changes: Mapping[int,
                     gained = _gained(call, g, change, batch, bias=linear.has_bias)
                     total = None if total is None or gained is None else total + gained
             sums.append(total)
+        runner.work.add(runner.shares[block.index], part.predicted, 3)
         above = below
         if block.index in changes and all(each is not None for each in sums):
             found[block.index] = [each for each in sums if each is not None]

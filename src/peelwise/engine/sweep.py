@@ -5,52 +5,19 @@ Only one block's sums and one micro-batch of its activations are alive at a time
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from peelwise.engine.fading import FadingSums
-from peelwise.engine.signals import LayerSums, of_block, of_layer, routed
-from peelwise.errors import IllConditionedWarning, ModelError, UnsupportedModelError
+from peelwise.engine.proposals import DIRECTIONS, BlockProposals, Direction, Solves
+from peelwise.errors import ModelError, UnsupportedModelError
 from peelwise.model.capture import Call
 from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.runner import Batch, Runner, Trace
-from peelwise.records.signals import RANKED_BY, SWEPT
-from peelwise.references.coded import LocalProblem
-from peelwise.references.whitened import InputWhitened, Proposal, two_sided
 from peelwise.stats.gram import CrossSum, GramSum, Moments, all_reduce, widened, with_ones
-from peelwise.stats.linalg import Spectrum
 
-PROPOSAL_DTYPE = torch.bfloat16
-
-Direction = Literal["input-whitened", "two-sided"]
-DIRECTIONS: tuple[Direction, ...] = ("input-whitened", "two-sided")
 Targets = Callable[[Batch, int], Tensor]
-
-
-@dataclass(frozen=True)
-class BlockProposals:
-    """What one sweep proposes for one block, and the signals that rank it.
-
-    Attributes:
-        changes: per direction and map, the calibrated proposal.
-        signals: by name, the signals of the block that a sweep gives (`records.signals.SWEPT`).
-        local: per low-bit map, the sums that better codes are found from; as large as the maps themselves.
-    """
-
-    index: int
-    changes: dict[Direction, dict[LinearLayer, Proposal]]
-    signals: dict[str, float]
-    local: dict[LinearLayer, LocalProblem] = field(default_factory=dict)
-
-    @property
-    def ranking(self) -> float:
-        """What ranks blocks before anything is evaluated; where the two-sided direction was not made, the other's."""
-        return self.signals.get(RANKED_BY, self.signals["held_out_energy"])
 
 
 def sweep(
@@ -87,6 +54,7 @@ def sweep(
     above = [runner.tail_gradients(fit, each) for each in targets]
     above_select = [runner.tail_gradients(select)]
     found: list[dict[int, BlockProposals]] = [{} for _ in targets]
+    solves = Solves(runner.processes, directions)
     for done, block in enumerate(reversed(runner.blocks), start=1):
         if block.index < min(wanted) or not keep_going():
             break
@@ -95,12 +63,20 @@ def sweep(
         select_moments, above_select = block_moments(runner, block, select, above_select, keep=keep, with_F=with_F)
         if keep:
             moments = moments if kept is None else [kept.joined(each) for each in moments]
-            made = _agreed(runner, proposals_of(block, moments, select_moments[0], directions))
-            for proposals, into in zip(made, found, strict=True):
-                if proposals.signals:  # else none of its layers has a gradient
-                    into[block.index] = proposals
+            solves.ask(block, moments, select_moments[0])
+            if solves.enough:
+                _keep(solves.made(), found)
         after_block(done)
+    _keep(solves.made(), found)
     return found
+
+
+def _keep(made: Sequence[Sequence[BlockProposals]], found: Sequence[dict[int, BlockProposals]]) -> None:
+    """Enter what was made for blocks, one for each set of targets."""
+    for of_targets in made:
+        for proposals, into in zip(of_targets, found, strict=True):
+            if proposals.signals:  # else none of its layers has a gradient
+                into[proposals.index] = proposals
 
 
 def block_moments(
@@ -150,6 +126,9 @@ def block_moments(
                     C_sums.setdefault(linear, CrossSum()).update(g, x)
                     if with_F:
                         F_sums.setdefault(linear, GramSum()).update(g)
+    if keep and runner.processes.count > 1 and any(linear.is_expert for linear in block.linears):
+        groups = _groups_of_all(runner, block, groups)
+    runner.work.add(runner.shares[block.index], trace.predicted, 1 + 2 * len(above))
     of_gradients = [total for sums in C for total in sums.values()]
     all_reduce([*S.values(), *of_gradients, *(total for sums in F for total in sums.values())], runner.processes)
     tokens = trace.predicted
@@ -188,6 +167,16 @@ def _expect_experts(
             C_sums.setdefault(linear, CrossSum()).update(g, x)
         for F_sums in F:
             F_sums.setdefault(linear, GramSum()).update(g)
+
+
+def _groups_of_all(
+    runner: Runner, block: Block, groups: dict[LinearLayer, LinearLayer]
+) -> dict[LinearLayer, LinearLayer]:
+    """Return which layer's input every layer shares, also of experts that were given tokens in other processes only."""
+    places = {linear: place for place, linear in enumerate(block.linears)}
+    own = {places[linear]: places[first] for linear, first in groups.items()}
+    of_all = {place: first for each in runner.processes.exchange(own) for place, first in each.items()}
+    return {block.linears[place]: block.linears[first] for place, first in sorted(of_all.items())}
 
 
 def _finite_mean(total: CrossSum, linear: LinearLayer, tokens: float) -> Tensor:
@@ -229,154 +218,3 @@ def _predicted(x: Tensor, rows: Tensor | None, weights: Tensor, linear: LinearLa
             "that cannot be told from the others. Use a probe whose sequences are all full."
         )
     return flat
-
-
-def proposals_of(
-    block: Block,
-    fits: Sequence[dict[LinearLayer, Moments]],
-    select: dict[LinearLayer, Moments],
-    directions: Sequence[Direction],
-) -> list[BlockProposals]:
-    """Return for each set of targets what the moments of one block's layers propose.
-
-    Args:
-        block: the block.
-        fits: per set of targets, the moments of the fit tokens, which share ``S``.
-        select: moments of the select tokens.
-        directions: which directions to make.
-    """
-    # Maps that share an input share the very tensor S, hence its decomposition.
-    references: dict[int, InputWhitened] = {}
-    # An expert that select gives no token cannot be calibrated; it stays as it is.
-    fits = [{linear: moments for linear, moments in fit.items() if linear in select} for fit in fits]
-    for linear, moments in fits[0].items():
-        if id(moments.S) not in references:
-            references[id(moments.S)] = InputWhitened(moments.S, select[linear].S, name=linear.name)
-            if not linear.is_expert:
-                _warn_of_rank(linear, moments, references[id(moments.S)].spectrum)
-    _warn_of_experts(block, fits[0])
-    rotated_select = {m: references[id(moments.S)].rotate(select[m].C) for m, moments in fits[0].items()}
-    made = []
-    tokens_of = routed(block, fits[0])
-    shared: dict[int, Tensor] = {}
-    for fit in fits:
-        whitened: dict[LinearLayer, Proposal] = {}
-        natural: dict[LinearLayer, Proposal] = {}
-        signals = []
-        for linear, moments in fit.items():
-            reference = references[id(moments.S)]
-            rotated = reference.rotate(moments.C)
-            whitened[linear] = reference.propose(
-                moments.C, select[linear].C, rotated=rotated, rotated_select=rotated_select[linear]
-            )
-            if "two-sided" in directions:
-                natural[linear] = two_sided(moments, select[linear], whitened[linear], name=linear.name)
-            sums = LayerSums(
-                linear,
-                moments,
-                select[linear],
-                reference,
-                rotated,
-                rotated_select[linear],
-                whitened[linear],
-                natural.get(linear),
-                tokens_of.get(linear),
-            )
-            signals.append(of_layer(SWEPT, sums))
-        changes: dict[Direction, dict[LinearLayer, Proposal]] = {}
-        # The one that is better as a rule comes first: a search of the other is cut short when it cannot win.
-        if "two-sided" in directions:
-            changes["two-sided"] = natural
-        if "input-whitened" in directions:
-            changes["input-whitened"] = whitened
-        made.append(
-            BlockProposals(
-                block.index,
-                {direction: _compact(proposals) for direction, proposals in changes.items()},
-                of_block(SWEPT, signals),
-                local={m: _local(m, moments, changes, shared) for m, moments in fit.items() if m.low_bit},
-            )
-        )
-    return made
-
-
-def _local(
-    linear: LinearLayer,
-    moments: Moments,
-    changes: dict[Direction, dict[LinearLayer, Proposal]],
-    shared: dict[int, Tensor],
-) -> LocalProblem:
-    """Return the sums of one low-bit map without the column of its bias; maps that share an input share ``S``."""
-    S = shared.setdefault(id(moments.S), moments.S.float())
-    inputs, outputs = (changes[d][linear].damping if d in changes else 0.0 for d in DIRECTIONS)
-    F = None if moments.F is None else moments.F.float()
-    if linear.has_bias:
-        return LocalProblem(S[:-1, :-1], F, inputs, outputs, S[:-1, -1])
-    return LocalProblem(S, F, inputs, outputs)
-
-
-def _agreed(runner: Runner, made: list[BlockProposals]) -> list[BlockProposals]:
-    """Return the proposals with the first process's numbers: what is tried next hangs on them to the last bit."""
-    if runner.processes.count == 1:
-        return made
-    numbers = runner.processes.broadcast([_numbers(each) for each in made])
-    agreed = []
-    for each, (own, of_maps) in zip(made, numbers, strict=True):
-        changes = {
-            direction: {m: replace(p, **found) for (m, p), found in zip(maps.items(), of_maps[direction], strict=True)}
-            for direction, maps in each.changes.items()
-        }
-        agreed.append(replace(each, changes=changes, **own))
-    return agreed
-
-
-def _numbers(made: BlockProposals) -> tuple[dict[str, Any], dict[Direction, list[dict[str, Any]]]]:
-    own = {f.name: getattr(made, f.name) for f in fields(made) if f.name not in ("changes", "local")}
-    of_maps = {
-        direction: [{f.name: getattr(p, f.name) for f in fields(p) if f.name != "change"} for p in maps.values()]
-        for direction, maps in made.changes.items()
-    }
-    return own, of_maps
-
-
-def _compact(proposals: dict[LinearLayer, Proposal]) -> dict[LinearLayer, Proposal]:
-    """Return the proposals in half precision: those of all blocks are alive together."""
-    return {linear: replace(p, change=p.change.to(PROPOSAL_DTYPE)) for linear, p in proposals.items()}
-
-
-def _warn_of_experts(block: Block, fit: dict[LinearLayer, Moments]) -> None:
-    """Warn once for all experts of a block that few tokens were routed to, or none."""
-    experts = [linear for linear in block.linears if linear.is_expert]
-    rows = {linear: fit[linear].n if linear in fit else 0 for linear in experts}
-    few = {linear: n for linear, n in rows.items() if n < linear.weight().shape[1]}
-    if not few:
-        return
-    none = sum(n == 0 for n in few.values())
-    text = (
-        f"{block.name}: {len(few)} of {len(experts)} matrices of experts saw fewer fit tokens than they have inputs, "
-        f"{none} of them none on fit or select. Damping keeps the result valid; more fit tokens would sharpen it."
-    )
-    warnings.warn(
-        IllConditionedWarning(
-            text, "few-expert-tokens", block=block.name, matrices=len(few), of=len(experts), without=none
-        ),
-        stacklevel=2,
-    )
-
-
-def _warn_of_rank(linear: LinearLayer, moments: Moments, spectrum: Spectrum) -> None:
-    """Warn where tokens are too few; inputs that lack directions by nature (behind a norm) are no reason to."""
-    d = moments.S.shape[0]
-    if moments.n < d:
-        rank = spectrum.rank()
-        text = (
-            f"{linear.name}: {moments.n} fit tokens for {d} inputs make its [{d}, {d}] sum rank deficient (rank "
-            f"{rank}). Damping keeps the result valid; more fit tokens would sharpen it."
-        )
-        values: dict[str, int | float | str] = {
-            "layer": linear.name,
-            "tokens": int(moments.n),
-            "inputs": d,
-            "rank": int(rank),
-        }
-        warnings.warn(IllConditionedWarning(text, "few-fit-tokens", **values), stacklevel=2)

@@ -231,7 +231,7 @@ class Runner:
     def block_gradients(
         self, block: Block, batch: Batch, gradients: Sequence[Tensor]
     ) -> tuple[Capture, list[tuple[Tensor, dict[LinearLayer, list[Tensor]]]]]:
-        """Pass gradients back through one block; several share its forward pass.
+        """Pass gradients back through one block; several share its forward pass. The caller counts the work.
 
         Args:
             block: the block.
@@ -259,7 +259,6 @@ class Runner:
                 )
                 grads = gradients_by_layer(used, found[1:])
                 results.append((torch.zeros_like(hidden) if found[0] is None else found[0], grads))
-        self.work.add(self.shares[block.index], float(batch.weights.sum()), 1 + 2 * len(gradients))
         return capture, results
 
     # -- the model's own ends --------------------------------------------------------------------------

@@ -184,6 +184,7 @@ def check_gradients(runner: Runner, trace: Trace, called: dict[Block, tuple[Line
     largest = max((_norm(g) for g in whole.values()), default=0.0)
     for block in reversed(runner.blocks):
         _, ((gradient, found),) = runner.block_gradients(block, batch, [gradient])
+        runner.work.add(runner.shares[block.index], trace.predicted, 3)
         for linear in called[block]:
             true = whole[linear]
             other = _joined(found[linear]) if linear in found else torch.zeros_like(true)

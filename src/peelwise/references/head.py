@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.stats.gram import symmetric_product
 from peelwise.stats.linalg import Spectrum, solve_dtype
 
@@ -56,6 +57,7 @@ def fit_head(
     max_steps: int = MAX_STEPS,
     gap: float = 1e-4,
     keep_going: Callable[[], bool] = lambda: True,
+    processes: Processes = ONE_PROCESS,
 ) -> HeadReference:
     """Minimise ``phi`` by L-BFGS and keep the iterate with the lowest loss on select.
 
@@ -67,11 +69,12 @@ def fit_head(
         max_steps: most L-BFGS iterations.
         gap: stop when the duality gap is below this, in nats per token.
         keep_going: asked before each iteration; lets a budget end the fit.
+        processes: all hold all rows; each takes its share of them in every sum.
     """
-    problem = _Problem(fit, logits, penalty)
+    problem = _Problem(fit, logits, penalty, processes)
     v = logits(fit[0][:1].float()).shape[1]
     D = torch.zeros(v, fit[0].shape[1], device=fit[0].device)  # whitened coordinates
-    best, best_loss = D, mean_cross_entropy(*select, logits)
+    best, best_loss = D, mean_cross_entropy(*select, logits, processes=processes)
     value, gradient = problem.value_and_gradient(D)
     current, steps = value, 0
     history: list[tuple[Tensor, Tensor]] = []
@@ -82,37 +85,57 @@ def fit_head(
         following, value, new_gradient = moved
         history = [*history, (following - D, new_gradient - gradient)][-_MEMORY:]
         D, gradient, steps = following, new_gradient, steps + 1
-        select_loss = mean_cross_entropy(*select, logits, problem.unwhiten(D))
+        select_loss = mean_cross_entropy(*select, logits, problem.unwhiten(D), processes=processes)
         if select_loss < best_loss:
             best, best_loss = D, select_loss
     relaxed = max(value - float(gradient.double().square().sum()) / (2 * penalty), 0.0)
     return HeadReference(problem.unwhiten(best), current, value, relaxed, penalty, steps)
 
 
-def mean_cross_entropy(x: Tensor, y: Tensor, logits: Callable[[Tensor], Tensor], change: Tensor | None = None) -> float:
+def mean_cross_entropy(
+    x: Tensor,
+    y: Tensor,
+    logits: Callable[[Tensor], Tensor],
+    change: Tensor | None = None,
+    *,
+    processes: Processes = ONE_PROCESS,
+) -> float:
     """Return the mean cross-entropy in nats of the head, optionally changed by ``change [v, d]``."""
-    return float(token_cross_entropy(x, y, logits, change).mean())
+    return float(token_cross_entropy(x, y, logits, change, processes=processes).mean())
 
 
 def token_cross_entropy(
-    x: Tensor, y: Tensor, logits: Callable[[Tensor], Tensor], change: Tensor | None = None
+    x: Tensor,
+    y: Tensor,
+    logits: Callable[[Tensor], Tensor],
+    change: Tensor | None = None,
+    *,
+    processes: Processes = ONE_PROCESS,
 ) -> Tensor:
-    """Return the cross-entropy ``[n]`` of every row, in nats, float64."""
-    losses = []
+    """Return the cross-entropy ``[n]`` of every row, in nats, float64; ``processes`` take some rows each."""
+    own = processes.rows(len(x))
+    x, y, losses = x[own], y[own], [x.new_empty(0, dtype=torch.float64)]
     for start in range(0, x.shape[0], _CHUNK):
         rows = x[start : start + _CHUNK].float()
         z = logits(rows).float()
         if change is not None:
             z = z + rows @ change.T
         losses.append(F.cross_entropy(z, y[start : start + _CHUNK], reduction="none").double())
-    return torch.cat(losses)
+    return processes.all_gather(torch.cat(losses))
 
 
 class _Problem:
     """``phi`` in coordinates ``E = D M^(1/2)``, where its penalty is ``penalty/2 |E|^2``."""
 
-    def __init__(self, fit: tuple[Tensor, Tensor], logits: Callable[[Tensor], Tensor], penalty: float) -> None:
+    def __init__(
+        self,
+        fit: tuple[Tensor, Tensor],
+        logits: Callable[[Tensor], Tensor],
+        penalty: float,
+        processes: Processes = ONE_PROCESS,
+    ) -> None:
         self.x, self.y = fit
+        self.processes = processes
         self.logits = logits
         self.penalty = penalty
         n = self.x.shape[0]
@@ -127,17 +150,19 @@ class _Problem:
         return out
 
     def value_and_gradient(self, E: Tensor) -> tuple[float, Tensor]:
-        n, total = self.x.shape[0], 0.0
-        gradient = torch.zeros_like(E)
-        for start in range(0, n, _CHUNK):
-            rows, y = self.x[start : start + _CHUNK].float(), self.y[start : start + _CHUNK]
+        n, total = self.x.shape[0], E.new_zeros(1, dtype=solve_dtype(E.device))
+        gradient, own = torch.zeros_like(E), self.processes.rows(n)
+        for start in range(own.start, own.stop, _CHUNK):
+            place = slice(start, min(start + _CHUNK, own.stop))
+            rows, y = self.x[place].float(), self.y[place]
             white = rows @ self.root  # [k, d]
             log_p = F.log_softmax(self.logits(rows).float() + white @ E.T, dim=1)  # [k, v]
-            total -= float(log_p.gather(1, y[:, None]).double().sum())
+            total -= log_p.gather(1, y[:, None]).sum(dtype=total.dtype)
             residual = log_p.exp_()
             residual[torch.arange(len(y), device=y.device), y] -= 1.0
             gradient += residual.T @ white
-        value = total / n + self.penalty / 2 * float(E.double().square().sum())
+        self.processes.all_reduce_([total, gradient])
+        value = float(total) / n + self.penalty / 2 * float(E.double().square().sum())
         return value, gradient / n + self.penalty * E
 
 

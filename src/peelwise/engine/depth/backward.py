@@ -16,6 +16,10 @@ from torch import Tensor
 from peelwise.stats.linalg import eigvalsh
 
 
+def _added(total: Tensor | None, more: Tensor | None) -> Tensor | None:
+    return more if total is None else total if more is None else total + more
+
+
 @dataclass
 class GateSums:
     """Sums over tokens of ``<g_t, y_t>`` for one tensor, and channel by channel.
@@ -40,8 +44,14 @@ class GateSums:
         self.squares += float(per_token.square().sum())
         sums = products.sum(0, dtype=torch.float64)
         squares = products.square_().sum(0, dtype=torch.float64)
-        self.channels = sums if self.channels is None else self.channels + sums
-        self.channel_squares = squares if self.channel_squares is None else self.channel_squares + squares
+        self.channels, self.channel_squares = _added(self.channels, sums), _added(self.channel_squares, squares)
+
+    def merge(self, other: GateSums) -> None:
+        """Add the tokens that ``other`` has seen."""
+        self.n, self.total, self.squares = self.n + other.n, self.total + other.total, self.squares + other.squares
+        self.per_token.extend(other.per_token)
+        self.channels = _added(self.channels, other.channels)
+        self.channel_squares = _added(self.channel_squares, other.channel_squares)
 
     def groups(self, size: int) -> Tensor:
         """Return the slopes of groups of ``size`` channels in succession (heads), ``[d / size]``, nats per token."""
@@ -68,8 +78,15 @@ class GradientSums:
         if self.n < _CURVED:
             self.first.append((x[: _CURVED - self.n], g[: _CURVED - self.n]))
         self.n += len(x)
-        self.cross = cross if self.cross is None else self.cross + cross
+        self.cross = _added(self.cross, cross)
         self.trace += float((g.square().sum(1, dtype=torch.float64) * x.square().sum(1, dtype=torch.float64)).sum())
+
+    def merge(self, other: GradientSums) -> None:
+        """Add the tokens that ``other`` has seen."""
+        for x, g in other.first:
+            left = max(_CURVED - sum(len(rows) for rows, _ in self.first), 0)
+            self.first.append((x[:left], g[:left]))
+        self.n, self.trace, self.cross = self.n + other.n, self.trace + other.trace, _added(self.cross, other.cross)
 
 
 @dataclass
@@ -85,6 +102,13 @@ class Backward:
     gate: GateSums = field(default_factory=GateSums)
     gradient: GradientSums | None = None
     head_dim: int | None = None
+
+    def merge(self, other: Backward) -> None:
+        """Add the tokens that ``other`` has seen."""
+        self.gate.merge(other.gate)
+        if other.gradient is not None:
+            self.gradient = self.gradient or GradientSums()
+            self.gradient.merge(other.gradient)
 
 
 def gain_slope(part: Backward) -> float:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from peelwise.distributed.processes import ONE_PROCESS, Processes
+from peelwise.distributed.shared import Shared
 from peelwise.engine.baselines import probe_unigram
 from peelwise.engine.clock import Clock
 from peelwise.engine.depth.gains import screened
 from peelwise.engine.depth.joint import gates_of
-from peelwise.engine.depth.table import DepthTable, block_weights, joined, pass_table, weight_table
+from peelwise.engine.depth.table import BlockWeights, DepthTable, block_weights, joined, pass_table, weight_table
 from peelwise.engine.session import Session
 from peelwise.evidence.unlike import Unlikeness, named, reasons, to_screen, unlikeness, with_gains
 from peelwise.evidence.verdict import default_margin
@@ -55,7 +58,7 @@ def look_at_weights(
 ) -> Look:
     """Return what the weights say by themselves, without any text."""
     with clock.stage("weight-signals"):
-        table = _weights(all_parts, clock, wanted)
+        table = _weights(all_parts, clock, wanted, ONE_PROCESS)
     return Look(table, unlikeness(table.values, len(all_parts)))
 
 
@@ -79,7 +82,7 @@ def look(
     clock = session.clock
     with torch.no_grad():
         with clock.stage("weight-signals"):
-            weights = _weights(all_parts, clock, wanted)
+            weights = _weights(all_parts, clock, wanted, session.runner.processes)
         with clock.stage("pass-signals"):
             passed = pass_table(
                 session.runner,
@@ -89,7 +92,7 @@ def look(
                 signals=wanted,
                 after_block=session.tell_block,
             )
-        table = joined(weights, passed)
+        table = session.runner.processes.broadcast(joined(weights, passed))  # which blocks are tried hangs on it
         off = max(0.0, session.select.mean - probe_unigram(session.probe, session.runner.model))
         scored = unlikeness(table.values, len(all_parts), [len(gates_of(parts)) for parts in all_parts], off)
         if scored is None:
@@ -99,12 +102,17 @@ def look(
         return Look(table, with_gains(scored, gains, default_margin(session.report.mean)))
 
 
-def _weights(all_parts: Sequence[Parts], clock: Clock, wanted: Collection[str]) -> DepthTable:
-    found = []
-    for done, parts in enumerate(all_parts, start=1):
-        found.append(block_weights(parts, stream_width(all_parts), wanted))
+def _weights(all_parts: Sequence[Parts], clock: Clock, wanted: Collection[str], processes: Processes) -> DepthTable:
+    width, shared = stream_width(all_parts), Shared[BlockWeights](processes)
+
+    def of_block(done: int, parts: Parts) -> BlockWeights:
+        found = block_weights(parts, width, wanted)
         clock.tell(done, len(all_parts))
-    return weight_table(found, wanted)
+        return found
+
+    for done, parts in enumerate(all_parts, start=1):
+        shared.ask(1.0, partial(of_block, done, parts))
+    return weight_table(shared.results(), wanted)
 
 
 def both(first: Trace, second: Trace) -> Trace:

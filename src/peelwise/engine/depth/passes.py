@@ -30,6 +30,29 @@ class Seen:
     stream: Stream
     backward: dict[str, Backward] = field(default_factory=dict)
 
+    @classmethod
+    def of_all(cls, parts: Sequence[Seen]) -> Seen:
+        """Return what processes saw together, each of its own tokens, in their order."""
+        streams, backward = [part.stream for part in parts], dict[str, Backward]()
+        for part in parts:
+            for name, found in part.backward.items():
+                if name in backward:
+                    backward[name].merge(found)
+                else:
+                    backward[name] = found
+        first = streams[0]
+        earlier = [each.earlier for each in streams if each.earlier is not None]
+        return cls(
+            Stream(
+                torch.cat([each.before for each in streams]),
+                torch.cat([each.after for each in streams]),
+                {name: torch.cat([each.updates[name] for each in streams]) for name in first.updates},
+                torch.cat(earlier) if earlier else None,
+                first.attention,  # as one process alone, which looks at one sequence too
+            ),
+            backward,
+        )
+
 
 def observe(
     runner: Runner,
@@ -42,6 +65,8 @@ def observe(
 ) -> Iterator[tuple[Parts, Seen]]:
     """Yield every block, the last one first, with what a pass forward and (with ``gradients``) backward saw of it.
 
+    Processes that share ``trace`` run their own tokens each, and all see all of them.
+
     Args:
         runner: the model.
         all_parts: the parts of its blocks, in order.
@@ -53,7 +78,7 @@ def observe(
     above = runner.tail_gradients(trace) if gradients else None
     for done, parts in enumerate(reversed(all_parts), start=1):
         seen, above = _observe_block(runner, parts, trace, above, of_weights)
-        yield parts, seen
+        yield parts, seen if runner.processes.count == 1 else Seen.of_all(runner.processes.exchange(seen))
         after_block(done)
 
 

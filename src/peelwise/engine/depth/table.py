@@ -133,8 +133,14 @@ def pass_table(
     products: dict[int, Tensor] = {}
     of_weights = not OF_WEIGHTS.isdisjoint(signals)
     passes = observe(runner, all_parts, trace, gradients=gradients, of_weights=of_weights, after_block=after_block)
+    processes = runner.processes
     for parts, seen in passes:
         index = parts.block.index
+        gates = [torch.cat(seen.backward[name].gate.per_token) for name in gates_of(parts) if name in seen.backward]
+        if gates:
+            products[index] = torch.stack(gates, dim=1)
+        if index % processes.count != processes.rank:
+            continue  # all have seen it, one works out what it says
         _put(table, ["stream"], BLOCK, index, signals, seen.stream)
         for branch, update in seen.stream.updates.items():
             _put(table, ["update"], branch, index, signals, seen.stream, update)
@@ -143,13 +149,23 @@ def pass_table(
             slopes = head_slopes(found)
             if slopes is not None:
                 table.heads[index] = slopes.tolist()
-        gates = [torch.cat(seen.backward[name].gate.per_token) for name in gates_of(parts) if name in seen.backward]
-        if gates:
-            products[index] = torch.stack(gates, dim=1)
+    if processes.count > 1:
+        table = _of_all(processes.exchange(table))
     for signal in _wanted(["joint"], signals):
         for index, value in _function(signal)(products).items():
             table.put(signal.name, BLOCK, index, value)
     return table
+
+
+def _of_all(tables: Sequence[DepthTable]) -> DepthTable:
+    """Return one table of several that hold the same signals of different blocks."""
+    whole = DepthTable(tables[0].blocks)
+    for table in tables:
+        for (signal, part), row in table.values.items():
+            for block, value in enumerate(row):
+                whole.put(signal, part, block, value)
+        whole.heads |= table.heads
+    return whole
 
 
 def joined(*tables: DepthTable) -> DepthTable:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from peelwise.engine.proposals import BlockProposals
 from peelwise.engine.refine import Refined
 from peelwise.engine.session import Session
-from peelwise.engine.sweep import BlockProposals
 from peelwise.model.layers import Block, LinearLayer
 from peelwise.records.audit import MatrixRecord
 from peelwise.records.base import Interval, SplitRecord

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from peelwise.distributed.processes import ONE_PROCESS, Processes, check_same
+from peelwise.distributed.sharding import is_sharded
 from peelwise.engine.clock import Watcher
 from peelwise.engine.opening import checked_blocks, format_names, open_session
 from peelwise.engine.permute import shuffled_targets
 from peelwise.engine.provenance import Setup
 from peelwise.engine.session import Session
-from peelwise.errors import IllConditionedWarning
+from peelwise.errors import IllConditionedWarning, UnsupportedModelError
 from peelwise.model.fingerprint import identify
 from peelwise.model.guard import untouched
 from peelwise.model.splice import frozen
@@ -51,10 +53,14 @@ def run_audit(
     watcher: Watcher | None = None,
     notes: Sequence[Note] = (),
     factors: bool = True,
+    processes: Processes = ONE_PROCESS,
 ) -> AuditOutcome:
     """Audit ``model`` on ``probe`` and leave the model exactly as it was.
 
     Ctrl-C ends the audit early with what was finished, once the model's own losses are known.
+
+    Several processes share sequences and solves, go by the clock of the first, and return the same: its record, with
+    its time and memory.
 
     Args:
         model: a decoder-only language model; see `find_blocks`.
@@ -65,41 +71,60 @@ def run_audit(
         watcher: told about progress.
         notes: what is known of the model already.
         factors: whether joint rounds begin with factors on blocks unlike their neighbours, where one helps.
+        processes: those that share the work; each calls this with the same model, probe and settings.
 
     Raises:
+        OptionError: If processes hold different models, probes or settings.
+        OtherProcessError: If another process failed.
         UnsupportedModelError: If the architecture cannot be audited.
         ModelError: If the model holds NaN or Inf, or its loss is not finite.
         ProbeError: If the probe's tokens do not fit the model's vocabulary, or its sequences the context.
     """
-    blocks = checked_blocks(model, probe, settings.refine)
-    setup = Setup(model, blocks, name, source, identify(model), settings.plain(), probe.seed)
-    linears = [linear for block in blocks for linear in block.linears]
-    with untouched(model), frozen(linears), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", IllConditionedWarning)
-        session = open_session(
-            model,
-            blocks,
-            probe,
-            name=name,
-            budget_seconds=settings.budget_seconds,
-            micro_batch_tokens=settings.micro_batch_tokens,
-            watcher=watcher,
-        )
-        findings = Findings(notes=[*notes, *session.notes])
-        if session.held:
-            findings.notes.append(note("low-bit", layers=len(session.held), formats=format_names(session.held)))
-        try:
-            findings.complete = _stages(session, findings, settings, factors=factors)
-        except KeyboardInterrupt:
-            findings.notes.append(note("stopped"))
-        record, witness = summarise(session, findings, setup, settings.margin)
-    record = _with_warnings(record, caught)
+    with processes.agreeing():
+        _check_whole(model)
+        blocks = checked_blocks(model, probe, settings.refine)
+        setup = Setup(model, blocks, name, source, identify(model), settings.plain(), probe.seed)
+        check_same(processes, (setup.identity.fingerprint, probe.fingerprint, probe.in_distribution, setup.settings))
+        linears = [linear for block in blocks for linear in block.linears]
+        with untouched(model), frozen(linears), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", IllConditionedWarning)
+            with processes.interruptible():
+                session = open_session(
+                    model,
+                    blocks,
+                    probe,
+                    name=name,
+                    budget_seconds=settings.budget_seconds,
+                    micro_batch_tokens=settings.micro_batch_tokens,
+                    watcher=watcher,
+                    processes=processes,
+                )
+                findings = Findings(notes=[*notes, *session.notes])
+                if session.held:
+                    findings.notes.append(note("low-bit", layers=len(session.held), formats=format_names(session.held)))
+                try:
+                    findings.complete = _stages(session, findings, settings, factors=factors)
+                except KeyboardInterrupt:
+                    findings.notes.append(note("stopped"))
+            record, witness = summarise(session, findings, setup, settings.margin)
+        record = processes.broadcast(_with_warnings(record, caught))
     return AuditOutcome(record, witness, probe)
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Check that this process has all weights, without which it can neither tell the model nor write replacements."""
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            "Not yet: an audit of a model whose weights are spread over processes. Open it whole in each of them; the "
+            "monitor measures sharded models."
+        )
 
 
 def _stages(session: Session, findings: Findings, settings: AuditSettings, *, factors: bool) -> bool:
     """Run the stages in the order of what they are worth; return whether all of them ended by themselves."""
-    null = shuffled_targets(session.fit, session.seed, shift_first=True) if settings.controls else None
+    null = None
+    if settings.controls:
+        null = shuffled_targets(session.fit, session.seed, shift_first=True, processes=session.runner.processes)
     complete = stages.look_over_depth(session, findings, share=_LOOK_SHARE)
     if factors and settings.joint_rounds:
         stages.begin_with_factors(session, findings)

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
+from peelwise.engine.proposals import DIRECTIONS, Direction
 from peelwise.engine.refine import FIRST_GAIN_NATS, Refined, take_round, unrefined
 from peelwise.engine.session import Session, output_change, rounded
 from peelwise.engine.slopes import first_order_gains
-from peelwise.engine.sweep import DIRECTIONS, Direction
 from peelwise.tasks.audit.findings import Findings
 
 Steps = Mapping[Direction, float]

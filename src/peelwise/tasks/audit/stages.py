@@ -8,10 +8,11 @@ from dataclasses import replace
 
 from peelwise.engine.depth.gains import factors_on_branches
 from peelwise.engine.depth.look import look
+from peelwise.engine.proposals import Direction
 from peelwise.engine.refine import Refined, unrefined
 from peelwise.engine.rounds import Kind, kinds, next_round
 from peelwise.engine.session import REMOVED, WITHOUT, Session, rounded
-from peelwise.engine.sweep import Direction, Targets
+from peelwise.engine.sweep import Targets
 from peelwise.evidence.unlike import LEAST_BLOCKS
 from peelwise.model.parts import parts_of
 from peelwise.records.audit import RoundRecord

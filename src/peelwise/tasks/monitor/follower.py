@@ -16,7 +16,7 @@ import scipy.special  # noqa: F401  # every interval needs it; within a run, imp
 import torch
 from torch import Tensor, nn
 
-from peelwise.distributed.processes import ONE_PROCESS, Processes
+from peelwise.distributed.processes import ONE_PROCESS, Processes, check_same
 from peelwise.distributed.sharding import check_blocks
 from peelwise.engine.fading import FadingSums
 from peelwise.engine.opening import checked_blocks, first_notes
@@ -129,7 +129,7 @@ class Follower:
         with processes.agreeing():
             self.blocks: tuple[Block, ...] = checked_blocks(model, probe, settings.refine, stepped_by(optimizer))
             check_blocks({block.name: unwrapped(block.module) for block in self.blocks})
-            _check_same(processes, model, probe)
+            check_same(processes, ([(name, tuple(p.shape)) for name, p in model.named_parameters()], probe.fingerprint))
             per_token, notes, self._leak = self._first_look()
         self._kept = FadingSums.affordable(self.blocks) if self._fixed is not None else None
         self._planner = Planner(probe, settings.plan, settings.budget, per_token, processes)
@@ -429,16 +429,6 @@ def _check(settings: MonitorSettings) -> None:
         raise OptionError("With budget=None a schedule must say when to measure, such as schedule=every(100).")
     if not settings.plan:
         raise OptionError("The plan of measurements is empty; leave it out for the default.")
-
-
-def _check_same(processes: Processes, model: nn.Module, probe: Probe) -> None:
-    """Check that all processes hold the same model and probe."""
-    own = [(name, tuple(p.shape)) for name, p in model.named_parameters()], probe.fingerprint
-    if not processes.all_true(processes.broadcast(own) == own):
-        raise OptionError(
-            "The processes hold different models or probes, which is not supported (pipeline parallel?). "
-            "Make the same probe, with the same seed, in all of them."
-        )
 
 
 def _wait_for(model: nn.Module) -> None:

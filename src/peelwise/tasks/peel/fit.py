@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peelwise.engine.sweep import BlockProposals, proposals_of
+from peelwise.engine.proposals import BlockProposals, proposals_of
 from peelwise.errors import IllConditionedWarning
 from peelwise.model.capture import captured
 from peelwise.model.layers import Block, LinearLayer

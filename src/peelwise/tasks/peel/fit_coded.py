@@ -6,9 +6,9 @@ codes in place, decides. Nothing else is ever in place: every state of the block
 
 from __future__ import annotations
 
+from peelwise.engine.proposals import BlockProposals
 from peelwise.engine.refine import Refined
 from peelwise.engine.refine_coded import Candidate, Site, best_candidate
-from peelwise.engine.sweep import BlockProposals
 from peelwise.model.layers import LinearLayer
 from peelwise.references.coded_station import coded_changes
 from peelwise.references.station import StationChange, StationSums
