@@ -114,18 +114,17 @@ def test_the_verdict_follows_the_memory():
     assert fitting("80GB")[0]["audit"] is None
 
 
-def test_processes_share_weights_and_text():
+def test_processes_share_the_text_and_the_solves_of_an_audit_and_hold_a_model_each():
     alone, many = (fitting("80GB", processes=count)[1] for count in (1, 8))
-    first, second = (record.ways("check")[0] for record in (alone, many))
-    losses = [next(s for s in plan.stages if s.stage == "losses") for plan in (first, second)]
-    assert losses[1].operations == losses[0].operations / 8
-    weights = [plan.stages[0].peak_bytes - BASE_BYTES for plan in (first, second)]
-    assert weights[1] < weights[0] / 4
+    assert many.tasks == ("audit",)
+    first, second = (record.ways("audit")[0] for record in (alone, many))
+    for shared in ("losses", "proposals", "weight-signals", "leave-one-out"):
+        whole, part = (next(s for s in plan.stages if s.stage == shared) for plan in (first, second))
+        assert part.operations == pytest.approx(whole.operations / 8), shared
+    weights = 4 * alone.shape.parameters
+    assert all(plan.stages[0].peak_bytes > weights + BASE_BYTES for plan in (first, second))
+    assert second.read_bytes == alone.shape.stored_bytes
     assert "stream" not in {plan.way for plan in many.plans}
-    assert "compare" not in many.tasks
-    # Solves and proposals are made in every process.
-    made = [next(s for s in record.ways("audit")[0].stages if s.stage == "proposals") for record in (alone, many)]
-    assert made[0].operations == made[1].operations
 
 
 def test_seconds_are_operations_over_speed_and_bytes_over_disk():

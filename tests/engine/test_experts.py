@@ -79,6 +79,10 @@ def test_a_monitor_tells_a_collapsed_router_and_dead_experts_once():
             told = [(e.kind, e.block, e.step) for e in monitor.events if e.kind in ("router-collapsed", "dead-experts")]
         assert told == [(kind, 1, 2)]
         values = {s.block: s.value for s in rows[-1].statistics if s.name == "expert_spread"}
+        with untouched(model):
+            runner = Runner(model, find_blocks(model))
+            (loads,) = loads_of(runner, runner.blocks[0], runner.trace(probe.fit))
+        assert values[0] == pytest.approx(spread(loads.tokens, loads.per_token), rel=1e-6)  # as a check counts it
         assert values[1] == pytest.approx(0.0 if how == "collapsed" else values[1], abs=1e-6)
         assert values[0] > 0.3
 

@@ -20,9 +20,9 @@ from peelwise.errors import FewSequencesWarning, ProbeError
 from peelwise.probe.answers import Row, conversation_rows, labelled
 from peelwise.probe.options import SEQUENCE_LENGTH, TOKENS, ProbeOptions, check_sizes
 from peelwise.probe.rows import Split, padded
-from peelwise.probe.sequences import as_rows, chunk_documents, cut, encode_documents, opening_ids
+from peelwise.probe.sequences import as_rows, cut, sequences_of
 from peelwise.probe.split import PARTS, Pool, draw_parts, split_faults
-from peelwise.probe.texts import Document, check_text, text_of
+from peelwise.probe.texts import Document, text_of
 from peelwise.records.base import ProbeRecord
 
 if TYPE_CHECKING:
@@ -423,38 +423,6 @@ class Probe:
 
     def _splits(self) -> Iterator[tuple[str, Split]]:
         yield from ((part, getattr(self, part)) for part in PARTS)
-
-
-def sequences_of(
-    text: str | Sequence[str], tokenizer: Any, *, tokens: int | None, sequence_length: int, seed: int
-) -> tuple[list[list[int]], list[int]]:
-    """Return the sequences that documents are cut into, and the number of the document of each.
-
-    The arguments are those of `Probe.from_text`.
-
-    Raises:
-        ProbeError: If there is no text, or none as long as a sequence.
-    """
-    check_sizes(tokens, sequence_length)
-    documents = [text] if isinstance(text, str) else list(text)
-    for number, document in enumerate(documents):
-        if not isinstance(document, str):
-            raise ProbeError(f"Document {number}: expected text, got {type(document).__name__}.")
-        check_text(document, f"Document {number}")
-    documents = [document for document in documents if document.strip()]
-    if not documents:
-        raise ProbeError("The text is empty: expected prose or code to predict. Give more text.")
-    opening = opening_ids(tokenizer)
-    size = sequence_length + 1 - len(opening)
-    streams = encode_documents(tokenizer, documents, tokens, size, seed)
-    chunks, numbers = chunk_documents(streams, size, getattr(tokenizer, "eos_token_id", None))
-    if not chunks:
-        found = sum(map(len, streams))
-        raise ProbeError(
-            f"The text is too short: length {sequence_length} needs {sequence_length + 1} "
-            f"tokens, got {found}. Give more text or a shorter sequence length."
-        )
-    return [opening + chunk for chunk in chunks], numbers
 
 
 def check_vocabulary(probe: Probe, vocab_size: int) -> None:

@@ -11,12 +11,46 @@ from torch import Tensor
 
 from peelwise.errors import ProbeError
 from peelwise.probe.files import from_next_word
+from peelwise.probe.options import check_sizes
+from peelwise.probe.texts import check_text
 
 WHOLE_CHARACTERS = 4 * 2**20  # of all documents together; up to here they are tokenised whole
 FEWEST = (2, 1, 2)  # sequences without which fit, select or report cannot do its work
 _PIECE_CHARACTERS = 16  # per token of a sequence: room for three or four sequences of prose
 _SPARE = 4  # tokens that are drawn from, for each that is asked for
 _PLACES_PER_SEQUENCE = 2
+
+
+def sequences_of(
+    text: str | Sequence[str], tokenizer: Any, *, tokens: int | None, sequence_length: int, seed: int
+) -> tuple[list[list[int]], list[int]]:
+    """Return the sequences that documents are cut into, and the number of the document of each.
+
+    The arguments are those of `Probe.from_text`.
+
+    Raises:
+        ProbeError: If there is no text, or none as long as a sequence.
+    """
+    check_sizes(tokens, sequence_length)
+    documents = [text] if isinstance(text, str) else list(text)
+    for number, document in enumerate(documents):
+        if not isinstance(document, str):
+            raise ProbeError(f"Document {number}: expected text, got {type(document).__name__}.")
+        check_text(document, f"Document {number}")
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise ProbeError("The text is empty: expected prose or code to predict. Give more text.")
+    opening = opening_ids(tokenizer)
+    size = sequence_length + 1 - len(opening)
+    streams = encode_documents(tokenizer, documents, tokens, size, seed)
+    chunks, numbers = chunk_documents(streams, size, getattr(tokenizer, "eos_token_id", None))
+    if not chunks:
+        found = sum(map(len, streams))
+        raise ProbeError(
+            f"The text is too short: length {sequence_length} needs {sequence_length + 1} "
+            f"tokens, got {found}. Give more text or a shorter sequence length."
+        )
+    return [opening + chunk for chunk in chunks], numbers
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from peelwise.errors import ProbeError
 from peelwise.probe.overlap import NEAR_DUPLICATE, OVERLAP, Seen
-from peelwise.probe.probe import sequences_of
 from peelwise.probe.rows import Split, padded
+from peelwise.probe.sequences import sequences_of
 from peelwise.probe.split import key_of
 
 FEWEST = 8  # sequences; fewer have no interval worth the name

@@ -14,8 +14,8 @@ from peelwise.show.words import amount, duration
 _NAMES = 30  # columns of a terminal, so that the tables of stages are alike
 
 _SEVERAL = (
-    " Several processes measure together in a monitored training (Monitor) and in torchrun -m peelwise audit, which "
-    "deals solves out: they are counted for each here. What processes tell each other is left out."
+    " Of all commands, audit alone runs in several processes (torchrun -m peelwise audit): text and solves are shared, "
+    "each process holds the whole model. What they tell each other is left out."
 )
 
 

@@ -25,7 +25,6 @@ class Memory:
         bytes_per_weight: ``b``: 4 in float32, 2 in half precision.
         streamed: whether weights stay in their files.
         base: interpreter and packages, bytes.
-        sharded: processes that the weights of a model are spread over.
         models: how many are in memory, each with its stations.
     """
 
@@ -35,7 +34,6 @@ class Memory:
     bytes_per_weight: int
     streamed: bool
     base: float
-    sharded: int = 1
     models: int = 1
 
     @property
@@ -45,16 +43,9 @@ class Memory:
 
     @property
     def weights(self) -> float:
-        """``b P``; where they stay in files ``b`` times those of a block, or of the head where that is larger.
-
-        Spread over processes each holds its part, and one block or the head gathered.
-        """
+        """``b P``; where they stay in files ``b`` times those of a block, or of the head where that is larger."""
         one = max(self.block, self.shape.head_weights)
-        if self.streamed:
-            return self.bytes_per_weight * one
-        if self.sharded == 1:
-            return self.bytes_per_weight * self.shape.parameters
-        return self.bytes_per_weight * (self.shape.parameters / self.sharded + one)
+        return self.bytes_per_weight * (one if self.streamed else self.shape.parameters)
 
     @property
     def stations(self) -> float:

@@ -31,7 +31,7 @@ def run_plan(
     """
     found = []
     tasks: tuple[Task, ...] = ("check-weights", "check", "audit", "compare")
-    for task in tasks[: 4 if settings.processes == 1 else 3]:  # two models are compared in one process
+    for task in tasks if settings.processes == 1 else ("audit",):  # the one command that several processes share
         tokens, length = texts.get(task, (0, 1))
         tokens = settings.tokens or tokens if tokens else 0
         for way in _ways(shape, settings.processes):
@@ -60,15 +60,15 @@ def planned(
 ) -> tuple[Memory, list[Stage]]:
     """Return the stages of a task, and what is in memory throughout.
 
-    Several processes share the sequences of a probe and the weights of the model; proposals and solves are made in
-    every one of them.
+    Several processes share the sequences of a probe, solves and signals of weights; each holds the whole model and all
+    replacement weights.
 
     Args:
         shape: the model.
         task: what is done.
         way: how its weights are kept.
         text: tokens, and how long a sequence is.
-        processes: that share both.
+        processes: that share an audit.
         loops: how often what depends on the model is done.
         base_bytes: of interpreter and packages.
         probe: the parts of the text, where they are known; else as they are drawn as a rule.
@@ -82,13 +82,14 @@ def planned(
         bytes_of(shape, way),
         way == "stream",
         base_bytes,
-        processes,
         models=2 if task == "compare" else 1,
     )
     if task == "check-weights":
         return memory, stages.check_weights(shape, memory)
-    made = {"check": stages.check, "audit": stages.audit, "compare": stages.compare}[task]
-    return memory, made(shape, probe or Probe.of(tokens / processes, length, micro), memory, loops)
+    probe = probe or Probe.of(tokens / processes, length, micro)
+    if task == "audit":
+        return memory, stages.audit(shape, probe, memory, loops, processes)
+    return memory, (stages.check if task == "check" else stages.compare)(shape, probe, memory, loops)
 
 
 def bytes_of(shape: Shape, way: Way) -> int:
@@ -99,7 +100,7 @@ def bytes_of(shape: Shape, way: Way) -> int:
 
 
 def _ways(shape: Shape, processes: int) -> tuple[Way, ...]:
-    # What several processes share is in their memory.
+    # Each of several processes holds what it measures.
     if not shape.streamable or processes > 1:
         return "float32", "bfloat16"
     # Files in half precision hold what is in memory then; of others a stream is exact, and half precision is not.
@@ -112,7 +113,7 @@ def _timed(shape: Shape, way: Way, memory: Memory, found: list[Stage], settings:
     speed, disk = settings.amount("speed"), settings.amount("disk")
     for place, stage in enumerate(found):
         streamed = stage.work.read_bytes(shape, memory.bytes_per_weight)
-        once = shape.stored_bytes * memory.models / settings.processes if place == 0 else 0.0
+        once = shape.stored_bytes * memory.models if place == 0 else 0.0
         read = streamed if way == "stream" else once
         seconds = None if speed is None else stage.work.operations / speed + (read / disk if disk else 0.0)
         yield StagePlan(

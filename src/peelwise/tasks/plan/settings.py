@@ -13,7 +13,7 @@ class PlanSettings:
 
     Attributes:
         tokens: Tokens of text. Default: what each command takes by itself.
-        processes: Processes that share weights and text, as a training does that is monitored.
+        processes: Processes that share an audit, as torchrun starts them.
         memory: Memory of each process, like 80GB or 16GiB. Default: what is free here.
         speed: Operations per second in products of matrices, like 50G or 20T. Default: no seconds are shown.
         disk: Bytes per second from disk, like 1GB. Default: reading takes no time.
@@ -23,7 +23,7 @@ class PlanSettings:
     """
 
     tokens: int | None = option(None, "Tokens of text.", rule="what each command takes by itself")
-    processes: int = option(1, "Processes that share weights and text, as a training does that is monitored.")
+    processes: int = option(1, "Processes that share an audit, as torchrun starts them.")
     memory: float | str | None = option(None, "Memory of each process, like 80GB or 16GiB.", rule="what is free here")
     speed: float | str | None = option(
         None, "Operations per second in products of matrices, like 50G or 20T.", rule="no seconds are shown"

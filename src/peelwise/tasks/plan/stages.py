@@ -81,18 +81,26 @@ def check(shape: Shape, probe: Probe, memory: Memory, loops: Loops) -> list[Stag
     return [*found, *_witnesses(shape, probe, memory, loops)]
 
 
-def audit(shape: Shape, probe: Probe, memory: Memory, loops: Loops) -> list[Stage]:
-    """Return the stages of an audit with its controls on text that the model was trained on, without a time limit."""
+def audit(shape: Shape, probe: Probe, memory: Memory, loops: Loops, processes: int = 1) -> list[Stage]:
+    """Return the stages of an audit with its controls on text that the model was trained on, without a time limit.
+
+    Args:
+        shape: the model.
+        probe: what one process has of the text.
+        memory: of one process.
+        loops: how often what depends on the model is done.
+        processes: among which solves and signals of weights are dealt out.
+    """
     fit, select, report = probe.parts
     L, half = shape.depth, _half(shape)
-    found = [*_opening(shape, probe, memory), *_look(shape, probe, select, memory)]
+    found = [*_opening(shape, probe, memory), *_look(shape, probe, select, memory, processes)]
     both = memory.proposals(4)  # two directions, and two for shuffled targets
     swept = _swept(shape, fit, select, targets=2)
     found.append(Stage("statistics", swept, both + memory.sums(2)))
-    found.append(Stage("proposals", work.proposals(shape, targets=2), both + memory.sums(2)))
+    found.append(Stage("proposals", work.proposals(shape, targets=2) * (1 / processes), both + memory.sums(2)))
     ablation = work.forward(shape, report, (L - 1) / 2, heads=L)
     found.append(Stage("ablation", ablation, both + memory.logits(report.tokens)))
-    found.append(_joint(shape, probe, memory, loops))
+    found.append(_joint(shape, probe, memory, loops, processes))
     composed = memory.changes()
     out = work.forward(shape, report, hooked=memory.hooked)
     out += work.forward(shape, report, (L + 1) / 2, heads=L, hooked=memory.hooked)
@@ -105,14 +113,14 @@ def audit(shape: Shape, probe: Probe, memory: Memory, loops: Loops) -> list[Stag
             both + composed + memory.changes(2) + memory.splice() + memory.logits(report.tokens),
         )
     )
-    found.append(_untrained(shape, probe, memory, loops))
+    found.append(_untrained(shape, probe, memory, loops, processes))
     kept = memory.proposals() + composed
     fits = work.head_fit(shape, fit, select, report, loops.head_steps)
     if memory.head(0) <= _MOST_BYTES:  # else a head without blocks is left out
         fits += work.head_fit(shape, fit, select, report, loops.blank_steps, blank=True)
     found.append(Stage("head", fits, kept + memory.head(memory.tokens)))
     first = (work.forward(shape, select, half, 1.0) * loops.evaluations + work.forward(shape, report, half, 1.0)) * L
-    again = _alone_again(shape, probe, loops) * max(loops.solo_rounds - 1, 0)
+    again = _alone_again(shape, probe, loops, processes) * max(loops.solo_rounds - 1, 0)
     alone = memory.changes() + memory.proposals(2) / L + memory.splice() / L + memory.logits(report.tokens)
     more = memory.sums(1) if loops.solo_rounds > 1 else 0.0
     found.append(Stage("solo-rounds", first + again, kept + max(alone, memory.changes() + more)))
@@ -175,13 +183,13 @@ def _opening(shape: Shape, probe: Probe, memory: Memory) -> list[Stage]:
     ]
 
 
-def _look(shape: Shape, probe: Probe, seen: Part, memory: Memory) -> list[Stage]:
+def _look(shape: Shape, probe: Probe, seen: Part, memory: Memory, processes: int = 1) -> list[Stage]:
     """Return signals of weights and of a pass, and a few factors on the blocks that stand out."""
     few = probe.select.first(_SCREEN_TOKENS)
     tried = min(_SCREENED, shape.depth) * _BRANCHES * _FACTORS if shape.depth >= LEAST_BLOCKS else 0
     screening = work.forward(shape, few, _half(shape)) * tried
     return [
-        Stage("weight-signals", work.spectra(shape), memory.spectrum()),
+        Stage("weight-signals", work.spectra(shape) * (1 / processes), memory.spectrum()),
         Stage("pass-signals", work.pass_signals(shape, seen), memory.pass_signals(seen.tokens)),
         Stage("gain-witnesses", screening, memory.logits(few.tokens) + memory.one_change),
     ]
@@ -214,13 +222,13 @@ def _swept(shape: Shape, fit: Part, select: Part, targets: int, two_sided: bool 
     return Work(total.operations, blocks=1.0, heads=1.0)  # fit and select go through a block in turn
 
 
-def _joint(shape: Shape, probe: Probe, memory: Memory, loops: Loops) -> Stage:
+def _joint(shape: Shape, probe: Probe, memory: Memory, loops: Loops, processes: int) -> Stage:
     """Return the rounds of all blocks together: the first uses the proposals of the sweep, each further one its own."""
     fit, select, report = probe.parts
     tried = _step(shape, select, report, loops.evaluations, memory.hooked)
     again = work.forward(shape, fit, hooked=memory.hooked) + work.forward(shape, select, hooked=memory.hooked)
     again += _swept(shape, fit, select, 1)
-    again += work.proposals(shape)
+    again += work.proposals(shape) * (1 / processes)
     rounds, more = loops.joint_rounds, max(loops.joint_rounds - 1, 0)
     held = memory.proposals(4) + memory.changes(2) + memory.splice() + memory.logits(report.tokens)
     if more:
@@ -228,12 +236,13 @@ def _joint(shape: Shape, probe: Probe, memory: Memory, loops: Loops) -> Stage:
     return Stage("joint-rounds", tried * rounds + again * more, held)
 
 
-def _untrained(shape: Shape, probe: Probe, memory: Memory, loops: Loops) -> Stage:
+def _untrained(shape: Shape, probe: Probe, memory: Memory, loops: Loops, processes: int) -> Stage:
     """Return the same architecture at initialisation: a third of fit and select, one direction, one joint step."""
     fit, select, report = probe.parts
     fit, select = (Part(p.tokens / 3, p.length, p.micro_batch_tokens) for p in (fit, select))
     own = sum((work.forward(shape, part) for part in (fit, select, report)), Work())
-    own += _swept(shape, fit, select, 1, two_sided=False) + work.proposals(shape, 1, two_sided=False)
+    own += _swept(shape, fit, select, 1, two_sided=False)
+    own += work.proposals(shape, 1, two_sided=False) * (1 / processes)
     own += _step(shape, select, report, max(loops.evaluations // 2, 1), memory.hooked)
     fresh = memory.bytes_per_weight * shape.parameters + memory.stations
     held = memory.proposals(3) + memory.changes(2) + memory.splice() + memory.logits(report.tokens)
@@ -246,7 +255,7 @@ def _step(shape: Shape, select: Part, report: Part, evaluations: int, hooked: bo
     return tried + work.forward(shape, report, hooked=hooked)
 
 
-def _alone_again(shape: Shape, probe: Probe, loops: Loops) -> Work:
+def _alone_again(shape: Shape, probe: Probe, loops: Loops, processes: int) -> Work:
     """Return a further round of every block by itself: gradients go down to it, and its sums are made again."""
     fit, select, report = probe.parts
     L, half = shape.depth, _half(shape)
@@ -254,7 +263,7 @@ def _alone_again(shape: Shape, probe: Probe, loops: Loops) -> Work:
     down = (work.block_gradients(shape, fit) + work.block_gradients(shape, select)) * half
     tails = work.head_gradients(shape, fit) + work.head_gradients(shape, select)
     tried = work.forward(shape, select, half) * loops.evaluations + work.forward(shape, report, half)
-    own = work.sums(shape, fit) + work.sums(shape, select) + work.proposals(shape)
+    own = work.sums(shape, fit) + work.sums(shape, select) + work.proposals(shape) * (1 / processes)
     return (through + down + tails + tried) * L + own
 
 
