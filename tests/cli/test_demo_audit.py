@@ -35,7 +35,7 @@ def test_a_block_that_is_not_there_is_refused():
 def test_both_are_audited_and_shown_on_one_page(tmp_path, stored_stage):
     stored_stage("final")  # a trained model: not for the quick tests
     said = []
-    page = demonstrate(tmp_path / "demo", force=False, say=said.append, plan=PLAN)
+    page = demonstrate(tmp_path / "demo", PLAN, force=False, say=said.append)
     records = {
         each: json.loads((tmp_path / "demo" / each / "certificate.json").read_text()) for each in (HEALTHY, DAMAGED)
     }
@@ -52,4 +52,4 @@ def test_both_are_audited_and_shown_on_one_page(tmp_path, stored_stage):
     assert said[0] == "As it is:"
     assert said[-1] == f"Both on one page: {page}"
     with pytest.raises(OutputError, match="not empty"):
-        demonstrate(tmp_path / "demo", force=False, say=said.append, plan=PLAN)
+        demonstrate(tmp_path / "demo", PLAN, force=False, say=said.append)

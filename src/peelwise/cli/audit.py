@@ -99,8 +99,8 @@ def demo_audit(
     out: Annotated[Path, output(metavar="DIR", help="Folder for both certificates and the page.")] = Path("out/demo"),
     force: ForceOption = False,
     block: Annotated[int, typer.Option(help="Which block is damaged in the copy.", min=0)] = 15,
-    tokens: TokensOption = 4096,
-    budget: Annotated[str, typer.Option(metavar="TIME", help="Wall time of each of the two audits.")] = "420s",
+    tokens: TokensOption = 3072,
+    budget: Annotated[str, typer.Option(metavar="TIME", help="Wall time of each of the two audits.")] = "270s",
 ) -> None:
     """Audit the packaged model twice: as it is, and a copy in which one block writes with the wrong sign.
 
@@ -108,5 +108,4 @@ def demo_audit(
     """
     from peelwise.cli.demo_audit import Plan, demonstrate
 
-    plan = Plan(block=block, tokens=tokens, budget=budget)
-    demonstrate(out, force=force, say=typer.echo, working=at_work, plan=plan)
+    demonstrate(out, Plan(block, tokens, budget), force=force, say=typer.echo, working=at_work)

@@ -40,16 +40,16 @@ class Plan:
     """What is audited.
 
     Attributes:
-        model: folder, file or name.
         block: index of the block that is damaged in the copy.
         tokens: of the reference prose.
         budget: wall time of each of the two audits.
+        model: folder, file or name.
     """
 
+    block: int
+    tokens: int
+    budget: str
     model: str = "smollm2"
-    block: int = 15
-    tokens: int = 4096
-    budget: str = "420s"
 
 
 def damaged(model: nn.Module, block: int) -> nn.Module:
@@ -73,21 +73,21 @@ def damaged(model: nn.Module, block: int) -> nn.Module:
 
 
 def demonstrate(
-    out: Path, *, force: bool, say: Callable[[str], None], working: Working | None = None, plan: Plan | None = None
+    out: Path, plan: Plan, *, force: bool, say: Callable[[str], None], working: Working | None = None
 ) -> Path:
     """Audit both, save both certificates and a page that shows them below each other; return the page's file.
 
     Args:
         out: folder of both certificates and the page.
+        plan: what is audited.
         force: replace what an earlier demonstration left there.
         say: prints a line.
         working: yields a watcher of the progress of one step, given what is done in it.
-        plan: what is audited.
 
     Raises:
         PeelwiseError: If the folder is taken, or the model cannot be opened or audited.
     """
-    plan, working = plan or Plan(), working or _unseen
+    working = working or _unseen
     check_free(out, force=force, ours=PAGE)
     with working(f"Opening {plan.model} ..."):
         target, probe = open_both(plan.model, ProbeOptions(tokens=plan.tokens))
