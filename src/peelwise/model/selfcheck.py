@@ -75,7 +75,7 @@ def self_check(runner: Runner, split: Split, *, gradients: bool = True, causal: 
     trace = _first_trace(runner, few)
     if not math.isfinite(trace.mean):
         return ()  # whoever reads the loss says so
-    _first_replay(runner, few)
+    _first_replay(runner, trace)
     if causal:
         check_causal(runner, trace.batches[0])
     called = {block: _called(runner, block, trace.batches[0]) for block in runner.blocks}
@@ -253,10 +253,10 @@ def _first_trace(runner: Runner, few: Split) -> Trace:
         ) from error
 
 
-def _first_replay(runner: Runner, few: Split) -> None:
+def _first_replay(runner: Runner, trace: Trace) -> None:
     """Call the blocks one by one for the first time; what they raise is about how they want to be called."""
     try:
-        check_replay(runner, few)
+        check_replay(runner, trace)
     except PeelwiseError:
         raise
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError) as error:

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from peelwise.evidence.events import wrong
 from peelwise.model.architectures import find_blocks
-from peelwise.tasks.monitor.vitals import Vitals
+from peelwise.tasks.monitor.vitals import Vitals, _all_zero
 from zoo import ZOO, sample_ids
 
 
@@ -123,6 +123,21 @@ def test_gradients_that_are_no_numbers():
     (found,) = training.check(1)
     assert "non-finite" in found
     assert 2 in found["non-finite"].blocks
+
+
+def test_a_gradient_whose_square_overflows_is_a_number_still():
+    training = Training()
+    training.model.blocks[2].feed_forward[0].weight.register_hook(lambda gradient: torch.full_like(gradient, 1e25))
+    assert "non-finite" not in training.check(1)[0]
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_outputs_without_a_gradient_are_found_wherever_their_only_number_lies(dim):
+    gradient = torch.zeros(300, 200)
+    for row in range(0, 200, 3):
+        gradient[row, row] = 1.0  # most of these lie between the numbers that are looked at first
+    gradient = gradient if dim == 1 else gradient.T
+    assert torch.equal(_all_zero(gradient, dim), (gradient == 0).all(dim=dim))
 
 
 @pytest.mark.parametrize("units", [5, 40])

@@ -186,9 +186,9 @@ def opened_side(runner: Runner, report: Split, fit: Split) -> Side:
         UnsupportedModelError: If calling the blocks one by one is not what the model does.
         ModelError: If its loss is no finite number.
     """
-    few = fit.at(slice(1))
+    few = runner.trace(fit.at(slice(1)))
     check_replay(runner, few)
-    check_causal(runner, runner.trace(few).batches[0])
+    check_causal(runner, few.batches[0])
     trace = runner.trace(report)
     if not math.isfinite(trace.mean):
         name = type(runner.model).__name__

@@ -398,13 +398,13 @@ class Follower:
             except NotCausalError as error:  # a mistake to be told, not a reason to leave the run alone
                 leaks = str(error)
                 notes = first_notes(runner, fit, causal=False)
-            some = fit.at(slice(rows))
-            per_token, began, again = math.inf, time.monotonic(), True
-            while again:  # the first pass of all may take several times as long
+            per_token, began, again, count = math.inf, time.monotonic(), True, 1
+            while again:  # the first pass of all may take several times as long, and one of few rows says little
                 start = time.monotonic()
-                predicted = runner.trace(some).predicted
+                predicted = runner.trace(fit.at(slice(count))).predicted
                 now = time.monotonic()
                 per_token = min(per_token, (now - start) / predicted)
+                count = min(2 * count, rows)
                 # A pass is one of all processes, so how many there are is said by the clock of the first.
                 again = bool(self._processes.broadcast_number(int(now - began < _PILOT_SECONDS)))
         return per_token, notes, leaks
