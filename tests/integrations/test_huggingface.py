@@ -98,6 +98,14 @@ def test_the_loss_of_every_step_is_had_where_the_trainer_logs_none(tmp_path):
     assert sum(losses) / STEPS == pytest.approx(trainer.state.log_history[-1]["train_loss"], rel=1e-4)
 
 
+def test_a_mistake_is_named_whatever_kernels_the_optimiser_has(tmp_path):
+    trainer = trainer_of(tmp_path, weight_decay=50.0)
+    assert "fused" in trainer.args.optim  # the Trainer's default: its steps move no version counter
+    callback = peelwise.attach(trainer, tiny_probe(), store=None)
+    trainer.train()
+    assert [e.kind for e in callback.monitor.events if e.kind == "decay-too-strong"] == ["decay-too-strong"]
+
+
 def test_refusals(tmp_path):
     trainer = trainer_of(tmp_path)
     with pytest.raises(ProbeError, match="Token ids must lie in"):

@@ -48,8 +48,9 @@ class Training:
         return facts
 
 
-def test_updates_of_blocks_are_those_of_all_their_weights():
-    training = Training()
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}])
+def test_updates_of_blocks_are_those_of_all_their_weights(options):
+    training = Training(**options)
     training.step()
     before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
     facts = training.step()
@@ -91,9 +92,18 @@ def test_within_an_accumulation_nothing_is_said():
     assert training.watch.after(0) is None
 
 
+def test_a_fused_optimiser_that_counts_no_steps_is_seen_by_what_it_does():
+    training = Training(make=torch.optim.SGD, fused=True)
+    assert all(moved > 0 for moved in training.step().moved)
+    training.watch.before()
+    training.backward()
+    assert training.watch.after(1) is None
+
+
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(("rate", "lost"), [(1e-5, True), (3e-3, False)])
-def test_updates_that_are_lost_in_half_precision(rate, lost):
-    training = Training(change=lambda m: m.bfloat16(), lr=rate)
+def test_updates_that_are_lost_in_half_precision(rate, lost, fused):
+    training = Training(change=lambda m: m.bfloat16(), lr=rate, fused=fused)
     facts = [training.step() for _ in range(3)][-1]
     assert (facts.lost > 0.5, facts.dtype) == (lost, "bfloat16")
     assert Training(lr=rate).step().lost is None

@@ -21,7 +21,8 @@ class Training:
     def __init__(self, name="plain", fault=None, **options):
         self.model = ZOO[name]().train()
         groups = fault(self.model) if fault else None
-        self.optimizer = torch.optim.AdamW(groups or self.model.parameters(), lr=1e-3)
+        fused = options.pop("fused", False)
+        self.optimizer = torch.optim.AdamW(groups or self.model.parameters(), lr=1e-3, fused=fused)
         self.clear_first, self.clip = options.pop("clear_first", False), options.pop("clip", None)
         self.vitals = Vitals(self.model, find_blocks(self.model), options.pop("optimizer", self.optimizer))
 
@@ -123,6 +124,13 @@ def test_gradients_that_are_no_numbers():
     (found,) = training.check(1)
     assert "non-finite" in found
     assert 2 in found["non-finite"].blocks
+
+
+def test_what_stands_still_is_seen_behind_a_fused_optimiser():
+    training = Training(fault=detach, clear_first=True, fused=True)
+    *_, last = training.check(4)
+    assert last.keys() == {"not-updated"}
+    assert last["not-updated"].blocks == (0, 1)
 
 
 def test_a_gradient_whose_square_overflows_is_a_number_still():

@@ -17,6 +17,7 @@ from peelwise.distributed.sharding import is_sharded
 from peelwise.evidence.facts import UpdateFacts
 from peelwise.model.layers import Block
 from peelwise.tasks.monitor.uncopied import Uncopied
+from peelwise.tasks.monitor.writes import Writes, writes
 
 _SAMPLED = 1024  # numbers of each parameter
 _BACK = 2  # checks that a block is compared with itself over
@@ -42,7 +43,7 @@ class UpdateWatch:
         self._model, self.blocks, self._optimizer, self._alone = model, blocks, optimizer, alone
         self._parameters: list[nn.Parameter] = []
         self._weights: Tensor | None = None  # [sampled], float32
-        self._versions: list[int] = []
+        self._writes: list[Writes] = []
         self._fresh: dict[int, Tensor] = {}  # id of a parameter -> what this step's backward passes have added
         self._stale: dict[int, Tensor] = {}  # id of a parameter -> the gradient at the end of the step before
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -58,7 +59,7 @@ class UpdateWatch:
         if not self._parameters:
             return
         self._weights = _sample(self._parameters)
-        self._versions = [p._version for p in self._parameters]
+        self._writes = writes(self._parameters, self._optimizer)
         small = [p for p in self._parameters if 1 < p.numel() <= _LARGEST_FRESH] if self._alone else []
         for parameter in small[:: max(1, len(small) // _FRESH)][:_FRESH]:
             if parameter.grad is not None:  # else it was cleared, and nothing is left in it
@@ -82,11 +83,13 @@ class UpdateWatch:
             step: its number.
         """
         weights, parameters = self._weights, self._parameters
-        if weights is None or [p._version for p in parameters] == self._versions:
+        if weights is None:
+            return None
+        now = _sample(parameters)
+        if writes(parameters, self._optimizer) == self._writes and torch.equal(now, weights):
             self.drop()  # not stepped: within an accumulation, or skipped by a scaler
             return None
-        stale = self._staleness()
-        now, gradients = _sample(parameters), _sample([_gradient(p) for p in parameters])
+        stale, gradients = self._staleness(), _sample([_gradient(p) for p in parameters])
         sums = _sums(parameters, weights, now, gradients)
         self.drop()
         facts = self._facts(parameters, sums, stale)

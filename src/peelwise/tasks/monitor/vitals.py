@@ -1,6 +1,6 @@
 """Checks of a training run that need no probe: is every parameter reached, stepped and finite?
 
-They read flags, the optimiser's groups, version counters and gradients; nothing is run and nothing is written.
+They read flags, the optimiser's groups and counts, version counters and gradients; nothing is run or written.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from peelwise.distributed.sharding import is_sharded, local_shard
 from peelwise.evidence.events import DEAD_CHECKS, Complaint, Finding
 from peelwise.model.layers import Block, plain_name
 from peelwise.model.refined import adapter_parameters
+from peelwise.tasks.monitor.writes import Writes, writes
 
 _DEAD_SHARE = 0.1  # of a map's outputs; a few dead units are nothing unusual
 _NUMBER = re.compile(r"\d+")  # a block's place in a name
@@ -50,11 +51,11 @@ class Vitals:
         self._parameters: dict[str, nn.Parameter] = {}
         self.blocks = blocks
         self._optimizer = optimizer
-        self._versions: dict[str, int] = {}
+        self._writes: dict[str, Writes] = {}
         self._still: dict[str, int] = {}
         self._zero_rate_before: set[str] = set()
         self._silent: dict[str, Tensor] = {}  # per layer [d_out]: checks in a row without a gradient
-        self._seen_versions: dict[str, int] = {}
+        self._seen_writes: dict[str, Writes] = {}
         self._zeros: dict[str, int] = {}  # of adapters: checks in a row at zero while others moved; -1: it is not
         self._norms: list[float] = []  # of all gradients together, at the latest checks
         self.saw_gradients = False
@@ -109,8 +110,9 @@ class Vitals:
 
         One of an adapter's two matrices begins at zero. Where both do, neither ever gets a gradient.
         """
-        moved = any(p._version != self._seen_versions.get(name, p._version) for name, p in adapters.items())
-        self._seen_versions = {name: p._version for name, p in adapters.items()}
+        now = dict(zip(adapters, writes(list(adapters.values()), self._optimizer), strict=True))
+        moved = any(mark != self._seen_writes.get(name, mark) for name, mark in now.items())
+        self._seen_writes = now
         for name, p in adapters.items():
             before = self._zeros.get(name, 0)
             if before < 0 or p.dim() < 2 or is_sharded(p):
@@ -145,13 +147,13 @@ class Vitals:
 
     def _standing(self, trained: dict[str, nn.Parameter]) -> list[str]:
         """Return parameters that were not written at the last two checks while others were."""
-        versions = {name: p._version for name, p in trained.items()}
-        moved = {name for name, v in versions.items() if v != self._versions.get(name, v)}
+        now = dict(zip(trained, writes(list(trained.values()), self._optimizer), strict=True))
+        moved = {name for name, mark in now.items() if mark != self._writes.get(name, mark)}
         if moved:
-            for name in versions:
-                still = name in self._versions and name not in moved
+            for name in now:
+                still = name in self._writes and name not in moved
                 self._still[name] = self._still.get(name, 0) + 1 if still else 0
-        self._versions = versions
+        self._writes = now
         return [name for name in trained if self._still.get(name, 0) >= 2]
 
     def _dead(self) -> Iterator[Finding]:
