@@ -1,6 +1,7 @@
 """Does a monitor name the mistakes that people make, and say nothing of healthy runs?
 
     python benchmarks/mistakes/run.py [--steps 300] [--budget 0.03] [--seeds 0 1 2] [--only NAME ..] [--name mistakes]
+    python benchmarks/mistakes/run.py --loop trainer --name mistakes_trainer    # in transformers' Trainer
 
 Makes every training of trainings.py with every seed, a monitor beside it as a new user would have it, and notes what it
 said and which letters it showed, until 40 steps after its mistake was named. Resumable: what the result file holds is
@@ -22,6 +23,7 @@ from peelwise.probe.texts import reference_prose
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent / "examples")]
+from in_trainer import LEFT_OUT, trained  # noqa: E402
 from trainings import CONTEXT, HEALTHY, IGNORED, MISTAKES, TRAININGS  # noqa: E402
 
 from common import RESULTS, environment  # noqa: E402
@@ -31,10 +33,10 @@ from monitor import SmallGPT  # noqa: E402
 ORDINARY = {"cost", "few-tokens", "pilot", "no-longer-red"}
 
 
-def train(training, seed, steps, budget, afterwards):
+def in_a_loop(training, seed, steps, budget, afterwards, stream):
+    """Return events, letters, last loss, seconds and share of a training in a loop of its own."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    stream = torch.tensor(list("\n\n".join(reference_prose()).encode()))
     model = SmallGPT()
     training.change(model)
     optimizer = torch.optim.AdamW(training.groups(model, training.rate), lr=training.rate, weight_decay=training.decay)
@@ -60,13 +62,20 @@ def train(training, seed, steps, budget, afterwards):
             losses.append(loss.item())
             if found is not None:
                 letters.append({"step": step, "kind": found.kind, "loss": found.probe_loss, "letters": found.letters})
-        seconds, share = time.perf_counter() - start, monitor.share
+        seconds = time.perf_counter() - start
+    return {"monitor": monitor, "loss": losses[-1], "seconds": seconds, "letters": letters}
+
+
+def train(training, seed, steps, budget, afterwards, loop):
+    stream = torch.tensor(list("\n\n".join(reference_prose()).encode()))
+    found = LOOPS[loop](training, seed, steps, budget, afterwards, stream)
+    monitor, letters = found["monitor"], found["letters"]
     events = [e for e in monitor.events if e.kind not in ORDINARY]
     named = [e.step for e in events if e.kind in training.kinds]
     return {
-        "loss": losses[-1],
-        "seconds": seconds,
-        "share": share,
+        "loss": found["loss"],
+        "seconds": found["seconds"],
+        "share": monitor.share,
         "named_at": named[0] if named else None,
         "green_cells": sum(each["letters"].count("G") for each in letters),
         "cells": sum(len(each["letters"]) for each in letters),
@@ -76,6 +85,9 @@ def train(training, seed, steps, budget, afterwards):
         ],
         "measurements": letters,
     }
+
+
+LOOPS = {"own": in_a_loop, "trainer": trained}
 
 
 def summary(runs):
@@ -103,6 +115,7 @@ def main():
     parser.add_argument("--budget", type=float, default=0.03)
     parser.add_argument("--afterwards", type=int, default=40, help="steps to follow it once its mistake was named")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--loop", choices=list(LOOPS), default="own", help="a plain loop, or transformers' Trainer")
     parser.add_argument("--only", nargs="+", help="trainings, by the beginning of their names")
     parser.add_argument("--name", default="mistakes", help="of the result file")
     options = parser.parse_args()
@@ -114,8 +127,10 @@ def main():
             key = f"{name} | {seed} | {options.steps} | {options.budget}"
             if key in runs or (options.only and not name.startswith(tuple(options.only))):
                 continue
+            if options.loop == "trainer" and name in LEFT_OUT:
+                continue
             try:
-                runs[key] = train(training, seed, options.steps, options.budget, options.afterwards)
+                runs[key] = train(training, seed, options.steps, options.budget, options.afterwards, options.loop)
             except peelwise.errors.UnsupportedModelError as error:  # a monitor that could not be made ends the training
                 runs[key] = {"refused": str(error), "named_at": None, "loss": None, "events": [], "green_cells": 0}
             said = [(e["step"], e["kind"]) for e in runs[key]["events"]]
