@@ -82,6 +82,16 @@ def test_a_verdict_lasts_while_nothing_contradicts_it_and_the_run_is_not_twice_a
     assert add(made, 451, visit_of(2.9)).letters == "????"
 
 
+def test_a_verdict_outlasts_two_measurements_however_far_apart_they_are():
+    unsure = Paired(0.014, 0.004, 30)
+    made = chronicle()
+    assert add(made, 200, visit_of(3.0, alone={0: NOTHING})).letters[0] == "G"
+    letters = [add(made, step, visit_of(3.0, alone={0: unsure})).letters[0] for step in (600, 900, 1200)]
+    assert letters == ["G", "G", "?"]
+    assert add(made, 1300, visit_of(3.0, alone={0: NOTHING})).letters[0] == "G"
+    assert add(made, 1301, visit_of(3.05, alone={0: unsure})).letters[0] == "?"  # the loss has risen
+
+
 def test_a_red_that_lasts_is_yellow_while_the_loss_falls():
     made = chronicle()
     assert add(made, 200, visit_of(3.0, alone={0: MUCH})).letters[0] == "R"

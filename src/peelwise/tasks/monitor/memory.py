@@ -15,6 +15,7 @@ Name = Literal["recoverable", "unique", "first_order"]
 
 _NAMES: tuple[Name, ...] = ("recoverable", "unique", "first_order")
 _SHORTEST = 50  # steps that a verdict is kept at least
+_UNANSWERED = 2  # later measurements that decide nothing, which it outlasts where they are far apart
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,20 @@ class Found:
 
 @dataclass(frozen=True)
 class _Decided:
-    """A verdict that was decided: by a measurement of which step, and the probe's loss then."""
+    """A verdict that was decided: by a measurement of which step, the probe's loss then, how many found nothing since.
+
+    Attributes:
+        unanswered: later measurements that decided nothing of the block.
+    """
 
     verdict: Verdict
     step: int
     loss: float
+    unanswered: int = 0
+
+    def is_old(self, step: int) -> bool:
+        """Whether the run is twice as long as when it was measured, and later measurements could not renew it."""
+        return step > 2 * self.step + _SHORTEST and self.unanswered > _UNANSWERED
 
 
 @dataclass
@@ -155,9 +165,10 @@ class Memory:
         """Yield the verdicts, where an undecided block keeps what was decided before and nothing has contradicted.
 
         A measurement of few tokens that decides nothing is no news, and neither is it that training has moved on. A
-        verdict is kept until the run is twice as long as when it was measured; green only while the loss has not risen
-        by the margin and what is measured stays below it, others only while the measurement counts and is above it, or,
-        where they were about the progress of training, while that goes on.
+        verdict is kept until the run is twice as long as when it was measured and more than two measurements have not
+        renewed it; green only while the loss has not risen by the margin and what is measured stays below it, others
+        only while the measurement counts and is above it, or, where they were about the progress of training, while
+        that goes on.
         """
         for block, verdict in enumerate(verdicts):
             found = self.of(block, verdict)
@@ -166,11 +177,9 @@ class Memory:
             old = self._decided.get(block)
             if verdict.colour != "grey" or old is None:
                 yield verdict
-            elif (
-                verdict.interaction
-                or step > 2 * old.step + _SHORTEST
-                or self._contradicted(block, old, loss, margin, falling=falling)
-            ):
+                continue
+            self._decided[block] = old = replace(old, unanswered=old.unanswered + 1)
+            if verdict.interaction or old.is_old(step) or self._contradicted(block, old, loss, margin, falling=falling):
                 del self._decided[block]
                 yield verdict
             else:
