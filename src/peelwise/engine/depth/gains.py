@@ -108,7 +108,7 @@ def factors_on_branches(session: Session, few: Sequence[Parts]) -> list[BranchFa
                 continue
             tried = changes | {branch.writer: scaled_change(branch.writer, factor)}
             after = session.select.mean_of(session.losses(session.select, tried, start))
-            if after < before - default_margin(session.select.mean):
+            if after < before - default_margin(session.select.mean, session.probe.unit):
                 kept.append(BranchFactor(parts.block.index, branch.name, branch.writer, factor))
                 changes, before, best = tried, after, found
     return kept
@@ -171,7 +171,7 @@ def _composed(session: Session, found: Sequence[tuple[GainWitness, Changes]]) ->
         if not changes.keys().isdisjoint(own):
             continue
         loss = session.select.mean_of(session.losses(session.select, changes | own))
-        if loss < best - (0.0 if kept else default_margin(session.select.mean)):
+        if loss < best - (0.0 if kept else default_margin(session.select.mean, session.probe.unit)):
             kept, changes, best = kept | {i}, changes | own, loss
     return kept, session.losses(session.report, changes) if kept else None
 

@@ -17,15 +17,18 @@ from peelwise.show.words import (
     NOT_MEASURED,
     VERDICTS,
     amount,
+    behind,
     bracket,
     control_sentence,
     counts,
     duration,
+    in_title,
     is_bounded,
     is_interaction,
     is_measured,
     nats,
     note_words,
+    own_data,
     percent,
     ranking,
     significant,
@@ -35,6 +38,12 @@ from peelwise.show.words import (
 
 # The signals of the table of blocks; their cells differ, so each is written out in `_block_row`.
 _COLUMNS = ("recoverable", "unique", "removal", RANKED_BY, "gradient_norm")
+ON_BATCHES = (
+    "The probe is of batches, whose tensors are in the folder, so losses are recomputed from Python with the model in "
+    "hand; a loss that was given is a function, which no file holds. This finds forged numbers, but not weights that "
+    "were fitted to the very examples they are reported on."
+)
+VERIFY_BATCHES = "peelwise.verify(DIR, model, loss=..)"
 _MISSING = f"{NOT_IN_BUDGET[0].upper()}{NOT_IN_BUDGET[1:]}."
 
 
@@ -43,7 +52,7 @@ def recoverable(record: AuditRecord) -> str:
     shapes = " · ".join(f"{VERDICTS[colour].shape} {VERDICTS[colour].short}" for colour in counts(record))
     caption = [
         f"{esc(shapes)}. Lines are 95 % intervals; the dashed line is the margin, "
-        f"{nats(record.margin_nats)} nats per token. Neighbours can do part of each other's work, so the two "
+        f"{nats(record.margin_nats)}{esc(behind(record))}. Neighbours can do part of each other's work, so the two "
         "rows answer different questions."
     ]
     asked = [block for block in record.blocks if not block.frozen]
@@ -86,7 +95,9 @@ def losses(record: AuditRecord) -> str:
         (esc(name), _value(nats(value)), _value(gain) if value is not None else "", esc(meaning))
         for name, value, gain, meaning in rows
     ]
-    listing = table(("", "loss", "gain", "what it is"), cells, caption="Losses on report, nats per token", style="wide")
+    listing = table(
+        ("", "loss", "gain", "what it is"), cells, caption=f"Losses on report{in_title(record)}", style="wide"
+    )
     style = "good" if record.informative else "warning"
     picture = chart(
         charts.losses(record), "Each line starts at the loss now.", f"Witness and controls: {NOT_IN_BUDGET}."
@@ -197,6 +208,8 @@ def verifying(record: SealedRecord) -> str:
         "fitted to the very text they are reported on."
     )
     command = "<pre><code>peelwise verify DIR --model MODEL --text FILE\npeelwise verify DIR</code></pre>"
+    if not own_data(record):
+        steps, command = paragraph(ON_BATCHES), f"<pre><code>{esc(VERIFY_BATCHES)}</code></pre>"
     if record.witness is None:
         return section("verify", "How to verify", steps, command, paragraph(f"Replacement weights: {NOT_IN_BUDGET}."))
     witness = record.witness
@@ -270,11 +283,27 @@ def _about_text(probe: ProbeRecord | None, seed: int) -> tuple[tuple[str, object
     return (
         ("probe", probe.source),
         ("probe fingerprint", probe.fingerprint),
+        *(_about_examples(probe) if probe.loss is not None else _about_sequences(probe)),
+        ("seed", seed),
+    )
+
+
+def _about_sequences(probe: ProbeRecord) -> tuple[tuple[str, object], ...]:
+    return (
         ("fit", f"{probe.fit_tokens:,} tokens in {probe.fit_sequences:,} sequences"),
         ("select", f"{probe.select_tokens:,} tokens in {probe.select_sequences:,} sequences"),
         ("report", f"{probe.report_tokens:,} tokens in {probe.report_sequences:,} sequences"),
         ("sequence length", f"{probe.sequence_length:,}"),
-        ("seed", seed),
+    )
+
+
+def _about_examples(probe: ProbeRecord) -> tuple[tuple[str, object], ...]:
+    given = "of a function that no file holds" if probe.loss == "given" else "the cross-entropy of the labels"
+    return (
+        ("loss", f"{probe.unit}, {given}"),
+        ("fit", f"{probe.fit_sequences:,} examples"),
+        ("select", f"{probe.select_sequences:,} examples"),
+        ("report", f"{probe.report_sequences:,} examples"),
     )
 
 

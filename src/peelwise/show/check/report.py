@@ -28,7 +28,7 @@ from peelwise.show.check.words import (
 )
 from peelwise.show.html.markup import esc, pairs, paragraph, section, table
 from peelwise.show.html.page import document, heading
-from peelwise.show.words import bracket, nats, note_words, significant
+from peelwise.show.words import behind, bracket, in_title, nats, note_words, own_data, significant
 
 MOST_IN_A_ROW = 32
 MOST_STORIES = 8  # named blocks that are told one by one
@@ -75,6 +75,9 @@ def _verifying(record: CheckRecord) -> str:
             "every signal, score and named block."
         )
         commands = ["peelwise verify DIR --model MODEL --text FILE"]
+    if record.probe is not None and not own_data(record):
+        code = f"<pre><code>{esc(sections.VERIFY_BATCHES)}</code></pre>"
+        return section("verify", "How to verify", paragraph(sections.ON_BATCHES), code)
     commands.append("peelwise verify DIR --model MODEL --full")
     code = "\n".join(commands)
     return section("verify", "How to verify", paragraph(said), f"<pre><code>{code}</code></pre>")
@@ -92,7 +95,7 @@ def _header(record: CheckRecord) -> str:
 
 def _strip(record: CheckRecord) -> str:
     """All blocks by score, and what the factors gain: what a reader in a hurry should see."""
-    side = [("loss on report", f"{nats(record.loss)} nats per token")] if record.loss is not None else []
+    side = [("loss on report", f"{nats(record.loss)}{behind(record)}")] if record.loss is not None else []
     if record.composed_gain is not None:
         gain = f"{nats(record.composed_gain.mean, signed=True)} {bracket(record.composed_gain)}"
         side += [("loss with the best factors", nats(record.composed_loss)), ("gain", gain)]
@@ -185,7 +188,7 @@ def _witnesses(record: CheckRecord) -> str:
     )
     if record.composed_gain is not None:
         about += f" Those marked as together gain {nats(record.composed_gain.mean)} {bracket(record.composed_gain)}."
-    titles = ("block", "part", "factor", "gain, nats per token", "gain on select", "together")
+    titles = ("block", "part", "factor", f"gain{in_title(record)}", "gain on select", "together")
     listing = table(titles, cells, caption="Gain witnesses") if shown else ""
     rest = len(record.gain_witnesses) - len(shown)
     more = paragraph(rest_words(rest), "small") if rest else ""
