@@ -365,7 +365,10 @@ class Runner:
 
     def own_loss(self, batch: Batch) -> Tensor:
         """Return the summed loss of the model's own forward, in the graph where gradients are on."""
-        return (_losses_of(self._call(batch), batch.targets, batch) * batch.weights).sum()
+        loss = (_losses_of(self._call(batch), batch.targets, batch) * batch.weights).sum()
+        if batch.examples is not None and torch.is_grad_enabled() and not loss.requires_grad:
+            raise _no_gradient(self.model, batch)
+        return loss
 
     def _traced(self, batch: Batch) -> Tensor:
         """Run the model once, filling the batch's stations and calls; return its sequence losses."""

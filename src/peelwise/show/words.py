@@ -252,10 +252,25 @@ def in_title(record: SealedRecord) -> str:
     return f",{said}" if said else ""
 
 
+def is_of_batches(record: SealedRecord) -> bool:
+    """Whether the probe is of examples with a loss of their own, so that nothing is said of text and tokens."""
+    probe: ProbeRecord | None = record.probe  # a check may have none
+    return probe is not None and probe.loss is not None
+
+
+def data_words(record: SealedRecord) -> str:
+    """Return what was measured on."""
+    return "examples" if is_of_batches(record) else "text"
+
+
+def this_data(record: SealedRecord) -> str:
+    """Return what was measured on, as that and no other."""
+    return "these examples" if is_of_batches(record) else "this text"
+
+
 def own_data(record: SealedRecord) -> str:
     """Return what stands behind ``peelwise verify FOLDER`` to try a witness on data of one's own, if it can be."""
-    probe: ProbeRecord | None = record.probe  # a check may have none
-    return "" if probe is not None and probe.loss is not None else " --text FILE"
+    return "" if is_of_batches(record) else " --text FILE"
 
 
 def short_unit(record: SealedRecord) -> str:
@@ -434,7 +449,9 @@ def gain_sentence(record: AuditRecord) -> str:
     if record.loss.composed is None or gain is None:
         return f"All blocks refined together: {NOT_IN_BUDGET}."
     if gain.low > 0:
-        return "lower loss with the replacement weights, on text they were neither fitted nor chosen on"
+        return (
+            f"lower loss with the replacement weights, on {data_words(record)} they were neither fitted nor chosen on"
+        )
     if gain.high < 0:
         return "higher loss with the replacement weights: this witness proves nothing"
     return "change of the loss with the replacement weights; the interval contains zero, so nothing is proven"

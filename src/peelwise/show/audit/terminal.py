@@ -15,7 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from peelwise.records.audit import AuditRecord, BlockRecord
+from peelwise.records.audit import AuditRecord, BlockRecord, LossRecord
 from peelwise.records.base import Interval, SealedRecord
 from peelwise.records.plain_text import clean
 from peelwise.records.signals import RANKED_BY, SIGNALS
@@ -37,6 +37,7 @@ from peelwise.show.words import (
     in_title,
     is_interaction,
     is_measured,
+    is_of_batches,
     nats,
     note_words,
     own_data,
@@ -222,25 +223,32 @@ def _losses(record: AuditRecord) -> RenderableType:
     gain = "" if loss.composed_gain is None else f"gain {with_ends(loss.composed_gain)}"
     shuffled = "" if loss.shuffled_gain is None else f"gain {with_ends(loss.shuffled_gain)}"
     start = "" if loss.untrained_start is None else f"from {nats(loss.untrained_start)} at initialisation"
-    rows = (
+    of_batches = is_of_batches(record)
+    rows: tuple[tuple[str, float | None, str], ...] = (
         ("now", loss.current, ""),
         ("composed witness", loss.composed, gain),
-        ("control: head re-fitted", loss.head_control, ""),
+        *([] if of_batches else [("control: head re-fitted", loss.head_control, "")]),
         ("control: shuffled targets", loss.shuffled, shuffled),
         ("control: untrained", loss.untrained, start),
-        ("baseline: without blocks", loss.without_blocks, ""),
-        ("baseline: counting tokens", loss.unigram, ""),
+        *([] if of_batches else _baselines(loss)),
     )
     for name, value, remark in rows:
         bold = "bold" if name in ("now", "composed witness") else ""
         table.add_row(Text(name, style=bold), Text(nats(value), style=bold or "dim"), Text(remark))
-    if record.head is not None:
+    if of_batches:
+        head = ""
+    elif record.head is not None:
         head = f"head by itself: gain {with_ends(record.head.recoverable_nats)}"
     else:
         head = f"head by itself: {NOT_IN_BUDGET}"
     title = Text(f"Loss on report{in_title(record)}", style="bold")
     style = "" if record.informative else "bold yellow"
-    return Group(title, Padding(table, (0, 0, 0, 1)), Text(f" {head}"), Text(control_sentence(record), style))
+    shown = [Text(f" {head}")] if head else []
+    return Group(title, Padding(table, (0, 0, 0, 1)), *shown, Text(control_sentence(record), style))
+
+
+def _baselines(loss: LossRecord) -> list[tuple[str, float | None, str]]:
+    return [("baseline: without blocks", loss.without_blocks, ""), ("baseline: counting tokens", loss.unigram, "")]
 
 
 def _closing(record: AuditRecord, folder: str | None) -> RenderableType:

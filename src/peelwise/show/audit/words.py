@@ -12,7 +12,17 @@ from peelwise.evidence.verdict import idle, own_gains_decide
 from peelwise.records.audit import AuditConclusion, AuditRecord, BlockRecord
 from peelwise.records.base import Interval
 from peelwise.records.codes import INTERACTS
-from peelwise.show.words import BASELINES, SHARED, UNDAMAGED, VERDICTS, behind, is_bounded, reason_words
+from peelwise.show.words import (
+    BASELINES,
+    SHARED,
+    UNDAMAGED,
+    VERDICTS,
+    behind,
+    is_bounded,
+    is_of_batches,
+    reason_words,
+    this_data,
+)
 
 _MOST_LISTED, _MOST_HARMFUL = 6, 3
 GAINS = {"solo": "solo gain", "marginal": "marginal gain (leave-one-out)"}
@@ -47,7 +57,7 @@ def reasons(record: AuditRecord) -> tuple[str, ...]:
             code = follows[place].reason
         words = VERDICTS[block.verdict].words
         found.append(reason_words(code + (INTERACTS if block.interaction else "")) if code else words)
-    return tuple(found)
+    return tuple(said.replace("probe tokens", "examples") for said in found) if is_of_batches(record) else tuple(found)
 
 
 def _first(record: AuditRecord, found: AuditConclusion) -> str:
@@ -56,7 +66,9 @@ def _first(record: AuditRecord, found: AuditConclusion) -> str:
         named = f"block{'' if count == 1 else 's'} {listed(found.blocks)}"
         return f"{count} of {blocks} blocks certified under-optimised ({named})."
     if found.case == "recoverable":
-        return f"No block is certified under-optimised; {count} of {blocks} have recoverable loss on {_data(record)}."
+        return (
+            f"No block is certified under-optimised; {count} of {blocks} have recoverable loss on {this_data(record)}."
+        )
     if found.case == "none-found" and own_gains_decide(record.probe.in_distribution, record.rule):
         return (
             f"None found: of {count} blocks measured (of {blocks}), none is shown to have more than "
@@ -91,7 +103,7 @@ def _together(record: AuditRecord) -> str:
         return f"Refined together, the blocks lower the loss by {composed.mean:.3f}{unit} {interval}."
     block, own = largest
     return (
-        f"All blocks together could adapt to {_data(record)} by {composed.mean:.3f}{unit} {interval}; of its own, "
+        f"All blocks together could adapt to {this_data(record)} by {composed.mean:.3f}{unit} {interval}; of its own, "
         f"block {block} has most to gain: {own.mean:.3f}."
     )
 
@@ -209,10 +221,6 @@ def _frozen(record: AuditRecord) -> str:
     one = len(frozen) == 1
     what = f"Block {frozen[0]} is" if one else f"{len(frozen)} blocks ({listed(frozen)}) are"
     return f"{what} frozen and {'was' if one else 'were'} not asked about."
-
-
-def _data(record: AuditRecord) -> str:
-    return "this text" if record.probe.loss is None else "these examples"
 
 
 def _block(record: AuditRecord, index: int) -> BlockRecord | None:

@@ -29,7 +29,17 @@ from peelwise.show.check.words import (
     share_of_bar,
     shown_witnesses,
 )
-from peelwise.show.words import amount, duration, nats, note_words, own_data, short_unit, significant, with_ends
+from peelwise.show.words import (
+    amount,
+    data_words,
+    duration,
+    nats,
+    note_words,
+    own_data,
+    short_unit,
+    significant,
+    with_ends,
+)
 
 MOST_BLOCKS, MOST_WITNESSES = 6, 8
 LEVELS = "▁▂▃▄▅▆▇█"
@@ -163,7 +173,7 @@ def _witnesses(record: CheckRecord) -> RenderableType:
         head = "" if witness.head is None else f", head {witness.head}"
         part = clean(part_words(witness.part) + head)
         table.add_row(str(witness.block), part, f"{witness.factor:.3g}", with_ends(witness.gain, 3))
-    title = "\nGain witnesses: what one factor on a part gains, on text that it was not chosen on"
+    title = f"\nGain witnesses: what one factor on a part gains, on {data_words(record)} that it was not chosen on"
     lines: list[RenderableType] = [Text(title, style="bold"), *([table] if shown else [])]
     if len(shown) > MOST_WITNESSES:
         lines.append(Text(f"and {len(shown) - MOST_WITNESSES} more in the record.", style="dim"))

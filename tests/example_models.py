@@ -1,0 +1,121 @@
+"""Models that predict no next tokens, small and real, and batches for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+IDS, CLASSES = 60, 10
+
+
+def words(examples: int = 24, length: int = 12, seed: int = 0) -> dict[str, Tensor]:
+    """Return ids with padding behind most of them."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, IDS, (examples, length), generator=generator)
+    lengths = torch.randint(length // 2, length + 1, (examples, 1), generator=generator)
+    mask = (torch.arange(length) < lengths).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def masked(examples: int = 24, seed: int = 0) -> dict[str, Tensor]:
+    """Return ids of which every fourth is asked for."""
+    batch = words(examples, seed=seed)
+    asked = batch["attention_mask"].bool() & (torch.arange(12) % 4 == 0)
+    return batch | {"labels": batch["input_ids"].where(asked, -100)}
+
+
+def classified(examples: int = 24, seed: int = 0) -> dict[str, Tensor]:
+    """Return ids with one class for each row."""
+    return (batch := words(examples, seed=seed)) | {"labels": batch["input_ids"][:, 0] % CLASSES}
+
+
+def pairs(examples: int = 24, seed: int = 0) -> dict[str, Tensor]:
+    """Return rows and shorter rows that are to be made of them, some of them padded."""
+    batch = words(examples, seed=seed)
+    labels = batch["input_ids"][:, :7].flip(1).clone()
+    labels[::3, 5:] = -100
+    return batch | {"labels": labels}
+
+
+def images(examples: int = 24, seed: int = 0) -> dict[str, Tensor]:
+    """Return 8 x 8 images of noise and a class for each."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.rand(examples, 1, 8, 8, generator=generator)
+    return {"pixel_values": pixels, "labels": torch.randint(CLASSES, (examples,), generator=generator)}
+
+
+def bert(kind: str = "BertForMaskedLM", layers: int = 5) -> nn.Module:
+    """Return a BERT of random weights, in eval mode."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=IDS, hidden_size=32, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=32, num_labels=CLASSES, initializer_range=0.1,
+    )  # fmt: skip
+    model: nn.Module = getattr(transformers, kind)(config).eval()
+    return model
+
+
+def bert_classifier() -> nn.Module:
+    """Return a BERT with a head for classes."""
+    return bert("BertForSequenceClassification")
+
+
+def vit(layers: int = 6) -> nn.Module:
+    """Return a vision transformer of random weights, in eval mode."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=8, patch_size=2, num_channels=1, hidden_size=32, num_hidden_layers=layers, num_attention_heads=2,
+        intermediate_size=64, num_labels=CLASSES, initializer_range=0.1,
+    )  # fmt: skip
+    return ViTForImageClassification(config).eval()
+
+
+def t5() -> nn.Module:
+    """Return an encoder-decoder of random weights, in eval mode."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=IDS, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_decoder_layers=5, num_heads=2,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config).eval()
+
+
+KINDS: dict[str, tuple[Any, Any]] = {
+    "masked": (bert, masked),
+    "classifier": (bert_classifier, classified),
+    "images": (vit, images),
+    "encoder-decoder": (t5, pairs),
+}
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """Return the images ``[1797, 1, 8, 8]`` of scikit-learn's digits, shuffled, and their classes."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(0))
+    return torch.tensor(found.images).float()[order, None] / 16, torch.tensor(found.target).long()[order]
+
+
+def trained_vit(steps: int = 200) -> nn.Module:
+    """Return a vision transformer trained on the first 1,200 digits, some four seconds on one core."""
+    pixels, labels = digits()
+    model = vit().train()
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        rows = torch.randint(1200, (64,), generator=generator)
+        model(pixel_values=pixels[rows], labels=labels[rows]).loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model.eval()
