@@ -88,6 +88,54 @@ def t5() -> nn.Module:
     return T5ForConditionalGeneration(config).eval()
 
 
+class DiffusionBlock(nn.Module):
+    """A block of a diffusion transformer: what conditions it scales, shifts and gates both branches."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = (nn.LayerNorm(width, elementwise_affine=False) for _ in range(2))
+        self.attn_qkv, self.attn_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp_up, self.mlp_down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)
+        q, k, v = (part[:, None] for part in self.attn_qkv(self.norm1(x) * (1 + scale1) + shift1).chunk(3, dim=-1))
+        seen = nn.functional.scaled_dot_product_attention(q, k, v)[:, 0]
+        x = x + gate1 * self.attn_out(seen)
+        inside = nn.functional.gelu(self.mlp_up(self.norm2(x) * (1 + scale2) + shift2))
+        return x + gate2 * self.mlp_down(inside)
+
+
+class Diffusion(nn.Module):
+    """A diffusion transformer (DiT) of one's own: noise is predicted of noisy images, a time and a class."""
+
+    def __init__(self, layers: int = 5, width: int = 32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches, self.places = nn.Conv2d(1, width, 2, 2), nn.Parameter(torch.randn(16, width) / 4)
+        self.times, self.classes = nn.Linear(1, width), nn.Embedding(CLASSES, width)
+        self.blocks = nn.ModuleList(DiffusionBlock(width) for _ in range(layers))
+        self.out = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Return the noise ``[b, 16, 4]`` of each patch."""
+        hidden = self.patches(x).flatten(2).mT + self.places
+        c = self.times(t[:, None]) + self.classes(y)
+        for block in self.blocks:
+            hidden = block(hidden, c)
+        return self.out(hidden)
+
+
+def noisy(examples: int = 24, seed: int = 0) -> dict[str, Tensor]:
+    """Return what a diffusion transformer is called with, and the noise that its loss alone is given."""
+    generator = torch.Generator().manual_seed(seed)
+    noise, t = torch.randn(examples, 1, 8, 8, generator=generator), torch.rand(examples, generator=generator)
+    x = t[:, None, None, None] * noise
+    patches = nn.functional.unfold(noise, 2, stride=2).mT
+    return {"x": x, "t": t, "y": torch.randint(CLASSES, (examples,), generator=generator), "noise": patches}
+
+
 KINDS: dict[str, tuple[Any, Any]] = {
     "masked": (bert, masked),
     "classifier": (bert_classifier, classified),

@@ -92,6 +92,14 @@ def test_what_is_stored_comes_back_and_can_be_told_without_torch(tmp_path: Any) 
     assert again.record() == probe.record()
 
 
+def test_what_is_asked_for_of_tokens_is_told_without_torch_too(tmp_path: Any) -> None:
+    ids = torch.randint(1, 50, (24, 6))
+    probe = Probe.from_tokens(ids.tolist(), labels=torch.where(ids % 2 == 0, ids, -100).tolist())
+    path = tmp_path / "probe.safetensors"
+    save_file(probe.to_tensors(), path)
+    assert _probe_fingerprint(path) == probe.fingerprint
+
+
 def test_batches_of_several_lengths_are_filled_up_where_a_mask_says_what_is_read() -> None:
     short, long = batch(12, 4), batch(12, 7, seed=1)
     probe = Probe.from_batches([short, long])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import peelwise
-from example_models import KINDS, bert, digits, trained_vit
+from example_models import KINDS, Diffusion, bert, digits, noisy, trained_vit
 from peelwise.certificate.base import tolerance_of, unit_loss
 from peelwise.errors import CertificateError, OptionError
 from peelwise.evidence.verdict import default_margin
@@ -60,7 +60,7 @@ def checked(broken: nn.Module, probe: peelwise.Probe) -> Any:
 @pytest.fixture(scope="module")
 def audited(broken: nn.Module, probe: peelwise.Probe) -> Any:
     before = fingerprint(broken)
-    report = peelwise.audit(broken, probe, AuditSettings("60s", 2, 1))
+    report = peelwise.audit(broken, probe, AuditSettings("3m", 2, 1))
     assert fingerprint(broken) == before
     return report
 
@@ -148,6 +148,24 @@ def test_a_loss_of_ones_own_has_its_unit_and_is_given_again_to_verify(
     assert other.status == "does not hold"
 
 
+def squared(outputs: Tensor, batch: Any) -> Tensor:
+    return (outputs - batch["noise"]).square().flatten(1).mean(dim=1)
+
+
+def test_a_diffusion_transformer_of_ones_own_is_checked_with_its_own_loss(tmp_path: Path) -> None:
+    model, batch = Diffusion().eval(), noisy(120)
+    probe = peelwise.Probe.from_batches([batch], squared, unit="squared error")
+    report = peelwise.check(model, probe)
+    columns = probe.report.taken(probe.report.inputs)  # type: ignore[attr-defined]
+    with torch.no_grad():
+        loss = float(squared(model(columns["x"], columns["t"], columns["y"]), columns).mean())
+    assert report.record.loss == pytest.approx(loss, rel=1e-5)
+    audit = peelwise.audit(model, probe, AuditSettings("3m", 1, 1, controls=False))
+    assert audit.record.loss.composed_gain.low > audit.record.margin_nats  # of random weights much is left
+    assert "squared error" in audit.conclusion
+    assert peelwise.verify(audit.save(tmp_path / "dit"), model, loss=squared).holds
+
+
 @pytest.mark.parametrize("kind", ["masked", "classifier", "encoder-decoder"])
 def test_every_kind_has_a_check_and_an_audit_whose_certificates_hold(kind: str, tmp_path: Path) -> None:
     make, batches = KINDS[kind]
@@ -155,7 +173,7 @@ def test_every_kind_has_a_check_and_an_audit_whose_certificates_hold(kind: str, 
     before = fingerprint(model)
     check = peelwise.check(model, probe)
     assert all(block.score is not None for block in check.record.blocks)
-    audit = peelwise.audit(model, probe, AuditSettings("60s", 1, 1))
+    audit = peelwise.audit(model, probe, AuditSettings("3m", 1, 1, controls=False))
     assert audit.record.complete
     assert audit.record.loss.composed_gain is None or audit.record.loss.composed_gain.sequences == 14
     assert fingerprint(model) == before
