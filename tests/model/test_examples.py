@@ -129,6 +129,30 @@ class Shifted(nn.Module):
         return out
 
 
+class Half(nn.Module):
+    """A block that hands on every other position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x)[:, ::2]
+
+
+class Halving(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.h = nn.ModuleList([Half(), Half()])
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        x = pixel_values[:, 0]
+        for block in self.h:
+            x = block(x)
+        return self.head(x.mean(dim=1))
+
+
 def squared(outputs: Any, batch: Any) -> Tensor:
     return (outputs.logits - batch["wanted"]).square().mean(dim=1)
 
@@ -140,6 +164,8 @@ def wanted(examples: int = 24) -> dict[str, Tensor]:
 REFUSED: dict[str, tuple[Any, Any, type[Exception], str]] = {
     "another loss of its own": (Shifted, lambda: Probe.from_batches([images()]), UnsupportedModelError,
         "computes a loss of .* the cross-entropy of its logits"),
+    "several resolutions": (Halving, lambda: Probe.from_batches([images()]), UnsupportedModelError,
+        r"the blocks of Halving hand on \[\(1, 2\), \(1, 4\), \(1, 8\)\], expected the same"),
     "no such argument": (vit, lambda: Probe.from_batches([{"pixels": torch.rand(24, 9), "labels": torch.arange(24)}]),
         UnsupportedModelError, "could not be called with pixels, labels as keyword arguments"),
     "no gradient": (vit, lambda: Probe.from_batches([wanted()], lambda o, b: squared(o, b).detach()),
