@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from peelwise.errors import UnsupportedModelError
-from peelwise.model.architectures import find_blocks, find_head
+from peelwise.model.architectures import find_blocks, find_head, refuse_text
 from peelwise.model.layers import is_linear, parameter_count, unwrapped, vocabulary_size
 from plain_gpt import PlainGPT
 from zoo import BLOCKS, UNSUPPORTED, VOCABULARY, ZOO, sample_ids
@@ -54,11 +54,17 @@ REFUSED = {
 }  # fmt: skip
 
 
+def blocks_for_text(model):
+    refuse_text(model)
+    return find_blocks(model)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusals_name_what_was_found(name):
     factory, words = REFUSED[name]
+    model = factory()
     with pytest.raises(UnsupportedModelError) as error:
-        find_blocks(factory())
+        blocks_for_text(model)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 

@@ -13,8 +13,9 @@ import peelwise
 from odd_models import REFUSED, RIGHT, Attention, Lm, Mixed, Mlp, NeverCalls, encoder
 from peelwise.engine.opening import checked_blocks, open_session
 from peelwise.errors import UnsupportedModelError
-from peelwise.model.architectures import find_blocks
+from peelwise.model.architectures import find_blocks, refuse_text
 from peelwise.model.guard import untouched
+from peelwise.model.layers import Block
 from peelwise.model.runner import Runner
 from peelwise.model.selfcheck import self_check
 from peelwise.probe.probe import Probe
@@ -106,10 +107,16 @@ def test_adapters_pass_and_the_rest_is_said_to_be_frozen() -> None:
     assert outcome(opened(LORA().eval())) == rows_of_the_page()["llama with LoRA in two blocks of three"]
 
 
+def blocks_for_text(model: nn.Module) -> tuple[Block, ...]:
+    refuse_text(model)
+    return find_blocks(model)
+
+
 @pytest.mark.parametrize("name", UNSUPPORTED)
-def test_what_has_no_blocks_of_a_decoder_is_refused(name: str) -> None:
+def test_what_has_no_blocks_that_text_runs_is_refused(name: str) -> None:
+    model = UNSUPPORTED[name]()
     with pytest.raises(UnsupportedModelError):
-        find_blocks(UNSUPPORTED[name]())
+        blocks_for_text(model)
     assert rows_of_the_page()[name] == "refused: no blocks"
 
 

@@ -65,7 +65,8 @@ def audit(
 
     Args:
         model: a module (left exactly as it was), or what ``peelwise audit`` takes: a folder, a GGUF file.
-        probe: the probe, or the text to draw it from with the model's tokenizer; default: the reference prose.
+        probe: the probe (of text or of batches), or the text to draw it from with the model's tokenizer; default: the
+            reference prose.
         settings: rounds, margin, controls, budget.
         budget: shorthand for that of ``settings``: wall time, in seconds or like ``"5m"``.
         opening: how a folder or file is opened.

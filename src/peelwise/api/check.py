@@ -71,8 +71,9 @@ def check(
 
     Args:
         model: a module (left exactly as it was), or what ``peelwise check`` takes: a folder, a GGUF file.
-        probe: the probe, or the text to draw it from with the model's tokenizer; default: 2,048 tokens of the
-            reference prose. A module without a tokenizer and a probe is checked by its weights alone.
+        probe: the probe (of text or of batches), or the text to draw it from with the model's tokenizer; default:
+            2,048 tokens of the reference prose. A module without a tokenizer and a probe is checked by its weights
+            alone.
         settings: signals and limits.
         text: false for the signals of weights alone, without any text.
         opening: how a folder or file is opened.

@@ -24,6 +24,7 @@ from peelwise.certificate.base import (
     read_probe,
     refused,
     tolerance_of,
+    unit_loss,
     witness_bytes,
 )
 from peelwise.certificate.own_text import Text, audit_on, require_witness
@@ -42,6 +43,7 @@ from peelwise.model.architectures import find_blocks
 from peelwise.model.guard import untouched
 from peelwise.model.layers import LinearLayer
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Trace
+from peelwise.probe.examples import Loss
 from peelwise.probe.probe import Probe
 from peelwise.records.audit import AuditRecord
 from peelwise.records.files import WITNESS_FILE, read_record, what_changed
@@ -67,19 +69,20 @@ class Certificate:
     probe: Probe
 
 
-def read_certificate(folder: Path, model: nn.Module | None = None) -> Certificate:
+def read_certificate(folder: Path, model: nn.Module | None = None, loss: Loss | None = None) -> Certificate:
     """Read record, witness and probe.
 
     Args:
         folder: the certificate.
         model: if it is known, no witness is read that is larger than one for it can be.
+        loss: of batches whose loss is a function, that function.
 
     Raises:
         CertificateError: If a file is missing or damaged.
     """
     record = read_record(folder)
     most = None if model is None else witness_bytes(model)
-    return Certificate(record, load_tensors(folder / WITNESS_FILE, most), read_probe(folder, record))
+    return Certificate(record, load_tensors(folder / WITNESS_FILE, most), read_probe(folder, record, loss))
 
 
 def verify_certificate(
@@ -90,6 +93,7 @@ def verify_certificate(
     replay: bool = False,
     text: Text | None = None,
     source: str | None = None,
+    loss: Loss | None = None,
     micro_batch_tokens: int = MICRO_BATCH_TOKENS,
 ) -> Verification:
     """Recompute the certified losses from the folder's own witness and probe, and compare.
@@ -104,6 +108,7 @@ def verify_certificate(
         replay: also make the witness again from fit and select, and compare (as long as the audit took).
         text: also try the witness on this text, of which nothing may be in the certificate's probe.
         source: where the model was opened from.
+        loss: of batches whose loss is a function, that function.
         micro_batch_tokens: tokens that go through the model at a time.
 
     Raises:
@@ -115,7 +120,7 @@ def verify_certificate(
     changed = what_changed(folder, record)
     if changed:
         return Verification("does not hold", changed)
-    certificate = read_certificate(folder, model)
+    certificate = read_certificate(folder, model, loss)
     about = begun(folder, record, certificate.probe, model, source)
     if not about.holds:
         return about
@@ -196,7 +201,7 @@ def check_certified(folder: Path, certificate: Certificate, model: nn.Module) ->
     other = not_as_certified(folder, certificate.record, certificate.probe, model)
     if other:
         raise CertificateError(f"{folder}: {other.status}: {other.reason}")
-    wrong = next(_disagreements(certificate, model, tolerance_of(model)), None)
+    wrong = next(_disagreements(certificate, model, tolerance_of(model, unit_loss(certificate.record))), None)
     if wrong:
         raise CertificateError(f"{folder} does not hold: {wrong}")
 
@@ -245,8 +250,9 @@ class _Recheck(Recheck):
             self.gain("loss.composed_gain", loss.composed_gain, report.losses, losses)
             if after is not None:
                 self._unique(composed, after)
-        if loss.unigram is not None:
-            self.compare("loss.unigram", loss.unigram, probe_unigram(self.probe, session.runner.model))
+        counted = probe_unigram(self.probe, session.runner.model)
+        if loss.unigram is not None and counted is not None:
+            self.compare("loss.unigram", loss.unigram, counted)
         if full:
             self._alone()
             self._first_order()

@@ -12,12 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peelwise.errors import CertificateError, ProbeError
+from peelwise.errors import CertificateError, OutputError, ProbeError
 from peelwise.evidence.compare import Effect
 from peelwise.model.architectures import find_blocks
 from peelwise.model.configuration import configuration, other_configuration
 from peelwise.model.fingerprint import over_both, tensors_sha256
 from peelwise.model.layers import context_length, parameter_count, unwrapped, vocabulary_size
+from peelwise.probe.examples import Loss
 from peelwise.probe.probe import Probe, check_context, check_vocabulary
 from peelwise.probe.split import Pool
 from peelwise.records.base import Colour, Interval, ModelRecord, ProbeRecord, SealedRecord, WitnessRecord
@@ -46,6 +47,7 @@ _BYTES_PER_PARAMETER = 16
 
 # Nats per token that a recomputed loss may be off: other threads, batches, machines. Half precision is the most.
 _TOLERANCE, _HALF_TOLERANCE = 3e-4, 5e-3
+_USUAL_NATS = 3.0  # of a language model: losses in other units may be off by the same share
 
 
 LOSSES_HOLD: Literal["losses hold, verdicts not rechecked"] = "losses hold, verdicts not rechecked"
@@ -187,7 +189,7 @@ def write_certificate(
     with written_whole(folder) as temporary:
         save_file(dict(witness), temporary / WITNESS_FILE)
         if probe is not None:
-            save_file(probe.to_tensors(), temporary / PROBE_FILE)
+            _write_probe(probe, temporary / PROBE_FILE)
         sealed = record.model_copy(update={"witness": _witness_record(temporary / WITNESS_FILE, witness)}).sealed()
         (temporary / RECORD_FILE).write_text(sealed.to_json() + "\n", encoding="utf-8")
         for file in temporary.glob("*.safetensors"):
@@ -197,10 +199,33 @@ def write_certificate(
     return sealed
 
 
-def tolerance_of(model: nn.Module) -> float:
-    """Return how far a recomputed loss may be off, in nats per token, in the dtype that ``model`` runs in."""
+def _write_probe(probe: Probe, path: Path) -> None:
+    save_file(probe.to_tensors(), path)
+    size = path.stat().st_size
+    if size > PROBE_BYTES:  # images may be many
+        raise OutputError(
+            f"The probe takes {size} bytes, a certificate's at most {PROBE_BYTES}. Give fewer or smaller examples."
+        )
+
+
+def tolerance_of(model: nn.Module, unit_loss: float | None = None) -> float:
+    """Return how far a recomputed loss may be off, in nats per token, in the dtype that ``model`` runs in.
+
+    Args:
+        model: the model.
+        unit_loss: a certified loss in another unit, whose size the tolerance then goes by.
+    """
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    return _TOLERANCE if dtypes <= {torch.float32, torch.float64} else _HALF_TOLERANCE
+    nats = _TOLERANCE if dtypes <= {torch.float32, torch.float64} else _HALF_TOLERANCE
+    return nats if unit_loss is None else nats * unit_loss / _USUAL_NATS
+
+
+def unit_loss(record: SealedRecord) -> float | None:
+    """Return the certified loss of a record on batches, ``None`` of any other."""
+    probe: ProbeRecord | None = record.probe  # a check may have none
+    loss = getattr(record, "loss", None)
+    current = getattr(loss, "current", loss)
+    return float(current) if probe is not None and probe.loss is not None and current is not None else None
 
 
 def _witness_record(path: Path, witness: Mapping[str, Tensor]) -> WitnessRecord:
@@ -213,13 +238,23 @@ def _witness_record(path: Path, witness: Mapping[str, Tensor]) -> WitnessRecord:
     )
 
 
-def read_probe(folder: Path, record: SealedRecord) -> Probe:
+def read_probe(folder: Path, record: SealedRecord, loss: Loss | None = None) -> Probe:
     """Read the probe of a certificate.
 
+    Args:
+        folder: the certificate.
+        record: its record.
+        loss: of batches whose loss is a function, that function.
+
     Raises:
-        CertificateError: If it is missing or damaged.
+        CertificateError: If it is missing or damaged, or its loss is a function and none is given.
     """
     said, pool = record.probe, None
+    if said.loss == "given" and loss is None:
+        raise CertificateError(
+            f"{folder} is about losses of a function, which no file holds: check it from Python with "
+            "peelwise.verify(folder, model, loss=..)."
+        )
     if said.pool_sequences is not None and said.pool_sha256 is not None:
         pool = Pool(said.pool_sequences, said.pool_sha256, said.pool_left_out or 0, said.documents)
     try:
@@ -229,6 +264,8 @@ def read_probe(folder: Path, record: SealedRecord) -> Probe:
             in_distribution=said.in_distribution,
             seed=record.seed,
             pool=pool,
+            loss=loss,
+            unit=said.unit,
         )
     except ProbeError as error:
         raise CertificateError(f"{folder / PROBE_FILE}: {error}") from error
@@ -248,13 +285,15 @@ def not_as_certified(folder: Path, record: SealedRecord, probe: Probe, model: nn
     other = other_model(record.model, model)
     if other:
         return Verification("not the same model or data", other)
-    size, limit = vocabulary_size(model), context_length(model)
-    if size is not None:
-        check_vocabulary(probe, size)
-    if limit is not None:
-        check_context(probe, limit)
+    if probe.examples is None:
+        size, limit = vocabulary_size(model), context_length(model)
+        if size is not None:
+            check_vocabulary(probe, size)
+        if limit is not None:
+            check_context(probe, limit)
     wrong = next(_wrong_facts(record, probe, model), None) or probe.split_faults()
-    return Verification("does not hold", wrong, tolerance=tolerance_of(model)) if wrong else None
+    tolerance = tolerance_of(model, unit_loss(record))
+    return Verification("does not hold", wrong, tolerance=tolerance) if wrong else None
 
 
 def begun(folder: Path, record: SealedRecord, probe: Probe, model: nn.Module, source: str | None) -> Verification:
@@ -263,7 +302,7 @@ def begun(folder: Path, record: SealedRecord, probe: Probe, model: nn.Module, so
     Raises:
         ProbeError: If the probe's tokens do not fit the model's vocabulary, or its sequences the context.
     """
-    opened, tolerance = opened_words(model, source), tolerance_of(model)
+    opened, tolerance = opened_words(model, source), tolerance_of(model, unit_loss(record))
     other = not_as_certified(folder, record, probe, model)
     if other is not None:
         return replace(other, model=opened)
@@ -317,9 +356,10 @@ def split_words(record: SealedRecord) -> str:
             f"not rechecked: this certificate does not say what its {drawn} sequences were drawn from "
             "(it is older, or its probe was put together by hand)"
         )
-    unit = f"{probe.documents} documents" if probe.documents is not None else "sequences"
+    what, of = ("sequences", "the text") if probe.loss is None else ("examples", "the batches")
+    unit = f"{probe.documents} documents" if probe.documents is not None else what
     return (
-        f"rechecked: {drawn} sequences drawn from {probe.pool_sequences} of the text, {unit} assigned to fit, select "
+        f"rechecked: {drawn} {what} drawn from {probe.pool_sequences} of {of}, {unit} assigned to fit, select "
         f"and report by hashes of their content and seed {record.seed}"
     )
 

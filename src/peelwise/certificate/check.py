@@ -36,6 +36,7 @@ from peelwise.evidence.check import contradictions
 from peelwise.evidence.unlike import RULE
 from peelwise.model.architectures import find_blocks
 from peelwise.model.guard import untouched
+from peelwise.probe.examples import Loss
 from peelwise.probe.probe import Probe
 from peelwise.records.check import CheckRecord, GainWitness
 from peelwise.records.files import WITNESS_FILE, what_changed
@@ -69,6 +70,7 @@ def verify_check(
     full: bool = False,
     text: Text | None = None,
     source: str | None = None,
+    loss: Loss | None = None,
 ) -> Verification:
     """Recompute the loss, the ablations and the gain witnesses of a check on its own report part.
 
@@ -79,6 +81,7 @@ def verify_check(
         full: also make the whole check again, and compare signals, scores and the blocks that they name.
         text: also try the composed factors on this text, of which nothing may be in the certificate's probe.
         source: where the model was opened from.
+        loss: of batches whose loss is a function, that function.
 
     Raises:
         CertificateError: If the folder is no readable certificate, does not fit the model, or was made without text and
@@ -91,7 +94,7 @@ def verify_check(
     if record.probe is None or record.loss is None:
         return _without_text(folder, record, model, full=full, text=text, source=source)
     stored = load_tensors(folder / WITNESS_FILE, witness_bytes(model))
-    probe = read_probe(folder, record)
+    probe = read_probe(folder, record, loss)
     about = begun(folder, record, probe, model, source)
     if not about.holds:
         return about

@@ -10,13 +10,15 @@ from peelwise.probe.split import PARTS
 from peelwise.stats.unigram import unigram_loss
 
 
-def probe_unigram(probe: Probe, model: nn.Module) -> float:
-    """Return what the report part costs one that counts the tokens of fit, nats per token.
+def probe_unigram(probe: Probe, model: nn.Module) -> float | None:
+    """Return what the report part costs one that counts the tokens of fit, nats per token; ``None`` of batches.
 
     Args:
         probe: the text.
         model: says how many ids there are; the highest of the probe counts where it does not.
     """
+    if probe.examples is not None:
+        return None
     fit, select, report = (split.targets[split.weights] for split in (getattr(probe, part) for part in PARTS))
     highest = max(int(ids.max()) for ids in (fit, select, report)) + 1
     return unigram_loss(fit, select, report, max(vocabulary_size(model) or 0, highest))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from torch import nn
 
 from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.engine.clock import Clock, Watcher
 from peelwise.engine.session import LOSSES, ReportSession, Session
-from peelwise.errors import ModelError
-from peelwise.model.architectures import find_blocks
+from peelwise.errors import ModelError, ProbeError
+from peelwise.model.architectures import find_blocks, other_stacks, refuse_text
 from peelwise.model.fingerprint import check_finite
 from peelwise.model.fresh import fresh_copy
 from peelwise.model.layers import Block, LinearLayer, context_length, vocabulary_size
@@ -20,14 +20,20 @@ from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner, check_replay
 from peelwise.model.selfcheck import check_dtypes, check_shared, self_check
 from peelwise.model.weights.held import Held
 from peelwise.model.whereabouts import check_in_memory, untied_note
+from peelwise.probe.examples import Examples
 from peelwise.probe.probe import Probe, check_context, check_vocabulary
 from peelwise.probe.rows import Split
-from peelwise.records.base import Note
+from peelwise.records.base import Note, note
 from peelwise.records.options import Refine
 
 
 def checked_blocks(
-    model: nn.Module, probe: Probe, refine: Refine = "all", stepped: Collection[int] | None = None
+    model: nn.Module,
+    probe: Probe,
+    refine: Refine = "all",
+    stepped: Collection[int] | None = None,
+    *,
+    batches: bool = False,
 ) -> tuple[Block, ...]:
     """Return the blocks of a model that can be measured on ``probe``.
 
@@ -36,23 +42,31 @@ def checked_blocks(
         probe: the text.
         refine: which of their linear layers are asked about; see `peelwise.model.refined.chosen`.
         stepped: parameters that the optimiser has, where there is one.
+        batches: whether a probe of batches will do.
 
     Raises:
         OptionError: If there are no such layers.
         UnsupportedModelError: If the architecture cannot be measured, or weights are not in memory.
         ModelError: If the model holds NaN or Inf.
-        ProbeError: If the probe's tokens do not fit the model's vocabulary, or its sequences the context.
+        ProbeError: If the probe's tokens do not fit the model's vocabulary, or its sequences the context; if it is of
+            batches and tokens are needed.
     """
+    if probe.examples is not None and not batches:
+        raise ProbeError(
+            "Not yet: this needs a probe of token sequences, and the probe is of batches (Probe.from_batches), which "
+            "peelwise.check and peelwise.audit take."
+        )
     check_in_memory(model)
     blocks = chosen(find_blocks(model), refine, stepped)
     check_shared(blocks)
     check_dtypes(blocks)
-    size = vocabulary_size(model)
-    if size is not None:
-        check_vocabulary(probe, size)
-    limit = context_length(model)
-    if limit is not None:
-        check_context(probe, limit)
+    if probe.examples is None:
+        refuse_text(model)
+        size, limit = vocabulary_size(model), context_length(model)
+        if size is not None:
+            check_vocabulary(probe, size)
+        if limit is not None:
+            check_context(probe, limit)
     check_finite(model)
     return blocks
 
@@ -89,7 +103,7 @@ def open_session(
     with clock.stage(LOSSES):
         fit, select, report = runner.trace(probe.fit), runner.trace(probe.select), runner.trace(probe.report)
     for trace in (fit, select, report):
-        _check_loss(trace.mean, name)
+        _check_loss(trace.mean, name, probe)
     return Session(runner, report, probe, fit, select, clock, probe.seed, low_bit_layers(blocks), notes)
 
 
@@ -99,6 +113,7 @@ def first_notes(runner: Runner, split: Split, *, gradients: bool = True, causal:
         *self_check(runner, split, gradients=gradients, causal=causal),
         *frozen_note(runner.blocks),
         *untied_note(runner.model),
+        *_notes_on_batches(runner, split),
     )
 
 
@@ -149,6 +164,22 @@ def format_names(held: Mapping[LinearLayer, Held]) -> str:
     return ", ".join(sorted({each.format.name for each in held.values()}))
 
 
-def _check_loss(loss: float, name: str) -> None:
+def _notes_on_batches(runner: Runner, split: Split) -> Iterator[Note]:
+    """Yield what a reader of numbers on batches should know: what is missing of next tokens, and of an encoder."""
+    if isinstance(split, Examples):
+        yield note("own-loss")
+        others = other_stacks(runner.model, runner.blocks)
+        if others:
+            yield note("encoder-left-out", names=", ".join(others))
+
+
+def _check_loss(loss: float, name: str, probe: Probe) -> None:
+    if not math.isfinite(loss) and probe.examples is not None:
+        raise ModelError(f"The loss of {name} on the batches is {loss}: expected a finite number for each example.")
     if not math.isfinite(loss):
         raise ModelError(f"The loss of {name} on the probe is {loss}: its activations overflow. Try --dtype float32.")
+    if loss < 0:  # of tokens it is not
+        raise ModelError(
+            f"The mean loss of {name} on the batches is {loss:.4g}: gains are judged by the size of the loss, so it "
+            "must not be below 0. Add a constant to it."
+        )

@@ -17,12 +17,14 @@ from peelwise.formats.base import Encoded
 from peelwise.model.layers import LinearLayer
 from peelwise.model.runner import Trace
 from peelwise.records.audit import RoundRecord
+from peelwise.records.base import NATS
 from peelwise.references.step_search import search_step
 
 Proposals = dict[int, BlockProposals]
 
 # Where nothing is known of the right step length, the first is the one that would win so much were the loss linear.
 FIRST_GAIN_NATS = 0.05
+_FIRST_SHARE = 0.02  # of a loss in another unit, whose size nobody knows before
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def take_round(
     for direction in _directions(proposals):
         unit = output_change(proposals, direction, 1.0)
         slope = sum(p.slope for block in proposals.values() for p in block.changes[direction].values())
-        start = _first_step(output_changes.get(direction), unit, slope)
+        start = _first_step(output_changes.get(direction), unit, slope, first_gain(session))
         if not 0 < start < math.inf:
             continue
 
@@ -114,11 +116,16 @@ def take_round(
     return best
 
 
-def _first_step(wanted: float | None, unit: float, slope: float) -> float:
+def first_gain(session: Session) -> float:
+    """Return what the first step would gain were the loss linear, in the probe's unit."""
+    return FIRST_GAIN_NATS if session.probe.unit == NATS else _FIRST_SHARE * session.select.mean
+
+
+def _first_step(wanted: float | None, unit: float, slope: float, gain: float) -> float:
     """Return the step to try first; 0 where there is none: downhill to nothing, or numbers that overflow."""
     if not (0 < unit < math.inf and 0 < slope < math.inf):
         return 0.0
-    return FIRST_GAIN_NATS / slope if wanted is None else wanted / unit
+    return gain / slope if wanted is None else wanted / unit
 
 
 def _directions(proposals: Proposals) -> Sequence[Direction]:

@@ -63,7 +63,7 @@ def first_order_gains(session: ReportSession, part: Trace, changes: Mapping[int,
 def _gained(call: Call, g: Tensor, change: Tensor, batch: Batch, *, bias: bool) -> Tensor | None:
     """Return ``-sum_t <g_t, D x_t>`` of one run of a layer, ``[b]``; ``None`` if its rows are not tokens."""
     x, g = widened(call.x.detach()).flatten(0, -2), widened(g).flatten(0, -2)
-    b, t = batch.weights.shape
+    b, t = batch.read.shape
     if call.rows is None and len(x) % (b * t) != 0:
         return None
     places = torch.arange(b * t, device=x.device).repeat_interleave(len(x) // (b * t))

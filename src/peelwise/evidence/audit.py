@@ -22,7 +22,7 @@ from peelwise.evidence.verdict import (
     own_gains_decide,
 )
 from peelwise.records.audit import AuditConclusion, AuditRecord, BlockRecord, HeadRecord, LookFirst, LossRecord
-from peelwise.records.base import Interval, SealedRecord
+from peelwise.records.base import Interval, SealedRecord, unit_of
 from peelwise.records.codes import Baseline
 from peelwise.records.options import LEAST_MARGIN, MOST_MARGIN, Refine, is_margin
 
@@ -199,7 +199,7 @@ def wrong_settings(record: SealedRecord) -> Iterator[str]:
 def margin_of(record: SealedRecord, loss: float) -> float:
     """Return the margin that a record's settings and loss give, nats per token."""
     asked = record.settings.get("margin_nats")
-    return float(asked) if asked is not None and is_margin(asked) else default_margin(loss)
+    return float(asked) if asked is not None and is_margin(asked) else default_margin(loss, unit_of(record))
 
 
 def _impossible(record: AuditRecord) -> Iterator[str]:

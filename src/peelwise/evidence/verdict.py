@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from peelwise.evidence.intervals import Paired, holm_rejections
-from peelwise.records.base import Colour
+from peelwise.records.base import NATS, Colour
 from peelwise.records.codes import INTERACTS, Reason
 
 LEVEL = 0.025
@@ -57,9 +57,9 @@ class Verdict:
         return f"{self.reason}{INTERACTS if self.interaction else ''}"
 
 
-def default_margin(loss: float) -> float:
-    """Return the margin in nats per token: the larger of 0.5 % of the loss and 0.003."""
-    return max(0.005 * loss, 0.003)
+def default_margin(loss: float, unit: str = NATS) -> float:
+    """Return the margin in nats per token: the larger of 0.5 % of the loss and 0.003; in other units 0.5 %."""
+    return max(0.005 * loss, 0.003 if unit == NATS else 0.0)
 
 
 def cloud_colour(loss: float, upper: float | None, lower: float, margin: float) -> Colour:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from peelwise.model.layers import Block, LinearLayer, is_linear, unwrapped
 
-ATTENTION, MLP = "attention", "mlp"
+ATTENTION, CROSS_ATTENTION, MLP = "attention", "cross-attention", "mlp"
+_CROSS = "cross"
 _ATTENTION_WORDS = ("attn", "attention")
-_MLP_WORDS = ("mlp", "ffn", "feed_forward", "feedforward")
+_MLP_WORDS = ("mlp", "ffn", "feed_forward", "feedforward", "layerff")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,22 +77,33 @@ def gain_of(norm: nn.Module) -> Tensor:
 def _branches(module: nn.Module, linears: dict[str, LinearLayer]) -> tuple[Branch, ...]:
     found = []
     own: list[LinearLayer] = []  # layers that the block holds itself, as OPT does with those of its MLP
-    for name, child in module.named_children():
+    for name, title, child in _children(module):
         inside = tuple(linear for key, linear in linears.items() if key == name or key.startswith(f"{name}."))
         if not inside:
             continue
         if is_linear(child):
             own.extend(inside)
         else:
-            found.append(Branch(_branch_name(name), child, inside))
+            found.append(Branch(_branch_name(title), child, inside))
     if own:
         taken = {branch.name for branch in found}
         found.append(Branch(MLP if MLP not in taken else "layers", own[-1].module, tuple(own)))
     return tuple(found)
 
 
+def _children(module: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """Yield name and title of every child; of a list its members instead, which only their classes tell apart (T5)."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield from ((f"{name}.{place}", type(each).__name__, each) for place, each in enumerate(child))
+        else:
+            yield name, name, child
+
+
 def _branch_name(name: str) -> str:
     lowered = name.lower()
+    if _CROSS in lowered and any(word in lowered for word in _ATTENTION_WORDS):
+        return CROSS_ATTENTION
     if any(word in lowered for word in _ATTENTION_WORDS):
         return ATTENTION
     return MLP if any(word in lowered for word in _MLP_WORDS) else name

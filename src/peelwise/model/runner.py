@@ -1,13 +1,14 @@
-"""Run a decoder-only model from any block on, and block by block backwards, with cached stations.
+"""Run a model from any block on, and block by block backwards, with cached stations.
 
-The model's own code embeds tokens, builds masks and computes logits; only its blocks are called one by
-one, with the arguments they were seen to get. Stations are ``H_0`` (input of the first block) to ``H_L``.
+The model's own code embeds tokens, builds masks and computes logits, or whatever the loss is made of; only its blocks
+are called one by one, with the arguments they were seen to get. Stations are ``H_0`` (input of the first block) to
+``H_L``.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,12 +19,13 @@ from torch import Tensor, nn
 
 from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.distributed.sharding import is_sharded
-from peelwise.errors import UnsupportedModelError
-from peelwise.model.architectures import find_head
+from peelwise.errors import NotDifferentiableError, UnsupportedModelError
+from peelwise.model.architectures import find_head, is_encoder_decoder
 from peelwise.model.calls import hidden_of, skipping, uncached, without_hidden
 from peelwise.model.capture import Capture, captured
 from peelwise.model.gradients import differentiable, gradients_by_layer, not_differentiable
 from peelwise.model.layers import Block, LinearLayer, unwrapped
+from peelwise.probe.examples import Examples
 from peelwise.probe.rows import Split
 from peelwise.records.options import MICRO_BATCH_TOKENS as MICRO_BATCH_TOKENS
 
@@ -44,6 +46,10 @@ class Batch:
     calls: list[tuple[tuple[Any, ...], dict[str, Any]] | None] = field(default_factory=list)
     stations: list[Tensor] = field(default_factory=list)  # L + 1 of [b, t, d]
     rest: tuple[Any, ...] | list[Any] | None = None  # what the last block returns beside H, if it is one of several
+    # Of a probe of batches: `inputs`, `targets` and `weights` are ``[b, 1]``, places of examples and which of them
+    # count; `attended` and `read` are of the positions that the model makes of them, known once it has run.
+    examples: Examples | None = None
+    columns: dict[str, Tensor] = field(default_factory=dict)  # what the model is called with
 
 
 @dataclass
@@ -54,12 +60,12 @@ class Trace:
     """
 
     batches: list[Batch]
-    losses: Tensor  # [sequences] float64, nats summed over the sequence's predicted tokens
+    losses: Tensor  # [sequences] float64, nats summed over the sequence's predicted tokens; of examples their loss
     tokens: Tensor  # [sequences] float64
 
     @property
     def mean(self) -> float:
-        """Loss in nats per token."""
+        """Loss in nats per token; of examples in their own unit."""
         return self.mean_of(self.losses)
 
     @property
@@ -87,7 +93,7 @@ class Runner:
     """The moving parts of a model, and the ways of running them that an audit needs.
 
     Args:
-        model: any decoder-only language model whose blocks feed each other.
+        model: any model whose blocks feed each other.
         blocks: its blocks, from `find_blocks`.
         micro_batch_tokens: tokens that go through the model at a time; results do not depend on it.
         processes: the processes that share the work; all of them call the same methods in the same order.
@@ -221,9 +227,9 @@ class Runner:
             with torch.enable_grad():
                 logits = self.logits(batch, hidden)
                 wanted = batch.targets if targets is None else targets(batch, position)
-                loss = (_token_losses(logits, wanted) * batch.weights).sum()
+                loss = (_losses_of(logits, wanted, batch) * batch.weights).sum()
             if not loss.requires_grad:
-                raise not_differentiable(type(self.model).__name__)
+                raise _no_gradient(self.model, batch)
             gradients.append(torch.autograd.grad(loss, hidden)[0])
         self.work.add(self.head_share, trace.predicted, 3)
         return gradients
@@ -303,14 +309,16 @@ class Runner:
         if self.sharded:
             self.processes.check_peers()
 
-    def _call(self, batch: Batch, inputs: Tensor | None = None) -> Tensor:
-        """Run the model's own forward and return its logits ``[b, t, vocabulary]``.
+    def _call(self, batch: Batch, inputs: Tensor | None = None) -> Any:
+        """Run the model's own forward and return its logits ``[b, t, vocabulary]``; of examples whatever it returns.
 
         Args:
             batch: what it is called with.
             inputs: other token ids instead of those of the batch.
         """
         self._meet()
+        if batch.examples is not None:
+            return self._call_by_name(batch.columns)
         kwargs: dict[str, Any] = {}
         if hasattr(self.model, "config") and hasattr(self.model.config, "model_type"):
             if self._accepted("use_cache"):
@@ -336,18 +344,31 @@ class Runner:
             raise _too_few_logits(self.model, logits, batch)
         return logits
 
+    def _call_by_name(self, columns: Mapping[str, Tensor]) -> Any:
+        """Run the model's own forward on examples; what it does not take is for the loss alone."""
+        kwargs: dict[str, Any] = {name: column for name, column in columns.items() if self._accepted(name)}
+        if hasattr(getattr(self.model, "config", None), "model_type") and self._accepted("use_cache"):
+            kwargs["use_cache"] = False
+        return self.model(**kwargs)
+
     def running(self, batch: Batch) -> list[Block]:
         """Return the blocks that the model does not skip."""
         return [block for block, call in zip(self.blocks, batch.calls, strict=True) if call is not None]
 
     @torch.no_grad()
-    def own_logits(self, batch: Batch, inputs: Tensor | None = None) -> Tensor:
-        """Return the logits ``[b, t, vocabulary]`` of the model's own forward, optionally for other token ids."""
+    def own_logits(self, batch: Batch, inputs: Tensor | None = None) -> Any:
+        """Return the logits ``[b, t, vocabulary]`` of the model's own forward, optionally for other token ids.
+
+        Of examples whatever it returns.
+        """
         return self._call(batch, inputs)
 
     def own_loss(self, batch: Batch) -> Tensor:
-        """Return the summed loss of the model's own forward, in nats, in the graph where gradients are on."""
-        return (_token_losses(self._call(batch), batch.targets) * batch.weights).sum()
+        """Return the summed loss of the model's own forward, in the graph where gradients are on."""
+        loss = (_losses_of(self._call(batch), batch.targets, batch) * batch.weights).sum()
+        if batch.examples is not None and torch.is_grad_enabled() and not loss.requires_grad:
+            raise _no_gradient(self.model, batch)
+        return loss
 
     def _traced(self, batch: Batch) -> Tensor:
         """Run the model once, filling the batch's stations and calls; return its sequence losses."""
@@ -390,27 +411,41 @@ class Runner:
                 )
             logits = self._call(batch)
         if not runs or runs != sorted(set(runs)):
-            raise _not_once(self.model, self.blocks, runs)
+            raise _not_once(self.model, self.blocks, runs, batch)
         while len(batch.calls) < len(self.blocks):
             batch.stations.append(batch.stations[-1])
             batch.calls.append(None)
+        if batch.examples is not None:
+            self._find_positions(batch, batch.examples)
         return _sequence_losses(logits, batch)
 
-    def logits(self, batch: Batch, hidden: Tensor) -> Tensor:
-        """Return the logits that the model's own code makes of the last station ``hidden``."""
+    def _find_positions(self, batch: Batch, examples: Examples) -> None:
+        """Enter which positions count, now that the model has said how many it makes of an example."""
+        shapes = {tuple(station.shape[:-1]) for station in batch.stations}
+        if any(station.dim() != 3 for station in batch.stations) or len(shapes) > 1:
+            raise UnsupportedModelError(
+                f"Not yet: the blocks of {type(self.model).__name__} hand on {sorted(shapes)}, expected the same "
+                "[examples, positions] throughout."
+            )
+        decoder = is_encoder_decoder(self.model)
+        batch.attended = examples.positions(batch.columns, batch.stations[0], decoder=decoder)
+        batch.read = batch.attended & batch.weights
+
+    def logits(self, batch: Batch, hidden: Tensor) -> Any:
+        """Return the logits (of examples whatever it returns) that the model's own code makes of a last station."""
         with skipping(self.running(batch), hidden, batch.rest):
             return self._call(batch)
 
     def _batches(self, split: Split) -> Iterator[Batch]:
         device = next(self.model.parameters()).device
-        per_batch = max(1, self.micro_batch_tokens // max(split.inputs.shape[1], 1))
+        per_batch = max(1, self.micro_batch_tokens // max(split.width, 1))
         part = self.processes.part(split.sequences)
         for start in range(0, len(part), per_batch):
             places = part[start : start + per_batch]
             rows = torch.tensor([0 if place is None else place for place in places])
             real = torch.tensor([place is not None for place in places])
             attended = split.read[rows]
-            yield Batch(
+            batch = Batch(
                 split.inputs[rows].to(device),
                 split.targets[rows].to(device),
                 (split.weights[rows] & real[:, None]).to(device),
@@ -418,6 +453,18 @@ class Runner:
                 attended=attended.to(device),
                 read=(attended & real[:, None]).to(device),
             )
+            if isinstance(split, Examples):
+                batch.examples, batch.columns = split, self._as_called(split.taken(batch.inputs))
+            yield batch
+
+    def _as_called(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return columns where the model is, their floating-point numbers in its dtype if that is of half precision."""
+        parameter = next(p for p in self.model.parameters() if p.is_floating_point())
+        half = parameter.element_size() == 2
+        return {
+            name: column.to(parameter.device, parameter.dtype if half and column.is_floating_point() else column.dtype)
+            for name, column in columns.items()
+        }
 
 
 def _autocast(device: str) -> torch.dtype | None:
@@ -448,11 +495,12 @@ def _accepted(model: nn.Module) -> Callable[[str], bool]:
     return lambda name: anything or name in found
 
 
-def _not_once(model: nn.Module, blocks: Sequence[Block], runs: Sequence[int]) -> UnsupportedModelError:
+def _not_once(model: nn.Module, blocks: Sequence[Block], runs: Sequence[int], batch: Batch) -> UnsupportedModelError:
     if not runs:
+        where = "text: its text model is" if batch.examples is None else "these batches: they are for"
         return UnsupportedModelError(
             f"Not yet: none of {blocks[0].name} and the other {len(blocks) - 1} blocks is called when "
-            f"{type(model).__name__} runs on text: its text model is another part of it."
+            f"{type(model).__name__} runs on {where} another part of it."
         )
     return UnsupportedModelError(
         f"Not yet: {type(model).__name__} runs its {len(blocks)} blocks {len(runs)} times per forward pass; expected "
@@ -482,6 +530,25 @@ def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(losses).view(targets.shape)
 
 
-def _sequence_losses(logits: Tensor, batch: Batch) -> Tensor:
-    losses = _token_losses(logits, batch.targets).double() * batch.weights
+def _losses_of(outputs: Any, targets: Tensor, batch: Batch) -> Tensor:
+    """Return the losses of tokens ``[b, t]``, or of examples ``[b, 1]`` against the targets of those named."""
+    if batch.examples is None:
+        return _token_losses(outputs, targets)
+    columns = batch.columns
+    if targets is not batch.targets:
+        columns = {n: c.to(columns[n]) for n, c in batch.examples.taken(targets).items()}
+    return batch.examples.losses(outputs, columns)
+
+
+def _sequence_losses(outputs: Any, batch: Batch) -> Tensor:
+    losses = _losses_of(outputs, batch.targets, batch).double() * batch.weights
     return losses.sum(dim=1)
+
+
+def _no_gradient(model: nn.Module, batch: Batch) -> NotDifferentiableError:
+    if batch.examples is None:
+        return not_differentiable(type(model).__name__)
+    return NotDifferentiableError(
+        "The loss of the batches has no gradient: compute it with torch from what the model returns, without detach, "
+        "item or argmax."
+    )

@@ -1,9 +1,10 @@
 """Checks of the model itself, on one sequence, before any number of it is shown.
 
 What is measured rests on assumptions about a model's code that a model can break without a word: that a position reads
-no later one, that a change hooked into a linear layer does what the same change written into its weight would do, that
-calling the blocks one by one gives loss and gradients of the whole, and that what is refined is most of the blocks.
-Each is tested; what fails is an error that names the layer, and what is left out is a note.
+no later one (where the next token is predicted), that a change hooked into a linear layer does what the same change
+written into its weight would do, that calling the blocks one by one gives loss and gradients of the whole, and that
+what is refined is most of the blocks. Each is tested; what fails is an error that names the layer, and what is left out
+is a note.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from peelwise.model.runner import Batch, Runner, Trace, check_replay
 from peelwise.model.splice import spliced
 from peelwise.model.weights.reading import reading_notes
 from peelwise.model.weights.table import unread
+from peelwise.probe.examples import Examples
 from peelwise.probe.rows import Split
 from peelwise.records.base import Note, note
 from peelwise.stats.linalg import solve_dtype
@@ -44,9 +46,10 @@ class _Slack:
 
     effect: float
     gradient: float
+    loss: float
 
 
-_EXACT, _HALF = _Slack(0.02, 0.01), _Slack(0.35, 0.25)
+_EXACT, _HALF = _Slack(0.02, 0.01, 1e-4), _Slack(0.35, 0.25, 1e-2)
 
 
 def self_check(runner: Runner, split: Split, *, gradients: bool = True, causal: bool = True) -> tuple[Note, ...]:
@@ -54,9 +57,10 @@ def self_check(runner: Runner, split: Split, *, gradients: bool = True, causal: 
 
     Afterwards ``runner.blocks`` have the layers that run and have a gradient, and experts beside such a one.
 
-    In order: its own forward returns logits of every position; no logit moves with a later token; blocks called one by
-    one give its loss, and its gradients at every linear layer's output; a random change of a block's layers has the
-    same effect through hooks as in the weights. Takes about as long as five training steps on that one sequence.
+    In order: its own forward returns logits of every position; no logit moves with a later token (of examples instead:
+    labels cost what the model says that they cost); blocks called one by one give its loss, and its gradients at every
+    linear layer's output; a random change of a block's layers has the same effect through hooks as in the weights.
+    Takes about as long as five training steps on that one sequence.
 
     Args:
         runner: of the model, whose weights are not to change meanwhile.
@@ -76,7 +80,9 @@ def self_check(runner: Runner, split: Split, *, gradients: bool = True, causal: 
     if not math.isfinite(trace.mean):
         return ()  # whoever reads the loss says so
     _first_replay(runner, trace)
-    if causal:
+    if trace.batches[0].examples is not None:
+        check_own_loss(runner, trace)
+    elif causal:
         check_causal(runner, trace.batches[0])
     called = {block: _called(runner, block, trace.batches[0]) for block in runner.blocks}
     if not any(called.values()) and any(block.linears for block in runner.blocks):
@@ -169,6 +175,27 @@ def _check_causal_from(runner: Runner, batch: Batch, before: Tensor, cut: int, l
         )
 
 
+def check_own_loss(runner: Runner, trace: Trace) -> None:
+    """Check that labels of the first example cost what the model says that they cost, where it is asked and says so.
+
+    Raises:
+        UnsupportedModelError: If not: its labels are shifted, weighted or of another kind.
+    """
+    batch = trace.batches[0]
+    if batch.examples is None or batch.examples.loss is not None:
+        return  # a loss that was given is what is meant
+    own = getattr(runner.own_logits(batch), "loss", None)
+    if not isinstance(own, Tensor) or own.numel() != 1:
+        return
+    slack = _slack(runner).loss
+    if not math.isclose(float(own), trace.mean, rel_tol=slack, abs_tol=slack):
+        raise UnsupportedModelError(
+            f"{type(runner.model).__name__} computes a loss of {float(own):.4f} for the labels of the first example, "
+            f"and the cross-entropy of its logits and them is {trace.mean:.4f} (shifted labels, or weights?). Give "
+            "Probe.from_batches the loss that is meant; next tokens have Probe.from_tokens."
+        )
+
+
 def check_gradients(runner: Runner, trace: Trace, called: dict[Block, tuple[LinearLayer, ...]]) -> None:
     """Check that gradients passed back block by block are those of the whole model, at every linear layer's output.
 
@@ -247,6 +274,11 @@ def _first_trace(runner: Runner, few: Split) -> Trace:
         raise
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError) as error:
         said = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no message"
+        if isinstance(few, Examples):
+            raise UnsupportedModelError(
+                f"{type(runner.model).__name__} could not be called with {', '.join(few.columns)} as keyword arguments:"
+                f" {type(error).__name__}: {said}"
+            ) from error
         raise UnsupportedModelError(
             f"{type(runner.model).__name__} could not be run on token ids [batch, tokens] to logits [batch, tokens, "
             f"vocabulary]: {type(error).__name__}: {said} Wrap it in a module whose forward does that."

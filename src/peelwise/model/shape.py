@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from peelwise.errors import UnsupportedModelError
-from peelwise.model.architectures import find_blocks, find_head
+from peelwise.model.architectures import find_blocks, find_head, refuse_text
 from peelwise.model.checkpoint_config import checked_config, on_meta
 from peelwise.model.checkpoint_files import read_config
 from peelwise.model.checkpoints import gguf_options, locate
@@ -63,6 +63,7 @@ def shape_of(model: nn.Module, name: str, stored_bytes_per_weight: float, *, str
     Raises:
         UnsupportedModelError: If it has no blocks, or no embedding tells its vocabulary.
     """
+    refuse_text(model)
     blocks = find_blocks(model)
     vocabulary = vocabulary_size(model)
     if vocabulary is None:

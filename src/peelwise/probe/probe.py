@@ -1,4 +1,4 @@
-"""Probes: token sequences split into ``fit``, ``select`` and ``report``, with a fingerprint.
+"""Probes: token sequences or other examples split into ``fit``, ``select`` and ``report``, with a fingerprint.
 
 Statistics come from ``fit``, every choice is made on ``select``, and every number shown is from ``report``.
 """
@@ -18,12 +18,14 @@ from torch import Tensor
 
 from peelwise.errors import FewSequencesWarning, ProbeError
 from peelwise.probe.answers import Row, conversation_rows, labelled
+from peelwise.probe.batches import split_examples
+from peelwise.probe.examples import Examples, Loss
 from peelwise.probe.options import SEQUENCE_LENGTH, TOKENS, ProbeOptions, check_sizes
 from peelwise.probe.rows import Split, padded
 from peelwise.probe.sequences import as_rows, cut, sequences_of
 from peelwise.probe.split import PARTS, Pool, draw_parts, split_faults
 from peelwise.probe.texts import Document, text_of
-from peelwise.records.base import ProbeRecord
+from peelwise.records.base import NATS, ProbeRecord
 
 if TYPE_CHECKING:
     from peelwise.probe.rolling import RollingProbe
@@ -31,12 +33,13 @@ if TYPE_CHECKING:
 MESSAGES_LENGTH = 1024  # predicted tokens of a conversation
 SHARES = (0.5, 0.15, 0.35)  # of fit, select and report
 _FEW_REPORT_SEQUENCES = 8
+_COLUMN = ".column."  # between the part and the name of a stored tensor of examples
 _CHARACTERS_PER_TOKEN = 200  # read from a data set: some fifty times what is needed, so streams end
 
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """The text an audit measures on, split by sequence into three disjoint parts.
+    """What an audit measures on, split by sequence or example into three disjoint parts.
 
     Args:
         fit: Sequences for statistics.
@@ -273,6 +276,49 @@ class Probe:
         return rolling_probe(text, tokenizer, **options)
 
     @classmethod
+    def from_batches(
+        cls,
+        batches: Iterable[Mapping[str, Any]],
+        loss: Loss | None = None,
+        *,
+        unit: str = "loss",
+        seed: int = 0,
+        in_distribution: bool = False,
+        source: str = "batches",
+        shares: Sequence[float] = SHARES,
+    ) -> Probe:
+        """Split batches of a model that predicts no next tokens by example: masked models, classifiers, images, pairs.
+
+        Losses and gains are means over examples, in ``unit``. `peelwise.check` and `peelwise.audit` take such a probe.
+
+        Args:
+            batches: Mappings of keyword arguments for the model's forward, such as those of a data loader; all are
+                read. The first dimension of every tensor is that of the examples; a tensor that the forward does not
+                take is for the loss alone. Beside an ``attention_mask`` (of an encoder-decoder:
+                ``decoder_attention_mask``) rows of ids may be of different lengths, and padding does not count for the
+                statistics of layers. Equal examples count once.
+            loss: Maps what the model returns and the batch to the loss of each example, ``[examples]``, that can be
+                differentiated and whose mean is not below 0. ``None``: the mean cross-entropy of the ``labels`` of
+                each, those of -100 left out, where that is what the model computes itself; examples that ask for
+                nothing are left out.
+            unit: What the loss is in, in a few words, for the record and its pages.
+            seed: Draws and splits the examples.
+            in_distribution: Whether the model was trained on examples of this kind.
+            source: Where they come from, for the record.
+            shares: Shares of ``fit``, ``select`` and ``report`` among the examples.
+
+        Raises:
+            ProbeError: If tensors of a batch disagree about the number of examples, or hold NaN or Inf; if there are
+                fewer than 2 + 1 + 2 different examples; if there is neither a loss nor labels of classes.
+
+        Example:
+            >>> batches = [{"pixel_values": images, "labels": classes} for images, classes in loader]
+            >>> peelwise.check(vit, peelwise.Probe.from_batches(batches))
+        """
+        (fit, select, report), pool = split_examples(batches, loss, unit, shares, seed)
+        return cls(fit, select, report, source, in_distribution, seed, pool)
+
+    @classmethod
     def from_tensors(
         cls,
         tensors: Mapping[str, Tensor],
@@ -281,12 +327,19 @@ class Probe:
         in_distribution: bool = False,
         seed: int = 0,
         pool: Pool | None = None,
+        loss: Loss | None = None,
+        unit: str = "loss",
     ) -> Probe:
         """Restore what :meth:`to_tensors` wrote, with the same fingerprint.
+
+        ``loss`` and ``unit`` are those of :meth:`from_batches`, which no tensor says.
 
         Raises:
             ProbeError: If a tensor is missing, or its shape or values cannot be a probe.
         """
+        if any(_COLUMN in key for key in tensors):
+            fit, select, report = (Examples.of(_stored_columns(tensors, part), loss, unit) for part in PARTS)
+            return cls(fit, select, report, source, in_distribution, seed, pool)
         splits = {}
         for part in PARTS:
             missing = [key for key in (f"{part}.ids", f"{part}.lengths") if key not in tensors]
@@ -361,6 +414,16 @@ class Probe:
             documents=None if drawn.documents is None else _by_part(drawn.documents),
         )
 
+    @property
+    def examples(self) -> Examples | None:
+        """The examples that statistics are of, if the probe is of batches; ``None`` of token sequences."""
+        return self.fit if isinstance(self.fit, Examples) else None
+
+    @property
+    def unit(self) -> str:
+        """What losses are in."""
+        return NATS if self.examples is None else self.examples.unit
+
     def split_faults(self) -> str | None:
         """Return what is wrong with how its sequences were assigned to the parts, or ``None``; see `probe.split`."""
         documents = None if self.documents is None else [self.documents[part].tolist() for part in PARTS]
@@ -368,9 +431,15 @@ class Probe:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over names, shapes, ids, masks (what is asked for, documents) of the parts as int64, padding as 0."""
+        """SHA-256 over names, shapes, ids, masks (what is asked for, documents) of the parts as int64, padding as 0.
+
+        Of batches: over name, dtype, shape and bytes of every tensor. The loss is no part of it.
+        """
         digest = hashlib.sha256()
         for part, split in self._splits():
+            if isinstance(split, Examples):
+                split.add_to(digest, part)
+                continue
             mask = split.mask.cpu().long()
             digest.update(f"{part} {tuple(mask.shape)}\n".encode())
             for values in (split.ids.cpu().long() * mask, mask):
@@ -399,15 +468,21 @@ class Probe:
             pool_sha256=self.pool.sha256 if self.pool else None,
             pool_left_out=self.pool.left_out if self.pool else None,
             documents=self.pool.documents if self.pool else None,
+            unit=self.unit,
+            loss=None if self.examples is None else "labels" if self.examples.loss is None else "given",
         )
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return ``<part>.ids [sequences, positions]`` and ``<part>.lengths [sequences]``, int32 on CPU.
 
-        Where not every token is asked for, ``<part>.asked [sequences, positions]`` too, uint8.
+        Where not every token is asked for, ``<part>.asked [sequences, positions]`` too, uint8. Of batches:
+        ``<part>.column.<name> [examples, ...]``.
         """
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for part, split in self._splits():
+            if isinstance(split, Examples):
+                tensors |= {f"{part}{_COLUMN}{name}": column for name, column in split.tensors()}
+                continue
             mask = split.mask.cpu()
             tensors[f"{part}.ids"] = (split.ids.cpu() * mask).to(torch.int32).contiguous()
             tensors[f"{part}.lengths"] = mask.sum(dim=1).to(torch.int32)
@@ -464,6 +539,16 @@ def _whole_numbers(values: Tensor) -> Tensor:
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise ProbeError(f"The stored probe is damaged: expected integers, got {values.dtype}.")
     return values.long()
+
+
+def _stored_columns(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    start = f"{part}{_COLUMN}"
+    columns = {key.removeprefix(start): column for key, column in tensors.items() if key.startswith(start)}
+    if not columns or any(column.dim() == 0 for column in columns.values()) or len({*map(len, columns.values())}) > 1:
+        raise ProbeError(f"The stored probe is damaged: the tensors of {part!r} do not belong together.")
+    if any(not len(column) for column in columns.values()):
+        raise ProbeError(f"The stored probe is damaged: {part!r} has no example.")
+    return columns
 
 
 def _stored_asked(tensors: Mapping[str, Tensor], part: str, ids: Tensor) -> Tensor | None:

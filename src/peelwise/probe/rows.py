@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -44,6 +45,11 @@ class Split:
         return self.read if self.asked is None else self.read & self.asked[:, 1:]
 
     @property
+    def width(self) -> int:
+        """Positions of a sequence that the model reads."""
+        return self.inputs.shape[1]
+
+    @property
     def sequences(self) -> int:
         """Number of sequences."""
         return self.ids.shape[0]
@@ -57,14 +63,16 @@ class Split:
         """Number of predicted tokens."""
         return int(self.weights.sum())
 
-    def to(self, device: torch.device | str) -> Split:
+    def to(self, device: torch.device | str) -> Self:
         """Return the same split on ``device``."""
-        return Split(self.ids.to(device), self.mask.to(device), None if self.asked is None else self.asked.to(device))
+        asked = None if self.asked is None else self.asked.to(device)
+        return replace(self, ids=self.ids.to(device), mask=self.mask.to(device), asked=asked)
 
-    def at(self, places: Sequence[int] | slice) -> Split:
+    def at(self, places: Sequence[int] | slice) -> Self:
         """Return the sequences at some places as a split of their own."""
         chosen = places if isinstance(places, slice) else list(places)
-        return Split(self.ids[chosen], self.mask[chosen], None if self.asked is None else self.asked[chosen])
+        asked = None if self.asked is None else self.asked[chosen]
+        return replace(self, ids=self.ids[chosen], mask=self.mask[chosen], asked=asked)
 
 
 def padded(rows: list[list[int]], positions: int) -> Split:

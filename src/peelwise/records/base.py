@@ -1,7 +1,8 @@
 """Frozen records of plain numbers: what an audit found, as it stands in ``certificate.json``.
 
 The names of the fields are the keys of the file, and others rely on them: add, do not rename.
-All losses are in nats per token over the ``report`` part of the probe unless a name says otherwise.
+All losses are in nats per token (of batches: in the probe's unit) over the ``report`` part of the probe unless a name
+says otherwise.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from peelwise.records.codes import NoteCode
 
 SCHEMA_VERSION = 1
+NATS = "nats per token"  # what losses are in, unless the probe has a loss of its own
 
 Colour = Literal["red", "yellow", "green", "grey", "frozen"]  # the last is none: the block is not asked about
 Value = int | float | str
@@ -65,6 +67,8 @@ class Note(Record):
     ``dead-experts``        ``count`` ``of`` the experts of ``block`` were given no token, ``even`` each of an even load
     ``copied-experts``      ``pairs`` of experts of ``block`` have the same weights
     ``factor-first``        ``factor`` on what ``part`` of ``block`` writes, in place before the first round of an audit
+    ``own-loss``            the probe is of batches with a loss of their own, so what is of next tokens is left out
+    ``encoder-left-out``    ``names`` of an encoder-decoder's blocks that are not asked about
     ======================  ================================================================================
     """
 
@@ -149,6 +153,10 @@ class ProbeRecord(Record):
 
     The fields ``pool_..`` say what the sequences were drawn from, so that their split can be computed
     again (`probe.split`); ``None`` in records of old. ``documents`` is how many were split, where that was by document.
+
+    Of batches (`Probe.from_batches`) an example counts as one sequence of one token. All losses are then in ``unit``
+    per example, and ``loss`` says where they come from: ``"labels"``, the cross-entropy of the batches' labels, or
+    ``"given"``, a function that no file holds.
     """
 
     fingerprint: str
@@ -165,6 +173,8 @@ class ProbeRecord(Record):
     pool_sha256: str | None = None
     pool_left_out: int | None = None
     documents: int | None = None
+    unit: str = NATS
+    loss: Literal["labels", "given"] | None = None
 
 
 class WitnessRecord(Record):
@@ -218,3 +228,9 @@ class SealedRecord(Record):
     def sealed(self) -> Self:
         """Return the record with its digest."""
         return self.model_copy(update={"digest": self.computed_digest()})
+
+
+def unit_of(record: SealedRecord) -> str:
+    """Return what the losses of a record are in."""
+    probe: ProbeRecord | None = record.probe  # a check may have none
+    return NATS if probe is None else probe.unit

@@ -102,4 +102,6 @@ NoteCode = Literal[
     "dead-experts",
     "copied-experts",
     "fake-quant-off",
+    "own-loss",
+    "encoder-left-out",
 ]

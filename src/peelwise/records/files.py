@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +198,8 @@ def _probe_fingerprint(path: Path) -> str | None:
         check_file(path, PROBE_BYTES)
         check_header(path, PROBE_ENTRIES)
         tensors = load_file(path)
+        if any(".column." in key for key in tensors):
+            return _examples_fingerprint(tensors)
         for part in PARTS:
             ids, lengths = tensors[f"{part}.ids"], tensors[f"{part}.lengths"]
             if (
@@ -210,12 +212,27 @@ def _probe_fingerprint(path: Path) -> str | None:
                 return None
             mask = np.arange(ids.shape[1]) < lengths[:, None]
             digest.update(f"{part} {mask.shape}\n".encode())
-            for values in (ids * mask, mask, *(tensors[key] for key in [f"{part}.documents"] if key in tensors)):
+            asked = [tensors[key] * mask for key in [f"{part}.asked"] if key in tensors]
+            for values in (ids * mask, mask, *asked, *(tensors[k] for k in [f"{part}.documents"] if k in tensors)):
                 digest.update(np.ascontiguousarray(values, dtype="<i8").tobytes())
     except OSError as error:
         raise CertificateError(f"{path} cannot be read: {error.strerror}.") from error
     except (SafetensorError, KeyError, ValueError, TypeError, OverflowError, MemoryError):
         return None
+    return digest.hexdigest()
+
+
+def _examples_fingerprint(tensors: Mapping[str, Any]) -> str:
+    """Return the fingerprint of stored examples, NumPy arrays by ``<part>.column.<name>``."""
+    digest = hashlib.sha256()
+    for part in PARTS:
+        start = f"{part}.column."
+        columns = {key.removeprefix(start): tensors[key] for key in sorted(tensors) if key.startswith(start)}
+        count = len(next(iter(columns.values()))) if columns else 0
+        digest.update(f"{part} {count}\n".encode())
+        for name, column in columns.items():
+            digest.update(f"{name} {column.dtype.name} {column.shape}\n".encode())
+            digest.update(column.tobytes())
     return digest.hexdigest()
 
 

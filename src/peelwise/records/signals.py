@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from peelwise.errors import OptionError
+from peelwise.records.base import NATS as NATS
 
 Kind = Literal[
     "refinement",
@@ -40,7 +41,6 @@ FROM_WEIGHTS: tuple[Kind, ...] = ("matrix", "neurons", "gain", "kin")
 FROM_FORWARD: tuple[Kind, ...] = ("stream", "update")
 FROM_BACKWARD: tuple[Kind, ...] = ("gate", "joint")
 OVER_DEPTH: tuple[Kind, ...] = FROM_WEIGHTS + FROM_FORWARD + FROM_BACKWARD
-NATS = "nats per token"
 STEPS = "steps"
 TOKENS = "tokens"
 # The name of what ranks blocks before anything is evaluated.

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from peelwise.records.audit import AuditRecord, BlockRecord
-from peelwise.records.base import Colour, Interval, Note
+from peelwise.records.base import NATS, Colour, Interval, Note, ProbeRecord, SealedRecord, unit_of
 from peelwise.records.codes import INTERACTS, Baseline
+from peelwise.records.plain_text import clean
 
 NOT_MEASURED = "not measured"
 NOT_IN_BUDGET = "not measured within the budget"
@@ -153,6 +154,10 @@ NOTES: Mapping[str, str] = MappingProxyType(
         "copied-experts": "Block {block}: experts {pairs} have the same weights.",
         "fake-quant-off": "{off} of {of} fake quantisers are switched off, such as {name}: their layers are measured "
         "with weights in full precision, which is not what conversion will make of them.",
+        "own-loss": "The probe is of batches with a loss of their own, so nothing is said of counting tokens or of a "
+        "new output head.",
+        "encoder-left-out": "The blocks asked about are the decoder's, which are given what the encoder makes; those "
+        "of {names} were left as they are, and nothing is said of them.",
     }
 )
 
@@ -230,6 +235,48 @@ VERDICTS: Mapping[Colour, VerdictWords] = MappingProxyType(
         ),
     }
 )
+
+
+_PLAIN_UNIT = "loss"  # of losses that have no other unit than to be one
+
+
+def behind(record: SealedRecord) -> str:
+    """Return what stands behind a number of the loss in a sentence: its unit, unless that is simply the loss."""
+    unit = clean(unit_of(record))
+    return "" if unit == _PLAIN_UNIT else f" {unit}"
+
+
+def in_title(record: SealedRecord) -> str:
+    """Return what stands behind the title of losses: a comma and their unit, unless that is simply the loss."""
+    said = behind(record)
+    return f",{said}" if said else ""
+
+
+def is_of_batches(record: SealedRecord) -> bool:
+    """Whether the probe is of examples with a loss of their own, so that nothing is said of text and tokens."""
+    probe: ProbeRecord | None = record.probe  # a check may have none
+    return probe is not None and probe.loss is not None
+
+
+def data_words(record: SealedRecord) -> str:
+    """Return what was measured on."""
+    return "examples" if is_of_batches(record) else "text"
+
+
+def this_data(record: SealedRecord) -> str:
+    """Return what was measured on, as that and no other."""
+    return "these examples" if is_of_batches(record) else "this text"
+
+
+def own_data(record: SealedRecord) -> str:
+    """Return what stands behind ``peelwise verify FOLDER`` to try a witness on data of one's own, if it can be."""
+    return "" if is_of_batches(record) else " --text FILE"
+
+
+def short_unit(record: SealedRecord) -> str:
+    """Return the unit of losses for the head of a column."""
+    unit = unit_of(record)
+    return "nats/token" if unit == NATS else clean(unit)
 
 
 def nats(value: float | None, *, signed: bool = False) -> str:
@@ -402,7 +449,9 @@ def gain_sentence(record: AuditRecord) -> str:
     if record.loss.composed is None or gain is None:
         return f"All blocks refined together: {NOT_IN_BUDGET}."
     if gain.low > 0:
-        return "lower loss with the replacement weights, on text they were neither fitted nor chosen on"
+        return (
+            f"lower loss with the replacement weights, on {data_words(record)} they were neither fitted nor chosen on"
+        )
     if gain.high < 0:
         return "higher loss with the replacement weights: this witness proves nothing"
     return "change of the loss with the replacement weights; the interval contains zero, so nothing is proven"

@@ -59,14 +59,15 @@ def screened(session: Session, few: Sequence[Parts], table: DepthTable) -> dict[
     gains = {}
     tokens = session.some_of_select(_SCREEN_TOKENS) if few else session.select
     for done, parts in enumerate(few, start=1):
-        best = tokens.mean
+        best = 0.0
         for branch in parts.branches:
             slope = _slope(table, branch.name, parts.block.index)
             for factor in (_TURNED, *(_SCREEN_MORE if slope is not None and slope < 0 else _SCREEN_LESS)):
                 changes = Candidate(branch.name, branch.writer, slope).change(factor)
-                loss = tokens.mean_of(session.losses(tokens, changes, parts.block.index))
-                best = min(best, loss) if math.isfinite(loss) else best
-        gains[parts.block.index] = tokens.mean - best
+                losses = session.losses(tokens, changes, parts.block.index)
+                gain = session.counted_gain(tokens, tokens.losses, losses)
+                best = max(best, gain) if math.isfinite(gain) else best
+        gains[parts.block.index] = best
         session.clock.tell(done, len(few))
     return gains
 
@@ -98,7 +99,7 @@ def factors_on_branches(session: Session, few: Sequence[Parts]) -> list[BranchFa
     start = min(parts.block.index for parts in few)
     kept: list[BranchFactor] = []
     changes: Changes = {}
-    before, best = session.select.mean, tokens.mean
+    before, best = session.select.losses, tokens.mean
     for parts in few:
         for branch in parts.branches:
             if branch.writer not in parts.block.linears:
@@ -107,8 +108,9 @@ def factors_on_branches(session: Session, few: Sequence[Parts]) -> list[BranchFa
             if not found < best:
                 continue
             tried = changes | {branch.writer: scaled_change(branch.writer, factor)}
-            after = session.select.mean_of(session.losses(session.select, tried, start))
-            if after < before - default_margin(session.select.mean):
+            after = session.losses(session.select, tried, start)
+            margin = default_margin(session.select.mean, session.probe.unit)
+            if session.counted_gain(session.select, before, after) > margin:
                 kept.append(BranchFactor(parts.block.index, branch.name, branch.writer, factor))
                 changes, before, best = tried, after, found
     return kept
@@ -165,14 +167,15 @@ def _composed(session: Session, found: Sequence[tuple[GainWitness, Changes]]) ->
     """
     kept: set[int] = set()
     changes: Changes = {}
-    best = session.select.mean
+    select, margin = session.select, default_margin(session.select.mean, session.probe.unit)
+    best = select.losses
     for i in sorted(range(len(found)), key=lambda i: -found[i][0].select_gain):
         own = found[i][1]
         if not changes.keys().isdisjoint(own):
             continue
-        loss = session.select.mean_of(session.losses(session.select, changes | own))
-        if loss < best - (0.0 if kept else default_margin(session.select.mean)):
-            kept, changes, best = kept | {i}, changes | own, loss
+        losses = session.losses(select, changes | own)
+        if session.counted_gain(select, best, losses) > (0.0 if kept else margin):
+            kept, changes, best = kept | {i}, changes | own, losses
     return kept, session.losses(session.report, changes) if kept else None
 
 

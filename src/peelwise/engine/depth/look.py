@@ -93,13 +93,14 @@ def look(
                 after_block=session.tell_block,
             )
         table = session.runner.processes.broadcast(joined(weights, passed))  # which blocks are tried hangs on it
-        off = max(0.0, session.select.mean - probe_unigram(session.probe, session.runner.model))
+        counted = probe_unigram(session.probe, session.runner.model)
+        off = 0.0 if counted is None else max(0.0, session.select.mean - counted)
         scored = unlikeness(table.values, len(all_parts), [len(gates_of(parts)) for parts in all_parts], off)
         if scored is None:
             return Look(table, None)
         with clock.stage("gain-witnesses"):
             gains = screened(session, [all_parts[index] for index in to_screen(scored.scores)], table)
-        return Look(table, with_gains(scored, gains, default_margin(session.report.mean)))
+        return Look(table, with_gains(scored, gains, default_margin(session.report.mean, session.probe.unit)))
 
 
 def _weights(all_parts: Sequence[Parts], clock: Clock, wanted: Collection[str], processes: Processes) -> DepthTable:

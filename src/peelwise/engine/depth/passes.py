@@ -88,7 +88,7 @@ def _observe_block(
     index = parts.block.index
     backward: dict[str, Backward] = {}
     updates: dict[str, list[Tensor]] = {}
-    attention = AttentionSums()
+    attention = AttentionSums(causal=trace.batches[0].examples is None)
     below: list[Tensor] = []
     for place, batch in enumerate(trace.batches):
         hidden = batch.stations[index].detach().requires_grad_(above is not None)
@@ -210,10 +210,14 @@ class AttentionSums(TorchFunctionMode):
     """Sees the queries and keys of PyTorch's scaled dot-product attention, and adds up what it pays attention to.
 
     Where a model computes its attention by other means nothing is seen.
+
+    Args:
+        causal: whether no position sees a later one; else what each sees is what the function is told.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, causal: bool = True) -> None:
         super().__init__()
+        self._causal = causal
         self._entropy = self._sink = 0.0
         self._count = 0
         self._closed = False
@@ -231,19 +235,42 @@ class AttentionSums(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and not self._closed and len(args) >= 2:
             with torch.no_grad(), torch._C.DisableTorchFunction():
-                self._add(args[0].detach(), args[1].detach(), kwargs.get("scale"))
+                q, k = args[0].detach(), args[1].detach()
+                if self._causal or kwargs.get("is_causal"):
+                    self._add(q, k, kwargs.get("scale"))
+                else:
+                    self._add_seen(q, k, kwargs.get("scale"), kwargs.get("attn_mask"))
         return func(*args, **kwargs)
 
     def _add(self, q: Tensor, k: Tensor, scale: float | None) -> None:
-        q, k = q[:1].float(), k[:1].float()  # one sequence: [1, heads, t, head_dim]
-        if q.shape[1] != k.shape[1]:
-            k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        length = q.shape[-2]
-        scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-        future = torch.ones(length, k.shape[-2], dtype=torch.bool, device=q.device).triu(1 + k.shape[-2] - length)
-        p = scores.masked_fill(future, -torch.inf).softmax(-1)[..., 1:, :]  # the first token sees itself alone
-        keys = torch.arange(2, length + 1, device=q.device).float().log()
-        entropy = -(p * p.clamp_min(1e-30).log()).sum(-1) / keys
+        """Add where no position sees a later one."""
+        length, keys = q.shape[-2], k.shape[-2]
+        future = torch.ones(length, keys, dtype=torch.bool, device=q.device).triu(1 + keys - length)
+        p = _scores(q, k, scale).masked_fill(future, -torch.inf).softmax(-1)
+        seen = torch.arange(2, length + 1, device=q.device).float()
+        self._add_up(p[..., 1:, :], seen)  # the first token sees itself alone
+
+    def _add_seen(self, q: Tensor, k: Tensor, scale: float | None, mask: Tensor | None) -> None:
+        """Add where every position sees what ``mask`` allows, a bool or what is added to the scores."""
+        scores = _scores(q, k, scale)
+        if mask is not None:
+            mask = mask[:1] if mask.dim() == scores.dim() else mask
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+        p = scores.softmax(-1)
+        seen = (p > 0).sum(-1).clamp_min(2).float()
+        self._add_up(p, seen)
+
+    def _add_up(self, p: Tensor, seen: Tensor) -> None:
+        """Add attention ``p [1, heads, t, keys]``, of which so many keys are ``seen``."""
+        entropy = -(p * p.clamp_min(1e-30).log()).sum(-1) / seen.log()
         self._entropy += float(entropy.sum())
         self._sink += float(p[..., 0].sum())
         self._count += entropy.numel()
+
+
+def _scores(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
+    """Return the scores ``[1, heads, t, keys]`` of the first sequence."""
+    q, k = q[:1].float(), k[:1].float()
+    if q.shape[1] != k.shape[1]:
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    return q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)

@@ -1,4 +1,4 @@
-"""Decoder-only transformers: the list of blocks, the head, and what is refused."""
+"""Transformers: the list of blocks, of an encoder-decoder that of its decoder, the head, and what is refused."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ _RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
 
 
 def find_blocks(model: nn.Module) -> tuple[Block, ...]:
-    """Return the decoder blocks of ``model``: the largest ``ModuleList`` with linear layers.
+    """Return the blocks of ``model``: the largest ``ModuleList`` with linear layers.
 
     Blocks may be of several classes, and hold convolutions, recurrences and parameters of other kinds beside their
     linear layers, which are left as they are; a block without any linear layer has no witness. Where a model of
-    transformers says which part of it is the text decoder, blocks are looked for there.
+    transformers says which part of it is the text decoder, blocks are looked for there; what an encoder makes is then
+    an input of theirs, and text alone does not run such a model (`refuse_text`).
 
     Raises:
         UnsupportedModelError: If there is none; the message names what was found.
@@ -31,7 +32,6 @@ def find_blocks(model: nn.Module) -> tuple[Block, ...]:
     if not candidates:
         raise UnsupportedModelError(_what_was_found(model))
     name, modules = max(candidates, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    _refuse_encoder_decoder(model, candidates)
     name = plain_name(name)
     return tuple(
         Block(index, f"{name}.{index}", module, tuple(linear_layers(unwrapped(module), f"{name}.{index}")))
@@ -74,14 +74,31 @@ def _in_text_decoder(model: nn.Module, candidates: list[tuple[str, nn.ModuleList
     return [each for each in candidates if id(each[1]) in inside] or candidates
 
 
-def _refuse_encoder_decoder(model: nn.Module, candidates: list[tuple[str, nn.ModuleList]]) -> None:
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        names = ", ".join(name for name, _ in candidates)
+def refuse_text(model: nn.Module) -> None:
+    """Refuse to measure an encoder-decoder on text alone.
+
+    Raises:
+        UnsupportedModelError: With the lists of blocks that it has.
+    """
+    if is_encoder_decoder(model):
+        names = ", ".join(name for name, _ in _candidate_lists(model))
         raise UnsupportedModelError(
-            f"Not yet: {type(model).__name__} is an encoder-decoder (blocks found: {names}). "
-            "peelwise audits decoder-only language models."
+            f"Not yet: {type(model).__name__} is an encoder-decoder (blocks found: {names}), which text alone does not "
+            "run. peelwise check and audit take batches of its keyword arguments: Probe.from_batches."
         )
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model of transformers says that it is an encoder and a decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def other_stacks(model: nn.Module, blocks: tuple[Block, ...]) -> tuple[str, ...]:
+    """Return the names of the lists of blocks of an encoder-decoder beside the one that is measured."""
+    if not is_encoder_decoder(model):
+        return ()
+    names = (plain_name(name) for name, _ in _candidate_lists(model))
+    return tuple(name for name in names if not blocks[0].name.startswith(f"{name}."))
 
 
 def _refuse_virtual_tokens(model: nn.Module) -> None:

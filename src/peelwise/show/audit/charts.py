@@ -9,7 +9,16 @@ from peelwise.records.audit import AuditRecord, BlockRecord, MatrixRecord
 from peelwise.records.base import Colour, Interval
 from peelwise.records.signals import RANKED_BY, SIGNALS
 from peelwise.show.html.svg import COLOURS, draw, safe_label
-from peelwise.show.words import NOT_IN_BUDGET, VERDICTS, is_bounded, is_interaction, is_measured, nats, ranking
+from peelwise.show.words import (
+    NOT_IN_BUDGET,
+    VERDICTS,
+    in_title,
+    is_bounded,
+    is_interaction,
+    is_measured,
+    nats,
+    ranking,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +43,7 @@ def recoverable(record: AuditRecord) -> str:
         _intervals(bottom, blocks, [block.unique_nats for block in blocks], record.margin_nats)
         bottom.set_title("Marginal gain: what it adds once all others are refined")
         _depth_axis(bottom, blocks)
-        figure.supylabel("recoverable loss, nats per token", fontsize=12)
+        figure.supylabel(f"recoverable loss{_unit(record)}", fontsize=12)
 
     return draw("recoverable", "Recoverable loss of each block", (_width(len(blocks)), 480), paint)
 
@@ -67,9 +76,13 @@ def losses(record: AuditRecord) -> str:
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
         axes.set_title(f"now {nats(loss.current)}", loc="center", x=_share(axes, loss.current))
-        axes.set_xlabel("loss on report, nats per token (further left is lower)")
+        axes.set_xlabel(f"loss on report{_unit(record)} (further left is lower)")
 
     return draw("losses", "Loss now, with the witness and of the controls", (WIDTH, 110 + 45 * len(rows)), paint)
+
+
+def _unit(record: AuditRecord) -> str:
+    return in_title(record).replace("$", r"\$")  # which begins a formula
 
 
 def matrices(record: AuditRecord) -> str:

@@ -15,6 +15,7 @@ from peelwise.show.words import (
     INTERACTION,
     NOT_IN_BUDGET,
     VERDICTS,
+    behind,
     bracket,
     control_sentence,
     counts,
@@ -84,7 +85,7 @@ def verdicts(record: AuditRecord) -> str:
         number = f'<p class="number missing">{NOT_IN_BUDGET}</p><p class="what">the whole witness\'s gain</p>'
     else:
         number = (
-            f'<p class="number">{nats(gain.mean, signed=True)} <small>nats per token</small></p>'
+            f'<p class="number">{nats(gain.mean, signed=True)} <small>{esc(behind(record))}</small></p>'
             f'<p class="range">95 % interval {bracket(gain)}</p>'
             f'<p class="what">{esc(gain_sentence(record))}</p>'
         )
@@ -94,7 +95,7 @@ def verdicts(record: AuditRecord) -> str:
         tally += f'<li><strong>{odd}</strong><span class="chip">{FLAG}<span>{INTERACTION}</span></span></li>'
     unlike = {each.block for each in record.check.unlike} if record.check is not None else set()
     cells = "".join(
-        _cell(block, reason, block.index in unlike)
+        _cell(block, reason, block.index in unlike, behind(record))
         for block, reason in zip(record.blocks, reasons(record), strict=True)
     )
     # Rows of equal length, so that no last row of two blocks hangs below thirty.
@@ -110,7 +111,7 @@ def verdicts(record: AuditRecord) -> str:
 
 def _two_gains(record: AuditRecord) -> str:
     said = two_gains(record)
-    return paragraph(f"The blocks {said}, in nats per token.", "small") if said else ""
+    return paragraph(f"The blocks {said}{f', in{behind(record)}' if behind(record) else ''}.", "small") if said else ""
 
 
 def _check(record: AuditRecord) -> str:
@@ -121,12 +122,12 @@ def _check(record: AuditRecord) -> str:
     return f'<ul class="said" aria-label="Blocks unlike their neighbours">{lines}</ul>'
 
 
-def _cell(block: BlockRecord, reason: str, unlike: bool) -> str:
+def _cell(block: BlockRecord, reason: str, unlike: bool, unit: str) -> str:
     words = VERDICTS[block.verdict]
     odd = is_interaction(block.unique_nats)
     label = (
         f"Block {block.index} ({block.name}): {words.words}. Solo gain {solo_gain(block)}, "
-        f"marginal gain {with_ends(block.unique_nats)} nats per token. {reason}"
+        f"marginal gain {with_ends(block.unique_nats)}{unit}. {reason}"
         f"{f'. {INTERACTION}' if odd else ''}{'. Unlike its neighbours' if unlike else ''}"
     )
     marks = (FLAG if odd else "") + (UNLIKE if unlike else "")

@@ -17,24 +17,37 @@ from peelwise.show.words import (
     NOT_MEASURED,
     VERDICTS,
     amount,
+    behind,
     bracket,
     control_sentence,
     counts,
+    data_words,
     duration,
+    in_title,
     is_bounded,
     is_interaction,
     is_measured,
+    is_of_batches,
     nats,
     note_words,
+    own_data,
     percent,
     ranking,
     significant,
     solo_gain,
     stage_words,
+    this_data,
 )
 
 # The signals of the table of blocks; their cells differ, so each is written out in `_block_row`.
 _COLUMNS = ("recoverable", "unique", "removal", RANKED_BY, "gradient_norm")
+ON_BATCHES = (
+    "The probe is of batches, whose tensors are in the folder, so losses are recomputed from Python with the model in "
+    "hand; a loss that was given is a function, which no file holds. This finds forged numbers, but not weights that "
+    "were fitted to the very examples they are reported on."
+)
+VERIFY_BATCHES = "peelwise.verify(DIR, model, loss=..)"
+_OF_TOKENS = ("New head only", "Without blocks", "Counting tokens")  # losses that a probe of batches has not
 _MISSING = f"{NOT_IN_BUDGET[0].upper()}{NOT_IN_BUDGET[1:]}."
 
 
@@ -43,7 +56,7 @@ def recoverable(record: AuditRecord) -> str:
     shapes = " · ".join(f"{VERDICTS[colour].shape} {VERDICTS[colour].short}" for colour in counts(record))
     caption = [
         f"{esc(shapes)}. Lines are 95 % intervals; the dashed line is the margin, "
-        f"{nats(record.margin_nats)} nats per token. Neighbours can do part of each other's work, so the two "
+        f"{nats(record.margin_nats)}{esc(behind(record))}. Neighbours can do part of each other's work, so the two "
         "rows answer different questions."
     ]
     asked = [block for block in record.blocks if not block.frozen]
@@ -68,7 +81,7 @@ def losses(record: AuditRecord) -> str:
     loss = record.loss
     start = f"from {nats(loss.untrained_start)} at initialisation" if loss.untrained_start is not None else ""
     head_gain = None if loss.head_control is None else loss.current - loss.head_control
-    rows = (
+    rows: tuple[tuple[str, float | None, str, str], ...] = (
         ("Now", loss.current, "", "the model as it stands"),
         ("Whole witness", loss.composed, _gain(loss.composed_gain), "all blocks refined together"),
         (
@@ -82,11 +95,15 @@ def losses(record: AuditRecord) -> str:
         ("Without blocks", loss.without_blocks, "", "baseline: a new head on the embedding, no block"),
         ("Counting tokens", loss.unigram, "", "baseline: how often each token occurs, no model"),
     )
+    if is_of_batches(record):
+        rows = tuple(row for row in rows if row[0] not in _OF_TOKENS)
     cells = [
         (esc(name), _value(nats(value)), _value(gain) if value is not None else "", esc(meaning))
         for name, value, gain, meaning in rows
     ]
-    listing = table(("", "loss", "gain", "what it is"), cells, caption="Losses on report, nats per token", style="wide")
+    listing = table(
+        ("", "loss", "gain", "what it is"), cells, caption=f"Losses on report{in_title(record)}", style="wide"
+    )
     style = "good" if record.informative else "warning"
     picture = chart(
         charts.losses(record), "Each line starts at the loss now.", f"Witness and controls: {NOT_IN_BUDGET}."
@@ -99,8 +116,9 @@ def reading(record: AuditRecord) -> str:
     meanings = "".join(
         f"<div><dt>{chip(colour)}</dt><dd>{esc(VERDICTS[colour].meaning)}</dd></div>" for colour in counts(record)
     )
+    data = data_words(record)
     text = (
-        "A witness is a set of replacement weights of the same shape. If it lowers the loss on text it was "
+        f"A witness is a set of replacement weights of the same shape. If it lowers the loss on {data} it was "
         "neither fitted nor chosen on, the model is proven to be under-optimised on this data by at least "
         "that much.",
         "If none is found, nothing is proven: the words are “none found”, never “optimal”.",
@@ -108,11 +126,12 @@ def reading(record: AuditRecord) -> str:
         "were used for nothing else. Differences are paired by sequence; verdicts are adjusted for asking "
         "about many blocks (Holm), the intervals drawn are not. The adjustment is over the solo gains of all blocks; "
         "marginal gains and ablations are adjusted each for themselves, not together with them.",
-        "The probe was declared to be training text."
+        f"The probe was declared to be training {data}."
         if record.probe.in_distribution
-        else "The probe is not known to be training text. What can be recovered then mixes under-training "
-        "with adaptation to this text, which all blocks can do. Verdicts follow the marginal gain: what a block gains "
-        "that the others, refined, do not. Below the margin it has nothing of its own to recover.",
+        else f"The probe is not known to be training {data}. What can be recovered then mixes under-training "
+        f"with adaptation to {this_data(record)}, which all blocks can do. Verdicts "
+        "follow the marginal gain: what a block gains that the others, refined, do not. Below the margin it has "
+        "nothing of its own to recover.",
     )
     points = "".join(f"<li>{esc(line)}</li>" for line in text)
     return section("reading", "How to read this", f'<dl class="meanings">{meanings}</dl>', f"<ul>{points}</ul>")
@@ -147,7 +166,9 @@ def head_and_rounds(record: AuditRecord) -> str:
     """Show the output head's three values and the joint rounds."""
     head = record.head
     if head is None:
-        top = paragraph(_MISSING, "missing")
+        top = paragraph(
+            "Of a probe of batches the head is not fitted." if is_of_batches(record) else _MISSING, "missing"
+        )
     else:
         top = pairs(
             (
@@ -183,7 +204,9 @@ def blocks(record: AuditRecord) -> str:
         "rounds",
         "largest share",
     )
-    rows = list(map(_block_row, record.blocks, reasons(record)))
+    counted = "examples" if is_of_batches(record) else "tokens"
+    said = [_reason(block, reason, counted) for block, reason in zip(record.blocks, reasons(record), strict=True)]
+    rows = list(map(_block_row, record.blocks, said))
     listing = table(titles, rows, caption="Every block", style="blocks")
     return section("blocks", "Every block in numbers", listing, _further_signals(record))
 
@@ -197,6 +220,8 @@ def verifying(record: SealedRecord) -> str:
         "fitted to the very text they are reported on."
     )
     command = "<pre><code>peelwise verify DIR --model MODEL --text FILE\npeelwise verify DIR</code></pre>"
+    if not own_data(record):
+        steps, command = paragraph(ON_BATCHES), f"<pre><code>{esc(VERIFY_BATCHES)}</code></pre>"
     if record.witness is None:
         return section("verify", "How to verify", steps, command, paragraph(f"Replacement weights: {NOT_IN_BUDGET}."))
     witness = record.witness
@@ -270,11 +295,27 @@ def _about_text(probe: ProbeRecord | None, seed: int) -> tuple[tuple[str, object
     return (
         ("probe", probe.source),
         ("probe fingerprint", probe.fingerprint),
+        *(_about_examples(probe) if probe.loss is not None else _about_sequences(probe)),
+        ("seed", seed),
+    )
+
+
+def _about_sequences(probe: ProbeRecord) -> tuple[tuple[str, object], ...]:
+    return (
         ("fit", f"{probe.fit_tokens:,} tokens in {probe.fit_sequences:,} sequences"),
         ("select", f"{probe.select_tokens:,} tokens in {probe.select_sequences:,} sequences"),
         ("report", f"{probe.report_tokens:,} tokens in {probe.report_sequences:,} sequences"),
         ("sequence length", f"{probe.sequence_length:,}"),
-        ("seed", seed),
+    )
+
+
+def _about_examples(probe: ProbeRecord) -> tuple[tuple[str, object], ...]:
+    given = "of a function that no file holds" if probe.loss == "given" else "the cross-entropy of the labels"
+    return (
+        ("loss", f"{probe.unit}, {given}"),
+        ("fit", f"{probe.fit_sequences:,} examples"),
+        ("select", f"{probe.select_sequences:,} examples"),
+        ("report", f"{probe.report_sequences:,} examples"),
     )
 
 
@@ -297,7 +338,7 @@ def _rounds_table(record: AuditRecord) -> str:
 def _block_row(block: BlockRecord, reason: str) -> tuple[str, ...]:
     return (
         f"{block.index}<small>{esc(block.name).replace('.', '.<wbr/>')}</small>",
-        f"{chip(block.verdict, VERDICTS[block.verdict].short)}<small>{esc(_reason(block, reason))}</small>",
+        f"{chip(block.verdict, VERDICTS[block.verdict].short)}<small>{esc(reason)}</small>",
         esc(solo_gain(block)) if is_bounded(block) else _interval(block.recoverable_nats),
         _interval(block.unique_nats),
         _taken_out(block.removal_nats),
@@ -319,11 +360,11 @@ def _further_signals(record: AuditRecord) -> str:
     return table(titles, rows, caption="Further signals of every block", style="wide") if names else ""
 
 
-def _reason(block: BlockRecord, reason: str) -> str:
-    """Return the reason, with the tokens that a decision would need."""
+def _reason(block: BlockRecord, reason: str, counted: str) -> str:
+    """Return the reason, with the tokens or examples, whichever are ``counted``, that a decision would need."""
     if block.tokens_needed is None:
         return reason
-    return f"{reason}; about {block.tokens_needed:,} report tokens would decide"
+    return f"{reason}; about {block.tokens_needed:,} report {counted} would decide"
 
 
 def _largest_share(block: BlockRecord) -> str:

@@ -15,7 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from peelwise.records.audit import AuditRecord, BlockRecord
+from peelwise.records.audit import AuditRecord, BlockRecord, LossRecord
 from peelwise.records.base import Interval, SealedRecord
 from peelwise.records.plain_text import clean
 from peelwise.records.signals import RANKED_BY, SIGNALS
@@ -28,16 +28,21 @@ from peelwise.show.words import (
     NOT_IN_BUDGET,
     VERDICTS,
     amount,
+    behind,
     bracket,
     control_sentence,
     counts,
     duration,
     gain_sentence,
+    in_title,
     is_interaction,
     is_measured,
+    is_of_batches,
     nats,
     note_words,
+    own_data,
     ranking,
+    short_unit,
     solo_gain,
     with_ends,
 )
@@ -136,10 +141,11 @@ def _block_table(record: AuditRecord, width: int) -> Table:
     table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
     table.add_column("block", justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
-    table.add_column(f"{SIGNALS['recoverable'].column}\nnats/token", justify="right", no_wrap=True)
-    table.add_column(f"{SIGNALS['unique'].column}\nnats/token", justify="right", min_width=23, max_width=23)
+    unit = short_unit(record)
+    table.add_column(Text(f"{SIGNALS['recoverable'].column}\n{unit}"), justify="right", no_wrap=True)
+    table.add_column(Text(f"{SIGNALS['unique'].column}\n{unit}"), justify="right", min_width=23, max_width=23)
     if wide:
-        table.add_column(f"{SIGNALS['removal'].column}\nnats/token", justify="right", no_wrap=True)
+        table.add_column(Text(f"{SIGNALS['removal'].column}\n{unit}"), justify="right", no_wrap=True)
         table.add_column(SIGNALS[RANKED_BY].column.replace("-", "-\n").replace(" ", "\n"), no_wrap=True)
     if widest:
         table.add_column("rounds", justify="right", no_wrap=True)
@@ -217,25 +223,32 @@ def _losses(record: AuditRecord) -> RenderableType:
     gain = "" if loss.composed_gain is None else f"gain {with_ends(loss.composed_gain)}"
     shuffled = "" if loss.shuffled_gain is None else f"gain {with_ends(loss.shuffled_gain)}"
     start = "" if loss.untrained_start is None else f"from {nats(loss.untrained_start)} at initialisation"
-    rows = (
+    of_batches = is_of_batches(record)
+    rows: tuple[tuple[str, float | None, str], ...] = (
         ("now", loss.current, ""),
         ("composed witness", loss.composed, gain),
-        ("control: head re-fitted", loss.head_control, ""),
+        *([] if of_batches else [("control: head re-fitted", loss.head_control, "")]),
         ("control: shuffled targets", loss.shuffled, shuffled),
         ("control: untrained", loss.untrained, start),
-        ("baseline: without blocks", loss.without_blocks, ""),
-        ("baseline: counting tokens", loss.unigram, ""),
+        *([] if of_batches else _baselines(loss)),
     )
     for name, value, remark in rows:
         bold = "bold" if name in ("now", "composed witness") else ""
         table.add_row(Text(name, style=bold), Text(nats(value), style=bold or "dim"), Text(remark))
-    if record.head is not None:
+    if of_batches:
+        head = ""
+    elif record.head is not None:
         head = f"head by itself: gain {with_ends(record.head.recoverable_nats)}"
     else:
         head = f"head by itself: {NOT_IN_BUDGET}"
-    title = Text("Loss on report, nats per token", style="bold")
+    title = Text(f"Loss on report{in_title(record)}", style="bold")
     style = "" if record.informative else "bold yellow"
-    return Group(title, Padding(table, (0, 0, 0, 1)), Text(f" {head}"), Text(control_sentence(record), style))
+    shown = [Text(f" {head}")] if head else []
+    return Group(title, Padding(table, (0, 0, 0, 1)), *shown, Text(control_sentence(record), style))
+
+
+def _baselines(loss: LossRecord) -> list[tuple[str, float | None, str]]:
+    return [("baseline: without blocks", loss.without_blocks, ""), ("baseline: counting tokens", loss.unigram, "")]
 
 
 def _closing(record: AuditRecord, folder: str | None) -> RenderableType:
@@ -256,12 +269,12 @@ def footer(record: SealedRecord, folder: str | None) -> list[RenderableType]:
     work = f"{cost.forward_equivalents:.1f} forward passes over the probe"
     memory = f"peak memory {amount(cost.peak_bytes, 1024, 'B')}"
     lines.append(Text(f"Cost: {duration(cost.wall_seconds)}, {work}, {memory}.", style="dim"))
-    lines.append(Text(f"Margin: {nats(record.margin_nats)} nats per token.", style="dim"))
+    lines.append(Text(f"Margin: {nats(record.margin_nats)}{behind(record)}.", style="dim"))
     if record.witness is not None:
         size = amount(record.witness.bytes, 1024, "B")
         lines.append(Text(f"Witness: {clean(record.witness.file)} ({size})", style="dim"))
     if folder is not None:
         check = f"peelwise verify {shlex.quote(clean(folder))}"
-        lines.append(Text(f"Files are in {clean(folder)}. Check them with: {check} --text FILE"))
+        lines.append(Text(f"Files are in {clean(folder)}. Check them with: {check}{own_data(record)}"))
     lines.append(Text("A witness proves; none found proves nothing.", style="dim italic"))
     return lines

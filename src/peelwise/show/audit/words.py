@@ -12,7 +12,17 @@ from peelwise.evidence.verdict import idle, own_gains_decide
 from peelwise.records.audit import AuditConclusion, AuditRecord, BlockRecord
 from peelwise.records.base import Interval
 from peelwise.records.codes import INTERACTS
-from peelwise.show.words import BASELINES, SHARED, UNDAMAGED, VERDICTS, is_bounded, reason_words
+from peelwise.show.words import (
+    BASELINES,
+    SHARED,
+    UNDAMAGED,
+    VERDICTS,
+    behind,
+    is_bounded,
+    is_of_batches,
+    reason_words,
+    this_data,
+)
 
 _MOST_LISTED, _MOST_HARMFUL = 6, 3
 GAINS = {"solo": "solo gain", "marginal": "marginal gain (leave-one-out)"}
@@ -47,7 +57,7 @@ def reasons(record: AuditRecord) -> tuple[str, ...]:
             code = follows[place].reason
         words = VERDICTS[block.verdict].words
         found.append(reason_words(code + (INTERACTS if block.interaction else "")) if code else words)
-    return tuple(found)
+    return tuple(said.replace("probe tokens", "examples") for said in found) if is_of_batches(record) else tuple(found)
 
 
 def _first(record: AuditRecord, found: AuditConclusion) -> str:
@@ -56,11 +66,13 @@ def _first(record: AuditRecord, found: AuditConclusion) -> str:
         named = f"block{'' if count == 1 else 's'} {listed(found.blocks)}"
         return f"{count} of {blocks} blocks certified under-optimised ({named})."
     if found.case == "recoverable":
-        return f"No block is certified under-optimised; {count} of {blocks} have recoverable loss on this text."
+        return (
+            f"No block is certified under-optimised; {count} of {blocks} have recoverable loss on {this_data(record)}."
+        )
     if found.case == "none-found" and own_gains_decide(record.probe.in_distribution, record.rule):
         return (
             f"None found: of {count} blocks measured (of {blocks}), none is shown to have more than "
-            f"{record.margin_nats:.3f} nats per token to gain of its own."
+            f"{record.margin_nats:.3f}{behind(record)} to gain of its own."
         )
     if found.case == "none-found":
         bounded = sum(map(is_bounded, record.blocks))
@@ -70,7 +82,7 @@ def _first(record: AuditRecord, found: AuditConclusion) -> str:
         more = f" and {bounded} bounded by the slope of the loss" if bounded else ""
         return (
             f"None found: of {alone}{more} (of {blocks}), none is shown to have a solo gain above "
-            f"{record.margin_nats:.3f} nats per token."
+            f"{record.margin_nats:.3f}{behind(record)}."
         )
     return "No verdict yet: no block was refined by itself within the budget."
 
@@ -79,19 +91,19 @@ def _together(record: AuditRecord) -> str:
     composed = record.loss.composed_gain
     if composed is None:
         return ""
-    interval = f"(95 % interval {composed.low:.3f} to {composed.high:.3f})"
+    interval, unit = f"(95 % interval {composed.low:.3f} to {composed.high:.3f})", behind(record)
     if composed.high < 0:
         interval = f"(95 % interval {-composed.high:.3f} to {-composed.low:.3f})"
-        return f"Refined together, the blocks raise the loss by {-composed.mean:.3f} nats per token {interval}."
+        return f"Refined together, the blocks raise the loss by {-composed.mean:.3f}{unit} {interval}."
     largest = of_its_own(record)
     if largest is None and composed.low <= 0:
-        said = f"{composed.mean:+.3f} nats per token {interval}"
+        said = f"{composed.mean:+.3f}{unit} {interval}"
         return f"Refined together, the blocks are not shown to lower the loss: gain {said}."
     if largest is None:
-        return f"Refined together, the blocks lower the loss by {composed.mean:.3f} nats per token {interval}."
+        return f"Refined together, the blocks lower the loss by {composed.mean:.3f}{unit} {interval}."
     block, own = largest
     return (
-        f"All blocks together could adapt to this text by {composed.mean:.3f} nats per token {interval}; of its own, "
+        f"All blocks together could adapt to {this_data(record)} by {composed.mean:.3f}{unit} {interval}; of its own, "
         f"block {block} has most to gain: {own.mean:.3f}."
     )
 
@@ -131,7 +143,7 @@ def _look_first(record: AuditRecord, found: AuditConclusion) -> str:
         return ""
     block = _block(record, first.block)
     value = None if block is None else block.recoverable_nats if first.by == "solo" else block.unique_nats
-    size = "" if value is None else f": {value.mean:.3f} nats per token"
+    size = "" if value is None else f": {value.mean:.3f}{behind(record)}"
     said = f"Look first at block {first.block}, which has the largest {GAINS[first.by]}{size}."
     if _are_most_red(record):
         said = f"Of single blocks, look first at block {first.block}, which has the largest {GAINS[first.by]}{size}."
@@ -146,7 +158,7 @@ def _harm(record: AuditRecord, found: AuditConclusion) -> str:
     for index in found.harmful[:_MOST_HARMFUL]:
         block = _block(record, index)
         if block is not None and block.removal_nats is not None:
-            named.append(f"{index} ({-block.removal_nats.mean:.3f} nats per token)")
+            named.append(f"{index} ({-block.removal_nats.mean:.3f}{behind(record)})")
     return f"The model is better without block {', without block '.join(named)}." if named else ""
 
 
@@ -163,7 +175,7 @@ def _idle(record: AuditRecord) -> str:
     said = f"{', '.join(named)} {'does' if len(named) == 1 else 'do'} no work"
     return (
         f"{said[0].upper()}{said[1:]}: the loss without it is the same within the margin, where leaving out the "
-        f"median block costs {usual:.3f} nats per token."
+        f"median block costs {usual:.3f}{behind(record)}."
     )
 
 

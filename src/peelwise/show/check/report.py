@@ -28,7 +28,17 @@ from peelwise.show.check.words import (
 )
 from peelwise.show.html.markup import esc, pairs, paragraph, section, table
 from peelwise.show.html.page import document, heading
-from peelwise.show.words import bracket, nats, note_words, significant
+from peelwise.show.words import (
+    behind,
+    bracket,
+    in_title,
+    is_of_batches,
+    nats,
+    note_words,
+    own_data,
+    significant,
+    this_data,
+)
 
 MOST_IN_A_ROW = 32
 MOST_STORIES = 8  # named blocks that are told one by one
@@ -75,6 +85,9 @@ def _verifying(record: CheckRecord) -> str:
             "every signal, score and named block."
         )
         commands = ["peelwise verify DIR --model MODEL --text FILE"]
+    if record.probe is not None and not own_data(record):
+        code = f"<pre><code>{esc(sections.VERIFY_BATCHES)}</code></pre>"
+        return section("verify", "How to verify", paragraph(sections.ON_BATCHES), code)
     commands.append("peelwise verify DIR --model MODEL --full")
     code = "\n".join(commands)
     return section("verify", "How to verify", paragraph(said), f"<pre><code>{code}</code></pre>")
@@ -92,7 +105,7 @@ def _header(record: CheckRecord) -> str:
 
 def _strip(record: CheckRecord) -> str:
     """All blocks by score, and what the factors gain: what a reader in a hurry should see."""
-    side = [("loss on report", f"{nats(record.loss)} nats per token")] if record.loss is not None else []
+    side = [("loss on report", f"{nats(record.loss)}{behind(record)}")] if record.loss is not None else []
     if record.composed_gain is not None:
         gain = f"{nats(record.composed_gain.mean, signed=True)} {bracket(record.composed_gain)}"
         side += [("loss with the best factors", nats(record.composed_loss)), ("gain", gain)]
@@ -181,11 +194,11 @@ def _witnesses(record: CheckRecord) -> str:
     about = (
         "Each factor multiplies the weight (and bias) of one part. It was found on select; its gain is measured on "
         "report, which was used for nothing else. 0 takes the part out, below 0 its sign is turned. An interval above "
-        "0 proves that this factor lowers the loss on this text."
+        f"0 proves that this factor lowers the loss on {this_data(record)}."
     )
     if record.composed_gain is not None:
         about += f" Those marked as together gain {nats(record.composed_gain.mean)} {bracket(record.composed_gain)}."
-    titles = ("block", "part", "factor", "gain, nats per token", "gain on select", "together")
+    titles = ("block", "part", "factor", f"gain{in_title(record)}", "gain on select", "together")
     listing = table(titles, cells, caption="Gain witnesses") if shown else ""
     rest = len(record.gain_witnesses) - len(shown)
     more = paragraph(rest_words(rest), "small") if rest else ""
@@ -193,7 +206,7 @@ def _witnesses(record: CheckRecord) -> str:
 
 
 def _signals(record: CheckRecord, rows: Rows, styles: Styles) -> str:
-    named = named_blocks(record)
+    named, of = named_blocks(record), "loss" if is_of_batches(record) else "nats"
     parts = {part for drawn in rows.values() for part in drawn}
     about = (
         "Each chart is one signal over depth, from the first block on the left to the last, with a line for each part. "
@@ -203,7 +216,7 @@ def _signals(record: CheckRecord, rows: Rows, styles: Styles) -> str:
     shaded = " Shaded: blocks unlike their neighbours." if named else ""
     groups = [
         f'<h3 id="{anchor}">{esc(title)}</h3><div class="small-charts">'
-        f"{''.join(_small(name, rows, styles, named) for name in names)}</div>"
+        f"{''.join(_small(name, rows, styles, named, of) for name in names)}</div>"
         for anchor, title, kinds in _GROUPS
         if (names := [name for name in SIGNALS if SIGNALS[name].kind in kinds and _varies(rows.get(name, {}))])
     ]
@@ -225,9 +238,9 @@ def _constant(rows: Rows) -> str:
     return paragraph(f"The same everywhere: {', '.join(same)}.", "small") if same else ""
 
 
-def _small(name: str, rows: Rows, styles: Styles, named: list[int]) -> str:
+def _small(name: str, rows: Rows, styles: Styles, named: list[int], of: str) -> str:
     signal = SIGNALS[name]
-    unit = f" <small>{esc(signal.unit)}</small>" if signal.unit else ""
+    unit = f" <small>{esc(signal.unit.replace('nats', of))}</small>" if signal.unit else ""
     picture = charts.chart(name, rows[name], styles, named)
     return (
         f'<figure id="signal-{name}"><h4>{esc(_heading(name))}{unit}</h4>{picture}'
@@ -253,5 +266,8 @@ def _reading(record: CheckRecord) -> str:
         lines.append(
             "The text is not known to be training text. Signals of the passes are those on this text; another text may "
             "use the blocks otherwise."
+            if not is_of_batches(record)
+            else "The examples are not known to be training data. Signals of the passes are those on these examples; "
+            "others may use the blocks otherwise."
         )
     return section("reading", "How to read this", f"<ul>{''.join(f'<li>{esc(line)}</li>' for line in lines)}</ul>")

@@ -29,7 +29,17 @@ from peelwise.show.check.words import (
     share_of_bar,
     shown_witnesses,
 )
-from peelwise.show.words import amount, duration, nats, note_words, significant, with_ends
+from peelwise.show.words import (
+    amount,
+    data_words,
+    duration,
+    nats,
+    note_words,
+    own_data,
+    short_unit,
+    significant,
+    with_ends,
+)
 
 MOST_BLOCKS, MOST_WITNESSES = 6, 8
 LEVELS = "▁▂▃▄▅▆▇█"
@@ -134,7 +144,7 @@ def _reasons(record: CheckRecord, unlike: Sequence[UnlikeBlock], width: int) -> 
     for title in ("value", "neighbours", "robust z"):
         table.add_column(title, justify="right", no_wrap=True)
     if with_ablation:
-        table.add_column("ablation\nnats/token", justify="right", no_wrap=True)
+        table.add_column(Text(f"ablation\n{short_unit(record)}"), justify="right", no_wrap=True)
     for each in unlike[:MOST_BLOCKS]:
         ablation = ablation_of(record, each.block)
         cost = "–" if ablation is None else nats(ablation.mean, signed=True)
@@ -158,12 +168,12 @@ def _witnesses(record: CheckRecord) -> RenderableType:
     table.add_column("block", justify="right", no_wrap=True)
     table.add_column("part", overflow="fold")
     table.add_column("factor", justify="right", no_wrap=True)
-    table.add_column("gain, nats/token", justify="right", no_wrap=True)
+    table.add_column(Text(f"gain, {short_unit(record)}"), justify="right", no_wrap=True)
     for witness in shown[:MOST_WITNESSES]:
         head = "" if witness.head is None else f", head {witness.head}"
         part = clean(part_words(witness.part) + head)
         table.add_row(str(witness.block), part, f"{witness.factor:.3g}", with_ends(witness.gain, 3))
-    title = "\nGain witnesses: what one factor on a part gains, on text that it was not chosen on"
+    title = f"\nGain witnesses: what one factor on a part gains, on {data_words(record)} that it was not chosen on"
     lines: list[RenderableType] = [Text(title, style="bold"), *([table] if shown else [])]
     if len(shown) > MOST_WITNESSES:
         lines.append(Text(f"and {len(shown) - MOST_WITNESSES} more in the record.", style="dim"))
@@ -205,7 +215,7 @@ def _closing(record: CheckRecord, folder: str | None) -> RenderableType:
     lines.append(Text(cost, style="dim"))
     if folder is not None:
         lines.append(Text(f"Files are in {clean(folder)}: the page report.html, every number in certificate.json."))
-        how = "--full" if record.probe is None else "--text FILE"
-        lines.append(Text(f"Check them with: peelwise verify {shlex.quote(clean(folder))} {how}"))
+        how = " --full" if record.probe is None else own_data(record)
+        lines.append(Text(f"Check them with: peelwise verify {shlex.quote(clean(folder))}{how}"))
     lines.append(Text(UNLIKE, style="dim italic"))
     return Group(*lines)

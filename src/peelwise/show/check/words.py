@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peelwise.records.base import Interval
+from peelwise.records.base import NATS, Interval
 from peelwise.records.check import BlockCheck, CheckPart, CheckRecord, GainWitness, SignalReason, UnlikeBlock
 from peelwise.records.signals import SIGNALS, title_of
-from peelwise.show.words import nats, note_words, significant
+from peelwise.show.words import behind, nats, note_words, significant
 
 ATTENTION, MLP = "attention", "mlp"
 MOST_LISTED = 6  # blocks that a sentence names
@@ -44,8 +44,8 @@ def conclusion(record: CheckRecord) -> str:
         _named(record),
         *([f"Block {first.block} first:"] if len(record.unlike) > 1 else []),
         *story(record, first),
-        "" if elsewhere is None else f"In block {elsewhere.block}, m{witness_words(elsewhere)[1:]}",
-        "" if together is None else f"Multiplying by the best factors together {_lowers(together)}.",
+        "" if elsewhere is None else f"In block {elsewhere.block}, m{witness_words(elsewhere, behind(record))[1:]}",
+        "" if together is None else f"Multiplying by the best factors together {_lowers(together, behind(record))}.",
         _limits(record),
     )
     return " ".join(filter(None, parts))
@@ -57,7 +57,11 @@ def story(record: CheckRecord, unlike: UnlikeBlock) -> list[str]:
     ablation = ablation_of(record, unlike.block)
     if ablation is not None:  # then factors were tried too
         best = best_witness(record, unlike.block)
-        lines.append("No factor on a part of it is shown to lower the loss." if best is None else witness_words(best))
+        lines.append(
+            "No factor on a part of it is shown to lower the loss."
+            if best is None
+            else witness_words(best, behind(record))
+        )
         lines.append(ablation_words(ablation))
     return lines
 
@@ -77,12 +81,12 @@ def reason_words(reason: SignalReason) -> str:
     return f"{subject} is {value}, its neighbours' {typical}."
 
 
-def witness_words(witness: GainWitness) -> str:
-    """Return what a factor does to the loss on text that it was not chosen on."""
+def witness_words(witness: GainWitness, unit: str = f" {NATS}") -> str:
+    """Return what a factor does to the loss on text that it was not chosen on; ``unit`` stands behind the number."""
     what = f"what {part_words(witness.part)} gives" if witness.part in _BRANCHES else part_words(witness.part)
     if witness.head is not None:
         what = f"head {witness.head} of {part_words(witness.part)}"
-    return f"Multiplying {what} by {witness.factor:.3g} {_lowers(witness.gain)}."
+    return f"Multiplying {what} by {witness.factor:.3g} {_lowers(witness.gain, unit)}."
 
 
 def ablation_words(ablation: Interval) -> str:
@@ -224,12 +228,12 @@ def _gained(witness: GainWitness) -> tuple[float, bool]:
     return round(witness.gain.mean, 3), witness.part in _BRANCHES
 
 
-def _lowers(gain: Interval) -> str:
+def _lowers(gain: Interval, unit: str) -> str:
     if gain.high < 0:
-        return f"raises the loss by {-gain.mean:.3f} nats per token ({min_max(gain, -1)})"
+        return f"raises the loss by {-gain.mean:.3f}{unit} ({min_max(gain, -1)})"
     if gain.low <= 0:
-        return f"changes the loss by {nats(-gain.mean, signed=True)} nats per token, which may be nothing"
-    return f"lowers the loss by {gain.mean:.3f} nats per token ({min_max(gain)})"
+        return f"changes the loss by {nats(-gain.mean, signed=True)}{unit}, which may be nothing"
+    return f"lowers the loss by {gain.mean:.3f}{unit} ({min_max(gain)})"
 
 
 def _times(ratio: float) -> str:

@@ -63,8 +63,8 @@ def run_audit(
     its time and memory.
 
     Args:
-        model: a decoder-only language model; see `find_blocks`.
-        probe: the text, split in three.
+        model: a language model, or of batches any whose blocks feed each other; see `find_blocks`.
+        probe: the text or batches, split in three.
         settings: budget and limits.
         name: the model's name in the record.
         source: where it was opened from, for ``verify``.
@@ -82,7 +82,7 @@ def run_audit(
     """
     with processes.agreeing():
         _check_whole(model)
-        blocks = checked_blocks(model, probe, settings.refine)
+        blocks = checked_blocks(model, probe, settings.refine, batches=True)
         setup = Setup(model, blocks, name, source, identify(model), settings.plain(), probe.seed)
         check_same(processes, (setup.identity.fingerprint, probe.fingerprint, probe.in_distribution, setup.settings))
         linears = [linear for block in blocks for linear in block.linears]
@@ -139,7 +139,8 @@ def _stages(session: Session, findings: Findings, settings: AuditSettings, *, fa
         affordable = clock.elapsed < _CONTROL_SHARE * clock.budget
         if affordable:
             _untrained(session, findings)
-        _head(session, findings)
+        if session.probe.examples is None:
+            _head(session, findings)
         complete &= affordable
     if not (taken_out or session.probe.in_distribution):  # there, solo gains come before
         taken_out = stages.take_out(session, findings, share=1.0)

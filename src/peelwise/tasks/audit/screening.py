@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 from peelwise.engine.proposals import DIRECTIONS, Direction
-from peelwise.engine.refine import FIRST_GAIN_NATS, Refined, take_round, unrefined
+from peelwise.engine.refine import Refined, first_gain, take_round, unrefined
 from peelwise.engine.session import Session, output_change, rounded
 from peelwise.engine.slopes import first_order_gains
 from peelwise.tasks.audit.findings import Findings
@@ -48,7 +48,7 @@ def refine_from(session: Session, findings: Findings, order: Iterable[int], step
         own = {index: replace(made, changes={direction: made.changes[direction]})}
         slope = sum(p.slope for p in made.changes[direction].values())
         # Where the others' step would gain far more than blocks do, were the loss linear, it is too long for this one.
-        begin = min(_BEGIN * steps[direction], FIRST_GAIN_NATS / slope) if slope > 0 else _BEGIN * steps[direction]
+        begin = min(_BEGIN * steps[direction], first_gain(session) / slope) if slope > 0 else _BEGIN * steps[direction]
         first = {direction: begin * output_change(own, direction, 1.0)}
         before = unrefined(session.select, index)
         better = take_round(session, before, own, output_changes=first, evaluations=_MOST_EVALUATIONS)

@@ -38,7 +38,7 @@ def summarise(
         margin: nats per token, or ``None`` for the default.
     """
     current = session.report.mean
-    margin = default_margin(current) if margin is None else margin
+    margin = default_margin(current, session.probe.unit) if margin is None else margin
     every = session.runner.blocks  # without the layers that never run
     evidence = [evidence_of(session, findings, block.index) for block in every]
     verdicts = judge(evidence, margin, in_distribution=session.probe.in_distribution)

@@ -20,7 +20,7 @@ from peelwise.engine.session import Session
 from peelwise.errors import NotDifferentiableError
 from peelwise.evidence.unlike import RULE, THRESHOLD
 from peelwise.evidence.verdict import default_margin
-from peelwise.model.architectures import find_blocks
+from peelwise.model.architectures import find_blocks, refuse_text
 from peelwise.model.fingerprint import check_finite, identify
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, device_of
@@ -29,7 +29,7 @@ from peelwise.model.runner import Runner
 from peelwise.model.selfcheck import check_shared
 from peelwise.model.splice import frozen
 from peelwise.probe.probe import Probe
-from peelwise.records.base import CostRecord, Interval, Note, note
+from peelwise.records.base import NATS, CostRecord, Interval, Note, note
 from peelwise.records.check import BlockCheck, CheckRecord, MatrixCheck
 from peelwise.tasks.check.settings import CheckSettings
 
@@ -57,8 +57,8 @@ def run_check(
     """Check ``model`` and leave it exactly as it was.
 
     Args:
-        model: a decoder-only language model; see `find_blocks`.
-        probe: the text; fit and select are looked at, report proves; ``None`` for signals of weights alone.
+        model: a language model, or of batches any whose blocks feed each other; see `find_blocks`.
+        probe: the text or batches; fit and select are looked at, report proves; ``None`` for signals of weights alone.
         settings: signals and limits.
         name: the model's name in the record.
         source: where it was opened from.
@@ -109,7 +109,7 @@ def _record(setup: Setup, probe: Probe | None, found: _Found, all_parts: Sequenc
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         model=model_record(setup),
         probe=None if probe is None else probe.record(),
-        margin_nats=default_margin(loss or 0.0),
+        margin_nats=default_margin(loss or 0.0, NATS if probe is None else probe.unit),
         loss=loss,
         composed_loss=None if composed is None or session is None else session.report.mean_of(composed),
         composed_gain=(
@@ -130,7 +130,8 @@ def _record(setup: Setup, probe: Probe | None, found: _Found, all_parts: Sequenc
 
 def _blocks(model: nn.Module, probe: Probe | None) -> tuple[Block, ...]:
     if probe is not None:
-        return checked_blocks(model, probe)
+        return checked_blocks(model, probe, batches=True)
+    refuse_text(model)
     blocks = find_blocks(model)
     check_shared(blocks)
     check_finite(model)

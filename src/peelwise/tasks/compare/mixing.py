@@ -73,7 +73,8 @@ def end_logits(norm: Side, head: Side, place: int, hidden: Tensor) -> Tensor:
     """Return the logits ``[b, t, vocabulary]`` that norm and head, each of one model, make of a last station."""
     with _head_of(norm, head):
         batch = norm.trace.batches[place]
-        return norm.runner.logits(batch, like(hidden, batch))
+        logits: Tensor = norm.runner.logits(batch, like(hidden, batch))
+        return logits
 
 
 @contextmanager

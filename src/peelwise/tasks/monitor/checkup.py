@@ -109,6 +109,7 @@ class Checkup:
         """What one who only counts tokens has on the probe, nats per token."""
         if self._counting is None:
             self._counting = probe_unigram(self._probe, self._model)
+        assert self._counting is not None  # a monitor's probe is of tokens
         return self._counting
 
     @property
