@@ -3,6 +3,7 @@
     python benchmarks/check_truth.py                  # SmolLM2-135M: every case that is not done yet, then the table
     python benchmarks/check_truth.py --model small    # the small GPT
     python benchmarks/check_truth.py --seed 1 --half "held back" --blocks 19 0    # another probe
+    python benchmarks/check_truth.py --damping --half "held back" --blocks 6 29   # that rival alone
     python benchmarks/check_truth.py --table          # the table of what is done
 
 Kinds in `truth.kinds.DEVELOPMENT` were looked at while the rule of `evidence/unlike.py` was made, at blocks 4, 15 and
@@ -138,6 +139,18 @@ class Bench:
             "seconds": round(taken, 1),
         }
 
+    def damped_alone(self, changed: set[int]) -> dict[str, Any]:
+        """Return what the rival without a reference says of the model as it is now, and nothing else."""
+        fit, select, report = (self.runner.refreshed(trace, min(changed)) for trace in self.traces)
+        session = Session(self.runner, report, self.probe, fit, select, Clock(1e9, self.runner.work), 0)
+        return {
+            "loss": report.mean,
+            "difference": _difference(self.traces[2], report),
+            "changed": sorted(changed),
+            "named": [],
+            "scores": _rounded(self._damped(session)),
+        }
+
     def _damped(self, session: Session) -> np.ndarray:
         """Return what half of every block's update gains, nats per token: the rival that needs no reference."""
         tokens = session.some_of_select(_DAMPED_ON)
@@ -239,6 +252,23 @@ def run(name: str, seed: int, half: str | None, blocks: Sequence[int] = (), *, d
     if name == "small" and not _path(name, seed, "healthy", "widened", -1).exists():
         for kind, other in healthy_small(seed):
             _save(_path(name, seed, "healthy", kind, -1), other.case(set()), "healthy", kind, -1, [], seed)
+
+
+def run_damping(name: str, seed: int, half: str, blocks: Sequence[int]) -> dict[str, float]:
+    """Return how often damping every block by half finds the one at fault, among cases that cost more than the margin."""
+    (OUT / name).mkdir(parents=True, exist_ok=True)
+    bench: Bench | None = None
+    cases = []
+    for index in blocks or BLOCKS[name][half]:
+        for kind in HELD_BACK if half == "held back" else DEVELOPMENT:
+            path = _path(name, seed, f"damping {half}", kind, index).with_suffix(".damping")
+            if not path.exists():
+                bench = bench or Bench(*opened(name, seed))
+                changed = at_fault(kind, index, len(bench.blocks))
+                with damaged(bench.model, bench.blocks, kind, index):
+                    _save(path, bench.damped_alone(changed), half, kind, index, sorted(changed), seed)
+            cases.append(json.loads(path.read_text()))
+    return figures([c for c in cases if c["difference"] > default_margin(c["loss"] - c["difference"])])
 
 
 def _path(name: str, seed: int, group: str, kind: str, index: int) -> Path:
@@ -365,8 +395,21 @@ def main() -> None:
     parser.add_argument("--half", choices=["development", "held back"], help="only this half of the kinds")
     parser.add_argument("--blocks", type=int, nargs="*", default=[], help="only damage at these blocks")
     parser.add_argument("--fast", action="store_true", help="without the rival that costs most, residual damping")
+    parser.add_argument("--damping", action="store_true", help="only that rival; its row goes beside the others")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    if options.damping:
+        half = options.half or "held back"
+        with torch.no_grad():
+            row = run_damping(options.model, options.seed, half, options.blocks)
+        file = RESULTS / "check_truth.json"
+        result = json.loads(file.read_text())
+        where = " ".join(map(str, options.blocks or BLOCKS[options.model][half]))
+        key = f"residual damping, probe {options.seed}, blocks {where}"
+        result["models"][options.model][half]["rivals"][key] = row | {"command": environment()["command"]}
+        file.write_text(json.dumps(result, indent=1) + "\n")
+        print(key, row)
+        return
     if not options.table:
         with torch.no_grad():
             run(options.model, options.seed, options.half, options.blocks, damping=not options.fast)
