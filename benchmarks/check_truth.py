@@ -255,7 +255,7 @@ def run(name: str, seed: int, half: str | None, blocks: Sequence[int] = (), *, d
 
 
 def run_damping(name: str, seed: int, half: str, blocks: Sequence[int]) -> dict[str, float]:
-    """Return how often damping every block by half finds the one at fault, among cases that cost more than the margin."""
+    """Return how often damping every block by half finds the one at fault, among cases that cost enough."""
     (OUT / name).mkdir(parents=True, exist_ok=True)
     bench: Bench | None = None
     cases = []
