@@ -232,8 +232,11 @@ def _frozen(record: AuditRecord) -> Iterator[str]:
 
 
 def _left_out(record: AuditRecord) -> Iterator[str]:
-    """An audit that is complete measured the same of all blocks."""
-    for field, name in (("recoverable_nats", "recoverable"), ("unique_nats", "unique"), ("removal_nats", "removal")):
+    """An audit that is complete measured the same of all blocks; without solo rounds, what factors gain of some."""
+    fields = [("unique_nats", "unique"), ("removal_nats", "removal")]
+    if record.settings.get("alone_rounds") != 0:
+        fields.append(("recoverable_nats", "recoverable"))
+    for field, name in fields:
         asked = [block for block in record.blocks if field == "removal_nats" or not block.frozen]
         missing = [block.name for block in asked if getattr(block, field) is None]
         if record.complete and 0 < len(missing) < len(asked):

@@ -368,6 +368,17 @@ def test_a_factor_on_what_is_unlike_comes_first_and_singles_out_the_block(small_
     assert again.replay.differing == 0
 
 
+@pytest.mark.nightly
+def test_without_solo_rounds_a_factor_alone_is_no_gap_in_a_complete_audit(small_gpt, training_probe, tmp_path):
+    broken = damage.sign_flip(small_gpt("final")[0], 3)
+    outcome = run_audit(broken, training_probe, dataclasses.replace(ONE_ROUND, controls=False, solo_rounds=0))
+    assert outcome.record.complete
+    assert [block.index for block in outcome.record.blocks if block.recoverable_nats is not None] == [3]
+    write_certificate(tmp_path / "found", outcome.record, outcome.witness, outcome.probe)
+    found = verify_certificate(tmp_path / "found", broken, full=True)
+    assert found.holds, found.reason
+
+
 def test_an_audit_begins_with_a_check_and_names_the_block_that_is_unlike(audited: Any) -> None:
     check = audited[0].record.check
     assert check is not None
