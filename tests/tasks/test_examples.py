@@ -17,6 +17,7 @@ import peelwise
 from example_models import KINDS, Diffusion, bert, digits, noisy, trained_vit
 from peelwise.certificate.base import tolerance_of, unit_loss
 from peelwise.errors import CertificateError, OptionError
+from peelwise.evidence.audit import contradictions
 from peelwise.evidence.verdict import default_margin
 from peelwise.model.fingerprint import fingerprint
 from peelwise.records.files import RECORD_FILE
@@ -164,6 +165,15 @@ def test_a_diffusion_transformer_of_ones_own_is_checked_with_its_own_loss(tmp_pa
     assert audit.record.loss.composed_gain.low > audit.record.margin_nats  # of random weights much is left
     assert "squared error" in audit.conclusion
     assert peelwise.verify(audit.save(tmp_path / "dit"), model, loss=squared).holds
+
+
+def test_numbers_of_next_tokens_are_a_contradiction_in_an_audit_of_batches(audited: Any) -> None:
+    record = audited.record
+    assert not list(contradictions(record, 1e-4))
+    for name in ("unigram", "without_blocks", "head_control"):
+        loss = record.loss.model_copy(update={name: record.loss.current})
+        said = " ".join(contradictions(record.model_copy(update={"loss": loss}), 1e-4))
+        assert f"loss.{name}: it was certified, and a probe of batches has none." in said
 
 
 @pytest.mark.parametrize("kind", ["masked", "classifier", "encoder-decoder"])

@@ -115,7 +115,7 @@ class Session(ReportSession):
             return sweep(self.runner, fit, select, **how)
 
     def counted_gain(self, part: Trace, before: Tensor, after: Tensor) -> float:
-        """Return the decrease of the loss on a part that choices go by, in nats per token.
+        """Return the decrease of the loss on a part that choices go by, in nats per token or the unit of the examples.
 
         Examples are fewer than tokens by far, and a few of them are most of a small loss: of batches the lower end of
         the 95 % interval counts, 0 of a single example.

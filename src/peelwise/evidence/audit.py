@@ -163,6 +163,7 @@ def contradictions(record: AuditRecord, tolerance: float) -> Iterator[str]:
     yield from _losses(record.loss, tolerance)
     yield from _impossible(record)
     yield from _left_out(record)
+    yield from _of_tokens(record)
     yield from _frozen(record)
     yield from _head(record.head, record.loss)
     yield from _rounds(record)
@@ -241,6 +242,17 @@ def _left_out(record: AuditRecord) -> Iterator[str]:
         missing = [block.name for block in asked if getattr(block, field) is None]
         if record.complete and 0 < len(missing) < len(asked):
             yield f"{missing[0]} {name}: it is missing, though the audit is said to be complete."
+
+
+def _of_tokens(record: AuditRecord) -> Iterator[str]:
+    """Batches have no next tokens to count, and no head over a vocabulary; nothing would recheck such a number."""
+    if record.probe.loss is None:
+        return
+    for name in ("unigram", "without_blocks", "head_control"):
+        if getattr(record.loss, name) is not None:
+            yield f"loss.{name}: it was certified, and a probe of batches has none."
+    if record.head is not None:
+        yield "head: it was certified, and of a probe of batches none is fitted."
 
 
 def wrong_intervals(named: Iterable[tuple[str, Interval]], sequences: int) -> Iterator[str]:
