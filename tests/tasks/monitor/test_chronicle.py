@@ -218,11 +218,12 @@ def test_verdict_rows_only_where_one_changes():
     assert (change.block, change.colour, change.measured_step) == (1, "green", 220)
 
 
-def test_a_measurement_lasts_until_training_has_gained_as_much():
-    made = chronicle("falling")
-    assert add(made, 200, visit_of(3.0, alone={0: MUCH})).letters[0] == "Y"
-    assert add(made, 210, visit_of(2.96)).letters[0] == "Y"
-    assert add(made, 220, visit_of(2.94)).letters[0] == "?"
+@pytest.mark.parametrize(("losses", "letters"), [("flat", "RR?"), ("falling", "YYY")])
+def test_a_red_lasts_until_training_has_gained_as_much_and_yellow_while_it_goes_on(losses, letters):
+    made = chronicle(losses)
+    first = add(made, 200, visit_of(3.0, alone={0: MUCH}))
+    later = [add(made, step, visit_of(loss)) for step, loss in ((210, 2.96), (220, 2.94))]
+    assert "".join(row.letters[0] for row in (first, *later)) == letters
 
 
 def test_foreign_text_needs_a_block_that_stands_out():

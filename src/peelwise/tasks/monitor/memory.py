@@ -166,9 +166,9 @@ class Memory:
 
         A measurement of few tokens that decides nothing is no news, and neither is it that training has moved on. A
         verdict is kept until the run is twice as long as when it was measured and more than two measurements have not
-        renewed it; green only while the loss has not risen by the margin and what is measured stays below it, others
-        only while the measurement counts and is above it, or, where they were about the progress of training, while
-        that goes on.
+        renewed it; green only while the loss has not risen by the margin and what is measured stays below it, red only
+        while the measurement counts and is above it, and yellow that is about the progress of training while that goes
+        on and nothing is measured that is below the margin.
         """
         for block, verdict in enumerate(verdicts):
             found = self.of(block, verdict)
@@ -192,7 +192,9 @@ class Memory:
         found = self.of(block, old.verdict)
         if old.verdict.colour == "green":
             return loss - old.loss > margin or (found is not None and found.value.mean > margin)
-        return found is None or found.value.mean <= margin
+        if found is None:  # training has gained as much since, as it was expected to
+            return old.verdict.reason != "still-falling" or not falling
+        return found.value.mean <= margin
 
     def _named(self, name: Name) -> dict[int, Found]:
         return {"recoverable": self.alone, "unique": self.unique, "first_order": self.bounds}[name]
