@@ -42,7 +42,8 @@ from peelwise.evidence.verdict import Evidence, judge
 from peelwise.model.architectures import find_blocks
 from peelwise.model.guard import untouched
 from peelwise.model.layers import LinearLayer
-from peelwise.model.runner import MICRO_BATCH_TOKENS, Trace
+from peelwise.model.runner import MICRO_BATCH_TOKENS
+from peelwise.model.trace import Trace
 from peelwise.probe.examples import Loss
 from peelwise.probe.probe import Probe
 from peelwise.records.audit import AuditRecord

@@ -19,7 +19,8 @@ from peelwise.model.configuration import configuration, other_configuration
 from peelwise.model.fingerprint import over_both, tensors_sha256
 from peelwise.model.layers import context_length, parameter_count, unwrapped, vocabulary_size
 from peelwise.probe.examples import Loss
-from peelwise.probe.probe import Probe, check_context, check_vocabulary
+from peelwise.probe.limits import check_context, check_vocabulary
+from peelwise.probe.probe import Probe
 from peelwise.probe.split import Pool
 from peelwise.records.base import Colour, Interval, ModelRecord, ProbeRecord, SealedRecord, WitnessRecord
 from peelwise.records.files import (

@@ -21,7 +21,8 @@ from peelwise.model.selfcheck import check_dtypes, check_shared, self_check
 from peelwise.model.weights.held import Held
 from peelwise.model.whereabouts import check_in_memory, untied_note
 from peelwise.probe.examples import Examples
-from peelwise.probe.probe import Probe, check_context, check_vocabulary
+from peelwise.probe.limits import check_context, check_vocabulary
+from peelwise.probe.probe import Probe
 from peelwise.probe.rows import Split
 from peelwise.records.base import Note, note
 from peelwise.records.options import Refine

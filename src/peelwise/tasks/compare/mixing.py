@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from peelwise.model.layers import Block
 from peelwise.model.replaced import forward_replaced
-from peelwise.model.runner import Batch, Runner, Trace
+from peelwise.model.runner import Runner
+from peelwise.model.trace import Batch, Trace
 
 
 @dataclass(frozen=True, eq=False)
