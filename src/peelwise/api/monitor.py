@@ -45,7 +45,8 @@ class Monitor:
 
     Args:
         model: the module in training, compiled or not, in DDP or not, sharded by ``fully_shard`` or not.
-        probe: text to measure on, best from the training distribution; see `Probe`.
+        probe: text to measure on, best from the training distribution, or batches with a loss of their own for a model
+            that predicts no next tokens; see `Probe`.
         optimizer: what steps the model; with it, parameters that it does not hold or does not move are found.
         budget: share of wall time that the monitor may take; ``None`` leaves it to ``schedule``.
         schedule: at which steps it may measure, such as `every(100)`; ``None`` for whenever the budget allows.
@@ -53,7 +54,7 @@ class Monitor:
             be written (another writer, a newer version, no such folder), that is said once and nothing is recorded.
         name: of the run.
         margin: smallest recoverable loss that matters, nats per token; default: the larger of 0.5 % of the loss and
-            0.003.
+            0.003. Of batches in their unit, 0.5 % of the loss.
         refine: which linear layers are asked about, as in `AuditSettings`: ``"trainable"`` when the monitor is made
             and later, ``"all"``, ``"adapters"``. Blocks without any have the letter F.
         signals: names of signals of `peelwise check` to record too, after measurements whenever the budget pays for

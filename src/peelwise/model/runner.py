@@ -88,6 +88,13 @@ class Runner:
         return Trace(batches, self._of_all(losses, split.sequences), tokens)
 
     @torch.no_grad()
+    def own_losses(self, split: Split) -> Tensor:
+        """Run the whole model over a split and return the losses ``[sequences]`` alone; nothing is kept."""
+        losses = [sequence_losses(self._call(batch), batch) for batch in self._batches(split)]
+        self.work.add(1.0, split.tokens)
+        return self._of_all(losses, split.sequences)
+
+    @torch.no_grad()
     def losses_ahead(self, split: Split) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Run the whole model over a split and return what its logits cost, and keep nothing.
 

@@ -17,6 +17,7 @@ from peelwise.records.base import Colour, Interval, ModelRecord
 from peelwise.records.check import BlockCheck, CheckRecord
 from peelwise.records.compare import CompareRecord, CompareSeries
 from peelwise.records.peel import PeelRecord
+from peelwise.records.plain_text import clean
 from peelwise.records.plan import PlanRecord
 from peelwise.records.quantcheck import LayerCheck, QuantcheckRecord
 from peelwise.records.quantise import QuantiseRecord
@@ -136,7 +137,7 @@ def measurement_html(measurement: Measurement, blocks: Sequence[str] = ()) -> st
     headers = ["block", "verdict", *(title for title, *_ in shown)]
     return fragment(
         _title(f"Step {measurement.step:,}", facts),
-        _line(f"{nats(measurement.probe_loss)} nats per token on the probe's report part", bold=True),
+        _line(f"{nats(measurement.probe_loss)} {clean(measurement.unit)} on the probe's report part", bold=True),
         strip(colours),
         _table(headers, rows, f"Blocks ({len(rows)})"),
         *(_line(str(event)) for event in measurement.events),
