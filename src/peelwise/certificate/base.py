@@ -23,6 +23,7 @@ from peelwise.probe.limits import check_context, check_vocabulary
 from peelwise.probe.probe import Probe
 from peelwise.probe.split import Pool
 from peelwise.records.base import Colour, Interval, ModelRecord, ProbeRecord, SealedRecord, WitnessRecord
+from peelwise.records.compare import CompareLosses
 from peelwise.records.files import (
     HEADER_BYTES,
     PROBE_BYTES,
@@ -222,10 +223,10 @@ def tolerance_of(model: nn.Module, unit_loss: float | None = None) -> float:
 
 
 def unit_loss(record: SealedRecord) -> float | None:
-    """Return the certified loss of a record on batches, ``None`` of any other."""
+    """Return the certified loss of a record on batches (of two models the lower one), ``None`` of any other."""
     probe: ProbeRecord | None = record.probe  # a check may have none
     loss = getattr(record, "loss", None)
-    current = getattr(loss, "current", loss)
+    current = min(loss.old, loss.new) if isinstance(loss, CompareLosses) else getattr(loss, "current", loss)
     return float(current) if probe is not None and probe.loss is not None and current is not None else None
 
 

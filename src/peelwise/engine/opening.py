@@ -55,7 +55,7 @@ def checked_blocks(
     if probe.examples is not None and not batches:
         raise ProbeError(
             "Not yet: this needs a probe of token sequences, and the probe is of batches (Probe.from_batches), which "
-            "peelwise.check, peelwise.audit and peelwise.Monitor take."
+            "peelwise.check, audit, compare and Monitor take."
         )
     check_in_memory(model)
     blocks = chosen(find_blocks(model), refine, stepped)

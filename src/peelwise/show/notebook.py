@@ -45,6 +45,7 @@ from peelwise.show.words import (
     legend,
     nats,
     note_words,
+    short_unit,
     solo_gain,
     with_ends,
 )
@@ -415,7 +416,8 @@ def _compare(record: CompareRecord) -> list[str]:
         ]
         for part in changed
     ]
-    headers = ["block", "repairs, nats/token", "breaks, nats/token", "kind of change"]
+    unit = short_unit(record)
+    headers = ["block", f"repairs, {unit}", f"breaks, {unit}", "kind of change"]
     return [
         _title(f"{record.model.name} against {record.old.name}", _facts(record.model)),
         _line(compare_words.conclusion(record)),
