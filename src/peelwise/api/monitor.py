@@ -60,6 +60,8 @@ class Monitor:
         signals: names of signals of `peelwise check` to record too, after measurements whenever the budget pays for
             them, such as ``("gain_slope", "stable_rank")``; ``("all",)`` for all, and for the score that a check makes
             of them. In trainings of one process.
+        stack: name of the list of blocks to follow, such as ``"encoder.block"``; default: the largest, of an
+            encoder-decoder the decoder's.
         loggers: further places for what is seen, live: ``"console"``, ``"jsonl:FILE"``, ``"tensorboard:FOLDER"``,
             ``"wandb"``, ``"mlflow"``, ``"trackio"`` (each with ``":PROJECT"`` if you like), or objects like those of
             `peelwise.loggers.table`.
@@ -97,13 +99,16 @@ class Monitor:
         margin: float | None = None,
         refine: Refine = "trainable",
         signals: Sequence[str] = (),
+        stack: str | None = None,
         loggers: Sequence[str | Logger] = (),
         on_event: Callable[[Event], None] | None = None,
         on_measurement: Callable[[Measurement], None] | None = None,
     ) -> None:
         model, processes = unwrap_ddp(model), current_processes()
         self._owner, self._lock, self._closed, self._latest = os.getpid(), threading.RLock(), False, -1
-        settings = MonitorSettings(budget=budget, schedule=schedule, margin_nats=margin, refine=refine, signals=signals)
+        settings = MonitorSettings(
+            budget=budget, schedule=schedule, margin_nats=margin, refine=refine, signals=signals, stack=stack
+        )
         if not processes.is_main:
             on_event = on_measurement = None
         self._outlets = Outlets(on_event, on_measurement, lock=self._lock, quiet=not processes.is_main)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import Tensor, nn
 
@@ -31,6 +31,16 @@ def handed_on(block: Block) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"Not yet: {block.name} ({type(block.module).__name__}) is given by the block before it not only the hidden "
         "state but also what that one chose, which peelwise does not pass on."
+    )
+
+
+def other_shapes(model: nn.Module, shapes: Collection[tuple[int, ...]], inner: Sequence[str]) -> UnsupportedModelError:
+    """Return the error for blocks that hand on hidden states of several shapes; ``inner`` are lists inside of them."""
+    said = ", ".join(f"[{', '.join(map(str, shape))}, ..]" for shape in sorted(shapes))
+    advice = f" Measure one list of blocks at a time, such as stack={inner[-1]!r}." if inner else ""
+    return UnsupportedModelError(
+        f"Not yet: the blocks of {type(model).__name__} hand on {said}, expected the same [examples, positions, ..] "
+        f"throughout.{advice}"
     )
 
 

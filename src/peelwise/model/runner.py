@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.distributed.sharding import is_sharded
 from peelwise.errors import UnsupportedModelError
-from peelwise.model.architectures import find_head, is_encoder_decoder
+from peelwise.model.architectures import find_head, in_decoder, inner_lists, other_stacks
 from peelwise.model.calls import hidden_of, skipping, uncached, without_hidden
 from peelwise.model.capture import Capture, captured
 from peelwise.model.gradients import differentiable, gradients_by_layer
 from peelwise.model.layers import Block, LinearLayer, unwrapped
 from peelwise.model.losses import losses_of, sequence_losses, token_losses
-from peelwise.model.refusals import handed_on, no_gradient, not_once, too_few_logits
+from peelwise.model.refusals import handed_on, no_gradient, not_once, other_shapes, too_few_logits
 from peelwise.model.trace import Batch, Trace
 from peelwise.probe.examples import Examples
 from peelwise.probe.rows import Split
@@ -72,6 +72,9 @@ class Runner:
         self.work = Work()
         sizes = [sum(p.numel() for p in b.module.parameters()) for b in self.blocks]
         head = sum(p.numel() for p in self.head.parameters()) if self.head is not None else 0
+        # An encoder, or other stages, run with the model's ends.
+        beside = other_stacks(self.model, self.blocks).values()
+        head += sum(p.numel() for stack in beside for p in stack.parameters())
         total = max(sum(sizes) + head, 1)
         self.shares = [size / total for size in sizes]
         self.head_share = head / total
@@ -384,11 +387,8 @@ class Runner:
         """Enter which positions count, now that the model has said how many it makes of an example."""
         shapes = {tuple(station.shape[:-1]) for station in batch.stations}
         if any(station.dim() != 3 for station in batch.stations) or len(shapes) > 1:
-            raise UnsupportedModelError(
-                f"Not yet: the blocks of {type(self.model).__name__} hand on {sorted(shapes)}, expected the same "
-                "[examples, positions] throughout."
-            )
-        decoder = is_encoder_decoder(self.model)
+            raise other_shapes(self.model, shapes, inner_lists(self.blocks))
+        decoder = in_decoder(self.model, self.blocks)
         batch.attended = examples.positions(batch.columns, batch.stations[0], decoder=decoder)
         batch.read = batch.attended & batch.weights
 

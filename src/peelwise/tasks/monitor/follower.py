@@ -77,6 +77,7 @@ class MonitorSettings:
         plan: kinds of measurements, in turn.
         refine: which linear layers are asked about; see `peelwise.model.refined.chosen`.
         signals: names of signals of a check to record too, as often as the budget pays for them; ``("all",)`` for all.
+        stack: the name of the list of blocks to follow; ``None`` for the one that the architecture says.
     """
 
     budget: float | None = 0.03
@@ -86,6 +87,7 @@ class MonitorSettings:
     plan: Sequence[MeasurementKind] = PLAN
     refine: Refine = "trainable"
     signals: Sequence[str] = ()
+    stack: str | None = None
 
 
 class Follower:
@@ -128,7 +130,7 @@ class Follower:
         self._processes = processes
         with processes.agreeing():
             self.blocks: tuple[Block, ...] = checked_blocks(
-                model, probe, settings.refine, stepped_by(optimizer), batches=True
+                model, probe, settings.refine, stepped_by(optimizer), batches=True, stack=settings.stack
             )
             check_blocks({block.name: unwrapped(block.module) for block in self.blocks})
             check_same(processes, ([(name, tuple(p.shape)) for name, p in model.named_parameters()], probe.fingerprint))
