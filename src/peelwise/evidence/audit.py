@@ -67,6 +67,7 @@ _SETTINGS: dict[str, type | tuple[type, ...]] = {
     "dense_references": bool,
     "maps": str,
     "start": str,
+    "stack": str,
 }
 # More blocks than these that are not distinguishable point nowhere.
 _MOST_NAMED = 3

@@ -10,7 +10,7 @@ from peelwise.probe.probe import Probe
 from peelwise.probe.rolling import Part, Roll, RollingProbe
 from peelwise.records.run import Event, MeasurementKind
 from peelwise.tasks.monitor.schedules import affordable
-from peelwise.tasks.monitor.sizes import PASSES, affordable_tokens, part_of, tokens_of
+from peelwise.tasks.monitor.sizes import PASSES, affordable_tokens, fewest_of, part_of, tokens_of
 
 # Rankings date what changes, refining tells how much there is to gain, a joint round what only one block can give.
 PLAN: tuple[MeasurementKind, ...] = ("ranking", "alone", "ranking", "joint", "ranking", "alone")
@@ -64,7 +64,8 @@ class Planner:
         """Return the event of what measurements are expected to cost, and what fits the budget."""
         if self._budget is None:
             return None
-        return cost(step, self._full, tokens_of(self.probe), PASSES * self._per_token, self._budget)
+        of = "probe tokens" if self.probe.examples is None else "examples of the probe"
+        return cost(step, self._full, tokens_of(self.probe), PASSES * self._per_token, self._budget, of=of)
 
     def due(self, spent: float, elapsed: float, undecided: float) -> MeasurementKind | None:
         """Return the kind to measure now, if the budget allows it.
@@ -117,7 +118,9 @@ class Planner:
         # By what the first process has measured.
         rolling = self._roll is not None
         size = self._processes.broadcast(
-            affordable_tokens(self._full, self._per_token, self._budget, elapsed, self._size)
+            affordable_tokens(
+                self._full, self._per_token, self._budget, elapsed, self._size, fewest=fewest_of(self._whole)
+            )
         )
         if size == self._size:
             return False
