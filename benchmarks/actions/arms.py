@@ -84,7 +84,7 @@ def _growth_shuffled(size: Size, seed: int, steps: int, importance: Sequence[flo
 
 
 def _growth_from_below(size: Size, seed: int, steps: int, importance: Sequence[float]) -> Any:
-    """Keep the most important block in its place, which the shuffled phases of growth do not, and shuffle the others."""
+    """Keep the most important block first, which the shuffled phases of growth do not, and shuffle the others."""
     first = max(range(size.blocks), key=importance.__getitem__)
     others = [i for i in range(size.blocks) if i != first]
     values = [importance[others[place]] for place in _order(seed, len(others))]

@@ -104,4 +104,5 @@ NoteCode = Literal[
     "fake-quant-off",
     "own-loss",
     "encoder-left-out",
+    "resumed",
 ]
