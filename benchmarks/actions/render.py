@@ -92,7 +92,9 @@ def summary(rows: Sequence[Row], seeds: Sequence[int], before: Sequence[Row] = (
             "held_out": [r["held_out"] for r in runs],
             "against_uniform": _against(runs, uniform),
             "share_of_budget_to_uniform": [_share_to_reach(r, u) for r, u in zip(runs, uniform, strict=True)],
-            "at_0.8_against_uniform": _against([r for r in short if r], uniform) if all(short) else None,
+            "at_0.8_against_uniform": _against([r for r in short if r], uniform)
+            if all(short)
+            else on_record.get(arm, {}).get("at_0.8_against_uniform"),
             "factors": [r["factors"][-1] for r in runs if r["factors"]],
         }
     return list(found.values())

@@ -41,6 +41,7 @@ class Runs:
         self.size, self.folder = size, folder
         self.file = folder / "runs.jsonl"
         self.rates = {each["arm"]: each["rate"] for each in record.get("arms", ())}
+        self.short_known = {each["arm"] for each in record.get("arms", ()) if each["at_0.8_against_uniform"]}
         self.costs = Costs(size, folder / "costs.json", record.get("costs", {}))
         text = self.file.read_text() if self.file.exists() else ""
         lines = text.splitlines()
@@ -136,6 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rate = runs.best_rate(arm)
         for seed in options.seeds:
             runs.get(arm, rate, seed)
+            if arm.name in runs.short_known:
+                continue
             if arm.name == "uniform" or _better(runs, arm, rate, options.seeds):
                 runs.get(arm, rate, seed, SHORT)
 
