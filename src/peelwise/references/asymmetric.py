@@ -46,11 +46,13 @@ class InputSums:
             (nothing before it is quantised) or other tokens (of an expert whose router chose others).
         stream: ``E[e z^T] [d_out, d_in]`` where the layer's output is added to the stream of the block: ``e`` is what
             the parent's stream has there and this one lacks.
+        tokens: how many were summed; 0 for an expert that none was routed to, whose sums are zero.
     """
 
     zz: Tensor
     lost: Tensor | None = None
     stream: Tensor | None = None
+    tokens: int = 1
 
     def missing(self, W: Tensor) -> Tensor | None:
         """Return ``E[(W (x - z) + e) z^T] [d_out, d_in]``, what the layer's output lacks; ``None`` for nothing."""
