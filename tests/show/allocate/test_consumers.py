@@ -147,3 +147,21 @@ def test_transformers_leaves_out_what_it_is_told(
         plain = type(made.get_submodule(layer.name).weight) is torch.nn.Parameter
         assert plain == layer.format.startswith("dense"), layer.name
     assert type(made.lm_head.weight) is torch.nn.Parameter
+
+
+def test_onnx_runtime_leaves_out_the_nodes_that_are_found(record: AllocationRecord, llama: LlamaForCausalLM) -> None:
+    pytest.importorskip("onnx", reason="needs onnx, onnxscript and onnxruntime")
+    pytest.importorskip("onnxscript")
+    quantiser = pytest.importorskip("onnxruntime.quantization.matmul_nbits_quantizer")
+    ids = torch.arange(16)[None]
+    exported = torch.onnx.export(llama, (), kwargs={"input_ids": ids, "use_cache": False}, dynamo=True).model_proto
+    space: dict[str, Any] = {}
+    exec(exports(record)["onnx_nodes.py"], space)
+    left = space["nodes_to_exclude"](exported)
+    weights = {node.name for node in exported.graph.node if node.name.startswith("node_linear")}
+    assert len(weights) == len(record.layers) + 1
+    made = quantiser.MatMulNBitsQuantizer(exported, block_size=32, is_symmetric=True, nodes_to_exclude=left)
+    made.process()
+    kept = [n.name for n in made.model.model.graph.node if n.op_type == "MatMul" and n.name in weights]
+    assert sorted(kept) == sorted(left)
+    assert len(left) == 1 + sum(layer.format.startswith("dense") for layer in record.layers)
