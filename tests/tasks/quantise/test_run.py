@@ -119,6 +119,9 @@ def test_experts_are_quantised_and_saved_as_the_floats_they_stand_for(tmp_path, 
     before.assert_unchanged(model)
     experts = [name for name in report.codes if ".experts." in name]
     assert len(experts) == 3 * 4 * 2  # blocks, experts, parameters of each
+    drawn = (tmp_path / "out" / "layers.svg").read_text()
+    assert drawn.count("the most of 4 experts") == 3 * 2
+    assert drawn.count("<g><title>block ") == len(report.codes) - len(experts) + 3 * 2
     made = open_model(tmp_path / "out", device="cpu", with_tokenizer=False).model
     ids, mask = probe.report.ids, probe.report.mask
     for each in (report.quantised(), made):
