@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from statistics import median
 
+import numpy as np
+
 from peelwise.evidence import events as alerts
 from peelwise.evidence.events import Change, Seen
 from peelwise.evidence.mixtures import MixtureWatch
@@ -23,8 +25,10 @@ from peelwise.evidence.trends import (
     probe_slope,
     progress_slope,
 )
+from peelwise.evidence.unlike import OWN, named
 from peelwise.evidence.verdict import Verdict, default_margin, judge
 from peelwise.probe.rolling import Part
+from peelwise.records.base import NATS
 from peelwise.records.run import LETTERS, WHOLE_MODEL, Event, Measurement, Statistic, VerdictRow
 from peelwise.records.signals import RANKED_BY, SIGNALS
 from peelwise.tasks.monitor.measure import Measured, finite
@@ -38,6 +42,7 @@ _REMEMBERED_LOSSES = 20_000
 _COMPARED = 50  # losses of training, at most, that the probe's is compared with
 _APART_TWICE = 2
 _RECENT = 16  # losses
+_CHANCE = 3.0  # times the evidence of chance; of few blocks that all have none, one stands out easily
 _AT_FAULT = Verdict("grey", "run-at-fault")
 
 
@@ -64,12 +69,22 @@ class Chronicle:
         margin: nats per token that matter, or ``None`` for the default.
         in_distribution: whether the probe is training text.
         frozen: blocks that are not asked about; others later, where training changes them.
+        unit: what losses are in.
+        comparable: whether training's losses are of the same kind as the probe's, so that they can be told apart.
     """
 
     def __init__(
-        self, blocks: int, *, margin: float | None, in_distribution: bool, frozen: frozenset[int] = frozenset()
+        self,
+        blocks: int,
+        *,
+        margin: float | None,
+        in_distribution: bool,
+        frozen: frozenset[int] = frozenset(),
+        unit: str = NATS,
+        comparable: bool = True,
     ) -> None:
         self.frozen = frozen
+        self._unit, self._comparable = unit, comparable
         self._count, self._margin, self._in_distribution = blocks, margin, in_distribution
         self._losses = _Series()
         self._probe_losses = _Series()
@@ -81,6 +96,8 @@ class Chronicle:
         self._changes: list[tuple[int, Change]] = []
         self._upper: float | None = None
         self._trained: set[int] = set()  # blocks that were seen to train
+        self._scales: dict[int, float] = {}  # evidence that the loss asks for other scales, by the last gain slopes
+        self._unlike: set[int] = set()  # blocks of which that was told
         self._apart = 0  # measurements in a row at which training's loss was far from the probe's
 
     def loss(self, step: int, value: float) -> None:
@@ -106,18 +123,19 @@ class Chronicle:
     def wanted_first(self) -> list[int]:
         """Return the blocks in the order in which they should be refined alone next.
 
-        Never measured ones come first, those with the highest natural-gradient score before the others; then undecided
+        Never measured ones come first, those with the highest natural-gradient score before the others, or before there
+        was one those whose scales the loss would change most certainly; then undecided
         ones, beginning with that which fewest tokens decide; then those whose level changed since they were measured;
         then the ones measured longest ago. Those that a slope leaves no room for come last.
         """
         changed = {block for block, change in self._changes if change.by_step > self._step_of(block)}
 
         def rank(block: int) -> tuple[bool, bool, float, bool, float, float]:
-            score = self._series[RANKED_BY, block].values[-1:]
+            score = self._series[RANKED_BY, block].values[-1:] or [self._scales.get(block, 0.0)]
             measured, verdict = block in self._memory.alone, self._verdicts.get(block)
             screened = verdict is not None and verdict[0].reason == "screened"
             wait = math.inf if verdict is None or verdict[0].colour != "grey" else self._times_more(block, verdict[0])
-            return screened, measured, wait, block not in changed, self._step_of(block), -score[0] if score else 0.0
+            return screened, measured, wait, block not in changed, self._step_of(block), -score[0]
 
         return sorted((block for block in range(self._count) if block not in self.frozen), key=rank)
 
@@ -199,6 +217,7 @@ class Chronicle:
                 for block, change in self._worth_a_word(changes, seen or {}, at_fault)
             ],
             *self._mixtures.add(step, measured.free),
+            *self._unlike_scales(step, measured),
             *self._reds.events(step, self._red_blocks(step, verdicts, slope, seen or {}), shared, quiet=at_fault),
         ]
         return Measurement(
@@ -216,6 +235,7 @@ class Chronicle:
             matrices=measured.matrices,
             verdicts=tuple(news),
             events=tuple(events),
+            unit=self._unit,
         )
 
     def _rebase(self, loss: float) -> None:
@@ -228,6 +248,8 @@ class Chronicle:
 
     def _losses_apart(self, step: int) -> Event | None:
         """Return an event where training's loss is far from the probe's, at the second measurement in a row."""
+        if not self._comparable:
+            return None
         before = self._probe_losses.steps[-2] if len(self._probe_losses.steps) > 1 else None
         recent = [v for s, v in zip(self._losses.steps[-_COMPARED:], self._losses.values[-_COMPARED:], strict=True)
                   if before is not None and s > before]  # fmt: skip
@@ -314,7 +336,7 @@ class Chronicle:
         slope = self.slope()
         if slope is not None:
             judged = [self._unless_soon(block, verdict, slope) for block, verdict in enumerate(judged)]
-        lasting = list(self._memory.lasting(step, judged, loss, margin, falling=falling))
+        lasting = list(self._memory.lasting(step, judged, loss, margin, slope=slope, falling=falling))
         progress = progress_slope(self._losses.steps, self._losses.values) if self._losses.steps else slope
         return [self._or_settled(block, verdict, progress, loss) for block, verdict in enumerate(lasting)]
 
@@ -342,7 +364,7 @@ class Chronicle:
         return slope is None or slope.falling or (own is not None and own.gains(self._margin_at(loss)))
 
     def _margin_at(self, loss: float) -> float:
-        return default_margin(loss) if self._margin is None else self._margin
+        return default_margin(loss, self._unit) if self._margin is None else self._margin
 
     def _news(self, verdicts: list[Verdict]) -> list[VerdictRow]:
         """Return the rows of blocks whose verdict changed, and remember all."""
@@ -390,6 +412,19 @@ class Chronicle:
         broken = stopped & self._trained
         return [] if at_fault else [(b, change) for b, change in changes if not broken or b in broken]
 
+    def _unlike_scales(self, step: int, measured: Measured) -> Iterator[Event]:
+        """Yield an event for each block whose scales the loss would change far more certainly than the others'."""
+        if not measured.scales:
+            return
+        self._scales = dict(measured.scales)
+        asked = sorted(block for block in self._scales if block not in self.frozen)
+        scores = np.array([self._scales[block] for block in asked])
+        for block in (asked[place] for place in (named(scores) if len(scores) else [])):
+            slope, evidence = (measured.free[name][block] for name in ("gain_slope", OWN))
+            if block not in self._unlike and slope is not None and (evidence or 0.0) > _CHANCE:
+                self._unlike.add(block)
+                yield alerts.unlike_scales(step, block, self._scales[block], slope)
+
     def _worse_than_none(self, loss: float, counting: float | None) -> bool:
         """Whether the loss is above what is reached without blocks: then nothing that was not found says anything."""
         return any(loss > each for each in (self._upper, counting) if each is not None)
@@ -407,7 +442,9 @@ class Chronicle:
             assert measured is not None
             gain = measured.value.interval()
             worth = equivalent_steps(gain, slope) if slope else None
-            rows.append(RedBlock(gain, worth, measured.step, self._with_change(block, seen.get(block, Seen()))))
+            rows.append(
+                RedBlock(gain, worth, measured.step, self._with_change(block, seen.get(block, Seen())), self._unit)
+            )
         return rows
 
     def _with_change(self, block: int, seen: Seen) -> Seen:
