@@ -63,23 +63,26 @@ FORMATS = [f"{family}:{layout}" for family in ("int4", "int3", "int2", "ternary"
 Solve = Callable[[Tensor, Format, InputSums, InputSums], Encoded]
 
 
+def probe_of(tokenizer: Any, text: str, tokens: int, seed: int) -> Probe:
+    """Return the text: the same report and select for every number of fit tokens."""
+    documents = None if text == "prose" else training_documents()
+    options = ProbeOptions(tokens=2 * (tokens + SELECT + REPORT), sequence_length=LENGTH, seed=seed)
+    drawn = Probe.from_options(options, tokenizer, documents=documents)
+    ids, mask = (torch.cat([getattr(s, k) for s in (drawn.report, drawn.fit, drawn.select)]) for k in ("ids", "mask"))
+    parts, start = [], 0
+    for wanted in (REPORT, SELECT, tokens):
+        weights = (mask[start:, 1:]).sum(1).cumsum(0)
+        stop = start + int((weights <= wanted).sum())
+        parts.append(Split(ids[start:stop], mask[start:stop]))
+        start = stop
+    return replace(drawn, report=parts[0], select=parts[1], fit=parts[2])
+
+
 class Bench:
     """The model on one text: traces of its parts, and the losses of the parent on report."""
 
     def __init__(self, model: Any, tokenizer: Any, text: str, tokens: int, seed: int) -> None:
-        documents = None if text == "prose" else training_documents()
-        options = ProbeOptions(tokens=2 * (tokens + SELECT + REPORT), sequence_length=LENGTH, seed=seed)
-        drawn = Probe.from_options(options, tokenizer, documents=documents)
-        ids, mask = (
-            torch.cat([getattr(s, k) for s in (drawn.report, drawn.fit, drawn.select)]) for k in ("ids", "mask")
-        )
-        parts, start = [], 0
-        for wanted in (REPORT, SELECT, tokens):  # report first: it is the same for every number of fit tokens
-            weights = (mask[start:, 1:]).sum(1).cumsum(0)
-            stop = start + int((weights <= wanted).sum())
-            parts.append(Split(ids[start:stop], mask[start:stop]))
-            start = stop
-        self.probe = replace(drawn, report=parts[0], select=parts[1], fit=parts[2])
+        self.probe = probe_of(tokenizer, text, tokens, seed)
         self.model = model
         self.runner = Runner(model, find_blocks(model))
         self.traces = [self.runner.trace(part) for part in (self.probe.fit, self.probe.select, self.probe.report)]

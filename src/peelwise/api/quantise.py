@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -15,6 +15,7 @@ from peelwise.errors import OptionError, OutputError
 from peelwise.formats.base import Encoded, Format
 from peelwise.model.checkpoints import gguf_file, save_model
 from peelwise.model.fingerprint import identify
+from peelwise.model.layers import LinearLayer, linear_layers
 from peelwise.model.options import OpenOptions
 from peelwise.model.torchao_writer import check_torchao, write_torchao
 from peelwise.model.weights.gguf_writer import kind_of, write_gguf
@@ -55,10 +56,17 @@ class QuantiseReport(Result):
     tokenizer: Any | None = field(default=None, repr=False)
 
     def quantised(self) -> nn.Module:
-        """Return a copy of the parent whose layers are those of `peelwise.nn` and compute with the codes found."""
+        """Return a copy of the parent whose layers are those of `peelwise.nn` and compute with the codes found.
+
+        Experts, which are parts of a parameter, get the floats that their codes stand for.
+        """
         made = copy.deepcopy(self.model)
+        experts = _experts(made)
         for name, (form, encoded) in self.codes.items():
-            hold_in(made, name, form, encoded)
+            if name in experts:
+                experts[name].weight().copy_(form.decode(encoded))
+            else:
+                hold_in(made, name, form, encoded)
         note_formats(made)
         return made
 
@@ -149,6 +157,8 @@ def quantise(
         _source(target.source)
     if to != "folder":
         _check_formats(settings, kind_of if to == "gguf" else check_torchao)
+        parts = {name.rpartition(".")[0] for name in _experts(target.model)}
+        settings = replace(settings, skip=(*settings.skip, *sorted(parts.difference(settings.skip))))
     kept = None
     if out is not None and resume:
         key = {
@@ -165,6 +175,11 @@ def quantise(
         if kept is not None:
             kept.done()
     return report
+
+
+def _experts(model: nn.Module) -> dict[str, LinearLayer]:
+    """Return the matrices of all experts by name."""
+    return {linear.name: linear for linear in linear_layers(model, "") if linear.is_expert}
 
 
 def _source(source: str | None) -> Path:

@@ -156,10 +156,14 @@ class Walk:
                 paired = paired and _same_tokens(call, twins[i])
                 if paired:
                     lost.update(_rows(twins[i], batch, first) - z, z)
+        if not zz.n:
+            d_in = first.weight().shape[1]
+            return InputSums(torch.zeros(d_in, d_in), tokens=0)
         return InputSums(
             zz.mean().float(),
             lost.mean().float() if paired and lost.n else None,
             stream.mean().float() if paired and stream.n else None,
+            zz.n,
         )
 
 

@@ -23,14 +23,17 @@ from torch import Tensor
 
 from peelwise.formats.base import Encoded, Format
 from peelwise.formats.membership import scaled_part
-from peelwise.references.coded import Metric, damped, flipped
+from peelwise.references.coded import damped
 from peelwise.references.quantized import solve
+from peelwise.references.weighed import weighed_descent
 from peelwise.stats.linalg import DampedFactor
 
 TARGET_DAMPINGS = (0.01, 0.1, 1.0)
 FEEDBACK_DAMPINGS = (0.0, 0.05, 0.3)
-CURVATURE_DAMPING = 0.01
-LEAST_FLIP_DAMPING = 0.01
+# With less, directions that the fit tokens hardly mind get errors that other tokens do mind.
+CURVATURE_DAMPING = 0.1
+LEAST_WEIGHED_DAMPING = 0.01
+WEIGHED_SWEEPS = 2  # the first gives most of the gain, each of the next about half of the one before
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +46,13 @@ class InputSums:
             (nothing before it is quantised) or other tokens (of an expert whose router chose others).
         stream: ``E[e z^T] [d_out, d_in]`` where the layer's output is added to the stream of the block: ``e`` is what
             the parent's stream has there and this one lacks.
+        tokens: how many were summed; 0 for an expert that none was routed to, whose sums are zero.
     """
 
     zz: Tensor
     lost: Tensor | None = None
     stream: Tensor | None = None
+    tokens: int = 1
 
     def missing(self, W: Tensor) -> Tensor | None:
         """Return ``E[(W (x - z) + e) z^T] [d_out, d_in]``, what the layer's output lacks; ``None`` for nothing."""
@@ -161,9 +166,9 @@ def coded(
 ) -> LayerCodes:
     """Return the codes of a layer with the lowest error on select among those that fit proposes.
 
-    Rounding with error feedback is made with each damping; descent goes on from the best of them, and then single codes
-    move to where the curvature says that the loss minds least. What each step finds is taken if select agrees. So are
-    the codes among ``starts``.
+    Rounding with error feedback is made with each damping; descent goes on from the best of them, and then once more
+    where errors are weighed with the curvature, by what the loss minds. What each step finds is taken if select agrees.
+    So are the codes among ``starts``.
 
     Args:
         W: the parent's weights ``[d_out, d_in]``.
@@ -198,8 +203,9 @@ def coded(
         ).encoded
         best = min((best, moved), key=cost)
         steps["descended"] = best
-    if M is not None and scaled_part(form) is not None:
-        metric = Metric(damped(fit.zz, max(damping, LEAST_FLIP_DAMPING)), M)
-        best = min((best, flipped(metric, T.to(M) - form.decode(best).to(M), form, best)), key=cost)
+    if M is not None and (inner := scaled_part(form)) is not None:
+        S = damped(fit.zz, max(damping, LEAST_WEIGHED_DAMPING))
+        moved = weighed_descent(M, S, T, inner, best, max_sweeps=WEIGHED_SWEEPS, tolerance=tolerance)
+        best = min((best, moved), key=cost)
         steps["weighed"] = best
     return LayerCodes(best, target, damping, steps)

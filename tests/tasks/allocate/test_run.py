@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,6 +129,11 @@ def test_no_plan_is_a_sentence(tmp_path, text):
         read_plan(tmp_path / "plan.json")
 
 
+def onnx_node(name, kind="MatMul", scopes=None):
+    kept = [SimpleNamespace(key="pkg.torch.onnx.name_scopes", value=str(scopes))] if scopes else []
+    return SimpleNamespace(name=name, op_type=kind, metadata_props=kept)
+
+
 def test_texts_for_other_tools_say_the_plan(allocated, stored_stage):
     record = allocated.record
     first = record.layers[0]
@@ -138,8 +144,22 @@ def test_texts_for_other_tools_say_the_plan(allocated, stored_stage):
 
     texts = exports(left)
     assert json.loads(texts["transformers.json"]) == {"modules_to_not_convert": [first.name, "lm_head"]}
-    node = first.name.replace("layers.0.", "layers.0/").replace(".self", "/self").replace("model.", "/model/")
-    assert json.loads(texts["onnx.json"])["nodes_to_exclude"][0] == f"{node.replace('attn.', 'attn/')}/MatMul"
+    space = {}
+    exec(texts["onnx_nodes.py"], space)
+    assert space["LAYERS"] == [first.name, "lm_head"]
+    path = first.name.replace("layers.0", "layers#0").replace(".", "/").replace("#", ".")
+    other = record.layers[1].name
+    nodes = [
+        # as PyTorch's exporter has them, and as exporters that make the path the name
+        onnx_node("node_linear", scopes=["", "model", first.name, "linear"]),
+        onnx_node("node_linear_1", scopes=["", "model", other, "linear_1"]),
+        onnx_node(f"/wrapped/{path}/MatMul"),
+        onnx_node("/lm_head/MatMul"),
+        onnx_node(f"/{path}/Add", "Add"),
+        onnx_node("MatMul_7"),
+    ]
+    found = space["nodes_to_exclude"](SimpleNamespace(graph=SimpleNamespace(node=nodes)))
+    assert found == ["node_linear", f"/wrapped/{path}/MatMul", "/lm_head/MatMul"]
     lines = texts["llama-cpp.txt"].split(" \\\n")
     assert len(lines) == len(record.layers)
     assert f"--tensor-type blk.{first.block}.attn_q=f16" in lines

@@ -13,6 +13,7 @@ import peelwise
 from audits import Snapshot, part_of, tiny_probe
 from peelwise.errors import FormatError, OptionError, OutputError
 from peelwise.formats.table import parse_format
+from peelwise.model.architectures import find_blocks
 from peelwise.model.checkpoints import open_model
 from peelwise.model.weights.table import held
 from peelwise.nn import dense_
@@ -80,8 +81,8 @@ def test_any_architecture(kind, form):
     record = quantised(model, QuantiseSettings(form, max_sweeps=1)).record
     before.assert_unchanged(model)
     assert all(layer.format == parse_format(form).name for layer in record.layers)
-    assert all(".experts." not in layer.name for layer in record.layers)
-    assert (kind == "mixtral") == any(".experts." in name for name in record.skipped)
+    assert (kind == "mixtral") == any(".experts." in layer.name for layer in record.layers)
+    assert not record.skipped
 
 
 def test_a_conv1d_is_quantised_saved_and_opened_as_it_was_measured(tmp_path):
@@ -108,6 +109,51 @@ def test_a_conv1d_is_quantised_saved_and_opened_as_it_was_measured(tmp_path):
     assert type(plain) is type(model.get_submodule(names[0]))
     with torch.no_grad():
         torch.testing.assert_close(made(ids[:, :-1]).logits, logits)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt-oss"])
+def test_experts_are_quantised_and_saved_as_the_floats_they_stand_for(tmp_path, kind):
+    model, probe = ZOO[kind]().eval(), tiny_probe()
+    before = Snapshot.of(model)
+    report = peelwise.quantise(model, probe, QuantiseSettings("int4:group=16", max_sweeps=1), out=tmp_path / "out")
+    before.assert_unchanged(model)
+    experts = [name for name in report.codes if ".experts." in name]
+    assert len(experts) == 3 * 4 * 2  # blocks, experts, parameters of each
+    drawn = (tmp_path / "out" / "layers.svg").read_text()
+    assert drawn.count("the most of 4 experts") == 3 * 2
+    assert drawn.count("<g><title>block ") == len(report.codes) - len(experts) + 3 * 2
+    made = open_model(tmp_path / "out", device="cpu", with_tokenizer=False).model
+    ids, mask = probe.report.ids, probe.report.mask
+    for each in (report.quantised(), made):
+        by_name = {linear.name: linear for block in find_blocks(each) for linear in block.linears}
+        for name in experts:
+            form, encoded = report.codes[name]
+            assert torch.equal(by_name[name].weight(), form.decode(encoded))
+        with torch.no_grad():
+            logits = each(ids[:, :-1]).logits
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        mean = float((losses * mask[:, 1:]).sum() / mask[:, 1:].sum())
+        assert mean == pytest.approx(report.record.loss.quantised, abs=1e-4)
+    for skipped in (("down_proj",), (experts[0],)):
+        left = quantised(model, QuantiseSettings("int4:group=16", skipped, max_sweeps=0)).record.skipped
+        assert left
+        assert set(left) == {name for name in report.codes if name == skipped[0] or f".{skipped[0]}" in name}
+
+
+def test_experts_that_get_no_token_are_rounded():
+    model = ZOO["mixtral"]()
+    for name, parameter in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            parameter.data.zero_()  # all experts are as good as each other, so the same two get every token
+    found = quantised(model, QuantiseSettings("int4:group=16", max_sweeps=1))
+    by_name = {linear.name: linear for block in find_blocks(model) for linear in block.linears}
+    unseen = [layer for layer in found.record.layers if not layer.steps]
+    assert len(unseen) == 3 * 2 * 2
+    for layer in unseen:
+        form, encoded = found.codes[layer.name]
+        assert torch.equal(encoded.codes, form.encode(by_name[layer.name].weight()).codes)
+        assert layer.name in render_html(found.record)
+    assert all(layer.flipped > 0 for layer in found.record.layers if layer.steps)
 
 
 def test_single_layers_can_be_skipped_or_planned():

@@ -7,7 +7,7 @@ options are those of the tools' own documentation; each text says which.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from peelwise.records.allocation import AllocatedLayer, AllocationRecord
 
@@ -37,13 +37,33 @@ _GGUF_TYPES = {
     "float8_e5m2": "q8_0",
 }
 
+_ONNX = '''"""nodes_to_exclude(onnx.load(file)) for ONNX Runtime's quantisers: the layers left alone."""
+
+import ast
+
+LAYERS = [
+{listed}
+]
+
+
+def nodes_to_exclude(model):
+    """Return the names of the nodes of an `onnx.ModelProto` that compute with the weights of LAYERS."""
+    return [n.name for n in model.graph.node if n.op_type in ("MatMul", "Gemm") and _layer(n)]
+
+
+def _layer(node):
+    kept = {{p.key: p.value for p in node.metadata_props}}.get("pkg.torch.onnx.name_scopes")
+    scopes = ast.literal_eval(kept) if kept else [node.name.replace("/", ".").rpartition(".")[0]]
+    return any(f".{{scope}}".endswith(f".{{layer}}") for scope in scopes for layer in LAYERS)
+'''
+
 
 def exports(record: AllocationRecord) -> dict[str, str]:
     """Return texts by the name of a file: the same plan for several tools."""
     return {
         "llm-compressor.yaml": llm_compressor(record),
         "llama-cpp.txt": llama_cpp(record),
-        "onnx.json": onnx(record),
+        "onnx_nodes.py": onnx(record),
         "torchao_config.py": torchao(record),
         "transformers.json": transformers(record),
     }
@@ -82,9 +102,14 @@ def llama_cpp(record: AllocationRecord) -> str:
 
 
 def onnx(record: AllocationRecord) -> str:
-    """Return ``nodes_to_exclude`` of ONNX Runtime's quantisers: matrix products as PyTorch's exporter names them."""
-    nodes = [f"/{'/'.join(_path(layer.name))}/MatMul" for layer in _left(record)]
-    return json.dumps({"nodes_to_exclude": [*nodes, f"/{HEAD}/MatMul"]}, indent=2) + "\n"
+    """Return a Python file that finds ``nodes_to_exclude`` of ONNX Runtime's quantisers in an exported model.
+
+    Names of nodes depend on the exporter: PyTorch's numbers them and keeps the path of the module in their metadata,
+    others make the path the name.
+    """
+    names = [*(layer.name for layer in _left(record)), HEAD]
+    listed = "\n".join(f"    {json.dumps(name)}," for name in names)
+    return _ONNX.format(listed=listed)
 
 
 def torchao(record: AllocationRecord) -> str:
@@ -130,14 +155,3 @@ def _integer(form: str) -> tuple[int, int, bool]:
     words = options.split(",")
     group = next((int(word.partition("=")[2]) for word in words if word.startswith("group=")), 0)
     return int(family.removeprefix("int")), group, "symmetric" in words
-
-
-def _path(name: str) -> Sequence[str]:
-    """Return the parts of a module's path as exporters write them: a list's index belongs to its list."""
-    parts: list[str] = []
-    for part in name.split("."):
-        if part.isdigit() and parts:
-            parts[-1] += f".{part}"
-        else:
-            parts.append(part)
-    return parts

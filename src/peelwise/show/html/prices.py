@@ -16,6 +16,7 @@ _MOST_WIDE = 64  # blocks in a row of full cells; more make them narrower
 _FAINT = 0.06  # shade of the smallest price
 _DECADES = 3  # that shades tell apart
 _DARK = 0.6  # from this shade on a number is in the colour of the page
+_MOST_LETTERS = 20  # of a layer's name, which must fit beside the cells
 _LETTER, _LARGE = 6.8, 10.5  # about the width of a letter of text and of the heading
 _STYLE = (
     "<style>.p{font:12px system-ui,sans-serif;fill:#171a21}.p.m{fill:#596172}.p.w{fill:#fff}.c{fill:#b3261e}"
@@ -131,4 +132,4 @@ def _legend(y: int, largest: float, unit: str) -> str:
 
 
 def _short(layer: str) -> str:
-    return layer if len(layer) <= 22 else f"…{layer[-21:]}"
+    return layer if len(layer) <= _MOST_LETTERS else f"…{layer[1 - _MOST_LETTERS :]}"

@@ -34,9 +34,17 @@ def render_html(record: QuantiseRecord) -> str:
 def render_picture(record: QuantiseRecord) -> str:
     """Return the picture of all layers as one SVG, which can stand by itself."""
     loss = record.loss
+    rows: dict[tuple[int, str], list[float]] = {}
+    for layer in record.layers:
+        rows.setdefault((layer.block, _row(layer)), []).append(_last(layer))
     prices = [
-        Price(layer.block, within(layer.name, layer.block), _last(layer), said=f"{100 * _last(layer):.3g} %")
-        for layer in record.layers
+        Price(
+            block,
+            row,
+            max(errors),
+            said=f"{100 * max(errors):.3g} %" + (f", the most of {len(errors)} experts" if len(errors) > 1 else ""),
+        )
+        for (block, row), errors in rows.items()
     ]
     lines = (
         f"costs {loss.damage.mean:+.4f} {bracket(loss.damage)} nats per token; rounding to nearest "
@@ -102,6 +110,12 @@ def _skipped(record: QuantiseRecord) -> str:
         return ""
     names = "".join(f"<li>{esc(name)}</li>" for name in record.skipped[:MOST_ROWS])
     return section("skipped", f"Left in full precision: {len(record.skipped)}", f"<ul>{names}</ul>")
+
+
+def _row(layer: QuantisedLayer) -> str:
+    """Return the name of a layer within its block; experts of one parameter have one row, or it would be too tall."""
+    name, _, last = within(layer.name, layer.block).rpartition(".")
+    return name if last.isdigit() else f"{name}.{last}".removeprefix(".")
 
 
 def _last(layer: QuantisedLayer) -> float:

@@ -138,7 +138,7 @@ def _chosen(blocks: tuple[Block, ...], settings: QuantiseSettings) -> tuple[dict
     unknown = [one for one in plan if one not in {linear.name for linear in linears}]
     if unknown:
         raise FormatError(f"The plan names {unknown[0]}, which is no linear layer of the model's blocks.")
-    names = {n for linear in linears for n in (linear.name, linear.name.rpartition(".")[2])}
+    names = {word for linear in linears for word in _words(linear)}
     for word in settings.skip:
         if word not in names:
             raise FormatError(f"skip names {word!r}, which is no linear layer of the model's blocks. Correct its name.")
@@ -146,8 +146,8 @@ def _chosen(blocks: tuple[Block, ...], settings: QuantiseSettings) -> tuple[dict
     skipped = []
     for linear in linears:
         own = plan.get(linear.name, form)
-        left = linear.name in settings.skip or linear.name.rpartition(".")[2] in settings.skip
-        if left or own.name.startswith("dense") or not linear.is_plain:
+        left = not _words(linear).isdisjoint(settings.skip)
+        if left or own.name.startswith("dense") or not (linear.is_plain or linear.is_expert):
             skipped.append(linear.name)
             continue
         try:
@@ -160,6 +160,12 @@ def _chosen(blocks: tuple[Block, ...], settings: QuantiseSettings) -> tuple[dict
             "No linear layer is left to quantise inside the blocks. Skip fewer layers, or give another model."
         )
     return chosen, skipped
+
+
+def _words(linear: LinearLayer) -> set[str]:
+    """Return what a layer may be called: its name and the last part of it, of an expert those of its parameter."""
+    name = linear.name.rpartition(".")[0] if linear.is_expert else linear.name
+    return {linear.name, name, name.rpartition(".")[2]}
 
 
 def _beginning(trace: Trace, tokens: int) -> Trace:
@@ -201,9 +207,15 @@ def _solved(
     settings: QuantiseSettings,
     curvatures: dict[LinearLayer, Tensor],
 ) -> Iterator[tuple[LinearLayer, tuple[Encoded, QuantisedLayer]]]:
-    """Yield codes and line of every layer of a block; each is in place before the next group's sums are made."""
-    for group, sums in walk.groups(block):
-        fit, select, report = sums
+    """Yield codes and line of every layer of a block; each is in place before the next group's sums are made.
+
+    Experts that no token of fit or select was routed to are rounded to nearest.
+    """
+    unseen = {linear for linear in block.linears if linear in chosen}
+    for group, (fit, select, report) in walk.groups(block):
+        if not (fit.tokens and select.tokens):
+            continue
+        unseen.difference_update(group)
         weights = [linear.weight().float() for linear in group]
         aims = targets(weights, fit, select) if settings.asymmetric else [Target(W) for W in weights]
         for linear, W, aim in zip(group, weights, aims, strict=True):
@@ -220,20 +232,28 @@ def _solved(
             )
             walk.changes[linear] = change_to(linear, form.decode(found.encoded))
             yield linear, (found.encoded, _line(linear, block.index, W, form, found, report))
+    for linear in (each for each in block.linears if each in unseen):
+        W, form = linear.weight().float(), chosen[linear]
+        rounded = form.encode(W)
+        found = LayerCodes(rounded, Target(W), 0.0, {"rounded": rounded})
+        yield linear, (rounded, _line(linear, block.index, W, form, found, None))
 
 
 def _line(
-    linear: LinearLayer, block: int, W: Tensor, form: Format, found: LayerCodes, report: InputSums
+    linear: LinearLayer, block: int, W: Tensor, form: Format, found: LayerCodes, report: InputSums | None
 ) -> QuantisedLayer:
     d_out, d_in = W.shape
-    energy = report.energy(W) or 1.0
+    steps = {}
+    if report is not None and report.tokens:
+        energy = report.energy(W) or 1.0
+        steps = {step: report.excess(W, form.decode(each)) / energy for step, each in found.steps.items()}
     return QuantisedLayer(
         name=linear.name,
         block=block,
         format=form.name,
         bits_per_weight=form.bits(d_out, d_in, found.encoded.support) / W.numel(),
         weights=W.numel(),
-        steps={step: report.excess(W, form.decode(each)) / energy for step, each in found.steps.items()},
+        steps=steps,
         damping=found.damping,
         target_damping=found.target.damping,
         target_share=found.target.share,
