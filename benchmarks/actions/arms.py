@@ -24,11 +24,13 @@ from peelwise.act import (
 from training import Loop, Size
 
 Fed = Literal["natural-gradient score", "Hill alpha", "gradient norm", "ablation", "permutation"]
+Kinds = Literal["own", "shuffled", "embedding"]
 SPAN, MIDDLE, DECAY = (1.0, 5.0), 3.0, 0.1
 WITNESS_TOKENS = 6_144
 NORM_TAIL = 5  # steps before a map over which gradient norms are averaged
 KINDS = {"norm": 1.0, "v_proj": 4.0, "o_proj": 4.0, "gate_proj": 6.0, "up_proj": 6.0, "down_proj": 6.0,
          "q_proj": 8.0, "k_proj": 8.0, "embed": 10.0}  # arXiv:2502.19002 # fmt: skip
+EMBEDDING_TWICE = {"embed": 10.0, "": 5.0}  # the empty name is part of every name
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Arm:
         fed: statistic that the map of rates is fed with.
         mean: whether every block gets the mean of the map's factors instead of its own: the control of that map.
         outside: factor of the embedding and the final norm.
-        kinds: whether rates go by the kind of matrix.
+        kinds: whether rates go by the kind of matrix: by its own factor, by one of the same factors shuffled over the
+            kinds, or by whether it is the embedding alone.
         rule: makes the rule of a `BlockSchedule` from size, seed, steps and importance.
         outer, held: how the schedule treats the embedding, and for how many steps a set is kept.
         witness: at which shares of the steps a witness is applied.
@@ -52,7 +55,7 @@ class Arm:
     fed: Fed | None = None
     mean: bool = False
     outside: float = 1.0
-    kinds: bool = False
+    kinds: Kinds | None = None
     rule: Callable[[Size, int, int, Sequence[float]], Any] | None = None
     outer: Literal["always", "cut"] = "cut"
     held: int = 1
@@ -80,12 +83,30 @@ def _growth_shuffled(size: Size, seed: int, steps: int, importance: Sequence[flo
     return _growth(size, seed, steps, [importance[i] for i in _order(seed, size.blocks)])
 
 
+def _growth_from_below(size: Size, seed: int, steps: int, importance: Sequence[float]) -> Any:
+    """Keep the most important block first, which the shuffled phases of growth do not, and shuffle the others."""
+    first = max(range(size.blocks), key=importance.__getitem__)
+    others = [i for i in range(size.blocks) if i != first]
+    values = [importance[others[place]] for place in _order(seed, len(others))]
+    shuffled = dict(zip(others, values, strict=True)) | {first: importance[first]}
+    return _growth(size, seed, steps, [shuffled[i] for i in range(size.blocks)])
+
+
 def _half_at_random(size: Size, seed: int, steps: int, importance: Sequence[float]) -> Any:
     return random_blocks(max(1, size.blocks // 2))
 
 
 def _half_by_importance(size: Size, seed: int, steps: int, importance: Sequence[float]) -> Any:
     return by_importance(max(1, size.blocks // 2), importance)
+
+
+def _half_with_the_first(size: Size, seed: int, steps: int, importance: Sequence[float]) -> Any:
+    others = max(1, size.blocks // 2 - 1)
+
+    def draw(step: int, blocks: int, generator: torch.Generator) -> list[int]:
+        return [0, *(1 + torch.randperm(blocks - 1, generator=generator)[:others]).tolist()]
+
+    return draw
 
 
 def _quarter_at_random(size: Size, seed: int, steps: int, importance: Sequence[float]) -> Any:
@@ -112,20 +133,24 @@ ARMS = (  # in the order in which they are trained: every idea soon followed by 
     Arm("witness once, at half of the steps", witness=(0.5,)),
     _HILL_MEAN,
     _SCORE_MEAN,
-    Arm("blockwise rates by kind", kinds=True, nominal=5.0, source="arXiv:2502.19002"),
+    Arm("blockwise rates by kind", kinds="own", nominal=5.0, source="arXiv:2502.19002"),
+    Arm("the same rates, kinds shuffled", kinds="shuffled", nominal=5.0, control=True),
+    Arm("twice the rate for the embedding alone", kinds="embedding", nominal=5.0, control=True),
     Arm("a quarter of the blocks for 5 steps each, embedding always", rule=_quarter_at_random, outer="always", held=5,
         source="arXiv:2403.17919"),
     Arm("importance-sampled half of the blocks per step", rule=_half_by_importance),
     *_mapped("gradient norm"),
     *_mapped("ablation"),
+    Arm("growth by importance shuffled above the first block", rule=_growth_from_below, control=True),
+    Arm("random half of the blocks per step, the first always", rule=_half_with_the_first, control=True),
     Arm("witness every eighth of the steps", witness=tuple(i / 8 for i in range(1, 8))),
 )  # fmt: skip
 
 
-def optimizer_of(arm: Arm, model: nn.Module, rate: float) -> torch.optim.AdamW:
+def optimizer_of(arm: Arm, model: nn.Module, rate: float, seed: int = 0) -> torch.optim.AdamW:
     """Return the optimiser of an arm at a tuned rate."""
-    if arm.kinds:
-        groups = _by_kind(model, rate / arm.nominal)
+    if arm.kinds is not None:
+        groups = _by_kind(model, rate / arm.nominal, factors_by_kind(arm.kinds, seed))
     else:
         weights, middle = [1.0] * len(block_modules(model)), MIDDLE if arm.fed else 1.0
         span = (middle, middle)
@@ -135,10 +160,20 @@ def optimizer_of(arm: Arm, model: nn.Module, rate: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(0.9, 0.95))
 
 
-def _by_kind(model: nn.Module, base: float) -> list[dict[str, Any]]:
+def factors_by_kind(kinds: Kinds, seed: int) -> dict[str, float]:
+    """Return the factor of every kind of matrix, by a part of its name."""
+    if kinds == "embedding":
+        return EMBEDDING_TWICE
+    if kinds == "own":
+        return KINDS
+    values = list(KINDS.values())
+    return dict(zip(KINDS, (values[place] for place in _order(seed, len(values))), strict=True))
+
+
+def _by_kind(model: nn.Module, base: float, factors: dict[str, float]) -> list[dict[str, Any]]:
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
-        factor = next((f for kind, f in KINDS.items() if kind in name), 1.0)
+        factor = next((f for kind, f in factors.items() if kind in name), 1.0)
         groups.setdefault((factor, DECAY if p.dim() > 1 else 0.0), []).append(p)
     return [{"params": ps, "lr": base * factor, "weight_decay": decay} for (factor, decay), ps in groups.items()]
 

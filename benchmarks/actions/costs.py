@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import measures
 import torch
@@ -23,11 +24,11 @@ REPETITIONS = 15
 
 
 class Costs:
-    """Costs measured when they are first asked for, and kept in a file."""
+    """Costs measured when they are first asked for, and kept in a file; some are known from a record."""
 
-    def __init__(self, size: Size, file: Path) -> None:
+    def __init__(self, size: Size, file: Path, known: Mapping[str, float] = MappingProxyType({})) -> None:
         self.size, self.file = size, file
-        self.known: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+        self.known = dict(known) | (json.loads(file.read_text()) if file.exists() else {})
 
     def of_step(self, active: Sequence[int], outer: str) -> float:
         """Return the cost of a step that updates some blocks: by how many they are, and how deep the lowest lies."""

@@ -1,9 +1,10 @@
-"""Write what the arms reached into ``benchmarks/results/actions.json`` and ``docs/actions.md``.
+"""Write what the arms reached into ``benchmarks/results/actions*.json`` and ``docs/actions.md``.
 
-    python benchmarks/actions/render.py [--size small]
+    python benchmarks/actions/render.py [--size small] [--page-only]
 
-Only arms whose every report seed is finished are written. The page is written by hand; only what stands between
-``<!-- begin NAME -->`` and ``<!-- end NAME -->`` is made here.
+Only arms whose every report seed is finished are written. An arm of the result file that has no training in the folder
+stays as it was measured, if uniform's losses here are those in the file. The page is written by hand; only what stands
+between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` is made here.
 """
 
 from __future__ import annotations
@@ -25,62 +26,95 @@ from peelwise.evidence.intervals import Paired, paired  # noqa: E402
 
 PAGE = ROOT / "docs" / "actions.md"
 FILE = RESULTS / "actions.json"
+FILES = {"small": FILE, "deep": RESULTS / "actions_deep.json"}
 UNIFORM = "uniform"
-# The control that an arm must beat before its idea, and not only its rate or its sparsity, is what helped.
+SAME = 1e-3  # nats: as near as uniform's loss must come to the recorded one before an arm on record is kept beside it
+# The controls that an arm must beat before its idea, and not only its rate or its sparsity, is what helped.
 CONTROLS = {
-    "growth by importance": "growth by shuffled importance",
-    "importance-sampled half of the blocks per step": "random half of the blocks per step",
+    "growth by importance": ("growth by shuffled importance", "growth by importance shuffled above the first block"),
+    "importance-sampled half of the blocks per step": (
+        "random half of the blocks per step",
+        "random half of the blocks per step, the first always",
+    ),
+    "blockwise rates by kind": ("the same rates, kinds shuffled", "twice the rate for the embedding alone"),
 }
 Row = dict[str, Any]
 
 
-def control_of(arm: str) -> str | None:
-    """Return the name of an arm's control, if it has one."""
+def recorded(size: str) -> dict[str, Any]:
+    """Return the result file of a size, empty if there is none."""
+    file = FILES.get(size)
+    return json.loads(file.read_text()) if file is not None and file.exists() else {}
+
+
+def controls_of(arm: str) -> tuple[str, ...]:
+    """Return the names of an arm's controls."""
     if arm.startswith("map [1, 5] by ") and not arm.endswith((" at 1", "permutation")):
-        return f"constant at the mean of the {arm.replace('map [1, 5] by', 'map by')}"
-    return CONTROLS.get(arm)
+        mean = f"constant at the mean of the {arm.replace('map [1, 5] by', 'map by')}"
+        return mean, "map [1, 5] by permutation"
+    return CONTROLS.get(arm, ())
 
 
-def summary(rows: Sequence[Row], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Return what each finished arm reached, in the order in which they were trained."""
+def summary(rows: Sequence[Row], seeds: Sequence[int], before: Sequence[Row] = ()) -> list[dict[str, Any]]:
+    """Return what each finished arm reached: those on record first, then others in the order of their trainings.
+
+    Args:
+        rows: trainings.
+        seeds: of the report.
+        before: arms on record.
+    """
     by_key = {(r["arm"], r["rate"], r["seed"], r["budget"]): r for r in rows}
-    arms = list(dict.fromkeys(r["arm"] for r in rows))
-    tuned = {arm: _tuned(rows, arm, seeds) for arm in arms}
+    on_record = {each["arm"]: each for each in before}
+    tuned = {arm: _tuned(rows, arm, seeds, on_record) for arm in dict.fromkeys(r["arm"] for r in rows)}
     full = {
         arm: [by_key[arm, rate, seed, 1.0] for seed in seeds]
         for arm, (rate, _) in tuned.items()
         if all((arm, rate, seed, 1.0) in by_key for seed in seeds)
     }
     uniform = full[UNIFORM]
-    found = []
+    if on_record:
+        apart = max(abs(r["held_out"] - u) for r, u in zip(uniform, on_record[UNIFORM]["held_out"], strict=True))
+        if apart > SAME:
+            raise SystemExit(f"Uniform is {apart:.2g} nats from its record: train all arms again (--again).")
+    found = dict(on_record)
     for arm, runs in full.items():
         rate, grid = tuned[arm]
         short = [by_key.get((arm, rate, seed, 0.8)) for seed in seeds]
-        control = full.get(control_of(arm) or "")
-        found.append(
-            {
-                "arm": arm,
-                "rate": rate,
-                "grid": grid,
-                "rate_at_end_of_grid": rate in (min(float(r) for r in grid), max(float(r) for r in grid)),
-                "steps": [r["steps"] for r in runs],
-                "block_steps": [sum(r["block_steps"]) for r in runs],
-                "processor_seconds": [r["processor_seconds"] for r in runs],
-                "wall_seconds": [r["wall_seconds"] for r in runs],
-                "held_out": [r["held_out"] for r in runs],
-                "against_uniform": _against(runs, uniform),
-                "control": control_of(arm) if control else None,
-                "against_control": _against(runs, control) if control else None,
-                "share_of_budget_to_uniform": [_share_to_reach(r, u) for r, u in zip(runs, uniform, strict=True)],
-                "at_0.8_against_uniform": _against([r for r in short if r], uniform) if all(short) else None,
-                "factors": [r["factors"][-1] for r in runs if r["factors"]],
-            }
-        )
+        found[arm] = {
+            "arm": arm,
+            "rate": rate,
+            "grid": grid,
+            "rate_at_end_of_grid": rate in (min(float(r) for r in grid), max(float(r) for r in grid)),
+            "steps": [r["steps"] for r in runs],
+            "block_steps": [sum(r["block_steps"]) for r in runs],
+            "processor_seconds": [r["processor_seconds"] for r in runs],
+            "wall_seconds": [r["wall_seconds"] for r in runs],
+            "held_out": [r["held_out"] for r in runs],
+            "against_uniform": _against(runs, uniform),
+            "share_of_budget_to_uniform": [_share_to_reach(r, u) for r, u in zip(runs, uniform, strict=True)],
+            "at_0.8_against_uniform": _against([r for r in short if r], uniform)
+            if all(short)
+            else on_record.get(arm, {}).get("at_0.8_against_uniform"),
+            "factors": [r["factors"][-1] for r in runs if r["factors"]],
+        }
+    return list(found.values())
+
+
+def against_controls(arms: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return held-out loss minus that of each control that is finished too, seed by seed and over seeds."""
+    by_name, found = {each["arm"]: each for each in arms}, []
+    for each in arms:
+        for control in controls_of(each["arm"]):
+            if control in by_name:
+                pairs = zip(each["held_out"], by_name[control]["held_out"], strict=True)
+                found.append({"arm": each["arm"], "control": control} | _over_seeds([a - b for a, b in pairs]))
     return found
 
 
-def _tuned(rows: Sequence[Row], arm: str, seeds: Sequence[int]) -> tuple[float, dict[str, float]]:
+def _tuned(rows: Sequence[Row], arm: str, seeds: Sequence[int], on_record: Row) -> tuple[float, dict[str, float]]:
     tried = {r["rate"]: r["held_out"] for r in rows if r["arm"] == arm and r["seed"] not in seeds}
+    if not tried:
+        return on_record[arm]["rate"], on_record[arm]["grid"]
     best = min(tried, key=tried.__getitem__)
     return best, {f"{rate:g}": tried[rate] for rate in sorted(tried)}
 
@@ -92,12 +126,15 @@ def _against(runs: Sequence[Row], others: Sequence[Row]) -> dict[str, Any]:
         differences = [a - b for a, b in zip(own["by_window"], other["by_window"], strict=True)]
         found = paired(differences, [1.0] * len(differences)).interval()
         per_seed.append({"mean": found.mean, "low": found.low, "high": found.high})
-    means = [each["mean"] for each in per_seed]
+    return _over_seeds([each["mean"] for each in per_seed]) | {"per_seed": per_seed}
+
+
+def _over_seeds(means: Sequence[float]) -> dict[str, Any]:
     one = paired(means, [1.0] * len(means)) if len(means) > 1 else None
     # Of three differences no skewness can be told: Student's t alone.
     over = None if one is None else Paired(one.mean, one.standard_error, one.sequences).interval()
     return {
-        "per_seed": per_seed,
+        "per_seed": list(means),
         "mean": statistics.mean(means),
         "spread": statistics.stdev(means) if len(means) > 1 else None,
         "low": None if over is None else over.low,
@@ -128,8 +165,13 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
     return {
         "arms": _table(
             ("arm", "steps", "block-steps", "seconds", "rate", "held-out loss", "minus uniform", "95 % over seeds",
-             "reaches uniform's loss at", "minus its control"),
+             "reaches uniform's loss at"),
             (_arm_row(each, arms) for each in arms),
+        ),
+        "controls": _table(
+            ("arm", "its control", "minus its control", "95 % over seeds",
+             *(f"seed {seed}" for seed in result["seeds"])),
+            (_control_row(each) for each in against_controls(arms)),
         ),
         "seeds": _table(
             ("arm", *(f"seed {seed}" for seed in result["seeds"])),
@@ -145,7 +187,7 @@ def _arm_row(each: dict[str, Any], arms: Sequence[dict[str, Any]]) -> list[str]:
     uniform = next(other for other in arms if other["arm"] == UNIFORM)
     relative = statistics.mean(each["block_steps"]) / statistics.mean(uniform["block_steps"])
     seconds = statistics.mean(each["processor_seconds"]) / statistics.mean(uniform["processor_seconds"])
-    against, control = each["against_uniform"], each["against_control"]
+    against = each["against_uniform"]
     return [
         each["arm"],
         f"{statistics.mean(each['steps']):.0f}",
@@ -156,8 +198,12 @@ def _arm_row(each: dict[str, Any], arms: Sequence[dict[str, Any]]) -> list[str]:
         "" if each is uniform else f"{against['mean']:+.3f}",
         "" if each is uniform else f"{against['low']:+.3f} .. {against['high']:+.3f}",
         _reached(each["share_of_budget_to_uniform"]),
-        "" if control is None else f"{control['mean']:+.3f} ({control['low']:+.3f} .. {control['high']:+.3f})",
     ]
+
+
+def _control_row(each: dict[str, Any]) -> list[str]:
+    over = f"{each['low']:+.3f} .. {each['high']:+.3f}"
+    return [each["arm"], each["control"], f"{each['mean']:+.3f}", over, *(f"{one:+.3f}" for one in each["per_seed"])]
 
 
 def _reached(shares: Sequence[float | None]) -> str:
@@ -199,8 +245,10 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def filled(page: str, result: dict[str, Any]) -> str:
-    """Return the page with its tables made anew."""
+    """Return the page with the tables of a size made anew."""
+    prefix = "" if result["size"] == "small" else f"{result['size']}-"
     for name, text in tables(result).items():
+        name = f"{prefix}{name}"
         place = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
         page, count = re.subn(place, lambda m, t=text: f"{m[1]}{t}\n{m[2]}", page, flags=re.DOTALL)
         if count != 1:
@@ -221,23 +269,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="small")
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13])
+    parser.add_argument("--page-only", action="store_true", help="only make the page from the result file")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "actions")
     options = parser.parse_args()
-    folder = options.out / options.size
+    if not options.page_only:
+        FILES[options.size].write_text(json.dumps(result_of(options), indent=1) + "\n")
+    result = recorded(options.size)
+    PAGE.write_text(filled(PAGE.read_text(), result))
+    print(f"{result['trainings']} trainings, {len(result['arms'])} arms finished on all seeds")
+
+
+def result_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what is written into the result file: the trainings in the folder, and arms on record."""
+    folder, before = options.out / options.size, recorded(options.size)
     rows = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines() if line.endswith("}")]
-    costs = json.loads((folder / "costs.json").read_text())
+    file = folder / "costs.json"
+    costs = before.get("costs", {}) | (json.loads(file.read_text()) if file.exists() else {})
+    arms = summary(rows, options.seeds, before.get("arms", ()))
+    earlier = {name for each in before.get("arms", ()) if (name := each["arm"]) not in {r["arm"] for r in rows}}
     command = f"python benchmarks/actions/run.py --size {options.size}"
     result = environment(command) | {
         "size": options.size,
         "seeds": options.seeds,
         "costs": costs,
         "trainings": len(rows),
-        "arms": summary(rows, options.seeds),
+        "measured_before": sorted(earlier),
+        "arms": arms,
     }
-    result = rounded(result)
-    FILE.write_text(json.dumps(result, indent=1) + "\n")
-    PAGE.write_text(filled(PAGE.read_text(), result))
-    print(f"{len(rows)} trainings, {len(result['arms'])} arms finished on all seeds")
+    return rounded(result)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@
     python benchmarks/actions/render.py
 
 Resumable: every finished training is a line of ``out/actions/SIZE/runs.jsonl``. An arm's rate is the best of a grid on
-a development seed, extended while the best is at its end. ``render.py`` makes the result file and the page.
+a development seed, extended while the best is at its end; that of an arm in the result file is known, and so are costs
+that are in it (``--again`` measures everything anew). Arms are trained in the order in which ``--arms`` names them.
+``render.py`` makes the result file and the page.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from costs import Costs, planned_steps
 from measures import ablations
 
 from peelwise.act import BlockSchedule
+from render import recorded
 from training import ROOT, SIZES, Loop, Size, fresh, held_out_losses
 
 DEVELOPMENT_SEED = 1
@@ -34,10 +37,12 @@ SHORT = 0.8  # of the budget: the goal
 class Runs:
     """All trainings of one size: those that are done, and how to do others."""
 
-    def __init__(self, size: Size, folder: Path) -> None:
+    def __init__(self, size: Size, folder: Path, record: dict[str, Any]) -> None:
         self.size, self.folder = size, folder
         self.file = folder / "runs.jsonl"
-        self.costs = Costs(size, folder / "costs.json")
+        self.rates = {each["arm"]: each["rate"] for each in record.get("arms", ())}
+        self.short_known = {each["arm"] for each in record.get("arms", ()) if each["at_0.8_against_uniform"]}
+        self.costs = Costs(size, folder / "costs.json", record.get("costs", {}))
         text = self.file.read_text() if self.file.exists() else ""
         lines = text.splitlines()
         if text and not text.endswith("\n"):  # killed while it wrote: the next line must not be joined to that one
@@ -64,11 +69,14 @@ class Runs:
 
     def best_rate(self, arm: Arm) -> float:
         """Return the rate that is best on the development seed."""
+        if arm.name in self.rates:
+            return self.rates[arm.name]
         rates = list(GRID)
         while True:
             losses = {rate: self.get(arm, rate, DEVELOPMENT_SEED)["held_out"] for rate in sorted(rates)}
             best = min(losses, key=losses.__getitem__)
             if min(rates) < best < max(rates) or len(rates) >= MOST_RATES:
+                self.rates[arm.name] = best
                 return best
             rates.append(best / 2 if best == min(rates) else best * 2)
 
@@ -81,6 +89,7 @@ class Runs:
             rate = self.best_rate(uniform)
             model = fresh(self.size, DEVELOPMENT_SEED)
             Loop(model, optimizer_of(uniform, model, rate), self.size, DEVELOPMENT_SEED, self.size.steps).run()
+            self.folder.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(ablations(model, self.size, 16_384, 0)) + "\n")
         return tuple(json.loads(file.read_text()))
 
@@ -89,7 +98,7 @@ class Runs:
         steps = planned_steps(arm, self.size, budget * self.size.steps, self.costs,
                               lambda steps, step: self._drawn(arm, seed, steps, importance)[step])  # fmt: skip
         model = fresh(self.size, seed)
-        optimizer = optimizer_of(arm, model, rate)
+        optimizer = optimizer_of(arm, model, rate, seed)
         running = Running(arm, model, optimizer, self.size, seed, steps, importance)
         loop = Loop(model, optimizer, self.size, seed, steps)
         curve = loop.run(running.after_backward, running.after_step)
@@ -118,15 +127,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13])
     parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="default: all")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "actions")
+    parser.add_argument("--again", action="store_true", help="use no rate and no cost of the result file")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    runs = Runs(SIZES[options.size], options.out / options.size)
-    for arm in ARMS:
-        if options.arms and arm.name not in options.arms:
-            continue
+    record = {} if options.again else recorded(options.size)
+    runs = Runs(SIZES[options.size], options.out / options.size, record)
+    by_name = {arm.name: arm for arm in ARMS}
+    for arm in [by_name[name] for name in options.arms or by_name]:
         rate = runs.best_rate(arm)
         for seed in options.seeds:
             runs.get(arm, rate, seed)
+            if arm.name in runs.short_known:
+                continue
             if arm.name == "uniform" or _better(runs, arm, rate, options.seeds):
                 runs.get(arm, rate, seed, SHORT)
 

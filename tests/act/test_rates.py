@@ -152,3 +152,41 @@ def test_a_map_that_cannot_be_is_refused_and_changes_nothing():
         RateMap(torch.optim.SGD(PlainGPT().parameters(), lr=0.1), lambda: [1.0])
     with pytest.raises(OptionError, match="every: expected at least 1"):
         RateMap(optimizer, lambda: [1.0], every=0)
+
+
+@pytest.mark.parametrize("state", [{}, {"steps": "3"}, {"steps": -1}, {"steps": True}])
+def test_a_state_of_something_else_is_refused(state):
+    _, _, rates = mapped([])
+    with pytest.raises(OptionError, match="no saved state of a map of rates"):
+        rates.load_state_dict(state)
+
+
+@pytest.mark.parametrize("tensors", [True, False])
+def test_a_compiled_step_is_not_compiled_anew_at_every_map(tensors):
+    steps, maps = 24, 12
+    models, graphs = [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for compiled in (True, False):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = PlainGPT()
+        groups = param_groups(model, [1.0, 2.0, 3.0], base_lr=1e-3)
+        if tensors:
+            groups = [{**group, "lr": torch.tensor(group["lr"])} for group in groups]
+        optimizer = torch.optim.SGD(groups)
+        rates = RateMap(optimizer, lambda: None, every=2)
+        step = torch.compile(optimizer.step, backend=backend) if compiled else optimizer.step
+        for number in range(steps):
+            for p in model.parameters():
+                p.grad = torch.full_like(p, 1.0)
+            step()
+            if number % 2:
+                rates.remap([1.0 + (number * k) % 7 for k in (1, 2, 3)])
+        models.append(model)
+    torch._dynamo.reset()
+    assert len(graphs) <= (2 if tensors else 5) < maps
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*(m.parameters() for m in models), strict=True))

@@ -162,6 +162,13 @@ def test_a_state_of_another_schedule_is_refused():
         schedules[0].load_state_dict(schedules[1].state_dict())
     with pytest.raises(OptionError, match="is of 3 blocks, the model has 4"):
         schedules[0].load_state_dict(schedules[2].state_dict())
+    for other, name in (({"distinct": 30}, "distinct"), ({"outer": "cut"}, "outer"), ({"every": 2}, "every")):
+        later = BlockSchedule(*made(), random_blocks(2), **other)
+        with pytest.raises(OptionError, match=f"saved schedule has {name}"):
+            schedules[0].load_state_dict(later.state_dict())
+    for state in ({}, {"steps": 1.5}, torch.optim.SGD(made()[0].parameters(), lr=0.1).state_dict()):
+        with pytest.raises(OptionError, match="no saved state of a schedule of blocks"):
+            schedules[0].load_state_dict(state)
 
 
 def drawn(rule, blocks=5, draws=4_000):

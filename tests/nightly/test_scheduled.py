@@ -1,4 +1,4 @@
-"""A schedule of blocks where two processes train one model: what one process does with both their batches."""
+"""Actions where two processes train one model: what one process does with both their batches."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .scheduled import STEPS, fresh, train
+from .scheduled import LAYER, STEPS, fresh, mapped, train, witness
 
 
 @pytest.fixture(scope="module")
@@ -34,3 +34,17 @@ def test_two_processes_train_what_one_does(folder, way, outer):
             assert torch.allclose(found[name], weight, atol=2e-4), name
     alone, _ = train(fresh(), outer, [0])  # the control: another training differs by more
     assert max(float((alone[name] - weight).abs().max()) for name, weight in expected.items()) > 2e-3
+
+
+@pytest.mark.parametrize("way", ["replicated", "sharded"])
+def test_rates_go_by_the_first_process_and_a_witness_is_put_in_whole_and_taken_out(folder, way):
+    expected = mapped(fresh(), 0, [0, 1])
+    for rank in (0, 1):
+        trained, changed, reverted = torch.load(folder / f"{way}-mapped-{rank}.pt")
+        for name, weight in expected[0].items():
+            assert torch.allclose(trained[name], weight, atol=2e-4), name
+            change = {f"{LAYER}.weight": witness()[:, :-1], f"{LAYER}.bias": witness()[:, -1]}.get(name, 0.0)
+            assert torch.allclose(changed[name], trained[name] + change, atol=1e-5), name
+            assert torch.equal(reverted[name], trained[name]), name
+    other = mapped(fresh(), 1, [0, 1])[0]  # the control: by the second's weights it would be another training
+    assert max(float((other[name] - weight).abs().max()) for name, weight in expected[0].items()) > 2e-3

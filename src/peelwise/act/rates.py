@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from peelwise.act.blocks import block_parameters, checked_index
 from peelwise.errors import OptionError
@@ -130,6 +130,13 @@ class RateMap:
     of the new factor to the one that the groups were made with is multiplied in for the length of
     ``optimizer.step()`` alone. The ratio is in the groups (``relative``), so ``optimizer.state_dict()`` carries it.
 
+    Where several processes train one model, make it and call ``step()`` in all of them: rates go by the weights of the
+    first, since what each measures on its own batches differs, and copies of the model must not.
+
+    ``torch.compile``: a compiled model meets no rate. A compiled ``optimizer.step`` is not compiled anew where the
+    rates are tensors (``group["lr"] = torch.tensor(group["lr"])`` before the optimiser is made); where they are numbers
+    it is a few times, as under any schedule of rates.
+
     Args:
         optimizer: made from `param_groups`.
         weights: called without arguments; returns a positive number per block, or ``None`` to leave the rates.
@@ -163,9 +170,11 @@ class RateMap:
         self.optimizer, self.weights, self.every, self.span, self.scale = optimizer, weights, every, span, scale
         self.steps = 0
         self._plain: list[float | Tensor] | None = None
+        # Not compiled: every new factor would be a constant of another compiled step.
+        hidden: Callable[[Any], Any] = torch.compiler.disable
         self._handles = [
-            optimizer.register_step_pre_hook(self._multiply),
-            optimizer.register_step_post_hook(self._restore),
+            optimizer.register_step_pre_hook(hidden(self._multiply)),
+            optimizer.register_step_post_hook(hidden(self._restore)),
         ]
 
     @property
@@ -186,11 +195,12 @@ class RateMap:
         return True
 
     def remap(self, weights: Weights) -> None:
-        """Map now.
+        """Map now, in all processes if there are several.
 
         Raises:
             OptionError: If a weight is not allowed; the rates are then as before.
         """
+        weights = _of_first_process(weights)
         count = 1 + max(group["block"] for group in self.optimizer.param_groups if group["block"] is not None)
         factors = factors_of(weights, count, span=self.span, scale=self.scale)
         for group in self.optimizer.param_groups:
@@ -208,20 +218,54 @@ class RateMap:
         return {"steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from a saved count."""
-        self.steps = int(state["steps"])
+        """Go on from a saved count.
+
+        Raises:
+            OptionError: If this is no state of a map.
+        """
+        self.steps = saved_count(state, "steps", "map of rates")
 
     def _multiply(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._restore(optimizer, args, kwargs)  # a step that failed has left them multiplied
-        self._plain = [group["lr"] for group in optimizer.param_groups]
+        rates = [group["lr"] for group in optimizer.param_groups]
+        self._plain = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
         for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * group.get("relative", 1.0)
+            _set_rate(group, group["lr"] * group.get("relative", 1.0))
 
     def _restore(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._plain is not None:
             for group, rate in zip(optimizer.param_groups, self._plain, strict=True):
-                group["lr"] = rate
+                _set_rate(group, rate)
         self._plain = None
+
+
+def _set_rate(group: dict[str, Any], rate: float | Tensor) -> None:
+    """Set a group's rate; a tensor stays the same one, which compiled steps have been compiled for."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+def saved_count(state: Mapping[str, Any], name: str, what: str) -> int:
+    """Return a count from a saved state.
+
+    Raises:
+        OptionError: If it is not there, or is none.
+    """
+    value = state.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise OptionError(f"This is no saved state of a {what}: {name} is {value!r}.")
+    return value
+
+
+def _of_first_process(weights: Weights) -> Weights:
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return weights
+    told: list[Any] = [weights if isinstance(weights, Mapping) else list(weights)]
+    distributed.broadcast_object_list(told, src=0)
+    first: Weights = told[0]
+    return first
 
 
 def _positive(weights: Weights, count: int) -> list[float]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from peelwise.act.blocks import block_modules, block_parameters, checked_index, unwrapped
-from peelwise.act.rates import check_groups
+from peelwise.act.rates import check_groups, saved_count
 from peelwise.act.rules import Rule, all_blocks
 from peelwise.errors import OptionError, PeelwiseWarning
 
@@ -146,22 +146,28 @@ class BlockSchedule:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to go on from here with the same draws; save it beside the optimiser's own."""
-        return self.record() | {"active": list(self.active), "seed": self.seed, "every": self.every}
+        drawn = {"seed": self.seed, "every": self.every, "distinct": self.distinct}
+        return self.record() | {"active": list(self.active)} | drawn
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state.
 
         Raises:
-            OptionError: If it is of another number of blocks, seed or ``every``: the draws would be others.
+            OptionError: If it is none, or of another number of blocks, seed, ``every``, ``distinct`` or ``outer``: the
+                draws or what they do would be others.
         """
-        for name, own in (("seed", self.seed), ("every", self.every)):
-            if state[name] != own:
-                raise OptionError(f"The saved schedule has {name} {state[name]}, this one {own}: draws would differ.")
-        if len(state["block_steps"]) != len(self._members):
-            raise OptionError(
-                f"The saved schedule is of {len(state['block_steps'])} blocks, the model has {len(self._members)}."
-            )
-        self.steps, self.seconds = int(state["steps"]), float(state["seconds"])
+        steps = saved_count(state, "steps", "schedule of blocks")
+        own = {"seed": self.seed, "every": self.every, "distinct": self.distinct, "outer": self.outer}
+        for name, value in own.items():
+            if state.get(name, value) != value:
+                raise OptionError(
+                    f"The saved schedule has {name} {state[name]}, this one {value}: draws, or what they do, would "
+                    "differ."
+                )
+        saved = state.get("block_steps", ())
+        if len(saved) != len(self._members):
+            raise OptionError(f"The saved schedule is of {len(saved)} blocks, the model has {len(self._members)}.")
+        self.steps, self.seconds = steps, float(state["seconds"])
         self.block_steps = list(state["block_steps"])
         self._since = time.perf_counter()
         self._turn_to(tuple(state["active"]), forget=False)

@@ -39,7 +39,7 @@ class AppliedWitness:
         """
         exact = True
         for name, (parameter, before, after) in self._weights.items():
-            if not torch.equal(parameter, after):
+            if not _same_everywhere(parameter, after):
                 parameter.sub_((after - before).to(parameter.dtype))
                 exact = False
                 continue
@@ -70,8 +70,8 @@ def apply_witness_(
     next step has its full rate in every weight; ``"keep"`` leaves everything.
 
     Args:
-        model: the module in training; wrappers of ``torch.compile`` and DDP are looked through. In DDP call it in all
-            processes with the same witness.
+        model: the module in training; wrappers of ``torch.compile`` and DDP are looked through. With DDP or
+            ``fully_shard`` call it in all processes with the same whole witness.
         witness: change per linear layer ``[d_out, d_in]``, one more column where it has a bias, by the layer's name, or
             as an audit's ``witness.safetensors`` has it, by ``kind/name``.
         optimizer: that steps the model.
@@ -93,11 +93,33 @@ def apply_witness_(
     state: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
     for name, (parameter, change) in changes.items():
         before = parameter.detach().clone()
-        parameter.add_((scale * change.float()).to(parameter))
+        parameter.add_(_placed(scale * change.float(), parameter))
         weights[name] = parameter, before, parameter.detach().clone()
         if optimizer is not None and moments != "keep":
             state[name] = _reset(optimizer, parameter, moments)
     return AppliedWitness(tuple(weights), weights, state)
+
+
+def _placed(change: Tensor, parameter: Tensor) -> Tensor:
+    """Return a whole change as the parameter lies: on its device, in its dtype, in parts where it is sharded."""
+    change = change.to(device=parameter.device, dtype=parameter.dtype)
+    if not hasattr(parameter, "placements"):
+        return change
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(change.contiguous(), parameter.device_mesh, parameter.placements)
+
+
+def _same_everywhere(parameter: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are equal; of sharded ones, whether all parts are, in all processes alike."""
+    if not hasattr(parameter, "placements"):
+        return torch.equal(parameter, other)
+    from torch.distributed.tensor import DTensor
+
+    different = (parameter != other).any()
+    assert isinstance(different, DTensor)
+    return not bool(different.full_tensor())
 
 
 def _of_kind(witness: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:

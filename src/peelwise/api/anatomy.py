@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,14 @@ from peelwise.records.anatomy import AnatomyRecord, BlockAnatomy
 from peelwise.records.folder import check_free, written_whole
 from peelwise.tasks.anatomy.run import run_anatomy
 from peelwise.tasks.anatomy.settings import AnatomySettings
+from peelwise.tasks.anatomy.unfinished import FOUND
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import nn
 
 ANATOMY_FILE = "anatomy.json"
+UNFINISHED = ".unfinished"  # behind the name of the folder
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +82,8 @@ def anatomy(
     Ablation five ways; weights predicted from other blocks' beside null controls; scaling, noise, low rank, rounding
     and flipped signs up to the margin; how much of a damage one closed-form round takes back; and the signals of a
     check, with rank correlations (questions of arXiv:2603.19348). Costs are in nats per token, with intervals.
+    With ``out``, what is finished is kept in ``OUT.unfinished`` until everything is: a call that was killed, or whose
+    budget ended, goes on from there.
 
     Args:
         model: a module (left exactly as it was), or what ``peelwise anatomy`` takes: a folder, a GGUF file.
@@ -86,8 +91,8 @@ def anatomy(
         settings: budget, studies and margin.
         budget: shorthand for that of ``settings``: wall time, in seconds or like ``"5m"``.
         opening: how a folder or file is opened.
-        out: folder to save the report in; refused before the work if it is taken.
-        force: replace an earlier result there.
+        out: folder to save the report in; refused before the work if it is taken by a finished one.
+        force: replace an earlier result there, and unfinished pieces of another model or text.
         progress: called with a `Progress` at every step.
 
     Returns:
@@ -102,13 +107,18 @@ def anatomy(
         [(0, 6.1), (1, 0.41)]
     """
     settings = with_budget(settings or AnatomySettings(), budget)
+    unfinished = Path(f"{out}{UNFINISHED}") if out is not None else None
+    replace = force or (unfinished is not None and (unfinished / FOUND).is_file())
     if out is not None:
-        check_free(Path(out), force=force, ours=ANATOMY_FILE)
+        check_free(Path(out), force=replace, ours=ANATOMY_FILE)
     target, drawn = open_both(model, probe, opening)
-    record = run_anatomy(target.model, drawn, settings, name=target.name, source=target.source, watcher=progress)
+    record = run_anatomy(target.model, drawn, settings, name=target.name, source=target.source, watcher=progress,
+                         unfinished=unfinished, force=force)  # fmt: skip
     report = AnatomyReport(record)
     if out is not None:
-        report.save(out, force=force)
+        report.save(out, force=replace)
+    if unfinished is not None and record.complete:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return report
 
 

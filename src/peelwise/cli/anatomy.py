@@ -67,7 +67,8 @@ def anatomy(
     """Tell how much each block of MODEL matters, what other blocks tell of its weights, and how far it can be bent.
 
     Every cost has its interval, and every claim about weights the null control that decides it. NAMES are separated by
-    commas. What is not reached within the budget is listed as not measured.
+    commas. What is not reached within the budget is listed as not measured; with --out, the same command goes on from
+    there, also where it was killed.
     """
     from peelwise.api import anatomy as api
     from peelwise.show.views import print_record

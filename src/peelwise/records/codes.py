@@ -105,4 +105,5 @@ NoteCode = Literal[
     "own-loss",
     "encoder-left-out",
     "stacks-left-out",
+    "resumed",
 ]

@@ -160,6 +160,7 @@ NOTES: Mapping[str, str] = MappingProxyType(
         "of {names} were left as they are, and nothing is said of them.",
         "stacks-left-out": "The blocks asked about are those of {stack}; those of {names} were left as they are: "
         "they run with every change, so it is in the loss, and nothing is said of them.",
+        "resumed": "Some of this was measured by an earlier call that did not finish; the cost is that of the last.",
     }
 )
 

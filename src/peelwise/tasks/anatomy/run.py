@@ -1,10 +1,11 @@
-"""The anatomy of a model: studies one after the other, each over all blocks, within a budget."""
+"""The anatomy of a model: studies one after the other, each over all blocks, within a budget; killed, it goes on."""
 
 from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,14 +25,16 @@ from peelwise.model.layers import Block, device_of
 from peelwise.model.parts import Parts, parts_of
 from peelwise.model.splice import frozen
 from peelwise.probe.probe import Probe
-from peelwise.records.anatomy import AnatomyRecord, BlockAnatomy, Predictability
+from peelwise.records.anatomy import BENDS, AnatomyRecord, BlockAnatomy
 from peelwise.records.base import Note, note
 from peelwise.records.codes import Stage
+from peelwise.records.options import Plain
 from peelwise.tasks.anatomy.ablate import ablations, cost_of
 from peelwise.tasks.anatomy.bend import bent, best_scale
 from peelwise.tasks.anatomy.predict import coefficients, grams_of, kinds, predictability, predicted
 from peelwise.tasks.anatomy.recover import recovery
 from peelwise.tasks.anatomy.settings import AnatomySettings
+from peelwise.tasks.anatomy.unfinished import Unfinished
 
 _LEAST_FOR_DEPTH = 3  # blocks
 
@@ -45,23 +48,34 @@ class _Found:
     margin: float
     seed: int
     gradients: bool
-    blocks: list[dict[str, Any]]
-    predictability: list[Predictability] = field(default_factory=list)
+    kept: Unfinished
+    partly: dict[int, dict[str, Any]] = field(default_factory=dict)  # of blocks that the time ended in
     notes: list[Note] = field(default_factory=list)
     complete: bool = True
 
-    def each(self, stage: Stage, work: Callable[[int], None]) -> None:
-        """Do something for every block while there is time; a block takes about as long as the longest before it."""
+    def each(self, stage: Stage, known: str, work: Callable[[int], bool | None]) -> None:
+        """Do something for every block while there is time; a block takes about as long as the longest before it.
+
+        Args:
+            stage: that it is charged to.
+            known: the field of a block's record that says that it is done.
+            work: called with the block's index; returns whether it was finished, or nothing.
+        """
         clock, longest = self.session.clock, 0.0
         with clock.stage(stage):
             for index in range(len(self.all_parts)):
                 clock.tell(index, len(self.all_parts))
+                if known in self.kept.blocks[index]:
+                    continue
                 began = clock.elapsed
-                if not clock.affords(longest):
+                if not clock.affords(longest) or work(index) is False:
                     self.complete = False
                     return
-                work(index)
                 longest = max(longest, clock.elapsed - began)
+
+    def block(self, index: int) -> dict[str, Any]:
+        """Return the fields of a block's record, finished or not."""
+        return self.kept.blocks[index] | self.partly.get(index, {})
 
 
 def run_anatomy(
@@ -72,6 +86,8 @@ def run_anatomy(
     name: str = "model",
     source: str | None = None,
     watcher: Watcher | None = None,
+    unfinished: Path | None = None,
+    force: bool = False,
 ) -> AnatomyRecord:
     """Study ``model`` block by block and leave it exactly as it was. Ctrl-C ends it early with what was finished.
 
@@ -82,20 +98,24 @@ def run_anatomy(
         name: the model's name in the record.
         source: where it was opened from.
         watcher: told about progress.
+        unfinished: folder that finished pieces are kept in; an earlier call's are not measured again.
+        force: begin anew where it holds pieces of something else.
 
     Raises:
         UnsupportedModelError: If the architecture cannot be measured.
         ModelError: If the model holds NaN or Inf, or its loss is not finite.
         ProbeError: If the probe does not fit.
+        OutputError: If ``unfinished`` holds pieces of something else, or cannot be written.
     """
     blocks = checked_blocks(model, probe)
     setup = Setup(model, blocks, name, source, identify(model), settings.plain(), probe.seed)
+    kept = Unfinished.opened(unfinished, _about(setup, probe), len(blocks), force=force)
     linears = [linear for block in blocks for linear in block.linears]
     with untouched(model), frozen(linears), torch.no_grad():
         session, gradients = _session(model, blocks, probe, settings, name, watcher)
         margin = settings.margin if settings.margin is not None else default_margin(session.report.mean)
-        found = _Found(session, [parts_of(b) for b in blocks], margin, probe.seed, gradients, [{} for _ in blocks])
-        found.notes += session.notes
+        found = _Found(session, [parts_of(b) for b in blocks], margin, probe.seed, gradients, kept)
+        found.notes += [*session.notes, *([note("resumed")] if kept.resumed else [])]
         try:
             for study in settings.wanted:
                 _STUDIES[study](found)
@@ -108,50 +128,68 @@ def run_anatomy(
     return _record(setup, probe, found)
 
 
+def _about(setup: Setup, probe: Probe) -> Plain:
+    """Return what finished pieces belong to: the budget and the choice of studies may change from call to call."""
+    chosen = {key: setup.settings[key] for key in ("margin", "micro_batch_tokens")}
+    made_with = {"peelwise": versions().get("peelwise")}
+    return {"model": setup.identity.fingerprint, "probe": probe.fingerprint, "seed": probe.seed, **chosen, **made_with}
+
+
 def _ablate(found: _Found) -> None:
     def work(index: int) -> None:
-        found.blocks[index]["ablation"] = dict(ablations(found.session, found.all_parts, index))
+        found.kept.add(index, ablation=dict(ablations(found.session, found.all_parts, index)))
 
-    found.each("ablation", work)
+    found.each("ablation", "ablation", work)
 
 
 def _predict(found: _Found) -> None:
     if len(found.all_parts) < _LEAST_FOR_DEPTH:
         found.notes.append(note("few-blocks", blocks=len(found.all_parts)))
         return
-    same = kinds(found.all_parts)
+    same, known = kinds(found.all_parts), {each.part for each in found.kept.predictability}
+    wanted = any("predicted" not in block for block in found.kept.blocks)
     grams = {}
     with found.session.clock.stage("predictability"):
         for done, (part, layers) in enumerate(same.items()):
             found.session.clock.tell(done, len(same))
-            found.predictability.append(predictability(part, layers, found.seed))
-            grams[part] = grams_of(layers, found.seed).both
+            if part not in known:
+                found.kept.predictability.append(predictability(part, layers, found.seed))
+                found.kept.write()
+            if wanted:
+                grams[part] = grams_of(layers, found.seed).both
 
     def work(index: int) -> None:
         weights = {part: coefficients(gram, index) for part, gram in grams.items()}
         cost = cost_of(found.session, predicted(found.all_parts, index, weights), index)
-        found.blocks[index]["predicted"] = cost
+        found.kept.add(index, predicted=cost)
 
-    found.each("predictability", work)
+    found.each("predictability", "predicted", work)
 
 
 def _structure(found: _Found) -> None:
+    if all("signals" in block for block in found.kept.blocks):
+        return
     session = found.session
     seen = look(session, found.all_parts, both(session.fit, session.select), gradients=found.gradients)
-    for index, block in enumerate(found.blocks):
-        block["signals"] = seen.table.of_block(index)
+    for index in range(len(found.all_parts)):
+        found.kept.blocks[index]["signals"] = seen.table.of_block(index)
+    found.kept.write()
 
 
 def _bend(found: _Found) -> None:
-    def work(index: int) -> None:
+    def work(index: int) -> bool | None:
         parts, clock = found.all_parts[index], found.session.clock
         if not parts.linears:
-            return
-        found.blocks[index]["best_scale"] = best_scale(found.session, parts)
-        ways = bent(found.session, parts, found.margin, found.seed, lambda: clock.left > 0)
-        found.blocks[index]["bent"] = tuple(ways)
+            return None
+        best = best_scale(found.session, parts)
+        ways = tuple(bent(found.session, parts, found.margin, found.seed, lambda: clock.left > 0))
+        if len(ways) < len(BENDS):
+            found.partly[index] = {"best_scale": best, "bent": ways}
+            return False
+        found.kept.add(index, best_scale=best, bent=ways)
+        return None
 
-    found.each("bending", work)
+    found.each("bending", "bent", work)
 
 
 def _recover(found: _Found) -> None:
@@ -159,14 +197,19 @@ def _recover(found: _Found) -> None:
         found.notes.append(note("no-gradients"))
         return
 
-    def work(index: int) -> None:
+    def work(index: int) -> bool | None:
         parts = found.all_parts[index]
-        if parts.block.linears:
-            clock = found.session.clock
-            done = recovery(found.session, parts, found.margin, found.seed, lambda: clock.left > 0)
-            found.blocks[index]["recovery"] = done
+        if not parts.block.linears:
+            return None
+        clock, memory = found.session.clock, found.kept.training(index)
+        done = recovery(found.session, parts, found.margin, found.seed, lambda: clock.left > 0, memory)
+        if done.share is not None and done.retrained is None:
+            found.partly[index] = {"recovery": done}
+            return False
+        found.kept.add(index, recovery=done)
+        return None
 
-    found.each("recovery", work)
+    found.each("recovery", "recovery", work)
 
 
 _STUDIES: dict[str, Callable[[_Found], None]] = {
@@ -180,8 +223,8 @@ _STUDIES: dict[str, Callable[[_Found], None]] = {
 
 def _record(setup: Setup, probe: Probe, found: _Found) -> AnatomyRecord:
     blocks = [
-        BlockAnatomy(index=parts.block.index, name=parts.block.name, **values)
-        for parts, values in zip(found.all_parts, found.blocks, strict=True)
+        BlockAnatomy(index=parts.block.index, name=parts.block.name, **found.block(index))
+        for index, parts in enumerate(found.all_parts)
     ]
     tokens = probe.fit.tokens + probe.select.tokens + probe.report.tokens
     return AnatomyRecord(
@@ -192,7 +235,7 @@ def _record(setup: Setup, probe: Probe, found: _Found) -> AnatomyRecord:
         probe=probe.record(),
         loss=found.session.report.mean,
         blocks=tuple(blocks),
-        predictability=tuple(found.predictability),
+        predictability=tuple(found.kept.predictability),
         better_without=better_without(blocks),
         correlations=correlations(blocks),
         cost=found.session.clock.record(tokens, device_of(setup.model)),

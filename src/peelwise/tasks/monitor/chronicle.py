@@ -328,7 +328,7 @@ class Chronicle:
         slope = self.slope()
         if slope is not None:
             judged = [self._unless_soon(block, verdict, slope) for block, verdict in enumerate(judged)]
-        lasting = list(self._memory.lasting(step, judged, loss, margin, falling=falling))
+        lasting = list(self._memory.lasting(step, judged, loss, margin, slope=slope, falling=falling))
         progress = progress_slope(self._losses.steps, self._losses.values) if self._losses.steps else slope
         return [self._or_settled(block, verdict, progress, loss) for block, verdict in enumerate(lasting)]
 

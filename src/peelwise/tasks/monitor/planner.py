@@ -18,6 +18,7 @@ _KINDS: tuple[MeasurementKind, ...] = ("ranking", "alone", "joint")
 # What a kind costs in forward passes over the probe, as long as it was never measured.
 _FIRST_GUESS: dict[MeasurementKind, float] = {"ranking": 5.0, "alone": PASSES, "joint": 12.0}
 _FEW_UNDECIDED = 0.2  # of the blocks that are asked about
+_NO_RANKING_AMONG = 8  # first measurements: fewer date no change, and a ranking takes two thirds of a refinement
 
 
 class Planner:
@@ -73,15 +74,14 @@ class Planner:
             spent: seconds taken so far.
             elapsed: seconds since the start.
             undecided: share of blocks without a colour. While there are many, what may decide them comes first at every
-                other measurement; where measurements are put together at every one, and never a mere ranking.
+                other measurement; where measurements are put together at every one. A mere ranking comes only where
+                there are many measurements already.
         """
         kind = self._next
         if self._budget is None:
             return kind
         often = self._roll is not None or self._begun % 2 == 0
-        if (self._plan is PLAN and often and undecided > _FEW_UNDECIDED) or (
-            self._always_refines and kind == "ranking"
-        ):
+        if (self._plan is PLAN and often and undecided > _FEW_UNDECIDED) or (self._refines and kind == "ranking"):
             kind = "alone"
         now = affordable(spent, self._costs[kind], elapsed, self._budget)
         code = self._processes.broadcast_number(1 + _KINDS.index(kind) if now else 0)
@@ -92,14 +92,18 @@ class Planner:
         return self._plan[self._planned % len(self._plan)]
 
     @property
-    def _always_refines(self) -> bool:
-        """Whether every measurement refines blocks: a ranking takes nearly as long, and adds nothing to a level."""
-        return self._roll is not None and self._plan is PLAN and self._budget is not None
+    def _refines(self) -> bool:
+        """Whether the next measurement refines blocks where the plan has a ranking, which decides less.
+
+        Changes are dated among many measurements only, and to a level of a rolling probe a ranking adds nothing.
+        """
+        few = self._roll is not None or self._begun < _NO_RANKING_AMONG
+        return few and self._plan is PLAN and self._budget is not None
 
     def begin(self, kind: MeasurementKind) -> None:
         """Note that a measurement begins."""
+        self._planned += kind == self._next or (self._refines and self._next == "ranking")
         self._begun += 1
-        self._planned += kind == self._next or (self._always_refines and self._next == "ranking")
 
     def took(self, kind: MeasurementKind, seconds: float, *, failed: bool = False) -> None:
         """Note what a measurement took."""
