@@ -6,8 +6,8 @@ Small models are trained for seconds: a vision transformer on scikit-learn's dig
 three ids, two T5s on rows to be turned around (of one the decoder is checked, of the other the encoder), two seeds.
 In every one the sign of what one path of one block writes is turned, each path of each block once, and the model is
 checked as it is and with each damage. `first` counts where the damaged block has the highest score, `named` where it
-is named, `mended` where the best factor on it is below 0 and its interval above the margin. `named_healthy` are the blocks that
-the check names in the model as it was trained.
+is named, `mended` where the best factor on it is below 0 and its interval above the margin. `named_healthy` are the
+blocks that the check names in the model as it was trained.
 """
 
 from __future__ import annotations
