@@ -63,6 +63,7 @@ _INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, 
             "indexer_compress_ratio": 4}  # fmt: skip
 # What a type needs besides, or instead (``None`` leaves the attribute as it is by default).
 OWN: dict[str, dict[str, Any]] = {
+    "dots3_note": {"text_config": {"num_key_value_heads": 4}},
     "dots1": {"n_routed_experts": 4, "moe_intermediate_size": 48, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
                      "activation_sparsity_pattern": [0.0] * 4, "intermediate_size": [48] * 4},
@@ -114,7 +115,7 @@ def tiny_config(kind: str) -> Any:
     own = dict(OWN.get(kind, {}))
     if getattr(usual, "is_decoder", None) is False:
         own |= DECODERS
-    if getattr(usual, "kv_lora_rank", None):
+    if _read(usual, "kv_lora_rank"):
         own.setdefault("num_key_value_heads", 4)  # latent attention has as many of both
     settings = _small(usual, own)
     return type(usual)(**settings)
@@ -144,13 +145,13 @@ def _small(usual: Any, own: dict[str, Any]) -> dict[str, Any]:
     known = {**usual.__dict__, **_of_signature(usual)}
     own = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0} | own
     for name in ("layers_block_type", "layer_types", "mlp_layer_types", "block_types"):
-        usual_list = getattr(usual, name, None)
+        usual_list = _read(usual, name)
         if isinstance(usual_list, (list, tuple)) and name not in own and name in _of_signature(usual):
             own[name] = _spread(list(usual_list))
     settings: dict[str, Any] = {}
     names = {usual.attribute_map.get(name, name) for name in known} | set(known)
     for name in sorted(names):
-        value = known.get(name, getattr(usual, name, None))
+        value = known.get(name, _read(usual, name))
         if name in own and not hasattr(value, "attribute_map"):
             continue
         if hasattr(value, "attribute_map"):  # a configuration inside of a configuration
@@ -165,7 +166,15 @@ def _small(usual: Any, own: dict[str, Any]) -> dict[str, Any]:
 
 def _of_signature(usual: Any) -> dict[str, Any]:
     found = inspect.signature(type(usual).__init__).parameters
-    return {name: getattr(usual, name, None) for name in found if name not in ("self", "kwargs")}
+    return {name: _read(usual, name) for name in found if name not in ("self", "kwargs")}
+
+
+def _read(config: Any, name: str) -> Any:
+    """Return what a configuration says; what it keeps per layer may not be asked of the whole."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # a class of its own, for configurations with layers of several kinds
+        return config.__dict__.get(name)
 
 
 def _layers_of(config: Any) -> int:

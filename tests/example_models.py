@@ -76,13 +76,13 @@ def vit(layers: int = 6) -> nn.Module:
     return ViTForImageClassification(config).eval()
 
 
-def t5() -> nn.Module:
-    """Return an encoder-decoder of random weights, in eval mode."""
+def t5(encoder: int = 2, decoder: int = 5) -> nn.Module:
+    """Return an encoder-decoder of random weights with so many blocks each, in eval mode."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=IDS, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_decoder_layers=5, num_heads=2,
+        vocab_size=IDS, d_model=32, d_kv=16, d_ff=48, num_layers=encoder, num_decoder_layers=decoder, num_heads=2,
         decoder_start_token_id=0,
     )  # fmt: skip
     return T5ForConditionalGeneration(config).eval()

@@ -261,6 +261,7 @@ RIGHT: dict[str, Callable[[], nn.Module]] = {
     "autocast inside": lambda: Mixed(Mlp(), Mlp(), Mlp()),
     "Granite without experts": granite,
     "Granite with experts": lambda: granite(4),
+    "weight shared between blocks": tied,
 }
 # Models that are refused, and what the refusal names.
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
@@ -268,7 +269,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "attention without a mask": (lambda: Lm(Attention(causal=False), Attention()), "Lm is not causal"),
     **{f"chunks of {n}": (lambda n=n: chunks(n), "Lm is not causal") for n in (2, 3, 4, 8, 12)},
     **{f"prefix of {n}": (lambda n=n: prefix(n), "Lm is not causal") for n in (2, 4, 20)},
-    "weight shared between blocks": (tied, r"h\.0\.up and h\.2\.up share one weight"),
     "weights read beside calls": (lambda: Lm(ReadsWeight(), ReadsWeight()), r"hooked into h\.0\.up does not"),
     "keys and values shared": (gemma4, "joined by more than the hidden state"),
     "shared in a dictionary": (lambda: Shortcut(Sharing(), Sharing(), Sharing()), r"gradient at h\.0\.up"),

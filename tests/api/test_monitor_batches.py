@@ -112,6 +112,7 @@ def test_it_measures_every_kind_of_model_and_changes_nothing(kind: str, tmp_path
         assert "bound_upper" not in names  # a new head would be one of next tokens
         page = queries.overview(reader, run)
         assert queries.run_facts(run, "k", "f")["unit"] == probe.unit
+    assert not any("token" in each["reason"] for each in page["verdicts"])
     units = {each["name"]: each["unit"] for each in page["statistics"]}
     assert units["recoverable"] == probe.unit
     assert units["natural_energy"] == f"{probe.unit} per unit step"

@@ -91,7 +91,7 @@ def test_of_an_encoder_decoder_the_blocks_are_those_of_the_decoder_and_the_other
     model = t5()
     blocks = find_blocks(model)
     assert [block.name for block in blocks] == [f"decoder.block.{i}" for i in range(5)]
-    assert other_stacks(model, blocks) == ("encoder.block",)
+    assert list(other_stacks(model, blocks)) == ["encoder.block"]
     assert [branch.name for branch in parts_of(blocks[0]).branches] == ["attention", "cross-attention", "mlp"]
     # The encoder's mask is as long as the decoder's rows here, and says nothing of them.
     batch = words(length=7) | {"labels": pairs()["labels"]}
@@ -165,7 +165,7 @@ REFUSED: dict[str, tuple[Any, Any, type[Exception], str]] = {
     "another loss of its own": (Shifted, lambda: Probe.from_batches([images()]), UnsupportedModelError,
         "computes a loss of .* the cross-entropy of its logits"),
     "several resolutions": (Halving, lambda: Probe.from_batches([images()]), UnsupportedModelError,
-        r"the blocks of Halving hand on \[\(1, 2\), \(1, 4\), \(1, 8\)\], expected the same"),
+        r"the blocks of Halving hand on \[1, 2, \.\.\], \[1, 4, \.\.\], \[1, 8, \.\.\], expected the same"),
     "no such argument": (vit, lambda: Probe.from_batches([{"pixels": torch.rand(24, 9), "labels": torch.arange(24)}]),
         UnsupportedModelError, "could not be called with pixels, labels as keyword arguments"),
     "no gradient": (vit, lambda: Probe.from_batches([wanted()], lambda o, b: squared(o, b).detach()),
@@ -190,7 +190,5 @@ def test_text_runs_no_encoder_decoder_and_batches_no_peel() -> None:
     ids = torch.randint(3, 60, (24, 12))
     with pytest.raises(UnsupportedModelError, match=r"encoder-decoder .*Probe.from_batches"):
         peelwise.check(t5(), Probe.from_tokens(ids.tolist()))
-    with pytest.raises(ProbeError, match=r"peelwise.check and peelwise.audit take"):
+    with pytest.raises(ProbeError, match=r"peelwise.check, audit, compare and Monitor take"):
         run_peel(bert(), Probe.from_batches([classified()]), PeelSettings())
-    with pytest.raises(ProbeError, match=r"peelwise.check and peelwise.audit take"):
-        peelwise.Monitor(bert(), Probe.from_batches([classified()]), store=None)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import peelwise
-from odd_models import REFUSED, RIGHT, Attention, Lm, Mixed, Mlp, NeverCalls, encoder
+from odd_models import REFUSED, RIGHT, Attention, Lm, Mixed, Mlp, NeverCalls, encoder, tied
 from peelwise.engine.opening import checked_blocks, open_session
 from peelwise.errors import UnsupportedModelError
 from peelwise.model.architectures import find_blocks, refuse_text
@@ -36,7 +36,7 @@ def probe() -> Probe:
 def opened(model: nn.Module) -> tuple[Note, ...]:
     """Open a model as every task does, and return what the self-checks have to say."""
     text = probe()
-    blocks = checked_blocks(model, text)
+    blocks = checked_blocks(model, text, shared=True)
     with untouched(model):
         session = open_session(model, blocks, text, name="m", budget_seconds=60, micro_batch_tokens=1024, watcher=None)
     return session.notes
@@ -142,6 +142,21 @@ def test_left_out_parameters_are_counted_with_their_share() -> None:
     assert said.values["count"] == 4
     assert said.values["share"] == pytest.approx(left / sum(p.numel() for p in block.parameters()))
     assert said.values["names"] == "mha.in_proj_weight (blocks 0-1), mha.out_proj.weight (blocks 0-1)"
+
+
+def test_layers_that_share_a_weight_are_left_out_unless_nothing_else_is_there() -> None:
+    (said,) = opened(tied().eval())
+    assert (said.code, said.values["names"], said.values["count"]) == ("left-out", "up.weight (block 0)", 1)
+    model = tied().eval()
+    names = {linear.name for block in checked_blocks(model, probe(), shared=True) for linear in block.linears}
+    assert names == {"h.0.down", "h.1.up", "h.1.down", "h.2.down"}
+    with pytest.raises(UnsupportedModelError, match=r"h\.0\.up and h\.2\.up share one weight"):
+        checked_blocks(model, probe())  # as all tasks but audit, check and monitor do
+    all_of_it = Lm(Mlp(), Mlp()).eval()
+    for name in ("up", "down"):
+        getattr(all_of_it.h[1], name).weight = getattr(all_of_it.h[0], name).weight
+    with pytest.raises(UnsupportedModelError, match="share one weight"):
+        checked_blocks(all_of_it, probe(), shared=True)
 
 
 def test_a_layer_that_is_never_called_is_left_out() -> None:

@@ -17,7 +17,7 @@ from peelwise.model.fresh import fresh_copy
 from peelwise.model.layers import Block, LinearLayer, context_length, vocabulary_size
 from peelwise.model.refined import chosen, frozen_note, names_of, only
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner, check_replay
-from peelwise.model.selfcheck import check_dtypes, check_shared, self_check
+from peelwise.model.selfcheck import check_dtypes, check_shared, self_check, without_shared
 from peelwise.model.weights.held import Held
 from peelwise.model.whereabouts import check_in_memory, untied_note
 from peelwise.probe.examples import Examples
@@ -37,6 +37,7 @@ def checked_blocks(
     *,
     batches: bool = False,
     stack: str | None = None,
+    shared: bool = False,
 ) -> tuple[Block, ...]:
     """Return the blocks of a model that can be measured on ``probe``.
 
@@ -47,6 +48,7 @@ def checked_blocks(
         stepped: parameters that the optimiser has, where there is one.
         batches: whether a probe of batches will do.
         stack: the name of the list of blocks; ``None`` for the one that the architecture says.
+        shared: whether layers that share a weight may be left out.
 
     Raises:
         OptionError: If there are no such layers.
@@ -62,7 +64,10 @@ def checked_blocks(
         )
     check_in_memory(model)
     blocks = chosen(find_blocks(model, stack), refine, stepped)
-    check_shared(blocks)
+    if shared:
+        blocks = without_shared(blocks)
+    else:
+        check_shared(blocks)
     check_dtypes(blocks)
     if probe.examples is None:
         refuse_text(model)

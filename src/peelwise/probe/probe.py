@@ -288,7 +288,8 @@ class Probe:
     ) -> Probe:
         """Split batches of a model that predicts no next tokens by example: masked models, classifiers, images, pairs.
 
-        Losses and gains are means over examples, in ``unit``. `peelwise.check` and `peelwise.audit` take such a probe.
+        Losses and gains are means over examples, in ``unit``. Taken by `peelwise.check`, `audit`,
+        `compare` and `Monitor`.
 
         Args:
             batches: Mappings of keyword arguments for the model's forward, such as those of a data loader; all are

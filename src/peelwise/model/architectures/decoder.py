@@ -66,7 +66,19 @@ def _in_text_decoder(model: nn.Module, candidates: list[tuple[str, nn.ModuleList
     if not isinstance(decoder, nn.Module):
         return candidates
     inside = {id(module) for module in decoder.modules()}
-    return [each for each in candidates if id(each[1]) in inside] or candidates
+    found = [each for each in candidates if id(each[1]) in inside] or candidates
+    # Encoders of images and sounds may stand in what is called the decoder, deeper in it, and be larger.
+    said = [each for each in found if len(each[1]) == _text_layers(model)]
+    least = min((name.count(".") for name, _ in said), default=0)
+    return [each for each in said if each[0].count(".") == least] or found
+
+
+def _text_layers(model: nn.Module) -> int | None:
+    """Return how many blocks of text a configuration of transformers says."""
+    config = getattr(model, "config", None)
+    getter = getattr(config, "get_text_config", None)
+    found = getattr(getter() if callable(getter) else config, "num_hidden_layers", None)
+    return found if isinstance(found, int) else None
 
 
 def refuse_text(model: nn.Module) -> None:

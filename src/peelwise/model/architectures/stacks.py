@@ -71,8 +71,9 @@ def other_stacks(model: nn.Module, blocks: Sequence[Block]) -> dict[str, nn.Modu
 
     Of an encoder-decoder those of its other half; of a list in one of several stages those of the other stages.
     """
-    own = stack_of(blocks)
-    lists = _lists(model)
+    if not blocks:
+        return {}
+    own, lists = stack_of(blocks), _lists(model)
     inside = [name for name in lists if own.startswith(f"{name}.")]  # lists of stages
     if inside:
         stages = inside[-1]

@@ -94,10 +94,11 @@ def _whole(reader: RunReader, run: Run, row: Any) -> dict[str, Any]:
     rest = reader.record(row["id"])
     at = {"step": row["step"]}
     bounds = {s["name"]: s["value"] for s in rest["statistics"] if s["block"] == WHOLE_MODEL}
+    unit = queries.unit_of_run(run)
     return {
         "look": queries.look(row),
         "bounds": queries.cloud_edges(run, row["probe_loss"], bounds),
         "statistics": [[s["name"], *queries.statistic({**dict(s), **at})] for s in rest["statistics"]],
         "matrices": [[m["block"], clean(m["matrix"]), m["share"]] for m in rest["matrices"]],
-        "verdicts": [queries.verdict({**dict(v), **at}) for v in rest["verdicts"]],
+        "verdicts": [queries.verdict({**dict(v), **at}, unit) for v in rest["verdicts"]],
     }

@@ -87,7 +87,7 @@ def overview(reader: RunReader, run: Run, between: Between = ALL_STEPS) -> Json:
         "looks": look_columns(looks),
         "bounds": cloud(reader, run, {row["id"]: row["probe_loss"] for row in looks}, between),
         "now": now(newest_step, newest_probe),
-        "verdicts": [verdict(row) for row in _last_of_each(reader.verdicts(run.id))],
+        "verdicts": [verdict(row, unit_of_run(run)) for row in _last_of_each(reader.verdicts(run.id))],
         "events": [event(row) for row in events],
         "cursor": [
             newest_step[-1]["id"] if newest_step else 0,
@@ -161,6 +161,7 @@ def block(reader: RunReader, run: Run, index: int, between: Between = ALL_STEPS)
 
     Block -1 is the whole model.
     """
+    unit = unit_of_run(run)
     held = "of_model" if index == WHOLE_MODEL else "of_blocks"
     names = [row["name"] for row in reader.statistic_names(run.id) if row[held]]
     series = {name: _series(reader, run, name, index, between) for name in names}
@@ -168,7 +169,7 @@ def block(reader: RunReader, run: Run, index: int, between: Between = ALL_STEPS)
         "block": index,
         "series": {name: rows for name, rows in series.items() if rows},
         "matrices": _matrices(reader.matrices(run.id, index)),
-        "verdicts": [verdict(row) for row in reader.verdicts(run.id) if row["block"] == index][-POINTS:],
+        "verdicts": [verdict(row, unit) for row in reader.verdicts(run.id) if row["block"] == index][-POINTS:],
     }
 
 
@@ -241,10 +242,13 @@ def statistic(row: Row) -> list[Any]:
     return [row["step"], row["block"], *(finite(row[key]) for key in ("value", "low", "high", "to_median"))]
 
 
-def verdict(row: Row) -> Json:
-    """Return a change of a verdict."""
+def verdict(row: Row, unit: str = NATS) -> Json:
+    """Return a change of a verdict; ``unit`` is what the losses of its run are in."""
+    reason = clean(reason_words(row["reason"]))
     keys = ("step", "block", "colour", "measured_step")
-    return {key: row[key] for key in keys} | {"reason": clean(reason_words(row["reason"]))}
+    return {key: row[key] for key in keys} | {
+        "reason": reason if unit == NATS else reason.replace("probe tokens", "examples")
+    }
 
 
 def event(row: sqlite3.Row) -> Json:

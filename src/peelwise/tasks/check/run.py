@@ -26,7 +26,7 @@ from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, device_of
 from peelwise.model.parts import Parts, parts_of
 from peelwise.model.runner import Runner
-from peelwise.model.selfcheck import check_shared
+from peelwise.model.selfcheck import without_shared
 from peelwise.model.splice import frozen
 from peelwise.probe.probe import Probe
 from peelwise.records.base import NATS, CostRecord, Interval, Note, note
@@ -130,10 +130,9 @@ def _record(setup: Setup, probe: Probe | None, found: _Found, all_parts: Sequenc
 
 def _blocks(model: nn.Module, probe: Probe | None, stack: str | None) -> tuple[Block, ...]:
     if probe is not None:
-        return checked_blocks(model, probe, batches=True, stack=stack)
+        return checked_blocks(model, probe, batches=True, stack=stack, shared=True)
     refuse_text(model)
-    blocks = find_blocks(model, stack)
-    check_shared(blocks)
+    blocks = without_shared(find_blocks(model, stack))
     check_finite(model)
     return blocks
 

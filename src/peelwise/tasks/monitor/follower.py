@@ -27,7 +27,7 @@ from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, device_of, parameter_count, unwrapped
 from peelwise.model.refined import stepped_by
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner
-from peelwise.model.selfcheck import check_dtypes, check_shared
+from peelwise.model.selfcheck import check_dtypes
 from peelwise.probe.probe import Probe
 from peelwise.probe.rolling import Part, RollingProbe
 from peelwise.records.base import Note
@@ -132,7 +132,7 @@ class Follower:
         self._processes = processes
         with processes.agreeing():
             self.blocks: tuple[Block, ...] = checked_blocks(
-                model, probe, settings.refine, stepped_by(optimizer), batches=True, stack=settings.stack
+                model, probe, settings.refine, stepped_by(optimizer), batches=True, stack=settings.stack, shared=True
             )
             check_blocks({block.name: unwrapped(block.module) for block in self.blocks})
             check_same(processes, ([(name, tuple(p.shape)) for name, p in model.named_parameters()], probe.fingerprint))
@@ -349,7 +349,6 @@ class Follower:
         now = looked_at_again(self._model, self.blocks, self._settings.refine, stepped_by(self._optimizer))
         if now is self.blocks:
             return True
-        check_shared(now)
         check_dtypes(now)
         self._tell(alerts.layers_changed(step, *changed_layers(self.blocks, now)), once=f"layers-changed {step}")
         self.blocks, self._checked = now, False

@@ -10,6 +10,7 @@ from peelwise.errors import UnsupportedModelError
 from peelwise.model.architectures import find_blocks, stack_of
 from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.refined import chosen, in_training, names_of, only
+from peelwise.model.selfcheck import without_shared
 from peelwise.records.options import Refine
 
 
@@ -32,7 +33,7 @@ def looked_at_again(
     asked = names_of(before) & names_of(found)
     if refine == "trainable" and any(block.frozen for block in before):
         asked |= in_training(found, stepped)
-    now = only(found, asked) if asked else chosen(found, refine, stepped)
+    now = without_shared(only(found, asked) if asked else chosen(found, refine, stepped))
     return before if _layers(now) == _layers(before) else now
 
 
