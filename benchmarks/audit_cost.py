@@ -24,7 +24,8 @@ from peelwise.engine.sweep import block_moments, sweep
 from peelwise.model.architectures import find_blocks
 from peelwise.model.checkpoints import open_model
 from peelwise.model.guard import untouched
-from peelwise.model.runner import Runner, Trace
+from peelwise.model.runner import Runner
+from peelwise.model.trace import Trace
 from peelwise.probe.probe import Probe
 from peelwise.probe.rows import Split
 from peelwise.probe.texts import reference_prose

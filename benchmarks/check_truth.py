@@ -47,7 +47,8 @@ from peelwise.evidence.verdict import default_margin
 from peelwise.model.architectures import find_blocks
 from peelwise.model.checkpoints import open_model
 from peelwise.model.parts import parts_of
-from peelwise.model.runner import Runner, Trace
+from peelwise.model.runner import Runner
+from peelwise.model.trace import Trace
 from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
 from peelwise.records.signals import SIGNALS

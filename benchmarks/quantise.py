@@ -39,7 +39,8 @@ from peelwise.formats.membership import scaled_part
 from peelwise.formats.table import parse_format
 from peelwise.model.architectures import find_blocks
 from peelwise.model.checkpoints import open_model
-from peelwise.model.runner import Runner, Trace
+from peelwise.model.runner import Runner
+from peelwise.model.trace import Trace
 from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
 from peelwise.probe.rows import Split

@@ -36,7 +36,7 @@ from peelwise.engine.sweep import sweep
 from peelwise.evidence.verdict import default_margin
 from peelwise.model.architectures import find_blocks
 from peelwise.model.guard import untouched
-from peelwise.model.runner import Trace
+from peelwise.model.trace import Trace
 
 sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("examples", "tests")]
 import damage  # noqa: E402

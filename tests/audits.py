@@ -19,7 +19,8 @@ from peelwise.engine.sweep import block_moments
 from peelwise.model.architectures import find_blocks
 from peelwise.model.experts import experts_called
 from peelwise.model.layers import Block, LinearLayer
-from peelwise.model.runner import Runner, Trace
+from peelwise.model.runner import Runner
+from peelwise.model.trace import Trace
 from peelwise.probe.probe import Probe
 from peelwise.probe.rows import Split
 from peelwise.records.audit import AuditRecord

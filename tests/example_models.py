@@ -88,6 +88,25 @@ def t5() -> nn.Module:
     return T5ForConditionalGeneration(config).eval()
 
 
+def swin() -> nn.Module:
+    """Return a vision transformer in two stages of two resolutions, in eval mode."""
+    from transformers import SwinConfig, SwinForImageClassification
+
+    torch.manual_seed(0)
+    config = SwinConfig(
+        image_size=16, patch_size=2, num_channels=1, embed_dim=16, depths=[2, 5], num_heads=[2, 2], window_size=2,
+        mlp_ratio=2.0, num_labels=CLASSES, initializer_range=0.1,
+    )  # fmt: skip
+    return SwinForImageClassification(config).eval()
+
+
+def larger_images(examples: int = 24, seed: int = 0) -> dict[str, Tensor]:
+    """Return 16 x 16 images of noise and a class for each."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.rand(examples, 1, 16, 16, generator=generator)
+    return {"pixel_values": pixels, "labels": torch.randint(CLASSES, (examples,), generator=generator)}
+
+
 class DiffusionBlock(nn.Module):
     """A block of a diffusion transformer: what conditions it scales, shifts and gates both branches."""
 

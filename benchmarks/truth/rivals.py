@@ -21,7 +21,8 @@ import spectra
 from peelwise.model.architectures import find_blocks
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block
-from peelwise.model.runner import Runner, Trace
+from peelwise.model.runner import Runner
+from peelwise.model.trace import Trace
 from peelwise.probe.probe import Probe
 from peelwise.references.map_search import direct_map
 from peelwise.references.maps import map_of_subset

@@ -75,6 +75,15 @@ def test_the_conclusion_points_at_the_block_to_look_at_first():
     assert conclusion(found, MARGIN, in_distribution=False).look_first == LookFirst(block=0, by="marginal")
 
 
+def test_of_blocks_with_the_same_solo_gain_the_marginal_gain_says_which():
+    found = told([0.1, 0.3, 0.31, 0.1], [0.5, 0.2, 0.05, 0.0])
+    assert conclusion(found, MARGIN).look_first == LookFirst(block=1, by="marginal-of-tied")
+    assert conclusion(found, MARGIN, rule=2).look_first == LookFirst(block=2, by="solo", tied=(1,))
+    many = told([0.3] * 5, [0.0, 0.2, 0.0, 0.2, 0.0])  # too many to name, but for that
+    assert conclusion(many, MARGIN).look_first == LookFirst(block=1, by="marginal-of-tied", tied=(3,))
+    assert conclusion(many, MARGIN, rule=2).look_first is None
+
+
 @pytest.mark.parametrize(
     "found",
     [told([0.3] * 4, [0.3] * 4), told([0.3, 0.3], [0.3, 0.3]), told([0.9, 0, 0], [0.9, 0, 0], "grey")],

@@ -8,6 +8,7 @@ import torch
 
 import peelwise
 from audits import tiny_probe
+from example_models import bert, masked
 from peelwise.errors import OptionError, ProbeError
 from peelwise.store.reader import RunReader
 from zoo import ZOO, sample_ids
@@ -153,3 +154,34 @@ def test_without_transformers():
     code = "import sys; sys.modules['transformers'] = None; import peelwise; peelwise.attach"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert 'pip install "peelwise[hf]"' in done.stderr
+
+
+def test_a_masked_model_is_watched_on_batches(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    def trainer_of_masked(folder):
+        columns = masked(64)
+        rows = [{name: column[i] for name, column in columns.items()} for i in range(64)]
+        arguments = TrainingArguments(
+            output_dir=str(folder), max_steps=6, per_device_train_batch_size=8, save_strategy="no", seed=0,
+            use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, learning_rate=1e-3, report_to="none",
+        )  # fmt: skip
+        return Trainer(bert().train(), arguments, train_dataset=rows)
+
+    trainer = trainer_of_masked(tmp_path)
+    probe = peelwise.Probe.from_batches([masked(40, seed=9)], in_distribution=True)
+    callback = peelwise.attach(trainer, probe, budget=None, schedule=peelwise.every(2), store=tmp_path / "run.db")
+    trainer.train()
+    plain = trainer_of_masked(tmp_path / "plain")  # its making sets the seeds
+    plain.train()
+    pairs = zip(trainer.model.parameters(), plain.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not [e for e in callback.monitor.events if e.kind in ("not-measured", "not-monitored", "labels-shifted")]
+    with RunReader(tmp_path / "run.db") as reader:
+        assert [row["step"] for row in reader.probes(1)] == [2, 4, 6]
+        last = reader.probes(1)[-1]["probe_loss"]
+    model = trainer.model.eval()
+    batch = probe.report.taken(probe.report.inputs)
+    with torch.no_grad():
+        own = [model(**{n: c[i : i + 1] for n, c in batch.items()}).loss.item() for i in range(probe.report.sequences)]
+    assert last == pytest.approx(sum(own) / len(own), rel=1e-5)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 import peelwise
 from audits import tiny_probe
+from example_models import images, vit
 from peelwise.store.reader import RunReader
 from zoo import ZOO, sample_ids
 
@@ -110,3 +111,37 @@ def test_without_lightning():
     code = "import sys; sys.modules['lightning'] = None; import peelwise.integrations.lightning"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert 'pip install "peelwise[lightning]"' in done.stderr
+
+
+def test_a_classifier_of_images_is_watched_on_batches(tmp_path):
+    from lightning.pytorch import LightningModule, Trainer
+
+    from peelwise.integrations.lightning import PeelwiseCallback
+
+    class Module(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = vit().train()
+
+        def training_step(self, batch, index):
+            return self.model(**batch).loss
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    columns = images(48)
+    rows = [{name: column[i] for name, column in columns.items()} for i in range(48)]
+    probe = peelwise.Probe.from_batches([images(40, seed=9)], in_distribution=True, unit="nats per image")
+    callback = PeelwiseCallback(probe, budget=None, schedule=peelwise.every(2), store=tmp_path / "run.db")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Trainer(
+            max_epochs=1, accelerator="cpu", logger=False, callbacks=[callback], enable_progress_bar=False,
+            enable_checkpointing=False, enable_model_summary=False,
+        ).fit(Module(), DataLoader(rows, batch_size=8))  # fmt: skip
+    with RunReader(tmp_path / "run.db") as reader:
+        assert [row["step"] for row in reader.probes(1)] == [2, 4, 6]
+        assert reader.latest().info.probe["unit"] == "nats per image"
+        assert reader.latest().status == "finished"
+    assert not [e for e in callback.monitor.events if e.kind in ("not-measured", "not-monitored")]

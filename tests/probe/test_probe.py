@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peelwise.errors import FewSequencesWarning, ProbeError
-from peelwise.probe.probe import PARTS, Probe, check_vocabulary
+from peelwise.probe.limits import check_vocabulary
+from peelwise.probe.probe import PARTS, Probe
 from peelwise.probe.rows import Split
 
 

@@ -150,6 +150,11 @@ AUDITS = {
         f"{ONE_RED} Look first at block 0, which has the largest solo gain: 0.300 nats per token. Block 2 is not "
         "distinguishable from it.",
     ),
+    "of several": (
+        audit(AuditConclusion(case="certified", blocks=(0,), look_first=LookFirst(block=1, by="marginal-of-tied"))),
+        f"{ONE_RED} Look first at block 1, which has the largest marginal gain (leave-one-out) of those with the "
+        "largest solo gain: 0.200 nats per token.",
+    ),
     "elsewhere": (
         audit(AuditConclusion(case="certified", blocks=(0,), look_first=LookFirst(block=1, by="marginal"))),
         f"{ONE_RED} Look first at block 1, which has the largest marginal gain (leave-one-out): 0.200 nats per token.",

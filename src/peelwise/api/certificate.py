@@ -105,7 +105,9 @@ def verify(
             return verify_check(path, record, opened, full=full, text=own, source=source, loss=loss)
         if isinstance(record, CompareRecord):
             before, origin = _old_model(record, old, opening)
-            return verify_compare(path, record, before, opened, full=full, text=own, sources=(origin, source))
+            return verify_compare(
+                path, record, before, opened, full=full, text=own, sources=(origin, source), loss=loss
+            )
         return certificates.verify_certificate(
             path, opened, full=full, replay=replay, text=own, source=source, loss=loss
         )

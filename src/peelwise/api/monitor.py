@@ -45,7 +45,8 @@ class Monitor:
 
     Args:
         model: the module in training, compiled or not, in DDP or not, sharded by ``fully_shard`` or not.
-        probe: text to measure on, best from the training distribution; see `Probe`.
+        probe: text to measure on, best from the training distribution, or batches with a loss of their own for a model
+            that predicts no next tokens; see `Probe`.
         optimizer: what steps the model; with it, parameters that it does not hold or does not move are found.
         budget: share of wall time that the monitor may take; ``None`` leaves it to ``schedule``.
         schedule: at which steps it may measure, such as `every(100)`; ``None`` for whenever the budget allows.
@@ -53,12 +54,14 @@ class Monitor:
             be written (another writer, a newer version, no such folder), that is said once and nothing is recorded.
         name: of the run.
         margin: smallest recoverable loss that matters, nats per token; default: the larger of 0.5 % of the loss and
-            0.003.
+            0.003. Of batches in their unit, 0.5 % of the loss.
         refine: which linear layers are asked about, as in `AuditSettings`: ``"trainable"`` when the monitor is made
             and later, ``"all"``, ``"adapters"``. Blocks without any have the letter F.
         signals: names of signals of `peelwise check` to record too, after measurements whenever the budget pays for
             them, such as ``("gain_slope", "stable_rank")``; ``("all",)`` for all, and for the score that a check makes
             of them. In trainings of one process.
+        stack: name of the list of blocks to follow, such as ``"encoder.block"``; default: the largest, of an
+            encoder-decoder the decoder's.
         loggers: further places for what is seen, live: ``"console"``, ``"jsonl:FILE"``, ``"tensorboard:FOLDER"``,
             ``"wandb"``, ``"mlflow"``, ``"trackio"`` (each with ``":PROJECT"`` if you like), or objects like those of
             `peelwise.loggers.table`.
@@ -96,13 +99,16 @@ class Monitor:
         margin: float | None = None,
         refine: Refine = "trainable",
         signals: Sequence[str] = (),
+        stack: str | None = None,
         loggers: Sequence[str | Logger] = (),
         on_event: Callable[[Event], None] | None = None,
         on_measurement: Callable[[Measurement], None] | None = None,
     ) -> None:
         model, processes = unwrap_ddp(model), current_processes()
         self._owner, self._lock, self._closed, self._latest = os.getpid(), threading.RLock(), False, -1
-        settings = MonitorSettings(budget=budget, schedule=schedule, margin_nats=margin, refine=refine, signals=signals)
+        settings = MonitorSettings(
+            budget=budget, schedule=schedule, margin_nats=margin, refine=refine, signals=signals, stack=stack
+        )
         if not processes.is_main:
             on_event = on_measurement = None
         self._outlets = Outlets(on_event, on_measurement, lock=self._lock, quiet=not processes.is_main)

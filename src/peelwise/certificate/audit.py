@@ -17,6 +17,7 @@ from peelwise.certificate.base import (
     Status,
     Verification,
     begun,
+    blocks_of,
     identity_words,
     load_tensors,
     not_as_certified,
@@ -42,7 +43,8 @@ from peelwise.evidence.verdict import Evidence, judge
 from peelwise.model.architectures import find_blocks
 from peelwise.model.guard import untouched
 from peelwise.model.layers import LinearLayer
-from peelwise.model.runner import MICRO_BATCH_TOKENS, Trace
+from peelwise.model.runner import MICRO_BATCH_TOKENS
+from peelwise.model.trace import Trace
 from peelwise.probe.examples import Loss
 from peelwise.probe.probe import Probe
 from peelwise.records.audit import AuditRecord
@@ -130,7 +132,7 @@ def verify_certificate(
     own = again = None
     with untouched(model):
         report = certificate.probe.report
-        session = open_report(model, find_blocks(model), report, micro_batch_tokens=micro_batch_tokens)
+        session = open_report(model, blocks_of(record, model), report, micro_batch_tokens=micro_batch_tokens)
         recheck = _Recheck(certificate, session, about.tolerance)
         try:
             recheck.run(full=full)
@@ -218,7 +220,7 @@ def merged_model(certificate: Certificate, model: nn.Module) -> nn.Module:
     if other:
         raise CertificateError(f"This is not the same model: {other}")
     changed = copy.deepcopy(model)
-    if not merge_(certificate.witness, "composed", find_blocks(changed)):
+    if not merge_(certificate.witness, "composed", blocks_of(certificate.record, changed)):
         raise CertificateError("The certificate holds no composed witness: the audit found none, so nothing to apply.")
     return changed
 
@@ -311,7 +313,7 @@ class _Recheck(Recheck):
 
 def _disagreements(certificate: Certificate, model: nn.Module, tolerance: float) -> Iterator[str]:
     """Yield, in words, what the record says of its probe, its model or itself that is not so."""
-    record, blocks = certificate.record, find_blocks(model)
+    record, blocks = certificate.record, blocks_of(certificate.record, model)
     yield from contradictions(record, tolerance)
     if record.check is not None:
         yield from wrong_part(record.check, record.model.blocks)

@@ -12,16 +12,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peelwise.errors import CertificateError, OutputError, ProbeError
+from peelwise.errors import CertificateError, OutputError, ProbeError, UnsupportedModelError
 from peelwise.evidence.compare import Effect
 from peelwise.model.architectures import find_blocks
 from peelwise.model.configuration import configuration, other_configuration
 from peelwise.model.fingerprint import over_both, tensors_sha256
-from peelwise.model.layers import context_length, parameter_count, unwrapped, vocabulary_size
+from peelwise.model.layers import Block, context_length, parameter_count, unwrapped, vocabulary_size
 from peelwise.probe.examples import Loss
-from peelwise.probe.probe import Probe, check_context, check_vocabulary
+from peelwise.probe.limits import check_context, check_vocabulary
+from peelwise.probe.probe import Probe
 from peelwise.probe.split import Pool
 from peelwise.records.base import Colour, Interval, ModelRecord, ProbeRecord, SealedRecord, WitnessRecord
+from peelwise.records.compare import CompareLosses
 from peelwise.records.files import (
     HEADER_BYTES,
     PROBE_BYTES,
@@ -221,10 +223,10 @@ def tolerance_of(model: nn.Module, unit_loss: float | None = None) -> float:
 
 
 def unit_loss(record: SealedRecord) -> float | None:
-    """Return the certified loss of a record on batches, ``None`` of any other."""
+    """Return the certified loss of a record on batches (of two models the lower one), ``None`` of any other."""
     probe: ProbeRecord | None = record.probe  # a check may have none
     loss = getattr(record, "loss", None)
-    current = getattr(loss, "current", loss)
+    current = min(loss.old, loss.new) if isinstance(loss, CompareLosses) else getattr(loss, "current", loss)
     return float(current) if probe is not None and probe.loss is not None and current is not None else None
 
 
@@ -327,6 +329,15 @@ def other_model(said: ModelRecord, model: nn.Module) -> str | None:
     return f"The model computes something else with the certified tensors: its {other}." if other else None
 
 
+def blocks_of(record: SealedRecord, model: nn.Module) -> tuple[Block, ...]:
+    """Return the blocks of a model that a record is about: those of the list that it names, if there is one."""
+    said = getattr(record, "blocks", ())
+    try:
+        return find_blocks(model, said[0].name.rpartition(".")[0] if said else None)
+    except UnsupportedModelError:  # whoever compares names says so
+        return find_blocks(model)
+
+
 def _wrong_facts(record: SealedRecord, probe: Probe, model: nn.Module) -> Iterator[str]:
     """Yield, in words, what the record says of its probe or its model that is not so."""
     found = probe.record()
@@ -334,7 +345,7 @@ def _wrong_facts(record: SealedRecord, probe: Probe, model: nn.Module) -> Iterat
         (f"probe.{key}", getattr(record.probe, key), getattr(found, key)) for key in type(found).model_fields
     ]
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    blocks = find_blocks(model)
+    blocks = blocks_of(record, model)
     facts.append(("model.dtype", record.model.dtype, dtype))
     facts.append(("model.architecture", record.model.architecture, type(unwrapped(model)).__name__))
     facts.append(("model.parameters", record.model.parameters, parameter_count(model)))

@@ -18,6 +18,7 @@ from peelwise.certificate.base import (
     OwnText,
     Verification,
     begun,
+    blocks_of,
     identity_words,
     load_tensors,
     opened_words,
@@ -34,7 +35,6 @@ from peelwise.engine.session import ReportSession
 from peelwise.errors import CertificateError
 from peelwise.evidence.check import contradictions
 from peelwise.evidence.unlike import RULE
-from peelwise.model.architectures import find_blocks
 from peelwise.model.guard import untouched
 from peelwise.probe.examples import Loss
 from peelwise.probe.probe import Probe
@@ -103,12 +103,12 @@ def verify_check(
         return replace(about, status="does not hold", reason=wrong)
     own = None
     with untouched(model):
-        recheck = _Recheck(record, open_report(model, find_blocks(model), probe.report), about.tolerance)
+        recheck = _Recheck(record, open_report(model, blocks_of(record, model), probe.report), about.tolerance)
         recheck.run()
         wrong = recheck.wrong_number()
         if text is not None and not wrong:
             found = cut_like(text, probe, model)
-            session = open_report(model, find_blocks(model), found.split)
+            session = open_report(model, blocks_of(record, model), found.split)
             own = _on_own_text(record, session, text, about.tolerance, found.overlapping)
     wrong = wrong or refused(own)
     checks = recheck.checks
@@ -173,6 +173,7 @@ def _checked_again(record: CheckRecord, probe: Probe | None, model: nn.Module) -
         tuple(str(signals).split(",")) if signals else (),
         most if isinstance(most, int) else usual.most_witnesses,
         micro if isinstance(micro, int) and micro else usual.micro_batch_tokens,
+        str(said["stack"]) if said.get("stack") is not None else None,
     )
     return run_check(model, probe, settings)
 
@@ -242,7 +243,7 @@ def scaled_model(folder: Path, record: CheckRecord, model: nn.Module) -> nn.Modu
         raise CertificateError("The check found no factor that gains, so there is nothing to apply.")
     changed = copy.deepcopy(model)
     with torch.no_grad():
-        for linear, change in changes_of_factors(_composed(record), find_blocks(changed)).items():
+        for linear, change in changes_of_factors(_composed(record), blocks_of(record, changed)).items():
             if linear.low_bit:
                 raise CertificateError(f"{linear.name} holds codes, which a factor cannot be merged into.")
             weight, bias = linear.weight(), linear.bias()  # views of the parameters

@@ -23,6 +23,7 @@ from peelwise.certificate.base import (
     refused,
     split_words,
     tolerance_of,
+    unit_loss,
 )
 from peelwise.certificate.compare_claims import (
     all_numbers,
@@ -41,6 +42,7 @@ from peelwise.evidence.compare import effects_of, is_changed
 from peelwise.model.architectures import find_blocks
 from peelwise.model.guard import untouched
 from peelwise.model.runner import Runner
+from peelwise.probe.examples import Loss
 from peelwise.probe.probe import Probe
 from peelwise.probe.rows import Split
 from peelwise.records.base import Interval
@@ -73,6 +75,7 @@ def verify_compare(
     full: bool = False,
     text: Text | None = None,
     sources: tuple[str | None, str | None] = (None, None),
+    loss: Loss | None = None,
 ) -> Verification:
     """Put OLD's parts back into NEW again, on the certificate's own report part.
 
@@ -84,6 +87,7 @@ def verify_compare(
         full: make the whole comparison again, with its settings and without its budget.
         text: also put OLD's parts back on this text, of which nothing may be in the certificate's probe.
         sources: where OLD and NEW were opened from.
+        loss: of batches whose loss is a function, that function.
 
     Raises:
         CertificateError: If the folder is no readable certificate, or does not fit the models.
@@ -91,10 +95,11 @@ def verify_compare(
         ProbeError: If a text does not fit the model, or too little of it is fresh.
     """
     words = f"OLD is {opened_words(old, sources[0])}; NEW is {opened_words(new, sources[1])}"
-    wrong = _other(folder, record, old, new)
+    wrong = _other(folder, record, old, new, loss)
     if wrong is not None:
         return replace(wrong, model=words)
-    probe, tolerance = read_probe(folder, record), max(tolerance_of(old), tolerance_of(new))
+    probe = read_probe(folder, record, loss)
+    tolerance = max(tolerance_of(model, unit_loss(record)) for model in (old, new))
     margin = max(record.margin_nats, tolerance)
     about = Verification("holds", "", tolerance=tolerance, margin=margin, model=words, split=split_words(record))
     contradiction = next(contradictions(record), None)
@@ -203,7 +208,9 @@ def _opened_pair(old: nn.Module, new: nn.Module, report: Split, first: Split) ->
     return Pair(sides[0], sides[1], clock)
 
 
-def _other(folder: Path, record: CompareRecord, old: nn.Module, new: nn.Module) -> Verification | None:
+def _other(
+    folder: Path, record: CompareRecord, old: nn.Module, new: nn.Module, loss: Loss | None = None
+) -> Verification | None:
     """Return what there is to say where files, probe or models are not those of the record, or ``None``."""
     changed = what_changed(folder, record)
     if changed:
@@ -213,7 +220,7 @@ def _other(folder: Path, record: CompareRecord, old: nn.Module, new: nn.Module) 
             "does not hold", f"{WITNESS_FILE} holds tensors: of a comparison, OLD itself is the witness."
         )
     check_two(Candidate(old, "OLD"), Candidate(new, "NEW"))
-    wrong = not_as_certified(folder, record, read_probe(folder, record), new)
+    wrong = not_as_certified(folder, record, read_probe(folder, record, loss), new)
     if wrong is not None:
         return replace(wrong, reason=f"NEW: {wrong.reason}") if wrong.status != "does not hold" else wrong
     other = other_model(record.old, old)

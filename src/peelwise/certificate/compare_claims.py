@@ -10,7 +10,7 @@ from peelwise.evidence.audit import wrong_settings
 from peelwise.evidence.compare import conclusion
 from peelwise.evidence.intervals import Paired
 from peelwise.evidence.verdict import default_margin
-from peelwise.records.base import Interval
+from peelwise.records.base import Interval, unit_of
 from peelwise.records.compare import BlockChange, CompareRecord, EndChange
 from peelwise.records.options import is_margin
 from peelwise.tasks.compare.measures import Part
@@ -47,7 +47,7 @@ def contradictions(record: CompareRecord) -> Iterator[str]:
     yield from wrong_settings(record)
     loss, parts = record.loss, parts_of_record(record)
     asked = record.settings.get("margin")
-    due = default_margin(min(loss.old, loss.new)) if asked is None else asked
+    due = default_margin(min(loss.old, loss.new), unit_of(record)) if asked is None else asked
     if not is_margin(record.margin_nats) or not math.isclose(float(due), record.margin_nats, rel_tol=1e-9):
         yield f"The margin is {record.margin_nats:g}, by the settings and losses it is {float(due):g}."
     if [block.index for block in record.blocks] != list(range(len(record.blocks))):

@@ -32,7 +32,7 @@ from peelwise.evidence.peel import contradictions
 from peelwise.model.architectures import find_blocks
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, unwrapped
-from peelwise.model.runner import Trace
+from peelwise.model.trace import Trace
 from peelwise.probe.probe import Probe
 from peelwise.records.base import Interval
 from peelwise.records.files import WITNESS_FILE, what_changed

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peelwise.certificate.base import Replay
+from peelwise.certificate.base import Replay, blocks_of
 from peelwise.engine.provenance import versions
 from peelwise.engine.session import ReportSession
 from peelwise.engine.witness import changes_of
 from peelwise.errors import CertificateError
-from peelwise.model.architectures import find_blocks
 from peelwise.probe.probe import Probe
 from peelwise.records.audit import AuditRecord
 from peelwise.records.base import Note, SealedRecord
@@ -56,6 +55,7 @@ def audit_again(record: AuditRecord, probe: Probe, model: nn.Module) -> tuple[di
         controls=False,
         refine=_ask_again(record, model),
         micro_batch_tokens=_micro_batch(record, AuditSettings()),
+        stack=str(said["stack"]) if said.get("stack") is not None else None,
     )
     return run_audit(model, probe, settings, factors=factors).witness, left_out
 
@@ -156,7 +156,7 @@ def _ask_again(record: AuditRecord, model: nn.Module) -> Refine:
 
     Which layers were frozen is in no file of the model.
     """
-    linears = [linear for block in find_blocks(model) for linear in block.linears]
+    linears = [linear for block in blocks_of(record, model) for linear in block.linears]
     asked = {f"{block.name}.{matrix.name}" for block in record.blocks for matrix in block.matrices}
     if not asked or all(linear.name in asked for linear in linears):
         return "all"

@@ -61,6 +61,7 @@ def audit(
         int, flag(AuditSettings, "micro_batch_tokens", min=1)
     ] = AuditSettings.micro_batch_tokens,
     refine: Annotated[Refine, flag(AuditSettings, "refine")] = AuditSettings.refine,
+    stack: Annotated[str | None, flag(AuditSettings, "stack", metavar="NAME")] = AuditSettings.stack,
     device: DeviceOption = OpenOptions.device,
     dtype: DtypeOption = OpenOptions.dtype,
     allow_pickle: PickleOption = OpenOptions.allow_pickle,
@@ -82,7 +83,7 @@ def audit(
     from peelwise.api import audit as api
 
     probe = probe_options(text, field, tokens, sequence_length, in_distribution, seed)
-    settings = AuditSettings(budget, joint_rounds, solo_rounds, margin, controls, micro_batch_tokens, refine)
+    settings = AuditSettings(budget, joint_rounds, solo_rounds, margin, controls, micro_batch_tokens, refine, stack)
     opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer, stream)
     with joined(device), at_work(f"Opening {model} ...") as watcher:
         report = api.audit(model, probe, settings, opening=opening, out=out, force=force, progress=watcher)

@@ -57,6 +57,7 @@ def check(
     micro_batch_tokens: Annotated[
         int, flag(CheckSettings, "micro_batch_tokens", min=1)
     ] = CheckSettings.micro_batch_tokens,
+    stack: Annotated[str | None, flag(CheckSettings, "stack", metavar="NAME")] = CheckSettings.stack,
     device: DeviceOption = OpenOptions.device,
     dtype: DtypeOption = OpenOptions.dtype,
     allow_pickle: PickleOption = OpenOptions.allow_pickle,
@@ -81,7 +82,7 @@ def check(
 
     if no_text and text:
         raise OptionError("--no-text and --text exclude each other. Leave one of them out.")
-    settings = CheckSettings(_names(signals), most_witnesses, micro_batch_tokens)
+    settings = CheckSettings(_names(signals), most_witnesses, micro_batch_tokens, stack)
     probe = None if no_text else probe_options(text, field, tokens, sequence_length, in_distribution, seed)
     opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer, stream)
     with at_work(f"Opening {model} ...") as watcher:

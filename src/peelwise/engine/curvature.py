@@ -8,7 +8,8 @@ from torch import Tensor
 
 from peelwise.engine.sweep import block_moments
 from peelwise.model.layers import LinearLayer
-from peelwise.model.runner import Runner, Trace
+from peelwise.model.runner import Runner
+from peelwise.model.trace import Trace
 
 MOST_BYTES = 2 * 2**30
 

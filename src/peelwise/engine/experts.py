@@ -10,7 +10,8 @@ import torch
 from peelwise.evidence.mixtures import dead, has_collapsed, spread
 from peelwise.model.capture import captured
 from peelwise.model.layers import Block, LinearLayer
-from peelwise.model.runner import Runner, Trace
+from peelwise.model.runner import Runner
+from peelwise.model.trace import Trace
 from peelwise.records.base import Note, note
 
 _SAME = 0.999  # cosine of the weights of two experts

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.engine.session import WITNESS_DTYPE, Session
 from peelwise.engine.sweep import Targets
-from peelwise.model.runner import Runner, Trace
+from peelwise.model.runner import Runner
+from peelwise.model.trace import Trace
 from peelwise.references.head import MAX_STEPS, PENALTY, HeadReference, fit_head, token_cross_entropy
 from peelwise.stats.gram import with_ones
 

@@ -16,7 +16,8 @@ from peelwise.engine.session import Changes, run_captured, run_until
 from peelwise.engine.sweep import token_rows
 from peelwise.model.capture import Call
 from peelwise.model.layers import Block, LinearLayer
-from peelwise.model.runner import Batch, Runner, Trace
+from peelwise.model.runner import Runner
+from peelwise.model.trace import Batch, Trace
 from peelwise.records.base import Note, note
 from peelwise.references.asymmetric import InputSums
 from peelwise.stats.gram import CrossSum, GramSum, widened

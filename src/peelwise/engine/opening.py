@@ -11,7 +11,7 @@ from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.engine.clock import Clock, Watcher
 from peelwise.engine.session import LOSSES, ReportSession, Session
 from peelwise.errors import ModelError, ProbeError
-from peelwise.model.architectures import find_blocks, other_stacks, refuse_text
+from peelwise.model.architectures import find_blocks, in_decoder, other_stacks, refuse_text, stack_of
 from peelwise.model.fingerprint import check_finite
 from peelwise.model.fresh import fresh_copy
 from peelwise.model.layers import Block, LinearLayer, context_length, vocabulary_size
@@ -21,9 +21,11 @@ from peelwise.model.selfcheck import check_dtypes, check_shared, self_check
 from peelwise.model.weights.held import Held
 from peelwise.model.whereabouts import check_in_memory, untied_note
 from peelwise.probe.examples import Examples
-from peelwise.probe.probe import Probe, check_context, check_vocabulary
+from peelwise.probe.limits import check_context, check_vocabulary
+from peelwise.probe.probe import Probe
 from peelwise.probe.rows import Split
 from peelwise.records.base import Note, note
+from peelwise.records.codes import NoteCode
 from peelwise.records.options import Refine
 
 
@@ -34,6 +36,7 @@ def checked_blocks(
     stepped: Collection[int] | None = None,
     *,
     batches: bool = False,
+    stack: str | None = None,
 ) -> tuple[Block, ...]:
     """Return the blocks of a model that can be measured on ``probe``.
 
@@ -43,6 +46,7 @@ def checked_blocks(
         refine: which of their linear layers are asked about; see `peelwise.model.refined.chosen`.
         stepped: parameters that the optimiser has, where there is one.
         batches: whether a probe of batches will do.
+        stack: the name of the list of blocks; ``None`` for the one that the architecture says.
 
     Raises:
         OptionError: If there are no such layers.
@@ -54,10 +58,10 @@ def checked_blocks(
     if probe.examples is not None and not batches:
         raise ProbeError(
             "Not yet: this needs a probe of token sequences, and the probe is of batches (Probe.from_batches), which "
-            "peelwise.check and peelwise.audit take."
+            "peelwise.check, audit, compare and Monitor take."
         )
     check_in_memory(model)
-    blocks = chosen(find_blocks(model), refine, stepped)
+    blocks = chosen(find_blocks(model, stack), refine, stepped)
     check_shared(blocks)
     check_dtypes(blocks)
     if probe.examples is None:
@@ -137,7 +141,8 @@ def untrained_session(session: Session, probe: Probe) -> Session | None:
     fresh = fresh_copy(session.runner.model, session.seed)
     if fresh is None:
         return None
-    found, asked = find_blocks(fresh), names_of(session.runner.blocks)
+    measured = session.runner.blocks
+    found, asked = find_blocks(fresh, stack_of(measured)), names_of(measured)
     if not asked <= names_of(found):
         return None  # what was put into the model after it was made, such as adapters, is in no configuration
     blocks = only(found, asked)
@@ -170,7 +175,9 @@ def _notes_on_batches(runner: Runner, split: Split) -> Iterator[Note]:
         yield note("own-loss")
         others = other_stacks(runner.model, runner.blocks)
         if others:
-            yield note("encoder-left-out", names=", ".join(others))
+            code: NoteCode = "encoder-left-out" if in_decoder(runner.model, runner.blocks) else "stacks-left-out"
+            values = {} if code == "encoder-left-out" else {"stack": stack_of(runner.blocks)}
+            yield note(code, names=", ".join(others), **values)
 
 
 def _check_loss(loss: float, name: str, probe: Probe) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.engine.sweep import Targets
-from peelwise.model.runner import Trace
+from peelwise.model.trace import Trace
 
 Shuffle = Callable[[list[Tensor]], list[Tensor]]
 

@@ -15,7 +15,7 @@ from peelwise.engine.proposals import BlockProposals, Direction
 from peelwise.engine.session import Changes, Session, combined, output_change
 from peelwise.formats.base import Encoded
 from peelwise.model.layers import LinearLayer
-from peelwise.model.runner import Trace
+from peelwise.model.trace import Trace
 from peelwise.records.audit import RoundRecord
 from peelwise.records.base import NATS
 from peelwise.references.step_search import search_step

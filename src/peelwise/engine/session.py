@@ -15,8 +15,9 @@ from peelwise.engine.sweep import sweep
 from peelwise.evidence.intervals import Paired, paired
 from peelwise.model.capture import Capture, captured, ended_by
 from peelwise.model.layers import Block, LinearLayer
-from peelwise.model.runner import Batch, Runner, Trace
+from peelwise.model.runner import Runner
 from peelwise.model.splice import spliced
+from peelwise.model.trace import Batch, Trace
 from peelwise.model.weights.held import Held
 from peelwise.probe.probe import Probe
 from peelwise.records.base import Note

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peelwise.engine.session import Changes, ReportSession
 from peelwise.model.capture import Call
-from peelwise.model.runner import Batch, Trace
+from peelwise.model.trace import Batch, Trace
 from peelwise.stats.gram import widened, with_ones
 
 

@@ -14,7 +14,8 @@ from peelwise.engine.proposals import DIRECTIONS, BlockProposals, Direction, Sol
 from peelwise.errors import ModelError, UnsupportedModelError
 from peelwise.model.capture import Call
 from peelwise.model.layers import Block, LinearLayer
-from peelwise.model.runner import Batch, Runner, Trace
+from peelwise.model.runner import Runner
+from peelwise.model.trace import Batch, Trace
 from peelwise.stats.gram import CrossSum, GramSum, Moments, all_reduce, widened, with_ones
 
 Targets = Callable[[Batch, int], Tensor]

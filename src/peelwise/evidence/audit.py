@@ -13,6 +13,7 @@ from typing import Literal, get_args
 from peelwise.evidence.intervals import Paired
 from peelwise.evidence.verdict import (
     RULE,
+    TIES_BY_MARGINAL,
     Evidence,
     Verdict,
     default_margin,
@@ -21,7 +22,15 @@ from peelwise.evidence.verdict import (
     leaders,
     own_gains_decide,
 )
-from peelwise.records.audit import AuditConclusion, AuditRecord, BlockRecord, HeadRecord, LookFirst, LossRecord
+from peelwise.records.audit import (
+    AuditConclusion,
+    AuditRecord,
+    BlockRecord,
+    HeadRecord,
+    LeadingGain,
+    LookFirst,
+    LossRecord,
+)
 from peelwise.records.base import Interval, SealedRecord, unit_of
 from peelwise.records.codes import Baseline
 from peelwise.records.options import LEAST_MARGIN, MOST_MARGIN, Refine, is_margin
@@ -58,6 +67,7 @@ _SETTINGS: dict[str, type | tuple[type, ...]] = {
     "dense_references": bool,
     "maps": str,
     "start": str,
+    "stack": str,
 }
 # More blocks than these that are not distinguishable point nowhere.
 _MOST_NAMED = 3
@@ -89,7 +99,7 @@ def conclusion(
     case: Literal["certified", "recoverable", "none-found", "not-measured"]
     above = None if losses is None else above_baseline(losses)
     if red or yellow:
-        first = _look_first(blocks, in_distribution)
+        first = _look_first(blocks, in_distribution, rule)
         case = "certified" if red else "recoverable"
         return AuditConclusion(case=case, blocks=red or yellow, look_first=first, harmful=worse, above=above)
     case = "none-found" if measured else "not-measured"
@@ -117,20 +127,26 @@ def conclusion_of(record: AuditRecord) -> AuditConclusion:
     return conclusion(record.blocks, record.margin_nats, record.loss, in_distribution=known, rule=record.rule)
 
 
-def _look_first(blocks: Sequence[BlockRecord], in_distribution: bool) -> LookFirst | None:
+def _look_first(blocks: Sequence[BlockRecord], in_distribution: bool, rule: int) -> LookFirst | None:
     """Return the block most likely at fault, if few enough are not distinguishable from it.
 
-    On training text that is the one with the largest solo gain; on other text all gain by adapting to it, which
+    On training text that is the one with the largest solo gain, and of several that are not distinguishable the one
+    with the largest marginal gain, what no other block can make up for; on other text all gain by adapting to it, which
     cancels in the marginal gain (docs/truth.md).
     """
-    marginal = not in_distribution and all(b.unique_nats for b in blocks if not b.frozen)
     blocks = [b for b in blocks if not b.frozen]
-    found = [b.unique_nats if marginal else b.recoverable_nats for b in blocks]
-    order = leaders([None if i is None else Paired.of(i) for i in found])
+    solo = [_paired(b.recoverable_nats) for b in blocks]
+    marginal = [_paired(b.unique_nats) for b in blocks]
+    by: LeadingGain = "marginal" if not in_distribution and all(marginal) else "solo"
+    found = marginal if by == "marginal" else solo
+    order = leaders(found)
+    if by == "solo" and rule >= TIES_BY_MARGINAL and len(order) > 1 and all(marginal):
+        fewer = leaders([gain if i in order else None for i, gain in enumerate(marginal)])
+        order, by = (fewer, "marginal-of-tied") if len(fewer) < len(order) else (order, by)
     if not all(found) or len(order) > _MOST_NAMED or len(blocks) <= len(order):
         return None
     first, *tied = (blocks[i].index for i in order)
-    return LookFirst(block=first, by="marginal" if marginal else "solo", tied=tuple(sorted(tied)))
+    return LookFirst(block=first, by=by, tied=tuple(sorted(tied)))
 
 
 def informative(losses: LossRecord) -> bool | None:

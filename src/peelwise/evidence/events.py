@@ -264,7 +264,9 @@ def not_monitored(step: int, error: Exception) -> Event:
     return Event(step, "warning", "not-monitored", f"training goes on unmonitored: {_named(error)}")
 
 
-def cost(step: int, full: int, taken: int, seconds_per_token: float, budget: float) -> Event:
+def cost(
+    step: int, full: int, taken: int, seconds_per_token: float, budget: float, *, of: str = "probe tokens"
+) -> Event:
     """Return the event of what measurements are expected to cost, at the first step.
 
     Args:
@@ -273,8 +275,9 @@ def cost(step: int, full: int, taken: int, seconds_per_token: float, budget: flo
         taken: of them, what measurements begin with.
         seconds_per_token: that a measurement takes which can decide a block.
         budget: share of wall time.
+        of: what is counted in the place of tokens.
     """
-    text = f"{full:,} probe tokens at {budget:.1%} mean one measurement in {_time(full * seconds_per_token / budget)}"
+    text = f"{full:,} {of} at {budget:.1%} mean one measurement in {_time(full * seconds_per_token / budget)}"
     if taken < full:
         text += f"; {taken:,} are measured at first, one in {_time(taken * seconds_per_token / budget)}"
     advice = "More are taken as the run gets longer." if taken < full else ""

@@ -95,12 +95,13 @@ class PulseFacts:
     """The loss of a few sequences of the probe, and what else their logits say; nats per token.
 
     Attributes:
-        loss: with its interval.
-        twice: what the token after the next costs less than the next (positive where labels were shifted twice).
+        loss: with its interval; of a probe of batches in its unit.
+        twice: what the token after the next costs less than the next (positive where labels were shifted twice);
+            ``None`` where no next token is predicted.
     """
 
     loss: Interval
-    twice: Interval
+    twice: Interval | None
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ class StepFacts:
         loss: the reported one of this very step, or ``None``.
         slope: of the training loss.
         count: losses seen so far.
-        counting: what one who only counts tokens would have on the probe, nats per token.
+        counting: what one who only counts tokens would have on the probe, nats per token; of batches one who counts
+            labels, ``None`` where there are none.
         nats: per token that matter, or ``None`` for the default.
     """
 
@@ -122,16 +124,22 @@ class StepFacts:
     loss: float | None
     slope: Slope | None
     count: int
-    counting: float
+    counting: float | None
     nats: float | None = None
     updates: UpdateFacts | None = None
     batch: BatchFacts | None = None
     pulse: PulseFacts | None = None
+    of_tokens: bool = True  # whether next tokens are predicted
 
     @property
     def margin(self) -> float:
         """Nats per token that matter."""
-        return default_margin(self.counting) if self.nats is None else self.nats
+        return default_margin(self.counting or 0.0) if self.nats is None else self.nats
+
+    @property
+    def counted(self) -> str:
+        """What the simplest model counts."""
+        return "tokens" if self.of_tokens else "labels"
 
     @property
     def recent(self) -> float | None:
@@ -145,12 +153,18 @@ class StepFacts:
         Sequences come again, the loss is above that of counting tokens or not known, or the batch was not seen.
         """
         batch, recent = self.batch, self.recent
-        return batch is None or recent is None or recent > self.counting + self.margin or batch.repeats
+        if self.counting is None:
+            return False
+        unseen = self.of_tokens and batch is None
+        repeats = batch is not None and batch.repeats
+        return unseen or recent is None or recent > self.counting + self.margin or repeats
 
     @property
     def hopeless(self) -> bool:
         """Whether the training loss is above what counting tokens costs and will be for long at its present slope."""
-        if self.recent is None or self.slope is None or self.recent <= self.counting + self.margin:
+        if self.recent is None or self.slope is None or self.counting is None:
+            return False
+        if self.recent <= self.counting + self.margin:
             return False
         left = self.recent - self.counting
         return not self.slope.falling or left / -self.slope.mean > _TOO_LONG * max(self.count, 100)

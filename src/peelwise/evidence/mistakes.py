@@ -198,6 +198,7 @@ def _rate_too_small(facts: StepFacts) -> Mistake | None:
         return None
     assert facts.slope is not None
     assert facts.recent is not None
+    assert facts.counting is not None
     if facts.slope.falling:
         left = (facts.recent - facts.counting) / -facts.slope.mean
         slope = f"at its slope it takes about {float(f'{left:.2g}'):,.0f} steps to reach it"
@@ -206,7 +207,7 @@ def _rate_too_small(facts: StepFacts) -> Mistake | None:
     rate = "" if seen.highest_rate is None else f" at a learning rate of {seen.highest_rate:.3g}"
     text = (
         f"one step changes the weights by {seen.usual:.1g} of their size{rate}. The training loss ({facts.recent:.2f}) "
-        f"is above that of counting tokens ({facts.counting:.2f}); {slope}."
+        f"is above that of counting {facts.counted} ({facts.counting:.2f}); {slope}."
     )
     return Mistake(
         "rate-too-small", text, "Raise the learning rate: usual is a change of a thousandth to a hundredth a step."
@@ -265,7 +266,7 @@ def _labels_shifted(facts: StepFacts) -> Mistake | None:
                     f"the batch of this step), and the next token costs {batch.next:.2f}."
                 )
                 return Mistake("labels-shifted", text, advice)
-    if batch is None and pulse is not None and pulse.twice.low > _LEAST_APART:
+    if batch is None and pulse is not None and pulse.twice is not None and pulse.twice.low > _LEAST_APART:
         text = (
             f"labels are shifted twice: on the probe the model predicts the token after the next by "
             f"{pulse.twice.mean:.2f} nats better than the next one."
@@ -307,6 +308,8 @@ def _worse_than_counting(facts: StepFacts, lowest: float | None) -> Mistake | No
     """Say that a model is worse than none, unless it is only young: then its loss falls."""
     assert facts.pulse is not None
     loss = facts.pulse.loss
+    if facts.counting is None:
+        return None
     if loss.low <= facts.counting + facts.margin or facts.count < _LOSSES or facts.slope is None:
         return None
     risen = lowest is not None and loss.low > lowest + facts.margin
@@ -314,8 +317,8 @@ def _worse_than_counting(facts: StepFacts, lowest: float | None) -> Mistake | No
         return None
     now = f"rose from {lowest:.2f}" if risen and lowest is not None else "is not shown to reach it at its present slope"
     text = (
-        f"the probe's loss ({loss.mean:.2f}) is above that of counting tokens ({facts.counting:.2f}), worse than a "
-        f"model without blocks, and {now}."
+        f"the probe's loss ({loss.mean:.2f}) is above that of counting {facts.counted} ({facts.counting:.2f}), worse "
+        f"than a model without blocks, and {now}."
     )
     seen = facts.updates
     size = "" if seen is None or seen.usual is None else f" One step changes the weights by {seen.usual:.2g}."

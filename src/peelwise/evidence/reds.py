@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from peelwise.evidence.events import Seen, red_advice
 from peelwise.evidence.trends import EquivalentSteps
-from peelwise.records.base import Interval
+from peelwise.records.base import NATS, Interval
 from peelwise.records.run import Event
 
 _FEWEST_TOGETHER, _SHARE_TOGETHER = 3, 0.5  # blocks that are asked about
@@ -26,16 +26,24 @@ class RedBlock:
     """What there is to say of a red block.
 
     Attributes:
-        gain: recoverable loss, nats per token.
+        gain: recoverable loss.
         worth: the same in steps of training, where a slope is known.
         measured: step of the measurement.
         seen: what else is known of it.
+        unit: what the gain is in.
     """
 
     gain: Interval
     worth: EquivalentSteps | None
     measured: int
     seen: Seen
+    unit: str = NATS
+
+    @property
+    def words(self) -> str:
+        """The gain with its interval: few sequences make it lopsided, so both ends are said."""
+        said = "nats recoverable" if self.unit == NATS else f"recoverable ({self.unit})"
+        return f"{self.gain.mean:.4f} [{self.gain.low:.4f}, {self.gain.high:.4f}] {said}"
 
 
 @dataclass
@@ -114,9 +122,7 @@ def turned_red(step: int, block: int, red: RedBlock, *, since: int) -> Event:
         since: step from which on it has been red.
     """
     how_long = f"block {block} red for {step - since} steps" if step > since else f"block {block} turned red"
-    # Few sequences make intervals lopsided: both ends are said.
-    text = f"{how_long}: {red.gain.mean:.4f} [{red.gain.low:.4f}, {red.gain.high:.4f}] nats recoverable, "
-    text += _worth(red.worth)
+    text = f"{how_long}: {red.words}, {_worth(red.worth)}"
     if red.measured < step:
         text += f" (measured at step {red.measured})"
     return Event(step, "alert", "red", f"{text}.", block, since, red_advice(red.seen))
@@ -134,11 +140,10 @@ def together(step: int, red: dict[int, RedBlock], asked: int, shared: str, *, si
     """
     names = ", ".join(map(str, red))
     most = max(red, key=lambda block: red[block].gain.mean)
-    gain = red[most].gain
     how_long = f"have been red for {step - since} steps" if step > since else "are red"
     text = (
-        f"{len(red)} of {asked} blocks ({names}) {how_long}, which has a common cause as a rule: up to {gain.mean:.4f} "
-        f"[{gain.low:.4f}, {gain.high:.4f}] nats recoverable in one (block {most}), {_worth(red[most].worth)}."
+        f"{len(red)} of {asked} blocks ({names}) {how_long}, which has a common cause as a rule: up to "
+        f"{red[most].words} in one (block {most}), {_worth(red[most].worth)}."
     )
     advice = (
         f"What they share: {shared}." if shared else "Look at what all blocks share: learning rate, clipping, data."

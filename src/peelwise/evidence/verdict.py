@@ -17,8 +17,10 @@ from peelwise.records.codes import INTERACTS, Reason
 
 LEVEL = 0.025
 # How verdicts follow from numbers. A record names its rule: what was certified by an older one is judged by that.
-# 1: solo gains decide. 2: on text that is not training text, marginal gains do.
-RULE = 2
+# 1: solo gains decide. 2: on text that is not training text, marginal gains do. 3: of blocks whose solo gains are not
+# distinguishable, the one to look at first is that with the largest marginal gain.
+RULE = 3
+TIES_BY_MARGINAL = 3
 _OWN_GAINS = 2  # the rule since which marginal gains decide on other text
 _ROBUST_DEVIATIONS = 3.0
 _FEWEST_FOR_TREND = 5

@@ -24,7 +24,7 @@ class PeelwiseCallback(TrainerCallback):  # type: ignore[misc]
     Use `attach`, which puts it in front of the reporters: behind them, they would not see what it adds.
 
     Args:
-        probe: text to measure on.
+        probe: text or batches to measure on.
         options: of `Monitor`.
 
     Attributes:
@@ -84,7 +84,7 @@ def attach(trainer: Trainer, probe: Probe, **options: Any) -> PeelwiseCallback:
 
     Args:
         trainer: of transformers, or a subclass (such as TRL's).
-        probe: text to measure on; see `Probe`.
+        probe: text or batches to measure on; see `Probe`.
         options: of `Monitor`: ``budget``, ``store`` and so on.
 
     Returns:
@@ -102,7 +102,7 @@ def attach(trainer: Trainer, probe: Probe, **options: Any) -> PeelwiseCallback:
     callbacks = trainer.callback_handler.callbacks
     if any(isinstance(callback, PeelwiseCallback) for callback in callbacks):
         raise OptionError("A monitor is attached to this trainer already; one is enough.")
-    checked_blocks(trainer.model, probe)
+    checked_blocks(trainer.model, probe, batches=True, stack=options.get("stack"))
     callback = PeelwiseCallback(probe, **options)
     callbacks.insert(0, callback)
     step = trainer.training_step

@@ -22,9 +22,9 @@ class PeelwiseCallback(Callback):  # type: ignore[misc]
     """Calls `Monitor.step` after every step of the optimiser, and gives what was found to the trainer's loggers.
 
     Args:
-        probe: text to measure on; see `Probe`.
-        model: takes the language model (token ids in, logits out) from the module; by default its attribute
-            ``model`` if that is a module, else the module itself.
+        probe: text or batches to measure on; see `Probe`.
+        model: takes the model that the probe is for (token ids in, logits out, say) from the module; by
+            default its attribute ``model`` if that is a module, else the module itself.
         options: of `Monitor`: ``budget``, ``store`` and so on.
 
     Attributes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TextIO
 
+from peelwise.records.base import NATS
 from peelwise.records.plain_text import clean
 from peelwise.records.run import LETTERS, Event, Measurement, StepRow
 
@@ -26,8 +27,9 @@ class Console:
         """Print the verdicts in one line, then the events."""
         found = {colour: row.letters.count(letter) for colour, letter in LETTERS.items()}
         counts = ", ".join(f"{number} {colour}" for colour, number in found.items() if number or colour != "frozen")
+        unit = "nats" if row.unit == NATS else clean(row.unit)
         self._print(
-            f"step {row.step}: {row.probe_loss:.4f} nats on the probe, blocks {row.letters} ({counts}), "
+            f"step {row.step}: {row.probe_loss:.4f} {unit} on the probe, blocks {row.letters} ({counts}), "
             f"{row.kind} in {row.seconds:.2g} s, {row.share:.1%} of the time so far"
         )
         for event in row.events:

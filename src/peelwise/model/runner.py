@@ -10,72 +10,26 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.distributed.sharding import is_sharded
-from peelwise.errors import NotDifferentiableError, UnsupportedModelError
-from peelwise.model.architectures import find_head, is_encoder_decoder
+from peelwise.errors import UnsupportedModelError
+from peelwise.model.architectures import find_head, in_decoder, inner_lists, other_stacks
 from peelwise.model.calls import hidden_of, skipping, uncached, without_hidden
 from peelwise.model.capture import Capture, captured
-from peelwise.model.gradients import differentiable, gradients_by_layer, not_differentiable
+from peelwise.model.gradients import differentiable, gradients_by_layer
 from peelwise.model.layers import Block, LinearLayer, unwrapped
+from peelwise.model.losses import losses_of, sequence_losses, token_losses
+from peelwise.model.refusals import handed_on, no_gradient, not_once, other_shapes, too_few_logits
+from peelwise.model.trace import Batch, Trace
 from peelwise.probe.examples import Examples
 from peelwise.probe.rows import Split
 from peelwise.records.options import MICRO_BATCH_TOKENS as MICRO_BATCH_TOKENS
-
-_LOSS_NUMBERS = 2**22  # logits whose losses are taken at once
-
-
-@dataclass
-class Batch:
-    """One micro-batch of a split, with what the blocks were called with and the stations between them."""
-
-    inputs: Tensor  # [b, t] token ids
-    targets: Tensor  # [b, t] token ids
-    weights: Tensor  # [b, t] bool: predicted tokens
-    padded: bool
-    attended: Tensor  # [b, t] bool: real input positions with a next token, also in rows that only fill up
-    read: Tensor  # [b, t] bool: the same, in rows that count; `weights` only where the next token is asked for
-    # Per block, without H; ``None`` for a block that the model skips for such a text.
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]] | None] = field(default_factory=list)
-    stations: list[Tensor] = field(default_factory=list)  # L + 1 of [b, t, d]
-    rest: tuple[Any, ...] | list[Any] | None = None  # what the last block returns beside H, if it is one of several
-    # Of a probe of batches: `inputs`, `targets` and `weights` are ``[b, 1]``, places of examples and which of them
-    # count; `attended` and `read` are of the positions that the model makes of them, known once it has run.
-    examples: Examples | None = None
-    columns: dict[str, Tensor] = field(default_factory=dict)  # what the model is called with
-
-
-@dataclass
-class Trace:
-    """A split run once through the model: cached stations and the loss of every sequence.
-
-    Where processes share a probe, each keeps the stations of its own sequences and knows the losses of all.
-    """
-
-    batches: list[Batch]
-    losses: Tensor  # [sequences] float64, nats summed over the sequence's predicted tokens; of examples their loss
-    tokens: Tensor  # [sequences] float64
-
-    @property
-    def mean(self) -> float:
-        """Loss in nats per token; of examples in their own unit."""
-        return self.mean_of(self.losses)
-
-    @property
-    def predicted(self) -> float:
-        """Number of predicted tokens."""
-        return float(self.tokens.sum())
-
-    def mean_of(self, losses: Tensor) -> float:
-        """Return other losses of the same sequences, ``[sequences]``, in nats per token."""
-        return float(losses.sum() / self.tokens.sum())
 
 
 class Work:
@@ -118,6 +72,9 @@ class Runner:
         self.work = Work()
         sizes = [sum(p.numel() for p in b.module.parameters()) for b in self.blocks]
         head = sum(p.numel() for p in self.head.parameters()) if self.head is not None else 0
+        # An encoder, or other stages, run with the model's ends.
+        beside = other_stacks(self.model, self.blocks).values()
+        head += sum(p.numel() for stack in beside for p in stack.parameters())
         total = max(sum(sizes) + head, 1)
         self.shares = [size / total for size in sizes]
         self.head_share = head / total
@@ -134,6 +91,13 @@ class Runner:
         return Trace(batches, self._of_all(losses, split.sequences), tokens)
 
     @torch.no_grad()
+    def own_losses(self, split: Split) -> Tensor:
+        """Run the whole model over a split and return the losses ``[sequences]`` alone; nothing is kept."""
+        losses = [sequence_losses(self._call(batch), batch) for batch in self._batches(split)]
+        self.work.add(1.0, split.tokens)
+        return self._of_all(losses, split.sequences)
+
+    @torch.no_grad()
     def losses_ahead(self, split: Split) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Run the whole model over a split and return what its logits cost, and keep nothing.
 
@@ -144,9 +108,9 @@ class Runner:
         columns: list[list[Tensor]] = [[], [], [], []]
         for batch in self._batches(split):
             logits = self._call(batch)
-            own = _token_losses(logits, batch.targets).double() * batch.weights  # [b, t]
+            own = token_losses(logits, batch.targets).double() * batch.weights  # [b, t]
             both = batch.weights[:, :-1] & batch.weights[:, 1:]
-            after = _token_losses(logits[:, :-1], batch.targets[:, 1:]).double() * both
+            after = token_losses(logits[:, :-1], batch.targets[:, 1:]).double() * both
             rows = own.sum(1), batch.weights.sum(1).double(), (own[:, :-1] * both).sum(1), after.sum(1)
             for column, row in zip(columns, rows, strict=True):
                 column.append(row)
@@ -191,7 +155,7 @@ class Runner:
     @torch.no_grad()
     def end_losses(self, batch: Batch, hidden: Tensor) -> Tensor:
         """Return the losses ``[b]`` of one micro-batch, in nats, that the model's end makes of a last station."""
-        return _sequence_losses(self.logits(batch, hidden), batch)
+        return sequence_losses(self.logits(batch, hidden), batch)
 
     def run_block(self, block: Block, hidden: Tensor, batch: Batch) -> Tensor:
         """Call one block as the model called it, and return its hidden state ``[b, t, d]``."""
@@ -227,9 +191,9 @@ class Runner:
             with torch.enable_grad():
                 logits = self.logits(batch, hidden)
                 wanted = batch.targets if targets is None else targets(batch, position)
-                loss = (_losses_of(logits, wanted, batch) * batch.weights).sum()
+                loss = (losses_of(logits, wanted, batch) * batch.weights).sum()
             if not loss.requires_grad:
-                raise _no_gradient(self.model, batch)
+                raise no_gradient(self.model, batch)
             gradients.append(torch.autograd.grad(loss, hidden)[0])
         self.work.add(self.head_share, trace.predicted, 3)
         return gradients
@@ -341,7 +305,7 @@ class Runner:
             batch.calls.clear()
             return self._call(batch, inputs)
         if logits.shape[1] != batch.inputs.shape[1]:
-            raise _too_few_logits(self.model, logits, batch)
+            raise too_few_logits(self.model, logits, batch)
         return logits
 
     def _call_by_name(self, columns: Mapping[str, Tensor]) -> Any:
@@ -365,9 +329,9 @@ class Runner:
 
     def own_loss(self, batch: Batch) -> Tensor:
         """Return the summed loss of the model's own forward, in the graph where gradients are on."""
-        loss = (_losses_of(self._call(batch), batch.targets, batch) * batch.weights).sum()
+        loss = (losses_of(self._call(batch), batch.targets, batch) * batch.weights).sum()
         if batch.examples is not None and torch.is_grad_enabled() and not loss.requires_grad:
-            raise _no_gradient(self.model, batch)
+            raise no_gradient(self.model, batch)
         return loss
 
     def _traced(self, batch: Batch) -> Tensor:
@@ -385,7 +349,7 @@ class Runner:
             runs.append(block.index)
             for value in (*args, *kwargs.values()):
                 if any(value is each for each in chosen):
-                    raise _handed_on(block)
+                    raise handed_on(block)
             while len(batch.calls) < block.index:  # blocks that were skipped
                 batch.stations.append(hidden)
                 batch.calls.append(None)
@@ -411,23 +375,20 @@ class Runner:
                 )
             logits = self._call(batch)
         if not runs or runs != sorted(set(runs)):
-            raise _not_once(self.model, self.blocks, runs, batch)
+            raise not_once(self.model, self.blocks, runs, batch)
         while len(batch.calls) < len(self.blocks):
             batch.stations.append(batch.stations[-1])
             batch.calls.append(None)
         if batch.examples is not None:
             self._find_positions(batch, batch.examples)
-        return _sequence_losses(logits, batch)
+        return sequence_losses(logits, batch)
 
     def _find_positions(self, batch: Batch, examples: Examples) -> None:
         """Enter which positions count, now that the model has said how many it makes of an example."""
         shapes = {tuple(station.shape[:-1]) for station in batch.stations}
         if any(station.dim() != 3 for station in batch.stations) or len(shapes) > 1:
-            raise UnsupportedModelError(
-                f"Not yet: the blocks of {type(self.model).__name__} hand on {sorted(shapes)}, expected the same "
-                "[examples, positions] throughout."
-            )
-        decoder = is_encoder_decoder(self.model)
+            raise other_shapes(self.model, shapes, inner_lists(self.blocks))
+        decoder = in_decoder(self.model, self.blocks)
         batch.attended = examples.positions(batch.columns, batch.stations[0], decoder=decoder)
         batch.read = batch.attended & batch.weights
 
@@ -493,62 +454,3 @@ def _accepted(model: nn.Module) -> Callable[[str], bool]:
     found = inspect.signature(model.forward).parameters
     anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in found.values())
     return lambda name: anything or name in found
-
-
-def _not_once(model: nn.Module, blocks: Sequence[Block], runs: Sequence[int], batch: Batch) -> UnsupportedModelError:
-    if not runs:
-        where = "text: its text model is" if batch.examples is None else "these batches: they are for"
-        return UnsupportedModelError(
-            f"Not yet: none of {blocks[0].name} and the other {len(blocks) - 1} blocks is called when "
-            f"{type(model).__name__} runs on {where} another part of it."
-        )
-    return UnsupportedModelError(
-        f"Not yet: {type(model).__name__} runs its {len(blocks)} blocks {len(runs)} times per forward pass; expected "
-        "each of them at most once, in order."
-    )
-
-
-def _handed_on(block: Block) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"Not yet: {block.name} ({type(block.module).__name__}) is given by the block before it not only the hidden "
-        "state but also what that one chose, which peelwise does not pass on."
-    )
-
-
-def _too_few_logits(model: nn.Module, logits: Tensor, batch: Batch) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{type(model).__name__} returns logits of {logits.shape[1]} positions for {batch.inputs.shape[1]} tokens; "
-        "peelwise needs those of every position. Wrap the model in one that returns them all."
-    )
-
-
-def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    # A few rows at a time: what lies between logits and losses is as wide as the vocabulary, and stays in the cache.
-    few = max(_LOSS_NUMBERS // logits.shape[-1], 1)
-    rows = zip(torch.split(logits.flatten(0, 1), few), torch.split(targets.flatten(), few), strict=True)
-    losses = [F.cross_entropy(each.float(), wanted, reduction="none") for each, wanted in rows]
-    return torch.cat(losses).view(targets.shape)
-
-
-def _losses_of(outputs: Any, targets: Tensor, batch: Batch) -> Tensor:
-    """Return the losses of tokens ``[b, t]``, or of examples ``[b, 1]`` against the targets of those named."""
-    if batch.examples is None:
-        return _token_losses(outputs, targets)
-    columns = batch.columns
-    if targets is not batch.targets:
-        columns = {n: c.to(columns[n]) for n, c in batch.examples.taken(targets).items()}
-    return batch.examples.losses(outputs, columns)
-
-
-def _sequence_losses(outputs: Any, batch: Batch) -> Tensor:
-    losses = _losses_of(outputs, batch.targets, batch).double() * batch.weights
-    return losses.sum(dim=1)
-
-
-def _no_gradient(model: nn.Module, batch: Batch) -> NotDifferentiableError:
-    if batch.examples is None:
-        return not_differentiable(type(model).__name__)
-    return NotDifferentiableError(
-        "The loss of the batches has no gradient: compute it with torch from what the model returns, without detach, "
-        "item or argmax."
-    )

@@ -27,8 +27,9 @@ from peelwise.model.gradients import differentiable, gradients_by_layer, not_dif
 from peelwise.model.layers import Block, LinearLayer, plain_name, unwrapped
 from peelwise.model.parts import parts_of
 from peelwise.model.refined import is_adapted
-from peelwise.model.runner import Batch, Runner, Trace, check_replay
+from peelwise.model.runner import Runner, check_replay
 from peelwise.model.splice import spliced
+from peelwise.model.trace import Batch, Trace
 from peelwise.model.weights.reading import reading_notes
 from peelwise.model.weights.table import unread
 from peelwise.probe.examples import Examples

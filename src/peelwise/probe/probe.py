@@ -5,10 +5,9 @@ Statistics come from ``fit``, every choice is made on ``select``, and every numb
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from peelwise.probe.options import SEQUENCE_LENGTH, TOKENS, ProbeOptions, check_
 from peelwise.probe.rows import Split, padded
 from peelwise.probe.sequences import as_rows, cut, sequences_of
 from peelwise.probe.split import PARTS, Pool, draw_parts, split_faults
+from peelwise.probe.stored import fingerprint, restored, stored
 from peelwise.probe.texts import Document, text_of
 from peelwise.records.base import NATS, ProbeRecord
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 MESSAGES_LENGTH = 1024  # predicted tokens of a conversation
 SHARES = (0.5, 0.15, 0.35)  # of fit, select and report
 _FEW_REPORT_SEQUENCES = 8
-_COLUMN = ".column."  # between the part and the name of a stored tensor of examples
 _CHARACTERS_PER_TOKEN = 200  # read from a data set: some fifty times what is needed, so streams end
 
 
@@ -337,31 +336,14 @@ class Probe:
         Raises:
             ProbeError: If a tensor is missing, or its shape or values cannot be a probe.
         """
-        if any(_COLUMN in key for key in tensors):
-            fit, select, report = (Examples.of(_stored_columns(tensors, part), loss, unit) for part in PARTS)
-            return cls(fit, select, report, source, in_distribution, seed, pool)
-        splits = {}
-        for part in PARTS:
-            missing = [key for key in (f"{part}.ids", f"{part}.lengths") if key not in tensors]
-            if missing:
-                raise ProbeError(f"The stored probe lacks {missing[0]!r}: expected ids and lengths of {PARTS}.")
-            ids, lengths = (_whole_numbers(tensors[f"{part}.{kind}"]) for kind in ("ids", "lengths"))
-            fits = ids.ndim == 2 and ids.shape[1] > 1 and lengths.shape == ids.shape[:1] and ids.numel() > 0
-            if not fits or int(lengths.min()) < 2 or int(lengths.max()) > ids.shape[1] or int(ids.min()) < 0:
-                raise ProbeError(f"The stored probe is damaged: ids and lengths of {part!r} do not belong together.")
-            splits[part] = Split(ids, torch.arange(ids.shape[1]) < lengths[:, None], _stored_asked(tensors, part, ids))
-        documents = {part: tensors[key].long() for part in PARTS if (key := f"{part}.documents") in tensors}
-        if documents and {p: tuple(d.shape) for p, d in documents.items()} != {
-            p: (split.sequences,) for p, split in splits.items()
-        }:
-            raise ProbeError("The stored probe is damaged: documents and sequences do not belong together.")
+        splits, documents = restored(tensors, loss, unit)
         return cls(
             **splits,
             source=source,
             in_distribution=in_distribution,
             seed=seed,
             pool=pool,
-            documents=documents or None,
+            documents=documents,
         )
 
     @classmethod
@@ -427,7 +409,7 @@ class Probe:
     def split_faults(self) -> str | None:
         """Return what is wrong with how its sequences were assigned to the parts, or ``None``; see `probe.split`."""
         documents = None if self.documents is None else [self.documents[part].tolist() for part in PARTS]
-        return split_faults([split.rows() for _, split in self._splits()], documents, self.pool, self.seed)
+        return split_faults([split.rows() for split in self._splits().values()], documents, self.pool, self.seed)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -435,21 +417,7 @@ class Probe:
 
         Of batches: over name, dtype, shape and bytes of every tensor. The loss is no part of it.
         """
-        digest = hashlib.sha256()
-        for part, split in self._splits():
-            if isinstance(split, Examples):
-                split.add_to(digest, part)
-                continue
-            mask = split.mask.cpu().long()
-            digest.update(f"{part} {tuple(mask.shape)}\n".encode())
-            for values in (split.ids.cpu().long() * mask, mask):
-                digest.update(values.contiguous().numpy().astype("<i8", copy=False).tobytes())
-            if split.asked is not None:
-                asked = split.asked.cpu().long() * mask
-                digest.update(asked.contiguous().numpy().astype("<i8", copy=False).tobytes())
-            if self.documents is not None:
-                digest.update(self.documents[part].cpu().long().numpy().astype("<i8", copy=False).tobytes())
-        return digest.hexdigest()
+        return fingerprint(self._splits(), self.documents)
 
     def record(self) -> ProbeRecord:
         """Return the sizes and the fingerprint as plain values."""
@@ -478,83 +446,15 @@ class Probe:
         Where not every token is asked for, ``<part>.asked [sequences, positions]`` too, uint8. Of batches:
         ``<part>.column.<name> [examples, ...]``.
         """
-        tensors: dict[str, Tensor] = {}
-        for part, split in self._splits():
-            if isinstance(split, Examples):
-                tensors |= {f"{part}{_COLUMN}{name}": column for name, column in split.tensors()}
-                continue
-            mask = split.mask.cpu()
-            tensors[f"{part}.ids"] = (split.ids.cpu() * mask).to(torch.int32).contiguous()
-            tensors[f"{part}.lengths"] = mask.sum(dim=1).to(torch.int32)
-            if split.asked is not None:
-                tensors[f"{part}.asked"] = (split.asked.cpu() & mask).to(torch.uint8).contiguous()
-            if self.documents is not None:
-                tensors[f"{part}.documents"] = self.documents[part].to(torch.int32)
-        return tensors
+        return stored(self._splits(), self.documents)
 
     def to(self, device: torch.device | str) -> Probe:
         """Return the same probe on ``device``."""
         return replace(self, fit=self.fit.to(device), select=self.select.to(device), report=self.report.to(device))
 
-    def _splits(self) -> Iterator[tuple[str, Split]]:
-        yield from ((part, getattr(self, part)) for part in PARTS)
-
-
-def check_vocabulary(probe: Probe, vocab_size: int) -> None:
-    """Raise unless every real token of the probe has a row in the model's embedding.
-
-    Args:
-        probe: The probe.
-        vocab_size: Rows of the embedding.
-
-    Raises:
-        ProbeError: If an id is negative or not below ``vocab_size``.
-    """
-    for part, split in ((part, getattr(probe, part)) for part in PARTS):
-        ids = split.ids[split.mask]
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= vocab_size:
-            raise ProbeError(
-                f"Token ids must lie in 0..{vocab_size - 1}, the vocabulary of this model, got "
-                f"{low if low < 0 else high} in {part!r}. Use the tokenizer that belongs to the model."
-            )
-
-
-def check_context(probe: Probe, limit: int) -> None:
-    """Raise if a sequence of the probe is longer than the model's context of ``limit`` tokens.
-
-    Raises:
-        ProbeError: If it is.
-    """
-    longest = max(getattr(probe, part).inputs.shape[1] for part in PARTS)
-    if longest > limit:
-        raise ProbeError(f"The sequences have {longest} tokens, the model's context is {limit}. Use shorter sequences.")
+    def _splits(self) -> dict[str, Split]:
+        return {part: getattr(self, part) for part in PARTS}
 
 
 def _by_part(numbers: Iterable[Sequence[int]]) -> dict[str, Tensor]:
     return {part: torch.tensor(values) for part, values in zip(PARTS, numbers, strict=True)}
-
-
-def _whole_numbers(values: Tensor) -> Tensor:
-    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
-        raise ProbeError(f"The stored probe is damaged: expected integers, got {values.dtype}.")
-    return values.long()
-
-
-def _stored_columns(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
-    start = f"{part}{_COLUMN}"
-    columns = {key.removeprefix(start): column for key, column in tensors.items() if key.startswith(start)}
-    if not columns or any(column.dim() == 0 for column in columns.values()) or len({*map(len, columns.values())}) > 1:
-        raise ProbeError(f"The stored probe is damaged: the tensors of {part!r} do not belong together.")
-    if any(not len(column) for column in columns.values()):
-        raise ProbeError(f"The stored probe is damaged: {part!r} has no example.")
-    return columns
-
-
-def _stored_asked(tensors: Mapping[str, Tensor], part: str, ids: Tensor) -> Tensor | None:
-    asked = tensors.get(f"{part}.asked")
-    if asked is None:
-        return None
-    if asked.shape != ids.shape or bool((_whole_numbers(asked) > 1).any()) or not bool(asked[:, 1:].any(dim=1).all()):
-        raise ProbeError(f"The stored probe is damaged: what is asked for of {part!r} does not belong to its ids.")
-    return asked.bool()

@@ -129,14 +129,18 @@ class RoundRecord(Record):
     flipped: float | None = None
 
 
+LeadingGain = Literal["solo", "marginal", "marginal-of-tied"]
+
+
 class LookFirst(Record):
     """The block to look at first, and those that are not distinguishable from it.
 
-    ``by`` says which number decides: the solo gain on training text, the marginal gain on other text.
+    ``by`` says which number decides: the solo gain on training text, and where several have the largest of that as far
+    as can be told, their marginal gains (``marginal-of-tied``); the marginal gain on other text.
     """
 
     block: int
-    by: Literal["solo", "marginal"]
+    by: LeadingGain
     tied: tuple[int, ...] = ()
 
 

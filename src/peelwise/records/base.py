@@ -69,6 +69,7 @@ class Note(Record):
     ``factor-first``        ``factor`` on what ``part`` of ``block`` writes, in place before the first round of an audit
     ``own-loss``            the probe is of batches with a loss of their own, so what is of next tokens is left out
     ``encoder-left-out``    ``names`` of an encoder-decoder's blocks that are not asked about
+    ``stacks-left-out``     ``names`` of lists of blocks that run beside ``stack``, and are not asked about
     ``resumed``             some was measured by an earlier call that did not finish
     ======================  ================================================================================
     """

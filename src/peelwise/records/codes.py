@@ -104,5 +104,6 @@ NoteCode = Literal[
     "fake-quant-off",
     "own-loss",
     "encoder-left-out",
+    "stacks-left-out",
     "resumed",
 ]

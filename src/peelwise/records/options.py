@@ -24,6 +24,8 @@ REFINE_HELP = (
     "Which linear layers of the blocks are refined: those whose weights training can change (requires_grad; where "
     "there are none, all), all of them, or adapters (LoRA) alone."
 )
+STACK_HELP = "The list of blocks to measure by its name in the model, such as encoder.block."
+STACK_RULE = "the largest, of an encoder-decoder the decoder's"
 # Nats per token. Below, a gain could be what losses differ by from one machine to another; above, nothing would count.
 LEAST_MARGIN, MOST_MARGIN = 5e-4, 1.0
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from peelwise.records.base import Colour
+from peelwise.records.base import NATS, Colour
 from peelwise.records.signals import SIGNALS
 
 WHOLE_MODEL = -1  # the block of statistics that belong to all blocks together
@@ -137,13 +137,14 @@ class Measurement:
     Attributes:
         step: the training step it belongs to.
         kind: ``ranking`` (free statistics), ``alone`` (some blocks refined too), ``joint`` (all refined together too).
-        probe_loss: nats per token on the probe's report part.
+        probe_loss: on the probe's report part.
         slope, slope_low, slope_high: change of the training loss per step, with its 95 % interval.
         still_falling: whether the slope is shown to be negative; ``None`` while there are too few losses.
         seconds: what the probe took.
         share: the monitor's share of wall time so far, this probe included.
         letters: one letter of ``LETTERS`` per block.
         statistics, matrices, verdicts, events: its rows; ``verdicts`` only of blocks whose verdict changed.
+        unit: what losses are in; a run history keeps it once, with the run's probe.
     """
 
     step: int
@@ -160,6 +161,7 @@ class Measurement:
     matrices: tuple[MatrixShare, ...] = ()
     verdicts: tuple[VerdictRow, ...] = ()
     events: tuple[Event, ...] = ()
+    unit: str = NATS
 
     def scalars(self) -> dict[str, float]:
         """Return what trackers want: the probe's loss, how many blocks have which colour, and numbers per block."""

@@ -94,6 +94,12 @@ class Signal:
         """What stands over a narrow column."""
         return self.heading or self.title
 
+    def unit_of(self, loss: str) -> str:
+        """Return what the value is in where losses are in ``loss``, such as ``squared error``."""
+        if loss == NATS:
+            return self.unit
+        return "examples" if self.unit == TOKENS else self.unit.replace(NATS, loss).replace("nats", loss)
+
 
 class _Row(NamedTuple):
     """A signal that `check` compares over depth, before it has a kind and a module."""

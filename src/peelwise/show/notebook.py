@@ -17,6 +17,7 @@ from peelwise.records.base import Colour, Interval, ModelRecord
 from peelwise.records.check import BlockCheck, CheckRecord
 from peelwise.records.compare import CompareRecord, CompareSeries
 from peelwise.records.peel import PeelRecord
+from peelwise.records.plain_text import clean
 from peelwise.records.plan import PlanRecord
 from peelwise.records.quantcheck import LayerCheck, QuantcheckRecord
 from peelwise.records.quantise import QuantiseRecord
@@ -44,6 +45,7 @@ from peelwise.show.words import (
     legend,
     nats,
     note_words,
+    short_unit,
     solo_gain,
     with_ends,
 )
@@ -136,7 +138,7 @@ def measurement_html(measurement: Measurement, blocks: Sequence[str] = ()) -> st
     headers = ["block", "verdict", *(title for title, *_ in shown)]
     return fragment(
         _title(f"Step {measurement.step:,}", facts),
-        _line(f"{nats(measurement.probe_loss)} nats per token on the probe's report part", bold=True),
+        _line(f"{nats(measurement.probe_loss)} {clean(measurement.unit)} on the probe's report part", bold=True),
         strip(colours),
         _table(headers, rows, f"Blocks ({len(rows)})"),
         *(_line(str(event)) for event in measurement.events),
@@ -414,7 +416,8 @@ def _compare(record: CompareRecord) -> list[str]:
         ]
         for part in changed
     ]
-    headers = ["block", "repairs, nats/token", "breaks, nats/token", "kind of change"]
+    unit = short_unit(record)
+    headers = ["block", f"repairs, {unit}", f"breaks, {unit}", "kind of change"]
     return [
         _title(f"{record.model.name} against {record.old.name}", _facts(record.model)),
         _line(compare_words.conclusion(record)),

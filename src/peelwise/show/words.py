@@ -158,6 +158,8 @@ NOTES: Mapping[str, str] = MappingProxyType(
         "new output head.",
         "encoder-left-out": "The blocks asked about are the decoder's, which are given what the encoder makes; those "
         "of {names} were left as they are, and nothing is said of them.",
+        "stacks-left-out": "The blocks asked about are those of {stack}; those of {names} were left as they are: "
+        "they run with every change, so it is in the loss, and nothing is said of them.",
         "resumed": "Some of this was measured by an earlier call that did not finish; the cost is that of the last.",
     }
 )

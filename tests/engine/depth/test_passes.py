@@ -20,7 +20,8 @@ from peelwise.engine.depth.passes import Seen, observe
 from peelwise.engine.depth.table import block_weights, joined, pass_table, weight_table
 from peelwise.model.architectures import find_blocks
 from peelwise.model.parts import Parts, parts_of
-from peelwise.model.runner import Runner, Trace
+from peelwise.model.runner import Runner
+from peelwise.model.trace import Trace
 from peelwise.probe.rows import Split
 
 LAYERS = 6

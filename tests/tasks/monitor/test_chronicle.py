@@ -111,14 +111,16 @@ def test_an_undecided_block_is_yellow_while_training_gains_more_than_it_could():
     assert add(elsewhere, 200, visit_of(alone={0: unsure})).letters == "????"
 
 
-def test_what_was_settled_by_the_progress_of_training_ends_with_it():
+@pytest.mark.parametrize(("deviation", "letter"), [(0.01, "?"), (0.05, "Y")])
+def test_what_was_settled_by_the_progress_of_training_ends_where_its_slope_leaves_no_room(deviation, letter):
     made = chronicle("falling")
     assert add(made, 200, visit_of(3.0, alone={0: Paired(0.014, 0.004, 30)})).letters == "Y???"
     assert add(made, 210, visit_of(2.9)).letters == "Y???"
-    noise = np.random.default_rng(1).normal(scale=0.05, size=200)
+    noise = np.random.default_rng(1).normal(scale=deviation, size=200)
     for step in range(211, 411):
         made.loss(step, 1.0 + noise[step - 211])
-    assert add(made, 411, visit_of(2.9)).letters == "????"
+    assert add(made, 411, visit_of(2.9)).letters == f"{letter}???"
+    assert add(made, 460, visit_of(2.9)).letters == "????"  # and at the third that decides nothing
 
 
 def test_a_green_that_lasts_is_not_settled_again():
@@ -218,11 +220,12 @@ def test_verdict_rows_only_where_one_changes():
     assert (change.block, change.colour, change.measured_step) == (1, "green", 220)
 
 
-def test_a_measurement_lasts_until_training_has_gained_as_much():
-    made = chronicle("falling")
-    assert add(made, 200, visit_of(3.0, alone={0: MUCH})).letters[0] == "Y"
-    assert add(made, 210, visit_of(2.96)).letters[0] == "Y"
-    assert add(made, 220, visit_of(2.94)).letters[0] == "?"
+@pytest.mark.parametrize(("losses", "letters"), [("flat", "RR?"), ("falling", "YYY")])
+def test_a_red_lasts_until_training_has_gained_as_much_and_yellow_while_it_goes_on(losses, letters):
+    made = chronicle(losses)
+    first = add(made, 200, visit_of(3.0, alone={0: MUCH}))
+    later = [add(made, step, visit_of(loss)) for step, loss in ((210, 2.96), (220, 2.94))]
+    assert "".join(row.letters[0] for row in (first, *later)) == letters
 
 
 def test_foreign_text_needs_a_block_that_stands_out():

@@ -121,15 +121,25 @@ def replace_kind(probe):
     return peelwise.Probe(probe.fit, probe.select, probe.report, source="text", in_distribution=True)
 
 
+def kinds_of(probe, count, undecided):
+    made, kinds = planner(probe), []
+    for _ in range(count):
+        kinds.append(made.due(0.0, 1e6, undecided=undecided))
+        made.begin(kinds[-1])
+    return kinds
+
+
 def test_what_may_decide_comes_first_at_every_measurement_of_a_rolling_probe():
-    kinds = {}
-    for name, probe in (("rolling", rolling()), ("fixed", replace_kind(rolling()))):
-        made, kinds[name] = planner(probe), []
-        for _ in range(4):
-            kind = made.due(0.0, 1e6, undecided=1.0)
-            kinds[name].append(kind)
-            made.begin(kind)
-    assert kinds == {"rolling": ["alone"] * 4, "fixed": ["alone", "ranking", "alone", "ranking"]}
+    fixed = replace_kind(rolling())
+    assert kinds_of(rolling(), 4, undecided=1.0) == ["alone"] * 4
+    assert kinds_of(fixed, 4, undecided=1.0) == ["alone", "alone", "alone", "joint"]
+    assert kinds_of(fixed, 14, undecided=1.0)[8:] == ["alone", "ranking", "alone", "joint", "alone", "ranking"]
+
+
+def test_rankings_come_where_there_are_many_measurements_already():
+    kinds = kinds_of(replace_kind(rolling()), 14, undecided=0.0)
+    assert kinds[:8] == ["alone", "alone", "alone", "joint", "alone", "alone", "alone", "alone"]
+    assert kinds[8:] == ["ranking", "joint", "ranking", "alone", "ranking", "alone"]
 
 
 def test_a_rolling_probe_is_refined_at_every_measurement_and_joint_rounds_keep_their_turn():

@@ -18,7 +18,7 @@ from peelwise.engine.session import Changes, Session
 from peelwise.evidence.verdict import default_margin
 from peelwise.model.layers import LinearLayer
 from peelwise.model.parts import ATTENTION, Parts
-from peelwise.model.runner import Trace
+from peelwise.model.trace import Trace
 from peelwise.records.check import GainWitness
 
 # Tried from 1 outwards on the side that the slope points to, until two in a row are worse; then between neighbours.

@@ -19,7 +19,7 @@ from peelwise.engine.session import Session
 from peelwise.evidence.unlike import Unlikeness, named, reasons, to_screen, unlikeness, with_gains
 from peelwise.evidence.verdict import default_margin
 from peelwise.model.parts import Parts
-from peelwise.model.runner import Trace
+from peelwise.model.trace import Trace
 from peelwise.records.check import UnlikeBlock
 from peelwise.records.signals import SIGNALS
 

@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from peelwise.engine.depth.backward import Backward, GradientSums
 from peelwise.engine.depth.forward import Stream
 from peelwise.model.parts import ATTENTION, Parts
-from peelwise.model.runner import Batch, Runner, Trace
+from peelwise.model.runner import Runner
+from peelwise.model.trace import Batch, Trace
 
 INNER = ".inner"  # behind a branch's name: the channels between its layers, heads or neurons
 

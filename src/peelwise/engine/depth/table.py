@@ -24,7 +24,8 @@ from peelwise.engine.depth.weights import (
     sketch,
 )
 from peelwise.model.parts import Parts
-from peelwise.model.runner import Runner, Trace
+from peelwise.model.runner import Runner
+from peelwise.model.trace import Trace
 from peelwise.records.signals import FROM_BACKWARD, FROM_FORWARD, SIGNALS, Kind, Signal, of_kinds
 
 # Those that need the gradient of a weight, not only that of what it gives.

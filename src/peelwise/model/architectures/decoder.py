@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from peelwise.errors import UnsupportedModelError
-from peelwise.model.experts import layers_of
-from peelwise.model.layers import Block, is_linear, linear_layers, named_embedding, plain_name, unwrapped
+from peelwise.model.architectures.stacks import blocks_in, holds_linears, is_encoder_decoder
+from peelwise.model.layers import Block, named_embedding
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -28,15 +28,10 @@ def find_blocks(model: nn.Module) -> tuple[Block, ...]:
         UnsupportedModelError: If there is none; the message names what was found.
     """
     _refuse_virtual_tokens(model)
-    candidates = _in_text_decoder(model, list(_candidate_lists(model)))
+    candidates = _in_text_decoder(model, list(candidate_lists(model)))
     if not candidates:
         raise UnsupportedModelError(_what_was_found(model))
-    name, modules = max(candidates, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    name = plain_name(name)
-    return tuple(
-        Block(index, f"{name}.{index}", module, tuple(linear_layers(unwrapped(module), f"{name}.{index}")))
-        for index, module in enumerate(modules)
-    )
+    return blocks_in(*max(candidates, key=lambda item: sum(p.numel() for p in item[1].parameters())))
 
 
 def find_head(model: nn.Module, blocks: tuple[Block, ...]) -> nn.Module | None:
@@ -49,7 +44,7 @@ def find_head(model: nn.Module, blocks: tuple[Block, ...]) -> nn.Module | None:
     return outside[-1] if outside else None
 
 
-def _candidate_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+def candidate_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
     """Yield outermost ``ModuleList``s that hold a linear layer and are no lists of lists."""
     taken: list[str] = []
     for name, module in model.named_modules():
@@ -57,7 +52,7 @@ def _candidate_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
             continue
         if isinstance(module, nn.ModuleList) and len(module) and not any(isinstance(m, nn.ModuleList) for m in module):
             taken.append(name)
-            if any(is_linear(m) or layers_of(m) for m in module.modules()):
+            if holds_linears(module):
                 yield name, module
 
 
@@ -81,24 +76,11 @@ def refuse_text(model: nn.Module) -> None:
         UnsupportedModelError: With the lists of blocks that it has.
     """
     if is_encoder_decoder(model):
-        names = ", ".join(name for name, _ in _candidate_lists(model))
+        names = ", ".join(name for name, _ in candidate_lists(model))
         raise UnsupportedModelError(
             f"Not yet: {type(model).__name__} is an encoder-decoder (blocks found: {names}), which text alone does not "
             "run. peelwise check and audit take batches of its keyword arguments: Probe.from_batches."
         )
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether a model of transformers says that it is an encoder and a decoder."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def other_stacks(model: nn.Module, blocks: tuple[Block, ...]) -> tuple[str, ...]:
-    """Return the names of the lists of blocks of an encoder-decoder beside the one that is measured."""
-    if not is_encoder_decoder(model):
-        return ()
-    names = (plain_name(name) for name, _ in _candidate_lists(model))
-    return tuple(name for name in names if not blocks[0].name.startswith(f"{name}."))
 
 
 def _refuse_virtual_tokens(model: nn.Module) -> None:

@@ -25,7 +25,11 @@ from peelwise.show.words import (
 )
 
 _MOST_LISTED, _MOST_HARMFUL = 6, 3
-GAINS = {"solo": "solo gain", "marginal": "marginal gain (leave-one-out)"}
+GAINS = {
+    "solo": "solo gain",
+    "marginal": "marginal gain (leave-one-out)",
+    "marginal-of-tied": "marginal gain (leave-one-out) of those with the largest solo gain",
+}
 
 
 def conclusion(record: AuditRecord) -> str:
@@ -144,9 +148,8 @@ def _look_first(record: AuditRecord, found: AuditConclusion) -> str:
     block = _block(record, first.block)
     value = None if block is None else block.recoverable_nats if first.by == "solo" else block.unique_nats
     size = "" if value is None else f": {value.mean:.3f}{behind(record)}"
-    said = f"Look first at block {first.block}, which has the largest {GAINS[first.by]}{size}."
-    if _are_most_red(record):
-        said = f"Of single blocks, look first at block {first.block}, which has the largest {GAINS[first.by]}{size}."
+    begin = "Of single blocks, look first" if _are_most_red(record) else "Look first"
+    said = f"{begin} at block {first.block}, which has the largest {GAINS[first.by]}{size}."
     if first.tied:
         one = len(first.tied) == 1
         said += f" Block{'' if one else 's'} {listed(first.tied)} {'is' if one else 'are'} not distinguishable from it."

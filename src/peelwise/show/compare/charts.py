@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from peelwise.records.base import Interval
+from peelwise.records.base import Interval, unit_of
 from peelwise.records.compare import BlockChange, CompareRecord, CompareSeries, EndChange
 from peelwise.show.compare.words import in_order
 from peelwise.show.html.svg import COLOURS, draw, safe_label
+from peelwise.show.words import in_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +34,7 @@ def effects(record: CompareRecord) -> str:
         _intervals(bottom, parts, [part.breaks_nats for part in parts], record.conclusion.hurt, record.margin_nats)
         bottom.set_title("Breaks: OLD rises by so much with this part of NEW")
         _ticks(bottom, parts)
-        figure.supylabel("nats per token", fontsize=12)
+        figure.supylabel(safe_label(unit_of(record)), fontsize=12)
 
     return draw("effects", "Effect of exchanging each part", (WIDTH, 460), paint)
 
@@ -59,7 +60,7 @@ def path(record: CompareRecord) -> str:
         axes.annotate("OLD", (len(parts), record.loss.old), (4, 2), textcoords="offset points", color=COLOURS["muted"])
         axes.set_xlabel("changed parts put back")
         axes.locator_params(axis="x", integer=True)
-        axes.set_ylabel("loss, nats per token")
+        axes.set_ylabel(safe_label(f"loss{in_title(record)}"))
         axes.legend()
 
     return draw("path", "Loss on two ways from NEW to OLD", (WIDTH, 280), paint)

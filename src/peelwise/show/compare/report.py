@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peelwise.records.base import Interval
+from peelwise.records.base import Interval, unit_of
 from peelwise.records.compare import BlockChange, CompareRecord, CompareSeries, EndChange, TensorChange
 from peelwise.show.audit import sections
 from peelwise.show.compare import charts
@@ -10,17 +10,17 @@ from peelwise.show.compare.words import (
     MEANINGS,
     PATH,
     SIGNS,
-    WITNESS,
     can_apply,
     conclusion,
     in_order,
     kind_words,
     mended,
     part_name,
+    witness,
 )
 from peelwise.show.html.markup import chart, esc, pairs, paragraph, section, table
 from peelwise.show.html.page import document, facts
-from peelwise.show.words import NOT_IN_BUDGET, bracket, nats
+from peelwise.show.words import NOT_IN_BUDGET, bracket, data_words, nats
 
 _MISSING = f"{NOT_IN_BUDGET.capitalize()}."
 
@@ -94,7 +94,7 @@ def _header(record: CompareRecord) -> str:
 def _hero(record: CompareRecord) -> str:
     loss = record.loss
     number = (
-        f'<p class="number">{nats(loss.damage.mean, signed=True)} <small>nats per token</small></p>'
+        f'<p class="number">{nats(loss.damage.mean, signed=True)} <small>{esc(unit_of(record))}</small></p>'
         f'<p class="range">95 % interval {bracket(loss.damage)}</p><p class="what">loss of NEW minus loss of OLD</p>'
     )
     side = pairs(
@@ -242,11 +242,11 @@ def _reading(record: CompareRecord) -> str:
         if code in MEANINGS
     )
     text = (
-        WITNESS,
+        witness(record),
         "Every part is run by the model that it comes from: its weights, its code, the arguments its model calls it "
         "with. A model put together from all parts of OLD has OLD's loss exactly.",
         "Everything is measured on the report part of the probe; nothing was fitted. Which blocks are looked at layer "
-        "by layer was chosen on the same text, so their effects are a little too large.",
+        f"by layer was chosen on the same {data_words(record)}, so their effects are a little too large.",
     )
     points = f"<ul>{''.join(f'<li>{esc(line)}</li>' for line in text)}</ul>"
     return section("reading", "How to read this", f'<dl class="meanings">{meanings}</dl>' if meanings else "", points)

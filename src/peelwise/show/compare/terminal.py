@@ -15,7 +15,17 @@ from peelwise.records.base import Interval
 from peelwise.records.compare import BlockChange, CompareRecord, CompareSeries, EndChange
 from peelwise.records.plain_text import clean
 from peelwise.show.compare.words import PATH, SIGNS, can_apply, conclusion, in_order, kind_words, mended, part_name
-from peelwise.show.words import NOT_IN_BUDGET, duration, nats, note_words, with_ends
+from peelwise.show.words import (
+    NOT_IN_BUDGET,
+    duration,
+    in_title,
+    is_of_batches,
+    nats,
+    note_words,
+    own_data,
+    short_unit,
+    with_ends,
+)
 
 MOST_PARTS = 40
 _DECIMALS = 3
@@ -69,7 +79,7 @@ def _next(record: CompareRecord, folder: Path | str | None) -> list[RenderableTy
     if folder is None:
         return lines
     where = clean(str(folder))
-    lines.append(Text(f"Certificate and page: {where}. Recheck: peelwise verify {where} --text FILE"))
+    lines.append(Text(f"Certificate and page: {where}. Recheck: peelwise verify {where}{own_data(record)}"))
     if can_apply(record):
         lines.append(Text(f"Put back what hurt: peelwise apply {where} --out FOLDER"))
     return lines
@@ -78,9 +88,13 @@ def _next(record: CompareRecord, folder: Path | str | None) -> list[RenderableTy
 def _losses(record: CompareRecord) -> Table:
     loss = record.loss
     rows = [
-        ("loss of OLD", nats(loss.old), "on report, nats per token"),
+        ("loss of OLD", nats(loss.old), f"on report{in_title(record)}"),
         ("loss of NEW", nats(loss.new), ""),
-        ("NEW - OLD", with_ends(loss.damage), "95 % interval, paired by sequence"),
+        (
+            "NEW - OLD",
+            with_ends(loss.damage),
+            f"95 % interval, paired by {'example' if is_of_batches(record) else 'sequence'}",
+        ),
     ]
     if loss.interaction is not None:
         rows.append(("of it interaction", nats(loss.interaction, signed=True), "what the repairs do not add up to"))
@@ -99,7 +113,8 @@ def _parts(record: CompareRecord, every: bool, *, wide: bool) -> list[Renderable
     shown = parts if every else sorted(sorted(parts, key=_effect)[:MOST_PARTS], key=in_order(record).index)
     table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
     table.add_column("block", justify="right", no_wrap=True)
-    for title in ("repairs\nnats/token", "breaks\nnats/token", *(_WIDE_TITLES if wide else ())):
+    unit = short_unit(record)
+    for title in (f"repairs\n{unit}", f"breaks\n{unit}", *(_WIDE_TITLES if wide else ())):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("kind of change", overflow="fold")
     for part in shown:

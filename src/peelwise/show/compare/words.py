@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from peelwise.records.base import Interval, Value
 from peelwise.records.compare import BlockChange, CompareRecord, EndChange, FirstDifference, KindOfChange
-from peelwise.show.words import NOT_IN_BUDGET, NOT_MEASURED, nats, significant
+from peelwise.show.words import NOT_IN_BUDGET, NOT_MEASURED, behind, data_words, nats, significant, this_data
 
 SIGNS = (
     "Repairs: what the loss of NEW falls by when this part of OLD is put back. Breaks: what the loss of OLD rises by "
@@ -17,10 +17,6 @@ PATH = (
     "On the way, parts of OLD are put back one after another, from the embedding on or from the head on: the steps of "
     "each way add up to the difference of the two models. Interaction is what a step does beyond what the part "
     "repairs by itself."
-)
-WITNESS = (
-    "A block that repairs is proof that NEW can do better on this text: OLD's weights are the replacement. That a "
-    "change costs nothing here says nothing of other text."
 )
 ENDS: Mapping[str, str] = MappingProxyType({"embedding": "embedding", "norm": "final norm", "head": "head"})
 
@@ -119,14 +115,22 @@ def _number(value: Value) -> str:
     return f"{float(value):.3g}"
 
 
+def witness(record: CompareRecord) -> str:
+    """Return what is proved, and what is not."""
+    return (
+        f"A block that repairs is proof that NEW can do better on {this_data(record)}: OLD's weights are the "
+        f"replacement. That a change costs nothing here says nothing of other {data_words(record)}."
+    )
+
+
 def conclusion(record: CompareRecord) -> str:
     """Return what was found, and no more than that."""
     found, damage = record.conclusion, record.loss.damage
     said = {
         "identical": "Both models are the same: no weight differs, and every part computes the same.",
-        "same-function": f"Other weights, the same function: losses agree to {significant(abs(damage.mean), 1)} nats.",
-        "worse": f"NEW is worse by {damage.mean:.4f} nats per token (95 % interval {_ends(damage)}).",
-        "better": f"NEW is better by {-damage.mean:.4f} nats per token (95 % interval {_ends(_turned(damage))}).",
+        "same-function": f"Other weights, the same function: losses agree to {significant(abs(damage.mean), 1)}.",
+        "worse": f"NEW is worse by {damage.mean:.4f}{behind(record)} (95 % interval {_ends(damage)}).",
+        "better": f"NEW is better by {-damage.mean:.4f}{behind(record)} (95 % interval {_ends(_turned(damage))}).",
         "no-difference": f"The losses are not distinguishable: NEW - OLD is {damage.mean:+.4f} ({_ends(damage)}).",
     }[found.case]
     if found.case == "identical":

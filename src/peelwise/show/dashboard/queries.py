@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peelwise.evidence.verdict import default_margin
+from peelwise.records.base import NATS
 from peelwise.records.plain_text import clean
 from peelwise.records.run import LETTERS, WHOLE_MODEL
 from peelwise.records.signals import SIGNALS
@@ -62,7 +63,13 @@ def run_facts(run: Run, key: str, file: str) -> Json:
         "blocks": [clean(name) for name in info.blocks],
         "budget": info.budget,
         "in_distribution": info.in_distribution,
+        "unit": unit_of_run(run),
     }
+
+
+def unit_of_run(run: Run) -> str:
+    """Return what the losses of a run are in."""
+    return clean(str(run.info.probe.get("unit") or NATS))
 
 
 def overview(reader: RunReader, run: Run, between: Between = ALL_STEPS) -> Json:
@@ -75,7 +82,7 @@ def overview(reader: RunReader, run: Run, between: Between = ALL_STEPS) -> Json:
     newest_step = reader.steps(run.id, after=last_step - 1) if last_step else []
     newest_probe = reader.probes(run.id, after=last_probe - 1) if last_probe else []
     return {
-        "statistics": [statistic_facts(row) for row in names],
+        "statistics": [statistic_facts(row, unit_of_run(run)) for row in names],
         "loss": loss_columns(loss),
         "looks": look_columns(looks),
         "bounds": cloud(reader, run, {row["id"]: row["probe_loss"] for row in looks}, between),
@@ -124,7 +131,7 @@ def cloud_edges(run: Run, probe_loss: float, bounds: Mapping[str, float]) -> dic
     edges = {"upper": bounds[UPPER]} if UPPER in bounds else {}
     if LOWER in bounds:
         margin = run.info.settings.get("margin")
-        edge = bounds[LOWER] + (default_margin(probe_loss) if margin is None else margin)
+        edge = bounds[LOWER] + (default_margin(probe_loss, unit_of_run(run)) if margin is None else margin)
         edges["lower"] = min(edge, bounds.get(UPPER, edge))
     return edges
 
@@ -246,10 +253,11 @@ def event(row: sqlite3.Row) -> Json:
     return {key: row[key] for key in keys} | {"text": clean(row["text"]), "suggestion": clean(row["suggestion"])}
 
 
-def statistic_facts(row: sqlite3.Row) -> Json:
+def statistic_facts(row: sqlite3.Row, unit: str = NATS) -> Json:
     """Return how a statistic is called and compared; one that is not in the table of signals has its own name.
 
-    ``in_cloud`` says that it is drawn with the loss, and needs no chart of its own.
+    ``in_cloud`` says that it is drawn with the loss, and needs no chart of its own; ``of_loss`` that it is in the unit
+    of losses, which is ``unit``.
     """
     name = row["name"]
     known = SIGNALS.get(name)
@@ -257,7 +265,8 @@ def statistic_facts(row: sqlite3.Row) -> Json:
     return {
         "name": name,
         "title": title[:1].upper() + title[1:],
-        "unit": known.unit if known else "",
+        "unit": known.unit_of(unit) if known else "",
+        "of_loss": known is not None and known.unit == NATS,
         "meaning": known.meaning if known else "",
         "quotient": known.quotient if known else not row["has_interval"],
         "of_blocks": bool(row["of_blocks"]),

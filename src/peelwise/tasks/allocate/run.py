@@ -31,8 +31,9 @@ from peelwise.formats.dense import Dense
 from peelwise.model.fingerprint import identify
 from peelwise.model.guard import untouched
 from peelwise.model.layers import LinearLayer, device_of
-from peelwise.model.runner import Runner, Trace
+from peelwise.model.runner import Runner
 from peelwise.model.selfcheck import self_check
+from peelwise.model.trace import Trace
 from peelwise.probe.probe import Probe
 from peelwise.records.allocation import AllocatedLayer, AllocationRecord, CurvePoint, Interaction
 from peelwise.records.base import note

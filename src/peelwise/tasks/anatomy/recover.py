@@ -16,8 +16,8 @@ from peelwise.engine.rounds import next_round
 from peelwise.engine.session import Changes, Session
 from peelwise.model.layers import LinearLayer
 from peelwise.model.parts import Parts
-from peelwise.model.runner import Batch
 from peelwise.model.splice import spliced
+from peelwise.model.trace import Batch
 from peelwise.records.anatomy import Recovery, Retrained
 from peelwise.tasks.anatomy.ablate import cost_of
 from peelwise.tasks.anatomy.bend import changer

@@ -82,7 +82,7 @@ def run_audit(
     """
     with processes.agreeing():
         _check_whole(model)
-        blocks = checked_blocks(model, probe, settings.refine, batches=True)
+        blocks = checked_blocks(model, probe, settings.refine, batches=True, stack=settings.stack)
         setup = Setup(model, blocks, name, source, identify(model), settings.plain(), probe.seed)
         check_same(processes, (setup.identity.fingerprint, probe.fingerprint, probe.in_distribution, setup.settings))
         linears = [linear for block in blocks for linear in block.linears]

@@ -8,6 +8,8 @@ from peelwise.records.options import (
     MARGIN_RULE,
     MICRO_BATCH_TOKENS,
     REFINE_HELP,
+    STACK_HELP,
+    STACK_RULE,
     Plain,
     Refine,
     check_least,
@@ -32,6 +34,8 @@ class AuditSettings:
         micro_batch_tokens: Tokens that go through the model at a time; fewer need less memory.
         refine: Which linear layers of the blocks are refined: those whose weights training can change (requires_grad;
             where there are none, all), all of them, or adapters (LoRA) alone.
+        stack: The list of blocks to measure by its name in the model, such as encoder.block. Default: the largest, of
+            an encoder-decoder the decoder's.
 
     Raises:
         OptionError: If a value is not allowed.
@@ -48,6 +52,7 @@ class AuditSettings:
         MICRO_BATCH_TOKENS, "Tokens that go through the model at a time; fewer need less memory."
     )
     refine: Refine = option("trainable", REFINE_HELP)
+    stack: str | None = option(None, STACK_HELP, rule=STACK_RULE)
 
     def __post_init__(self) -> None:
         parse_seconds(self.budget)
@@ -63,7 +68,7 @@ class AuditSettings:
 
     def plain(self) -> Plain:
         """Return the settings as plain values under the keys of the record, which files rely on."""
-        return {
+        plain: Plain = {
             "budget_seconds": self.budget_seconds,
             "joint_rounds": self.joint_rounds,
             "alone_rounds": self.solo_rounds,
@@ -72,3 +77,4 @@ class AuditSettings:
             "micro_batch_tokens": self.micro_batch_tokens,
             "refine": self.refine,
         }
+        return plain if self.stack is None else plain | {"stack": self.stack}

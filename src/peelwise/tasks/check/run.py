@@ -69,7 +69,7 @@ def run_check(
         ModelError: If the model holds NaN or Inf, or its loss is not finite.
         ProbeError: If the probe's tokens do not fit the model's vocabulary, or its sequences the context.
     """
-    blocks = _blocks(model, probe)
+    blocks = _blocks(model, probe, settings.stack)
     setup = Setup(model, blocks, name, source, identify(model), settings.plain(), 0 if probe is None else probe.seed)
     all_parts = [parts_of(block) for block in blocks]
     linears = [linear for block in blocks for linear in block.linears]
@@ -128,11 +128,11 @@ def _record(setup: Setup, probe: Probe | None, found: _Found, all_parts: Sequenc
     )
 
 
-def _blocks(model: nn.Module, probe: Probe | None) -> tuple[Block, ...]:
+def _blocks(model: nn.Module, probe: Probe | None, stack: str | None) -> tuple[Block, ...]:
     if probe is not None:
-        return checked_blocks(model, probe, batches=True)
+        return checked_blocks(model, probe, batches=True, stack=stack)
     refuse_text(model)
-    blocks = find_blocks(model)
+    blocks = find_blocks(model, stack)
     check_shared(blocks)
     check_finite(model)
     return blocks

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peelwise.records.options import MICRO_BATCH_TOKENS, Plain, check_least, option
+from peelwise.records.options import MICRO_BATCH_TOKENS, STACK_HELP, STACK_RULE, Plain, check_least, option
 from peelwise.records.signals import over_depth
 
 # Tokens that a check draws unless told otherwise: few numbers are fitted, so few decide.
@@ -21,6 +21,8 @@ class CheckSettings:
         signals: Signals to compute, by name. Default: all of them.
         most_witnesses: Blocks at most for which ablation and gain witnesses are measured.
         micro_batch_tokens: Tokens that go through the model at a time; fewer need less memory.
+        stack: The list of blocks to measure by its name in the model, such as encoder.block. Default: the largest, of
+            an encoder-decoder the decoder's.
 
     Raises:
         OptionError: If a value is not allowed.
@@ -31,6 +33,7 @@ class CheckSettings:
     micro_batch_tokens: int = option(
         MICRO_BATCH_TOKENS, "Tokens that go through the model at a time; fewer need less memory."
     )
+    stack: str | None = option(None, STACK_HELP, rule=STACK_RULE)
 
     def __post_init__(self) -> None:
         check_least(self, 0, "most_witnesses")
@@ -44,8 +47,9 @@ class CheckSettings:
 
     def plain(self) -> Plain:
         """Return the settings as plain values under the keys of the record."""
-        return {
+        plain: Plain = {
             "signals": ",".join(self.signals) or None,
             "most_witnesses": self.most_witnesses,
             "micro_batch_tokens": self.micro_batch_tokens,
         }
+        return plain if self.stack is None else plain | {"stack": self.stack}

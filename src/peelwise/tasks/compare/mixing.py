@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peelwise.errors import UnsupportedModelError
 from peelwise.model.layers import Block
 from peelwise.model.replaced import forward_replaced
-from peelwise.model.runner import Batch, Runner, Trace
+from peelwise.model.runner import Runner
+from peelwise.model.trace import Batch, Trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +73,26 @@ def _end(norm: Side, head: Side, place: int, hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def end_logits(norm: Side, head: Side, place: int, hidden: Tensor) -> Tensor:
-    """Return the logits ``[b, t, vocabulary]`` that norm and head, each of one model, make of a last station."""
+    """Return the logits ``[b, t, vocabulary]`` that norm and head, each of one model, make of a last station.
+
+    Of examples the tensor ``[b, ..]`` that the model returns, or the first of several.
+    """
     with _head_of(norm, head):
         batch = norm.trace.batches[place]
-        logits: Tensor = norm.runner.logits(batch, like(hidden, batch))
-        return logits
+        return first_tensor(norm.runner.logits(batch, like(hidden, batch)))
+
+
+def first_tensor(out: Any) -> Tensor:
+    """Return what a model returned if it is a tensor; else its ``logits``, or the first tensor ``[b, ..]`` in it.
+
+    Raises:
+        UnsupportedModelError: If there is none.
+    """
+    out = getattr(out, "logits", out)
+    for each in out.values() if isinstance(out, Mapping) else out if isinstance(out, (tuple, list)) else (out,):
+        if isinstance(each, Tensor) and each.is_floating_point() and each.dim() > 0:
+            return each
+    raise UnsupportedModelError(f"The model returns {type(out).__name__} without a tensor in it to compare.")
 
 
 @contextmanager

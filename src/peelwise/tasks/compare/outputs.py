@@ -113,8 +113,10 @@ def _relative(old: Side, new: Side, unit: Unit, norm: Side | None = None) -> flo
             theirs = end_logits(norm, head, place, hidden).float()
             ours = end_logits(new, new, place, hidden).float()
             new.runner.work.add(new.runner.head_share, float(batch.weights.sum()), 2)
-        distance += _square(theirs - ours, batch.attended)
-        own += _square(theirs, batch.attended)
+        # What a model makes of an example need not have a row for every position.
+        real = batch.attended if theirs.shape[:2] == batch.attended.shape and theirs.dim() > 2 else batch.weights[:, 0]
+        distance += _square(theirs - ours, real)
+        own += _square(theirs, real)
     return (distance / own) ** 0.5 if own else 0.0
 
 
@@ -125,5 +127,5 @@ def _limit(old: Side, new: Side) -> float:
 
 
 def _square(rows: Tensor, real: Tensor) -> float:
-    """Return the sum of squares ``[b, t, d]`` over real positions."""
+    """Return the sum of squares ``[b, t, d]`` over real positions ``[b, t]``, or ``[b, ..]`` over real rows ``[b]``."""
     return float(rows[real].double().square().sum())

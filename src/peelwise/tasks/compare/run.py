@@ -23,11 +23,13 @@ from peelwise.engine.session import LOSSES
 from peelwise.errors import ModelError, UnsupportedModelError
 from peelwise.evidence.compare import conclusion
 from peelwise.evidence.verdict import default_margin
+from peelwise.model.architectures import is_encoder_decoder
 from peelwise.model.fingerprint import identify
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, device_of, vocabulary_size
 from peelwise.model.runner import Runner, check_replay
-from peelwise.model.selfcheck import check_causal
+from peelwise.model.selfcheck import check_causal, check_own_loss
+from peelwise.probe.examples import Examples
 from peelwise.probe.probe import Probe
 from peelwise.probe.rows import Split
 from peelwise.records.base import Interval, Note, note
@@ -82,20 +84,25 @@ def run_compare(
     Args:
         old: what NEW was made from.
         new: the model in question.
-        probe: the text; everything shown is measured on report, and nothing is fitted.
+        probe: the text or batches; everything shown is measured on report, and nothing is fitted.
         settings: budget, margin and how much of it.
         watcher: told about progress.
 
     Raises:
         ModelError: If they are the same module, or differ in blocks, layers, shapes or vocabulary.
-        UnsupportedModelError: If the architecture cannot be measured.
+        UnsupportedModelError: If the architecture cannot be measured, or is an encoder-decoder.
         ProbeError: If the probe does not fit.
     """
     check_two(old, new)
+    if probe.examples is not None and is_encoder_decoder(new.model):
+        raise UnsupportedModelError(
+            f"Not yet: {type(new.model).__name__} is an encoder-decoder. What its encoder makes is given to every "
+            "block of its decoder, so exchanging one block would exchange the encoder for it too."
+        )
     with _said_of("OLD"):
-        before = checked_blocks(old.model, probe)
+        before = checked_blocks(old.model, probe, batches=True)
     with _said_of("NEW"):
-        after = checked_blocks(new.model, probe)
+        after = checked_blocks(new.model, probe, batches=True)
     with untouched(old.model), untouched(new.model):
         runners = [
             Runner(each.model, blocks, micro_batch_tokens=settings.micro_batch_tokens)
@@ -117,7 +124,7 @@ def run_compare(
             found.complete = False
             found.notes.append(note("stopped"))
         loss, blocks, other = _losses(pair, found), _blocks(pair, found), _ends(pair, found)
-        margin = settings.margin if settings.margin is not None else default_margin(min(loss.old, loss.new))
+        margin = settings.margin if settings.margin is not None else default_margin(min(loss.old, loss.new), probe.unit)
         follows = conclusion(loss, blocks, other, margin)
         with clock.stage("mended"):
             mended = measure_mended(pair, parts_to_mend(pair, follows, {b.index: b.same_code for b in blocks}))
@@ -188,7 +195,10 @@ def opened_side(runner: Runner, report: Split, fit: Split) -> Side:
     """
     few = runner.trace(fit.at(slice(1)))
     check_replay(runner, few)
-    check_causal(runner, few.batches[0])
+    if isinstance(report, Examples):
+        check_own_loss(runner, few)
+    else:
+        check_causal(runner, few.batches[0])
     trace = runner.trace(report)
     if not math.isfinite(trace.mean):
         name = type(runner.model).__name__

@@ -189,14 +189,46 @@ def _decoded(tensor: Tensor) -> Tensor:
 
 
 def end_tensors(runner: Runner) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors outside of the blocks; a tied head counts as embedding and as head."""
+    """Return the tensors outside of the blocks; a tied head counts as embedding and as head.
+
+    What is beside the blocks and holds a matrix belongs to the embedding if it was put into the model before them, else
+    to what comes behind them; norms by themselves do anyhow. Where the head cannot be told apart, all of that is head.
+    """
     found: dict[str, dict[str, Tensor]] = {"embedding": {}, "norm": {}, "head": {}}
-    inside = {id(m) for block in runner.blocks for m in block.module.modules()}
-    for path, module in runner.model.named_modules(remove_duplicate=False):
-        if id(module) in inside:
-            continue
-        for name, parameter in module.named_parameters(recurse=False):
-            matrix = isinstance(module, nn.Embedding) or parameter.dim() > 1
-            unit = "head" if module is runner.head else "embedding" if matrix else "norm"
-            found[unit][plain_name(f"{path}.{name}".lstrip("."))] = parameter.detach()
+    behind = "norm" if runner.head is not None else "head"
+    for path, module, before in _beside_the_blocks(runner):
+        own = list(module.named_modules(prefix=path, remove_duplicate=False))
+        matrices = any(p.dim() > 1 for _, m in own if m is not runner.head for p in m.parameters(recurse=False))
+        for place, part in own:
+            unit = "head" if part is runner.head else "embedding" if matrices and before else behind
+            for name, parameter in part.named_parameters(recurse=False):
+                found[unit][plain_name(f"{place}.{name}".lstrip("."))] = parameter.detach()
     return found
+
+
+def _beside_the_blocks(runner: Runner) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Yield path and module of all that holds no block, and whether it was put into the model before the blocks."""
+    blocks = {id(block.module) for block in runner.blocks}
+    before = True
+
+    def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
+        nonlocal before
+        if id(module) in blocks:
+            before = False
+        elif not any(id(each) in blocks for each in module.modules()):
+            yield path, module, before
+        else:
+            yield path, _Own(module), True
+            for name, child in module.named_children():
+                yield from walk(f"{path}.{name}".lstrip("."), child)
+
+    yield from walk("", runner.model)
+
+
+class _Own(nn.Module):
+    """The parameters that a module holds itself, as one without children."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        for name, parameter in module.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)

@@ -30,13 +30,14 @@ class BatchWatch:
 
     Args:
         model: that training calls.
+        reads: whether it predicts next tokens, so that its passes can be read; else nothing is looked at.
 
     Attributes:
         seconds: taken inside of the passes so far.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, *, reads: bool = True) -> None:
+        self._model, self._reads = model, reads
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._sums: list[Tensor] = []
         self._edges: list[Tensor] = []
@@ -51,7 +52,7 @@ class BatchWatch:
     def before(self) -> None:
         """Look at the forward passes from now on; not where a hook would make the model compile again."""
         self.drop()
-        if getattr(self._model, "_compiled_call_impl", None) is not None:
+        if not self._reads or getattr(self._model, "_compiled_call_impl", None) is not None:
             return
         self._handles.append(self._model.register_forward_hook(_Look(self), with_kwargs=True))
 

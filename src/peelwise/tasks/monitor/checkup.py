@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from peelwise.distributed.processes import ONE_PROCESS, Processes
-from peelwise.engine.baselines import probe_unigram
+from peelwise.engine.baselines import probe_labels, probe_unigram
 from peelwise.evidence import events as alerts
 from peelwise.evidence.events import Complaint, Finding, Seen
 from peelwise.evidence.facts import PulseFacts, StepFacts, UpdateFacts
@@ -81,12 +81,14 @@ class Checkup:
         self._processes = processes
         self._vitals = Vitals(model, blocks, optimizer, processes)
         self._updates = UpdateWatch(model, blocks, optimizer, alone=processes.count == 1)
-        self._batches = BatchWatch(model)
+        self._of_tokens = probe.examples is None
+        self._batches = BatchWatch(model, reads=self._of_tokens)
         self._schedules = log_spaced(_PER_DECADE), every(_EVERY)
         self._diagnosis = Diagnosis()
         self._few = few_of(probe)
         self._pulse_cost, self._pulse_seconds = 0.0, 0.0
         self._counting: float | None = None
+        self._counted = False
         self._latest: UpdateFacts | None = None
         self._checks = 0
         self._told: set[tuple[Complaint, tuple[str, ...]]] = set()
@@ -105,11 +107,11 @@ class Checkup:
         self._vitals.blocks = self._updates.blocks = self._known
 
     @property
-    def counting(self) -> float:
-        """What one who only counts tokens has on the probe, nats per token."""
-        if self._counting is None:
-            self._counting = probe_unigram(self._probe, self._model)
-        assert self._counting is not None  # a monitor's probe is of tokens
+    def counting(self) -> float | None:
+        """What one who only counts tokens has on the probe, nats per token; of batches one who counts their labels."""
+        if not self._counted:
+            probe, self._counted = self._probe, True
+            self._counting = probe_unigram(probe, self._model) if self._of_tokens else probe_labels(probe)
         return self._counting
 
     @property
@@ -160,8 +162,9 @@ class Checkup:
         updates, batch = self._updates.after(step), self._batches.after()
         self._latest = updates or self._latest
         facts = StepFacts(
-            step, losses.recent(), loss, losses.slope(), losses.count, self.counting, margin, updates, batch
-        )
+            step, losses.recent(), loss, losses.slope(), losses.count, self.counting, margin, updates, batch,
+            of_tokens=self._of_tokens,
+        )  # fmt: skip
         often = facts.suspicious or self.at_fault
         facts = replace(facts, pulse=self._pulse(elapsed, _PULSES_SHARE if often else _PULSES_SHARE_ELSE))
         return [*events, *self._diagnosis.add(facts)]

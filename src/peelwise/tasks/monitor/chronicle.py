@@ -25,6 +25,7 @@ from peelwise.evidence.trends import (
 )
 from peelwise.evidence.verdict import Verdict, default_margin, judge
 from peelwise.probe.rolling import Part
+from peelwise.records.base import NATS
 from peelwise.records.run import LETTERS, WHOLE_MODEL, Event, Measurement, Statistic, VerdictRow
 from peelwise.records.signals import RANKED_BY, SIGNALS
 from peelwise.tasks.monitor.measure import Measured, finite
@@ -64,12 +65,22 @@ class Chronicle:
         margin: nats per token that matter, or ``None`` for the default.
         in_distribution: whether the probe is training text.
         frozen: blocks that are not asked about; others later, where training changes them.
+        unit: what losses are in.
+        comparable: whether training's losses are of the same kind as the probe's, so that they can be told apart.
     """
 
     def __init__(
-        self, blocks: int, *, margin: float | None, in_distribution: bool, frozen: frozenset[int] = frozenset()
+        self,
+        blocks: int,
+        *,
+        margin: float | None,
+        in_distribution: bool,
+        frozen: frozenset[int] = frozenset(),
+        unit: str = NATS,
+        comparable: bool = True,
     ) -> None:
         self.frozen = frozen
+        self._unit, self._comparable = unit, comparable
         self._count, self._margin, self._in_distribution = blocks, margin, in_distribution
         self._losses = _Series()
         self._probe_losses = _Series()
@@ -216,6 +227,7 @@ class Chronicle:
             matrices=measured.matrices,
             verdicts=tuple(news),
             events=tuple(events),
+            unit=self._unit,
         )
 
     def _rebase(self, loss: float) -> None:
@@ -228,6 +240,8 @@ class Chronicle:
 
     def _losses_apart(self, step: int) -> Event | None:
         """Return an event where training's loss is far from the probe's, at the second measurement in a row."""
+        if not self._comparable:
+            return None
         before = self._probe_losses.steps[-2] if len(self._probe_losses.steps) > 1 else None
         recent = [v for s, v in zip(self._losses.steps[-_COMPARED:], self._losses.values[-_COMPARED:], strict=True)
                   if before is not None and s > before]  # fmt: skip
@@ -314,7 +328,7 @@ class Chronicle:
         slope = self.slope()
         if slope is not None:
             judged = [self._unless_soon(block, verdict, slope) for block, verdict in enumerate(judged)]
-        lasting = list(self._memory.lasting(step, judged, loss, margin, falling=falling))
+        lasting = list(self._memory.lasting(step, judged, loss, margin, slope=slope, falling=falling))
         progress = progress_slope(self._losses.steps, self._losses.values) if self._losses.steps else slope
         return [self._or_settled(block, verdict, progress, loss) for block, verdict in enumerate(lasting)]
 
@@ -342,7 +356,7 @@ class Chronicle:
         return slope is None or slope.falling or (own is not None and own.gains(self._margin_at(loss)))
 
     def _margin_at(self, loss: float) -> float:
-        return default_margin(loss) if self._margin is None else self._margin
+        return default_margin(loss, self._unit) if self._margin is None else self._margin
 
     def _news(self, verdicts: list[Verdict]) -> list[VerdictRow]:
         """Return the rows of blocks whose verdict changed, and remember all."""
@@ -407,7 +421,9 @@ class Chronicle:
             assert measured is not None
             gain = measured.value.interval()
             worth = equivalent_steps(gain, slope) if slope else None
-            rows.append(RedBlock(gain, worth, measured.step, self._with_change(block, seen.get(block, Seen()))))
+            rows.append(
+                RedBlock(gain, worth, measured.step, self._with_change(block, seen.get(block, Seen())), self._unit)
+            )
         return rows
 
     def _with_change(self, block: int, seen: Seen) -> Seen:

@@ -77,6 +77,7 @@ class MonitorSettings:
         plan: kinds of measurements, in turn.
         refine: which linear layers are asked about; see `peelwise.model.refined.chosen`.
         signals: names of signals of a check to record too, as often as the budget pays for them; ``("all",)`` for all.
+        stack: the name of the list of blocks to follow; ``None`` for the one that the architecture says.
     """
 
     budget: float | None = 0.03
@@ -86,6 +87,7 @@ class MonitorSettings:
     plan: Sequence[MeasurementKind] = PLAN
     refine: Refine = "trainable"
     signals: Sequence[str] = ()
+    stack: str | None = None
 
 
 class Follower:
@@ -93,7 +95,7 @@ class Follower:
 
     Args:
         model: the module in training, compiled or not.
-        probe: text to measure on.
+        probe: text or batches to measure on.
         settings: budget and schedule.
         recorder: takes every row.
         optimizer: what steps the model, for the checks that need no probe.
@@ -127,7 +129,9 @@ class Follower:
         self._fixed = probe.fixed if isinstance(probe, RollingProbe) else None
         self._processes = processes
         with processes.agreeing():
-            self.blocks: tuple[Block, ...] = checked_blocks(model, probe, settings.refine, stepped_by(optimizer))
+            self.blocks: tuple[Block, ...] = checked_blocks(
+                model, probe, settings.refine, stepped_by(optimizer), batches=True, stack=settings.stack
+            )
             check_blocks({block.name: unwrapped(block.module) for block in self.blocks})
             check_same(processes, ([(name, tuple(p.shape)) for name, p in model.named_parameters()], probe.fingerprint))
             per_token, notes, self._leak = self._first_look()
@@ -139,6 +143,9 @@ class Follower:
             margin=settings.margin_nats,
             in_distribution=probe.in_distribution,
             frozen=_frozen(self.blocks),
+            unit=probe.unit,
+            # A loss that was given may be of anything; what training minimises need not be the same.
+            comparable=probe.examples is None or probe.examples.loss is None,
         )
         self._codes = CodeSignals(model, self.blocks)
         self._drift = Drift(self.blocks)
@@ -390,7 +397,7 @@ class Follower:
         tokens = self._settings.micro_batch_tokens
         runner = Runner(self._model, self.blocks, micro_batch_tokens=tokens, processes=self._processes)
         fit = self._probe.fit
-        rows = max(1, tokens // fit.inputs.shape[1])
+        rows = max(1, tokens // fit.width)
         with untouched(self._model):
             leaks = None
             try:

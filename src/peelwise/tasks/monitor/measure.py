@@ -41,7 +41,7 @@ class Measured:
 
     Attributes:
         kind: what was done.
-        loss: nats per token on the probe's report part, or on what is kept for it.
+        loss: in the probe's unit on its report part, or on what is kept for it.
         free: signal of the sweep -> one value per block, ``None`` where a block has none.
         alone, unique: per block what was measured, paired by report sequence.
         composed: what one joint round gains.
@@ -100,7 +100,7 @@ def measure(
     Args:
         model: in training.
         blocks: its blocks.
-        probe: the text.
+        probe: the text or batches.
         kind: ``ranking``: one sweep, free statistics only, and bounds where ``steps`` are known. ``alone``: the sweep,
             for about as long again one round for blocks by themselves, and bounds for the others. ``joint``: the sweep,
             one round of all together, each left out once, and for no longer than all of that the reference without
@@ -144,7 +144,8 @@ def measure(
         elif kind == "joint":
             stages.joint_rounds(session, found, rounds=1, share=1.0)
             stages.leave_one_out(session, found, share=1.0)
-            upper = without_blocks(session, seconds=session.clock.elapsed)
+            if probe.examples is None:  # a new head is one of next tokens
+                upper = without_blocks(session, seconds=session.clock.elapsed)
         if kind != "joint" and steps:
             screen(session, found, steps)
     _warn_again(caught)

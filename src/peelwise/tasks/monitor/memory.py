@@ -8,6 +8,7 @@ from typing import Literal
 
 from peelwise.evidence.intervals import Paired
 from peelwise.evidence.levels import Levels
+from peelwise.evidence.trends import Slope
 from peelwise.evidence.verdict import Evidence, Verdict
 from peelwise.probe.rolling import Part
 
@@ -160,15 +161,15 @@ class Memory:
         return self._decided[block].step if block in self._decided else None
 
     def lasting(
-        self, step: int, verdicts: list[Verdict], loss: float, margin: float, *, falling: bool
+        self, step: int, verdicts: list[Verdict], loss: float, margin: float, *, slope: Slope | None, falling: bool
     ) -> Iterator[Verdict]:
         """Yield the verdicts, where an undecided block keeps what was decided before and nothing has contradicted.
 
         A measurement of few tokens that decides nothing is no news, and neither is it that training has moved on. A
         verdict is kept until the run is twice as long as when it was measured and more than two measurements have not
-        renewed it; green only while the loss has not risen by the margin and what is measured stays below it, others
-        only while the measurement counts and is above it, or, where they were about the progress of training, while
-        that goes on.
+        renewed it; green only while the loss has not risen by the margin and what is measured stays below it, red only
+        while the measurement counts and is above it, and yellow that is about the progress of training until the slope
+        of the loss leaves no room for that. That a loss is not shown to fall does not say that it stands still.
         """
         for block, verdict in enumerate(verdicts):
             found = self.of(block, verdict)
@@ -179,20 +180,24 @@ class Memory:
                 yield verdict
                 continue
             self._decided[block] = old = replace(old, unanswered=old.unanswered + 1)
-            if verdict.interaction or old.is_old(step) or self._contradicted(block, old, loss, margin, falling=falling):
+            progress = None if falling else slope
+            if verdict.interaction or old.is_old(step) or self._contradicted(block, old, loss, margin, progress):
                 del self._decided[block]
                 yield verdict
             else:
                 red_yet_falling = old.verdict.colour == "red" and falling
                 yield Verdict("yellow", "still-falling") if red_yet_falling else old.verdict
 
-    def _contradicted(self, block: int, old: _Decided, loss: float, margin: float, *, falling: bool) -> bool:
-        if old.verdict.reason == "within-progress":  # it was about the progress, and not about a gain above the margin
-            return not falling
+    def _contradicted(self, block: int, old: _Decided, loss: float, margin: float, slope: Slope | None) -> bool:
+        """Whether what was measured since says otherwise; ``slope`` is that of a loss that is not shown to fall."""
         found = self.of(block, old.verdict)
         if old.verdict.colour == "green":
             return loss - old.loss > margin or (found is not None and found.value.mean > margin)
-        return found is None or found.value.mean <= margin
+        if old.verdict.reason not in ("still-falling", "within-progress"):
+            return found is None or found.value.mean <= margin
+        if old.verdict.reason == "still-falling" and found is not None and found.value.mean <= margin:
+            return True
+        return slope is not None and -slope.low * slope.steps < (margin if found is None else found.value.mean)
 
     def _named(self, name: Name) -> dict[int, Found]:
         return {"recoverable": self.alone, "unique": self.unique, "first_order": self.bounds}[name]

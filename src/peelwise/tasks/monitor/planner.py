@@ -10,7 +10,7 @@ from peelwise.probe.probe import Probe
 from peelwise.probe.rolling import Part, Roll, RollingProbe
 from peelwise.records.run import Event, MeasurementKind
 from peelwise.tasks.monitor.schedules import affordable
-from peelwise.tasks.monitor.sizes import PASSES, affordable_tokens, part_of, tokens_of
+from peelwise.tasks.monitor.sizes import PASSES, affordable_tokens, fewest_of, part_of, tokens_of
 
 # Rankings date what changes, refining tells how much there is to gain, a joint round what only one block can give.
 PLAN: tuple[MeasurementKind, ...] = ("ranking", "alone", "ranking", "joint", "ranking", "alone")
@@ -18,6 +18,7 @@ _KINDS: tuple[MeasurementKind, ...] = ("ranking", "alone", "joint")
 # What a kind costs in forward passes over the probe, as long as it was never measured.
 _FIRST_GUESS: dict[MeasurementKind, float] = {"ranking": 5.0, "alone": PASSES, "joint": 12.0}
 _FEW_UNDECIDED = 0.2  # of the blocks that are asked about
+_NO_RANKING_AMONG = 8  # first measurements: fewer date no change, and a ranking takes two thirds of a refinement
 
 
 class Planner:
@@ -63,7 +64,8 @@ class Planner:
         """Return the event of what measurements are expected to cost, and what fits the budget."""
         if self._budget is None:
             return None
-        return cost(step, self._full, tokens_of(self.probe), PASSES * self._per_token, self._budget)
+        of = "probe tokens" if self.probe.examples is None else "examples of the probe"
+        return cost(step, self._full, tokens_of(self.probe), PASSES * self._per_token, self._budget, of=of)
 
     def due(self, spent: float, elapsed: float, undecided: float) -> MeasurementKind | None:
         """Return the kind to measure now, if the budget allows it.
@@ -72,15 +74,14 @@ class Planner:
             spent: seconds taken so far.
             elapsed: seconds since the start.
             undecided: share of blocks without a colour. While there are many, what may decide them comes first at every
-                other measurement; where measurements are put together at every one, and never a mere ranking.
+                other measurement; where measurements are put together at every one. A mere ranking comes only where
+                there are many measurements already.
         """
         kind = self._next
         if self._budget is None:
             return kind
         often = self._roll is not None or self._begun % 2 == 0
-        if (self._plan is PLAN and often and undecided > _FEW_UNDECIDED) or (
-            self._always_refines and kind == "ranking"
-        ):
+        if (self._plan is PLAN and often and undecided > _FEW_UNDECIDED) or (self._refines and kind == "ranking"):
             kind = "alone"
         now = affordable(spent, self._costs[kind], elapsed, self._budget)
         code = self._processes.broadcast_number(1 + _KINDS.index(kind) if now else 0)
@@ -91,14 +92,18 @@ class Planner:
         return self._plan[self._planned % len(self._plan)]
 
     @property
-    def _always_refines(self) -> bool:
-        """Whether every measurement refines blocks: a ranking takes nearly as long, and adds nothing to a level."""
-        return self._roll is not None and self._plan is PLAN and self._budget is not None
+    def _refines(self) -> bool:
+        """Whether the next measurement refines blocks where the plan has a ranking, which decides less.
+
+        Changes are dated among many measurements only, and to a level of a rolling probe a ranking adds nothing.
+        """
+        few = self._roll is not None or self._begun < _NO_RANKING_AMONG
+        return few and self._plan is PLAN and self._budget is not None
 
     def begin(self, kind: MeasurementKind) -> None:
         """Note that a measurement begins."""
+        self._planned += kind == self._next or (self._refines and self._next == "ranking")
         self._begun += 1
-        self._planned += kind == self._next or (self._always_refines and self._next == "ranking")
 
     def took(self, kind: MeasurementKind, seconds: float, *, failed: bool = False) -> None:
         """Note what a measurement took."""
@@ -113,7 +118,9 @@ class Planner:
         # By what the first process has measured.
         rolling = self._roll is not None
         size = self._processes.broadcast(
-            affordable_tokens(self._full, self._per_token, self._budget, elapsed, self._size)
+            affordable_tokens(
+                self._full, self._per_token, self._budget, elapsed, self._size, fewest=fewest_of(self._whole)
+            )
         )
         if size == self._size:
             return False

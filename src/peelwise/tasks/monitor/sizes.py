@@ -14,15 +14,28 @@ from peelwise.probe.rows import Split
 
 PASSES = 8.0  # of the whole model forward, that a measurement takes which can decide a block
 _SOONEST, _PER_RUN = 60.0, 20  # seconds between measurements at the beginning; measurements in a run, later
-_FEWEST_TOKENS, _FEWEST_SEQUENCES = 1024, 8
+_FEWEST_TOKENS, _FEWEST_SEQUENCES, _FEWEST_EXAMPLES = 1024, 8, 128
 
 
 def tokens_of(probe: Probe) -> int:
-    """Return the tokens of all parts."""
+    """Return the tokens of all parts, of batches the examples."""
     return probe.fit.tokens + probe.select.tokens + probe.report.tokens
 
 
-def affordable_tokens(full: int, per_token: float, budget: float | None, elapsed: float = 0.0, now: int = 0) -> int:
+def fewest_of(probe: Probe) -> int:
+    """Return the tokens (of batches the examples) that a measurement has at least."""
+    return _FEWEST_TOKENS if probe.examples is None else _FEWEST_EXAMPLES
+
+
+def affordable_tokens(
+    full: int,
+    per_token: float,
+    budget: float | None,
+    elapsed: float = 0.0,
+    now: int = 0,
+    *,
+    fewest: int = _FEWEST_TOKENS,
+) -> int:
     """Return how many tokens of a probe to measure on; in doublings, so that losses stay comparable for long.
 
     Args:
@@ -31,11 +44,12 @@ def affordable_tokens(full: int, per_token: float, budget: float | None, elapsed
         budget: share of wall time, or ``None`` for no limit.
         elapsed: seconds since the run began.
         now: what is measured on at present; never less than that is returned.
+        fewest: to begin with.
     """
     if budget is None or per_token <= 0:
         return full
     paid = budget * max(_SOONEST, elapsed / _PER_RUN) / (PASSES * per_token)
-    size = max(now, min(_FEWEST_TOKENS, full))
+    size = max(now, min(fewest, full))
     while 2 * size <= paid:
         size *= 2
     return full if size > full / 2 else size

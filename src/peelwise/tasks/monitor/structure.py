@@ -6,7 +6,8 @@ from collections.abc import Collection, Sequence
 
 from torch import nn
 
-from peelwise.model.architectures import find_blocks
+from peelwise.errors import UnsupportedModelError
+from peelwise.model.architectures import find_blocks, stack_of
 from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.refined import chosen, in_training, names_of, only
 from peelwise.records.options import Refine
@@ -27,7 +28,7 @@ def looked_at_again(
         refine: which layers are asked about.
         stepped: parameters that the optimiser has (`stepped_by`).
     """
-    found = find_blocks(model)
+    found = find_blocks(model, stack_of(before))
     asked = names_of(before) & names_of(found)
     if refine == "trainable" and any(block.frozen for block in before):
         asked |= in_training(found, stepped)
@@ -37,8 +38,15 @@ def looked_at_again(
 
 def other_blocks(model: nn.Module, before: Sequence[Block]) -> tuple[str, ...]:
     """Return the names of blocks that were added or are gone, in the order of the model; none if all are as before."""
-    names, now = [block.name for block in before], [block.name for block in find_blocks(model)]
+    names, now = [block.name for block in before], [block.name for block in _found(model, before)]
     return (*(name for name in now if name not in names), *(name for name in names if name not in now))
+
+
+def _found(model: nn.Module, before: Sequence[Block]) -> tuple[Block, ...]:
+    try:
+        return find_blocks(model, stack_of(before))
+    except UnsupportedModelError:  # the list is gone: the model was wrapped, or its blocks are called otherwise
+        return find_blocks(model)
 
 
 def changed_layers(before: Sequence[Block], now: Sequence[Block]) -> tuple[int, int, int]:

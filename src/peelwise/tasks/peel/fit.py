@@ -22,7 +22,8 @@ from peelwise.engine.proposals import BlockProposals, proposals_of
 from peelwise.errors import IllConditionedWarning
 from peelwise.model.capture import captured
 from peelwise.model.layers import Block, LinearLayer
-from peelwise.model.runner import Batch, Runner, Trace
+from peelwise.model.runner import Runner
+from peelwise.model.trace import Batch, Trace
 from peelwise.references.station import best_change
 from peelwise.tasks.peel.fit_coded import solve_inside, step_inside
 from peelwise.tasks.peel.reference_block import ReferenceBlock

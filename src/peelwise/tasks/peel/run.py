@@ -14,7 +14,7 @@ from peelwise.errors import UnsupportedModelError
 from peelwise.model.fingerprint import identify
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block
-from peelwise.model.runner import Trace
+from peelwise.model.trace import Trace
 from peelwise.probe.probe import Probe
 from peelwise.records.base import note
 from peelwise.records.peel import PeelRecord

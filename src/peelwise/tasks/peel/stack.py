@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from peelwise.model.runner import Runner, Trace
+from peelwise.model.runner import Runner
+from peelwise.model.trace import Trace
 from peelwise.references.maps import StationMap
 from peelwise.tasks.peel.reference_block import ReferenceBlock
 

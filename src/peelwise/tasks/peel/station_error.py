@@ -11,7 +11,8 @@ from torch import Tensor
 from peelwise.engine.sweep import block_moments, token_rows
 from peelwise.model.capture import captured
 from peelwise.model.layers import Block, LinearLayer
-from peelwise.model.runner import Batch, Runner, Trace
+from peelwise.model.runner import Runner
+from peelwise.model.trace import Batch, Trace
 from peelwise.references.station import StationSums
 from peelwise.references.step_search import search_step
 from peelwise.stats.gram import CrossSum, GramSum, Moments

@@ -10,7 +10,8 @@ from peelwise.engine.in_order import Walk
 from peelwise.engine.session import Changes, change_to
 from peelwise.formats.membership import scaled_part
 from peelwise.model.layers import LinearLayer
-from peelwise.model.runner import Runner, Trace
+from peelwise.model.runner import Runner
+from peelwise.model.trace import Trace
 from peelwise.model.weights.held import Held
 from peelwise.references.asymmetric import coded, targets
 from peelwise.tasks.quantcheck.settings import QuantcheckSettings

@@ -12,7 +12,8 @@ from peelwise.engine.sweep import token_rows
 from peelwise.errors import OptionError
 from peelwise.model.capture import captured
 from peelwise.model.layers import Block, LinearLayer
-from peelwise.model.runner import Runner, Trace
+from peelwise.model.runner import Runner
+from peelwise.model.trace import Trace
 from peelwise.model.weights.activations import InputRounding, rounds_inputs, said_of_folder, with_rounded_inputs
 from peelwise.model.weights.held import Held
 from peelwise.model.weights.reading import reading_of

@@ -16,7 +16,8 @@ from peelwise.formats.recover import recover
 from peelwise.model.capture import captured
 from peelwise.model.checkpoints import gguf_file
 from peelwise.model.layers import Block, LinearLayer, vocabulary_size
-from peelwise.model.runner import Runner, Trace
+from peelwise.model.runner import Runner
+from peelwise.model.trace import Trace
 from peelwise.model.weights.gguf import stored_layers
 from peelwise.model.weights.held import Held
 from peelwise.model.weights.reading import reading_of

@@ -35,8 +35,9 @@ from peelwise.formats.membership import scaled_part
 from peelwise.model.fingerprint import identify
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, LinearLayer, device_of
-from peelwise.model.runner import Runner, Trace
+from peelwise.model.runner import Runner
 from peelwise.model.selfcheck import self_check
+from peelwise.model.trace import Trace
 from peelwise.model.weights.activations import float_inputs, rounded_inputs
 from peelwise.model.weights.held import Held
 from peelwise.model.weights.reading import reading_of

@@ -30,8 +30,9 @@ from peelwise.formats.base import Encoded, Format
 from peelwise.model.fingerprint import identify
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, LinearLayer, device_of
-from peelwise.model.runner import Runner, Trace
+from peelwise.model.runner import Runner
 from peelwise.model.selfcheck import self_check
+from peelwise.model.trace import Trace
 from peelwise.probe.probe import Probe
 from peelwise.records.base import Note, note
 from peelwise.records.quantise import (

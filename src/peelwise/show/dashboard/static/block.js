@@ -78,8 +78,9 @@ export class BlockPanel {
     };
     const [tokens, seconds] = [newest("tokens_to_decide"), newest("seconds_to_decide")];
     if (tokens === null) return "";
+    const of = this.data.facts.unit === "nats per token" ? "tokens" : "examples";
     const time = seconds ? `, which the budget pays for in about ${duration(seconds)}` : "";
-    return ` About ${compact(tokens)} tokens to report on would decide it${time}, if its gain stays what it is.`;
+    return ` About ${compact(tokens)} ${of} to report on would decide it${time}, if its gain stays what it is.`;
   }
 
   // One chart per statistic, kept as long as the statistic is there.

@@ -48,7 +48,7 @@ export class LossChart {
     this.data = data;
     const [low, high] = y ?? [0, 1];
     const room = (high - low || 0.1) * 0.06;
-    const frame = this.plot.frame({ x, y: [low - room, high + room], unit: "nats per token" });
+    const frame = this.plot.frame({ x, y: [low - room, high + room], unit: data.facts.unit });
     if (!frame) return;
     const { X, Y } = frame;
     const middle = (bin) => X((bin.first + bin.last) / 2);

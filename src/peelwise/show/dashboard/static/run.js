@@ -91,7 +91,7 @@ export class RunView {
     const shown = value === null || value === undefined ? "–" : nats(value);
     if (this.number.dataset.of !== shown) {
       this.number.dataset.of = shown;
-      this.number.replaceChildren(shown, h("small", {}, " nats per token"));
+      this.number.replaceChildren(shown, h("small", {}, ` ${facts.unit}`));
     }
     setText(this.trend, slopeWords(now.look, now.step?.[1] ?? null));
     const at = now.step ? ` Training is at step ${integer(now.step[0])}${now.step[1] === null ? "" : `, loss ${nats(now.step[1])}`}.` : "";

@@ -64,8 +64,8 @@ export function duration(seconds) {
 // A statistic's value as people write it: nats with sign and four decimals, steps whole, others with three digits.
 export function amount(facts, value) {
   if (value === null) return "no finite number";
-  if (facts.unit === "nats per token") return signed(value);
-  if (facts.unit === "steps" || facts.unit === "tokens") return integer(value);
+  if (facts.of_loss) return signed(value);
+  if (facts.unit === "steps" || facts.unit === "tokens" || facts.unit === "examples") return integer(value);
   if (facts.unit === "s") return duration(value);
   return Math.abs(value) >= 10_000 ? short.format(value) : three.format(value);
 }
