@@ -5,7 +5,7 @@
 The small GPT of ``peelwise demo-training``: from step 400 to 680 block 2 gets no gradient and its weights grow; then it
 trains again. From there every arm sees the same batches: it trains on as it is; it begins with the weights that an
 audit of that block finds (`apply_witness_`), with moments as documented or kept; the block is drawn anew; its rate is
-five times the others'. Held-out losses are of text that is not
+five times the others', beside which stands such a rate of all blocks. Held-out losses are of text that is not
 trained on, nothing is chosen on it, and differences are paired by sequence. What the audit costs is counted in steps of
 the same training. Resumable: finished arms are kept in ``out/mended_block``.
 """
@@ -34,7 +34,14 @@ PLAN = Plan()
 MARKS = (0, 10, 20, 40, 80, 160, 320)  # steps after the block trains again
 HELD_OUT, WINDOWS = 0.1, 256
 RATE = 5.0
-ARMS = ("training alone", "witness", "witness, moments kept", "block drawn anew", "rate of the block x 5")
+ARMS = (
+    "training alone",
+    "witness",
+    "witness, moments kept",
+    "block drawn anew",
+    "rate of the block x 5",
+    "rate of all x 5",
+)
 
 
 def texts() -> tuple[Tensor, Tensor]:
@@ -53,13 +60,18 @@ def losses(model: nn.Module, windows: Tensor) -> list[float]:
 
 
 def steps(
-    model: SmallGPT, optimizer: torch.optim.Optimizer, stream: Tensor, seed: int, numbers: range, factor: float = 1.0
+    model: SmallGPT,
+    optimizer: torch.optim.Optimizer,
+    stream: Tensor,
+    seed: int,
+    numbers: range,
+    factor: tuple[float, float] = (1.0, 1.0),
 ) -> float:
-    """Train, with the damage while it lasts; return the processor seconds of a step."""
+    """Train, with the damage while it lasts; factors are those of others and of the block. Return seconds a step."""
     began = time.process_time()
     for step in numbers:
         for group in optimizer.param_groups:
-            group["lr"] = _rate(step, PLAN) * (factor if group["own"] else 1.0)
+            group["lr"] = _rate(step, PLAN) * factor[group["own"]]
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         starts = torch.randint(len(stream) - CONTEXT, (BATCH, 1), generator=generator)
         batch = stream[starts + torch.arange(CONTEXT + 1)]
@@ -131,7 +143,7 @@ def curve_of(arm: str, seed: int, before: dict[str, Any]) -> dict[str, list[floa
     optimizer = optimizer_of(model)
     optimizer.load_state_dict(before["optimizer"])
     act(arm, model, optimizer, before["witness"], seed)
-    factor = RATE if arm.startswith("rate") else 1.0
+    factor = {"rate of the block x 5": (1.0, RATE), "rate of all x 5": (RATE, RATE)}.get(arm, (1.0, 1.0))
     curve, at = {0: losses(model, windows)}, 0
     for mark in MARKS[1:]:
         steps(model, optimizer, stream, seed, range(PLAN.mended_at + at, PLAN.mended_at + mark), factor)
