@@ -224,12 +224,23 @@ def cases() -> str:
         arms = json.loads((RESULTS / each.result).read_text())["arms"]
         if isinstance(arms, dict):
             found = arms[each.arm]["at_equal_cost"]
+            than = f"{each.control}: {arms[each.control]['at_equal_cost']['mean']:+.3f}" if each.control else ""
         else:
-            found = next(arm for arm in arms if arm["arm"] == each.arm)["against_uniform"]
+            found, than = next(arm for arm in arms if arm["arm"] == each.arm)["against_uniform"], ""
         over = f"{found['low']:+.3f} .. {found['high']:+.3f}"
         link = f"[{each.result}](#{each.section})"
-        rows.append([CASES[each.case], each.arm, f"{found['mean']:+.3f}", over, "yes" if each.helps else "no", link])
-    header = ("case", "action", "minus training on as before", "95 % over seeds", "suggested", "measured in")
+        rows.append(
+            [CASES[each.case], each.arm, f"{found['mean']:+.3f}", over, than, "yes" if each.helps else "no", link]
+        )
+    header = (
+        "case",
+        "action",
+        "minus training on as before",
+        "95 % over seeds",
+        "a control",
+        "suggested",
+        "measured in",
+    )
     return _table(header, rows)
 
 

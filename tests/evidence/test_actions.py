@@ -22,7 +22,9 @@ def helped(row):
     arms = json.loads((RESULTS / row.result).read_text())["arms"]
     if row.result == "mended_block.json":
         found = arms[row.arm]["at_equal_cost"]
-        return found["high"] < 0 and found["better_on_seeds"] == len(found["per_seed"]) >= 3
+        control = arms[row.control]["at_equal_cost"]["mean"] if row.control else 0.0
+        everywhere = found["better_on_seeds"] == len(found["per_seed"]) >= 3
+        return found["high"] < 0 and everywhere and found["mean"] < control
     found = next(each for each in arms if each["arm"] == row.arm)["against_uniform"]
     return found["high"] < 0
 

@@ -26,9 +26,10 @@ class Measured:
         case: in which it was tried.
         arm: its name in the result file.
         words: what one does, behind "..., try"; empty where it did not help.
-        helps: whether it was better than training on as before, at equal cost, over all seeds.
+        helps: whether it was better than training on as before, at equal cost, over all seeds, and than its control.
         result: the file under ``benchmarks/results``.
         section: of the page.
+        control: an arm of the same file that does the same without the idea, where there is one.
     """
 
     case: Case
@@ -37,10 +38,11 @@ class Measured:
     helps: bool
     result: str
     section: str
+    control: str | None = None
 
 
-def _damaged(arm: str, words: str, helps: bool) -> Measured:
-    return Measured("damaged-block", arm, words, helps, "mended_block.json", "a-block-that-was-damaged")
+def _damaged(arm: str, words: str, helps: bool, control: str | None = None) -> Measured:
+    return Measured("damaged-block", arm, words, helps, "mended_block.json", "a-block-that-was-damaged", control)
 
 
 def _healthy(arm: str, helps: bool = False) -> Measured:
@@ -49,8 +51,8 @@ def _healthy(arm: str, helps: bool = False) -> Measured:
 
 MEASURED: tuple[Measured, ...] = (
     _damaged("block drawn anew", "drawing the block anew", True),
-    _damaged("rate of the block x 5", "a larger learning rate for the block", True),
-    _damaged("witness", "its replacement weights (peelwise.act.apply_witness_)", True),
+    _damaged("witness", "putting its replacement weights in place (peelwise.act.apply_witness_)", True),
+    _damaged("rate of the block x 5", "", False, control="rate of all x 5"),
     _healthy("map [1, 5] by Hill alpha"),
     _healthy("map [1, 5] by natural-gradient score"),
     _healthy("growth by importance"),
