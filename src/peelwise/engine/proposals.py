@@ -64,13 +64,25 @@ class _Group:
     def cost(self, directions: Sequence[Direction]) -> float:
         """Return about how many operations it takes to solve."""
         first = self.linears[0]
-        d_in = float(self.fits[0][first].S.shape[0])
-        total = 13 * d_in**3  # the decomposition, and S of select in its basis
-        for d_out in (float(self.fits[0][linear].C.shape[0]) for linear in self.linears):
-            total += len(self.fits) * 8 * d_out * d_in**2
-            if "two-sided" in directions:
-                total += len(self.fits) * (d_out**3 / 3 + 6 * d_out**2 * d_in + 4 * d_out * d_in**2)
-        return total
+        outputs = [self.fits[0][linear].C.shape[0] for linear in self.linears]
+        return operations(self.fits[0][first].S.shape[0], outputs, len(self.fits), two_sided="two-sided" in directions)
+
+
+def operations(d_in: int, outputs: Sequence[int], targets: int = 1, *, two_sided: bool = True) -> float:
+    """Return about how many operations it takes to solve for layers that share an input.
+
+    Args:
+        d_in: width of the input.
+        outputs: widths of the outputs of the layers.
+        targets: how many sets of targets there are.
+        two_sided: whether the two-sided direction is made too.
+    """
+    total = 13.0 * d_in**3  # the decomposition, and S of select in its basis
+    for d_out in outputs:
+        total += targets * 8 * d_out * d_in**2
+        if two_sided:
+            total += targets * (d_out**3 / 3 + 6 * d_out**2 * d_in + 4 * d_out * d_in**2)
+    return total
 
 
 @dataclass(frozen=True)

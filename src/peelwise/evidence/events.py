@@ -265,7 +265,7 @@ def not_monitored(step: int, error: Exception) -> Event:
 
 
 def cost(
-    step: int, full: int, taken: int, seconds_per_token: float, budget: float, *, of: str = "probe tokens"
+    step: int, full: int, taken: int, seconds: tuple[float, float], budget: float, *, of: str = "probe tokens"
 ) -> Event:
     """Return the event of what measurements are expected to cost, at the first step.
 
@@ -273,13 +273,13 @@ def cost(
         step: the first one.
         full: tokens of the whole probe.
         taken: of them, what measurements begin with.
-        seconds_per_token: that a measurement takes which can decide a block.
+        seconds: that a measurement takes which can decide a block, on all tokens and on those.
         budget: share of wall time.
         of: what is counted in the place of tokens.
     """
-    text = f"{full:,} {of} at {budget:.1%} mean one measurement in {_time(full * seconds_per_token / budget)}"
+    text = f"{full:,} {of} at {budget:.1%} mean one measurement in {_time(seconds[0] / budget)}"
     if taken < full:
-        text += f"; {taken:,} are measured at first, one in {_time(taken * seconds_per_token / budget)}"
+        text += f"; {taken:,} are measured at first, one in {_time(seconds[1] / budget)}"
     advice = "More are taken as the run gets longer." if taken < full else ""
     return Event(step, "info", "cost", f"{text}.", suggestion=advice)
 
@@ -288,6 +288,23 @@ def _time(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.2g} s"
     return f"{seconds / 60:.2g} min" if seconds < 5400 else f"{seconds / 3600:.2g} h"
+
+
+def unlike_scales(step: int, block: int, deviations: float, slope: float) -> Event:
+    """Return the event of a block whose scales the loss would change far more certainly than the others'.
+
+    Args:
+        step: of the training.
+        block: its index.
+        deviations: by how many standard deviations its evidence is above chance.
+        slope: the largest gain slope of its parts, in absolute value; nats per unit of log scale.
+    """
+    text = (
+        f"block {block} is unlike the others: the loss asks for {'smaller' if slope > 0 else 'larger'} scales in it "
+        f"(gain slope {slope:+.3f} nats per unit of log scale, {deviations:.1f} standard deviations)"
+    )
+    advice = "It is refined first; `peelwise check` on a checkpoint tries factors and says what stands out."
+    return Event(step, "info", "unlike-scales", f"{text}.", block, suggestion=advice)
 
 
 def few_tokens(step: int, note: Note) -> Event:

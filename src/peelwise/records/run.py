@@ -14,7 +14,7 @@ from peelwise.records.signals import SIGNALS
 
 WHOLE_MODEL = -1  # the block of statistics that belong to all blocks together
 
-MeasurementKind = Literal["ranking", "alone", "joint"]
+MeasurementKind = Literal["slopes", "ranking", "alone", "joint"]
 Level = Literal["info", "warning", "alert"]
 
 # One letter per block in depth order, so that a heat map needs one short text per record.
@@ -136,7 +136,8 @@ class Measurement:
 
     Attributes:
         step: the training step it belongs to.
-        kind: ``ranking`` (free statistics), ``alone`` (some blocks refined too), ``joint`` (all refined together too).
+        kind: ``slopes`` (gain slopes alone), ``ranking`` (free statistics), ``alone`` (some blocks refined too),
+            ``joint`` (all refined together too).
         probe_loss: on the probe's report part.
         slope, slope_low, slope_high: change of the training loss per step, with its 95 % interval.
         still_falling: whether the slope is shown to be negative; ``None`` while there are too few losses.

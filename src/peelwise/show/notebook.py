@@ -124,6 +124,7 @@ def measurement_html(measurement: Measurement, blocks: Sequence[str] = ()) -> st
         name = blocks[index] if index < len(blocks) else str(index)
         rows.append([esc(name), _verdict(colour), *map(esc, cells)])
     what = {
+        "slopes": "gain slopes of the blocks",
         "ranking": "ranking of the blocks",
         "alone": "blocks refined one by one",
         "joint": "all blocks refined together",

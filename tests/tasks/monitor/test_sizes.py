@@ -52,7 +52,7 @@ def test_there_is_twice_as_much_to_report_on():
 
 
 def test_what_fits_is_said_with_what_is_done():
-    whole, part = cost(0, 12_000, 12_000, 1e-4, 0.03), cost(0, 12_000, 1024, 6e-3, 0.03)
+    whole, part = cost(0, 12_000, 12_000, (1.2, 1.2), 0.03), cost(0, 12_000, 1024, (72.0, 6.1), 0.03)
     assert whole.text == "12,000 probe tokens at 3.0% mean one measurement in 40 s."
     assert part.text == (
         "12,000 probe tokens at 3.0% mean one measurement in 40 min; 1,024 are measured at first, one in 3.4 min."

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from statistics import median
 
+import numpy as np
+
 from peelwise.evidence import events as alerts
 from peelwise.evidence.events import Change, Seen
 from peelwise.evidence.mixtures import MixtureWatch
@@ -23,6 +25,7 @@ from peelwise.evidence.trends import (
     probe_slope,
     progress_slope,
 )
+from peelwise.evidence.unlike import OWN, named
 from peelwise.evidence.verdict import Verdict, default_margin, judge
 from peelwise.probe.rolling import Part
 from peelwise.records.base import NATS
@@ -39,6 +42,7 @@ _REMEMBERED_LOSSES = 20_000
 _COMPARED = 50  # losses of training, at most, that the probe's is compared with
 _APART_TWICE = 2
 _RECENT = 16  # losses
+_CHANCE = 3.0  # times the evidence of chance; of few blocks that all have none, one stands out easily
 _AT_FAULT = Verdict("grey", "run-at-fault")
 
 
@@ -92,6 +96,8 @@ class Chronicle:
         self._changes: list[tuple[int, Change]] = []
         self._upper: float | None = None
         self._trained: set[int] = set()  # blocks that were seen to train
+        self._scales: dict[int, float] = {}  # evidence that the loss asks for other scales, by the last gain slopes
+        self._unlike: set[int] = set()  # blocks of which that was told
         self._apart = 0  # measurements in a row at which training's loss was far from the probe's
 
     def loss(self, step: int, value: float) -> None:
@@ -117,18 +123,19 @@ class Chronicle:
     def wanted_first(self) -> list[int]:
         """Return the blocks in the order in which they should be refined alone next.
 
-        Never measured ones come first, those with the highest natural-gradient score before the others; then undecided
+        Never measured ones come first, those with the highest natural-gradient score before the others, or before there
+        was one those whose scales the loss would change most certainly; then undecided
         ones, beginning with that which fewest tokens decide; then those whose level changed since they were measured;
         then the ones measured longest ago. Those that a slope leaves no room for come last.
         """
         changed = {block for block, change in self._changes if change.by_step > self._step_of(block)}
 
         def rank(block: int) -> tuple[bool, bool, float, bool, float, float]:
-            score = self._series[RANKED_BY, block].values[-1:]
+            score = self._series[RANKED_BY, block].values[-1:] or [self._scales.get(block, 0.0)]
             measured, verdict = block in self._memory.alone, self._verdicts.get(block)
             screened = verdict is not None and verdict[0].reason == "screened"
             wait = math.inf if verdict is None or verdict[0].colour != "grey" else self._times_more(block, verdict[0])
-            return screened, measured, wait, block not in changed, self._step_of(block), -score[0] if score else 0.0
+            return screened, measured, wait, block not in changed, self._step_of(block), -score[0]
 
         return sorted((block for block in range(self._count) if block not in self.frozen), key=rank)
 
@@ -210,6 +217,7 @@ class Chronicle:
                 for block, change in self._worth_a_word(changes, seen or {}, at_fault)
             ],
             *self._mixtures.add(step, measured.free),
+            *self._unlike_scales(step, measured),
             *self._reds.events(step, self._red_blocks(step, verdicts, slope, seen or {}), shared, quiet=at_fault),
         ]
         return Measurement(
@@ -403,6 +411,19 @@ class Chronicle:
         self._trained |= {*seen} - stopped
         broken = stopped & self._trained
         return [] if at_fault else [(b, change) for b, change in changes if not broken or b in broken]
+
+    def _unlike_scales(self, step: int, measured: Measured) -> Iterator[Event]:
+        """Yield an event for each block whose scales the loss would change far more certainly than the others'."""
+        if not measured.scales:
+            return
+        self._scales = dict(measured.scales)
+        asked = sorted(block for block in self._scales if block not in self.frozen)
+        scores = np.array([self._scales[block] for block in asked])
+        for block in (asked[place] for place in (named(scores) if len(scores) else [])):
+            slope, evidence = (measured.free[name][block] for name in ("gain_slope", OWN))
+            if block not in self._unlike and slope is not None and (evidence or 0.0) > _CHANCE:
+                self._unlike.add(block)
+                yield alerts.unlike_scales(step, block, self._scales[block], slope)
 
     def _worse_than_none(self, loss: float, counting: float | None) -> bool:
         """Whether the loss is above what is reached without blocks: then nothing that was not found says anything."""

@@ -24,7 +24,7 @@ from peelwise.errors import NotCausalError, OptionError, OtherProcessError, Peel
 from peelwise.evidence import events as alerts
 from peelwise.evidence.mistakes import leak
 from peelwise.model.guard import untouched
-from peelwise.model.layers import Block, device_of, unwrapped
+from peelwise.model.layers import Block, device_of, parameter_count, unwrapped
 from peelwise.model.refined import stepped_by
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner
 from peelwise.model.selfcheck import check_dtypes, check_shared
@@ -38,8 +38,10 @@ from peelwise.tasks.audit.screening import Steps
 from peelwise.tasks.monitor.checkup import Checkup
 from peelwise.tasks.monitor.chronicle import Chronicle
 from peelwise.tasks.monitor.code_signals import CodeSignals
+from peelwise.tasks.monitor.costs import solve_tokens
 from peelwise.tasks.monitor.depth import DepthSignals
 from peelwise.tasks.monitor.drift import Drift
+from peelwise.tasks.monitor.glance import glance
 from peelwise.tasks.monitor.measure import Measured, measure
 from peelwise.tasks.monitor.pace import Pace
 from peelwise.tasks.monitor.planner import PLAN, Planner
@@ -136,7 +138,9 @@ class Follower:
             check_same(processes, ([(name, tuple(p.shape)) for name, p in model.named_parameters()], probe.fingerprint))
             per_token, notes, self._leak = self._first_look()
         self._kept = FadingSums.affordable(self.blocks) if self._fixed is not None else None
-        self._planner = Planner(probe, settings.plan, settings.budget, per_token, processes)
+        # An example of a batch has any number of positions, so its pass says nothing of solves.
+        solves = solve_tokens(self.blocks, parameter_count(unwrapped(model))) if probe.examples is None else 0.0
+        self._planner = Planner(probe, settings.plan, settings.budget, per_token, processes, solves)
         self._notes = list(notes)
         self._chronicle = Chronicle(
             len(self.blocks),
@@ -269,25 +273,14 @@ class Follower:
             part = self._planner.take()
             if self._kept is not None:
                 self._kept.begin(step)
-            order = self._processes.broadcast(self._chronicle.wanted_first())
-            found = measure(
-                self._model,
-                self.blocks,
-                self._planner.probe,
-                kind,
-                order,
-                micro_batch_tokens=self._tokens,
-                processes=self._processes,
-                checked=self._checked,
-                steps=self._steps,
-                fixed=self._fixed,
-                kept=self._kept,
-            )
+            found = self._found(kind)
         except Exception as error:  # whatever goes wrong here, the training must not end of it
             self._planner.took(kind, time.monotonic() - start, failed=True)
             self._tell_failure(step, error)
             return None
-        self._failures, self._checked, self._steps = 0, True, found.steps
+        self._failures = 0
+        if kind != "slopes":  # which looks at layers as they are
+            self._checked, self._steps = True, found.steps
         now = time.monotonic()
         self._planner.took(kind, now - start)
         share = (self.spent + now - began) / max(self.elapsed, 1e-9)
@@ -302,6 +295,25 @@ class Follower:
             else:
                 self._tell(alerts.noted(step, note), once=f"note {note.code}")
         return row
+
+    def _found(self, kind: MeasurementKind) -> Measured:
+        """Return what a measurement of a kind finds."""
+        probe = self._planner.probe
+        if kind == "slopes":
+            return glance(self._model, self.blocks, probe, micro_batch_tokens=self._tokens)
+        return measure(
+            self._model,
+            self.blocks,
+            probe,
+            kind,
+            self._processes.broadcast(self._chronicle.wanted_first()),
+            micro_batch_tokens=self._tokens,
+            processes=self._processes,
+            checked=self._checked,
+            steps=self._steps,
+            fixed=self._fixed,
+            kept=self._kept,
+        )
 
     def _with_depth(self, row: Measurement, began: float) -> Measurement:
         """Return the row of a measurement with the signals of a check that are asked for and that the budget pays."""

@@ -50,6 +50,7 @@ class Measured:
         notes: which sums are ill-conditioned, and what the self-checks have to say where they were made.
         bounds: of blocks that were not refined, what their directions gain to first order at most.
         steps: that blocks refined by themselves take, or took when they last were.
+        scales: how certain it is that the loss asks for other scales in a block, in standard deviations (`glance`).
     """
 
     kind: MeasurementKind
@@ -63,6 +64,7 @@ class Measured:
     notes: tuple[Note, ...] = ()
     bounds: dict[int, Paired] = field(default_factory=dict)
     steps: Steps = field(default_factory=dict)
+    scales: Mapping[int, float] = field(default_factory=dict)
 
 
 def finite(measured: Measured) -> tuple[Measured, tuple[int, ...]]:

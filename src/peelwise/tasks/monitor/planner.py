@@ -9,16 +9,17 @@ from peelwise.evidence.events import cost
 from peelwise.probe.probe import Probe
 from peelwise.probe.rolling import Part, Roll, RollingProbe
 from peelwise.records.run import Event, MeasurementKind
+from peelwise.tasks.monitor.costs import Costs
 from peelwise.tasks.monitor.schedules import affordable
-from peelwise.tasks.monitor.sizes import PASSES, affordable_tokens, fewest_of, part_of, tokens_of
+from peelwise.tasks.monitor.sizes import affordable_tokens, fewest_of, part_of, tokens_of
 
 # Rankings date what changes, refining tells how much there is to gain, a joint round what only one block can give.
 PLAN: tuple[MeasurementKind, ...] = ("ranking", "alone", "ranking", "joint", "ranking", "alone")
-_KINDS: tuple[MeasurementKind, ...] = ("ranking", "alone", "joint")
-# What a kind costs in forward passes over the probe, as long as it was never measured.
-_FIRST_GUESS: dict[MeasurementKind, float] = {"ranking": 5.0, "alone": PASSES, "joint": 12.0}
+_KINDS: tuple[MeasurementKind, ...] = ("slopes", "ranking", "alone", "joint")
 _FEW_UNDECIDED = 0.2  # of the blocks that are asked about
 _NO_RANKING_AMONG = 8  # first measurements: fewer date no change, and a ranking takes two thirds of a refinement
+# Gain slopes come first where what decides takes so many times as long; of the budget, at most, meanwhile.
+_FAR_DEARER, _SHARE_OF_SLOPES = 10.0, 0.25
 
 
 class Planner:
@@ -30,6 +31,7 @@ class Planner:
         budget: share of wall time, or ``None`` for no limit.
         per_token: seconds of a forward pass, as a first look has shown.
         processes: that train together.
+        solves: what the solves of all layers take, in tokens that go forward (`costs.solve_tokens`).
 
     Attributes:
         probe: what to measure on at present; of a rolling probe, something of that size.
@@ -42,11 +44,13 @@ class Planner:
         budget: float | None,
         per_token: float,
         processes: Processes,
+        solves: float = 0.0,
     ) -> None:
-        self._whole, self._plan, self._budget, self._per_token = probe, plan, budget, per_token
+        self._whole, self._plan, self._budget = probe, plan, budget
+        self._costs = Costs(per_token, solves)
         self._processes = processes
         self._begun = self._planned = self._size = 0
-        self._costs: dict[MeasurementKind, float] = {}
+        self._on_slopes = 0.0  # seconds
         self._roll = Roll(probe) if isinstance(probe, RollingProbe) else None
         self._full = min(probe.each, tokens_of(probe)) if isinstance(probe, RollingProbe) else tokens_of(probe)
         self.probe = probe
@@ -65,7 +69,9 @@ class Planner:
         if self._budget is None:
             return None
         of = "probe tokens" if self.probe.examples is None else "examples of the probe"
-        return cost(step, self._full, tokens_of(self.probe), PASSES * self._per_token, self._budget, of=of)
+        sizes = self._full, tokens_of(self.probe)
+        seconds = [self._costs.expected("alone", tokens) for tokens in sizes]
+        return cost(step, *sizes, (seconds[0], seconds[1]), self._budget, of=of)
 
     def due(self, spent: float, elapsed: float, undecided: float) -> MeasurementKind | None:
         """Return the kind to measure now, if the budget allows it.
@@ -83,9 +89,25 @@ class Planner:
         often = self._roll is not None or self._begun % 2 == 0
         if (self._plan is PLAN and often and undecided > _FEW_UNDECIDED) or (self._refines and kind == "ranking"):
             kind = "alone"
-        now = affordable(spent, self._costs[kind], elapsed, self._budget)
+        now = affordable(spent, self._costs.of(kind, self.probe), elapsed, self._budget)
+        if not now and self._slopes_meanwhile(kind, spent, elapsed, self._budget):
+            kind, now = "slopes", True
         code = self._processes.broadcast_number(1 + _KINDS.index(kind) if now else 0)
         return _KINDS[code - 1] if code else None
+
+    def _slopes_meanwhile(self, kind: MeasurementKind, spent: float, elapsed: float, budget: float) -> bool:
+        """Whether to look at the gain slopes until the budget has paid for a first measurement of a kind.
+
+        They decide no block, but tell the probe's loss, a block whose scales are wrong, and which to refine first.
+        """
+        if self._begun or self._plan is not PLAN or self._roll is not None or self._processes.count > 1:
+            return False
+        cost = self._costs.of("slopes", self.probe)
+        return (
+            _FAR_DEARER * cost < self._costs.of(kind, self.probe)
+            and affordable(spent, cost, elapsed, budget)
+            and affordable(self._on_slopes, cost, elapsed, _SHARE_OF_SLOPES * budget)
+        )
 
     @property
     def _next(self) -> MeasurementKind:
@@ -101,15 +123,16 @@ class Planner:
         return few and self._plan is PLAN and self._budget is not None
 
     def begin(self, kind: MeasurementKind) -> None:
-        """Note that a measurement begins."""
+        """Note that a measurement begins; that of slopes is beside the plan."""
+        if kind == "slopes":
+            return
         self._planned += kind == self._next or (self._refines and self._next == "ranking")
         self._begun += 1
 
     def took(self, kind: MeasurementKind, seconds: float, *, failed: bool = False) -> None:
         """Note what a measurement took."""
-        self._costs[kind] = seconds
-        if kind == "ranking" and not failed:
-            self._per_token = seconds / _FIRST_GUESS[kind] / tokens_of(self.probe)
+        self._costs.took(kind, self.probe, seconds, failed=failed)
+        self._on_slopes += seconds if kind == "slopes" else 0.0
 
     def grow(self, elapsed: float) -> bool:
         """Take more of the probe where the budget pays for it by now; return whether its loss is of other text then."""
@@ -119,15 +142,17 @@ class Planner:
         rolling = self._roll is not None
         size = self._processes.broadcast(
             affordable_tokens(
-                self._full, self._per_token, self._budget, elapsed, self._size, fewest=fewest_of(self._whole)
+                self._full,
+                self._costs.per_token,
+                self._budget,
+                elapsed,
+                self._size,
+                fewest=fewest_of(self._whole),
+                solves=self._costs.solves,
             )
         )
         if size == self._size:
             return False
-        before, first = tokens_of(self.probe), self._size == 0
+        first = self._size == 0
         self._size, self.probe = size, part_of(self._whole, size)
-        times = tokens_of(self.probe) / before
-        for kind, passes in _FIRST_GUESS.items():
-            guess = self._per_token * tokens_of(self.probe) * passes
-            self._costs[kind] = guess if first else self._costs[kind] * times
         return not first and not rolling

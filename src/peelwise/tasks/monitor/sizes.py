@@ -12,7 +12,9 @@ from dataclasses import replace
 from peelwise.probe.probe import Probe
 from peelwise.probe.rows import Split
 
-PASSES = 8.0  # of the whole model forward, that a measurement takes which can decide a block
+# Of the whole model forward, that a measurement takes which can decide a block; it solves for all layers, and then
+# refines blocks for as long as all of that took.
+PASSES, SOLVES = 8.0, 2.0
 _SOONEST, _PER_RUN = 60.0, 20  # seconds between measurements at the beginning; measurements in a run, later
 _FEWEST_TOKENS, _FEWEST_SEQUENCES, _FEWEST_EXAMPLES = 1024, 8, 128
 
@@ -35,6 +37,7 @@ def affordable_tokens(
     now: int = 0,
     *,
     fewest: int = _FEWEST_TOKENS,
+    solves: float = 0.0,
 ) -> int:
     """Return how many tokens of a probe to measure on; in doublings, so that losses stay comparable for long.
 
@@ -45,10 +48,11 @@ def affordable_tokens(
         elapsed: seconds since the run began.
         now: what is measured on at present; never less than that is returned.
         fewest: to begin with.
+        solves: what the solves of all layers take, in tokens that go forward.
     """
     if budget is None or per_token <= 0:
         return full
-    paid = budget * max(_SOONEST, elapsed / _PER_RUN) / (PASSES * per_token)
+    paid = (budget * max(_SOONEST, elapsed / _PER_RUN) / per_token - SOLVES * solves) / PASSES
     size = max(now, min(fewest, full))
     while 2 * size <= paid:
         size *= 2
