@@ -32,12 +32,13 @@ OUT, PAGE = ROOT / "out" / "anatomy", ROOT / "docs" / "anatomy.md"
 SENTENCES = RESULTS / "anatomy_sentences.json"
 SMALL = ROOT / "examples" / "small_gpt" / "checkpoints" / "step-02400"
 SENTENCE = 32
+HEADER = ["claim", "the paper", "here", "control", "does it agree?"]
 CORE, LEFT_OUT = (8, 9, 10, 11), (14, 17)
 
 
 def anatomy_of(name: str, model: str | Path, options: peelwise.ProbeOptions, settings: peelwise.AnatomySettings) -> Any:
     """Return the record of a model's anatomy: what the result file holds, and more where something is missing."""
-    known = AnatomyRecord.model_validate(_recorded(name)) if _recorded(name) else None
+    known = AnatomyRecord.model_validate(recorded(name)) if recorded(name) else None
     if known is not None and _has_all(known, settings.wanted):
         return known
     folder = OUT / name
@@ -55,7 +56,8 @@ def about(known: AnatomyRecord) -> dict[str, Any]:
             "peelwise": known.versions["peelwise"]}  # fmt: skip
 
 
-def _recorded(name: str) -> dict[str, Any]:
+def recorded(name: str) -> dict[str, Any]:
+    """Return what the result file holds of a model, empty if there is none."""
     file = RESULTS / "anatomy_claims.json"
     return json.loads(file.read_text())["records"].get(name, {}) if file.exists() else {}
 
@@ -257,20 +259,32 @@ def main() -> None:
     )
     probe = peelwise.ProbeOptions(tokens=options.tokens, sequence_length=SENTENCE)
     if options.budget == "0":
-        smollm2 = AnatomyRecord.model_validate(_recorded("smollm2"))
+        smollm2 = AnatomyRecord.model_validate(recorded("smollm2"))
     else:
         settings = peelwise.AnatomySettings(options.budget, tuple(options.studies.split(",")))
         smollm2 = anatomy_of("smollm2", "smollm2", probe, settings)
+    PAGE.write_text(filled(PAGE.read_text(), smollm2, small))
+    plain = {name: _plain(record) for name, record in (("smollm2", smollm2), ("small_gpt", small))}
+    rows = [dict(zip(HEADER, row, strict=True)) for row in claims_rows(smollm2, small)]
+    result = environment() | {"claims": rows, "records": plain}
+    (RESULTS / "anatomy_claims.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def claims_rows(smollm2: AnatomyRecord, small: AnatomyRecord) -> list[list[str]]:
+    """Return all rows of the table of claims."""
     rows = claims(smollm2)
     if SENTENCES.exists():
         rows += sentences_rows(json.loads(SENTENCES.read_text()))
-    rows += [
-        scaling_row(r, n) for r, n in ((smollm2, "SmolLM2"), (small, "small GPT")) if any(b.bent for b in r.blocks)
-    ]
-    rows.append(recovery_row(small))
-    header = ["claim", "the paper", "here", "control", "does it agree?"]
+    named = ((smollm2, "SmolLM2"), (small, "small GPT"))
+    rows += [scaling_row(record, name) for record, name in named if any(block.bent for block in record.blocks)]
+    return [*rows, recovery_row(small)]
+
+
+def filled(page: str, smollm2: AnatomyRecord, small: AnatomyRecord) -> str:
+    """Return the page with its tables made anew."""
+    lines = [HEADER, ["---"] * len(HEADER), *claims_rows(smollm2, small)]
     made = {
-        "claims": "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * 5, *rows]),
+        "claims": "\n".join(f"| {' | '.join(line)} |" for line in lines),
         "smollm2": blocks_table(smollm2),
         "weights": weights_table(smollm2),
         "small": blocks_table(small),
@@ -278,16 +292,12 @@ def main() -> None:
     }
     if any(block.bent for block in smollm2.blocks):
         made["smollm2-bends"] = bends_table(smollm2)
-    page = PAGE.read_text()
     for name, text in made.items():
         place = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
         page, count = re.subn(place, lambda m, t=text: f"{m[1]}{t}\n{m[2]}", page, flags=re.DOTALL)
         if count != 1:
             raise SystemExit(f"{PAGE} has {count} places for {name}, expected one.")
-    PAGE.write_text(page)
-    plain = {name: _plain(record) for name, record in (("smollm2", smollm2), ("small_gpt", small))}
-    result = environment() | {"claims": [dict(zip(header, row, strict=True)) for row in rows], "records": plain}
-    (RESULTS / "anatomy_claims.json").write_text(json.dumps(result, indent=1) + "\n")
+    return page
 
 
 def _plain(record: AnatomyRecord) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 
 arXiv:2603.19348 replaces each block's matrices by the mean of its neighbours' and evaluates on ten sentences. Here the
 same is done on sequences of 32 tokens, all of the reference prose and drawn by number; each draw of ten of them is one
-evaluation of the paper's size. Resumable: sequences are measured in pieces of 2,048 tokens, all blocks on each, and the
+evaluation of the paper's size. Resumable: sequences are measured in pieces of 1,024 tokens, all blocks on each, and the
 result file holds the cost of every block on every sequence.
 """
 
@@ -29,7 +29,7 @@ from peelwise.model.splice import frozen
 from peelwise.tasks.anatomy.ablate import averaged
 
 FILE = RESULTS / "anatomy_sentences.json"
-SENTENCE, PIECE, DRAWN, DRAWS = 32, 64, 10, 10_000  # tokens; sequences in a piece; of a draw; how many draws
+SENTENCE, PIECE, DRAWN, DRAWS = 32, 32, 10, 10_000  # tokens; sequences in a piece; of a draw; how many draws
 CORE, LEFT_OUT = (8, 9, 10, 11), (14, 17)
 
 

@@ -5,15 +5,14 @@
 The small GPT of ``peelwise demo-training``: from step 400 to 680 block 2 gets no gradient and its weights grow; then it
 trains again. From there every arm sees the same batches: it trains on as it is; it begins with the weights that an
 audit of that block finds (`apply_witness_`), with moments as documented or kept; the block is drawn anew; its rate is
-five times the others'. Beside them stands the same training without the damage. Held-out losses are of text that is not
+five times the others', beside which stands such a rate of all blocks. Held-out losses are of text that is not
 trained on, nothing is chosen on it, and differences are paired by sequence. What the audit costs is counted in steps of
-the same training. Resumable: a seed that is in the result file is not run again.
+the same training. Resumable: finished arms are kept in ``out/mended_block``.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 import time
@@ -30,12 +29,19 @@ from peelwise.cli.demo_training import BATCH, CONTEXT, Plan, SmallGPT, _rate
 from peelwise.evidence.intervals import Paired, paired
 from peelwise.probe.texts import reference_prose
 
-FILE = RESULTS / "mended_block.json"
+FILE, OUT = RESULTS / "mended_block.json", RESULTS.parents[1] / "out" / "mended_block"
 PLAN = Plan()
-MARKS = (0, 10, 20, 40, 80, 160, 320, 640)  # steps after the block trains again
+MARKS = (0, 10, 20, 40, 80, 160, 320)  # steps after the block trains again
 HELD_OUT, WINDOWS = 0.1, 256
 RATE = 5.0
-ARMS = ("undamaged", "training alone", "witness", "witness, moments kept", "block drawn anew", "rate of the block x 5")
+ARMS = (
+    "training alone",
+    "witness",
+    "witness, moments kept",
+    "block drawn anew",
+    "rate of the block x 5",
+    "rate of all x 5",
+)
 
 
 def texts() -> tuple[Tensor, Tensor]:
@@ -53,18 +59,24 @@ def losses(model: nn.Module, windows: Tensor) -> list[float]:
     return F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none").mean(dim=1).tolist()
 
 
-def steps(model: SmallGPT, optimizer: torch.optim.Optimizer, stream: Tensor, seed: int, numbers: range, damage: bool,
-          factor: float = 1.0) -> float:  # fmt: skip
-    """Train; return the processor seconds of a step."""
+def steps(
+    model: SmallGPT,
+    optimizer: torch.optim.Optimizer,
+    stream: Tensor,
+    seed: int,
+    numbers: range,
+    factor: tuple[float, float] = (1.0, 1.0),
+) -> float:
+    """Train, with the damage while it lasts; factors are those of others and of the block. Return seconds a step."""
     began = time.process_time()
     for step in numbers:
         for group in optimizer.param_groups:
-            group["lr"] = _rate(step, PLAN) * (factor if group["own"] else 1.0)
+            group["lr"] = _rate(step, PLAN) * factor[group["own"]]
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         starts = torch.randint(len(stream) - CONTEXT, (BATCH, 1), generator=generator)
         batch = stream[starts + torch.arange(CONTEXT + 1)]
         F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()).backward()
-        if damage and PLAN.from_step <= step < PLAN.mended_at:
+        if PLAN.from_step <= step < PLAN.mended_at:
             with torch.no_grad():
                 for parameter in model.blocks[PLAN.cut_off].parameters():
                     parameter.grad = None
@@ -104,35 +116,39 @@ def act(arm: str, model: SmallGPT, optimizer: torch.optim.Optimizer, witness: di
             optimizer.state.pop(parameter, None)
 
 
-def run(seed: int) -> dict[str, Any]:
-    """Return the curves of all arms of a seed."""
-    stream, windows = texts()
-    found: dict[str, Any] = {"curves": {}}
-    for damage in (False, True):
+def damaged(seed: int) -> dict[str, Any]:
+    """Return the training of a seed where the block trains again, and what an audit finds; made unless it is there."""
+    file = OUT / f"damaged-{seed}.pt"
+    if not file.exists():
+        stream, _ = texts()
         torch.manual_seed(seed)
         model = SmallGPT()
         optimizer = optimizer_of(model)
-        found["seconds_of_a_step"] = steps(model, optimizer, stream, seed, range(PLAN.mended_at), damage)
-        before = copy.deepcopy((model, optimizer.state_dict()))
-        witness: dict[str, Tensor] = {}
-        if damage:
-            began = time.process_time()
-            witness = witness_of(model, stream)
-            found["seconds_of_the_audit"] = time.process_time() - began
-            found["matrices_changed"] = len(witness)
-        for arm in ARMS[1:] if damage else ARMS[:1]:
-            model = copy.deepcopy(before[0])
-            optimizer = optimizer_of(model)
-            optimizer.load_state_dict(copy.deepcopy(before[1]))
-            act(arm, model, optimizer, witness, seed)
-            factor = RATE if arm.startswith("rate") else 1.0
-            curve, at = {0: losses(model, windows)}, 0
-            for mark in MARKS[1:]:
-                numbers = range(PLAN.mended_at + at, PLAN.mended_at + mark)
-                steps(model, optimizer, stream, seed, numbers, damage=False, factor=factor)
-                curve[mark], at = losses(model, windows), mark
-            found["curves"][arm] = {str(mark): [round(x, 5) for x in each] for mark, each in curve.items()}
-    return found
+        seconds = steps(model, optimizer, stream, seed, range(PLAN.mended_at))
+        began = time.process_time()
+        witness = witness_of(model, stream)
+        found = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "witness": witness,
+                 "seconds_of_a_step": seconds, "seconds_of_the_audit": time.process_time() - began}  # fmt: skip
+        OUT.mkdir(parents=True, exist_ok=True)
+        torch.save(found, file)
+    kept: dict[str, Any] = torch.load(file, weights_only=True)
+    return kept
+
+
+def curve_of(arm: str, seed: int, before: dict[str, Any]) -> dict[str, list[float]]:
+    """Return the held-out losses of an arm, window by window, at every mark."""
+    stream, windows = texts()
+    model = SmallGPT()
+    model.load_state_dict(before["model"])
+    optimizer = optimizer_of(model)
+    optimizer.load_state_dict(before["optimizer"])
+    act(arm, model, optimizer, before["witness"], seed)
+    factor = {"rate of the block x 5": (1.0, RATE), "rate of all x 5": (RATE, RATE)}.get(arm, (1.0, 1.0))
+    curve, at = {0: losses(model, windows)}, 0
+    for mark in MARKS[1:]:
+        steps(model, optimizer, stream, seed, range(PLAN.mended_at + at, PLAN.mended_at + mark), factor)
+        curve[mark], at = losses(model, windows), mark
+    return {str(mark): [round(x, 5) for x in each] for mark, each in curve.items()}
 
 
 def summary(runs: dict[str, Any]) -> dict[str, Any]:
@@ -153,10 +169,31 @@ def summary(runs: dict[str, Any]) -> dict[str, Any]:
                 one = paired(means, [1.0] * len(means))
                 over = Paired(one.mean, one.standard_error, one.sequences).interval()
                 row["minus_training_alone"][mark] = {"mean": over.mean, "low": over.low, "high": over.high}
+        row["at_equal_cost"] = _at_equal_cost(arm, runs)
         row["steps_of_training_alone_to_its_start"] = [
             _reached(own, other) for own, other in zip(curves, alone, strict=True)
         ]
         found[arm] = row
+    return found
+
+
+def _at_equal_cost(arm: str, runs: dict[str, Any]) -> dict[str, Any]:
+    """Return an arm minus training alone where both have cost the same: the audit's steps are taken off a witness's."""
+    audits = [run["seconds_of_the_audit"] / run["seconds_of_a_step"] for run in runs.values()]
+    cost = max(audits) if arm.startswith("witness") else 0.0
+    mark = max(each for each in MARKS if each + cost <= MARKS[-1])
+    each = [
+        paired([a - b for a, b in zip(run["curves"][arm][str(mark)], run["curves"]["training alone"][str(MARKS[-1])],
+                                      strict=True)], [1.0] * WINDOWS).interval()
+        for run in runs.values()
+    ]  # fmt: skip
+    means = [one.mean for one in each]
+    found: dict[str, Any] = {"mark": mark, "of": MARKS[-1], "per_seed": means, "mean": statistics.mean(means),
+                             "better_on_seeds": sum(one.high < 0 for one in each)}  # fmt: skip
+    if len(means) > 1:
+        one = paired(means, [1.0] * len(means))
+        over = Paired(one.mean, one.standard_error, one.sequences).interval()
+        found |= {"low": over.low, "high": over.high}
     return found
 
 
@@ -171,20 +208,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    curves = RESULTS.parents[1] / "out" / "mended_block.json"
-    runs: dict[str, Any] = json.loads(curves.read_text()) if curves.exists() else {}
-    for seed in options.seeds:
-        if str(seed) not in runs:
-            runs[str(seed)] = run(seed)
-            curves.parent.mkdir(parents=True, exist_ok=True)
-            curves.write_text(json.dumps(runs) + "\n")
-        FILE.write_text(
-            json.dumps(environment() | {"seeds": sorted(map(int, runs)), "arms": rounded(summary(runs))}, indent=1)
-            + "\n"
-        )
-        print(
-            seed, {arm: round(statistics.mean(c["320"]), 4) for arm, c in runs[str(seed)]["curves"].items()}, flush=True
-        )
+    file = OUT / "curves.json"
+    runs: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    for seed in map(str, options.seeds):
+        for arm in ARMS:
+            if arm in runs.get(seed, {"curves": {}})["curves"]:
+                continue
+            before = damaged(int(seed))
+            run = runs.setdefault(seed, {key: before[key] for key in ("seconds_of_a_step", "seconds_of_the_audit")})
+            run.setdefault("curves", {})[arm] = curve_of(arm, int(seed), before)
+            file.write_text(json.dumps(runs) + "\n")
+            print(seed, arm, round(statistics.mean(run["curves"][arm][str(MARKS[-1])]), 4), flush=True)
+    whole = {seed: run for seed, run in runs.items() if set(ARMS) <= set(run["curves"])}
+    result = environment() | {"seeds": sorted(map(int, whole)), "arms": rounded(summary(whole))}
+    FILE.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def rounded(value: Any) -> Any:

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from common import RESULTS, environment  # noqa: E402
+from peelwise.evidence.actions import CASES, MEASURED  # noqa: E402
 from peelwise.evidence.intervals import Paired, paired  # noqa: E402
 
 PAGE = ROOT / "docs" / "actions.md"
@@ -180,7 +181,10 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
         ),
         "goal": _goal(result),
         "costs": _table(("what", "full steps"), ([k, f"{v:.2f}"] for k, v in sorted(result["costs"].items()))),
-    }  # fmt: skip
+    } | ({} if result["size"] != "small" else {
+        "cases": cases(),
+        "mended": mended(json.loads((RESULTS / "mended_block.json").read_text())),
+    })  # fmt: skip
 
 
 def _arm_row(each: dict[str, Any], arms: Sequence[dict[str, Any]]) -> list[str]:
@@ -211,6 +215,52 @@ def _reached(shares: Sequence[float | None]) -> str:
     if all(share is None for share in shares):
         return "never"
     return ", ".join("never" if share is None else f"{share:.2f}" for share in shares)
+
+
+def cases() -> str:
+    """Return what was measured to help, case by case: the table that suggestions are made from."""
+    rows = []
+    for each in MEASURED:
+        arms = json.loads((RESULTS / each.result).read_text())["arms"]
+        if isinstance(arms, dict):
+            found = arms[each.arm]["at_equal_cost"]
+            than = f"{each.control}: {arms[each.control]['at_equal_cost']['mean']:+.3f}" if each.control else ""
+        else:
+            found, than = next(arm for arm in arms if arm["arm"] == each.arm)["against_uniform"], ""
+        over = f"{found['low']:+.3f} .. {found['high']:+.3f}"
+        link = f"[{each.result}](#{each.section})"
+        rows.append(
+            [CASES[each.case], each.arm, f"{found['mean']:+.3f}", over, than, "yes" if each.helps else "no", link]
+        )
+    header = (
+        "case",
+        "action",
+        "minus training on as before",
+        "95 % over seeds",
+        "a control",
+        "suggested",
+        "measured in",
+    )
+    return _table(header, rows)
+
+
+def mended(result: dict[str, Any]) -> str:
+    """Return the table of the block that was damaged."""
+    marks = list(result["arms"]["training alone"]["held_out"])
+    header = ("arm", *(f"after {mark} steps" for mark in marks), "minus training alone, at equal cost",
+              "95 % over seeds", "better on seeds")  # fmt: skip
+    rows = []
+    for name, arm in result["arms"].items():
+        if isinstance(arm, dict):
+            equal = arm["at_equal_cost"]
+            difference = (
+                f"{equal['mean']:+.3f} (after {equal['mark']} steps)",
+                f"{equal['low']:+.3f} .. {equal['high']:+.3f}",
+            )
+            said = ("", "", "") if name == "training alone" else (
+                *difference, f"{equal['better_on_seeds']} of {len(equal['per_seed'])}")  # fmt: skip
+            rows.append([name, *(f"{arm['held_out'][mark]:.3f}" for mark in marks), *said])
+    return _table(header, rows)
 
 
 def _goal(result: dict[str, Any]) -> str:
@@ -245,10 +295,11 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def filled(page: str, result: dict[str, Any]) -> str:
-    """Return the page with the tables of a size made anew."""
-    prefix = "" if result["size"] == "small" else f"{result['size']}-"
-    for name, text in tables(result).items():
-        name = f"{prefix}{name}"
+    """Return the page with the tables of a size made anew; of others than the small one, arms and controls."""
+    made = tables(result)
+    if result["size"] != "small":
+        made = {f"{result['size']}-{name}": made[name] for name in ("arms", "controls")}
+    for name, text in made.items():
         place = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
         page, count = re.subn(place, lambda m, t=text: f"{m[1]}{t}\n{m[2]}", page, flags=re.DOTALL)
         if count != 1:

@@ -51,8 +51,10 @@ def test_an_arm_is_judged_against_uniform_and_its_control_by_pairs(render):
     assert not found[own]["rate_at_end_of_grid"]
     assert found[own]["against_uniform"]["mean"] == pytest.approx(-0.3)
     assert found[own]["against_uniform"]["per_seed"][0]["low"] == pytest.approx(-0.797, abs=1e-3)  # t of 2 degrees
-    assert found[own]["control"] == "growth by shuffled importance"
-    assert found[own]["against_control"]["mean"] == pytest.approx(-0.1)
+    against = render.against_controls(list(found.values()))
+    assert [(each["arm"], each["control"]) for each in against] == [(own, "growth by shuffled importance")]
+    assert against[0]["mean"] == pytest.approx(-0.1)
+    assert against[0]["per_seed"] == pytest.approx([-0.1, -0.1])
     # its own curve falls from 2.2 after one step to 1.7 after two: uniform's 2.0 after 1.4
     assert found[own]["share_of_budget_to_uniform"][0] == pytest.approx(0.7)
     assert found["uniform"]["share_of_budget_to_uniform"] == [1.0, 1.0]
@@ -63,7 +65,39 @@ def test_an_arm_is_judged_against_uniform_and_its_control_by_pairs(render):
     assert render.reaching(render.summary(rows, [11, 12])) == [own]
 
 
+def test_an_arm_on_record_stays_beside_new_ones_only_if_uniform_is_what_it_was(render):
+    def run(arm, seed, loss):
+        curve = [{"step": 1, "seconds": 5.0, "held_out": loss}]
+        return {"arm": arm, "rate": 1.0, "seed": seed, "budget": 1.0, "steps": 2, "block_steps": [2, 2], "curve": curve,
+                "processor_seconds": 10.0, "wall_seconds": 10.0, "held_out": loss, "factors": [],
+                "by_window": [loss - 0.1, loss + 0.1]}  # fmt: skip
+
+    def rows(arm, loss):
+        return [run(arm, seed, loss) for seed in (1, 11, 12)]
+
+    before = render.summary(rows("uniform", 2.0) + rows("old", 1.9), [11, 12])
+    both = render.summary(rows("uniform", 2.0005) + rows("new", 1.8), [11, 12], before)
+    assert [each["arm"] for each in both] == ["uniform", "old", "new"]
+    assert both[1] == before[1]
+    assert both[2]["against_uniform"]["mean"] == pytest.approx(-0.2005)
+    with pytest.raises(SystemExit, match="nats from its record"):
+        render.summary(rows("uniform", 2.01) + rows("new", 1.8), [11, 12], before)
+    # its rate is on record: it need not be tuned again
+    known = render.summary(rows("uniform", 2.0) + [run("old", seed, 1.7) for seed in (11, 12)], [11, 12], before)
+    assert known[1]["held_out"] == [1.7, 1.7]
+    assert known[1]["grid"] == before[1]["grid"]
+
+
 def test_controls_are_those_of_the_arms(render):
-    assert render.control_of("map [1, 5] by Hill alpha") == "constant at the mean of the map by Hill alpha"
-    assert render.control_of("map [1, 5] by permutation") is None
-    assert render.control_of("uniform") is None
+    assert render.controls_of("map [1, 5] by Hill alpha")[0] == "constant at the mean of the map by Hill alpha"
+    assert "map [1, 5] by permutation" in render.controls_of("map [1, 5] by Hill alpha")
+    assert render.controls_of("map [1, 5] by permutation") == ()
+    assert render.controls_of("uniform") == ()
+    sys.path.insert(0, str(ROOT / "benchmarks" / "actions"))
+    try:
+        from arms import ARMS
+    finally:
+        sys.path.pop(0)
+    names = {arm.name for arm in ARMS}
+    assert {control for name in names for control in render.controls_of(name)} <= names
+    assert set(render.CONTROLS) <= names

@@ -58,16 +58,16 @@ RISE = Change("energy", 2.34, 380, 400)
     ("seen", "words"),
     [
         (Seen("frozen", 0.1, RISE), "It has frozen parameters; check whether that is meant."),
-        (Seen(None, 0.1, RISE), "Its learning rate is 0.1 of the other blocks'; raise it."),
+        (Seen(None, 0.1, RISE), "Its learning rate is 0.1 of the other blocks'; check whether that is meant."),
         (Seen(None, 1.0, RISE), "Its input-whitened score rose 2.3 times around step 400: look at"),
         (Seen(None, 1.0, Change("energy", 0.4, 380, 400)), "No cause was seen."),
         (
             Seen(None, 1.0, RISE, Finding("dead-units", ("out",), (7,), 16, 3)),
-            "3 of 16 outputs of out get no gradient; re-init",
+            "3 of 16 outputs of out get no gradient. Usual causes:",
         ),
         (Seen(None, 1.0, None, None, 0.9999), "The norm of all gradients was 1 at every check of late, as clipping"),
         (Seen(None, 1.0, RISE, None, 1.0), "rose 2.3 times around step 400"),
-        (Seen(None, None), "which of them does was not measured."),
+        (Seen(None, None), "docs/actions.md#a-block-that-was-damaged"),
     ],
 )
 def test_advice_fits_what_was_seen(seen, words):

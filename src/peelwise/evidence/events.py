@@ -1,7 +1,8 @@
 """Events of a run: from what was seen, as a code and numbers, to a row with its sentence and a suggestion. No torch.
 
 Rows hold their sentences, because people read them with plain SQL; this is the one place where those are made. A
-suggestion fits what was seen and says no more.
+suggestion fits what was seen and says no more: it says where to look, and names an action only from the table of those
+that were measured to help (`peelwise.evidence.actions`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from peelwise.evidence.actions import suggestion
 from peelwise.records.base import Note
 from peelwise.records.run import Event, Level
 from peelwise.records.signals import title_of
@@ -29,9 +31,9 @@ _ADVICE: Mapping[Complaint, str] = {
     "zero-rate": "If that is not meant, look at the optimiser's groups and the schedule.",
     "not-updated": "Check whether the loss depends on them.",
     "no-gradient": "Check whether the loss depends on them.",
-    "non-finite": "Lower the learning rate, clip the gradient's norm, or scale the loss, and look at the last batches.",
+    "non-finite": "Look at the learning rate, at clipping, at the scale of the loss and at the last batches.",
     "still-zero": "Give one of an adapter's two matrices random numbers: where both are zero neither gets a gradient.",
-    "dead-units": "A smaller learning rate, other initial weights or another activation may bring them back.",
+    "dead-units": "Usual causes: a learning rate that was too large, their initial weights, the activation.",
 }
 # The complaints that explain why a block is not trained, as they are said of it.
 _UNTRAINED: Mapping[Complaint, str] = {
@@ -116,32 +118,28 @@ def changed(step: int, block: int, change: Change) -> Event:
 
 
 def red_advice(seen: Seen) -> str:
-    """Return what one may try on a red block: the likeliest cause that was seen, else what is open."""
+    """Return what to look at in a red block: the likeliest cause that was seen, else what helped a damaged block."""
     if seen.untrained is not None:
         return f"It {_UNTRAINED[seen.untrained]}; check whether that is meant."
     if seen.rate_ratio is not None and seen.rate_ratio < _SLOW:
-        return f"Its learning rate is {seen.rate_ratio:.2g} of the other blocks'; raise it."
+        return f"Its learning rate is {seen.rate_ratio:.2g} of the other blocks'; check whether that is meant."
     if seen.dead:
         return (
-            f"{seen.dead.dead} of {seen.dead.total} outputs of {seen.dead.names[0]} get no gradient; re-initialising "
-            "those outputs, or a smaller learning rate, may bring them back."
+            f"{seen.dead.dead} of {seen.dead.total} outputs of {seen.dead.names[0]} get no gradient. "
+            f"{_ADVICE['dead-units']}"
         )
     change = seen.change
     if change is not None and change.times > 1:
         return (
             f"Its {title_of(change.statistic)} rose {change.times:.1f} times around step "
-            f"{change.by_step}: look at the data and the updates of that time; clipping the gradient's norm, or "
-            "re-initialising the block, may help."
+            f"{change.by_step}: look at the data and the updates of that time. {suggestion('damaged-block')}"
         )
     if seen.clipped_to is not None:
         return (
-            f"The norm of all gradients was {seen.clipped_to:.3g} at every check of late, as clipping makes it: clip "
-            "less, or raise the learning rate."
+            f"The norm of all gradients was {seen.clipped_to:.3g} at every check of late, as clipping makes it: check "
+            "whether that is meant, and the learning rate."
         )
-    return (
-        "No cause was seen. A larger learning rate for this block, or applying a witness (peelwise audit, then "
-        "peelwise apply), may help; which of them does was not measured."
-    )
+    return f"No cause was seen. {suggestion('damaged-block')}"
 
 
 def wrong(step: int, finding: Finding) -> Event:
@@ -334,7 +332,7 @@ def codes_still(step: int, block: int, measurements: int) -> Event:
     """Return the event of a low-bit block whose codes do not move."""
     text = f"block {block}: almost none of its codes flipped over {measurements} measurements."
     advice = (
-        "Its latent weights move less than it takes to cross a threshold: a larger learning rate may help. Its "
+        "Its latent weights move less than it takes to cross a threshold: look at its learning rate and its scale. Its "
         "verdict, or peelwise audit, tells whether other codes would do better."
     )
     return Event(step, "warning", "codes-still", text, block, suggestion=advice)
@@ -355,5 +353,5 @@ def fake_quantisers_switched(step: int, on: int, off: int, *, compiled: bool) ->
 def dead_rows(step: int, block: int, dead: int, layer: str) -> Event:
     """Return the event of a low-bit layer that has outputs with all-zero weights."""
     text = f"block {block}: {dead} outputs of {layer} have all-zero weights."
-    advice = "They contribute nothing; a scale per channel, or a smaller threshold, may bring them back."
+    advice = "They contribute nothing: look at the layer's threshold and scale."
     return Event(step, "warning", "dead-rows", text, block, suggestion=advice)
