@@ -39,7 +39,7 @@ def test_a_measurement_takes_what_the_last_took_and_more_for_more_tokens() -> No
     more = tokens_of(probe) - tokens_of(half)
     costs = Costs(per_token=0.01, solves=1000.0)
     assert costs.of("alone", half) == pytest.approx(0.01 * (8 * tokens_of(half) + 2000))
-    assert costs.of("slopes", half) == pytest.approx(0.01 * 6 * half.report.tokens)
+    assert costs.of("slopes", half) == pytest.approx(0.01 * 3.5 * half.report.tokens)
     costs.took("alone", half, 7.0)
     # The rate is what the measurement showed, for kinds that were not made yet too.
     rate = 7.0 / (8 * tokens_of(half) + 2000)
@@ -73,9 +73,9 @@ def test_gain_slopes_come_first_where_what_decides_is_far_dearer(solves: float, 
         spent, elapsed = spent + seconds, elapsed + seconds
         on_slopes += seconds if kind == "slopes" else 0.0
         kinds.append(kind)
-        # Half a measurement early at most, and slopes a quarter of that which the budget has paid for.
+        # Half a measurement early at most, and slopes a third of that which the budget has paid for.
         assert spent <= budget * elapsed + seconds / 2
-        assert on_slopes <= budget * elapsed / 4 + costs.of("slopes", planner.probe)
+        assert on_slopes <= budget * elapsed / 3 + costs.of("slopes", planner.probe)
     assert kinds[0] == first
     planner.begin("joint")
     assert planner.due(spent, elapsed + 1e6, 1.0) != "slopes"

@@ -15,7 +15,7 @@ from peelwise.records.run import MeasurementKind
 from peelwise.tasks.monitor.sizes import PASSES, SOLVES, tokens_of
 
 # Passes forward over the probe; of slopes over its report part alone.
-_PASSES: dict[MeasurementKind, float] = {"slopes": 6.0, "ranking": 5.0, "alone": PASSES, "joint": 12.0}
+_PASSES: dict[MeasurementKind, float] = {"slopes": 3.5, "ranking": 5.0, "alone": PASSES, "joint": 12.0}
 # Times that all layers are solved for, or as long as that takes.
 _SOLVES: dict[MeasurementKind, float] = {"slopes": 0.0, "ranking": 1.0, "alone": SOLVES, "joint": 1.0}
 

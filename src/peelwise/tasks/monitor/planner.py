@@ -19,7 +19,7 @@ _KINDS: tuple[MeasurementKind, ...] = ("slopes", "ranking", "alone", "joint")
 _FEW_UNDECIDED = 0.2  # of the blocks that are asked about
 _NO_RANKING_AMONG = 8  # first measurements: fewer date no change, and a ranking takes two thirds of a refinement
 # Gain slopes come first where what decides takes so many times as long; of the budget, at most, meanwhile.
-_FAR_DEARER, _SHARE_OF_SLOPES = 10.0, 0.25
+_FAR_DEARER, _SHARE_OF_SLOPES = 10.0, 1 / 3
 
 
 class Planner:
