@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import peelwise
-from common import RESULTS, environment
+from common import RESULTS, environment, rounded
 from peelwise.evidence.anatomy import rank_correlation
 from peelwise.records.anatomy import AnatomyRecord, BlockAnatomy
 from peelwise.records.base import Interval
@@ -305,15 +305,7 @@ def _plain(record: AnatomyRecord) -> dict[str, Any]:
     found = record.model_dump(mode="json", by_alias=True)
     for block in found["blocks"]:
         block.pop("signals")
-    return _rounded(found)
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+    return rounded(found)
 
 
 if __name__ == "__main__":

@@ -66,3 +66,12 @@ def write(name: str, result: dict[str, Any], *, before: str | None = None, show:
     (RESULTS / f"{name}.json").write_text(text + "\n")
     if show:
         print(text)
+
+
+def rounded(value: Any) -> Any:
+    """Return nested plain data with numbers to five significant digits, tuples as lists."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import RESULTS, environment
+from common import RESULTS, environment, rounded
 from peelwise import AuditSettings, Probe, audit
 from peelwise.act import apply_witness_
 from peelwise.cli.demo_training import BATCH, CONTEXT, Plan, SmallGPT, _rate
@@ -222,15 +222,6 @@ def main() -> None:
     whole = {seed: run for seed, run in runs.items() if set(ARMS) <= set(run["curves"])}
     result = environment() | {"seeds": sorted(map(int, whole)), "arms": rounded(summary(whole))}
     FILE.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def rounded(value: Any) -> Any:
-    """Return nested plain data with numbers to five significant digits."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

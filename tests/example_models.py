@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peelwise.engine.sweep import block_moments
+from peelwise.model.runner import Runner
+from peelwise.model.trace import Trace
+
 IDS, CLASSES = 60, 10
 
 
@@ -186,3 +190,17 @@ def trained_vit(steps: int = 200) -> nn.Module:
         schedule.step()
         optimizer.zero_grad()
     return model.eval()
+
+
+def same_as_autograd(runner: Runner, trace: Trace) -> int:
+    """Compare the sums of gradients of every layer with those that autograd has left; return of how many layers."""
+    above = runner.tail_gradients(trace)
+    compared = 0
+    for block in reversed(runner.blocks):
+        (moments,), (above,) = block_moments(runner, block, trace, [above], keep=True, with_F=False)
+        for linear, found in moments.items():
+            weight = linear.module.weight.grad.double()  # type: ignore[union-attr, operator]
+            C = found.C[:, : weight.shape[1]]
+            assert torch.allclose(C, weight, atol=1e-6 * float(weight.abs().max()) + 1e-8), linear.name
+            compared += 1
+    return compared

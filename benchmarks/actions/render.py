@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from common import RESULTS, environment  # noqa: E402
+from common import RESULTS, environment, rounded  # noqa: E402
 from peelwise.evidence.actions import CASES, MEASURED  # noqa: E402
 from peelwise.evidence.intervals import Paired, paired  # noqa: E402
 
@@ -305,15 +305,6 @@ def filled(page: str, result: dict[str, Any]) -> str:
         if count != 1:
             raise SystemExit(f"{PAGE} has {count} places for {name}, expected one.")
     return page
-
-
-def rounded(value: Any) -> Any:
-    """Return nested plain data with numbers to five significant digits."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(item) for item in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def main() -> None:

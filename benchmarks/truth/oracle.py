@@ -25,12 +25,11 @@ from torch import nn
 import own
 import training
 from cases import KEPT_SEED, SMALL, Case, probe_of
-from common import environment
+from common import environment, rounded
 from peelwise.model.architectures import find_blocks
 from peelwise.model.runner import Runner
 from peelwise.probe.probe import SHARES, Probe
 from peelwise.probe.rows import Split
-from render import rounded
 
 CASES = (
     Case(SMALL, "healthy", "healthy", KEPT_SEED, 600),

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import matplotlib
 
+from common import rounded
 from figures import Row, errors_of, is_fault, is_tied, scores_of
 from rivals import RIVALS
 
@@ -47,15 +51,6 @@ def write(summary: dict[str, Any], rows: Sequence[Row]) -> None:
     draw(summary)
     if PAGE.exists():
         PAGE.write_text(filled(PAGE.read_text(), summary, rows))
-
-
-def rounded(value: Any) -> Any:
-    """Return nested plain data with numbers to five significant digits."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(item) for item in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def filled(page: str, summary: dict[str, Any], rows: Sequence[Row]) -> str:

@@ -10,7 +10,8 @@ from peelwise.records.quantcheck import LayerCheck, QuantcheckConclusion, Quantc
 from peelwise.records.run import WHOLE_MODEL, Event, Measurement, Statistic
 from peelwise.records.yes import YesPart
 from peelwise.show.audit.words import conclusion
-from peelwise.show.notebook import MOST_ROWS, bounds_html, measurement_html, nothing_html, record_html, strip
+from peelwise.show.fragments import MOST_ROWS, strip
+from peelwise.show.notebook import bounds_html, measurement_html, nothing_html, record_html
 from peelwise.show.peel.words import conclusion as peel_conclusion
 from peelwise.show.quantcheck.words import NOT_KEPT
 from peelwise.show.yes import text

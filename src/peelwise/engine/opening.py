@@ -17,7 +17,8 @@ from peelwise.model.fresh import fresh_copy
 from peelwise.model.layers import Block, LinearLayer, context_length, vocabulary_size
 from peelwise.model.refined import chosen, frozen_note, names_of, only
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner, check_replay
-from peelwise.model.selfcheck import check_dtypes, check_shared, self_check, without_shared
+from peelwise.model.selfcheck import check_dtypes, self_check
+from peelwise.model.shared_weights import check_shared, without_shared
 from peelwise.model.weights.held import Held
 from peelwise.model.whereabouts import check_in_memory, untied_note
 from peelwise.probe.examples import Examples

@@ -45,8 +45,8 @@ def _damaged(arm: str, words: str, helps: bool, control: str | None = None) -> M
     return Measured("damaged-block", arm, words, helps, "mended_block.json", "a-block-that-was-damaged", control)
 
 
-def _healthy(arm: str, helps: bool = False) -> Measured:
-    return Measured("healthy-training", arm, "", helps, "actions.json", "arms-at-equal-cost")
+def _healthy(arm: str) -> Measured:
+    return Measured("healthy-training", arm, "", False, "actions.json", "arms-at-equal-cost")
 
 
 MEASURED: tuple[Measured, ...] = (

@@ -304,7 +304,7 @@ def unlike_scales(step: int, block: int, deviations: float, slope: float) -> Eve
         f"(gain slope {slope:+.3f} nats per unit of log scale, {deviations:.1f} standard deviations)"
     )
     advice = "It is refined first; `peelwise check` on a checkpoint tries factors and says what stands out."
-    return Event(step, "info", "unlike-scales", f"{text}.", block, suggestion=advice)
+    return Event(step, "warning", "unlike-scales", f"{text}.", block, suggestion=advice)
 
 
 def few_tokens(step: int, note: Note) -> Event:

@@ -1,19 +1,14 @@
-"""Results in a notebook: small HTML fragments that a cell shows in place of a printed object.
-
-A fragment is self-contained: no script, no style sheet, nothing loaded, every name escaped. Notebooks tell nobody if
-they are dark, so text and lines take the notebook's own colour (``currentColor``), and verdicts stand in tiles that are
-readable on both.
-"""
+"""Results in a notebook: small HTML fragments that a cell shows in place of a printed object."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from peelwise.records.allocation import AllocationRecord
 from peelwise.records.anatomy import ABLATIONS, AnatomyRecord
 from peelwise.records.audit import AuditRecord, BlockRecord
-from peelwise.records.base import Colour, Interval, ModelRecord
+from peelwise.records.base import Colour, ModelRecord
 from peelwise.records.check import BlockCheck, CheckRecord
 from peelwise.records.compare import CompareRecord, CompareSeries
 from peelwise.records.peel import PeelRecord
@@ -29,6 +24,18 @@ from peelwise.show.anatomy import words as anatomy_words
 from peelwise.show.audit import words as audit_words
 from peelwise.show.check import words as check_words
 from peelwise.show.compare import words as compare_words
+from peelwise.show.fragments import (
+    MOST_ROWS,
+    TILE,
+    folded_table,
+    fragment,
+    headline,
+    interval_text,
+    letter_tile,
+    line,
+    strip,
+    verdict_tile,
+)
 from peelwise.show.html.markup import esc
 from peelwise.show.peel import words as peel_words
 from peelwise.show.plan import words as plan_words
@@ -37,12 +44,10 @@ from peelwise.show.quantise import words as quantise_words
 from peelwise.show.words import (
     NOT_IN_BUDGET,
     NOT_MEASURED,
-    VERDICTS,
     amount,
     control_sentence,
     duration,
     gain_sentence,
-    legend,
     nats,
     note_words,
     short_unit,
@@ -50,13 +55,6 @@ from peelwise.show.words import (
     with_ends,
 )
 
-MOST_ROWS = 12  # of a table that is open from the start, and of any other than that of the blocks
-_TILE, _GAP, _IN_A_LINE = 26, 4, 24
-_FONT = "font-family:system-ui,sans-serif;font-size:13px;line-height:1.5"
-_NUMBERS = "font-variant-numeric:tabular-nums"
-_LINE = "border-bottom:1px solid rgba(128,128,128,.35)"
-_CELL = f"padding:3px 14px 3px 0;text-align:left;background:none;white-space:nowrap;{_LINE}"
-_QUIET = "opacity:.75"
 _CLOUDS: Mapping[str, Colour] = MappingProxyType({"red": "red", "yellow": "yellow", "green": "green"})
 
 
@@ -122,7 +120,7 @@ def measurement_html(measurement: Measurement, blocks: Sequence[str] = ()) -> st
             else:
                 cells.append(f"{one.value:+z.4f} [{one.low:z.4f}, {one.high:z.4f}]")
         name = blocks[index] if index < len(blocks) else str(index)
-        rows.append([esc(name), _verdict(colour), *map(esc, cells)])
+        rows.append([esc(name), verdict_tile(colour), *map(esc, cells)])
     what = {
         "slopes": "gain slopes of the blocks",
         "ranking": "ranking of the blocks",
@@ -138,17 +136,17 @@ def measurement_html(measurement: Measurement, blocks: Sequence[str] = ()) -> st
     )
     headers = ["block", "verdict", *(title for title, *_ in shown)]
     return fragment(
-        _title(f"Step {measurement.step:,}", facts),
-        _line(f"{nats(measurement.probe_loss)} {clean(measurement.unit)} on the probe's report part", bold=True),
+        headline(f"Step {measurement.step:,}", facts),
+        line(f"{nats(measurement.probe_loss)} {clean(measurement.unit)} on the probe's report part", bold=True),
         strip(colours),
-        _table(headers, rows, f"Blocks ({len(rows)})"),
-        *(_line(str(event)) for event in measurement.events),
+        folded_table(headers, rows, f"Blocks ({len(rows)})"),
+        *(line(str(event)) for event in measurement.events),
     )
 
 
 def nothing_html() -> str:
     """Return the fragment of a monitor that has not measured yet."""
-    return fragment(_line("No measurement yet: the first comes when the budget allows."))
+    return fragment(line("No measurement yet: the first comes when the budget allows."))
 
 
 def bounds_html(bounds: YesRecord) -> str:
@@ -156,42 +154,9 @@ def bounds_html(bounds: YesRecord) -> str:
     title, *facts = yes_words.head(bounds)
     headers, *rows = yes_words.rows(bounds)
     cells = [[esc(cell) for cell in row] for row in rows]
-    tile = _tile(_CLOUDS[bounds.cloud], f"cloud: {bounds.cloud}")
-    lines = map(_line, [*facts, *yes_words.foot(bounds)])
-    return fragment(_title(title, ()), f"<div>{tile}</div>", *lines, _table(headers, cells, "Bounds"))
-
-
-def fragment(*parts_html: str) -> str:
-    """Return parts as one element that sets its own type and keeps the notebook's colours."""
-    return f'<div class="peelwise" style="{_FONT};{_NUMBERS};max-width:70em">{"".join(parts_html)}</div>'
-
-
-def strip(colours: Sequence[Colour]) -> str:
-    """Return the verdicts of all blocks as one drawing: a tile with a letter for each, in depth order."""
-    if not colours:
-        return ""
-    step = _TILE + _GAP
-    columns, lines = min(len(colours), _IN_A_LINE), -(-len(colours) // _IN_A_LINE)
-    width, height = columns * step, lines * (step + 14)
-    label = ", ".join(f"{sum(c == colour for c in colours)} {VERDICTS[colour].words}" for colour in legend(colours))
-    tiles = []
-    for index, colour in enumerate(colours):
-        x, y = index % _IN_A_LINE * step, index // _IN_A_LINE * (step + 14)
-        words = VERDICTS[colour]
-        middle = x + _TILE / 2
-        tiles.append(
-            f"<g><title>{esc(f'block {index}: {words.words}')}</title>"
-            f'<rect x="{x}" y="{y}" width="{_TILE}" height="{_TILE}" rx="4" fill="{words.light}"/>'
-            f'<text x="{middle}" y="{y + 18}" text-anchor="middle" font-size="13" font-weight="700" fill="#fff">'
-            f"{esc(words.letter)}</text>"
-            f'<text x="{middle}" y="{y + _TILE + 11}" text-anchor="middle" font-size="9" fill="currentColor" '
-            f'opacity=".75">{index}</text></g>'
-        )
-    return (
-        f'<svg role="img" aria-label="{esc(f"Verdicts of {len(colours)} blocks: {label}")}" width="{width}" '
-        f'height="{height}" viewBox="0 0 {width} {height}" style="max-width:100%;height:auto;display:block;'
-        f'margin:8px 0 4px">{"".join(tiles)}</svg>'
-    )
+    tile = letter_tile(_CLOUDS[bounds.cloud], f"cloud: {bounds.cloud}")
+    lines = map(line, [*facts, *yes_words.foot(bounds)])
+    return fragment(headline(title, ()), f"<div>{tile}</div>", *lines, folded_table(headers, cells, "Bounds"))
 
 
 def _audit(record: AuditRecord) -> str:
@@ -199,9 +164,9 @@ def _audit(record: AuditRecord) -> str:
     rows = [
         [
             str(block.index),
-            _verdict(block.verdict),
-            _interval(block.recoverable_nats) if block.recoverable_nats else esc(solo_gain(block)),
-            _interval(block.unique_nats),
+            verdict_tile(block.verdict),
+            interval_text(block.recoverable_nats) if block.recoverable_nats else esc(solo_gain(block)),
+            interval_text(block.unique_nats),
             _ablation(block),
         ]
         for block in record.blocks
@@ -214,13 +179,13 @@ def _audit(record: AuditRecord) -> str:
     notable = notable[:MOST_ROWS] if len(rows) > MOST_ROWS else []
     headers = ["block", "verdict", "solo gain, nats/token", "marginal gain, nats/token", "ablation, nats/token"]
     return fragment(
-        _title(record.model.name, _facts(record.model)),
-        _line(audit_words.conclusion(record)),
+        headline(record.model.name, _facts(record.model)),
+        line(audit_words.conclusion(record)),
         strip([block.verdict for block in record.blocks]),
-        _line(f"{losses}."),
-        _line(f"{gain} {gain_sentence(record)}".strip(), bold=loss.composed_gain is not None),
-        _table(headers, notable, f"Recoverable blocks ({len(notable)})"),
-        _table(headers, rows, f"Blocks ({len(rows)})" if not notable else f"All blocks ({len(rows)})"),
+        line(f"{losses}."),
+        line(f"{gain} {gain_sentence(record)}".strip(), bold=loss.composed_gain is not None),
+        folded_table(headers, notable, f"Recoverable blocks ({len(notable)})"),
+        folded_table(headers, rows, f"Blocks ({len(rows)})" if not notable else f"All blocks ({len(rows)})"),
         *_foot(record, control_sentence(record)),
     )
 
@@ -231,8 +196,8 @@ def _peel(record: PeelRecord) -> str:
             esc(peel_words.stations(one.stations)),
             esc(one.name),
             esc(nats(peel_words.shown_loss(one).report) + ("" if one.loss else "*")),
-            _interval(one.gain_over_model),
-            _interval(one.gain_over_head),
+            interval_text(one.gain_over_model),
+            interval_text(one.gain_over_head),
         ]
         for one in record.maps[:MOST_ROWS]
     ]
@@ -241,12 +206,12 @@ def _peel(record: PeelRecord) -> str:
     visited = f"{len(record.maps):,} of {record.maps_total:,} maps visited, {record.start} start"
     headers = ["map", "name", "loss on report", "gain over model", "gain over its head control"]
     return fragment(
-        _title(record.model.name, _facts(record.model)),
-        _line(peel_words.conclusion(record), bold=peel_words.beats_head(record)),
-        _line(visited + peel_words.inside(record), quiet=True),
-        _table(["loss on report, nats per token", "", ""], losses, "Losses"),
-        _table(headers, maps, _of("Maps", len(maps), len(record.maps))),
-        _line("* with the model's own head", quiet=True) if star else "",
+        headline(record.model.name, _facts(record.model)),
+        line(peel_words.conclusion(record), bold=peel_words.beats_head(record)),
+        line(visited + peel_words.inside(record), quiet=True),
+        folded_table(["loss on report, nats per token", "", ""], losses, "Losses"),
+        folded_table(headers, maps, _of("Maps", len(maps), len(record.maps))),
+        line("* with the model's own head", quiet=True) if star else "",
         *_foot(record, peel_words.control_sentence(record)),
     )
 
@@ -273,14 +238,16 @@ def _quantcheck(record: QuantcheckRecord) -> str:
     missing = len(record.layers) - len(solved)
     headers = ["layer", "format", "bits", "output error, %", "recoverable at the same bit width, %"]
     return fragment(
-        _title(f"{record.quantised.name} against {record.parent.name}", _facts(record.quantised)),
-        _line(quantcheck_words.conclusion(record)),
-        _table(["loss on report, nats per token", "", ""], [[esc(cell) for cell in row] for row in losses], "Losses"),
-        _table(headers, rows, _of("Layers, those with most to recover first", len(rows), len(solved))),
-        _line(f"{missing} more layers: {NOT_IN_BUDGET}.", bold=True) if missing else "",
-        "" if loss.kept else _line(quantcheck_words.NOT_KEPT, bold=True),
-        *(_line(f"Note: {note_words(note)}", quiet=True) for note in record.notes),
-        _line(f"Cost: {duration(record.cost.wall_seconds)}.", quiet=True),
+        headline(f"{record.quantised.name} against {record.parent.name}", _facts(record.quantised)),
+        line(quantcheck_words.conclusion(record)),
+        folded_table(
+            ["loss on report, nats per token", "", ""], [[esc(cell) for cell in row] for row in losses], "Losses"
+        ),
+        folded_table(headers, rows, _of("Layers, those with most to recover first", len(rows), len(solved))),
+        line(f"{missing} more layers: {NOT_IN_BUDGET}.", bold=True) if missing else "",
+        "" if loss.kept else line(quantcheck_words.NOT_KEPT, bold=True),
+        *(line(f"Note: {note_words(note)}", quiet=True) for note in record.notes),
+        line(f"Cost: {duration(record.cost.wall_seconds)}.", quiet=True),
     )
 
 
@@ -304,17 +271,17 @@ def _quantise(record: QuantiseRecord) -> str:
     ]
     headers = ["layer", "format", "bits", *(f"{quantise_words.STEPS[step]}, %" for step in steps)]
     return fragment(
-        _title(record.model.name, _facts(record.model)),
-        _line(quantise_words.conclusion(record)),
-        _table(
+        headline(record.model.name, _facts(record.model)),
+        line(quantise_words.conclusion(record)),
+        folded_table(
             ["loss on report, nats per token", "", "more than the parent"],
             [[esc(c) for c in r] for r in losses],
             "Losses",
         ),
-        _table(headers, rows, _of("Layers, those that lose most first", len(rows), len(ordered))),
-        _line(quantise_words.ABOUT_LAYERS, quiet=True),
-        *(_line(f"Note: {note_words(note)}", quiet=True) for note in record.notes),
-        _line(f"Cost: {duration(record.cost.wall_seconds)}.", quiet=True),
+        folded_table(headers, rows, _of("Layers, those that lose most first", len(rows), len(ordered))),
+        line(quantise_words.ABOUT_LAYERS, quiet=True),
+        *(line(f"Note: {note_words(note)}", quiet=True) for note in record.notes),
+        line(f"Cost: {duration(record.cost.wall_seconds)}.", quiet=True),
     )
 
 
@@ -326,14 +293,14 @@ def _allocation(record: AllocationRecord) -> str:
     ordered = sorted(record.layers, key=lambda layer: layer.share, reverse=True)
     rows = [[esc(each.name), esc(each.format), _percent(each.share)] for each in ordered[:MOST_ROWS]]
     return fragment(
-        _title(record.model.name, _facts(record.model)),
-        _line(allocate_words.conclusion(record)),
-        _table(["bits per weight", "formats", "loss, nats per token", "damage"], curve, "Loss against bits"),
-        _table(
+        headline(record.model.name, _facts(record.model)),
+        line(allocate_words.conclusion(record)),
+        folded_table(["bits per weight", "formats", "loss, nats per token", "damage"], curve, "Loss against bits"),
+        folded_table(
             ["layer", "format", "share of the damage, %"], rows, _of("Layers that cost most", len(rows), len(ordered))
         ),
-        _line(f"Interactions: {allocate_words.interaction(record)}.", quiet=True),
-        _line(f"Cost: {duration(record.cost.wall_seconds)}.", quiet=True),
+        line(f"Interactions: {allocate_words.interaction(record)}.", quiet=True),
+        line(f"Cost: {duration(record.cost.wall_seconds)}.", quiet=True),
     )
 
 
@@ -345,9 +312,9 @@ def _plan(record: PlanRecord) -> str:
     ]  # fmt: skip
     headers = ["command", "weights", "tokens", "operations", "memory", "read from disk"]
     return fragment(
-        _title(record.shape.name, (record.shape.architecture, f"{amount(record.shape.parameters)} parameters")),
-        _line(plan_words.conclusion(record)),
-        _table(headers, rows, "What it would take"),
+        headline(record.shape.name, (record.shape.architecture, f"{amount(record.shape.parameters)} parameters")),
+        line(plan_words.conclusion(record)),
+        folded_table(headers, rows, "What it would take"),
     )
 
 
@@ -363,18 +330,18 @@ def _check(record: CheckRecord) -> str:
         for reason in each.reasons
     ]
     factors = [
-        [str(one.block), esc(check_words.part_words(one.part)), f"{one.factor:.3g}", _interval(one.gain)]
+        [str(one.block), esc(check_words.part_words(one.part)), f"{one.factor:.3g}", interval_text(one.gain)]
         for one in check_words.shown_witnesses(record)
     ]
     headers = ["block", "score", "signal", "part", "value", "neighbours", "robust z"]
     return fragment(
-        _title(record.model.name, _facts(record.model)),
-        _line(check_words.conclusion(record)),
+        headline(record.model.name, _facts(record.model)),
+        line(check_words.conclusion(record)),
         _scores(record.blocks, named, record.threshold),
-        _table(headers, reasons, f"Unlike their neighbours ({len(named)})"),
-        _table(["block", "part", "factor", "gain, nats/token"], factors, f"Gain witnesses ({len(factors)})"),
-        *(_line(f"Note: {note_words(note)}", quiet=True) for note in record.notes),
-        _line(f"Cost: {duration(record.cost.wall_seconds)}. {check_words.UNLIKE}", quiet=True),
+        folded_table(headers, reasons, f"Unlike their neighbours ({len(named)})"),
+        folded_table(["block", "part", "factor", "gain, nats/token"], factors, f"Gain witnesses ({len(factors)})"),
+        *(line(f"Note: {note_words(note)}", quiet=True) for note in record.notes),
+        line(f"Cost: {duration(record.cost.wall_seconds)}. {check_words.UNLIKE}", quiet=True),
     )
 
 
@@ -382,7 +349,7 @@ def _scores(blocks: Sequence[BlockCheck], named: Sequence[int], threshold: float
     """Return a bar for each block, as high as its score; named blocks are filled, with their number below."""
     if all(block.score is None for block in blocks):
         return ""
-    step, height = max(6, min(_TILE, 900 // len(blocks))), 44
+    step, height = max(6, min(TILE, 900 // len(blocks))), 44
     bars = []
     for place, block in enumerate(blocks):
         tall = height * check_words.share_of_bar(block.score, threshold)
@@ -411,8 +378,8 @@ def _compare(record: CompareRecord) -> list[str]:
     rows = [
         [
             esc(compare_words.part_name(part)),
-            _interval(part.repairs_nats),
-            _interval(part.breaks_nats),
+            interval_text(part.repairs_nats),
+            interval_text(part.breaks_nats),
             esc(compare_words.kind_words(part.kind_of_change, part.kind_values)),
         ]
         for part in changed
@@ -420,86 +387,42 @@ def _compare(record: CompareRecord) -> list[str]:
     unit = short_unit(record)
     headers = ["block", f"repairs, {unit}", f"breaks, {unit}", "kind of change"]
     return [
-        _title(f"{record.model.name} against {record.old.name}", _facts(record.model)),
-        _line(compare_words.conclusion(record)),
-        _table(headers, rows, f"Changed parts ({len(rows)})"),
-        *(_line(f"Note: {note_words(note)}", quiet=True) for note in record.notes),
-        _line(f"Cost: {duration(record.cost.wall_seconds)}. {compare_words.SIGNS}", quiet=True),
+        headline(f"{record.model.name} against {record.old.name}", _facts(record.model)),
+        line(compare_words.conclusion(record)),
+        folded_table(headers, rows, f"Changed parts ({len(rows)})"),
+        *(line(f"Note: {note_words(note)}", quiet=True) for note in record.notes),
+        line(f"Cost: {duration(record.cost.wall_seconds)}. {compare_words.SIGNS}", quiet=True),
     ]
 
 
 def _anatomy(record: AnatomyRecord) -> list[str]:
     ways = [way for way in ABLATIONS if any(way in block.ablation for block in record.blocks)]
-    rows = [[str(block.index), *(_interval(block.ablation.get(way)) for way in ways)] for block in record.blocks]
+    rows = [[str(block.index), *(interval_text(block.ablation.get(way)) for way in ways)] for block in record.blocks]
     headers = ["block", *(f"{anatomy_words.ABLATIONS[way]}, nats/token" for way in ways)]
     return [
-        _title(record.model.name, _facts(record.model)),
-        _line(anatomy_words.conclusion(record)),
-        _table(headers, rows, f"Ablation ({len(rows)} blocks)") if ways else "",
-        *(_line(f"Note: {note_words(note)}", quiet=True) for note in record.notes),
-        _line(f"Cost: {duration(record.cost.wall_seconds)}. {anatomy_words.SIGNS}", quiet=True),
+        headline(record.model.name, _facts(record.model)),
+        line(anatomy_words.conclusion(record)),
+        folded_table(headers, rows, f"Ablation ({len(rows)} blocks)") if ways else "",
+        *(line(f"Note: {note_words(note)}", quiet=True) for note in record.notes),
+        line(f"Cost: {duration(record.cost.wall_seconds)}. {anatomy_words.SIGNS}", quiet=True),
     ]
 
 
 def _foot(record: AuditRecord | PeelRecord, controls: str) -> list[str]:
-    lines = [_line(controls, bold=record.informative is False)]
+    lines = [line(controls, bold=record.informative is False)]
     if not record.complete:
-        lines.append(_line(f"Stopped early: what is missing was {NOT_IN_BUDGET}.", bold=True))
-    lines += [_line(f"Note: {note_words(note)}", quiet=True) for note in record.notes]
+        lines.append(line(f"Stopped early: what is missing was {NOT_IN_BUDGET}.", bold=True))
+    lines += [line(f"Note: {note_words(note)}", quiet=True) for note in record.notes]
     cost = f"Cost: {duration(record.cost.wall_seconds)}. Margin: {nats(record.margin_nats)} nats per token."
-    return [*lines, _line(f"{cost} A witness proves; none found proves nothing.", quiet=True)]
+    return [*lines, line(f"{cost} A witness proves; none found proves nothing.", quiet=True)]
 
 
 def _facts(model: ModelRecord) -> tuple[str, ...]:
     return f"{amount(model.parameters)} parameters", f"{model.blocks} blocks", model.dtype
 
 
-def _title(name: str, facts: Iterable[str]) -> str:
-    more = "".join(f'<span style="margin-left:14px;{_QUIET}">{esc(fact)}</span>' for fact in facts)
-    return f'<div><strong style="font-size:15px">{esc(name)}</strong>{more}</div>'
-
-
-def _line(text: str, *, bold: bool = False, quiet: bool = False) -> str:
-    style = "margin:3px 0" + (";font-weight:600" if bold else "") + (f";{_QUIET}" if quiet else "")
-    return f'<div style="{style}">{esc(text)}</div>'
-
-
-def _table(headers: Sequence[str], rows_html: Sequence[Sequence[str]], summary: str) -> str:
-    """Return a table that can be folded, folded where it is long; cells are markup."""
-    if not rows_html:
-        return ""
-    head = "".join(f'<th scope="col" style="{_CELL};font-weight:600;{_QUIET}">{esc(title)}</th>' for title in headers)
-    body = "".join(
-        f'<tr style="background:none">{"".join(f"<td style={_CELL!r}>{cell}</td>" for cell in row)}</tr>'
-        for row in rows_html
-    )
-    opened = " open" if len(rows_html) <= MOST_ROWS else ""
-    return (
-        f'<details{opened} style="margin:6px 0"><summary style="cursor:pointer">{esc(summary)}</summary>'
-        f'<div style="overflow-x:auto"><table style="border-collapse:collapse;margin:4px 0 0;color:inherit;{_FONT}">'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></details>"
-    )
-
-
-def _tile(colour: Colour, text: str) -> str:
-    words = VERDICTS[colour]
-    style = (
-        f"display:inline-block;min-width:18px;text-align:center;border-radius:3px;color:#fff;background:{words.light}"
-    )
-    return f'<b style="{style}" aria-hidden="true">{esc(words.letter)}</b> {esc(text)}'
-
-
-def _verdict(colour: Colour) -> str:
-    return _tile(colour, VERDICTS[colour].words)
-
-
-def _interval(interval: Interval | None) -> str:
-    text = esc(with_ends(interval))
-    return f'<span style="{_QUIET}">{text}</span>' if interval is None else text
-
-
 def _ablation(block: BlockRecord) -> str:
-    return _interval(block.removal_nats)
+    return interval_text(block.removal_nats)
 
 
 def _left(layer: LayerCheck) -> float:

@@ -127,6 +127,7 @@ def test_it_shows_the_newest_run(page, ask):
     assert page.locator("#connection").inner_text() == "at rest"
 
 
+LEVELS = {"cost": "info", "unlike-scales": "warning"}
 FIRST = {
     "no measurement": ("", (), "Nothing measured yet, and no alert so far."),
     "nothing wrong": (
@@ -138,6 +139,17 @@ FIRST = {
         "GR?",
         ((20, "block 1 turned red", "red", 1), (21, "it is slow", "cost", None)),
         "Look here, because: block 1 turned red",
+    ),
+    "none decided": ("???", (), "No block is decided yet, and no alert so far."),
+    "unlike, and undecided": (
+        "GG?",
+        ((20, "block 2 is unlike the others", "unlike-scales", 2), (21, "it is slow", "cost", None)),
+        "Look here, because: block 2 is unlike the others",
+    ),
+    "unlike, and decided": (
+        "GG?",
+        ((20, "block 1 is unlike the others", "unlike-scales", 1),),
+        "Healthy as far as was seen: no alert holds, 2 of 3 blocks are decided and none is red.",
     ),
     "a mistake": (
         "GG?",
@@ -154,7 +166,7 @@ def test_the_first_sentence_says_whether_to_look_and_where(page, tmp_path, case)
     with RunWriter(path, run_info("told")) as writer, served(path) as ask:
         writer.step(StepRow(0, 4.0, 0.0))
         for step, text, kind, block in told:
-            writer.event(Event(step, "info" if kind == "cost" else "alert", kind, text, block))
+            writer.event(Event(step, LEVELS.get(kind, "alert"), kind, text, block))
         if letters:
             writer.measurement(Measurement(30, "alone", 2.0, 0.1, 0.0, letters))
         opened(page, ask)

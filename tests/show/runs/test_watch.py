@@ -44,12 +44,14 @@ def test_what_is_shown(run_db):
         ({"level": "alert", "kind": "red", "block": 0}, "Look here: the end is near"),  # its letter is R
         ({"level": "alert", "kind": "red", "block": 1}, "No alert so far."),  # it is green by now
         ({"level": "warning", "kind": "change", "block": 0}, "No alert so far."),
+        ({"level": "warning", "kind": "unlike-scales", "block": 2}, "Look here: the end is near"),
+        ({"level": "warning", "kind": "unlike-scales", "block": 1}, "No alert so far."),  # that block is decided
     ],
 )
 def test_what_to_look_at_first(told, words, tmp_path):
     path = tmp_path / "run.db"
     with RunWriter(path, run_info()) as writer:
-        writer.measurement(replace(measurement_row(0), letters="RGY", events=()))
+        writer.measurement(replace(measurement_row(0), letters="RG?", events=()))
         writer.event(replace(event(3, text="the end is near"), **told))
         text = drawn(path)
     assert words in text

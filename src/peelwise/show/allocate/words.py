@@ -29,13 +29,14 @@ def conclusion(record: AllocationRecord) -> str:
         f"{record.bits_per_weight:.2f} bits per weight (at most {record.budget_bits:g}) cost "
         f"{record.damage.mean:+.4f} nats per token; chosen on select: {how}."
     )
-    better = [name for name, gain in record.better_than.items() if gain.low > 0]
-    if better:
-        gains = ", ".join(f"{record.better_than[name].mean:.4f} less than {name}" for name in better)
-        return f"{said} That is {gains} for all layers."
-    if record.better_than and not record.chosen.startswith("uniform"):
-        return f"{said} It is not shown to be better than one format for all layers within the budget."
-    return said
+    if not record.better_than or record.chosen.startswith("uniform"):
+        return said
+    # The rival is the one that is hardest to beat; that others do far worse says nothing.
+    name, gain = min(record.better_than.items(), key=lambda item: item[1].mean)
+    apart = f"{gain.mean:.4f} less than {name} for all layers (95 % interval {gain.low:.4f} to {gain.high:.4f})"
+    if gain.low > 0:
+        return f"{said} That is {apart}, the best single format within the budget."
+    return f"{said} It is not shown to be better than the best single format within the budget: {apart}."
 
 
 def interaction(record: AllocationRecord) -> str:

@@ -106,9 +106,10 @@ def _look_here(reader: RunReader, run: Run) -> list[Text]:
     probes = reader.probes(run.id, most=1)
     letters = probes[-1]["letters"] if probes else ""
     for row in reversed(reader.events(run.id, most=_LOOKED_BACK)):
-        block, red = row["block"], row["kind"] == "red"
-        over = red and (letters[block : block + 1] != "R" if block is not None else "R" not in letters)
-        if row["level"] == "alert" and not over:
+        block, kind = row["block"], row["kind"]
+        own = letters if block is None else letters[block : block + 1]
+        unlike = kind == "unlike-scales" and own == "?"  # until that block has a verdict
+        if unlike or (row["level"] == "alert" and (kind != "red" or "R" in own)):
             return [Text(f"Look here: {clean(row['text'])}", style=_LEVELS["alert"])]
     return [Text("No alert so far.", style="dim")] if probes else []
 

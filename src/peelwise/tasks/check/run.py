@@ -26,7 +26,7 @@ from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, device_of
 from peelwise.model.parts import Parts, parts_of
 from peelwise.model.runner import Runner
-from peelwise.model.selfcheck import without_shared
+from peelwise.model.shared_weights import without_shared
 from peelwise.model.splice import frozen
 from peelwise.probe.probe import Probe
 from peelwise.records.base import NATS, CostRecord, Interval, Note, note

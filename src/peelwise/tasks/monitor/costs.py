@@ -61,9 +61,11 @@ class Costs:
 
     def took(self, kind: MeasurementKind, probe: Probe, seconds: float, *, failed: bool = False) -> None:
         """Note what a measurement took."""
-        self._took[kind] = seconds, _tokens(kind, probe)
-        if kind != "slopes" and not failed:
-            self.per_token *= seconds / self.expected(kind, _tokens(kind, probe))
+        tokens = _tokens(kind, probe)
+        self._took[kind] = seconds, tokens
+        expected = self.expected(kind, tokens)
+        if kind != "slopes" and not failed and expected > 0:
+            self.per_token *= seconds / expected
 
 
 def _tokens(kind: MeasurementKind, probe: Probe) -> int:

@@ -1,7 +1,7 @@
 """A first look at a model in training: the gain slopes of all blocks, one pass forward and back over few tokens.
 
-In a wide model most of a measurement is solves, so that the first one comes after an hour. Until then the slopes of the
-loss along scales tell which block is unlike the others: no weights, no solves.
+In a wide model most of a measurement on few tokens is solves, so that its first one comes late. Until then the slopes
+of the loss along scales tell which block is unlike the others: no weights, no solves.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -59,9 +60,10 @@ def glance(model: nn.Module, blocks: Sequence[Block], probe: Probe, *, micro_bat
 
 
 def _scales(evidence: Sequence[float | None], gates: Sequence[int]) -> dict[int, float]:
+    """Return block -> evidence of its own scales in standard deviations; none of fewer than five blocks."""
     known = [block for block, value in enumerate(evidence) if value is not None]
     if len(known) < LEAST_BLOCKS:
         return {}
-    values = torch.tensor([float(evidence[block] or 0.0) for block in known], dtype=torch.float64).numpy()
-    degrees = torch.tensor([float(gates[block]) for block in known], dtype=torch.float64).numpy()
-    return dict(zip(known, own_evidence(values, degrees).tolist(), strict=True))
+    values = np.array([evidence[block] for block in known], dtype=float)
+    scores = own_evidence(values, np.array([gates[block] for block in known], dtype=float))
+    return dict(zip(known, scores.tolist(), strict=True))

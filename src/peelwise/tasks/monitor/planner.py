@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from peelwise.distributed.processes import Processes
 from peelwise.evidence.events import cost
@@ -50,7 +51,7 @@ class Planner:
         self._costs = Costs(per_token, solves)
         self._processes = processes
         self._begun = self._planned = self._size = 0
-        self._on_slopes = 0.0  # seconds
+        self._on_slopes = self._slopes_again = 0.0  # seconds that looks took; of the run, before the next
         self._roll = Roll(probe) if isinstance(probe, RollingProbe) else None
         self._full = min(probe.each, tokens_of(probe)) if isinstance(probe, RollingProbe) else tokens_of(probe)
         self.probe = probe
@@ -71,7 +72,10 @@ class Planner:
         of = "probe tokens" if self.probe.examples is None else "examples of the probe"
         sizes = self._full, tokens_of(self.probe)
         seconds = [self._costs.expected("alone", tokens) for tokens in sizes]
-        return cost(step, *sizes, (seconds[0], seconds[1]), self._budget, of=of)
+        told = cost(step, *sizes, (seconds[0], seconds[1]), self._budget, of=of)
+        if not self._slopes_come_first:
+            return told
+        return replace(told, suggestion=f"{told.suggestion} Until the first, gain slopes are looked at.".strip())
 
     def due(self, spent: float, elapsed: float, undecided: float) -> MeasurementKind | None:
         """Return the kind to measure now, if the budget allows it.
@@ -90,24 +94,29 @@ class Planner:
         if (self._plan is PLAN and often and undecided > _FEW_UNDECIDED) or (self._refines and kind == "ranking"):
             kind = "alone"
         now = affordable(spent, self._costs.of(kind, self.probe), elapsed, self._budget)
-        if not now and self._slopes_meanwhile(kind, spent, elapsed, self._budget):
-            kind, now = "slopes", True
+        if not now and self._slopes_meanwhile(spent, elapsed, self._budget):
+            kind, now, self._slopes_again = "slopes", True, 2 * elapsed
         code = self._processes.broadcast_number(1 + _KINDS.index(kind) if now else 0)
         return _KINDS[code - 1] if code else None
 
-    def _slopes_meanwhile(self, kind: MeasurementKind, spent: float, elapsed: float, budget: float) -> bool:
-        """Whether to look at the gain slopes until the budget has paid for a first measurement of a kind.
+    def _slopes_meanwhile(self, spent: float, elapsed: float, budget: float) -> bool:
+        """Whether to look at the gain slopes until the budget has paid for a first measurement.
 
-        They decide no block, but tell the probe's loss, a block whose scales are wrong, and which to refine first.
+        They decide no block, but tell the probe's loss, a block whose scales are wrong, and which to refine first. One
+        look is much like the last until the run is twice as long.
         """
-        if self._begun or self._plan is not PLAN or self._roll is not None or self._processes.count > 1:
+        if elapsed < self._slopes_again or self._begun or not self._slopes_come_first:
             return False
-        cost = self._costs.of("slopes", self.probe)
-        return (
-            _FAR_DEARER * cost < self._costs.of(kind, self.probe)
-            and affordable(spent, cost, elapsed, budget)
-            and affordable(self._on_slopes, cost, elapsed, _SHARE_OF_SLOPES * budget)
-        )
+        seconds = self._costs.of("slopes", self.probe)
+        of_slopes = affordable(self._on_slopes, seconds, elapsed, _SHARE_OF_SLOPES * budget)
+        return of_slopes and affordable(spent, seconds, elapsed, budget)
+
+    @property
+    def _slopes_come_first(self) -> bool:
+        """Whether what decides takes so much longer that gain slopes are worth a look before it."""
+        if self._plan is not PLAN or self._roll is not None or self._processes.count > 1:
+            return False
+        return _FAR_DEARER * self._costs.of("slopes", self.probe) < self._costs.of("alone", self.probe)
 
     @property
     def _next(self) -> MeasurementKind:

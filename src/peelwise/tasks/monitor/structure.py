@@ -10,7 +10,7 @@ from peelwise.errors import UnsupportedModelError
 from peelwise.model.architectures import find_blocks, stack_of
 from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.refined import chosen, in_training, names_of, only
-from peelwise.model.selfcheck import without_shared
+from peelwise.model.shared_weights import without_shared
 from peelwise.records.options import Refine
 
 

@@ -175,8 +175,11 @@ export class RunView {
 // What to look at first: the newest alert that still holds, or that nothing was seen, and on how much that rests.
 function firstSentence({ events, now }) {
   const letters = now.look?.letters ?? "";
-  const holds = (each) => each.level === "alert"
-    && (each.kind !== "red" || (each.block === null ? letters.includes("R") : letters[each.block] === "R"));
+  const holds = (each) => {
+    if (each.kind === "unlike-scales") return letters[each.block] === "?"; // until that block has a verdict
+    if (each.kind === "red") return each.block === null ? letters.includes("R") : letters[each.block] === "R";
+    return each.level === "alert";
+  };
   const alert = events.findLast(holds);
   if (alert) return [true, `Look here, because: ${alert.text}`];
   if (!letters) return [false, "Nothing measured yet, and no alert so far."];
@@ -184,6 +187,7 @@ function firstSentence({ events, now }) {
   const decided = [...letters].filter((letter) => "RYG".includes(letter)).length;
   const asked = [...letters].filter((letter) => letter !== "F").length;
   if (red) return [true, `Look at the red ${red === 1 ? "block" : "blocks"}: no event names a cause.`];
+  if (!decided) return [false, "No block is decided yet, and no alert so far."];
   return [false, `Healthy as far as was seen: no alert holds, ${decided} of ${asked} blocks are decided and none is red.`];
 }
 
