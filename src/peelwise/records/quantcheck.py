@@ -30,7 +30,8 @@ class LayerCheck(Record):
     ``rounded`` is the error of rounding the parent's weights to nearest with the format's own rule, ``flipped`` the
     share of codes that the best weights found have otherwise, and ``damping`` that of the sums they were found in, in
     units of their mean diagonal. Errors are on the report part, so what is recoverable at the same bit width can be a
-    little below 0. ``codes`` is false where the layer's layout is none of our formats, so that none are looked for.
+    little below 0. ``codes`` is false where none are looked for: the layer's layout is none of our formats, or it is an
+    expert that no token reaches.
     ``inputs`` is the error that rounding its inputs adds, with the weights as they are, in the units of ``error``.
     ``fine_tune`` is how much a fine-tune changed the layer's output, in the units of ``error``, if a base was given.
     ``predicted`` is what its weights cost, nats per token to second order: half of the output error weighed with the

@@ -90,7 +90,7 @@ def run_allocate(
             groups = list(groups_of(runner, (fit, select), forms, curvatures or {}, clock))
         bits = np.array([group.bits for group in groups])
         weights = sum(group.weights for group in groups)
-        with clock.stage("breaks"):
+        with clock.stage("block-formats"):
             single = _single_damages(session, select, groups, forms, clock)
         plain = np.array([group.predicted for group in groups])
         damage = plain * _factors(groups, plain, single, in_nats=curvatures is not None)

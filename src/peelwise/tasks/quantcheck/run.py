@@ -154,18 +154,19 @@ def _each_alone(
                 base=None if sides.before is None else sides.before.weights[twin](),
                 input_error=rounding.get(twin),
             )
-            wanted = found.complete and layer.has_codes and fit.tokens and select.tokens
+            reached = bool(fit.tokens and select.tokens)
+            wanted = found.complete and layer.has_codes and reached
             encoded, damping = layer.best(settings) if wanted else (None, None)
-            found.layers.append(_line(linear, layer.checked(encoded, damping)))
+            found.layers.append(_line(linear, layer.checked(encoded, damping), reached))
             found.tokens[twin] = fit.tokens
             if encoded is not None:
                 found.alone[linear] = change_to(linear, own.format.decode(encoded))
     return found
 
 
-def _line(linear: LinearLayer, line: LayerCheck) -> LayerCheck:
+def _line(linear: LinearLayer, line: LayerCheck, reached: bool) -> LayerCheck:
     parameter = linear.name.rpartition(".")[0] if linear.is_expert else None
-    return line.model_copy(update={"parameter": parameter})
+    return line.model_copy(update={"parameter": parameter, "codes": line.codes and reached})
 
 
 def _losses(text: OnText, candidates: Sequence[Changes]) -> QuantLosses:
