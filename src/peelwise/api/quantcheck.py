@@ -12,6 +12,7 @@ from peelwise.engine.clock import Watcher
 from peelwise.engine.fitting import common_groups
 from peelwise.engine.opening import checked_blocks
 from peelwise.errors import OutputError
+from peelwise.model.adapters import adapter_base, is_adapted, merged_and_bare, with_adapter
 from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
@@ -101,7 +102,8 @@ def quantcheck(
 
     Args:
         quantised: a module (left exactly as it was), a folder or a GGUF file.
-        parent: the model that it was made from, likewise.
+        parent: the model that it was made from, likewise; of a model of PEFT, or the folder of an adapter, the model
+            with adapters merged, and ``base`` is the one without them.
         probe: the probe, or the text to draw it from with the quantised model's tokenizer; default: the reference
             prose.
         settings: format, effort, budget, and within how many bits a plan is wanted.
@@ -129,15 +131,31 @@ def quantcheck(
     if out is not None:
         _check_out(out, force=force)
     target, drawn = open_both(quantised, probe, opening)
-    pair = _candidate(target), _candidate(open_target(parent, opening))
-    first = None if base is None else _candidate(open_target(base, opening))
-    record = run_quantcheck(*pair, drawn, settings, progress, first)
+    above, first = _above(parent, base, opening)
+    record = run_quantcheck(_candidate(target), above, drawn, settings, progress, first)
     if settings.allocate is not None:
-        record = record.model_copy(update={"allocation": _planned(pair[1], drawn, settings, progress)})
+        record = record.model_copy(update={"allocation": _planned(above, drawn, settings, progress)})
     report = QuantcheckReport(record)
     if out is not None:
         report.save(out, force=force)
     return report
+
+
+def _above(
+    parent: nn.Module | str | Path, base: nn.Module | str | Path | None, opening: OpenOptions | None
+) -> tuple[Candidate, Candidate | None]:
+    """Return the parent and the model before its fine-tune; of a parent with adapters both are made from it."""
+    below = adapter_base(Path(parent)) if isinstance(parent, str | Path) else None
+    if below is not None:
+        found = open_target(below, opening)
+        target = Target(with_adapter(found.model, Path(str(parent))), Path(str(parent)).name, str(parent))
+    else:
+        target = open_target(parent, opening)
+    if not is_adapted(target.model):
+        return _candidate(target), None if base is None else _candidate(open_target(base, opening))
+    merged, bare = merged_and_bare(target.model)
+    first = Candidate(bare, below or "its base") if base is None else _candidate(open_target(base, opening))
+    return Candidate(merged, target.name, target.source), first
 
 
 def _candidate(target: Target) -> Candidate:

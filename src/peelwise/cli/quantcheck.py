@@ -44,7 +44,10 @@ def quantcheck(
     against: Annotated[
         str,
         typer.Option(
-            "--against", metavar="PARENT", help="The model that it was made from.", rich_help_panel="Measurement"
+            "--against",
+            metavar="PARENT",
+            help="The model that it was made from, or the folder of a PEFT adapter.",
+            rich_help_panel="Measurement",
         ),
     ],
     base: Annotated[
