@@ -145,6 +145,7 @@ def fit(
             max_steps=max_steps,
             keep_going=keep_going,
             processes=session.runner.processes,
+            kept=session.runner.kept,
         )
     session.runner.work.add(session.runner.head_share, 3.0 * (reference.steps + 1) * len(labels))
     return HeadFit(own, select, report, reference)

@@ -26,6 +26,7 @@ from peelwise.model.gradients import differentiable, gradients_by_layer
 from peelwise.model.layers import Block, LinearLayer, unwrapped
 from peelwise.model.losses import losses_of, sequence_losses, token_losses
 from peelwise.model.refusals import handed_on, no_gradient, not_once, other_shapes, too_few_logits
+from peelwise.model.spill import spill_of
 from peelwise.model.trace import Batch, Trace
 from peelwise.probe.examples import Examples
 from peelwise.probe.rows import Split
@@ -62,6 +63,7 @@ class Runner:
         processes: Processes = ONE_PROCESS,
     ) -> None:
         self.model, self.processes = unwrapped(model), processes
+        self.spill = spill_of(self.model)  # where stations and changes go to; of a model in memory nowhere
         self.sharded = processes.count > 1 and any(is_sharded(p) for p in model.parameters())
         self._accepted = _accepted(self.model)
         self._with_targets = False  # for models that return the last position's logits unless they get targets
@@ -78,6 +80,10 @@ class Runner:
         total = max(sum(sizes) + head, 1)
         self.shares = [size / total for size in sizes]
         self.head_share = head / total
+
+    def kept(self, tensor: Tensor) -> Tensor:
+        """Return what there is one of for every block, or many: on disk where the weights are, else as it is."""
+        return tensor if self.spill is None else self.spill.kept(tensor)
 
     # -- forward ---------------------------------------------------------------------------------------
 
@@ -142,7 +148,7 @@ class Runner:
         for old in trace.batches:
             batch = replace(old, stations=list(old.stations[: start + 1]))
             for block in self.blocks[start:]:
-                batch.stations.append(self.run_block(block, batch.stations[-1], batch))
+                batch.stations.append(self.kept(self.run_block(block, batch.stations[-1], batch)))
             losses.append(self.end_losses(batch, batch.stations[-1]))
             batches.append(batch)
         self.work.add(sum(self.shares[start:]) + self.head_share, trace.predicted)
@@ -351,9 +357,9 @@ class Runner:
                 if any(value is each for each in chosen):
                     raise handed_on(block)
             while len(batch.calls) < block.index:  # blocks that were skipped
-                batch.stations.append(hidden)
+                batch.stations.append(self.kept(hidden))
                 batch.calls.append(None)
-            batch.stations.append(hidden)
+            batch.stations.append(self.kept(hidden))
             batch.calls.append((tuple(map(uncached, args)), {name: uncached(a) for name, a in kwargs.items()}))
             self.autocast = _autocast(hidden.device.type)
 
@@ -361,7 +367,7 @@ class Runner:
             batch.rest = out[1:] if type(out) is list else tuple(out[1:]) if isinstance(out, tuple) else None
             # What has a gradient is found by comparing gradients.
             chosen[:] = [each for each in batch.rest or () if isinstance(each, Tensor) and not each.is_floating_point()]
-            batch.stations[block.index + 1 :] = [hidden_of(out)]
+            batch.stations[block.index + 1 :] = [self.kept(hidden_of(out))]
 
         with ExitStack() as stack:
             for block in self.blocks:

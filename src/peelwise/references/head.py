@@ -58,6 +58,7 @@ def fit_head(
     gap: float = 1e-4,
     keep_going: Callable[[], bool] = lambda: True,
     processes: Processes = ONE_PROCESS,
+    kept: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> HeadReference:
     """Minimise ``phi`` by L-BFGS and keep the iterate with the lowest loss on select.
 
@@ -70,6 +71,7 @@ def fit_head(
         gap: stop when the duality gap is below this, in nats per token.
         keep_going: asked before each iteration; lets a budget end the fit.
         processes: all hold all rows; each takes its share of them in every sum.
+        kept: where iterates and their gradients go to, each as large as the head.
     """
     problem = _Problem(fit, logits, penalty, processes)
     v = logits(fit[0][:1].float()).shape[1]
@@ -79,11 +81,12 @@ def fit_head(
     current, steps = value, 0
     history: list[tuple[Tensor, Tensor]] = []
     while steps < max_steps and float(gradient.square().sum()) / (2 * penalty) > gap and keep_going():
-        moved = _line_search(problem, D, value, gradient, _lbfgs_direction(gradient, history, penalty))
+        direction = kept(_lbfgs_direction(gradient, history, penalty))
+        moved = _line_search(problem, D, value, gradient, direction, kept)
         if moved is None:
             break
         following, value, new_gradient = moved
-        history = [*history, (following - D, new_gradient - gradient)][-_MEMORY:]
+        history = [*history[1 - _MEMORY :], (kept(following - D), kept(new_gradient - gradient))]
         D, gradient, steps = following, new_gradient, steps + 1
         select_loss = mean_cross_entropy(*select, logits, problem.unwhiten(D), processes=processes)
         if select_loss < best_loss:
@@ -187,15 +190,20 @@ def _lbfgs_direction(gradient: Tensor, history: list[tuple[Tensor, Tensor]], pen
 
 
 def _line_search(
-    problem: _Problem, D: Tensor, value: float, gradient: Tensor, direction: Tensor
+    problem: _Problem,
+    D: Tensor,
+    value: float,
+    gradient: Tensor,
+    direction: Tensor,
+    kept: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, float, Tensor] | None:
     """Backtrack until the decrease is sufficient; ``None`` if rounding leaves nothing to gain."""
     slope = float((gradient * direction).sum())
     step = 1.0
     for _ in range(10):
-        following = D + step * direction
+        following = kept(D + step * direction)
         new_value, new_gradient = problem.value_and_gradient(following)
         if new_value <= value + 1e-4 * step * slope and new_value < value:
-            return following, new_value, new_gradient
+            return following, new_value, kept(new_gradient)
         step *= 0.5
     return None

@@ -239,8 +239,8 @@ def test_spectra():
 
 
 def test_sums_of_a_block_and_changes_in_place():
-    model, runner = llama(vocab_size=60, hidden_size=128, intermediate_size=352)
-    probe = Probe.from_tokens(torch.randint(60, (30, 17)))
+    model, runner = llama(vocab_size=60, hidden_size=256, intermediate_size=704)
+    probe = Probe.from_tokens(torch.randint(60, (30, 9)))
     fit, select = runner.trace(probe.fit), runner.trace(probe.select)
     kept = memory(shape_of(model, "llama", 4.0), probe.fit.tokens)
     changes = {linear: torch.zeros_like(linear.weight()) for block in runner.blocks for linear in block.linears}

@@ -11,6 +11,7 @@ _FLOAT32, _FLOAT64, _PROPOSAL = 4, 8, 2
 _LOSS_NUMBERS = 2**22  # logits whose losses are taken at once
 _PIECE = 2**22
 _COPIES_OF_HEAD = 15  # iterate, gradient, six pairs of both, and what is tried
+_COPIES_ON_THE_WAY = 4  # of these in memory where the others are on disk
 _CHUNK = 1_024  # tokens whose logits a fit of the head computes at once
 
 
@@ -48,9 +49,14 @@ class Memory:
         return self.bytes_per_weight * (one if self.streamed else self.shape.parameters)
 
     @property
+    def kept(self) -> float:
+        """Which part of what there is of all blocks is in memory: all, or of a stream that of one block."""
+        return 1 / self.shape.depth if self.streamed else 1.0
+
+    @property
     def stations(self) -> float:
-        """``n d (L + 1) b``: what enters every block and leaves the last, for all tokens."""
-        return self.tokens * self.shape.width * (self.shape.depth + 1) * self.bytes_per_weight
+        """``n d (L + 1) b``: what enters every block and leaves the last, for all tokens; of a stream at one block."""
+        return self.tokens * self.shape.width * (self.shape.depth + 1) * self.bytes_per_weight * self.kept
 
     @property
     def held(self) -> float:
@@ -132,34 +138,33 @@ class Memory:
     def sums(self, targets: int, two_sided: bool = True) -> float:
         """Sums of one block in float64, and the proposals made of them, whichever is more.
 
-        ``S`` of inputs, ``C`` of weights, ``F`` of outputs squared, per block. While fit's are added up their means are
-        made and those of the block before are still there: ``8 (4 S + (3 t + 1)(C + F))``. While proposals are made
-        there are ``8 (2 S + (t + 1)(C + F)) + 12 S + 16 C`` and one factorisation.
+        ``S`` of inputs, ``C`` of weights, ``F`` of outputs squared, per block, of fit and of select: ``8 (2 S + (t + 1)
+        (C + F))``; while they are added up the activations of a micro-batch beside them, while proposals are made ``12
+        S + 16 C`` and one factorisation.
         """
         S, C, F = self.numbers_in_sums
         F *= two_sided
         most = max(max(group.inputs, *group.outputs) for group in self.shape.groups)
-        added = _FLOAT64 * (4 * S + (3 * targets + 1) * (C + F)) + self.activations(self.tokens)
-        made = _FLOAT64 * (2 * S + (targets + 1) * (C + F)) + _FLOAT32 * (3 * S + 4 * C + 3 * most**2)
-        return max(added, made)
+        both = _FLOAT64 * (2 * S + (targets + 1) * (C + F))
+        return both + max(self.activations(self.tokens), _FLOAT32 * (3 * S + 4 * C + 3 * most**2))
 
     def proposals(self, directions: int = 2) -> float:
         """Proposals of all blocks, in half precision: ``2 W`` per direction."""
-        return _PROPOSAL * directions * self.shape.linear_weights
+        return _PROPOSAL * directions * self.shape.linear_weights * self.kept
 
     def changes(self, sets: float = 1.0) -> float:
         """Changes of all blocks, in float32: ``4 W`` each."""
-        return _FLOAT32 * sets * self.shape.linear_weights
+        return _FLOAT32 * sets * self.shape.linear_weights * self.kept
 
     def splice(self) -> float:
-        """Changes in place: their copies ``4 W``, and in float32 their sums with the weights, ``4 W`` more."""
-        return self.changes(1.0 if self.hooked else 2.0)
+        """Changes in place: in float32 their sums with the weights, ``4 W``; else they are added as they are."""
+        return self.changes(0.0 if self.hooked else 1.0)
 
     @property
     def one_change(self) -> float:
-        """A change of one matrix in place: itself, its copy, its sum with the weight."""
+        """A change of one matrix in place: itself, and its sum with the weight."""
         group, outputs = largest(self.shape)
-        return 3 * _FLOAT32 * group.inputs * outputs
+        return 2 * _FLOAT32 * group.inputs * outputs
 
     def changes_of_kind(self) -> float:
         """Kinds of change: both models' largest matrix in float32, and a spectrum in float64 beside them."""
@@ -167,7 +172,13 @@ class Memory:
         numbers = max(ends, group.inputs * outputs)
         return 3 * _FLOAT32 * numbers + 3 * _FLOAT64 * numbers
 
+    @property
+    def blank_head(self) -> float:
+        """What a fit of the head may take at most, where there is one from nothing: 15 copies of it."""
+        return _FLOAT32 * _COPIES_OF_HEAD * self.shape.head_weights
+
     def head(self, seen: float) -> float:
         """A fit of the head: 15 copies of it, four times the logits of 1,024 tokens, and the inputs of ``seen``."""
         shape, chunk = self.shape, min(_CHUNK, seen)
-        return _FLOAT32 * (_COPIES_OF_HEAD * shape.head_weights + 4 * chunk * shape.vocabulary + seen * shape.width)
+        copies = _COPIES_ON_THE_WAY if self.streamed else _COPIES_OF_HEAD
+        return _FLOAT32 * (copies * shape.head_weights + 4 * chunk * shape.vocabulary + seen * shape.width)
