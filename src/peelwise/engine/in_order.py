@@ -7,7 +7,7 @@ of both, and the sums of one group of layers, are alive at a time.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,8 +15,10 @@ from torch import Tensor
 from peelwise.engine.session import Changes, run_captured, run_until
 from peelwise.engine.sweep import token_rows
 from peelwise.model.capture import Call
+from peelwise.model.handed import Handed
 from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.runner import Runner
+from peelwise.model.splice import spliced
 from peelwise.model.trace import Batch, Trace
 from peelwise.records.base import Note, note
 from peelwise.references.asymmetric import InputSums
@@ -25,13 +27,30 @@ from peelwise.stats.gram import CrossSum, GramSum, widened
 _SAME = 1e-3  # of the norm of what a block adds to the stream: rounding, half precision included
 
 
-def few_tokens(linears: Iterable[LinearLayer], tokens: int) -> Iterator[Note]:
-    """Say of the widest layer, and how many more, that fewer tokens than it has inputs made its sums."""
-    widths = {linear.name: linear.weight().shape[1] for linear in linears}
-    short = sorted((name for name in widths if widths[name] > tokens), key=lambda name: -widths[name])
-    if short:
-        inputs = widths[short[0]]
-        yield note("few-fit-tokens", layer=short[0], tokens=tokens, inputs=inputs, rank=tokens, more=len(short) - 1)
+def few_tokens(tokens: Iterable[tuple[LinearLayer, int]]) -> Iterator[Note]:
+    """Say where fewer tokens made a layer's sums than it has inputs: of the widest layer, and of the worst mixture.
+
+    Args:
+        tokens: that each layer was given; experts are given those that their routers send them.
+    """
+    plain: dict[str, tuple[int, int]] = {}
+    mixtures: dict[str, list[tuple[int, int]]] = {}
+    for linear, seen in tokens:
+        width = linear.weight().shape[1]
+        if linear.is_expert:
+            mixtures.setdefault(linear.name.rsplit(".", 2)[0], []).append((width, seen))
+        elif width > seen:
+            plain[linear.name] = width, seen
+    if plain:
+        name = max(plain, key=lambda name: plain[name])
+        inputs, seen = plain[name]
+        yield note("few-fit-tokens", layer=name, tokens=seen, inputs=inputs, rank=seen, more=len(plain) - 1)
+    few = {name: [seen for width, seen in of_all if seen < width] for name, of_all in mixtures.items()}
+    worst = max(few, key=lambda name: len(few[name]), default=None)
+    if worst is not None and few[worst]:
+        none = sum(seen == 0 for seen in few[worst])
+        counts = {"matrices": len(few[worst]), "of": len(mixtures[worst]), "without": none}
+        yield note("few-expert-tokens", block=worst, **counts, more=sum(map(bool, few.values())) - 1)
 
 
 @dataclass
@@ -58,6 +77,10 @@ class Walk:
     changes: Changes = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.calls = [
+            replace(trace, batches=[replace(batch, calls=list(batch.calls)) for batch in trace.batches])
+            for trace in self.calls
+        ]
         self._hidden = [[batch.stations[0] for batch in trace.batches] for trace in self.calls]
 
     def groups(self, block: Block) -> Iterator[tuple[list[LinearLayer], list[InputSums]]]:
@@ -83,7 +106,10 @@ class Walk:
         for number, (trace, calls) in enumerate(zip(self.parts, self.calls, strict=True)):
             apart = spread = 0.0
             for i, (there, here) in enumerate(zip(trace.batches, calls.batches, strict=True)):
-                hidden, _ = run_captured(self.own, block, here, self._hidden[number][i], self._of(block))
+                handed = Handed()
+                with spliced(self._of(block)):
+                    hidden = self.own.run_block(block, self._hidden[number][i], here, handed)
+                here.hand_on(block.index, handed)
                 self._hidden[number][i] = hidden
                 own, theirs = (h[here.weights].double() for h in (hidden, there.stations[block.index + 1]))
                 apart += float((own - theirs).square().sum())
@@ -183,5 +209,5 @@ def _in_running_order(before: Sequence[Sequence[Mapping[LinearLayer, list[Call]]
     groups: dict[tuple[int, ...], list[LinearLayer]] = {}
     for linear in dict.fromkeys(linear for part in before for batch in part for linear in batch):
         calls = tuple(id(call.x) for part in before for batch in part for call in batch.get(linear, []))
-        groups.setdefault(calls if not linear.is_expert else (id(linear),), []).append(linear)
+        groups.setdefault(calls, []).append(linear)
     return list(groups.values())

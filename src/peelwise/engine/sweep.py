@@ -14,6 +14,7 @@ from peelwise.engine.fading import FadingSums
 from peelwise.engine.proposals import DIRECTIONS, BlockProposals, Direction, Solves
 from peelwise.errors import ModelError, UnsupportedModelError
 from peelwise.model.capture import Call
+from peelwise.model.handed import Gradient
 from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.runner import Runner
 from peelwise.model.trace import Batch, Trace
@@ -84,20 +85,20 @@ def _keep(made: Sequence[Sequence[BlockProposals]], found: Sequence[dict[int, Bl
 
 
 def block_moments(
-    runner: Runner, block: Block, trace: Trace, above: Sequence[list[Tensor]], *, keep: bool, with_F: bool
-) -> tuple[list[dict[LinearLayer, Moments]], list[list[Tensor]]]:
+    runner: Runner, block: Block, trace: Trace, above: Sequence[list[Gradient]], *, keep: bool, with_F: bool
+) -> tuple[list[dict[LinearLayer, Moments]], list[list[Gradient]]]:
     """Pass gradients through one block, adding up the moments of its linear layers over all micro-batches.
 
     Args:
         runner: the model.
         block: the block.
         trace: tokens and stations.
-        above: for each set of targets, the gradients at the block's output, per micro-batch.
+        above: for each set of targets, the gradients behind the block, per micro-batch.
         keep: whether the moments are wanted, or only the gradients below.
         with_F: whether to add up ``F``.
 
     Returns:
-        For each set of targets the moments of every layer, which share ``S``, and the gradients at the block's input.
+        For each set of targets the moments of every layer, which share ``S``, and the gradients before the block.
     """
     S: dict[LinearLayer, GramSum] = {}
     C: list[dict[LinearLayer, CrossSum]] = [{} for _ in above]
@@ -105,7 +106,7 @@ def block_moments(
     groups: dict[LinearLayer, LinearLayer] = {}
     if keep and runner.processes.count > 1:
         _expect_experts(block, S, C, F if with_F else ())
-    below: list[list[Tensor]] = [[] for _ in above]
+    below: list[list[Gradient]] = [[] for _ in above]
     for batch, *gradients in zip(trace.batches, *above, strict=True):
         capture, results = runner.block_gradients(block, batch, gradients)
         for (down, _), into in zip(results, below, strict=True):

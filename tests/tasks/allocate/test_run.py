@@ -162,7 +162,7 @@ def test_texts_for_other_tools_say_the_plan(allocated, stored_stage):
     assert found == ["node_linear", f"/wrapped/{path}/MatMul", "/lm_head/MatMul"]
     lines = texts["llama-cpp.txt"].split(" \\\n")
     assert len(lines) == len(record.layers)
-    assert f"--tensor-type blk.{first.block}.attn_q=f16" in lines
+    assert f"--tensor-type blk.{first.block}.attn_q.weight=f16" in lines
     yaml = pytest.importorskip("yaml")
     stage = yaml.safe_load(texts["llm-compressor.yaml"])["quantization_stage"]["quantization_modifiers"]["GPTQModifier"]
     assert stage["ignore"] == ["lm_head", first.name]

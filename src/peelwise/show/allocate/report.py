@@ -40,7 +40,7 @@ def render_picture(record: AllocationRecord) -> str:
             f"{layer.bits_per_weight:.1f}".removesuffix(".0"),
             f"{layer.format}, {layer.predicted.get(layer.format, 0.0):.2g} nats",
         )
-        for layer in record.layers
+        for layer in record.stored
     ]
     lines = (
         f"costs {record.damage.mean:+.4f} {bracket(record.damage)} nats per token; numbers: bits per weight",
@@ -83,7 +83,7 @@ def _curve(record: AllocationRecord) -> str:
 
 
 def _table(record: AllocationRecord) -> str:
-    shown = sorted(record.layers, key=lambda layer: layer.share, reverse=True)[:MOST_ROWS]
+    shown = sorted(record.stored, key=lambda layer: layer.share, reverse=True)[:MOST_ROWS]
     rows = [
         (
             esc(layer.name),

@@ -114,8 +114,7 @@ def _skipped(record: QuantiseRecord) -> str:
 
 def _row(layer: QuantisedLayer) -> str:
     """Return the name of a layer within its block; experts of one parameter have one row, or it would be too tall."""
-    name, _, last = within(layer.name, layer.block).rpartition(".")
-    return name if last.isdigit() else f"{name}.{last}".removeprefix(".")
+    return within(layer.parameter or layer.name, layer.block)
 
 
 def _last(layer: QuantisedLayer) -> float:

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from peelwise.engine.refine import Refined
 from peelwise.engine.rounds import next_round
 from peelwise.engine.session import Changes, Session
+from peelwise.model.handed import Handed
 from peelwise.model.layers import LinearLayer
 from peelwise.model.parts import Parts
 from peelwise.model.splice import spliced
@@ -198,10 +199,10 @@ class _Training:
 
 def _loss(session: Session, batch: Batch, changes: dict[LinearLayer, Tensor], index: int) -> Tensor:
     """Return the mean loss of a micro-batch, differentiable by the changes."""
-    runner, hidden = session.runner, batch.stations[index]
+    runner, hidden, handed = session.runner, batch.stations[index], Handed()
     with spliced(changes):
         for block in runner.blocks[index:]:
-            hidden = runner.run_block(block, hidden, batch)
+            hidden = runner.run_block(block, hidden, batch, handed)
         logits = runner.logits(batch, hidden)[batch.weights]  # [tokens, vocabulary]
     runner.work.add(3 * session.share_from(index), float(batch.weights.sum()))
     return cross_entropy(logits.float(), batch.targets[batch.weights])

@@ -114,7 +114,7 @@ def run_anatomy(
     with untouched(model), frozen(linears), torch.no_grad():
         session, gradients = _session(model, blocks, probe, settings, name, watcher)
         margin = settings.margin if settings.margin is not None else default_margin(session.report.mean)
-        found = _Found(session, [parts_of(b) for b in blocks], margin, probe.seed, gradients, kept)
+        found = _Found(session, [parts_of(b) for b in session.runner.blocks], margin, probe.seed, gradients, kept)
         found.notes += [*session.notes, *([note("resumed")] if kept.resumed else [])]
         try:
             for study in settings.wanted:

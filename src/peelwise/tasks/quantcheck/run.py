@@ -148,7 +148,7 @@ def run_quantcheck(
         cost=cost,
         notes=(
             *checked,
-            *few_tokens(held, int(above_of[0].predicted)),
+            *few_tokens((m, int(above_of[0].predicted)) for m in held if not m.is_expert),
             *_notes(quantised.model, parent.model, held, ended=not (found.complete and reached)),
         ),
         settings=settings.plain(),
