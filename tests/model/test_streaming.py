@@ -174,3 +174,47 @@ def test_nothing_stays_on_disk_and_a_full_one_is_said(tmp_path: Path, monkeypatc
     with pytest.raises(OutputError, match=r"has no room for 0 MiB .* TMPDIR"):
         disk.kept(tensor)
     assert not list(tmp_path.iterdir())
+
+
+# The largest private memory in MB of an audit, beyond that after the imports.
+AUDITS = """
+import sys, threading, time, torch, peelwise
+from peelwise.model.checkpoints import open_model
+def private():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) / 1024
+torch.set_num_threads(1)
+torch.manual_seed(0)
+probe = peelwise.Probe.from_tokens(torch.randint(300, (24, 33)))
+settings = peelwise.AuditSettings("10m", joint_rounds=2, solo_rounds=1)
+peelwise.audit(open_model(sys.argv[3], stream=True, with_tokenizer=False).model, probe, settings)  # the imports
+before, most, ended = private(), [0.0], threading.Event()
+def watch():
+    while not ended.is_set():
+        most[0] = max(most[0], private())
+        time.sleep(0.01)
+watching = threading.Thread(target=watch)
+watching.start()
+model = open_model(sys.argv[1], stream=sys.argv[2] == "stream", with_tokenizer=False).model
+peelwise.audit(model, probe, settings)
+ended.set()
+watching.join()
+print(most[0] - before)
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="private memory is asked of Linux")
+def test_memory_of_an_audit_does_not_grow_with_depth(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "vocab_size": 300}
+    small = folder(tmp_path / "small", torch.float32, num_hidden_layers=1, **sizes)
+    found = {}
+    for depth in (4, 16):
+        path = folder(tmp_path / str(depth), torch.float32, num_hidden_layers=depth, **sizes)
+        for how in ("stream", "resident"):
+            command = [sys.executable, "-c", AUDITS, str(path), how, str(small)]
+            out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+            found[depth, how] = float(out)
+    grown = {how: found[16, how] - found[4, how] for how in ("stream", "resident")}
+    assert grown["resident"] > 100  # of 12 blocks: weights, proposals, changes
+    assert grown["stream"] < 25

@@ -179,6 +179,6 @@ class Memory:
 
     def head(self, seen: float) -> float:
         """A fit of the head: 15 copies of it, four times the logits of 1,024 tokens, and the inputs of ``seen``."""
-        shape, chunk = self.shape, min(_CHUNK, seen)
+        shape, chunk = self.shape, min(_CHUNK, self.micro_batch, seen)
         copies = _COPIES_ON_THE_WAY if self.streamed else _COPIES_OF_HEAD
         return _FLOAT32 * (copies * shape.head_weights + 4 * chunk * shape.vocabulary + seen * shape.width)
