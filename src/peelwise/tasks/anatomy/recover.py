@@ -117,7 +117,13 @@ def trained_alone(
             return None
         batch = session.fit.batches[training.step % len(session.fit.batches)]
         with torch.enable_grad():
-            gradients = torch.autograd.grad(_loss(session, batch, training.changes, index), training.values)
+            # Zero for an expert that no token of this micro-batch was routed to.
+            gradients = torch.autograd.grad(
+                _loss(session, batch, training.changes, index),
+                training.values,
+                allow_unused=True,
+                materialize_grads=True,
+            )
         training.advance(gradients, int(batch.weights.sum()))
         if training.step % LOOK_EVERY == 0:
             now = {m: d.detach().clone() for m, d in training.changes.items()}

@@ -123,12 +123,19 @@ def _lent(module: nn.Module, other: nn.Module) -> Iterator[None]:
     dtype = next((p.dtype for p in other.parameters() if p.is_floating_point()), None)
 
     def forward(x: Tensor, *args: object, **kwargs: object) -> Any:
-        out: Any = other(x if dtype is None or not x.is_floating_point() else x.to(dtype), *args, **kwargs)
-        # A router gives weights and choices; those are for the model's own code to convert.
-        return out.to(x.dtype) if x.is_floating_point() and isinstance(out, Tensor) else out
+        out = other(x if dtype is None or not x.is_floating_point() else x.to(dtype), *args, **kwargs)
+        if isinstance(out, tuple):  # a router gives weights and choices
+            return tuple(_alike(each, x) for each in out)
+        return _alike(out, x)
 
     with forward_replaced(module, forward):
         yield
+
+
+def _alike(out: Any, x: Tensor) -> Any:
+    """Return what a module gave in the dtype of what it was given, where both are floating-point numbers."""
+    floats = isinstance(out, Tensor) and out.is_floating_point() and x.is_floating_point()
+    return out.to(x.dtype) if floats else out
 
 
 def like(hidden: Tensor, batch: Batch) -> Tensor:

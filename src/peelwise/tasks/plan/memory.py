@@ -177,6 +177,25 @@ class Memory:
         """What a fit of the head may take at most, where there is one from nothing: 15 copies of it."""
         return _FLOAT32 * _COPIES_OF_HEAD * self.shape.head_weights
 
+    def curvatures(self) -> float:
+        """What the loss minds in the outputs of every layer, in float32: ``4 sum o^2``."""
+        return _FLOAT32 * sum(group.count * o * o for group in self.shape.groups for o in group.outputs)
+
+    def own_stations(self, tokens: float) -> float:
+        """One station of a second model that is walked beside its parent."""
+        return tokens * self.shape.width * self.bytes_per_weight
+
+    def layer_codes(self) -> float:
+        """Codes of one layer ``[o, d]`` on their way down, in float32: about ``4 (16 o d + 8 d^2 + 4 o^2)``.
+
+        Two descents of a target, weights, gradient and codes each, candidates, and sums of three parts.
+        """
+        return max(
+            _FLOAT32 * (16 * o * group.inputs + 8 * group.inputs**2 + 4 * o * o)
+            for group in self.shape.groups
+            for o in group.outputs
+        )
+
     def head(self, seen: float) -> float:
         """A fit of the head: 15 copies of it, four times the logits of 1,024 tokens, and the inputs of ``seen``."""
         shape, chunk = self.shape, min(_CHUNK, self.micro_batch, seen)
