@@ -40,7 +40,12 @@ def common_groups(linears: Collection[LinearLayer]) -> Sequence[int]:
 
 def _remedy(linear: LinearLayer, form: Format, among: Collection[LinearLayer], option: str) -> str:
     layout = getattr(scaled_part(form), "layout", None)
-    if layout is None or not layout.size or linear.weight().shape[1] % layout.size == 0:
+    if (
+        layout is None
+        or layout.option not in form.name
+        or layout.per != "group"
+        or linear.weight().shape[1] % layout.size == 0
+    ):
         return ""
     sizes = [str(size) for size in common_groups(among)[:_NAMED]]
     if not sizes:

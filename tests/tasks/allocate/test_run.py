@@ -113,7 +113,7 @@ def test_the_plan_is_what_quantise_takes(allocated, stored_stage, training_probe
         (
             lambda: peelwise.allocate(ZOO["llama"](), tiny_probe(), peelwise.AllocateSettings(1.0, ("int2", "int4"))),
             FormatError,
-            "smallest of the formats",
+            r"int2:channel,symmetric takes 2\.\d+ bits per weight with its scales, the budget is 1, .* --bits",
         ),
     ],
 )

@@ -31,7 +31,7 @@ from peelwise.formats.base import Format
 from peelwise.formats.dense import Dense
 from peelwise.model.fingerprint import identify
 from peelwise.model.guard import untouched
-from peelwise.model.layers import device_of
+from peelwise.model.layers import LinearLayer, device_of
 from peelwise.model.runner import Runner
 from peelwise.model.selfcheck import self_check
 from peelwise.model.trace import Trace
@@ -39,7 +39,7 @@ from peelwise.probe.probe import Probe
 from peelwise.records.allocation import AllocatedLayer, AllocationRecord, CurvePoint, Interaction
 from peelwise.records.base import note
 from peelwise.references.allocation import bits_of, cheapest
-from peelwise.tasks.allocate.groups import Group, groups_of, is_asked
+from peelwise.tasks.allocate.groups import Group, bits_in, groups_of, is_asked
 from peelwise.tasks.allocate.settings import AllocateSettings
 
 # A block's measured damage over its predicted one is taken within these bounds: few tokens measure small ones badly.
@@ -74,6 +74,7 @@ def run_allocate(
     for linear in wanted:
         for form in forms:
             check_fits(linear, form, wanted, "--formats")
+    _check_budget(wanted, forms, settings.bits)
     with untouched(model):
         runner = Runner(model, blocks, micro_batch_tokens=settings.micro_batch_tokens)
         clock = Clock(math.inf, runner.work, watcher)
@@ -89,8 +90,7 @@ def run_allocate(
             groups = list(groups_of(runner, (fit, select), forms, curvatures or {}, clock))
         bits = np.array([group.bits for group in groups])
         weights = sum(group.weights for group in groups)
-        cheapest(np.zeros_like(bits), bits, settings.bits * weights)  # refuses a budget that is too small
-        with clock.stage("breaks"):
+        with clock.stage("block-formats"):
             single = _single_damages(session, select, groups, forms, clock)
         plain = np.array([group.predicted for group in groups])
         damage = plain * _factors(groups, plain, single, in_nats=curvatures is not None)
@@ -138,6 +138,18 @@ def _changes(groups: Sequence[Group], forms: Sequence[Format], plan: Sequence[in
         for group, at in zip(groups, plan, strict=True)
         for linear, change in group.changes(at, forms[at]).items()
     }
+
+
+def _check_budget(linears: Sequence[LinearLayer], forms: Sequence[Format], budget: float) -> None:
+    """Refuse a budget below the smallest format, before any work is done."""
+    weights = sum(linear.weight().numel() for linear in linears)
+    bits = {form.name: sum(bits_in(form, linear) for linear in linears) / weights for form in forms}
+    smallest = min(bits, key=lambda name: bits[name])
+    if bits[smallest] > budget * (1 + 1e-9):
+        raise FormatError(
+            f"{smallest} takes {bits[smallest]:.2f} bits per weight with its scales, the budget is {budget:g}, and it "
+            "is the smallest of the formats. Allow more with --bits, or name a smaller one with --formats."
+        )
 
 
 def _single_damages(
