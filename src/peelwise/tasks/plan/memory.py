@@ -27,6 +27,7 @@ class Memory:
         streamed: whether weights stay in their files.
         base: interpreter and packages, bytes.
         models: how many are in memory, each with its stations.
+        changes_on_disk: whether proposals and changes of weights stay in files too, as in an audit of a stream.
     """
 
     shape: Shape
@@ -36,6 +37,7 @@ class Memory:
     streamed: bool
     base: float
     models: int = 1
+    changes_on_disk: bool = False
 
     @property
     def block(self) -> float:
@@ -50,13 +52,14 @@ class Memory:
 
     @property
     def kept(self) -> float:
-        """Which part of what there is of all blocks is in memory: all, or of a stream that of one block."""
-        return 1 / self.shape.depth if self.streamed else 1.0
+        """Which part of the changes of all blocks is in memory: all, or where they are on disk that of one block."""
+        return 1 / self.shape.depth if self.changes_on_disk else 1.0
 
     @property
     def stations(self) -> float:
         """``n d (L + 1) b``: what enters every block and leaves the last, for all tokens; of a stream at one block."""
-        return self.tokens * self.shape.width * (self.shape.depth + 1) * self.bytes_per_weight * self.kept
+        blocks = 1 if self.streamed else self.shape.depth
+        return self.tokens * self.shape.width * (blocks + 1) * self.bytes_per_weight
 
     @property
     def held(self) -> float:
@@ -199,5 +202,5 @@ class Memory:
     def head(self, seen: float) -> float:
         """A fit of the head: 15 copies of it, four times the logits of 1,024 tokens, and the inputs of ``seen``."""
         shape, chunk = self.shape, min(_CHUNK, self.micro_batch, seen)
-        copies = _COPIES_ON_THE_WAY if self.streamed else _COPIES_OF_HEAD
+        copies = _COPIES_ON_THE_WAY if self.changes_on_disk else _COPIES_OF_HEAD
         return _FLOAT32 * (copies * shape.head_weights + 4 * chunk * shape.vocabulary + seen * shape.width)
