@@ -163,6 +163,13 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     return json.loads(file.read_text())["rows"] if file.is_file() else []
 
 
+def _commands(file: Path) -> str | None:
+    """Return the commands of the rows that are there already, but for this one."""
+    own = environment()["command"]
+    said = json.loads(file.read_text())["command"].split("; ") if file.is_file() else []
+    return "; ".join(each for each in said if each != own) or None
+
+
 def _paired(bench: Bench, report: Trace, losses: Tensor, against: Tensor) -> list[float]:
     found = bench.session.gain(losses, against).interval()
     return [round(value, 4) for value in (found.mean, found.low, found.high)]
@@ -248,7 +255,7 @@ def _write(row: dict[str, Any]) -> None:
     file = FILES[row["model"]]
     rows = [*_rows(file), row]
     new = file.with_suffix(".new")
-    new.write_text(json.dumps(environment() | {"rows": rows}, indent=1) + "\n")
+    new.write_text(json.dumps(environment(_commands(file)) | {"rows": rows}, indent=1) + "\n")
     new.replace(file)
     print({k: v for k, v in row.items() if k not in ("per_sequence", "sequence_tokens")}, flush=True)
 

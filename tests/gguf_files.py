@@ -1,4 +1,4 @@
-"""A small Llama written as a complete GGUF file, which transformers opens."""
+"""A small Llama or Mixtral written as a complete GGUF file; transformers opens that of a Llama."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 
 
 def llama_of_whole_blocks() -> LlamaForCausalLM:
@@ -20,7 +20,12 @@ def llama_of_whole_blocks() -> LlamaForCausalLM:
 
 
 def write_llama_gguf(
-    model: LlamaForCausalLM, file: Path, kind: str, *, others: str = "F32", vocabulary: list[str] | None = None
+    model: LlamaForCausalLM | MixtralForCausalLM,
+    file: Path,
+    kind: str,
+    *,
+    others: str = "F32",
+    vocabulary: list[str] | None = None,
 ) -> None:
     """Write block matrices in the blocks of ``kind``, embeddings in those of ``others``, and norms in float32.
 
@@ -51,7 +56,15 @@ def write_llama_gguf(
         writer.add_bos_token_id(2)
         writer.add_add_bos_token(True)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    if isinstance(model, MixtralForCausalLM):
+        writer.add_expert_count(config.num_local_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
     for name, weight in model.state_dict().items():
+        if ".experts." in name:
+            for part, matrices in _experts(name, weight).items():
+                stored = name.split(".experts.")[0].replace("model.layers", "blk").replace("mlp", part)
+                writer.add_tensor(f"{stored}.weight", matrices.contiguous().numpy())
+            continue
         if "q_proj" in name or "k_proj" in name:
             weight = _interleaved(weight, heads if "q_proj" in name else key_value_heads)
         stored = names.get_name(name, try_suffixes=(".weight",))
@@ -71,3 +84,11 @@ def _interleaved(weight: Tensor, heads: int) -> Tensor:
     """GGUF turns neighbouring coordinates of a head, transformers those half a head apart."""
     d_out, d_in = weight.shape
     return weight.reshape(heads, 2, d_out // heads // 2, d_in).swapaxes(1, 2).reshape(d_out, d_in).contiguous()
+
+
+def _experts(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """Return the matrices of all experts ``[experts, d_out, d_in]`` under GGUF's names for them."""
+    if name.endswith("down_proj"):
+        return {"ffn_down_exps": weight}
+    gate, up = weight.chunk(2, dim=1)
+    return {"ffn_gate_exps": gate, "ffn_up_exps": up}

@@ -93,9 +93,12 @@ def test_a_taken_folder_and_a_mistyped_text_are_refused_before_the_model_is_open
             work("no/such/model", out=tmp_path)
         with pytest.raises(ProbeError, match=r"none\.txt"):
             work("no/such/model", peelwise.ProbeOptions(["none.txt"]))
-    with pytest.raises(OutputError, match="exists"):
-        peelwise.quantcheck("no/such/model", "nor/this", out=tmp_path / "thesis.tex")
-    with pytest.raises(OutputError, match="is a folder"):
+    (tmp_path / "thesis.json").touch()
+    (tmp_path / "folder.json").mkdir()
+    for out, words in (("thesis.tex", "is a file"), ("thesis.json", "exists"), ("folder.json", "is a folder")):
+        with pytest.raises(OutputError, match=words):
+            peelwise.quantcheck("no/such/model", "nor/this", out=tmp_path / out)
+    with pytest.raises(OutputError, match=r"holds no quantcheck\.json"):
         peelwise.quantcheck("no/such/model", "nor/this", out=tmp_path, force=True)
 
 

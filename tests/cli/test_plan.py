@@ -106,14 +106,15 @@ def fitting(memory, **options):
 
 
 def test_the_verdict_follows_the_memory():
-    """7 B parameters are 27 GB in float32 and 13.5 in half precision; their changes take more than any of it."""
+    """7 B parameters are 27 GB in float32 and 13.5 in half precision; an audit's changes take more than any of it."""
     assert fitting("1e15")[0] == dict.fromkeys(get_args(Task), "float32")
     assert fitting("20GB")[0]["check-weights"] == "bfloat16"
     assert fitting("6GB")[0]["check-weights"] == "stream"
     found, record = fitting("1GB")
     assert set(found.values()) == {None}
     assert conclusion(record).startswith("In 1.0 GB: check --no-text does not fit, because its stage ")
-    assert fitting("80GB")[0]["audit"] is None
+    assert fitting("80GB")[0]["audit"] == "stream"  # its changes lie on disk then
+    assert fitting("16GB")[0]["audit"] is None  # sums of one block
 
 
 def test_processes_share_the_text_and_the_solves_of_an_audit_and_hold_a_model_each():

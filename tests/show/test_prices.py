@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from peelwise.show.html.prices import Price, picture, shade
+from peelwise.show.html.prices import Price, Shades, picture
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -32,11 +32,17 @@ def test_every_layer_is_a_cell_and_the_dearest_is_the_darkest() -> None:
 
 
 def test_what_costs_nothing_is_empty_and_what_is_negative_too() -> None:
-    assert shade(0, 1) == shade(-1, 1) == shade(1, 0) == 0
-    assert shade(1e-9, 1) > 0
+    assert Shades(1.0)(0) == Shades(1.0)(-1) == Shades.of([-1.0])(1) == 0
+    assert Shades(1.0)(1e-9) > 0
     svg = picture([Price(0, "up", -0.1)], "a model", (), "nats")
     assert "No layer costs anything here." in svg
     assert list(_cells(svg).values()) == [0]
+
+
+def test_prices_that_are_close_are_told_apart() -> None:
+    close, wide = Shades.of([1.0, 2.0, 0.0]), Shades.of([1e-9, 1.0, 2.0])
+    assert (close.decades, wide.decades) == (1, 3)
+    assert close(2.0) - close(1.0) == pytest.approx(3 * (wide(2.0) - wide(1.0)))
 
 
 def test_names_are_text_and_nothing_is_loaded() -> None:

@@ -118,7 +118,7 @@ def allocate(
 
 
 def read_plan(file: str | Path) -> dict[str, str]:
-    """Return the plan of an ``allocation.json``, or of a JSON object of formats by layer.
+    """Return the plan of an ``allocation.json`` or ``quantcheck.json``, or of a JSON object of formats by layer.
 
     Raises:
         OutputError: If the file cannot be read or is neither.
@@ -126,10 +126,12 @@ def read_plan(file: str | Path) -> dict[str, str]:
     path = Path(file)
     try:
         if path.is_dir():
-            path = path / RECORD_FILE
+            path = next((path / name for name in (RECORD_FILE, "quantcheck.json") if (path / name).is_file()), path)
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} cannot be read as a plan: {error}. Expected {RECORD_FILE} of `allocate`.") from error
+    if isinstance(found, dict) and found.get("kind") == "quantcheck":
+        found = found.get("allocation")
     layers = found.get("layers") if isinstance(found, dict) else None
     if isinstance(layers, list):
         found = {str(each.get("name")): each.get("format") for each in layers if isinstance(each, dict)}

@@ -7,14 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peelwise.api.inputs import Target, open_both, open_target, with_budget
-from peelwise.api.report import Result, frame
+from peelwise.api.report import REPORT_FILE, Result, frame
 from peelwise.engine.clock import Watcher
+from peelwise.engine.fitting import common_groups
+from peelwise.engine.opening import checked_blocks
 from peelwise.errors import OutputError
 from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
-from peelwise.records.folder import write_text_file
+from peelwise.records.allocation import AllocationRecord
+from peelwise.records.folder import check_free, write_text_file, written_whole
 from peelwise.records.quantcheck import QuantcheckRecord
+from peelwise.show.allocate.exports import exports
+from peelwise.show.quantcheck.report import render_html, render_picture
+from peelwise.tasks.allocate.run import run_allocate
+from peelwise.tasks.allocate.settings import AllocateSettings
 from peelwise.tasks.quantcheck.layers import Candidate
 from peelwise.tasks.quantcheck.run import run_quantcheck
 from peelwise.tasks.quantcheck.settings import QuantcheckSettings
@@ -23,13 +30,18 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import nn
 
+RECORD_FILE = "quantcheck.json"
+PICTURE_FILE = "layers.svg"
+SUFFIX = ".json"
+LARGEST_GROUP = 64  # of the formats of a plan
+
 
 @dataclass(frozen=True, eq=False)
 class QuantcheckReport(Result):
     """What a comparison with the full-precision parent found.
 
     Attributes:
-        record: every number, as in the JSON file.
+        record: every number, as in ``quantcheck.json``.
     """
 
     record: QuantcheckRecord
@@ -42,18 +54,33 @@ class QuantcheckReport(Result):
         """
         return frame([_row(layer.model_dump()) for layer in self.record.layers], "name")
 
-    def save(self, file: str | Path, *, force: bool = False) -> Path:
-        """Write the record as a JSON file; whole or not at all.
+    def to_html(self) -> str:
+        """Return the report as one self-contained HTML page."""
+        return render_html(self.record)
+
+    def save(self, out: str | Path, *, force: bool = False) -> Path:
+        """Write the record; whole or not at all.
 
         Args:
-            file: must not exist, unless ``force``.
+            out: a file whose name ends in ``.json`` for the record alone; any other name is a folder, which also gets
+                a page, a picture, and the plan for other tools if one was asked for. It must not exist, unless
+                ``force``.
             force: replace an earlier result.
 
         Raises:
-            OutputError: If the file exists or cannot be written.
+            OutputError: If it exists or cannot be written.
         """
-        path = _check_file(file, force=force)
-        write_text_file(path, self.to_json() + "\n")
+        path = _check_out(out, force=force)
+        if path.suffix == SUFFIX:
+            write_text_file(path, self.to_json() + "\n")
+            return path
+        with written_whole(path) as new:
+            write_text_file(new / RECORD_FILE, self.to_json() + "\n")
+            write_text_file(new / REPORT_FILE, self.to_html())
+            write_text_file(new / PICTURE_FILE, render_picture(self.record))
+            if self.record.allocation is not None:
+                for name, text in exports(self.record.allocation).items():
+                    write_text_file(new / name, text)
         return path
 
 
@@ -77,12 +104,13 @@ def quantcheck(
         parent: the model that it was made from, likewise.
         probe: the probe, or the text to draw it from with the quantised model's tokenizer; default: the reference
             prose.
-        settings: format, effort, budget.
+        settings: format, effort, budget, and within how many bits a plan is wanted.
         base: the model before a fine-tune (adapters merged) that made ``parent``; then the report says how much of the
             fine-tune survives quantisation, and in which blocks it is lost.
         budget: shorthand for that of ``settings``: wall time, in seconds or like ``"10m"``.
         opening: how folders and files are opened.
-        out: JSON file to save the record in; refused before the work if it exists.
+        out: folder to save record, page and picture in, or a file whose name ends in ``.json`` for the record alone;
+            refused before the work if it exists.
         force: replace an earlier result there.
         progress: called with a `Progress` at every step.
 
@@ -99,11 +127,14 @@ def quantcheck(
     """
     settings = with_budget(settings or QuantcheckSettings(), budget)
     if out is not None:
-        _check_file(out, force=force)
+        _check_out(out, force=force)
     target, drawn = open_both(quantised, probe, opening)
     pair = _candidate(target), _candidate(open_target(parent, opening))
     first = None if base is None else _candidate(open_target(base, opening))
-    report = QuantcheckReport(run_quantcheck(*pair, drawn, settings, progress, first))
+    record = run_quantcheck(*pair, drawn, settings, progress, first)
+    if settings.allocate is not None:
+        record = record.model_copy(update={"allocation": _planned(pair[1], drawn, settings, progress)})
+    report = QuantcheckReport(record)
     if out is not None:
         report.save(out, force=force)
     return report
@@ -113,8 +144,23 @@ def _candidate(target: Target) -> Candidate:
     return Candidate(target.model, target.name, target.source)
 
 
-def _check_file(file: str | Path, *, force: bool) -> Path:
-    path = Path(file)
+def _planned(
+    parent: Candidate, probe: Probe, settings: QuantcheckSettings, progress: Watcher | None
+) -> AllocationRecord:
+    """Return a plan for the parent's layers in formats of 2, 3, 4 and 8 bits, whose groups divide all of them."""
+    linears = [linear for block in checked_blocks(parent.model, probe) for linear in block.linears]
+    group = next((size for size in common_groups(linears) if size <= LARGEST_GROUP), None)
+    layout = "channel" if group is None else f"group={group}"
+    formats = tuple(f"int{width}:{layout}" for width in (2, 3, 4, 8))
+    plan = AllocateSettings(settings.allocate or 0.0, formats, micro_batch_tokens=settings.micro_batch_tokens)
+    return run_allocate(parent.model, parent.name, parent.source, probe, plan, watcher=progress)
+
+
+def _check_out(out: str | Path, *, force: bool) -> Path:
+    path = Path(out)
+    if path.suffix != SUFFIX:
+        check_free(path, force=force, ours=RECORD_FILE)
+        return path
     if path.is_dir():
         raise OutputError(f"{path} is a folder: expected a file to write to. Choose another --out.")
     if path.exists() and not force:

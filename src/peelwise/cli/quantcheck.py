@@ -36,7 +36,7 @@ app = typer.Typer()
 
 
 @app.command(
-    epilog="Example: `peelwise quantcheck out/int3 --against out/full --text notes.txt --out out/check.json`",
+    epilog="Example: `peelwise quantcheck out/int3 --against out/full --text notes.txt --out out/check`",
     short_help="Compare a quantised model with its parent.",
 )
 def quantcheck(
@@ -70,13 +70,17 @@ def quantcheck(
         int, flag(QuantcheckSettings, "micro_batch_tokens", min=1)
     ] = QuantcheckSettings.micro_batch_tokens,
     activations: Annotated[str | None, flag(QuantcheckSettings, "activations", metavar="FORMAT")] = None,
+    allocate: Annotated[float | None, flag(QuantcheckSettings, "allocate", metavar="BITS")] = None,
     device: DeviceOption = OpenOptions.device,
     dtype: DtypeOption = OpenOptions.dtype,
     allow_pickle: PickleOption = OpenOptions.allow_pickle,
     as_stored: StoredOption = OpenOptions.as_stored,
     stream: StreamOption = OpenOptions.stream,
     tokenizer: TokenizerOption = None,
-    out: Annotated[Path | None, output(metavar="FILE", help="JSON file for the record.")] = None,
+    out: Annotated[
+        Path | None,
+        output("--out", metavar="DIR", help="Folder for record, page and picture, or FILE.json for the record alone."),
+    ] = None,
     force: ForceOption = False,
     every_layer: Annotated[
         bool, output("--all", help="List every layer, not only those with most to recover.")
@@ -92,7 +96,7 @@ def quantcheck(
     from peelwise.show.quantcheck.terminal import MOST_LAYERS, print_record
 
     probe = probe_options(text, field, tokens, sequence_length, in_distribution, seed)
-    settings = QuantcheckSettings(budget, form, max_sweeps, tolerance, micro_batch_tokens, activations)
+    settings = QuantcheckSettings(budget, form, max_sweeps, tolerance, micro_batch_tokens, activations, allocate)
     opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer, stream)
     with at_work(f"Opening {quantised} and {against} ...") as watcher:
         report = api.quantcheck(
@@ -102,3 +106,5 @@ def quantcheck(
         typer.echo(report.to_json())
     else:
         print_record(report.record, Console(highlight=False), None if every_layer else MOST_LAYERS)
+        if out is not None:
+            typer.echo(f"Written to {out}.")

@@ -27,13 +27,30 @@ from peelwise.stats.gram import CrossSum, GramSum, widened
 _SAME = 1e-3  # of the norm of what a block adds to the stream: rounding, half precision included
 
 
-def few_tokens(linears: Iterable[LinearLayer], tokens: int) -> Iterator[Note]:
-    """Say of the widest layer, and how many more, that fewer tokens than it has inputs made its sums."""
-    widths = {linear.name: linear.weight().shape[1] for linear in linears}
-    short = sorted((name for name in widths if widths[name] > tokens), key=lambda name: -widths[name])
-    if short:
-        inputs = widths[short[0]]
-        yield note("few-fit-tokens", layer=short[0], tokens=tokens, inputs=inputs, rank=tokens, more=len(short) - 1)
+def few_tokens(tokens: Iterable[tuple[LinearLayer, int]]) -> Iterator[Note]:
+    """Say where fewer tokens made a layer's sums than it has inputs: of the widest layer, and of the worst mixture.
+
+    Args:
+        tokens: that each layer was given; experts are given those that their routers send them.
+    """
+    plain: dict[str, tuple[int, int]] = {}
+    mixtures: dict[str, list[tuple[int, int]]] = {}
+    for linear, seen in tokens:
+        width = linear.weight().shape[1]
+        if linear.is_expert:
+            mixtures.setdefault(linear.name.rsplit(".", 2)[0], []).append((width, seen))
+        elif width > seen:
+            plain[linear.name] = width, seen
+    if plain:
+        name = max(plain, key=lambda name: plain[name])
+        inputs, seen = plain[name]
+        yield note("few-fit-tokens", layer=name, tokens=seen, inputs=inputs, rank=seen, more=len(plain) - 1)
+    few = {name: [seen for width, seen in of_all if seen < width] for name, of_all in mixtures.items()}
+    worst = max(few, key=lambda name: len(few[name]), default=None)
+    if worst is not None and few[worst]:
+        none = sum(seen == 0 for seen in few[worst])
+        counts = {"matrices": len(few[worst]), "of": len(mixtures[worst]), "without": none}
+        yield note("few-expert-tokens", block=worst, **counts, more=sum(map(bool, few.values())) - 1)
 
 
 @dataclass
@@ -192,5 +209,5 @@ def _in_running_order(before: Sequence[Sequence[Mapping[LinearLayer, list[Call]]
     groups: dict[tuple[int, ...], list[LinearLayer]] = {}
     for linear in dict.fromkeys(linear for part in before for batch in part for linear in batch):
         calls = tuple(id(call.x) for part in before for batch in part for call in batch.get(linear, []))
-        groups.setdefault(calls if not linear.is_expert else (id(linear),), []).append(linear)
+        groups.setdefault(calls, []).append(linear)
     return list(groups.values())

@@ -27,6 +27,7 @@ from peelwise.model.handed import Gradient, Handed, Passed, Watch, Ways
 from peelwise.model.layers import Block, LinearLayer, unwrapped
 from peelwise.model.losses import losses_of, sequence_losses, token_losses
 from peelwise.model.refusals import no_gradient, not_once, other_shapes, too_few_logits
+from peelwise.model.spill import spill_of
 from peelwise.model.trace import Batch, Trace
 from peelwise.probe.examples import Examples
 from peelwise.probe.rows import Split
@@ -63,6 +64,7 @@ class Runner:
         processes: Processes = ONE_PROCESS,
     ) -> None:
         self.model, self.processes = unwrapped(model), processes
+        self.spill = spill_of(self.model)  # where stations and changes go to; of a model in memory nowhere
         self.sharded = processes.count > 1 and any(is_sharded(p) for p in model.parameters())
         self._accepted = _accepted(self.model)
         self._with_targets = False  # for models that return the last position's logits unless they get targets
@@ -79,6 +81,10 @@ class Runner:
         total = max(sum(sizes) + head, 1)
         self.shares = [size / total for size in sizes]
         self.head_share = head / total
+
+    def kept(self, tensor: Tensor) -> Tensor:
+        """Return what there is one of for every block, or many: on disk where the weights are, else as it is."""
+        return tensor if self.spill is None else self.spill.kept(tensor)
 
     # -- forward ---------------------------------------------------------------------------------------
 
@@ -186,7 +192,7 @@ class Runner:
     def advance(self, block: Block, batch: Batch) -> None:
         """Run one block on its station, and add the station behind it; blocks behind get what it hands on besides."""
         handed = Handed()
-        batch.stations.append(self.run_block(block, batch.stations[block.index], batch, handed))
+        batch.stations.append(self.kept(self.run_block(block, batch.stations[block.index], batch, handed)))
         batch.hand_on(block.index, handed)
 
     @contextmanager
@@ -378,9 +384,9 @@ class Runner:
                 runs.clear()  # the model is called once more, with targets
             runs.append(block.index)
             while len(batch.calls) < block.index:  # blocks that were skipped
-                batch.stations.append(hidden)
+                batch.stations.append(self.kept(hidden))
                 batch.calls.append(None)
-            batch.stations.append(hidden)
+            batch.stations.append(self.kept(hidden))
             call = tuple(map(uncached, args)), {name: uncached(a) for name, a in kwargs.items()}
             batch.calls.append(watch.before(call))
             self.autocast = _autocast(hidden.device.type)
@@ -388,7 +394,7 @@ class Runner:
         def after(block: Block, out: Any) -> None:
             batch.rest = out[1:] if type(out) is list else tuple(out[1:]) if isinstance(out, tuple) else None
             watch.after(batch.rest or ())
-            batch.stations[block.index + 1 :] = [hidden_of(out)]
+            batch.stations[block.index + 1 :] = [self.kept(hidden_of(out))]
 
         with ExitStack() as stack:
             for block in self.blocks:

@@ -17,10 +17,12 @@ class AllocatedLayer(Record):
 
     ``group`` is the same for layers that share their input, which decide together. ``predicted`` is by format, nats per
     token: half of the squared output error weighed with the squared gradient, on fit, times what measuring the whole
-    block says about such predictions. ``share`` is this layer's part of the predicted damage of the plan.
+    block says about such predictions. ``share`` is this layer's part of the predicted damage of the plan. An expert has
+    the ``parameter`` that holds the matrices of all, which decide together. ``fit_tokens`` are those that it was given.
     """
 
     name: str
+    parameter: str | None = None
     block: int
     group: int
     format: str
@@ -28,6 +30,7 @@ class AllocatedLayer(Record):
     weights: int
     predicted: dict[str, float]
     share: float
+    fit_tokens: int | None = None
 
 
 class CurvePoint(Record):
@@ -75,6 +78,14 @@ class AllocationRecord(Record):
     versions: dict[str, str]
 
     @property
+    def stored(self) -> tuple[AllocatedLayer, ...]:
+        """The layers, with all experts of one parameter as one layer of its name: damages, shares and tokens add up."""
+        of_name: dict[str, list[AllocatedLayer]] = {}
+        for layer in self.layers:
+            of_name.setdefault(layer.parameter or layer.name, []).append(layer)
+        return tuple(_one(name, layers) if layers[0].parameter else layers[0] for name, layers in of_name.items())
+
+    @property
     def plan(self) -> dict[str, str]:
         """The format of every layer, by name."""
         return {layer.name: layer.format for layer in self.layers}
@@ -82,3 +93,16 @@ class AllocationRecord(Record):
     def to_json(self) -> str:
         """Return the record as indented JSON."""
         return self.model_dump_json(by_alias=True, indent=2)
+
+
+def _one(parameter: str, experts: list[AllocatedLayer]) -> AllocatedLayer:
+    first = experts[0]
+    return first.model_copy(
+        update={
+            "name": parameter,
+            "weights": sum(each.weights for each in experts),
+            "predicted": {form: sum(each.predicted[form] for each in experts) for form in first.predicted},
+            "share": sum(each.share for each in experts),
+            "fit_tokens": sum(each.fit_tokens or 0 for each in experts),
+        }
+    )

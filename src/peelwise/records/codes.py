@@ -61,6 +61,7 @@ Stage = Literal[
     "outputs",
     "repairs",
     "breaks",
+    "block-formats",
     "layers",
     "swap-path",
     "mended",

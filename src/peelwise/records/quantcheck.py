@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from peelwise.records.allocation import AllocationRecord
 from peelwise.records.base import (
     SCHEMA_VERSION,
     CostRecord,
@@ -29,9 +30,12 @@ class LayerCheck(Record):
     ``rounded`` is the error of rounding the parent's weights to nearest with the format's own rule, ``flipped`` the
     share of codes that the best weights found have otherwise, and ``damping`` that of the sums they were found in, in
     units of their mean diagonal. Errors are on the report part, so what is recoverable at the same bit width can be a
-    little below 0. ``codes`` is false where the layer's layout is none of our formats, so that none are looked for.
+    little below 0. ``codes`` is false where none are looked for: the layer's layout is none of our formats, or it is an
+    expert that no token reaches.
     ``inputs`` is the error that rounding its inputs adds, with the weights as they are, in the units of ``error``.
     ``fine_tune`` is how much a fine-tune changed the layer's output, in the units of ``error``, if a base was given.
+    ``predicted`` is what its weights cost, nats per token to second order: half of the output error weighed with the
+    squared gradient of the parent's loss. ``share`` is its part of the sum over all layers.
     """
 
     name: str
@@ -46,6 +50,9 @@ class LayerCheck(Record):
     codes: bool = True
     fine_tune: float | None = None
     inputs: float | None = None
+    predicted: float | None = None
+    share: float | None = None
+    parameter: str | None = None  # of an expert, the one that holds the matrices of all
 
 
 class FineTunedBlock(Record):
@@ -120,11 +127,17 @@ class QuantcheckRecord(Record):
     layers: tuple[LayerCheck, ...]
     fine_tune: FineTuneRecord | None = None
     activations: str | None = None  # formats of the layers' inputs, where these are quantised when the model runs
+    allocation: AllocationRecord | None = None  # a plan for the parent's layers, if one was asked for
     cost: CostRecord
     notes: tuple[Note, ...] = ()
     settings: dict[str, bool | int | float | str | None]
     seed: int
     versions: dict[str, str]
+
+    @property
+    def model(self) -> ModelRecord:
+        """The model that the record is about: the quantised one."""
+        return self.quantised
 
     def to_json(self) -> str:
         """Return the record as indented JSON."""

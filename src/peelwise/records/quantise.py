@@ -20,10 +20,12 @@ class QuantisedLayer(Record):
     quantised up to this layer. It is negative where the codes make up for more than they lose. ``damping`` is that
     of error feedback, ``target_damping`` and ``target_share`` say how far the layer makes up for what those before it
     lost, and ``flipped`` is the share of codes other than those of rounding to nearest. Steps are measured on the first
-    2,048 tokens of report, or all where it is shorter.
+    2,048 tokens of report, or all where it is shorter; an expert that is given none there has no steps. ``fit_tokens``
+    are those of fit that a layer is given, and ``parameter`` is the one that holds the matrices of all experts.
     """
 
     name: str
+    parameter: str | None = None
     block: int
     format: str
     bits_per_weight: float
@@ -33,6 +35,7 @@ class QuantisedLayer(Record):
     target_damping: float
     target_share: float
     flipped: float
+    fit_tokens: int | None = None
 
 
 class QuantisedBlock(Record):

@@ -34,6 +34,7 @@ from peelwise.show.peel import terminal as peel_terminal
 from peelwise.show.peel import words as peel_words
 from peelwise.show.plan import terminal as plan_terminal
 from peelwise.show.plan import words as plan_words
+from peelwise.show.quantcheck import report as quantcheck_report
 from peelwise.show.quantcheck import terminal as quantcheck_terminal
 from peelwise.show.quantcheck import words as quantcheck_words
 from peelwise.show.quantise import report as quantise_report
@@ -49,8 +50,9 @@ PageRecord = (
     | AnatomyRecord
     | QuantiseRecord
     | AllocationRecord
+    | QuantcheckRecord
 )
-AnyRecord = PageRecord | QuantcheckRecord | PlanRecord
+AnyRecord = PageRecord | PlanRecord
 
 
 def render(record: AnyRecord, folder: Path | str | None = None) -> RenderableType:
@@ -123,6 +125,8 @@ def render_html(record: PageRecord) -> str:
         return anatomy_report.render_html(record)
     if isinstance(record, QuantiseRecord):
         return quantise_report.render_html(record)
+    if isinstance(record, QuantcheckRecord):
+        return quantcheck_report.render_html(record)
     if isinstance(record, AllocationRecord):
         return allocate_report.render_html(record)
     return peel_report.render_html(record) if isinstance(record, PeelRecord) else report.render_html(record)

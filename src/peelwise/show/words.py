@@ -90,6 +90,7 @@ STAGES: Mapping[str, str] = MappingProxyType(
         "outputs": "what each part computes in both models",
         "repairs": "putting OLD's parts into NEW",
         "breaks": "putting NEW's parts into OLD",
+        "block-formats": "what each block costs in each format",
         "layers": "layers of the blocks that matter most",
         "swap-path": "putting parts back one after another",
         "mended": "putting back together all that hurt",

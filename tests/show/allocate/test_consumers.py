@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 import peelwise
 from audits import tiny_probe
@@ -26,20 +26,48 @@ from peelwise.show.allocate.exports import exports
 FORMS = ("int4:group=32,symmetric", "int8:channel,symmetric", "int3:group=32,symmetric", "dense:float32")
 
 
+# Widths are multiples of 256, which K-quants need.
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+}
+
+
 @pytest.fixture(scope="module")
 def llama() -> LlamaForCausalLM:
-    """Return a random Llama with widths that are multiples of 256, which K-quants need."""
+    """Return a random Llama."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=97, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, **sizes)
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+
+
+@pytest.fixture(scope="module")
+def mixtral() -> MixtralForCausalLM:
+    """Return a random Mixtral of four experts a block."""
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)).eval()
 
 
 @pytest.fixture(scope="module")
 def record(llama: LlamaForCausalLM) -> AllocationRecord:
     """Return a plan in which layers that share their input have one format, and every format is used."""
+    return plan_of(llama)
+
+
+@pytest.fixture(scope="module")
+def mixed(mixtral: MixtralForCausalLM) -> AllocationRecord:
+    """Return such a plan of a mixture."""
+    return plan_of(mixtral)
+
+
+def plan_of(model: PreTrainedModel) -> AllocationRecord:
     settings = peelwise.AllocateSettings(5.0, ("int3:group=32", "int4:group=32"), points=0)
-    found = peelwise.allocate(llama, tiny_probe(), settings).record
+    found = peelwise.allocate(model, tiny_probe(), settings).record
     groups = sorted({layer.group for layer in found.layers})
     layers = [
         layer.model_copy(update={"format": FORMS[groups.index(layer.group) % len(FORMS)]}) for layer in found.layers
@@ -69,6 +97,31 @@ def test_llm_compressor_carries_out_the_recipe(
             group = 32 if "group" in layer.format else None
             assert (own.num_bits, own.group_size, own.symmetric) == (int(layer.format[3]), group, True)
     assert getattr(model.lm_head, "quantization_scheme", None) is None
+
+
+def test_llm_compressor_finds_experts_once_it_has_made_modules_of_them(
+    mixed: AllocationRecord, mixtral: MixtralForCausalLM, tmp_path: Path
+) -> None:
+    recipes = pytest.importorskip("llmcompressor.recipe", reason="needs llmcompressor, in an environment of its own")
+    from compressed_tensors.quantization import apply_quantization_config
+    from llmcompressor.modeling.moe.linearize import linearize_moe
+
+    file = tmp_path / "llm-compressor.yaml"
+    file.write_text(exports(mixed)[file.name])
+    (modifier,) = recipes.Recipe.create_instance(str(file)).modifiers
+    model = copy.deepcopy(mixtral)
+    linearize_moe(model)
+    apply_quantization_config(model, modifier.resolve_quantization_config())
+    for layer in mixed.stored:
+        owner, _, last = layer.name.rpartition(".")
+        parts = [last] if last != "gate_up_proj" else ["gate_proj", "up_proj"]
+        names = [layer.name] if layer.parameter is None else [f"{owner}.{e}.{part}" for e in range(4) for part in parts]
+        for name in names:
+            scheme = getattr(model.get_submodule(name), "quantization_scheme", None)
+            if layer.format.startswith("dense"):
+                assert scheme is None, name
+            else:
+                assert (scheme.weights.num_bits, scheme.weights.symmetric) == (int(layer.format[3]), True), name
 
 
 class _Override(ctypes.Structure):
@@ -103,9 +156,36 @@ def _libllama() -> Any:
     return found
 
 
+WANTED = dict(zip(FORMS, ("Q4_K", "Q8_0", "Q3_K", "F16"), strict=True))
+
+
 def test_llama_cpp_gives_every_layer_its_type(
     record: AllocationRecord, llama: LlamaForCausalLM, tmp_path: Path
 ) -> None:
+    types, names = _quantised_by_llama_cpp(record, llama, tmp_path)
+    for layer in record.layers:
+        assert types[f"{names.get_name(layer.name)}.weight"] == WANTED[layer.format]
+
+
+def test_llama_cpp_gives_experts_theirs_and_leaves_the_router_alone(
+    mixed: AllocationRecord, mixtral: MixtralForCausalLM, tmp_path: Path
+) -> None:
+    types, names = _quantised_by_llama_cpp(mixed, mixtral, tmp_path)
+    for layer in mixed.stored:
+        block, last = f"blk.{layer.block}", layer.name.rpartition(".")[2]
+        if layer.parameter is None:
+            assert types[f"{names.get_name(layer.name)}.weight"] == WANTED[layer.format]
+        elif last == "gate_up_proj":
+            assert {types[f"{block}.ffn_{part}_exps.weight"] for part in ("gate", "up")} == {WANTED[layer.format]}
+        else:
+            assert types[f"{block}.ffn_down_exps.weight"] == WANTED[layer.format]
+        assert types[f"{block}.ffn_gate_inp.weight"] == "F32"
+
+
+def _quantised_by_llama_cpp(
+    record: AllocationRecord, model: PreTrainedModel, folder: Path
+) -> tuple[dict[str, str], Any]:
+    """Return the type of every tensor as llama.cpp has quantised it, and the map of their names."""
     gguf, lib = pytest.importorskip("gguf"), _libllama()
     kinds = {kind.name.lower(): int(kind) for kind in gguf.GGMLQuantizationType}
     words = exports(record)["llama-cpp.txt"].replace("\\\n", "").split()
@@ -113,8 +193,8 @@ def test_llama_cpp_gives_every_layer_its_type(
     # What the command line of `llama-quantize` makes of each: a pattern in lower case, and a type by its name.
     said = [word.partition("=")[::2] for word in words[1::2]]
     overrides = [_Override(pattern.lower().encode(), kinds[kind.lower()]) for pattern, kind in said]
-    vocabulary = [f"{chr(97 + i % 26)}{i}" for i in range(llama.config.vocab_size)]
-    write_llama_gguf(llama, tmp_path / "f32.gguf", "F32", vocabulary=vocabulary)
+    vocabulary = [f"{chr(97 + i % 26)}{i}" for i in range(model.config.vocab_size)]
+    write_llama_gguf(model, folder / "f32.gguf", "F32", vocabulary=vocabulary)
     lib.llama_model_quantize_default_params.restype = _Quantising
     options = lib.llama_model_quantize_default_params()
     options.tt_overrides = (_Override * (len(overrides) + 1))(*overrides, _Override(None, 0))
@@ -122,13 +202,10 @@ def test_llama_cpp_gives_every_layer_its_type(
     options.nthread = 1
     lib.llama_model_quantize.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(_Quantising)]
     lib.llama_backend_init()
-    files = [str(tmp_path / name).encode() for name in ("f32.gguf", "mixed.gguf")]
+    files = [str(folder / name).encode() for name in ("f32.gguf", "mixed.gguf")]
     assert lib.llama_model_quantize(*files, ctypes.byref(options)) == 0
-    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "mixed.gguf").tensors}
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, llama.config.num_hidden_layers)
-    wanted = dict(zip(FORMS, ("Q4_K", "Q8_0", "Q3_K", "F16"), strict=True))
-    for layer in record.layers:
-        assert types[f"{names.get_name(layer.name)}.weight"] == wanted[layer.format]
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(folder / "mixed.gguf").tensors}
+    return types, gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
 
 
 def test_transformers_leaves_out_what_it_is_told(

@@ -113,7 +113,7 @@ def test_the_plan_is_what_quantise_takes(allocated, stored_stage, training_probe
         (
             lambda: peelwise.allocate(ZOO["llama"](), tiny_probe(), peelwise.AllocateSettings(1.0, ("int2", "int4"))),
             FormatError,
-            "smallest of the formats",
+            r"int2:channel,symmetric takes 2\.\d+ bits per weight with its scales, the budget is 1, .* --bits",
         ),
     ],
 )
@@ -162,7 +162,7 @@ def test_texts_for_other_tools_say_the_plan(allocated, stored_stage):
     assert found == ["node_linear", f"/wrapped/{path}/MatMul", "/lm_head/MatMul"]
     lines = texts["llama-cpp.txt"].split(" \\\n")
     assert len(lines) == len(record.layers)
-    assert f"--tensor-type blk.{first.block}.attn_q=f16" in lines
+    assert f"--tensor-type blk.{first.block}.attn_q.weight=f16" in lines
     yaml = pytest.importorskip("yaml")
     stage = yaml.safe_load(texts["llm-compressor.yaml"])["quantization_stage"]["quantization_modifiers"]["GPTQModifier"]
     assert stage["ignore"] == ["lm_head", first.name]

@@ -332,8 +332,8 @@ def test_spectra():
 
 
 def test_sums_of_a_block_and_changes_in_place():
-    model, runner = llama(vocab_size=60, hidden_size=128, intermediate_size=352)
-    probe = Probe.from_tokens(torch.randint(60, (30, 17)))
+    model, runner = llama(vocab_size=60, hidden_size=256, intermediate_size=704)
+    probe = Probe.from_tokens(torch.randint(60, (30, 9)))
     fit, select = runner.trace(probe.fit), runner.trace(probe.select)
     kept = memory(shape_of(model, "llama", 4.0), probe.fit.tokens)
     changes = {linear: torch.zeros_like(linear.weight()) for block in runner.blocks for linear in block.linears}
@@ -372,6 +372,12 @@ def test_a_stream_keeps_one_block_however_deep_the_model_is():
     options = {"streamed": True, "bytes_per_weight": 2}
     assert memory(few, 0, **options).weights == memory(many, 0, **options).weights == 2 * few.linear_weights / 2
     assert memory(many, 0).weights > 50 * memory(few, 0).weights
+    deep = memory(many, 10_000, changes_on_disk=True, **options)
+    shallow = memory(few, 10_000, changes_on_disk=True, **options)
+    for kept in ("stations", "proposals", "changes", "splice"):
+        both = (value() if callable(value := getattr(each, kept)) else value for each in (deep, shallow))
+        assert next(both) == pytest.approx(next(both))
+    assert memory(many, 0, **options).changes() == 4 * many.linear_weights  # of other tasks they are in memory
     wide = Decoder(64, 128, 2, 4, 2, 10_000).shape()
     assert memory(wide, 0, **options).weights == 2 * wide.head_weights
 

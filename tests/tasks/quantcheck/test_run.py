@@ -77,7 +77,7 @@ def test_a_model_of_the_best_codes_leaves_nothing_in_its_layers(small_gpt, train
             continue
         sums = [input_sums(runner, block, trace) for trace in traces]
         for linear, layer in zip(block.linears, twin.linears, strict=True):
-            own = Layer(linear.name, block.index, linear.weight(), layer.held(), *(each[linear] for each in sums))
+            own = Layer(linear.name, block.index, linear.weight(), layer.held(), *(each[linear].zz for each in sums))
             layer.module.hold_(own.best(QuantcheckSettings())[0])
     record = peelwise.quantcheck(best, parent, probe).record
     assert len(record.layers) == 14
@@ -130,7 +130,8 @@ def test_sums_of_inputs_are_those_of_hooks() -> None:
     model(probe.fit.inputs)
     for handle in handles:
         handle.remove()
-    for linear, S in input_sums(runner, block, runner.trace(probe.fit)).items():
+    for linear, sums in input_sums(runner, block, runner.trace(probe.fit)).items():
+        S = sums.zz
         x = torch.cat([rows.flatten(0, -2) for rows in seen[linear.name]]).double()
         torch.testing.assert_close(S.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)
 

@@ -1,12 +1,14 @@
 """An allocation in the syntax of the tools that will use it. Text made from the record alone.
 
 Layers that are left alone are those in a dense format, beside the output head, which is never asked about. Names of
-options are those of the tools' own documentation; each text says which.
+options are those of the tools' own documentation; each text says which. Experts that are parts of one parameter have
+one format, and are named as each tool knows them.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 
 from peelwise.records.allocation import AllocatedLayer, AllocationRecord
@@ -21,6 +23,15 @@ _GGUF_PARTS = {
     "gate_proj": "ffn_gate",
     "up_proj": "ffn_up",
     "down_proj": "ffn_down",
+}
+# What the parameters of experts hold; DBRX calls them otherwise.
+_EXPERT_PARTS = {
+    "gate_up_proj": ("gate", "up", "gate_up"),
+    "up_proj": ("up",),
+    "down_proj": ("down",),
+    "w1": ("gate",),
+    "v1": ("up",),
+    "w2": ("down",),
 }
 _GGUF_TYPES = {
     "int2": "q2_K",
@@ -70,13 +81,16 @@ def exports(record: AllocationRecord) -> dict[str, str]:
 
 
 def llm_compressor(record: AllocationRecord) -> str:
-    """Return a recipe of llm-compressor: ``ignore`` and one group of ``config_groups`` per format."""
+    """Return a recipe of llm-compressor: ``ignore`` and one group of ``config_groups`` per format.
+
+    It makes experts modules of their own before it quantises them, which are named by a regular expression here.
+    """
     lines = [
         "# Recipe for llm-compressor. Formats without integers of a fixed width are left to `ignore`.",
         "quantization_stage:",
         "  quantization_modifiers:",
         "    GPTQModifier:",
-        f"      ignore: {json.dumps([HEAD, *(each.name for each in _left(record))])}",
+        f"      ignore: {json.dumps([HEAD, *map(_target, _left(record))])}",
         "      config_groups:",
     ]
     for number, (form, layers) in enumerate(_by_format(record)):
@@ -84,21 +98,38 @@ def llm_compressor(record: AllocationRecord) -> str:
         strategy = f"strategy: group, group_size: {group}" if group else "strategy: channel"
         lines += [
             f"        group_{number}:",
-            f"          targets: {json.dumps([each.name for each in layers])}",
+            f"          targets: {json.dumps([*map(_target, layers)])}",
             f"          weights: {{num_bits: {width}, type: int, symmetric: {str(symmetric).lower()}, {strategy}}}",
         ]
     return "\n".join(lines) + "\n"
 
 
+def _target(layer: AllocatedLayer) -> str:
+    if layer.parameter is None:
+        return layer.name
+    owner, _, last = layer.parameter.rpartition(".")
+    parts = "|".join(f"{part}_proj" for part in _EXPERT_PARTS.get(last, ()) if "_" not in part) or re.escape(last)
+    return rf"re:{re.escape(owner)}\.\d+\.({parts})$"
+
+
 def llama_cpp(record: AllocationRecord) -> str:
-    """Return options for llama.cpp's ``llama-quantize``: a ``--tensor-type`` per layer, the nearest type it has."""
+    """Return options for llama.cpp's ``llama-quantize``: a ``--tensor-type`` per layer, the nearest type it has.
+
+    Names are whole: a part of one would match others too, as ``ffn_gate`` does the router and the experts.
+    """
     lines = []
-    for layer in record.layers:
-        part = _GGUF_PARTS.get(layer.name.rpartition(".")[2])
-        if part is not None:
-            family = layer.format.partition(":")[0]
-            lines.append(f"--tensor-type blk.{layer.block}.{part}={_GGUF_TYPES.get(family, 'f16')}")
+    for layer in record.stored:
+        kind = _GGUF_TYPES.get(layer.format.partition(":")[0], "f16")
+        lines += [f"--tensor-type blk.{layer.block}.{part}.weight={kind}" for part in _gguf_parts(layer)]
     return " \\\n".join(lines) + "\n"
+
+
+def _gguf_parts(layer: AllocatedLayer) -> list[str]:
+    last = layer.name.rpartition(".")[2]
+    if layer.parameter is not None:
+        return [f"ffn_{part}_exps" for part in _EXPERT_PARTS.get(last, ())]
+    part = _GGUF_PARTS.get(last)
+    return [] if part is None else [f"{part}_shexp" if "shared_expert" in layer.name else part]
 
 
 def onnx(record: AllocationRecord) -> str:
@@ -107,8 +138,7 @@ def onnx(record: AllocationRecord) -> str:
     Names of nodes depend on the exporter: PyTorch's numbers them and keeps the path of the module in their metadata,
     others make the path the name.
     """
-    names = [*(layer.name for layer in _left(record)), HEAD]
-    listed = "\n".join(f"    {json.dumps(name)}," for name in names)
+    listed = "\n".join(f"    {json.dumps(name)}," for name in [*_modules_left(record), HEAD])
     return _ONNX.format(listed=listed)
 
 
@@ -129,22 +159,32 @@ def torchao(record: AllocationRecord) -> str:
         if not symmetric:
             lines.append(f"        # {form} has an offset, which this configuration does not have.")
         made = f"IntxWeightOnlyConfig(weight_dtype=torch.int{width}, granularity={how})"
-        lines += [f"        {json.dumps(layer.name)}: {made}," for layer in layers]
+        for layer in layers:
+            if layer.parameter is not None:
+                lines.append(f"        # {layer.name}: {form}; left alone, as this configuration takes matrices only.")
+            else:
+                lines.append(f"        {json.dumps(layer.name)}: {made},")
     return "\n".join([*lines, "    }", ")"]) + "\n"
 
 
 def transformers(record: AllocationRecord) -> str:
     """Return ``modules_to_not_convert`` of the quantisation configurations of transformers."""
-    return json.dumps({"modules_to_not_convert": [*(each.name for each in _left(record)), HEAD]}, indent=2) + "\n"
+    return json.dumps({"modules_to_not_convert": [*_modules_left(record), HEAD]}, indent=2) + "\n"
 
 
 def _left(record: AllocationRecord) -> list[AllocatedLayer]:
-    return [layer for layer in record.layers if not layer.format.startswith("int")]
+    return [layer for layer in record.stored if not layer.format.startswith("int")]
+
+
+def _modules_left(record: AllocationRecord) -> list[str]:
+    """Return the modules that hold layers left alone: of experts the one that holds all their parameters."""
+    names = (layer.name if layer.parameter is None else layer.name.rpartition(".")[0] for layer in _left(record))
+    return list(dict.fromkeys(names))
 
 
 def _by_format(record: AllocationRecord) -> Iterator[tuple[str, list[AllocatedLayer]]]:
     for form in record.formats:
-        layers = [layer for layer in record.layers if layer.format == form]
+        layers = [layer for layer in record.stored if layer.format == form]
         if layers and form.startswith("int"):
             yield form, layers
 

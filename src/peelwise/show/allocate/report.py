@@ -19,15 +19,23 @@ def render_html(record: AllocationRecord) -> str:
     parts = (
         f'{heading("allocate", record)}<p class="conclusion">{esc(conclusion(record))}</p></header><main>',
         _strip(record),
-        section("prices", "The price of each layer", f"<figure>{render_picture(record)}</figure>"),
-        _curve(record),
-        _table(record),
-        _others(record),
+        sections_of(record),
         sections.cost(record),
         sections.origin(record, "What was measured"),
         "</main>",
     )
     return document(f"{record.model.name} – peelwise allocate", "".join(parts))
+
+
+def sections_of(record: AllocationRecord) -> str:
+    """Return the plan itself: the price of each layer, the curve, every layer, and the plan for other tools."""
+    parts = (
+        section("plan-prices", "The price of each layer", f"<figure>{render_picture(record)}</figure>"),
+        _curve(record),
+        _table(record),
+        _others(record),
+    )
+    return "".join(parts)
 
 
 def render_picture(record: AllocationRecord) -> str:
@@ -40,7 +48,7 @@ def render_picture(record: AllocationRecord) -> str:
             f"{layer.bits_per_weight:.1f}".removesuffix(".0"),
             f"{layer.format}, {layer.predicted.get(layer.format, 0.0):.2g} nats",
         )
-        for layer in record.layers
+        for layer in record.stored
     ]
     lines = (
         f"costs {record.damage.mean:+.4f} {bracket(record.damage)} nats per token; numbers: bits per weight",
@@ -83,7 +91,7 @@ def _curve(record: AllocationRecord) -> str:
 
 
 def _table(record: AllocationRecord) -> str:
-    shown = sorted(record.layers, key=lambda layer: layer.share, reverse=True)[:MOST_ROWS]
+    shown = sorted(record.stored, key=lambda layer: layer.share, reverse=True)[:MOST_ROWS]
     rows = [
         (
             esc(layer.name),
@@ -95,7 +103,7 @@ def _table(record: AllocationRecord) -> str:
         for layer in shown
     ]
     titles = ("layer", "gets", "bits", "share, %", *(f"{form}, nats" for form in record.formats))
-    return section("layers", "Every layer", table(titles, rows, caption="Layers, largest share first"))
+    return section("plan-layers", "Every layer of the plan", table(titles, rows, caption="Layers, largest share first"))
 
 
 def _others(record: AllocationRecord) -> str:

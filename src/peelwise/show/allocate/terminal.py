@@ -63,7 +63,7 @@ def _strip(record: AllocationRecord) -> Text:
 
 
 def _layers(record: AllocationRecord, most: int | None) -> Table:
-    shown = sorted(record.layers, key=lambda layer: layer.share, reverse=True)[:most]
+    shown = sorted(record.stored, key=lambda layer: layer.share, reverse=True)[:most]
     table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
     table.add_column("block", justify="right", no_wrap=True)
     table.add_column("layer", no_wrap=True)

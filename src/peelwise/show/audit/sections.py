@@ -5,6 +5,7 @@ from __future__ import annotations
 from peelwise.records.allocation import AllocationRecord
 from peelwise.records.audit import AuditRecord, BlockRecord
 from peelwise.records.base import Interval, ProbeRecord, SealedRecord
+from peelwise.records.quantcheck import QuantcheckRecord
 from peelwise.records.quantise import QuantiseRecord
 from peelwise.records.signals import RANKED_BY, SIGNALS
 from peelwise.show.audit import charts
@@ -235,7 +236,7 @@ def verifying(record: SealedRecord) -> str:
     return section("verify", "How to verify", steps, command, files)
 
 
-def cost(record: SealedRecord | QuantiseRecord | AllocationRecord) -> str:
+def cost(record: SealedRecord | QuantiseRecord | AllocationRecord | QuantcheckRecord) -> str:
     """Show what the audit cost, stage by stage."""
     total = record.cost
     longest = max((stage.wall_seconds for stage in total.stages), default=0.0) or 1.0
@@ -262,7 +263,7 @@ def cost(record: SealedRecord | QuantiseRecord | AllocationRecord) -> str:
 
 
 def origin(
-    record: SealedRecord | QuantiseRecord | AllocationRecord,
+    record: SealedRecord | QuantiseRecord | AllocationRecord | QuantcheckRecord,
     title: str = "What was audited",
     beside: tuple[tuple[str, object], ...] = (),
 ) -> str:

@@ -6,6 +6,7 @@ from importlib.resources import files
 
 from peelwise.records.allocation import AllocationRecord
 from peelwise.records.base import SealedRecord
+from peelwise.records.quantcheck import QuantcheckRecord
 from peelwise.records.quantise import QuantiseRecord
 from peelwise.show.html.markup import esc
 from peelwise.show.words import VERDICTS, amount
@@ -31,7 +32,7 @@ def document(title: str, body_html: str) -> str:
     )
 
 
-def facts(record: SealedRecord | QuantiseRecord | AllocationRecord) -> str:
+def facts(record: SealedRecord | QuantiseRecord | AllocationRecord | QuantcheckRecord) -> str:
     """Return the line under the title: what was measured, and when."""
     model = record.model
     found = (
@@ -44,7 +45,7 @@ def facts(record: SealedRecord | QuantiseRecord | AllocationRecord) -> str:
     return f'<p class="facts">{"".join(f"<span>{esc(fact)}</span>" for fact in found)}</p>'
 
 
-def heading(command: str, record: SealedRecord | QuantiseRecord | AllocationRecord) -> str:
+def heading(command: str, record: SealedRecord | QuantiseRecord | AllocationRecord | QuantcheckRecord) -> str:
     """Return how the head of every report on one model begins: the command, the model, and the line below."""
     return f'<header><p class="eyebrow">peelwise {command}</p><h1>{esc(record.model.name)}</h1>{facts(record)}'
 

@@ -14,7 +14,7 @@ from peelwise.show.html.markup import esc
 _CELL, _ROW, _LEFT, _RIGHT, _LEGEND = 26, 24, 150, 16, 46
 _MOST_WIDE = 64  # blocks in a row of full cells; more make them narrower
 _FAINT = 0.06  # shade of the smallest price
-_DECADES = 3  # that shades tell apart
+_MOST_DECADES = 3  # that shades tell apart
 _DARK = 0.6  # from this shade on a number is in the colour of the page
 _MOST_LETTERS = 20  # of a layer's name, which must fit beside the cells
 _LETTER, _LARGE = 6.8, 10.5  # about the width of a letter of text and of the heading
@@ -48,7 +48,7 @@ class Price:
 def picture(prices: Iterable[Price], title: str, lines: tuple[str, ...], unit: str) -> str:
     """Return a grid of prices as one SVG: blocks from left to right, layers from top to bottom, darker is dearer.
 
-    Shades are logarithmic over the three decades below the largest price.
+    Shades are logarithmic over as many decades below the largest price as the prices have, three at most.
 
     Args:
         prices: one per layer.
@@ -60,11 +60,11 @@ def picture(prices: Iterable[Price], title: str, lines: tuple[str, ...], unit: s
     blocks = sorted({price.block for price in prices})
     layers = list(dict.fromkeys(price.layer for price in prices))
     cell = _CELL if len(blocks) <= _MOST_WIDE else max(6, _CELL * _MOST_WIDE // len(blocks))
-    top = 34 + 18 * len(lines)
+    top = 42 + 18 * len(lines)
     words = max([_LARGE * len(title), *(_LETTER * len(line) for line in lines)])
-    width = max(_LEFT + cell * len(blocks) + _RIGHT, _LEFT + 96 * (_DECADES + 1), round(words) + 16)
+    width = max(_LEFT + cell * len(blocks) + _RIGHT, _LEFT + 96 * (_MOST_DECADES + 1), round(words) + 16)
     height = top + 18 + _ROW * len(layers) + _LEGEND
-    largest = max((price.value for price in prices), default=0.0)
+    scale = Shades.of(price.value for price in prices)
     at = {block: _LEFT + cell * i for i, block in enumerate(blocks)}
     row = {layer: top + 18 + _ROW * i for i, layer in enumerate(layers)}
     body = [
@@ -72,8 +72,8 @@ def picture(prices: Iterable[Price], title: str, lines: tuple[str, ...], unit: s
         *(f'<text class="p m" x="8" y="{46 + 18 * i}">{esc(line)}</text>' for i, line in enumerate(lines)),
         *(_number(block, at[block], top + 12, cell) for block in blocks if _is_numbered(block, len(blocks))),
         *(f'<text class="p" x="8" y="{row[layer] + 16}">{esc(_short(layer))}</text>' for layer in layers),
-        *(_square(price, at[price.block], row[price.layer], cell, largest) for price in prices),
-        _legend(height - _LEGEND + 18, largest, unit),
+        *(_square(price, at[price.block], row[price.layer], cell, scale) for price in prices),
+        _legend(height - _LEGEND + 18, scale, unit),
     ]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
@@ -86,17 +86,37 @@ def within(name: str, block: int) -> str:
     return name.partition(f".{block}.")[2] or name
 
 
-def shade(value: float, largest: float) -> float:
-    """Return how dark a price is drawn, from 0 (nothing) to 1 (the largest)."""
-    if value <= 0 or largest <= 0:
-        return 0.0
-    return max(1 + math.log10(value / largest) / _DECADES, _FAINT)
+@dataclass(frozen=True)
+class Shades:
+    """How dark prices are drawn.
+
+    Attributes:
+        largest: the price of the darkest; 0 if nothing costs anything.
+        decades: below it that shades tell apart.
+    """
+
+    largest: float
+    decades: int = _MOST_DECADES
+
+    @classmethod
+    def of(cls, prices: Iterable[float]) -> Shades:
+        """Return the shades of some prices: those of a narrow range are told apart within it."""
+        above = [price for price in prices if price > 0]
+        if not above:
+            return cls(0.0)
+        return cls(max(above), min(max(math.ceil(math.log10(max(above) / min(above))), 1), _MOST_DECADES))
+
+    def __call__(self, price: float) -> float:
+        """Return how dark a price is drawn, from 0 (nothing) to 1 (the largest)."""
+        if price <= 0 or self.largest <= 0:
+            return 0.0
+        return max(1 + math.log10(price / self.largest) / self.decades, _FAINT)
 
 
-def _square(price: Price, x: int, y: int, cell: int, largest: float) -> str:
+def _square(price: Price, x: int, y: int, cell: int, shades: Shades) -> str:
     inner = cell - 2
     said = esc(f"block {price.block}, {price.layer}: {price.said or f'{price.value:.3g}'}")
-    opacity = shade(price.value, largest)
+    opacity = shades(price.value)
     text = ""
     if price.mark and cell >= _CELL:
         kind = "p w" if opacity > _DARK else "p"
@@ -116,16 +136,16 @@ def _is_numbered(block: int, blocks: int) -> bool:
     return blocks <= _MOST_WIDE // 2 or block % (5 if blocks <= _MOST_WIDE else 20) == 0
 
 
-def _legend(y: int, largest: float, unit: str) -> str:
-    """Return squares of a whole decade each, with the price that they stand for."""
-    if largest <= 0:
+def _legend(y: int, shades: Shades, unit: str) -> str:
+    """Return squares from the largest price down, with the price that each stands for."""
+    if shades.largest <= 0:
         return f'<text class="p m" x="8" y="{y + 14}">No layer costs anything here.</text>'
     parts = []
-    for i in range(_DECADES + 1):
-        value, x = largest * 10 ** -(_DECADES - i), _LEFT + 96 * i
+    for i in range(_MOST_DECADES + 1):
+        value, x = shades.largest * 10 ** -((_MOST_DECADES - i) * shades.decades / _MOST_DECADES), _LEFT + 96 * i
         box = f'x="{x}" y="{y}" width="24" height="18" rx="3"'
         parts.append(
-            f'<rect class="o" {box}/><rect class="c" {box} fill-opacity="{shade(value, largest):.3f}"/>'
+            f'<rect class="o" {box}/><rect class="c" {box} fill-opacity="{shades(value):.3f}"/>'
             f'<text class="p m" x="{x + 30}" y="{y + 14}">{value:.2g}</text>'
         )
     return f'<text class="p m" x="8" y="{y + 14}">{esc(unit)}</text>{"".join(parts)}'

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
+from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
 from peelwise.records.plain_text import clean
 from peelwise.records.quantcheck import LayerCheck, QuantcheckRecord
+from peelwise.show.allocate import terminal as allocate_terminal
 from peelwise.show.audit.low_bit import GAP, SAME_BITS
 from peelwise.show.audit.terminal import print_view
 from peelwise.show.quantcheck.words import ABOUT_LAYERS, NOT_KEPT, activations, conclusion, survival
@@ -37,6 +39,8 @@ def render(record: QuantcheckRecord, most: int | None = MOST_LAYERS) -> Renderab
         *(Text(f"Note: {clean(line)}") for line in _notes(record)),
         Text(f"Cost: {duration(record.cost.wall_seconds)}.", style="dim"),
     ]
+    if record.allocation is not None:
+        lines += [Text(""), Rule(style="dim"), allocate_terminal.render(record.allocation)]
     return Group(*lines)
 
 
@@ -93,6 +97,9 @@ def _layers(record: QuantcheckRecord, most: int | None) -> list[RenderableType]:
         table.add_column("format", overflow="fold")
     for title in ("bits", "error", "gap\nat most", "recov-\nerable", "codes\nother"):
         table.add_column(title, justify="right", no_wrap=True)
+    shares = any(layer.share is not None for layer in shown)
+    if shares:
+        table.add_column("share of\ndamage", justify="right", no_wrap=True)
     if record.activations:
         table.add_column("inputs\nrounded", justify="right", no_wrap=True)
     for layer in shown:
@@ -106,6 +113,7 @@ def _layers(record: QuantcheckRecord, most: int | None) -> list[RenderableType]:
             _percent(split.price_of_precision + split.irreducible if split else None),
             _percent(split.left_on_the_table if split else None),
             _percent(layer.flipped),
+            *([_percent(layer.share)] if shares else []),
             *([_percent(layer.inputs)] if record.activations else []),
         )
     about = ABOUT_LAYERS if len(formats) > 1 else f"{ABOUT_LAYERS} All hold {clean(formats[0])}."

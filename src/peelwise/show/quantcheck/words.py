@@ -8,6 +8,10 @@ from peelwise.records.quantcheck import QuantcheckRecord
 ABOUT_LAYERS = (
     "Inputs are the parent's. Errors are measured on report, as parts of the parent's mean squared output there."
 )
+ABOUT_PRICES = (
+    "Predicted to second order: half of the output error, weighed with the squared gradient of the parent's loss; nats "
+    "per token. Layers make each other's errors worse or better, so that sums are not what all cost together."
+)
 MOST_BLOCKS = 4  # that a sentence names
 NOT_KEPT = "The better weights of the layers do not lower the loss on select, so none of them is used."
 

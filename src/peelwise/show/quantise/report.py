@@ -41,7 +41,7 @@ def render_picture(record: QuantiseRecord) -> str:
         Price(
             block,
             row,
-            max(errors),
+            100 * max(errors),
             said=f"{100 * max(errors):.3g} %" + (f", the most of {len(errors)} experts" if len(errors) > 1 else ""),
         )
         for (block, row), errors in rows.items()
@@ -49,10 +49,10 @@ def render_picture(record: QuantiseRecord) -> str:
     lines = (
         f"costs {loss.damage.mean:+.4f} {bracket(loss.damage)} nats per token; rounding to nearest "
         f"{loss.rounding_damage.mean:+.4f} {bracket(loss.rounding_damage)}",
-        "each layer: error of its output, as a part of its mean square; peelwise, text that nothing was fitted on",
+        "each layer: error of its output in percent of its mean square (white: below 0), on held-out text; peelwise",
     )
     bits = f"{record.model.name} in {record.format}, {record.bits_per_weight:.2f} bits per weight"
-    return picture(prices, bits, lines, "output error")
+    return picture(prices, bits, lines, "output error, %")
 
 
 def _strip(record: QuantiseRecord) -> str:
@@ -91,18 +91,21 @@ def _behind(record: QuantiseRecord) -> str:
 def _table(record: QuantiseRecord) -> str:
     shown = sorted(record.layers, key=_last, reverse=True)[:MOST_ROWS]
     steps = [step for step in STEPS if any(step in layer.steps for layer in shown)]
+    mixed = len({layer.format for layer in record.layers}) > 1  # one format for all is said above
     rows = [
         (
-            esc(layer.name),
-            esc(layer.format),
-            f"{layer.bits_per_weight:.2f}",
+            esc(within(layer.name, layer.block)),
+            str(layer.block),
+            *((esc(layer.format), f"{layer.bits_per_weight:.2f}") if mixed else ()),
             *(f"{100 * layer.steps[step]:.3g}" if step in layer.steps else "" for step in steps),
             f"{100 * layer.flipped:.1f}",
         )
         for layer in shown
     ]
-    titles = ("layer", "format", "bits", *(STEPS[step] for step in steps), "other codes, %")
-    return section("steps", "What each step came to, percent", table(titles, rows, caption="Layers, most first"))
+    titles = ("layer", "block", *(("format", "bits") if mixed else ()), *(STEPS[step] for step in steps), "other codes")
+    about = paragraph("Other codes: those that rounding to nearest does not give.")
+    body = table(titles, rows, caption="Layers, those that lose most first")
+    return section("steps", "What each step came to, percent", about, body)
 
 
 def _skipped(record: QuantiseRecord) -> str:
@@ -114,8 +117,7 @@ def _skipped(record: QuantiseRecord) -> str:
 
 def _row(layer: QuantisedLayer) -> str:
     """Return the name of a layer within its block; experts of one parameter have one row, or it would be too tall."""
-    name, _, last = within(layer.name, layer.block).rpartition(".")
-    return name if last.isdigit() else f"{name}.{last}".removeprefix(".")
+    return within(layer.parameter or layer.name, layer.block)
 
 
 def _last(layer: QuantisedLayer) -> float:

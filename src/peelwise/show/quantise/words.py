@@ -12,7 +12,8 @@ STEPS = {
 }
 ABOUT_LAYERS = (
     "What the codes of a layer lose at the inputs that it gets, in percent of its mean squared output; below 0 where "
-    "it makes up for more than it loses. On the first 2,048 report tokens."
+    "it makes up for more than it loses. On the first 2,048 report tokens. The last step weighs errors by what the "
+    "loss minds, so that this number may rise where the loss falls."
 )
 
 

@@ -5,7 +5,8 @@
     3. an integer programme under the budget, on the predictions as they are and as corrected by 2
     4. the plan with the lowest loss on select, uniform formats within the budget among them; shown on report
 
-Layers that share their input (queries, keys and values; gate and up) decide together: their weights are often fused.
+Layers that share their input (queries, keys and values; gate and up) decide together: their weights are often fused. So
+do the experts of one parameter.
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from peelwise.engine.clock import Clock, Watcher
 from peelwise.engine.curvature import output_curvatures
-from peelwise.engine.in_order import Walk
+from peelwise.engine.fitting import check_fits
+from peelwise.engine.in_order import few_tokens
 from peelwise.engine.opening import checked_blocks
 from peelwise.engine.provenance import Setup, model_record, versions
-from peelwise.engine.session import LOSSES, Changes, ReportSession, change_to
+from peelwise.engine.session import LOSSES, Changes, ReportSession
 from peelwise.errors import FormatError
-from peelwise.formats.base import Encoded, Format
+from peelwise.formats.base import Format
 from peelwise.formats.dense import Dense
 from peelwise.model.fingerprint import identify
 from peelwise.model.guard import untouched
@@ -37,31 +38,12 @@ from peelwise.model.trace import Trace
 from peelwise.probe.probe import Probe
 from peelwise.records.allocation import AllocatedLayer, AllocationRecord, CurvePoint, Interaction
 from peelwise.records.base import note
-from peelwise.references.allocation import bits_of, cheapest, predicted_damage
-from peelwise.references.asymmetric import InputSums, Target, coded
+from peelwise.references.allocation import bits_of, cheapest
+from peelwise.tasks.allocate.groups import Group, bits_in, groups_of, is_asked
 from peelwise.tasks.allocate.settings import AllocateSettings
 
 # A block's measured damage over its predicted one is taken within these bounds: few tokens measure small ones badly.
 _LEAST_FACTOR, _MOST_FACTOR = 0.2, 5.0
-FLOAT_BITS = 16.0  # what a layer that is left alone takes per weight, as models are shipped
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """Layers that decide together, with codes and predicted damage in each format."""
-
-    block: int
-    linears: list[LinearLayer]
-    codes: list[list[Encoded]]  # [formats][layers]
-    predicted: list[list[float]]  # [formats][layers]
-    bits: list[float]  # [formats], of all layers together
-
-    def changes(self, at: int, form: Format) -> Changes:
-        """Return what format number ``at`` changes."""
-        return {
-            linear: change_to(linear, form.decode(encoded))
-            for linear, encoded in zip(self.linears, self.codes[at], strict=True)
-        }
 
 
 def run_allocate(
@@ -86,6 +68,13 @@ def run_allocate(
         UnsupportedModelError: If the architecture cannot be measured.
     """
     blocks, forms = checked_blocks(model, probe), settings.parsed_formats()
+    wanted = [linear for block in blocks for linear in block.linears if is_asked(linear)]
+    if not wanted:
+        raise FormatError("No linear layer is left to quantise inside the blocks. Give another model.")
+    for linear in wanted:
+        for form in forms:
+            check_fits(linear, form, wanted, "--formats")
+    _check_budget(wanted, forms, settings.bits)
     with untouched(model):
         runner = Runner(model, blocks, micro_batch_tokens=settings.micro_batch_tokens)
         clock = Clock(math.inf, runner.work, watcher)
@@ -94,21 +83,17 @@ def run_allocate(
             fit, select, report = (runner.trace(part) for part in (probe.fit, probe.select, probe.report))
         session = ReportSession(runner, report)
         with clock.stage("curvature"):
-            wanted = {linear for block in blocks for linear in block.linears if linear.is_plain}
-            curvatures = output_curvatures(runner, fit, wanted)
+            curvatures = output_curvatures(runner, fit, set(wanted))
             if curvatures is None:
-                notes, curvatures = (*notes, note("no-curvature")), {}
+                notes = (*notes, note("no-curvature"))
         with clock.stage("codes"):
-            groups = list(_groups(runner, fit, select, forms, curvatures, clock))
-        if not groups:
-            raise FormatError("No linear layer is left to quantise inside the blocks. Give another model.")
+            groups = list(groups_of(runner, (fit, select), forms, curvatures or {}, clock))
         bits = np.array([group.bits for group in groups])
-        weights = sum(linear.weight().numel() for group in groups for linear in group.linears)
-        cheapest(np.zeros_like(bits), bits, settings.bits * weights)  # refuses a budget that is too small
-        with clock.stage("breaks"):
+        weights = sum(group.weights for group in groups)
+        with clock.stage("block-formats"):
             single = _single_damages(session, select, groups, forms, clock)
-        plain = np.array([[sum(each) for each in group.predicted] for group in groups])
-        damage = plain * _factors(groups, plain, single)
+        plain = np.array([group.predicted for group in groups])
+        damage = plain * _factors(groups, plain, single, in_nats=curvatures is not None)
         with clock.stage("codes-losses"):
             plans = _plans(forms, (plain, damage), bits, settings.bits * weights)
             judged = {key: _on_select(session, select, groups, forms, plan) for key, plan in plans.items()}
@@ -140,54 +125,11 @@ def run_allocate(
             joint=judged[chosen] - select.mean,
         ),
         cost=cost,
-        notes=tuple(notes),
+        notes=(*notes, *few_tokens((m.linear, m.tokens) for group in groups for m in group.members)),
         settings=settings.plain(),
         seed=probe.seed,
         versions=versions(),
     )
-
-
-def _groups(
-    runner: Runner,
-    fit: Trace,
-    select: Trace,
-    forms: Sequence[Format],
-    curvatures: Mapping[LinearLayer, Tensor],
-    clock: Clock,
-) -> Iterator[Group]:
-    """Yield the groups of all blocks; one group's sums are alive at a time."""
-    linears = {m: m for block in runner.blocks for m in block.linears if m.is_plain}
-    walk = Walk(runner, runner, linears, [fit, select], [fit, select])
-    for done, block in enumerate(runner.blocks):
-        clock.tell(done, len(runner.blocks))
-        for group, (own, chooses) in walk.groups(block):
-            codes, predicted, bits = [], [], []
-            for form in forms:
-                of_form = []
-                for linear in group:
-                    try:
-                        of_form.append(_codes(linear.weight().float(), form, own, chooses))
-                    except FormatError as error:
-                        raise FormatError(f"{linear.name}: {error}") from error
-                codes.append(of_form)
-                predicted.append(
-                    [
-                        predicted_damage(form.decode(e) - m.weight().float(), own.zz, curvatures.get(m))
-                        for m, e in zip(group, of_form, strict=True)
-                    ]
-                )
-                bits.append(sum(_bits(form, linear) for linear in group))
-            yield Group(block.index, group, codes, predicted, bits)
-        walk.leave(block)
-
-
-def _codes(W: Tensor, form: Format, fit: InputSums, select: InputSums) -> Encoded:
-    return form.encode(W) if isinstance(form, Dense) else coded(W, Target(W), fit, select, form, max_sweeps=0).encoded
-
-
-def _bits(form: Format, linear: LinearLayer) -> float:
-    d_out, d_in = linear.weight().shape
-    return FLOAT_BITS * d_out * d_in if isinstance(form, Dense) else form.bits(d_out, d_in)
 
 
 def _changes(groups: Sequence[Group], forms: Sequence[Format], plan: Sequence[int]) -> Changes:
@@ -196,6 +138,18 @@ def _changes(groups: Sequence[Group], forms: Sequence[Format], plan: Sequence[in
         for group, at in zip(groups, plan, strict=True)
         for linear, change in group.changes(at, forms[at]).items()
     }
+
+
+def _check_budget(linears: Sequence[LinearLayer], forms: Sequence[Format], budget: float) -> None:
+    """Refuse a budget below the smallest format, before any work is done."""
+    weights = sum(linear.weight().numel() for linear in linears)
+    bits = {form.name: sum(bits_in(form, linear) for linear in linears) / weights for form in forms}
+    smallest = min(bits, key=lambda name: bits[name])
+    if bits[smallest] > budget * (1 + 1e-9):
+        raise FormatError(
+            f"{smallest} takes {bits[smallest]:.2f} bits per weight with its scales, the budget is {budget:g}, and it "
+            "is the smallest of the formats. Allow more with --bits, or name a smaller one with --formats."
+        )
 
 
 def _single_damages(
@@ -212,16 +166,26 @@ def _single_damages(
 
 
 def _factors(
-    groups: Sequence[Group], predicted: NDArray[np.float64], single: Mapping[tuple[int, int], float]
+    groups: Sequence[Group],
+    predicted: NDArray[np.float64],
+    single: Mapping[tuple[int, int], float],
+    *,
+    in_nats: bool,
 ) -> NDArray[np.float64]:
-    """Return by how much the predictions of a block in a format were wrong, ``[groups, formats]``."""
-    factors = np.ones_like(predicted)
+    """Return by how much the predictions of a block in a format were wrong, ``[groups, formats]``.
+
+    Predictions that only rank (``in_nats`` is false) are first brought to the sum of what was measured.
+    """
+    unit = 1.0
+    if not in_nats and predicted.sum() > 0:
+        unit = max(sum(single.values()), 0.0) / float(predicted.sum()) or 1.0
+    factors = np.full_like(predicted, unit)
     blocks = np.array([group.block for group in groups])
     for (block, at), measured in single.items():
         inside = blocks == block
-        total = predicted[inside, at].sum()
+        total = predicted[inside, at].sum() * unit
         if total > 0:
-            factors[inside, at] = np.clip(measured / total, _LEAST_FACTOR, _MOST_FACTOR)
+            factors[inside, at] = unit * np.clip(measured / total, _LEAST_FACTOR, _MOST_FACTOR)
     return factors
 
 
@@ -289,16 +253,18 @@ def _lines(
     total = float(sum(damage[number, at] for number, at in enumerate(plan))) or 1.0
     factors = np.divide(damage, plain, out=np.ones_like(damage), where=plain > 0)
     for number, (group, at) in enumerate(zip(groups, plan, strict=True)):
-        for i, linear in enumerate(group.linears):
-            predicted = {form.name: group.predicted[f][i] * float(factors[number, f]) for f, form in enumerate(forms)}
-            weights = linear.weight().numel()
+        for member in group.members:
+            predicted = {form.name: member.predicted[f] * float(factors[number, f]) for f, form in enumerate(forms)}
+            linear, weights = member.linear, member.linear.weight().numel()
             yield AllocatedLayer(
                 name=linear.name,
+                parameter=linear.name.rpartition(".")[0] if linear.is_expert else None,
                 block=group.block,
                 group=number,
                 format=forms[at].name,
-                bits_per_weight=_bits(forms[at], linear) / weights,
+                bits_per_weight=member.bits[at] / weights,
                 weights=weights,
                 predicted=predicted,
                 share=predicted[forms[at].name] / total,
+                fit_tokens=member.tokens,
             )

@@ -122,7 +122,7 @@ def audit(shape: Shape, probe: Probe, memory: Memory, loops: Loops, processes: i
     found.append(_untrained(shape, probe, memory, loops, processes))
     kept = memory.proposals() + composed
     fits = work.head_fit(shape, fit, select, report, loops.head_steps)
-    if memory.head(0) <= _MOST_BYTES:  # else a head without blocks is left out
+    if memory.blank_head <= _MOST_BYTES:  # else a head without blocks is left out
         fits += work.head_fit(shape, fit, select, report, loops.blank_steps, blank=True)
     found.append(Stage("head", fits, kept + memory.head(memory.tokens)))
     first = (work.forward(shape, select, half, 1.0) * loops.evaluations + work.forward(shape, report, half, 1.0)) * L
@@ -255,7 +255,7 @@ def _untrained(shape: Shape, probe: Probe, memory: Memory, loops: Loops, process
     own += _swept(shape, fit, select, 1, two_sided=False)
     own += work.proposals(shape, 1, two_sided=False) * (1 / processes)
     own += _step(shape, select, report, max(loops.evaluations // 2, 1), memory.hooked)
-    fresh = memory.bytes_per_weight * shape.parameters + memory.stations
+    fresh = memory.weights + memory.stations
     held = memory.proposals(3) + memory.changes(2) + memory.splice() + memory.logits(report.tokens)
     return Stage("untrained-control", own, fresh + held)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
 from peelwise.engine.clock import Clock
-from peelwise.engine.curvature import output_curvatures
 from peelwise.engine.in_order import Walk
 from peelwise.engine.session import Changes, change_to
 from peelwise.formats.membership import scaled_part
@@ -23,6 +24,7 @@ def solve_in_order(
     parts: tuple[Sequence[Trace], Sequence[Trace]],
     pairs: Mapping[LinearLayer, LinearLayer],
     held: Mapping[LinearLayer, Held],
+    curvatures: Mapping[LinearLayer, Tensor],
     settings: QuantcheckSettings,
     clock: Clock,
     stop: float,
@@ -35,6 +37,7 @@ def solve_in_order(
         parts: traces of fit and select, of the parent and of the quantised model.
         pairs: the parent's layer of every layer of the quantised model.
         held: what its quantised layers hold.
+        curvatures: of the parent's layers, where they are known.
         settings: effort.
         clock: progress.
         stop: seconds of the clock after which no block is begun; its layers and those behind keep their codes.
@@ -42,7 +45,6 @@ def solve_in_order(
     twins = {m: pairs[m] for m, h in held.items() if not m.is_expert and scaled_part(h.format) is not None}
     if not twins:
         return {}, True
-    curvatures = output_curvatures(parent, parts[0][0], set(twins.values())) or {}
     walk = Walk(parent, own, twins, *parts)
     for done, block in enumerate(own.blocks):
         clock.tell(done, len(own.blocks))

@@ -23,6 +23,8 @@ from peelwise.model.weights.held import Held
 from peelwise.model.weights.reading import reading_of
 from peelwise.records.base import SplitRecord
 from peelwise.records.quantcheck import LayerCheck
+from peelwise.references.allocation import predicted_damage
+from peelwise.references.asymmetric import InputSums
 from peelwise.references.coded import damped
 from peelwise.references.quantized import lowest_on_support, quadratic, solve
 from peelwise.stats.gram import GramSum
@@ -89,8 +91,9 @@ def held_of(quantised: Candidate, blocks: tuple[Block, ...], form: Format | None
     file = gguf_file(quantised.source)
     if not found and file is not None:
         found = stored_layers(file, blocks, numbers=True)
-    if not found and form is not None:
-        found = {linear: _read(linear, form) for linear in linears}
+    if form is not None:  # all layers, or the experts beside layers that say what they hold themselves
+        unsaid = [linear for linear in linears if linear not in found and (linear.is_expert or not found)]
+        found |= {linear: _read(linear, form) for linear in unsaid}
     if not found:
         raise FormatError(
             f"{quantised.name} says of no layer which format it holds. If its plain weights were quantised and saved, "
@@ -107,10 +110,11 @@ def _read(linear: LinearLayer, form: Format) -> Held:
 
 
 @torch.no_grad()
-def input_sums(runner: Runner, block: Block, trace: Trace) -> dict[LinearLayer, Tensor]:
-    """Return ``S = E[x x^T] [d_in, d_in]`` of every map of a block over the predicted tokens, float32.
+def input_sums(runner: Runner, block: Block, trace: Trace) -> dict[LinearLayer, InputSums]:
+    """Return ``S = E[x x^T] [d_in, d_in]`` of every map of a block over the tokens that it is given, float32.
 
-    Maps that share an input share the tensor. A bias is the same in both models, so no column of ones is added.
+    Maps that share an input share the tensor. A bias is the same in both models, so no column of ones is added. Experts
+    that no token is routed to have sums of zero.
     """
     totals: dict[LinearLayer, GramSum] = {}
     first_of: dict[LinearLayer, LinearLayer] = {}
@@ -123,8 +127,12 @@ def input_sums(runner: Runner, block: Block, trace: Trace) -> dict[LinearLayer, 
                 rows = token_rows(call.x, call, batch, first, ones=False)
                 totals.setdefault(first, GramSum()).update(rows)
     runner.work.add(runner.shares[block.index], trace.predicted)
-    means = {first: total.mean().float() for first, total in totals.items()}
-    return {linear: means[first] for linear, first in first_of.items()}
+    means = {first: InputSums(total.mean().float(), tokens=total.n) for first, total in totals.items() if total.n}
+    found = {linear: means[first] for linear, first in first_of.items() if first in means}
+    for linear in (m for m in block.linears if m.is_expert and m not in found):
+        d_in = linear.weight().shape[1]
+        found[linear] = InputSums(linear.weight().new_zeros((d_in, d_in), dtype=torch.float32), tokens=0)
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,12 +146,17 @@ class Layer:
     fit: Tensor  # [d_in, d_in]
     select: Tensor
     report: Tensor
+    F: Tensor | None = None  # [d_out, d_out] of the loss's gradients at its outputs
+    part: float = 1.0  # of all tokens of report that it is given
     base: Tensor | None = None  # [d_out, d_in], before a fine-tune
     input_error: float | None = None  # mean squared change of its output when its inputs are rounded
 
     def error(self, S: Tensor, encoded: Encoded) -> float:
         """Return ``tr((W - T) S (W - T)^T)`` of what codes stand for."""
-        return float(quadratic(S, self.own.format.decode(encoded).to(self.T) - self.T).sum())
+        return float(quadratic(S, self._change(encoded)).sum())
+
+    def _change(self, encoded: Encoded) -> Tensor:
+        return self.own.format.decode(encoded).to(self.T) - self.T
 
     @property
     def has_codes(self) -> bool:
@@ -184,6 +197,7 @@ class Layer:
             format=own.format.name,
             bits_per_weight=own.format.bits(d_out, d_in, own.encoded.support) / T.numel(),
             error=current / energy,
+            predicted=None if self.F is None else self.part * predicted_damage(self._change(own.encoded), S, self.F),
             codes=self.has_codes,
             inputs=None if self.input_error is None else self.input_error / energy,
             fine_tune=None if self.base is None else float(quadratic(S, T - self.base.to(T)).sum()) / energy,

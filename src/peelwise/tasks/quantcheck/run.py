@@ -19,36 +19,39 @@ the other, for the inputs that they really get from the better codes before them
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from peelwise.engine.clock import Clock, Watcher
+from peelwise.engine.clock import Watcher
+from peelwise.engine.curvature import output_curvatures
 from peelwise.engine.in_order import few_tokens
-from peelwise.engine.opening import checked_blocks
-from peelwise.engine.provenance import Setup, model_record, versions
-from peelwise.engine.session import LOSSES, Changes, ReportSession, change_to
+from peelwise.engine.provenance import versions
+from peelwise.engine.session import Changes, ReportSession, change_to
 from peelwise.formats.membership import scaled_part
-from peelwise.model.fingerprint import identify
 from peelwise.model.guard import untouched
-from peelwise.model.layers import Block, LinearLayer, device_of
-from peelwise.model.runner import Runner
-from peelwise.model.selfcheck import self_check
-from peelwise.model.trace import Trace
+from peelwise.model.layers import LinearLayer, device_of
 from peelwise.model.weights.activations import float_inputs, rounded_inputs
 from peelwise.model.weights.held import Held
 from peelwise.model.weights.reading import reading_of
 from peelwise.probe.probe import Probe
-from peelwise.records.base import ModelRecord, Note, SplitRecord, note
-from peelwise.records.quantcheck import LayerCheck, QuantcheckConclusion, QuantcheckRecord, QuantLosses
+from peelwise.records.base import CostRecord, Note, SplitRecord, note
+from peelwise.records.quantcheck import (
+    FineTuneRecord,
+    LayerCheck,
+    QuantcheckConclusion,
+    QuantcheckRecord,
+    QuantLosses,
+)
 from peelwise.tasks.quantcheck.finetune import survival
 from peelwise.tasks.quantcheck.in_order import solve_in_order
-from peelwise.tasks.quantcheck.inputs import QuantisedInputs, input_errors, quantised_inputs
-from peelwise.tasks.quantcheck.layers import Candidate, Layer, held_of, input_sums, matched
+from peelwise.tasks.quantcheck.inputs import QuantisedInputs, input_errors
+from peelwise.tasks.quantcheck.layers import Candidate, Layer, input_sums
 from peelwise.tasks.quantcheck.settings import QuantcheckSettings
+from peelwise.tasks.quantcheck.sides import OnText, Sides, on_text, opened, record_of
 
 # Of the budget, when each way of finding codes ends; the losses with them come after.
 _ALONE_SHARE, _IN_ORDER_SHARE = 0.45, 0.9
@@ -56,18 +59,13 @@ _ALONE_SHARE, _IN_ORDER_SHARE = 0.45, 0.9
 
 @dataclass
 class _Found:
+    """Better codes of each layer by itself and of layers in running order, and the lines of all layers."""
+
     layers: list[LayerCheck] = field(default_factory=list)
-    changes: Changes = field(default_factory=dict)
+    alone: Changes = field(default_factory=dict)
+    in_order: Changes = field(default_factory=dict)
+    tokens: dict[LinearLayer, int] = field(default_factory=dict)  # of fit that each layer is given
     complete: bool = True
-
-
-@dataclass(frozen=True)
-class _Base:
-    """The model before a fine-tune: its losses on report, the weights under the parent's layers, its record."""
-
-    losses: Tensor
-    weights: Mapping[LinearLayer, Callable[[], Tensor]]
-    record: ModelRecord
 
 
 def run_quantcheck(
@@ -92,114 +90,88 @@ def run_quantcheck(
         ModelError: If the parent has other layers, shapes or another vocabulary.
         FormatError: If no layer is quantised, or one does not hold what its format says.
     """
-    blocks, above = checked_blocks(quantised.model, probe), checked_blocks(parent.model, probe)
-    pairs = matched(quantised, parent, blocks, above)
-    held = held_of(quantised, blocks, settings.parsed_format())
-    before = _base_of(base, parent, above, probe, settings)
-    inputs = quantised_inputs(quantised.model, held, settings)
+    sides = opened(quantised, parent, base, probe, settings)
     with untouched(quantised.model), untouched(parent.model), ExitStack() as weights_alone:
-        weights_alone.enter_context(float_inputs(inputs.themselves))
-        runner = Runner(quantised.model, blocks, micro_batch_tokens=settings.micro_batch_tokens)
-        other = Runner(parent.model, above, micro_batch_tokens=settings.micro_batch_tokens)
-        other.work = runner.work
-        clock = Clock(settings.budget_seconds, runner.work, watcher)
-        with clock.stage(LOSSES):
-            checked = self_check(runner, probe.fit)
-            self_check(other, probe.fit)
-            above_of = [other.trace(part) for part in (probe.fit, probe.select, probe.report)]
-            select, session = runner.trace(probe.select), ReportSession(runner, runner.trace(probe.report))
-        with clock.stage("best-weights"):
-            found = _solve_all(
-                other, above_of, {pairs[m]: (m, h) for m, h in held.items()}, before, inputs, settings, clock
-            )
-        with clock.stage("codes"):
-            stop = _IN_ORDER_SHARE * clock.budget
-            in_order: Changes = {}
-            reached = clock.elapsed <= stop
-            if reached:
-                parts = above_of[:2], (runner.trace(probe.fit), select)
-                in_order, reached = solve_in_order(other, runner, parts, pairs, held, settings, clock, stop)
-        with clock.stage("best-weights-losses"):
-            loss = _losses(session, (found.changes, in_order), select, above_of[-1])
-        fine_tune = None
-        if before is not None:
-            with clock.stage("fine-tune"):
-                weights = {pairs[m]: h.weight for m, h in held.items()}
-                parent_session = ReportSession(other, above_of[-1])
-                losses = before.losses, session.report.losses
-                fine_tune = survival(parent_session, *losses, weights, tuple(found.layers), before.record, clock)
-        if inputs:
-            with clock.stage("quantised-inputs"):
+        weights_alone.enter_context(float_inputs(sides.inputs.themselves))
+        text = on_text(sides, probe, settings, watcher)
+        found = _better_codes(sides, text, probe, settings)
+        with text.clock.stage("best-weights-losses"):
+            loss = _losses(text, (found.alone, found.in_order))
+        fine_tune = _fine_tune(sides, text, found)
+        if sides.inputs:
+            with text.clock.stage("quantised-inputs"):
                 weights_alone.close()
-                loss = _with_inputs(loss, session, inputs)
-        cost = clock.record(probe.fit.tokens + probe.select.tokens + probe.report.tokens, device_of(quantised.model))
-    records = [_model_record(c, b, probe.seed) for c, b in ((quantised, blocks), (parent, above))]
-    return QuantcheckRecord(
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        conclusion=_conclusion(loss),
-        complete=found.complete and reached,
-        quantised=records[0],
-        parent=records[1],
-        probe=probe.record(),
-        loss=loss,
-        layers=tuple(found.layers),
-        fine_tune=fine_tune,
-        activations=inputs.names,
-        cost=cost,
-        notes=(
-            *checked,
-            *few_tokens(held, int(above_of[0].predicted)),
-            *_notes(quantised.model, parent.model, held, ended=not (found.complete and reached)),
-        ),
-        settings=settings.plain(),
-        seed=probe.seed,
-        versions=versions(),
-    )
+                loss = _with_inputs(loss, text.session, sides.inputs)
+        tokens = probe.fit.tokens + probe.select.tokens + probe.report.tokens
+        cost = text.clock.record(tokens, device_of(quantised.model))
+    return _record(sides, text, probe, settings, (found, loss, fine_tune, cost))
 
 
-def _base_of(
-    base: Candidate | None, parent: Candidate, above: tuple[Block, ...], probe: Probe, settings: QuantcheckSettings
-) -> _Base | None:
-    if base is None:
-        return None
-    blocks = checked_blocks(base.model, probe)
-    pairs = matched(parent, base, above, blocks)
-    with untouched(base.model):
-        losses = Runner(base.model, blocks, micro_batch_tokens=settings.micro_batch_tokens).trace(probe.report).losses
-    return _Base(losses, {m: twin.weight for m, twin in pairs.items()}, _model_record(base, blocks, probe.seed))
-
-
-def _solve_all(
-    runner: Runner,
-    parts: Sequence[Trace],
-    held: dict[LinearLayer, tuple[LinearLayer, Held]],
-    before: _Base | None,
-    inputs: QuantisedInputs,
-    settings: QuantcheckSettings,
-    clock: Clock,
-) -> _Found:
-    """Solve every map of the parent, block by block; one block's sums on all ``parts`` are alive at a time."""
-    found = _Found()
-    stop = _ALONE_SHARE * clock.budget
-    for done, block in enumerate(runner.blocks):
-        clock.tell(done, len(runner.blocks))
-        sums = [input_sums(runner, block, trace) for trace in parts]
-        rounding = input_errors(runner, block, parts[-1], {m: own for m, (own, _) in held.items()}, inputs)
-        for twin in (m for m in block.linears if m in held):
-            linear, own = held[twin]
-            found.complete &= clock.elapsed <= stop
-            W, base = twin.weight().float(), None if before is None else before.weights[twin]()
-            fit, select, report = (each[twin] for each in sums)
-            layer = Layer(linear.name, block.index, W, own, fit, select, report, base, rounding.get(twin))
-            encoded, damping = layer.best(settings) if found.complete and layer.has_codes else (None, None)
-            found.layers.append(layer.checked(encoded, damping))
-            if encoded is not None:
-                found.changes[linear] = change_to(linear, own.format.decode(encoded))
+def _better_codes(sides: Sides, text: OnText, probe: Probe, settings: QuantcheckSettings) -> _Found:
+    """Look for better codes of all layers, each by itself and then in running order, as far as the budget goes."""
+    clock, curvatures = text.clock, {}
+    if clock.elapsed <= _ALONE_SHARE * clock.budget:
+        with clock.stage("curvature"):
+            curvatures = output_curvatures(text.other, text.above[0], sides.quantised_under) or {}
+    with clock.stage("best-weights"):
+        found = _each_alone(sides, text, curvatures, settings)
+    with clock.stage("codes"):
+        stop = _IN_ORDER_SHARE * clock.budget
+        reached = clock.elapsed <= stop
+        if reached:
+            parts = text.above[:2], (text.runner.trace(probe.fit), text.select)
+            found.in_order, reached = solve_in_order(
+                text.other, text.runner, parts, sides.twins, sides.held, curvatures, settings, clock, stop
+            )
+        found.complete &= reached
     return found
 
 
-def _losses(session: ReportSession, candidates: Sequence[Changes], select: Trace, parent: Trace) -> QuantLosses:
+def _each_alone(
+    sides: Sides, text: OnText, curvatures: Mapping[LinearLayer, Tensor], settings: QuantcheckSettings
+) -> _Found:
+    """Solve every layer of the parent, block by block; one block's sums on all parts are alive at a time."""
+    found, clock, under = _Found(), text.clock, sides.quantised_under
+    owns = {twin: own for twin, (own, _) in under.items()}
+    for done, block in enumerate(text.other.blocks):
+        clock.tell(done, len(text.other.blocks))
+        sums = [input_sums(text.other, block, trace) for trace in text.above]
+        rounding = input_errors(text.other, block, text.above[-1], owns, sides.inputs)
+        for twin in (m for m in block.linears if m in under):
+            linear, own = under[twin]
+            found.complete &= clock.elapsed <= _ALONE_SHARE * clock.budget
+            fit, select, report = (each[twin] for each in sums)
+            layer = Layer(
+                linear.name,
+                block.index,
+                twin.weight().float(),
+                own,
+                fit.zz,
+                select.zz,
+                report.zz,
+                F=curvatures.get(twin),
+                part=report.tokens / text.above[-1].predicted,
+                base=None if sides.before is None else sides.before.weights[twin](),
+                input_error=rounding.get(twin),
+            )
+            reached = bool(fit.tokens and select.tokens)
+            wanted = found.complete and layer.has_codes and reached
+            encoded, damping = layer.best(settings) if wanted else (None, None)
+            found.layers.append(_line(linear, layer.checked(encoded, damping), reached))
+            found.tokens[twin] = fit.tokens
+            if encoded is not None:
+                found.alone[linear] = change_to(linear, own.format.decode(encoded))
+    return found
+
+
+def _line(linear: LinearLayer, line: LayerCheck, reached: bool) -> LayerCheck:
+    parameter = linear.name.rpartition(".")[0] if linear.is_expert else None
+    return line.model_copy(update={"parameter": parameter, "codes": line.codes and reached})
+
+
+def _losses(text: OnText, candidates: Sequence[Changes]) -> QuantLosses:
     """Return the losses on report; of the better weights those that lower the loss on select most, if any do."""
+    session, select, parent = text.session, text.select, text.above[-1]
     report = session.report
     losses = [(select.mean_of(session.losses(select, each)), each) for each in candidates if each]
     lowest, changes = min(losses, key=lambda pair: pair[0], default=(select.mean, {}))
@@ -220,6 +192,17 @@ def _losses(session: ReportSession, candidates: Sequence[Changes], select: Trace
     )
 
 
+def _fine_tune(sides: Sides, text: OnText, found: _Found) -> FineTuneRecord | None:
+    """Return how much of a fine-tune survives, if the model before it is known."""
+    before = sides.before
+    if before is None:
+        return None
+    with text.clock.stage("fine-tune"):
+        weights = {twin: held.weight for twin, (_, held) in sides.quantised_under.items()}
+        session, losses = ReportSession(text.other, text.above[-1]), (before.losses, text.session.report.losses)
+        return survival(session, *losses, weights, tuple(found.layers), before.record, text.clock)
+
+
 def _with_inputs(loss: QuantLosses, session: ReportSession, inputs: QuantisedInputs) -> QuantLosses:
     """Return the losses with that of the model as it runs, with quantised inputs."""
     report = session.report
@@ -233,6 +216,44 @@ def _conclusion(loss: QuantLosses) -> QuantcheckConclusion:
     if loss.damage.low <= 0:
         return QuantcheckConclusion(case="no-damage")
     return QuantcheckConclusion(case="recoverable" if loss.left.low > 0 else "none-found")
+
+
+def _record(
+    sides: Sides,
+    text: OnText,
+    probe: Probe,
+    settings: QuantcheckSettings,
+    results: tuple[_Found, QuantLosses, FineTuneRecord | None, CostRecord],
+) -> QuantcheckRecord:
+    found, loss, fine_tune, cost = results
+    return QuantcheckRecord(
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        conclusion=_conclusion(loss),
+        complete=found.complete,
+        quantised=record_of(sides.quantised, sides.blocks, probe.seed),
+        parent=record_of(sides.parent, sides.above, probe.seed),
+        probe=probe.record(),
+        loss=loss,
+        layers=tuple(_with_shares(found.layers)),
+        fine_tune=fine_tune,
+        activations=sides.inputs.names,
+        cost=cost,
+        notes=(
+            *text.notes,
+            *few_tokens(found.tokens.items()),
+            *_notes(sides.quantised.model, sides.parent.model, sides.held, ended=not found.complete),
+        ),
+        settings=settings.plain(),
+        seed=probe.seed,
+        versions=versions(),
+    )
+
+
+def _with_shares(layers: Sequence[LayerCheck]) -> Iterator[LayerCheck]:
+    total = sum(layer.predicted or 0.0 for layer in layers)
+    for layer in layers:
+        known = layer.predicted is not None and total > 0
+        yield layer.model_copy(update={"share": (layer.predicted or 0.0) / total}) if known else layer
 
 
 def _notes(quantised: nn.Module, parent: nn.Module, held: dict[LinearLayer, Held], *, ended: bool) -> Iterator[Note]:
@@ -249,7 +270,7 @@ def _notes(quantised: nn.Module, parent: nn.Module, held: dict[LinearLayer, Held
 
 def _other_differences(quantised: nn.Module, parent: nn.Module, held: dict[LinearLayer, Held]) -> list[str]:
     """Return the parameters outside the quantised maps that are not the parent's."""
-    inside = {f"{linear.name}.weight" for linear in held}
+    inside = {linear.name.rpartition(".")[0] if linear.is_expert else f"{linear.name}.weight" for linear in held}
     theirs = dict(parent.named_parameters())
     return [
         name
@@ -261,8 +282,3 @@ def _other_differences(quantised: nn.Module, parent: nn.Module, held: dict[Linea
             or not torch.equal(parameter.detach().float(), theirs[name].detach().float().to(parameter.device))
         )
     ]
-
-
-def _model_record(candidate: Candidate, blocks: tuple[Block, ...], seed: int) -> ModelRecord:
-    model = candidate.model
-    return model_record(Setup(model, blocks, candidate.name, candidate.source, identify(model), {}, seed))

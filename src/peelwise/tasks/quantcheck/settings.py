@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from peelwise.errors import OptionError
 from peelwise.records.options import MICRO_BATCH_TOKENS, Plain, check_least, option, parse_seconds
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ class QuantcheckSettings:
         micro_batch_tokens: Tokens that go through a model at a time; fewer need less memory.
         activations: Format that the inputs of quantised layers are rounded to when the model runs, like int8:channel (a
             scale per token), or none. Default: what folder and layers say themselves.
+        allocate: Most bits per weight of a plan for PARENT in formats of 2, 3, 4 and 8 bits, as of `peelwise allocate`.
+            Default: no plan.
         dampings: of the inputs' sums that select chooses from, in units of the mean diagonal.
 
     Raises:
@@ -52,6 +55,11 @@ class QuantcheckSettings:
         "token), or none.",
         rule="what folder and layers say themselves",
     )
+    allocate: float | None = option(
+        None,
+        "Most bits per weight of a plan for PARENT in formats of 2, 3, 4 and 8 bits, as of `peelwise allocate`.",
+        rule="no plan",
+    )
     dampings: tuple[float, ...] = (0.0, 1e-2, 1e-1, 1.0)
 
     def __post_init__(self) -> None:
@@ -61,6 +69,8 @@ class QuantcheckSettings:
         if isinstance(self.format, str):
             self.parsed_format()
         self.parsed_activations()
+        if self.allocate is not None and not 0 < self.allocate < float("inf"):
+            raise OptionError(f"allocate: expected a positive number of bits per weight, got {self.allocate}.")
 
     @property
     def budget_seconds(self) -> float:
@@ -89,4 +99,6 @@ class QuantcheckSettings:
             "form": form.name if form else None,
             "max_sweeps": self.max_sweeps,
             "tolerance": self.tolerance,
-        } | ({} if self.activations is None else {"activations": self.activations})
+            **({} if self.activations is None else {"activations": self.activations}),
+            **({} if self.allocate is None else {"allocate": self.allocate}),
+        }

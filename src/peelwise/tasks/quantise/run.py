@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from peelwise.engine.clock import Clock, Watcher
 from peelwise.engine.curvature import output_curvatures
+from peelwise.engine.fitting import check_fits
 from peelwise.engine.in_order import Walk, few_tokens
 from peelwise.engine.opening import checked_blocks
 from peelwise.engine.provenance import Setup, model_record, versions
@@ -111,6 +112,7 @@ def run_quantise(
         with clock.stage("codes-losses"):
             loss = _losses(session, walk.changes, _rounded(chosen))
         cost = clock.record(probe.fit.tokens + probe.select.tokens + probe.report.tokens, device_of(model))
+    seen = {line.name: line.fit_tokens or 0 for line in lines}
     record = QuantiseRecord(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         conclusion=_conclusion(loss),
@@ -123,7 +125,7 @@ def run_quantise(
         blocks=tuple(behind),
         skipped=tuple(skipped),
         cost=cost,
-        notes=(*notes, *more, *few_tokens(chosen, int(traces[FIT].predicted))),
+        notes=(*notes, *more, *few_tokens((linear, seen[linear.name]) for linear in chosen)),
         settings=settings.plain(),
         seed=probe.seed,
         versions=versions(),
@@ -150,15 +152,16 @@ def _chosen(blocks: tuple[Block, ...], settings: QuantiseSettings) -> tuple[dict
         if left or own.name.startswith("dense") or not (linear.is_plain or linear.is_expert):
             skipped.append(linear.name)
             continue
-        try:
-            own.encode(linear.weight())  # refuses what does not go with the format before any work is done
-        except FormatError as error:
-            raise FormatError(f"{linear.name}: {error} Or leave it out with --skip {linear.name}.") from error
         chosen[linear] = own
     if not chosen:
         raise FormatError(
             "No linear layer is left to quantise inside the blocks. Skip fewer layers, or give another model."
         )
+    for linear, own in chosen.items():  # before any work is done
+        try:
+            check_fits(linear, own, chosen, "--format")
+        except FormatError as error:
+            raise FormatError(f"{error} Or leave it out with --skip {linear.name}.") from error
     return chosen, skipped
 
 
@@ -211,11 +214,13 @@ def _solved(
 
     Experts that no token of fit or select was routed to are rounded to nearest.
     """
-    unseen = {linear for linear in block.linears if linear in chosen}
+    unseen = {linear: 0 for linear in block.linears if linear in chosen}  # with the tokens of fit that it is given
     for group, (fit, select, report) in walk.groups(block):
         if not (fit.tokens and select.tokens):
+            unseen.update(dict.fromkeys(group, fit.tokens))
             continue
-        unseen.difference_update(group)
+        for linear in group:
+            del unseen[linear]
         weights = [linear.weight().float() for linear in group]
         aims = targets(weights, fit, select) if settings.asymmetric else [Target(W) for W in weights]
         for linear, W, aim in zip(group, weights, aims, strict=True):
@@ -231,16 +236,16 @@ def _solved(
                 tolerance=settings.tolerance,
             )
             walk.changes[linear] = change_to(linear, form.decode(found.encoded))
-            yield linear, (found.encoded, _line(linear, block.index, W, form, found, report))
-    for linear in (each for each in block.linears if each in unseen):
+            yield linear, (found.encoded, _line(linear, block.index, W, form, found, fit.tokens, report))
+    for linear, tokens in unseen.items():
         W, form = linear.weight().float(), chosen[linear]
         rounded = form.encode(W)
         found = LayerCodes(rounded, Target(W), 0.0, {"rounded": rounded})
-        yield linear, (rounded, _line(linear, block.index, W, form, found, None))
+        yield linear, (rounded, _line(linear, block.index, W, form, found, tokens, None))
 
 
 def _line(
-    linear: LinearLayer, block: int, W: Tensor, form: Format, found: LayerCodes, report: InputSums | None
+    linear: LinearLayer, block: int, W: Tensor, form: Format, found: LayerCodes, tokens: int, report: InputSums | None
 ) -> QuantisedLayer:
     d_out, d_in = W.shape
     steps = {}
@@ -249,6 +254,7 @@ def _line(
         steps = {step: report.excess(W, form.decode(each)) / energy for step, each in found.steps.items()}
     return QuantisedLayer(
         name=linear.name,
+        parameter=linear.name.rpartition(".")[0] if linear.is_expert else None,
         block=block,
         format=form.name,
         bits_per_weight=form.bits(d_out, d_in, found.encoded.support) / W.numel(),
@@ -258,6 +264,7 @@ def _line(
         target_damping=found.target.damping,
         target_share=found.target.share,
         flipped=float((found.encoded.codes != found.steps["rounded"].codes).sum()) / W.numel(),
+        fit_tokens=tokens,
     )
 
 
