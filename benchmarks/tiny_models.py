@@ -114,6 +114,7 @@ OWN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 DECODERS = {"is_decoder": True}  # encoders that are causal only if they are told so
 DECODER_ALONE = ("musicgen", "musicgen_melody")  # types whose causal model is configured by a part of their settings
+ASSISTANTS = ("gemma4_assistant", "gemma4_unified_assistant")
 LARGEST = 5_000_000  # parameters of a copy; the sums over tokens of wider layers would take gigabytes
 
 
@@ -132,6 +133,8 @@ def tiny_config(kind: str) -> Any:
     """Return a configuration of a type with all its sizes small."""
     from transformers import AutoConfig
 
+    if kind in ASSISTANTS:
+        raise ValueError("it is given hidden states and keys of the model that it assists, and no tokens")
     usual = AutoConfig.for_model(kind)
     own = dict(OWN.get(kind, {}))
     if getattr(usual, "is_decoder", None) is False:

@@ -58,7 +58,7 @@ class Loops:
     compared_blocks: int = 3
     head_steps: int = 30
     blank_steps: int = 30
-    sweeps: float = 5.0
+    sweeps: float = 6.0
     bends: float = 20.0
     trained_steps: float = 40.0
 
