@@ -1,6 +1,6 @@
 """Which causal language models of the installed transformers does peelwise handle right?
 
-    python benchmarks/any_model.py [--types qwen3_moe mamba2 ..] [--seconds 180] [--results FILE]
+    python benchmarks/any_model.py [--types qwen3_moe mamba2 ..] [--seconds 180] [--gigabytes 4] [--results FILE]
 
 Every type is built as a tiny random copy (`tiny_models`) and audited in a process of its own. *Right* means all of: the
 loss is the model's own; the gradient norm of every block is autograd's through the whole model; the witness, all blocks
@@ -9,14 +9,15 @@ runs; ``verify --full`` holds; no weight of a block that the loss depends on is 
 note; the model is untouched; logits do not depend on later tokens; a monitor measures at three steps of AdamW and the
 weights are the same to the bit without it. What is said here is computed without peelwise's blocks, hooks and merging.
 
-One line a type is added to the results as soon as it is known; types that are there already are left out.
+One line a type is added to the results as soon as it is known; types that are there already are left out, unless they
+are named. A type that takes more time or memory than it may have gets a line that says so.
 """
 
 import argparse
 import copy
 import json
 import multiprocessing
-import queue
+import resource
 import tempfile
 import traceback
 import warnings
@@ -31,7 +32,7 @@ from common import RESULTS, environment
 from peelwise.errors import PeelwiseError
 from peelwise.model.runner import Runner
 from peelwise.tasks.audit.settings import AuditSettings
-from tiny_models import EXPERTS, LENGTH, WIDTH, build, types
+from tiny_models import EXPERTS, LENGTH, WIDTH, TooLargeError, build, types
 
 TOKENS = 720
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 3e-4, 1e-2
@@ -259,37 +260,57 @@ def outcome(kind):
         assert logits.shape[:2] == (2, LENGTH), "logits of other positions"
         assert bool(logits.isfinite().all()), "logits are not finite"
     except Exception as error:
-        return {"type": kind, "outcome": "not built", "why": f"{type(error).__name__}: {error}"[:300]}
+        how = "too large" if isinstance(error, TooLargeError) or of_memory(error) else "not built"
+        return {"type": kind, "outcome": how, "why": f"{type(error).__name__}: {error}"[:300]}
     try:
         wrong, facts = judge(kind)
     except PeelwiseError as error:
         return {"type": kind, "outcome": "refused", "why": str(error)[:400]}
     except Exception as error:
+        how = "too large" if of_memory(error) else "traceback"
         last = traceback.extract_tb(error.__traceback__)[-3:]
         where = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(last))
-        return {"type": kind, "outcome": "traceback", "why": f"{type(error).__name__}: {error} ({where})"[:500]}
+        return {"type": kind, "outcome": how, "why": f"{type(error).__name__}: {error} ({where})"[:500]}
     return {"type": kind, "outcome": "wrong" if wrong else "right", "why": "; ".join(wrong)[:600]} | facts
 
 
-def in_process(kind, seconds):
+def of_memory(error):
+    """Whether an error is one of too little memory, as Python or torch says it."""
+    return isinstance(error, MemoryError) or "allocate memory" in str(error)
+
+
+def limited(kind, gigabytes, answer):
+    """Send the outcome of a type, computed with so much more memory than this process has reserved already."""
+    reserved = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    most = reserved + int(gigabytes * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    answer.send(outcome(kind))
+
+
+def in_process(kind, seconds, gigabytes):
     """Judge a type in a process of its own, which starts from this one with everything imported."""
     context = multiprocessing.get_context("fork")
-    answers = context.Queue()
-    process = context.Process(target=lambda: answers.put(outcome(kind)))
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=limited, args=(kind, gigabytes, there))
     process.start()
+    there.close()  # so that the end of the process is the end of what can be read
     try:
-        found = answers.get(timeout=seconds)
-    except queue.Empty:
-        found = {"type": kind, "outcome": "out of time", "why": f"more than {seconds} s, or it died"}
-    process.kill()
-    process.join()
-    return found
+        if here.poll(seconds):
+            return here.recv()
+        return {"type": kind, "outcome": "too slow", "why": f"more than {seconds:g} s"}
+    except EOFError:
+        process.join()
+        return {"type": kind, "outcome": "died", "why": f"its process ended with code {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="*")
-    parser.add_argument("--seconds", type=float, default=180.0)
+    parser.add_argument("--seconds", type=float, default=180.0, help="the most that one type may take")
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="the most memory that one type may add")
     parser.add_argument("--results", type=Path, default=RESULTS / "any_model.json")
     arguments = parser.parse_args()
     import transformers
@@ -297,10 +318,11 @@ def main():
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     lines = json.loads(arguments.results.read_text())["types"] if arguments.results.exists() else {}
+    outcome("llama")  # whatever is imported late, once and not in every process: two thirds of what a type takes
     for kind in arguments.types or types():
         if kind in lines and not arguments.types:
             continue
-        lines[kind] = in_process(kind, arguments.seconds)
+        lines[kind] = in_process(kind, arguments.seconds, arguments.gigabytes)
         print(kind, lines[kind]["outcome"], lines[kind]["why"], flush=True)
         counts = dict(Counter(line["outcome"] for line in lines.values()))
         whole = {"environment": environment(), "counts": counts, "types": dict(sorted(lines.items()))}

@@ -106,6 +106,7 @@ class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
+        packet = aten.addmm if packet is aten.addmm_ else packet  # in place it computes as much
         name = packet.__name__
         if packet in OTHERS:
             operations, size = OTHERS[packet](*args)

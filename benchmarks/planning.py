@@ -1,4 +1,4 @@
-"""Do the formulas of `peelwise plan` say what a check and an audit take? Four sizes, each run in a process of its own.
+"""Do the formulas of `peelwise plan` say what its commands take? Four sizes, each run in a process of its own.
 
     python benchmarks/planning.py [--only small-gpt] [--folder /tmp]    # resumable; then prints formula over measured
 
@@ -22,6 +22,7 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,7 +31,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 import peelwise
 from audit_stages import SMALL, Counting, watched
 from common import RESULTS, environment
-from peelwise.engine import heads, refine, sweep
+from peelwise.engine import heads, refine
+from peelwise.engine.proposals import Solves
+from peelwise.formats import parse_format
 from peelwise.model import fingerprint
 from peelwise.model.architectures import find_blocks
 from peelwise.model.checkpoints import open_model, open_tokenizer
@@ -38,7 +41,9 @@ from peelwise.model.shape import shape_of
 from peelwise.probe.texts import reference_prose
 from peelwise.records.options import MICRO_BATCH_TOKENS
 from peelwise.records.plan import Shape
+from peelwise.references import quantized
 from peelwise.show.plan.words import TASKS, conclusion
+from peelwise.tasks.anatomy import recover
 from peelwise.tasks.plan.run import planned
 from peelwise.tasks.plan.shapes import Decoder
 from peelwise.tasks.plan.stages import Loops, Probe
@@ -65,12 +70,26 @@ MADE = {
 }
 # Tokens of each run; none for a check of the weights alone. Models in bfloat16 stay in their files.
 RUNS = {
-    "small-gpt": {"check-weights": 0, "check": 2_048, "audit": 6_400, "compare": 2_048},
-    "llama-20m": {"check-weights": 0, "check": 2_048, "audit": 2_048, "compare": 2_048},
+    "small-gpt": {
+        "check-weights": 0,
+        "check": 2_048,
+        "audit": 6_400,
+        "compare": 2_048,
+        "quantise": 2_048,
+        "quantcheck": 2_048,
+        "anatomy": 2_048,
+    },
+    "llama-20m": {
+        "check-weights": 0,
+        "check": 2_048,
+        "audit": 2_048,
+        "compare": 2_048,
+    },
     "llama-20m-bf16": {"check-weights": 0, "check": 2_048, "audit": 2_048},
     "smollm2": {"check-weights": 0, "check": 2_048, "audit": 512},
     "llama-1b": {"check-weights": 0},
 }
+FORMAT = "int4:group=16,symmetric"  # for models of any width
 LENGTH = 64
 SAMPLED_SECONDS = 0.01
 
@@ -132,6 +151,7 @@ class Measuring(Counting):
         self.cache, self.peak, self.private, self.read = cache, Counter(), Counter(), Counter()
         self._read, self._sampled, self.ended = 0, 0, False
         self.head_steps, self.evaluations = [], Counter()
+        self.sweeps, self.steps = Counter(), 0
         super().__init__()
         threading.Thread(target=self._sample, daemon=True).start()
 
@@ -160,16 +180,20 @@ class Measuring(Counting):
 @contextmanager
 def apart(counting):
     """Tell ``counting`` about what is no stage of a clock: proposals, weights that are hashed, steps of a fit."""
-    made_of, pieces_of, values_of = sweep.proposals_of, fingerprint._pieces, torch.linalg.eigvalsh
-    fitted, searched = heads.fit_head, refine.search_step
+    asked, made, pieces_of, values_of = Solves.ask, Solves.made, fingerprint._pieces, torch.linalg.eigvalsh
+    fitted, searched, descended = heads.fit_head, refine.search_step, quantized._descend
+    trained = recover._loss
 
-    def proposals(*args):
-        outer = counting.stage
-        counting.enter("proposals" if outer == "statistics" else outer)
-        try:
-            return made_of(*args)
-        finally:
-            counting.enter(outer)
+    def proposing(of):
+        def proposals(*args):
+            outer = counting.stage
+            counting.enter("proposals" if outer == "statistics" else outer)
+            try:
+                return of(*args)
+            finally:
+                counting.enter(outer)
+
+        return proposals
 
     def pieces(tensor):
         counting.cache.touch(tensor)
@@ -191,13 +215,26 @@ def apart(counting):
         counting.evaluations[counting.stage] += found.evaluations
         return found
 
-    sweep.proposals_of, fingerprint._pieces, torch.linalg.eigvalsh = proposals, pieces, eigenvalues
-    heads.fit_head, refine.search_step = fit_head, search_step
+    def descend(descents, most, tolerance):
+        history = descended(descents, most, tolerance)
+        if most:  # else error feedback alone
+            counting.sweeps[counting.stage] += len(history) - 1
+        return history
+
+    def loss(*args):
+        counting.steps += 1
+        return trained(*args)
+
+    Solves.ask, Solves.made = proposing(asked), proposing(made)
+    fingerprint._pieces, torch.linalg.eigvalsh = pieces, eigenvalues
+    recover._loss = loss
+    heads.fit_head, refine.search_step, quantized._descend = fit_head, search_step, descend
     try:
         yield
     finally:
-        sweep.proposals_of, fingerprint._pieces, torch.linalg.eigvalsh = made_of, pieces_of, values_of
-        heads.fit_head, refine.search_step = fitted, searched
+        recover._loss = trained
+        Solves.ask, Solves.made, fingerprint._pieces, torch.linalg.eigvalsh = asked, made, pieces_of, values_of
+        heads.fit_head, refine.search_step, quantized._descend = fitted, searched, descended
 
 
 def system_read():
@@ -214,7 +251,19 @@ def forget(source):
 
 
 def run(model, probe, kind):
-    """Run a check, an audit, or a comparison with the model as it was before noise changed all of its matrices."""
+    """Run a command; comparisons are with the model before noise, or rounding, changed all of its matrices."""
+    if kind == "quantise":
+        return peelwise.quantise(model, probe, peelwise.QuantiseSettings(FORMAT)).record
+    if kind == "quantcheck":
+        new = copy.deepcopy(model)
+        form = parse_format(FORMAT)
+        with torch.no_grad():
+            for block in find_blocks(new):
+                for linear in block.linears:
+                    linear.parameter.copy_(form.project(linear.weight()))
+        return peelwise.quantcheck(new, model, probe, peelwise.QuantcheckSettings("10h", FORMAT)).record
+    if kind == "anatomy":
+        return peelwise.anatomy(model, probe, peelwise.AnatomySettings("10h")).record
     if kind == "compare":
         new = copy.deepcopy(model)
         with torch.no_grad():
@@ -262,9 +311,21 @@ def measured(source, kind, tokens, streamed):
         "tokens": parts, "base": base, "opening": opening, "read_by_the_system": system_read() - before,
         "room_bytes": counting.cache.room, "processor_seconds": time.process_time() - began,
         "named": len(getattr(record, "unlike", None) or ()), "head_steps": counting.head_steps,
-        "evaluations": dict(counting.evaluations),
+        "evaluations": dict(counting.evaluations), "loops": loops_of(record, counting),
         "shape": shape.model_dump(mode="json"), "stages": stages,
     }  # fmt: skip
+
+
+def loops_of(record, counting):
+    """Return how often what depends on the model was done: sweeps of a layer, bends and training steps of a block."""
+    blocks = getattr(record, "blocks", ())
+    if record.kind == "anatomy":
+        bends = [sum(len(way.costs) for way in block.bent) for block in blocks if block.bent]
+        return {"bends": sum(bends) / len(blocks), "trained_steps": counting.steps / len(blocks)}
+    if not counting.sweeps:
+        return {}
+    layers = len(record.layers) * (2 if record.kind == "quantcheck" else 1)
+    return {"sweeps": sum(counting.sweeps.values()) / layers}
 
 
 def in_a_process(*arguments):
@@ -281,6 +342,7 @@ def formulas(name, run):
     shape = Shape.model_validate(run["shape"])
     own_steps, blank_steps = (run["head_steps"] or (0, 0))[:2]
     loops = Loops(named=run["named"], joint_rounds=1, solo_rounds=1, head_steps=own_steps, blank_steps=blank_steps)
+    loops = replace(loops, **run.get("loops", {}))
     way = "stream" if run["streamed"] else "float32"
     probe = Probe(*(Part(tokens, LENGTH, MICRO_BATCH_TOKENS) for tokens in parts))
     memory, stages = planned(shape, kind, way, (sum(parts), LENGTH), 1, loops, 0.0, probe)

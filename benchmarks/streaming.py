@@ -1,11 +1,13 @@
-"""How much memory does a check take when weights stay in their files? A Llama of 1.1 billion parameters under a limit.
+"""How much memory do check and audit take when weights stay in their files? Each runs under a hard limit.
 
     python benchmarks/streaming.py --limit 2.5 --out out/streaming    # needs Linux, root and 3 GB of disk
     python benchmarks/streaming.py --resident                         # and in float32, which ends badly
+    python benchmarks/streaming.py --case audit --limit 1.0 [--tokens 1536] [--micro 256] [--budget 20m]
 
-The model is made once, random, in bfloat16. Then `peelwise check --no-text` runs in a control group of its own that may
-take so many GB, page cache included: with `--stream` and, if asked for, in float32. What is written: seconds, the
-largest private memory, and whether the command ended or was killed.
+`check` is of a Llama of 1.1 billion random parameters in bfloat16, made once; `audit` of SmolLM2-135M, written once as
+safetensors in float32 (0.54 GB). The command runs in a control group of its own that may take so many GB, page cache
+included: with `--stream` and, if asked for, without. What is written, a row for every command: seconds, the largest
+private memory, and whether it ended or was killed; of an audit how many blocks are decided.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from common import RESULTS, environment
 
 _V1 = Path("/sys/fs/cgroup/memory/peelwise")
 _V2 = Path("/sys/fs/cgroup/peelwise")
-_TOO_LONG = 600  # seconds: a command that only reads pages again and again is as good as killed
+_TOO_LONG = {"check": 600, "audit": 3600}  # seconds: a command that only reads pages is as good as killed
+FILE = RESULTS / "streaming.json"
 
 
 def made(folder: Path) -> Path:
@@ -48,6 +51,16 @@ def made(folder: Path) -> Path:
     return folder
 
 
+def packaged(folder: Path) -> Path:
+    """Write SmolLM2 as a folder of safetensors, unless it is there."""
+    if not (folder / "model.safetensors").exists():
+        from peelwise.model.checkpoints import open_model, save_model
+
+        opened = open_model("smollm2", dtype="float32", device="cpu")
+        save_model(opened.model, opened.tokenizer, folder)
+    return folder
+
+
 def limited(group: Path, gigabytes: float) -> Callable[[], None]:
     """Return what a child calls to be in a control group that may take so much."""
     first = group == _V1
@@ -57,11 +70,11 @@ def limited(group: Path, gigabytes: float) -> Callable[[], None]:
     return lambda: (group / ("tasks" if first else "cgroup.procs")).write_text(str(os.getpid())) and None
 
 
-def run(command: list[str], inside: Callable[[], None]) -> dict[str, float | bool | str]:
+def run(command: list[str], inside: Callable[[], None], longest: float) -> dict[str, float | bool | str]:
     """Run a command and return how it went."""
     began, largest = time.perf_counter(), 0.0
     child = subprocess.Popen(command, preexec_fn=inside, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    killer = threading.Timer(_TOO_LONG, child.kill)
+    killer = threading.Timer(longest, child.kill)
     killer.start()
     while child.poll() is None:
         largest = max(largest, _private(child.pid))
@@ -92,24 +105,31 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=2.5, help="GB of the control group (default: 2.5)")
     parser.add_argument("--out", type=Path, default=Path("out/streaming"), help="where the model is made")
     parser.add_argument("--resident", action="store_true", help="also try it in float32, without streaming")
+    parser.add_argument("--case", choices=["check", "audit"], default="check")
+    parser.add_argument("--tokens", type=int, default=1536, help="of the audit (default: 1536)")
+    parser.add_argument("--micro", type=int, default=256, help="tokens of the audit at a time (default: 256)")
+    parser.add_argument("--budget", default="20m", help="of the audit (default: 20m)")
     options = parser.parse_args()
-    model = made(options.out / "llama-1b")
+    audits, saved = options.case == "audit", options.out / "audit"
+    model = packaged(options.out / "smollm2") if audits else made(options.out / "llama-1b")
     group = _V1 if _V1.parent.exists() else _V2
     inside = limited(group, options.limit)
-    check = [
-        str(Path(sys.executable).with_name("peelwise")),
-        "check",
-        str(model),
-        "--no-text",
-        "--signals",
-        "weight_rms",
-    ]
-    ways = [["--stream"], ["--dtype", "float32"]][: 1 + options.resident]
-    found = [run([*check, *how], inside) for how in ways]
-    size = (model / "model.safetensors").stat().st_size
-    result = environment() | {"limit, GB": options.limit, "weights, GB": round(size / 1e9, 2), "runs": found}
-    (RESULTS / "streaming.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    how = ["--no-text", "--signals", "weight_rms"]
+    if audits:
+        how = ["--tokens", str(options.tokens), "--micro-batch-tokens", str(options.micro)]
+        how += ["--budget", options.budget, "--out", str(saved), "--force"]
+    command = [str(Path(sys.executable).with_name("peelwise")), options.case, str(model), *how]
+    rows = json.loads(FILE.read_text())["runs"] if FILE.exists() else []
+    for way in [["--stream"], ["--dtype", "float32"]][: 1 + options.resident]:
+        found = run([*command, *way], inside, _TOO_LONG[options.case])
+        size = (model / "model.safetensors").stat().st_size
+        found |= {"limit, GB": options.limit, "weights, GB": round(size / 1e9, 2)}
+        if audits and found["ended"]:
+            blocks = json.loads((saved / "certificate.json").read_text())["blocks"]
+            found["blocks decided"] = sum(block["verdict"] in ("red", "yellow", "green") for block in blocks)
+        rows = [row for row in rows if row["command"] != found["command"]] + [found]
+        FILE.write_text(json.dumps(environment() | {"runs": rows}, indent=1) + "\n")
+        print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ besides. Weights are random and large enough that every block matters to the los
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -17,16 +18,20 @@ SEED = 7
 
 # By the attribute's name. Lists are cut or repeated to the number of blocks.
 SIZES: dict[str, Any] = {
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "text_vocab_size", "n_vocab"), VOCABULARY),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "text_vocab_size", "n_vocab", "shape_vocab_size",
+                     "pronunciation_vocab_size", "encoder_hash_byte_group_vocab"), VOCABULARY),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "word_embed_proj_dim", "n_embed",
                      "dim_model", "hidden_dim", "attention_hidden_size", "lru_width", "embed_dim",
-                     "cross_attention_hidden_size", "backbone_hidden_size", "residual_embedding_size"), WIDTH),
+                     "cross_attention_hidden_size", "backbone_hidden_size", "residual_embedding_size", "adapter_in_dim",
+                     "adapter_out_dim", "adapter_input_size", "input_embedding_size", "output_embedding_size",
+                     "hidden_size_global", "shape_embed_dim", "pronunciation_embed_dim", "router_hidden_size"), WIDTH),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner", "dim_ff",
                      "d_inner",
                      "feed_forward_size", "shared_intermediate_size", "ffn_hidden_size", "dense_intermediate_size",
                      "expert_ffn_hidden_size", "intermediate_size_mlp", "moe_intermediate_size", "ffn_size",
                      "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "block_ff_dim",
-                     "prefix_dense_intermediate_size", "zaya_intermediate_size"), 48),
+                     "prefix_dense_intermediate_size", "zaya_intermediate_size",
+                     "shared_experts_intermediate_size"), 48),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers",
                      "encoder_layers", "num_encoder_layers", "num_blocks", "depth"), BLOCKS),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads",
@@ -50,6 +55,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("sliding_window", "attention_chunk_size", "attention_window_size", "window_size", "index_topk",
                      "chunk_size", "mamba_chunk_size", "local_window", "index_block_size"), 16),
     "first_k_dense_replace": 1, "num_dense_layers": 1, "n_shared_experts": 1, "num_shared_experts": 1,
+    "zero_expert_num": 1,
     "hidden_size_per_layer_input": 8, "laurel_rank": 8, "conv_dim": WIDTH, "block_dim": WIDTH,
     "conv_dim_out": WIDTH, "mamba_d_ssm": WIDTH, "expand": 1, "mamba_expand": 1, "num_memory_blocks": 1,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1,
@@ -61,9 +67,18 @@ SIZES: dict[str, Any] = {
 
 _INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16,
             "indexer_compress_ratio": 4}  # fmt: skip
+# Layers of another kind than the rest have sizes of their own, given by arguments that are kept nowhere.
+_SLIDING = {"num_key_value_heads": 4, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 8,
+            "swa_kv_lora_rank": 8, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8}  # fmt: skip
+_GLOBAL = {"global_head_dim": 16, "num_kv_shared_layers": 2}
+_ONE_BOOK = {"num_codebooks": 1, "audio_channels": 1}  # of audio codes, which are then tokens like others
 # What a type needs besides, or instead (``None`` leaves the attribute as it is by default).
 OWN: dict[str, dict[str, Any]] = {
-    "dots3_note": {"text_config": {"num_key_value_heads": 4}},
+    "dots3_note": {"text_config": _SLIDING},
+    "dots3_note_text": _SLIDING,
+    "gemma4": {"text_config": _GLOBAL}, "gemma4_text": _GLOBAL,
+    "gemma4_unified": {"text_config": _GLOBAL}, "gemma4_unified_text": _GLOBAL,
+    "musicgen": {"decoder": _ONE_BOOK}, "musicgen_melody": {"decoder": _ONE_BOOK},
     "dots1": {"n_routed_experts": 4, "moe_intermediate_size": 48, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
                      "activation_sparsity_pattern": [0.0] * 4, "intermediate_size": [48] * 4},
@@ -98,6 +113,13 @@ OWN: dict[str, dict[str, Any]] = {
              "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": WIDTH}},
 }  # fmt: skip
 DECODERS = {"is_decoder": True}  # encoders that are causal only if they are told so
+DECODER_ALONE = ("musicgen", "musicgen_melody")  # types whose causal model is configured by a part of their settings
+ASSISTANTS = ("gemma4_assistant", "gemma4_unified_assistant")
+LARGEST = 5_000_000  # parameters of a copy; the sums over tokens of wider layers would take gigabytes
+
+
+class TooLargeError(ValueError):
+    """A tiny copy is not tiny: some size is configured by a name that is not in ``SIZES``."""
 
 
 def types() -> list[str]:
@@ -111,6 +133,8 @@ def tiny_config(kind: str) -> Any:
     """Return a configuration of a type with all its sizes small."""
     from transformers import AutoConfig
 
+    if kind in ASSISTANTS:
+        raise ValueError("it is given hidden states and keys of the model that it assists, and no tokens")
     usual = AutoConfig.for_model(kind)
     own = dict(OWN.get(kind, {}))
     if getattr(usual, "is_decoder", None) is False:
@@ -123,13 +147,24 @@ def tiny_config(kind: str) -> Any:
 
 def build(kind: str) -> nn.Module:
     """Return a tiny random model of a type, in eval mode, the same at every call."""
-    from transformers import AutoModelForCausalLM
-
+    config = tiny_config(kind)
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in _of_config(kind, copy.deepcopy(config)).parameters())
+    if parameters > LARGEST:
+        raise TooLargeError(f"{parameters:,} parameters: a size that tiny_models does not know by its name")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model = AutoModelForCausalLM.from_config(tiny_config(kind), dtype=torch.float32).eval()
+        model = _of_config(kind, config, dtype=torch.float32).eval()
         _enliven(model)
     return model
+
+
+def _of_config(kind: str, config: Any, **how: Any) -> Any:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    if kind in DECODER_ALONE:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config.decoder, **how)
+    return AutoModelForCausalLM.from_config(config, **how)
 
 
 @torch.no_grad()

@@ -89,7 +89,7 @@ class Lm(nn.Module):
 
 
 class Shortcut(Lm):
-    """What the first block's layer computes is read by the last one too, past the hidden state."""
+    """What the first block's layer computes is read by the others too, from a mapping that all are given."""
 
     def forward(self, ids: Tensor) -> Tensor:
         x, kept = self.wte(ids), {}
@@ -104,6 +104,43 @@ class Sharing(Mlp):
     def forward(self, x: Tensor, kept: dict[str, Tensor]) -> Tensor:
         inner = F.gelu(self.up(self.n(x)))
         return x + self.down(inner + kept.setdefault("inner", inner))
+
+
+class Relay(Lm):
+    """Every block returns what its layer computes, and the next one is given it beside the hidden state."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, inner = self.wte(ids), None
+        for block in self.h:
+            x, inner = block(x, inner)
+        return self.head(x)
+
+
+class Relaying(Mlp):
+    """One of its blocks."""
+
+    def forward(self, x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        inner = F.gelu(self.up(self.n(x)))
+        return x + self.down(inner if before is None else inner + before), inner
+
+
+class Aside(Mlp):
+    """Reads what the first block has kept where no call shows it."""
+
+    def __init__(self, kept: dict[str, Tensor], *, keeps: bool = False) -> None:
+        super().__init__()
+        self.kept, self.keeps = kept, keeps
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.gelu(self.up(self.n(x)))
+        if self.keeps:
+            self.kept["inner"] = inner
+        return x + self.down(inner + self.kept["inner"])
+
+
+def aside() -> nn.Module:
+    kept: dict[str, Tensor] = {}
+    return Lm(Aside(kept, keeps=True), Aside(kept), Aside(kept))
 
 
 class LastPosition(Lm):
@@ -262,6 +299,9 @@ RIGHT: dict[str, Callable[[], nn.Module]] = {
     "Granite without experts": granite,
     "Granite with experts": lambda: granite(4),
     "weight shared between blocks": tied,
+    "keys and values shared": gemma4,
+    "shared in a dictionary": lambda: Shortcut(Sharing(), Sharing(), Sharing()),
+    "returned for the next block": lambda: Relay(Relaying(), Relaying(), Relaying()),
 }
 # Models that are refused, and what the refusal names.
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
@@ -270,8 +310,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     **{f"chunks of {n}": (lambda n=n: chunks(n), "Lm is not causal") for n in (2, 3, 4, 8, 12)},
     **{f"prefix of {n}": (lambda n=n: prefix(n), "Lm is not causal") for n in (2, 4, 20)},
     "weights read beside calls": (lambda: Lm(ReadsWeight(), ReadsWeight()), r"hooked into h\.0\.up does not"),
-    "keys and values shared": (gemma4, "joined by more than the hidden state"),
-    "shared in a dictionary": (lambda: Shortcut(Sharing(), Sharing(), Sharing()), r"gradient at h\.0\.up"),
+    "shared out of sight": (aside, r"gradient at h\.0\.up"),
     "dictionaries": (lambda: Lm(Wrapped("dict"), Wrapped("dict"), call=lambda b, x: b(x)["x"]), "block returns dict"),
     "takes a dictionary": (lambda: TakesDict(Mlp(), Mlp()), "TakesDict could not be run on token ids"),
     "always the last position": (lambda: AlwaysLast(Mlp(), Mlp()), "logits of 1 positions for"),

@@ -1,6 +1,7 @@
 """`anatomy` as people call it: a folder, a module, files, what is refused."""
 
 import json
+import math
 
 import pytest
 
@@ -19,6 +20,9 @@ def test_a_folder_is_studied_and_the_report_saved(tmp_path):
     saved = json.loads((tmp_path / "out" / "anatomy.json").read_text())
     assert saved["kind"] == "anatomy"
     assert saved["blocks"][0]["ablation"]["skipped"]["mean"] == report.record.blocks[0].ablation["skipped"].mean
+    skipped = saved["blocks"][0]["ablation"]["skipped"]["mean"]
+    assert saved["blocks"][0]["perplexity_ratios"]["skipped"] == pytest.approx(math.exp(skipped))
+    assert report.to_frame()["skipped_perplexity_ratio"][0] == pytest.approx(math.exp(skipped))
     assert "<svg" in (tmp_path / "out" / "report.html").read_text()
     assert "Without block 0 the loss rises most" in str(report)
     frame = report.to_frame()

@@ -80,9 +80,9 @@ def test_gradient_at_the_embedding_equals_autograd(name):
         logits = getattr(output, "logits", output)[0]
         loss = nn.functional.cross_entropy(logits, torch.tensor(row[1:]), reduction="sum")
         (expected,) = torch.autograd.grad(loss, embedding)
-        found = above[position][:, : len(row) - 1]
+        found = above[position].hidden[:, : len(row) - 1]
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
-        assert not above[position][:, len(row) - 1 :].any()  # padding has no weight
+        assert not above[position].hidden[:, len(row) - 1 :].any()  # padding has no weight
     handle.remove()
 
 

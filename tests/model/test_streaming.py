@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,8 @@ import torch
 
 import peelwise
 from audits import tiny_probe
-from peelwise.errors import DeviceError, PeelwiseWarning
-from peelwise.model import streaming
+from peelwise.errors import DeviceError, OutputError, PeelwiseWarning
+from peelwise.model import spill, streaming
 from peelwise.model.checkpoints import open_model
 from zoo import ZOO
 
@@ -109,3 +110,111 @@ def test_memory_is_what_the_container_leaves(tmp_path: Path, monkeypatch: pytest
     assert streaming.available_memory() == 3000
     limit.write_text("max\n")  # no limit
     assert (streaming.available_memory() or 0) > 10**8
+
+
+def audited(model: torch.nn.Module) -> peelwise.AuditReport:
+    settings = peelwise.AuditSettings("10m", joint_rounds=2, solo_rounds=1)
+    return peelwise.audit(model, tiny_probe(), settings)
+
+
+def test_an_audit_of_streamed_weights_keeps_its_changes_on_disk_and_finds_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder(tmp_path / "m", torch.float32)
+    resident = audited(open_model(path, dtype="float32", with_tokenizer=False).model)
+    monkeypatch.setattr(spill, "_SMALL", 1)
+    kept = list[torch.Tensor]()
+    empty = spill.Spill.empty
+
+    def counted(self: spill.Spill, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        kept.append(found := empty(self, shape, dtype))
+        return found
+
+    monkeypatch.setattr(spill.Spill, "empty", counted)
+    model = open_model(path, stream=True, with_tokenizer=False).model
+    streamed = audited(model)
+    linears = {tuple(p.shape) for p in model.parameters() if p.dim() == 2}
+    assert {tuple(each.shape) for each in kept} >= linears  # proposals, changes, and the untrained copy
+    for ours, theirs in zip(streamed.record.blocks, resident.record.blocks, strict=True):
+        assert ours.recoverable_nats == theirs.recoverable_nats
+        assert ours.unique_nats == theirs.unique_nats
+        assert ours.signals == theirs.signals
+    assert streamed.record.loss == resident.record.loss
+    assert streamed.witness.keys() == resident.witness.keys()
+    assert all(torch.equal(streamed.witness[name], resident.witness[name]) for name in resident.witness)
+    streamed.save(tmp_path / "out")
+    assert peelwise.verify(tmp_path / "out", model, replay=True).holds
+
+
+def test_an_audit_in_half_precision_finds_the_same_with_changes_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder(tmp_path / "m", torch.bfloat16)
+    resident = audited(open_model(path, dtype="bfloat16", with_tokenizer=False).model)
+    monkeypatch.setattr(spill, "_SMALL", 1)
+    streamed = audited(open_model(path, stream=True, with_tokenizer=False).model)
+    assert streamed.record.loss == resident.record.loss
+    assert [b.recoverable_nats for b in streamed.record.blocks] == [b.recoverable_nats for b in resident.record.blocks]
+
+
+def test_nothing_stays_on_disk_and_a_full_one_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = spill.Spill(tmp_path)
+    tensor = torch.randn(200, 300).to(torch.bfloat16)
+    kept = disk.kept(tensor)
+    assert torch.equal(kept, tensor)
+    assert kept.data_ptr() != tensor.data_ptr()
+    assert not list(tmp_path.iterdir())  # while the tensor is alive
+    small = torch.ones(3)
+    assert disk.kept(small) is small
+
+    def full(handle: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(spill.os, "posix_fallocate", full)
+    with pytest.raises(OutputError, match=r"has no room for 0 MiB .* TMPDIR"):
+        disk.kept(tensor)
+    assert not list(tmp_path.iterdir())
+
+
+# The largest private memory in MB of an audit, beyond that after the imports.
+AUDITS = """
+import sys, threading, time, torch, peelwise
+from peelwise.model.checkpoints import open_model
+def private():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) / 1024
+torch.set_num_threads(1)
+torch.manual_seed(0)
+probe = peelwise.Probe.from_tokens(torch.randint(300, (24, 33)))
+settings = peelwise.AuditSettings("10m", joint_rounds=2, solo_rounds=1)
+peelwise.audit(open_model(sys.argv[3], stream=True, with_tokenizer=False).model, probe, settings)  # the imports
+before, most, ended = private(), [0.0], threading.Event()
+def watch():
+    while not ended.is_set():
+        most[0] = max(most[0], private())
+        time.sleep(0.01)
+watching = threading.Thread(target=watch)
+watching.start()
+model = open_model(sys.argv[1], stream=sys.argv[2] == "stream", with_tokenizer=False).model
+peelwise.audit(model, probe, settings)
+ended.set()
+watching.join()
+print(most[0] - before)
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="private memory is asked of Linux")
+def test_memory_of_an_audit_does_not_grow_with_depth(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "vocab_size": 300}
+    small = folder(tmp_path / "small", torch.float32, num_hidden_layers=1, **sizes)
+    found = {}
+    for depth in (4, 16):
+        path = folder(tmp_path / str(depth), torch.float32, num_hidden_layers=depth, **sizes)
+        for how in ("stream", "resident"):
+            command = [sys.executable, "-c", AUDITS, str(path), how, str(small)]
+            out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+            found[depth, how] = float(out)
+    grown = {how: found[16, how] - found[4, how] for how in ("stream", "resident")}
+    assert grown["resident"] > 100  # of 12 blocks: weights, proposals, changes
+    assert grown["stream"] < 25

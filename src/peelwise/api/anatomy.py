@@ -130,6 +130,7 @@ def _row(block: BlockAnatomy) -> dict[str, Any]:
     for name, interval in costs.items():
         if interval is not None:
             row |= {f"{name}_{end}": getattr(interval, end) for end in ("mean", "low", "high")}
+    row |= {f"{way}_perplexity_ratio": ratio for way, ratio in block.perplexity_ratios.items()}
     row |= {f"tolerated_{bent.kind}": bent.tolerated for bent in block.bent}
     if block.best_scale is not None:
         row["best_scale"] = block.best_scale.factor

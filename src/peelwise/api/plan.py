@@ -23,7 +23,14 @@ if TYPE_CHECKING:
 
 _USUAL: Text = (ProbeOptions.tokens, ProbeOptions.sequence_length)
 # What each command takes by itself.
-TEXTS: dict[Task, Text] = {"check": (CHECK_TOKENS, CHECK_LENGTH), "audit": _USUAL, "compare": _USUAL}
+TEXTS: dict[Task, Text] = {
+    "check": (CHECK_TOKENS, CHECK_LENGTH),
+    "audit": _USUAL,
+    "compare": _USUAL,
+    "quantise": _USUAL,
+    "quantcheck": _USUAL,
+    "anatomy": _USUAL,
+}
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,7 +30,7 @@ def plan(
     disk: Annotated[str | None, flag(PlanSettings, "disk", metavar="RATE")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Tell what a check, an audit and a comparison of MODEL would take: memory, disk traffic, operations and seconds.
+    """Tell what measuring or quantising MODEL would take, command by command: memory, disk, operations and seconds.
 
     Nothing is loaded and nothing is run: numbers follow from the sizes in its config.
     """

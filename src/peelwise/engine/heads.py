@@ -13,7 +13,7 @@ from peelwise.engine.session import WITNESS_DTYPE, Session
 from peelwise.engine.sweep import Targets
 from peelwise.model.runner import Runner
 from peelwise.model.trace import Trace
-from peelwise.references.head import MAX_STEPS, PENALTY, HeadReference, fit_head, token_cross_entropy
+from peelwise.references.head import CHUNK, MAX_STEPS, PENALTY, HeadReference, fit_head, token_cross_entropy
 from peelwise.stats.gram import with_ones
 
 LIGHT_STEPS = 20  # most steps of the heads that peels compare
@@ -33,6 +33,7 @@ class HeadRows:
         y: labels, ``[n]``.
         logits: maps inputs ``[k, d]`` to the logits ``[k, v]`` that changes are added to.
         processes: all hold all rows, and take some of them each where something is computed.
+        chunk: rows whose logits are computed at once.
     """
 
     trace: Trace
@@ -40,11 +41,12 @@ class HeadRows:
     y: Tensor
     logits: Callable[[Tensor], Tensor]
     processes: Processes = ONE_PROCESS
+    chunk: int = CHUNK
 
     @torch.no_grad()
     def token_losses(self, change: Tensor | None = None) -> Tensor:
         """Return the loss ``[n]`` of every token, in nats, optionally with ``change [v, d]``."""
-        return token_cross_entropy(self.x, self.y, self.logits, change, processes=self.processes)
+        return token_cross_entropy(self.x, self.y, self.logits, change, processes=self.processes, chunk=self.chunk)
 
     def per_sequence(self, losses: Tensor) -> Tensor:
         """Add up token losses ``[n]`` per sequence ``[sequences]``."""
@@ -96,9 +98,10 @@ def head_rows(runner: Runner, trace: Trace, *, blank: bool = False) -> HeadRows 
     def nothing(rows: Tensor) -> Tensor:
         return rows.new_zeros(rows.shape[0], weight.shape[0])
 
+    chunk = min(CHUNK, runner.micro_batch_tokens)
     if not blank:
-        return HeadRows(trace, x, y, own, runner.processes)
-    return HeadRows(trace, x if head.bias is None else with_ones(x), y, nothing, runner.processes)
+        return HeadRows(trace, x, y, own, runner.processes, chunk)
+    return HeadRows(trace, x if head.bias is None else with_ones(x), y, nothing, runner.processes, chunk)
 
 
 def fit(
@@ -145,6 +148,8 @@ def fit(
             max_steps=max_steps,
             keep_going=keep_going,
             processes=session.runner.processes,
+            kept=session.runner.kept,
+            chunk=own.chunk,
         )
     session.runner.work.add(session.runner.head_share, 3.0 * (reference.steps + 1) * len(labels))
     return HeadFit(own, select, report, reference)

@@ -7,7 +7,7 @@ of both, and the sums of one group of layers, are alive at a time.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,8 +15,10 @@ from torch import Tensor
 from peelwise.engine.session import Changes, run_captured, run_until
 from peelwise.engine.sweep import token_rows
 from peelwise.model.capture import Call
+from peelwise.model.handed import Handed
 from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.runner import Runner
+from peelwise.model.splice import spliced
 from peelwise.model.trace import Batch, Trace
 from peelwise.records.base import Note, note
 from peelwise.references.asymmetric import InputSums
@@ -75,6 +77,10 @@ class Walk:
     changes: Changes = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.calls = [
+            replace(trace, batches=[replace(batch, calls=list(batch.calls)) for batch in trace.batches])
+            for trace in self.calls
+        ]
         self._hidden = [[batch.stations[0] for batch in trace.batches] for trace in self.calls]
 
     def groups(self, block: Block) -> Iterator[tuple[list[LinearLayer], list[InputSums]]]:
@@ -100,7 +106,10 @@ class Walk:
         for number, (trace, calls) in enumerate(zip(self.parts, self.calls, strict=True)):
             apart = spread = 0.0
             for i, (there, here) in enumerate(zip(trace.batches, calls.batches, strict=True)):
-                hidden, _ = run_captured(self.own, block, here, self._hidden[number][i], self._of(block))
+                handed = Handed()
+                with spliced(self._of(block)):
+                    hidden = self.own.run_block(block, self._hidden[number][i], here, handed)
+                here.hand_on(block.index, handed)
                 self._hidden[number][i] = hidden
                 own, theirs = (h[here.weights].double() for h in (hidden, there.stations[block.index + 1]))
                 apart += float((own - theirs).square().sum())

@@ -19,6 +19,7 @@ from peelwise.distributed.shared import Shared
 from peelwise.engine.signals import LayerSums, Routed, of_block, of_layer, routed
 from peelwise.errors import IllConditionedWarning
 from peelwise.model.layers import Block, LinearLayer
+from peelwise.model.spill import Spill
 from peelwise.records.signals import RANKED_BY, SWEPT
 from peelwise.references.coded import LocalProblem
 from peelwise.references.whitened import InputWhitened, Proposal, two_sided
@@ -113,10 +114,11 @@ class Solves:
     Args:
         processes: those that share.
         directions: which directions to make.
+        spill: where what is proposed goes to; ``None``: it stays in memory.
     """
 
-    def __init__(self, processes: Processes, directions: Sequence[Direction]) -> None:
-        self._most, self._directions = processes.count, directions
+    def __init__(self, processes: Processes, directions: Sequence[Direction], spill: Spill | None = None) -> None:
+        self._most, self._directions, self._spill = processes.count, directions, spill
         self._shared: Shared[tuple[list[list[_Solved]], list[IllConditionedWarning]]] = Shared(processes)
         self._asked: list[_Asked] = []
 
@@ -162,7 +164,7 @@ class Solves:
         """
         results = iter(self._shared.results())
         asked, self._asked = self._asked, []
-        return [_assembled(each, [next(results) for _ in each.groups], self._directions) for each in asked]
+        return [_assembled(each, [next(results) for _ in each.groups], self._directions, self._spill) for each in asked]
 
 
 def proposals_of(
@@ -240,6 +242,7 @@ def _assembled(
     asked: _Asked,
     solved: Sequence[tuple[list[list[_Solved]], list[IllConditionedWarning]]],
     directions: Sequence[Direction],
+    spill: Spill | None,
 ) -> list[BlockProposals]:
     """Put together what was found for the groups of one block, and warn of what is to be warned of."""
     ways = [direction for direction in reversed(DIRECTIONS) if direction in directions]
@@ -257,11 +260,15 @@ def _assembled(
     made = []
     for order, by_layer in zip(asked.order, of_targets, strict=True):
         ordered = {linear: by_layer[linear] for linear in order}
-        changes = {way: {linear: each.changes[way] for linear, each in ordered.items()} for way in ways}
+        changes = {way: {linear: _kept(each.changes[way], spill) for linear, each in ordered.items()} for way in ways}
         signals = of_block(SWEPT, [each.signals for each in ordered.values()])
         local = {linear: each.local for linear, each in ordered.items() if each.local is not None}
         made.append(BlockProposals(asked.block.index, changes, signals, local=local))
     return made
+
+
+def _kept(proposal: Proposal, spill: Spill | None) -> Proposal:
+    return proposal if spill is None else replace(proposal, change=spill.kept(proposal.change))
 
 
 def _local(

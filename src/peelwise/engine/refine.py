@@ -71,7 +71,7 @@ def take_round(
             one that was chosen, as a first guess for the next round or block.
         evaluations: most evaluations of the select loss per direction.
     """
-    select = session.select
+    select, spill = session.select, session.runner.spill
     best: Refined | None = None
     for direction in _directions(proposals):
         unit = output_change(proposals, direction, 1.0)
@@ -81,7 +81,7 @@ def take_round(
             continue
 
         def loss_at(step: float, direction: Direction = direction) -> float:
-            changes = combined(before.changes, proposals, direction, step)
+            changes = combined(before.changes, proposals, direction, step, spill)
             return select.mean_of(session.losses(select, changes, before.start))
 
         choice = search_step(
@@ -98,7 +98,7 @@ def take_round(
         output_changes[direction] = choice.step * unit
         if best is None or choice.loss < best.select_loss:
             best = Refined(
-                combined(before.changes, proposals, direction, choice.step),
+                combined(before.changes, proposals, direction, choice.step, spill),
                 (
                     *before.rounds,
                     RoundRecord(

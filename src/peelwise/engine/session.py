@@ -16,6 +16,7 @@ from peelwise.evidence.intervals import Paired, paired
 from peelwise.model.capture import Capture, captured, ended_by
 from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.runner import Runner
+from peelwise.model.spill import Spill
 from peelwise.model.splice import spliced
 from peelwise.model.trace import Batch, Trace
 from peelwise.model.weights.held import Held
@@ -186,16 +187,24 @@ def combined(
     proposals: Mapping[int, BlockProposals],
     direction: Direction,
     step: float,
+    spill: Spill | None = None,
 ) -> Changes:
     """Return ``changes + step * proposals``, rounded to the dtype that the witness is stored in.
 
     Rounding before anything is evaluated makes the certified numbers those of the stored file.
+
+    Args:
+        changes: so far.
+        proposals: by block.
+        direction: which of them.
+        step: their length.
+        spill: where the sum goes to; ``None``: it stays in memory.
     """
     out = dict(changes)
     for block in proposals.values():
         for linear, proposal in block.changes[direction].items():
             moved = step * proposal.change.float()
-            out[linear] = rounded(moved if linear not in out else out[linear] + moved)
+            out[linear] = stored(moved if linear not in out else out[linear] + moved, spill)
     return out
 
 
@@ -208,6 +217,11 @@ def change_to(linear: LinearLayer, weight: Tensor) -> Tensor:
 def rounded(change: Tensor) -> Tensor:
     """Return a dense change in the dtype that the witness is stored in."""
     return change.to(WITNESS_DTYPE).float()
+
+
+def stored(change: Tensor, spill: Spill | None) -> Tensor:
+    """Return a dense change `rounded`; where it is kept on disk in that dtype, widened when its layer runs."""
+    return rounded(change) if spill is None else spill.kept(change.to(WITNESS_DTYPE))
 
 
 def output_change(proposals: Mapping[int, BlockProposals], direction: Direction, step: float) -> float:

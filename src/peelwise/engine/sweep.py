@@ -5,7 +5,8 @@ Only one block's sums and one micro-batch of its activations are alive at a time
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -13,12 +14,14 @@ from peelwise.engine.fading import FadingSums
 from peelwise.engine.proposals import DIRECTIONS, BlockProposals, Direction, Solves
 from peelwise.errors import ModelError, UnsupportedModelError
 from peelwise.model.capture import Call
+from peelwise.model.handed import Gradient
 from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.runner import Runner
 from peelwise.model.trace import Batch, Trace
 from peelwise.stats.gram import CrossSum, GramSum, Moments, all_reduce, widened, with_ones
 
 Targets = Callable[[Batch, int], Tensor]
+_Total = TypeVar("_Total", GramSum, CrossSum)
 
 
 def sweep(
@@ -55,7 +58,7 @@ def sweep(
     above = [runner.tail_gradients(fit, each) for each in targets]
     above_select = [runner.tail_gradients(select)]
     found: list[dict[int, BlockProposals]] = [{} for _ in targets]
-    solves = Solves(runner.processes, directions)
+    solves = Solves(runner.processes, directions, runner.spill)
     for done, block in enumerate(reversed(runner.blocks), start=1):
         if block.index < min(wanted) or not keep_going():
             break
@@ -67,6 +70,7 @@ def sweep(
             solves.ask(block, moments, select_moments[0])
             if solves.enough:
                 _keep(solves.made(), found)
+        del moments, select_moments  # before the next block's are added up
         after_block(done)
     _keep(solves.made(), found)
     return found
@@ -81,20 +85,20 @@ def _keep(made: Sequence[Sequence[BlockProposals]], found: Sequence[dict[int, Bl
 
 
 def block_moments(
-    runner: Runner, block: Block, trace: Trace, above: Sequence[list[Tensor]], *, keep: bool, with_F: bool
-) -> tuple[list[dict[LinearLayer, Moments]], list[list[Tensor]]]:
+    runner: Runner, block: Block, trace: Trace, above: Sequence[list[Gradient]], *, keep: bool, with_F: bool
+) -> tuple[list[dict[LinearLayer, Moments]], list[list[Gradient]]]:
     """Pass gradients through one block, adding up the moments of its linear layers over all micro-batches.
 
     Args:
         runner: the model.
         block: the block.
         trace: tokens and stations.
-        above: for each set of targets, the gradients at the block's output, per micro-batch.
+        above: for each set of targets, the gradients behind the block, per micro-batch.
         keep: whether the moments are wanted, or only the gradients below.
         with_F: whether to add up ``F``.
 
     Returns:
-        For each set of targets the moments of every layer, which share ``S``, and the gradients at the block's input.
+        For each set of targets the moments of every layer, which share ``S``, and the gradients before the block.
     """
     S: dict[LinearLayer, GramSum] = {}
     C: list[dict[LinearLayer, CrossSum]] = [{} for _ in above]
@@ -102,7 +106,7 @@ def block_moments(
     groups: dict[LinearLayer, LinearLayer] = {}
     if keep and runner.processes.count > 1:
         _expect_experts(block, S, C, F if with_F else ())
-    below: list[list[Tensor]] = [[] for _ in above]
+    below: list[list[Gradient]] = [[] for _ in above]
     for batch, *gradients in zip(trace.batches, *above, strict=True):
         capture, results = runner.block_gradients(block, batch, gradients)
         for (down, _), into in zip(results, below, strict=True):
@@ -130,24 +134,30 @@ def block_moments(
     if keep and runner.processes.count > 1 and any(linear.is_expert for linear in block.linears):
         groups = _groups_of_all(runner, block, groups)
     runner.work.add(runner.shares[block.index], trace.predicted, 1 + 2 * len(above))
-    of_gradients = [total for sums in C for total in sums.values()]
-    all_reduce([*S.values(), *of_gradients, *(total for sums in F for total in sums.values())], runner.processes)
+    cross = (total for sums in C for total in sums.values())
+    all_reduce([*S.values(), *cross, *(total for sums in F for total in sums.values())], runner.processes)
     tokens = trace.predicted
-    means = {first: total.mean(tokens) for first, total in S.items() if total.n}
+    means = {first: total.mean(tokens) for first, total in _emptied(S) if total.n}
     moments = [
         {
             linear: Moments(
                 total.n,
                 means[groups[linear]],
                 _finite_mean(total, linear, tokens),
-                F_sums[linear].mean() if with_F else None,
+                F_sums.pop(linear).mean() if with_F else None,
             )
-            for linear, total in C_sums.items()
+            for linear, total in _emptied(C_sums)
             if total.n
         }
         for C_sums, F_sums in zip(C, F, strict=True)
     ]
     return moments, below
+
+
+def _emptied(sums: dict[LinearLayer, _Total]) -> Iterator[tuple[LinearLayer, _Total]]:
+    """Yield sums and forget each once its mean was made, so that both are there of one layer at a time."""
+    for linear in list(sums):
+        yield linear, sums.pop(linear)
 
 
 def _expect_experts(

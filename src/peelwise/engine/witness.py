@@ -35,18 +35,26 @@ def witness_tensors(kind: str, refined: Refined, held: Mapping[LinearLayer, Held
     for linear, change in refined.changes.items():
         name, codes = f"{kind}/{linear.name}", refined.codes.get(linear)
         if codes is None:
-            out[name] = change.to(WITNESS_DTYPE)
+            out[name] = as_stored(change)
             continue
-        out |= coded_tensors(name, codes, held[linear].format)
+        # Codes that nothing changed are those of the model, for every kind: the file wants tensors of its own.
+        out |= {
+            key: part.cpu().contiguous().clone()
+            for key, part in coded_tensors(name, codes, held[linear].format).items()
+        }
         if linear.has_bias:
-            out[f"{name}.bias"] = change[:, -1].to(WITNESS_DTYPE)
-    # Codes that nothing changed are those of the model, for every kind: the file wants tensors of its own.
-    return {name: tensor.cpu().contiguous().clone() for name, tensor in out.items()}
+            out[f"{name}.bias"] = as_stored(change[:, -1])
+    return out
 
 
 def dense_tensors(kind: str, changes: Mapping[LinearLayer, Tensor]) -> dict[str, Tensor]:
     """Return dense changes as they are stored."""
-    return {f"{kind}/{m.name}": c.to(WITNESS_DTYPE).cpu().contiguous().clone() for m, c in changes.items()}
+    return {f"{kind}/{m.name}": as_stored(c) for m, c in changes.items()}
+
+
+def as_stored(change: Tensor) -> Tensor:
+    """Return a dense change as it is stored; one that is in that dtype already, such as on disk, is no copy."""
+    return change.to(WITNESS_DTYPE).cpu().contiguous()
 
 
 def coded_tensors(name: str, encoded: Encoded, form: Format) -> dict[str, Tensor]:

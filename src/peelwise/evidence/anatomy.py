@@ -14,6 +14,7 @@ from peelwise.records.base import Interval
 
 LEVEL = 0.05
 LEAST_BLOCKS = 5  # for a rank correlation
+_LARGEST_LOGARITHM = 700.0  # of a double
 
 
 def better_without(blocks: Sequence[BlockAnatomy]) -> tuple[BetterWithout, ...]:
@@ -22,6 +23,11 @@ def better_without(blocks: Sequence[BlockAnatomy]) -> tuple[BetterWithout, ...]:
     costs = [block.ablation[way] for block in blocks for way in block.ablation]
     rejected = holm_rejections([Paired.of(cost).p_at_least(0.0) for cost in costs], LEVEL)
     return tuple(BetterWithout(block=b, ablation=w) for (b, w), no in zip(asked, rejected, strict=True) if no)
+
+
+def perplexity_ratio(cost: Interval) -> float:
+    """Return ``exp(mean)``: by what a cost in nats per token multiplies the perplexity."""
+    return math.exp(min(cost.mean, _LARGEST_LOGARITHM))
 
 
 def tolerated(strengths: Sequence[float], costs: Sequence[Interval], margin: float) -> float | None:

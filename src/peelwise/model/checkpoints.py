@@ -23,6 +23,7 @@ from peelwise.model.checkpoint_config import (
 )
 from peelwise.model.checkpoint_files import brief, check_folder, check_weights, read_config, read_tensors
 from peelwise.model.loading import contained, load_tokenizer, quiet, require_transformers
+from peelwise.model.spill import keep_on_disk_
 from peelwise.model.streaming import check_streamable, must_stream
 from peelwise.model.weights.folders import Unpacked, unpacked
 from peelwise.model.weights.gguf import stored_layers
@@ -89,7 +90,8 @@ def open_model(
     path, name = locate(source)
     if stream:
         check_streamable(path, dtype, target)
-    if stream or (dtype == "auto" and target.type == "cpu" and must_stream(path)):
+    stream = stream or (dtype == "auto" and target.type == "cpu" and must_stream(path))
+    if stream:
         number_format = "auto"  # what needs no copy is mapped from its file
     with contained():
         packed: Unpacked | None = None
@@ -112,6 +114,8 @@ def open_model(
         model.to(target)
     except torch.OutOfMemoryError as error:
         raise DeviceError(f"{source} does not fit on {target}. Use another device or dtype bfloat16.") from error
+    if stream:
+        keep_on_disk_(model)
     held = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return OpenedModel(model.eval(), words, name, str(source), str(held).removeprefix("torch."))
 

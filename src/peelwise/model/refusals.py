@@ -26,14 +26,6 @@ def not_once(model: nn.Module, blocks: Sequence[Block], runs: Sequence[int], bat
     )
 
 
-def handed_on(block: Block) -> UnsupportedModelError:
-    """Return the error for a block that reads what the one before it chose."""
-    return UnsupportedModelError(
-        f"Not yet: {block.name} ({type(block.module).__name__}) is given by the block before it not only the hidden "
-        "state but also what that one chose, which peelwise does not pass on."
-    )
-
-
 def other_shapes(model: nn.Module, shapes: Collection[tuple[int, ...]], inner: Sequence[str]) -> UnsupportedModelError:
     """Return the error for blocks that hand on hidden states of several shapes; ``inner`` are lists inside of them."""
     said = ", ".join(f"[{', '.join(map(str, shape))}, ..]" for shape in sorted(shapes))

@@ -23,9 +23,11 @@ from peelwise.model.architectures import find_head, in_decoder, inner_lists, oth
 from peelwise.model.calls import hidden_of, skipping, uncached, without_hidden
 from peelwise.model.capture import Capture, captured
 from peelwise.model.gradients import differentiable, gradients_by_layer
+from peelwise.model.handed import Gradient, Handed, Passed, Watch, Ways
 from peelwise.model.layers import Block, LinearLayer, unwrapped
 from peelwise.model.losses import losses_of, sequence_losses, token_losses
-from peelwise.model.refusals import handed_on, no_gradient, not_once, other_shapes, too_few_logits
+from peelwise.model.refusals import no_gradient, not_once, other_shapes, too_few_logits
+from peelwise.model.spill import spill_of
 from peelwise.model.trace import Batch, Trace
 from peelwise.probe.examples import Examples
 from peelwise.probe.rows import Split
@@ -62,6 +64,7 @@ class Runner:
         processes: Processes = ONE_PROCESS,
     ) -> None:
         self.model, self.processes = unwrapped(model), processes
+        self.spill = spill_of(self.model)  # where stations and changes go to; of a model in memory nowhere
         self.sharded = processes.count > 1 and any(is_sharded(p) for p in model.parameters())
         self._accepted = _accepted(self.model)
         self._with_targets = False  # for models that return the last position's logits unless they get targets
@@ -78,6 +81,10 @@ class Runner:
         total = max(sum(sizes) + head, 1)
         self.shares = [size / total for size in sizes]
         self.head_share = head / total
+
+    def kept(self, tensor: Tensor) -> Tensor:
+        """Return what there is one of for every block, or many: on disk where the weights are, else as it is."""
+        return tensor if self.spill is None else self.spill.kept(tensor)
 
     # -- forward ---------------------------------------------------------------------------------------
 
@@ -123,15 +130,18 @@ class Runner:
         """Return the losses ``[sequences]`` of running blocks ``start..`` on the cached station before them."""
         losses = []
         for batch in trace.batches:
-            hidden = batch.stations[start]
+            hidden, handed = batch.stations[start], Handed()
             for block in self.blocks[start:]:
-                hidden = self.run_block(block, hidden, batch)
+                hidden = self.run_block(block, hidden, batch, handed)
             losses.append(self.end_losses(batch, hidden))
         self.work.add(sum(self.shares[start:]) + self.head_share, trace.predicted)
         return self._of_all(losses, len(trace.tokens))
 
     def losses_without(self, trace: Trace, index: int) -> Tensor:
-        """Return the losses ``[sequences]`` of the model without one block, whose input is passed on as its output."""
+        """Return the losses ``[sequences]`` of the model without one block, whose input is passed on as its output.
+
+        What it hands on beside the hidden state, such as keys and values for later blocks, stays.
+        """
         passed = [replace(b, stations=[*b.stations[: index + 1], b.stations[index]]) for b in trace.batches]
         return self.losses_from(replace(trace, batches=passed), index + 1)
 
@@ -140,9 +150,9 @@ class Runner:
         """Return the trace with stations behind block ``start`` and losses computed again."""
         batches, losses = [], []
         for old in trace.batches:
-            batch = replace(old, stations=list(old.stations[: start + 1]))
+            batch = replace(old, stations=list(old.stations[: start + 1]), calls=list(old.calls))
             for block in self.blocks[start:]:
-                batch.stations.append(self.run_block(block, batch.stations[-1], batch))
+                self.advance(block, batch)
             losses.append(self.end_losses(batch, batch.stations[-1]))
             batches.append(batch)
         self.work.add(sum(self.shares[start:]) + self.head_share, trace.predicted)
@@ -157,15 +167,33 @@ class Runner:
         """Return the losses ``[b]`` of one micro-batch, in nats, that the model's end makes of a last station."""
         return sequence_losses(self.logits(batch, hidden), batch)
 
-    def run_block(self, block: Block, hidden: Tensor, batch: Batch) -> Tensor:
-        """Call one block as the model called it, and return its hidden state ``[b, t, d]``."""
+    def run_block(self, block: Block, hidden: Tensor, batch: Batch, handed: Handed | None = None) -> Tensor:
+        """Call one block as the model called it, and return its hidden state ``[b, t, d]``.
+
+        Args:
+            block: the block.
+            hidden: what it is given, ``[b, t, d]``.
+            batch: the micro-batch, with the arguments it was seen to get.
+            handed: what blocks that ran just before have handed on beside the hidden state; what this one does is
+                added. By default what the model itself handed on.
+        """
         self._meet()
         call = batch.calls[block.index]
         if call is None:
             return hidden
-        args, kwargs = call
+        args, kwargs = call = batch.ways.with_handed(call, handed or {})
+        given = batch.ways.given(call)
         with self.as_called(hidden):
-            return hidden_of(block.module(hidden, *args, **kwargs))
+            out = block.module(hidden, *args, **kwargs)
+        if handed is not None:
+            handed |= batch.ways.written(call, given, out)
+        return hidden_of(out)
+
+    def advance(self, block: Block, batch: Batch) -> None:
+        """Run one block on its station, and add the station behind it; blocks behind get what it hands on besides."""
+        handed = Handed()
+        batch.stations.append(self.kept(self.run_block(block, batch.stations[block.index], batch, handed)))
+        batch.hand_on(block.index, handed)
 
     @contextmanager
     def as_called(self, hidden: Tensor) -> Iterator[None]:
@@ -178,8 +206,8 @@ class Runner:
 
     # -- backward --------------------------------------------------------------------------------------
 
-    def tail_gradients(self, trace: Trace, targets: Callable[[Batch, int], Tensor] | None = None) -> list[Tensor]:
-        """Return per batch the gradient of the summed loss at the last station, ``[b, t, d]``.
+    def tail_gradients(self, trace: Trace, targets: Callable[[Batch, int], Tensor] | None = None) -> list[Gradient]:
+        """Return per batch the gradient of the summed loss at the last station.
 
         Args:
             trace: the split to differentiate.
@@ -194,42 +222,49 @@ class Runner:
                 loss = (losses_of(logits, wanted, batch) * batch.weights).sum()
             if not loss.requires_grad:
                 raise no_gradient(self.model, batch)
-            gradients.append(torch.autograd.grad(loss, hidden)[0])
+            gradients.append(Gradient(torch.autograd.grad(loss, hidden)[0]))
         self.work.add(self.head_share, trace.predicted, 3)
         return gradients
 
     def block_gradients(
-        self, block: Block, batch: Batch, gradients: Sequence[Tensor]
-    ) -> tuple[Capture, list[tuple[Tensor, dict[LinearLayer, list[Tensor]]]]]:
+        self, block: Block, batch: Batch, gradients: Sequence[Gradient]
+    ) -> tuple[Capture, list[tuple[Gradient, dict[LinearLayer, list[Tensor]]]]]:
         """Pass gradients back through one block; several share its forward pass. The caller counts the work.
 
         Args:
             block: the block.
             batch: the micro-batch, with its stations.
-            gradients: gradients at the block's output, each ``[b, t, d]``.
+            gradients: gradients behind the block.
 
         Returns:
-            What its linear layers saw, and for each gradient the one at its input and those at each layer's output, one
+            What its linear layers saw, and for each gradient the one before it and those at each layer's output, one
             per run. A layer whose output has no gradient, as one that only chooses which tokens are looked at, or that
             the block's output does not depend on, is left out.
 
         Raises:
             NotDifferentiableError: If the block hides its inner results from gradients.
         """
-        hidden = batch.stations[block.index].detach().requires_grad_(True)
         with torch.enable_grad():
             with captured(block.linears) as capture:
-                out = self.run_block(block, hidden, batch)
-            used = differentiable(capture, out, block.name)
+                passed = self.in_graph(block, batch)
+            used = differentiable(capture, passed.out, block.name)
             outputs = [y for ys in used.values() for y in ys]
             results = []
             for left, gradient in zip(range(len(gradients), 0, -1), gradients, strict=True):
-                found = torch.autograd.grad(
-                    out, [hidden, *outputs], gradient.to(out.dtype), retain_graph=left > 1, allow_unused=True
-                )
-                grads = gradients_by_layer(used, found[1:])
-                results.append((torch.zeros_like(hidden) if found[0] is None else found[0], grads))
+                below, found = passed.back(gradient, outputs, again=left > 1)
+                results.append((below, gradients_by_layer(used, found)))
         return capture, results
+
+    def in_graph(self, block: Block, batch: Batch) -> Passed:
+        """Run one block on its station, as leaves of a graph where gradients are on."""
+        wanted = torch.is_grad_enabled()
+        hidden = batch.stations[block.index].detach().requires_grad_(wanted)
+        given = batch.handed_to(block.index)
+        leaves = {key: each.detach().requires_grad_(wanted) for key, each in given.items() if each.is_floating_point()}
+        handed = dict(leaves)
+        out = self.run_block(block, hidden, batch, handed)
+        written = {key: each for key, each in handed.items() if leaves.get(key) is not each}
+        return Passed(hidden, leaves, out, written)
 
     # -- the model's own ends --------------------------------------------------------------------------
 
@@ -340,28 +375,26 @@ class Runner:
         batch.calls.clear()
 
         runs: list[int] = []
-        chosen: list[Tensor] = []  # which tokens or experts the last block chose, if it says so beside the hidden state
+        batch.ways = Ways()
+        watch = Watch(batch.ways)
 
         def before(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden, args, kwargs = without_hidden(args, kwargs, block.module)
             if not batch.calls:
                 runs.clear()  # the model is called once more, with targets
             runs.append(block.index)
-            for value in (*args, *kwargs.values()):
-                if any(value is each for each in chosen):
-                    raise handed_on(block)
             while len(batch.calls) < block.index:  # blocks that were skipped
-                batch.stations.append(hidden)
+                batch.stations.append(self.kept(hidden))
                 batch.calls.append(None)
-            batch.stations.append(hidden)
-            batch.calls.append((tuple(map(uncached, args)), {name: uncached(a) for name, a in kwargs.items()}))
+            batch.stations.append(self.kept(hidden))
+            call = tuple(map(uncached, args)), {name: uncached(a) for name, a in kwargs.items()}
+            batch.calls.append(watch.before(call))
             self.autocast = _autocast(hidden.device.type)
 
         def after(block: Block, out: Any) -> None:
             batch.rest = out[1:] if type(out) is list else tuple(out[1:]) if isinstance(out, tuple) else None
-            # What has a gradient is found by comparing gradients.
-            chosen[:] = [each for each in batch.rest or () if isinstance(each, Tensor) and not each.is_floating_point()]
-            batch.stations[block.index + 1 :] = [hidden_of(out)]
+            watch.after(batch.rest or ())
+            batch.stations[block.index + 1 :] = [self.kept(hidden_of(out))]
 
         with ExitStack() as stack:
             for block in self.blocks:

@@ -422,7 +422,7 @@ def _block_output(runner: Runner, block: Block, batch: Batch, weights: dict[str,
         return runner.run_block(block, hidden, batch).float()
     call = batch.calls[block.index]
     assert call is not None  # no layer of a block that is skipped is checked
-    args, kwargs = call
+    args, kwargs = batch.ways.with_handed(call, {})
     with runner.as_called(hidden):
         out = functional_call(unwrapped(block.module), weights, (hidden, *args), kwargs)
     return (out if isinstance(out, Tensor) else out[0]).float()

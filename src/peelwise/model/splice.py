@@ -23,7 +23,8 @@ def spliced(changes: Changes, scale: float = 1.0) -> Iterator[None]:
     """Run with ``y = x (W + scale D)^T + b + scale d`` in every layer of ``changes``, inside the context.
 
     A float32 layer computes the sum of weights once and multiplies once; any other (half precision,
-    quantised, sharded, or with a third-party forward) gets ``x D^T`` added by a hook, in float32.
+    quantised, sharded, or with a third-party forward) gets ``x D^T`` added by a hook, in float32. A change in half
+    precision is widened, and the sum made, whenever its layer runs: of all layers that would be too much to hold.
     Parameters are never written, and nothing stays behind when the context ends, however it ends.
     """
     with ExitStack() as stack:
@@ -71,22 +72,30 @@ def _plain(linear: LinearLayer) -> bool:
 
 
 def _parts(linear: LinearLayer, change: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
-    """Split a change into the part of the weight and the part of the bias, scaled."""
-    if linear.has_bias:
-        return change[:, :-1] * scale, change[:, -1] * scale
-    return change * scale, None
+    """Split a change into the part of the weight and the part of the bias, scaled, in float32 at least."""
+    change = change.float() if _is_narrow(change) else change
+    change = change if scale == 1.0 else change * scale
+    return (change[:, :-1], change[:, -1]) if linear.has_bias else (change, None)
+
+
+def _is_narrow(change: Tensor) -> bool:
+    return change.element_size() < torch.float32.itemsize
 
 
 @contextmanager
 def _merged(linear: LinearLayer, change: Tensor, scale: float) -> Iterator[None]:
-    weight_change, bias_change = _parts(linear, change, scale)
     own, own_bias = _own(linear)
-    weight = own + weight_change.to(own)  # [d_out, d_in]
-    bias = own_bias + bias_change.to(own_bias) if own_bias is not None and bias_change is not None else None
-    spliced_in = _Frozen(weight, bias)
+
+    def summed() -> _Frozen:
+        weight_change, bias_change = _parts(linear, change, scale)
+        weight = own + weight_change.to(own)  # [d_out, d_in]
+        bias = own_bias + bias_change.to(own_bias) if own_bias is not None and bias_change is not None else None
+        return _Frozen(weight, bias)
+
+    held = None if _is_narrow(change) else summed()
 
     def forward(*args: Tensor, **named: Tensor) -> Tensor:
-        return spliced_in(*args, **named)
+        return (held or summed())(*args, **named)
 
     with forward_replaced(linear.module, forward):
         yield
@@ -100,18 +109,20 @@ def _own(linear: LinearLayer) -> tuple[Tensor, Tensor | None]:
 
 @contextmanager
 def _hooked(linear: LinearLayer, change: Tensor, scale: float) -> Iterator[None]:
-    weight_change, bias_change = _parts(linear, change, scale)
-    handle = linear.module.register_forward_hook(_adder(weight_change.float(), bias_change), with_kwargs=True)
+    held = None if _is_narrow(change) else _parts(linear, change, scale)
+    handle = linear.module.register_forward_hook(
+        _adder(lambda: held or _parts(linear, change, scale)), with_kwargs=True
+    )
     try:
         yield
     finally:
         handle.remove()
 
 
-def _adder(weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
+def _adder(parts: Callable[[], tuple[Tensor, Tensor | None]]) -> Callable[..., Tensor]:
     def add(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], y: Tensor) -> Tensor:
-        x = _input(args, named).float()
-        extra = F.linear(x, weight.to(x.device), None if bias is None else bias.to(x))
+        x, (weight, bias) = _input(args, named).float(), parts()
+        extra = F.linear(x, weight.to(x), None if bias is None else bias.to(x))
         return (y.float() + extra).to(y.dtype)
 
     return add

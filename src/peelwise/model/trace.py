@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from peelwise.model.handed import Handed, Ways
 from peelwise.probe.examples import Examples
 
 
@@ -23,11 +24,33 @@ class Batch:
     # Per block, without H; ``None`` for a block that the model skips for such a text.
     calls: list[tuple[tuple[Any, ...], dict[str, Any]] | None] = field(default_factory=list)
     stations: list[Tensor] = field(default_factory=list)  # L + 1 of [b, t, d]
+    ways: Ways = field(default_factory=Ways)  # how blocks hand on more than H
     rest: tuple[Any, ...] | list[Any] | None = None  # what the last block returns beside H, if it is one of several
     # Of a probe of batches: `inputs`, `targets` and `weights` are ``[b, 1]``, places of examples and which of them
     # count; `attended` and `read` are of the positions that the model makes of them, known once it has run.
     examples: Examples | None = None
     columns: dict[str, Tensor] = field(default_factory=dict)  # what the model is called with
+
+    def handed_to(self, block: int) -> Handed:
+        """Return what a block is given by those before it beside the hidden state."""
+        call = self.calls[block] if block < len(self.calls) else None
+        return {} if call is None else self.ways.given(call)
+
+    def hand_on(self, block: int, handed: Handed) -> None:
+        """Enter what a block has handed on into the calls of those behind it."""
+        if handed:
+            behind = self.calls[block + 1 :]
+            self.calls[block + 1 :] = [call and self.ways.with_handed(call, handed) for call in behind]
+
+
+def by_token(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the rows of some tokens, ``[n, ..]``.
+
+    Args:
+        values: ``[b, t, ..]``, or several streams of one ``[s, b, t, d]``, as Gemma 3n's hidden state is.
+        mask: ``[b, t]`` bool.
+    """
+    return (values if values.shape[:2] == mask.shape or values.dim() < 4 else values.movedim(0, 2))[mask]
 
 
 @dataclass

@@ -92,6 +92,7 @@ class BlockAnatomy(Record):
         ablation: per way what it costs: ``skipped`` (its input passed on), ``attention`` or ``mlp`` alone silent,
             ``mean`` (what it adds replaced by its mean over fit tokens), ``neighbours`` (linear layers replaced by the
             mean of those of the blocks beside it).
+        perplexity_ratios: the same as perplexity over that of the whole model, ``exp(mean)``.
         predicted: cost of the block's matrices predicted from those of all other blocks.
         bent: what bending its weights costs.
         best_scale: the best factor on its matrices.
@@ -102,6 +103,7 @@ class BlockAnatomy(Record):
     index: int
     name: str
     ablation: dict[Ablation, Interval] = Field(default_factory=dict)
+    perplexity_ratios: dict[Ablation, float] = Field(default_factory=dict)
     predicted: Interval | None = None
     bent: tuple[Bent, ...] = ()
     best_scale: BestScale | None = None

@@ -11,7 +11,7 @@ from peelwise.records.base import SCHEMA_VERSION, Record
 
 # How weights are kept: in memory in one of two dtypes, or in their files, in the stored dtype (`--stream`).
 Way = Literal["float32", "bfloat16", "stream"]
-Task = Literal["check-weights", "check", "audit", "compare"]
+Task = Literal["check-weights", "check", "audit", "compare", "quantise", "quantcheck", "anatomy"]
 
 
 class InputGroup(Record):

@@ -27,7 +27,7 @@ from peelwise.stats.linalg import Spectrum, solve_dtype
 
 PENALTY, MAX_STEPS = 1e-2, 30
 
-_CHUNK = 1024
+CHUNK = 1024  # rows whose logits are computed at once
 _MEMORY = 6
 _METRIC_DAMPING = 1e-3
 
@@ -58,6 +58,8 @@ def fit_head(
     gap: float = 1e-4,
     keep_going: Callable[[], bool] = lambda: True,
     processes: Processes = ONE_PROCESS,
+    kept: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    chunk: int = CHUNK,
 ) -> HeadReference:
     """Minimise ``phi`` by L-BFGS and keep the iterate with the lowest loss on select.
 
@@ -70,22 +72,25 @@ def fit_head(
         gap: stop when the duality gap is below this, in nats per token.
         keep_going: asked before each iteration; lets a budget end the fit.
         processes: all hold all rows; each takes its share of them in every sum.
+        kept: where iterates and their gradients go to, each as large as the head.
+        chunk: rows whose logits are computed at once.
     """
-    problem = _Problem(fit, logits, penalty, processes)
+    problem = _Problem(fit, logits, penalty, processes, chunk)
     v = logits(fit[0][:1].float()).shape[1]
     D = torch.zeros(v, fit[0].shape[1], device=fit[0].device)  # whitened coordinates
-    best, best_loss = D, mean_cross_entropy(*select, logits, processes=processes)
+    best, best_loss = D, mean_cross_entropy(*select, logits, processes=processes, chunk=chunk)
     value, gradient = problem.value_and_gradient(D)
     current, steps = value, 0
     history: list[tuple[Tensor, Tensor]] = []
     while steps < max_steps and float(gradient.square().sum()) / (2 * penalty) > gap and keep_going():
-        moved = _line_search(problem, D, value, gradient, _lbfgs_direction(gradient, history, penalty))
+        direction = kept(_lbfgs_direction(gradient, history, penalty))
+        moved = _line_search(problem, D, value, gradient, direction, kept)
         if moved is None:
             break
         following, value, new_gradient = moved
-        history = [*history, (following - D, new_gradient - gradient)][-_MEMORY:]
+        history = [*history[1 - _MEMORY :], (kept(following - D), kept(new_gradient - gradient))]
         D, gradient, steps = following, new_gradient, steps + 1
-        select_loss = mean_cross_entropy(*select, logits, problem.unwhiten(D), processes=processes)
+        select_loss = mean_cross_entropy(*select, logits, problem.unwhiten(D), processes=processes, chunk=chunk)
         if select_loss < best_loss:
             best, best_loss = D, select_loss
     relaxed = max(value - float(gradient.double().square().sum()) / (2 * penalty), 0.0)
@@ -99,9 +104,10 @@ def mean_cross_entropy(
     change: Tensor | None = None,
     *,
     processes: Processes = ONE_PROCESS,
+    chunk: int = CHUNK,
 ) -> float:
     """Return the mean cross-entropy in nats of the head, optionally changed by ``change [v, d]``."""
-    return float(token_cross_entropy(x, y, logits, change, processes=processes).mean())
+    return float(token_cross_entropy(x, y, logits, change, processes=processes, chunk=chunk).mean())
 
 
 def token_cross_entropy(
@@ -111,16 +117,17 @@ def token_cross_entropy(
     change: Tensor | None = None,
     *,
     processes: Processes = ONE_PROCESS,
+    chunk: int = CHUNK,
 ) -> Tensor:
     """Return the cross-entropy ``[n]`` of every row, in nats, float64; ``processes`` take some rows each."""
     own = processes.rows(len(x))
     x, y, losses = x[own], y[own], [x.new_empty(0, dtype=torch.float64)]
-    for start in range(0, x.shape[0], _CHUNK):
-        rows = x[start : start + _CHUNK].float()
+    for start in range(0, x.shape[0], chunk):
+        rows = x[start : start + chunk].float()
         z = logits(rows).float()
         if change is not None:
             z = z + rows @ change.T
-        losses.append(F.cross_entropy(z, y[start : start + _CHUNK], reduction="none").double())
+        losses.append(F.cross_entropy(z, y[start : start + chunk], reduction="none").double())
     return processes.all_gather(torch.cat(losses))
 
 
@@ -133,8 +140,10 @@ class _Problem:
         logits: Callable[[Tensor], Tensor],
         penalty: float,
         processes: Processes = ONE_PROCESS,
+        chunk: int = CHUNK,
     ) -> None:
         self.x, self.y = fit
+        self.chunk = chunk
         self.processes = processes
         self.logits = logits
         self.penalty = penalty
@@ -152,8 +161,8 @@ class _Problem:
     def value_and_gradient(self, E: Tensor) -> tuple[float, Tensor]:
         n, total = self.x.shape[0], E.new_zeros(1, dtype=solve_dtype(E.device))
         gradient, own = torch.zeros_like(E), self.processes.rows(n)
-        for start in range(own.start, own.stop, _CHUNK):
-            place = slice(start, min(start + _CHUNK, own.stop))
+        for start in range(own.start, own.stop, self.chunk):
+            place = slice(start, min(start + self.chunk, own.stop))
             rows, y = self.x[place].float(), self.y[place]
             white = rows @ self.root  # [k, d]
             log_p = F.log_softmax(self.logits(rows).float() + white @ E.T, dim=1)  # [k, v]
@@ -187,15 +196,20 @@ def _lbfgs_direction(gradient: Tensor, history: list[tuple[Tensor, Tensor]], pen
 
 
 def _line_search(
-    problem: _Problem, D: Tensor, value: float, gradient: Tensor, direction: Tensor
+    problem: _Problem,
+    D: Tensor,
+    value: float,
+    gradient: Tensor,
+    direction: Tensor,
+    kept: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, float, Tensor] | None:
     """Backtrack until the decrease is sufficient; ``None`` if rounding leaves nothing to gain."""
     slope = float((gradient * direction).sum())
     step = 1.0
     for _ in range(10):
-        following = D + step * direction
+        following = kept(D + step * direction)
         new_value, new_gradient = problem.value_and_gradient(following)
         if new_value <= value + 1e-4 * step * slope and new_value < value:
-            return following, new_value, new_gradient
+            return following, new_value, kept(new_gradient)
         step *= 0.5
     return None

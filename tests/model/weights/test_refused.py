@@ -118,9 +118,18 @@ class Scaled(nn.Linear):
         self.register_buffer("seen", torch.zeros(4, 4, dtype=torch.int64))
 
 
-@pytest.mark.parametrize(
-    "module", [nn.Linear(3, 4), nn.Linear(3, 4).bfloat16(), Scaled(), nn.Embedding(3, 4), nn.ReLU(), nn.LayerNorm(4)]
-)
+class Weightless(nn.Module):
+    """A norm with a plain tensor in the place of a weight, as Falcon Mamba's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(4), persistent=False)
+
+
+PLAIN = [nn.Linear(3, 4), nn.Linear(3, 4).bfloat16(), Scaled(), Weightless(), nn.Embedding(3, 4), nn.ReLU()]
+
+
+@pytest.mark.parametrize("module", [*PLAIN, nn.LayerNorm(4)])
 def test_plain_modules_are_not_refused(module: nn.Module) -> None:
     assert refusal(module) is None
     assert unread(module) is None

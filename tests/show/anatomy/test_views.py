@@ -30,7 +30,8 @@ def test_every_code_has_words() -> None:
 
 def test_the_conclusion_follows_from_the_numbers() -> None:
     said = views.conclusion(anatomy_sample.record())
-    assert "Without block 0 the loss rises most, by 2.1000 nats per token; without block 3 least, by -0.2500" in said
+    assert "Without block 0 the loss rises most, by 2.1000 nats per token (perplexity x 8.17)" in said
+    assert "without block 3 least, by -0.2500 (x 0.779)" in said
     assert "better without: 3 (skipped), 3 (attention silent)" in said
     assert "tell something of mlp.gate_proj." in said
     record = anatomy_sample.record()
@@ -46,7 +47,7 @@ def test_the_conclusion_follows_from_the_numbers() -> None:
 def test_the_terminal_shows_costs_tolerances_controls_and_correlations() -> None:
     shown = printed(anatomy_sample.record())
     for text in ("-0.250 [-0.260, -0.240]", "+2.100", "0.925", "40 %", "60 % in 20", "60 % in 35", "none", "10 %",
-                 "-0.530 .. -0.470", "+1.00  ", words.SIGNS[:40], "Cost: 1 min"):  # fmt: skip
+                 "-0.530 .. -0.470", "x 0.779", "+0.500  ", "+1.00  ", words.SIGNS[:40], "Cost: 1 min"):  # fmt: skip
         assert text in shown, text
     assert all(len(line) <= 80 for line in printed(anatomy_sample.record(), 80).splitlines())
 
@@ -71,6 +72,7 @@ def test_the_page_holds_every_block_and_loads_nothing() -> None:
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert "<script" not in page
     assert "mathdefault" not in page  # ticks are plain numbers
+    assert "<small>x 0.779</small>" in page  # perplexity
     assert "<b>predicted</b>" in page  # significant among all columns
     assert "<b>score</b>" not in page
 

@@ -12,17 +12,23 @@ from torch.utils.flop_counter import flop_registry
 from audits import runner_of, tiny_probe
 from peelwise.engine.depth.table import block_weights
 from peelwise.engine.depth.weights import Matrix
+from peelwise.engine.in_order import Walk
 from peelwise.engine.permute import shuffled_targets
 from peelwise.engine.sweep import block_moments, sweep
+from peelwise.formats import parse_format
 from peelwise.model.experts import experts_called
 from peelwise.model.parts import parts_of
 from peelwise.model.shape import shape_of
 from peelwise.model.splice import spliced
 from peelwise.probe.probe import Probe
+from peelwise.references import quantized
+from peelwise.references.asymmetric import InputSums, Target, coded, targets
 from peelwise.references.head import fit_head
+from peelwise.references.quantized import solve
+from peelwise.references.weighed import weighed_descent
 from peelwise.references.whitened import InputWhitened, two_sided
 from peelwise.stats.gram import CrossSum, GramSum, Moments
-from peelwise.tasks.plan import work
+from peelwise.tasks.plan import codes, work
 from peelwise.tasks.plan.memory import Memory
 from peelwise.tasks.plan.shapes import Decoder
 from peelwise.tasks.plan.work import CHOLESKY, EIGENVECTORS, Part
@@ -39,8 +45,10 @@ class Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
-            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        packet = func._overloadpacket
+        packet = torch.ops.aten.addmm if packet is torch.ops.aten.addmm_ else packet
+        if packet in flop_registry:
+            self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         return out
 
 
@@ -192,6 +200,91 @@ def test_a_fit_of_the_head(blank):
     assert found == pytest.approx(expected - once - EIGENVECTORS * d**3 + one_row, rel=0.01)
 
 
+# -- codes -------------------------------------------------------------------------------------------------------
+
+
+def problem(o, d):
+    """Return weights, and sums of what a layer is given on two parts."""
+    torch.manual_seed(0)
+    x = torch.randn(600, d)
+    z = x + 0.1 * torch.randn(600, d)
+    lost = (x - z).T @ z / 600
+    return torch.randn(o, d) / d**0.5, InputSums(z.T @ z / 600, lost), InputSums(z.T @ z / 600, lost.clone())
+
+
+@pytest.mark.parametrize("starts", [0, 1])
+@pytest.mark.parametrize("feedback", [True, False])
+def test_a_search_for_codes_takes_products_of_the_sums(starts, feedback):
+    """Factors and solves are not among what PyTorch counts."""
+    o, d = 96, 192
+    W, sums, _ = problem(o, d)
+    form = parse_format("int4:group=64,symmetric")
+    own = [form.encode(0.9 * W)] * starts
+    without = counted(lambda: solve(sums.zz, W, form, starts=own, feedback=feedback, max_sweeps=0))
+    not_products = (codes._INVERSE_ROOT * d**3) * feedback
+    assert without == codes.solved(o, d, starts, feedback=feedback) - not_products
+    two = counted(lambda: solve(sums.zz, W, form, starts=own, feedback=feedback, max_sweeps=2, tolerance=-1.0))
+    sweeps = (two - without) / (codes.solved(o, d, starts, 1.0) - codes.solved(o, d, starts))
+    assert sweeps == 2 * (1 + starts)
+
+
+@pytest.mark.parametrize(("o", "d"), [(128, 64), (96, 192)])
+def test_a_descent_of_weighed_errors_walks_whole_tiles(o, d):
+    W, sums, _ = problem(o, d)
+    form = parse_format("int3:group=32,symmetric")
+    M = torch.eye(o) + 0.001
+    start = form.encode(0.8 * W)  # so that codes move, and no sweep has to be taken back
+    found = counted(lambda: weighed_descent(M, sums.zz, W, form, start, max_sweeps=1, tolerance=-1.0))
+    begun = 2 * o * d * (o + d)
+    assert found == begun + (codes.weighed_sweeps(o, d) - begun) / codes._WEIGHED_SWEEPS
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_codes_of_a_layer(weighed):
+    o, d = 96, 192
+    W, fit, select = problem(o, d)
+    form = parse_format("int4:group=64,symmetric")
+    target = Target(W)
+    F = (torch.eye(o) + 0.05) if weighed else None
+    histories = []
+
+    def search(*args, **options):
+        histories.append(descended(*args, **options))
+        return histories[-1]
+
+    descended = quantized._descend
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(quantized, "_descend", search)
+        found = counted(lambda: coded(W, target, fit, select, form, curvature=F, tolerance=1e-9, max_sweeps=2))
+    sweeps = sum(len(history) - 1 for history in histories)
+    expected = codes.coded(o, d, 0, sweeps, weighed=weighed) - 3 * codes._INVERSE_ROOT * d**3
+    assert sweeps > 2
+    assert found == pytest.approx(expected, rel=0.01)
+
+
+def test_targets_of_layers_that_share_their_input():
+    o, d = 96, 192
+    W, fit, select = problem(o, d)
+    group = _group(d, o).model_copy(update={"outputs": (o, o)})
+    found = counted(lambda: targets([W, W], fit, select))
+    assert found == codes.targets(group) - 3 * (CHOLESKY * d**3 + 2 * 2 * o * d * d)  # factors and solves
+
+
+def test_a_walk_runs_each_block_as_far_as_its_layers_are_asked_for():
+    runner, trace, part = traced("llama")
+    own = shape("llama", attention_width=0)
+    every = {linear: linear for block in runner.blocks for linear in block.linears}
+
+    def walk():
+        found = Walk(runner, runner, every, [trace], [trace])
+        for block in runner.blocks:
+            for _ in found.groups(block):
+                pass
+            found.leave(block)
+
+    assert counted(walk) == pytest.approx(codes.walked(own, part, hooked=False).operations, rel=0.02)
+
+
 def test_micro_batches_are_whole_sequences():
     _, trace, part = traced("llama", micro_batch_tokens=50)  # three sequences of 16
     assert part.batches == len(trace.batches) > 1
@@ -239,8 +332,8 @@ def test_spectra():
 
 
 def test_sums_of_a_block_and_changes_in_place():
-    model, runner = llama(vocab_size=60, hidden_size=128, intermediate_size=352)
-    probe = Probe.from_tokens(torch.randint(60, (30, 17)))
+    model, runner = llama(vocab_size=60, hidden_size=256, intermediate_size=704)
+    probe = Probe.from_tokens(torch.randint(60, (30, 9)))
     fit, select = runner.trace(probe.fit), runner.trace(probe.select)
     kept = memory(shape_of(model, "llama", 4.0), probe.fit.tokens)
     changes = {linear: torch.zeros_like(linear.weight()) for block in runner.blocks for linear in block.linears}
@@ -279,6 +372,12 @@ def test_a_stream_keeps_one_block_however_deep_the_model_is():
     options = {"streamed": True, "bytes_per_weight": 2}
     assert memory(few, 0, **options).weights == memory(many, 0, **options).weights == 2 * few.linear_weights / 2
     assert memory(many, 0).weights > 50 * memory(few, 0).weights
+    deep = memory(many, 10_000, changes_on_disk=True, **options)
+    shallow = memory(few, 10_000, changes_on_disk=True, **options)
+    for kept in ("stations", "proposals", "changes", "splice"):
+        both = (value() if callable(value := getattr(each, kept)) else value for each in (deep, shallow))
+        assert next(both) == pytest.approx(next(both))
+    assert memory(many, 0, **options).changes() == 4 * many.linear_weights  # of other tasks they are in memory
     wide = Decoder(64, 128, 2, 4, 2, 10_000).shape()
     assert memory(wide, 0, **options).weights == 2 * wide.head_weights
 

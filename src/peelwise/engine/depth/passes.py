@@ -17,9 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 from peelwise.engine.depth.backward import Backward, GradientSums
 from peelwise.engine.depth.forward import Stream
+from peelwise.model.handed import Gradient, Passed
 from peelwise.model.parts import ATTENTION, Parts
 from peelwise.model.runner import Runner
-from peelwise.model.trace import Batch, Trace
+from peelwise.model.trace import Batch, Trace, by_token
 
 INNER = ".inner"  # behind a branch's name: the channels between its layers, heads or neurons
 
@@ -84,25 +85,24 @@ def observe(
 
 
 def _observe_block(
-    runner: Runner, parts: Parts, trace: Trace, above: list[Tensor] | None, of_weights: bool
-) -> tuple[Seen, list[Tensor] | None]:
+    runner: Runner, parts: Parts, trace: Trace, above: list[Gradient] | None, of_weights: bool
+) -> tuple[Seen, list[Gradient] | None]:
     index = parts.block.index
     backward: dict[str, Backward] = {}
     updates: dict[str, list[Tensor]] = {}
     attention = AttentionSums(causal=trace.batches[0].examples is None)
-    below: list[Tensor] = []
+    below: list[Gradient] = []
     for place, batch in enumerate(trace.batches):
-        hidden = batch.stations[index].detach().requires_grad_(above is not None)
         with torch.set_grad_enabled(above is not None), outputs(parts, of_weights) as found, attention:
-            out = runner.run_block(parts.block, hidden, batch)
+            passed = runner.in_graph(parts.block, batch)
         if not updates:
             attention.only_first()  # the first micro-batch says enough of what attention looks at
         for branch in parts.branches:
             y = found.tensors.get(branch.name)
-            if y is not None and y.shape == hidden.shape:
-                updates.setdefault(branch.name, []).append(y.detach()[batch.read].float())
+            if y is not None and y.shape == passed.hidden.shape:
+                updates.setdefault(branch.name, []).append(by_token(y.detach(), batch.read).flatten(1).float())
         if above is not None:
-            below.append(_add_gradients(parts, batch, found, hidden, out, above[place], backward))
+            below.append(_add_gradients(parts, batch, found, passed, above[place], backward))
     runner.work.add(runner.shares[index], trace.predicted, 1 if above is None else 3)
     before, after, earlier = (_rows(trace, index + away) for away in (0, 1, -1))
     stream = Stream(
@@ -118,22 +118,21 @@ def _observe_block(
 def _rows(trace: Trace, station: int) -> Any:
     if station < 0:
         return None
-    return torch.cat([batch.stations[station][batch.read].float() for batch in trace.batches])
+    return torch.cat([by_token(batch.stations[station], batch.read).flatten(1).float() for batch in trace.batches])
 
 
 def _add_gradients(
     parts: Parts,
     batch: Batch,
     found: Outputs,
-    hidden: Tensor,
-    out: Tensor,
-    above: Tensor,
+    passed: Passed,
+    above: Gradient,
     into: dict[str, Backward],
-) -> Tensor:
-    """Add one micro-batch to what the backward pass found, and return the gradient at the block's input."""
+) -> Gradient:
+    """Add one micro-batch to what the backward pass found, and return the gradient before the block."""
     used = {name: y for name, y in found.tensors.items() if y.requires_grad}
-    results = torch.autograd.grad(out, [hidden, *used.values()], above.to(out.dtype), allow_unused=True)
-    for (name, y), g in zip(used.items(), results[1:], strict=True):
+    below, results = passed.back(above, list(used.values()))
+    for (name, y), g in zip(used.items(), results, strict=True):
         rows, g_rows = token_channels(y.detach(), batch), None if g is None else token_channels(g, batch)
         if rows is None or g_rows is None:
             continue
@@ -145,7 +144,7 @@ def _add_gradients(
         if x_rows is not None:
             part.gradient = part.gradient or GradientSums()
             part.gradient.update(x_rows, g_rows)
-    return torch.zeros_like(hidden) if results[0] is None else results[0]
+    return below
 
 
 def token_channels(y: Tensor, batch: Batch) -> Tensor | None:

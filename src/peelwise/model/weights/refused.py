@@ -68,7 +68,8 @@ def _packed(module: nn.Module) -> str | None:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return not _is_bytes(tensor) and type(tensor).__module__.startswith("torch.")
+    # PyTorch's own tensors, a buffer of plain numbers among them (the norms of Falcon Mamba), and not torchao's.
+    return not _is_bytes(tensor) and type(tensor).__module__.partition(".")[0] == "torch"
 
 
 def _is_bytes(tensor: Tensor) -> bool:

@@ -27,6 +27,7 @@ def render_html(record: AnatomyRecord) -> str:
             _hero(record),
             _ablation(record),
             _bending(record),
+            _recovery(record),
             _predictability(record),
             _correlations(record),
             _reading(),
@@ -57,7 +58,7 @@ def _ablation(record: AnatomyRecord) -> str:
     ways = [way for way in ABLATIONS if any(way in block.ablation for block in record.blocks)]
     titles = ("block", *(words.ABLATIONS[way] for way in ways), "predicted")
     rows = [
-        (str(b.index), *(_interval(b.ablation.get(way)) for way in ways), _interval(b.predicted)) for b in record.blocks
+        (str(b.index), *(_cost(b.ablation.get(way)) for way in ways), _interval(b.predicted)) for b in record.blocks
     ]
     meanings = "".join(
         f"<div><dt>{esc(words.ABLATIONS[way])}</dt><dd>{esc(words.ABLATION_MEANINGS[way])}</dd></div>" for way in ways
@@ -67,20 +68,20 @@ def _ablation(record: AnatomyRecord) -> str:
         "What each block is worth",
         chart(charts.ablation(record), "Dotted: the margin. Bars are 95 % intervals, paired by sequence.", _MISSING),
         f'<dl class="meanings">{meanings}</dl>' if meanings else "",
-        table(titles, rows, caption="Cost of ablating each block, nats per token", style="blocks") if ways else "",
+        table(
+            titles,
+            rows,
+            caption="Cost of ablating each block: nats per token, and times the perplexity",
+            style="blocks",
+        )
+        if ways
+        else "",
     )
 
 
 def _bending(record: AnatomyRecord) -> str:
-    titles = (
-        "block",
-        *(words.BENDS[kind] for kind in BENDS),
-        "best scale",
-        "its gain",
-        "recovered",
-        "retrained in steps",
-    )
-    rows = [_bent_row(block) for block in record.blocks if block.bent or block.recovery]
+    titles = ("block", *(words.BENDS[kind] for kind in BENDS), "best scale", "its gain")
+    rows = [_bent_row(block) for block in record.blocks if block.bent]
     return section(
         "bending",
         "How far each block bends",
@@ -90,15 +91,32 @@ def _bending(record: AnatomyRecord) -> str:
     )
 
 
+def _recovery(record: AnatomyRecord) -> str:
+    rows = [
+        (
+            str(block.index),
+            _interval(recovery.damage),
+            _interval(recovery.left),
+            "–" if recovery.share is None else f"{100 * recovery.share:.0f} %",
+            esc(words.retrained(block)),
+        )
+        for block in record.blocks
+        if (recovery := block.recovery) is not None
+    ]
+    if not rows:
+        return ""
+    titles = ("block", "the noise costs", "left after one round", "recovered", "retrained, in steps")
+    drawn = table(titles, rows, caption="What a damaged block wins back", style="blocks")
+    return section("recovery", "How fast each block recovers", paragraph(words.RECOVERED), drawn)
+
+
 def _bent_row(block: BlockAnatomy) -> tuple[str, ...]:
-    best, recovery = block.best_scale, block.recovery
+    best = block.best_scale
     return (
         str(block.index),
         *("–" if (bent := words.bent_of(block, kind)) is None else esc(words.tolerated(bent)) for kind in BENDS),
         "–" if best is None else f"{best.factor:.3g}",
         "–" if best is None else nats(best.gain.mean, signed=True),
-        "–" if recovery is None or recovery.share is None else f"{100 * recovery.share:.0f} %",
-        esc(words.retrained(block)),
     )
 
 
@@ -145,14 +163,17 @@ def _reading() -> str:
         "Means are those of the fit tokens, the best scale was chosen on select, all that is shown is from report.",
         "What a block costs on this text says nothing of other text, and blocks that cost nothing one at a time may "
         "cost much together.",
-        "Recovered: of what noise of half a standard deviation costs, the share that one closed-form round of the "
-        "block alone takes back. Retrained: the share that training the block alone does, stopped early on select.",
     )
     return section("reading", "How to read this", f"<ul>{''.join(f'<li>{esc(line)}</li>' for line in lines)}</ul>")
 
 
 def _range(spread: tuple[float, float, float]) -> str:
     return f"{spread[1]:.3f} .. {spread[2]:.3f}"
+
+
+def _cost(cost: Interval | None) -> str:
+    """Return a cost with its interval and what it multiplies the perplexity by."""
+    return _interval(cost) if cost is None else f"{_interval(cost)}<small>{esc(words.times(cost))}</small>"
 
 
 def _interval(interval: Interval | None) -> str:

@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
-from peelwise.records.anatomy import ABLATIONS, BENDS, AnatomyRecord, BlockAnatomy, Correlation
+from peelwise.records.anatomy import ABLATIONS, BENDS, AnatomyRecord, Correlation
 from peelwise.records.base import Interval
 from peelwise.records.plain_text import clean
 from peelwise.show.anatomy import words
@@ -46,6 +46,8 @@ class _AnatomyView:
             yield _costs(record, options.max_width)
         if any(block.bent for block in record.blocks):
             yield _bends(record)
+        if any(block.recovery for block in record.blocks):
+            yield _recovery(record)
         if record.predictability:
             yield _predictability(record)
         if record.correlations:
@@ -62,7 +64,8 @@ def _table(*titles: str) -> Table:
 
 def _costs(record: AnatomyRecord, width: int) -> RenderableType:
     ways = [way for way in ABLATIONS if any(way in block.ablation for block in record.blocks)]
-    table = _table("block", *(words.ABLATIONS[way].replace(" ", "\n", 1) for way in ways), "predicted")
+    table = _table("block", *(words.ABLATIONS[way].replace(" ", "\n", 1) for way in ways), "predicted",
+                   *(["skipped,\nperplexity"] if "skipped" in ways else []))  # fmt: skip
     better = {(each.block, each.ablation) for each in record.better_without}
     for block in record.blocks:
         cells = [
@@ -70,27 +73,32 @@ def _costs(record: AnatomyRecord, width: int) -> RenderableType:
                  style="bold green" if (block.index, way) in better else "")
             for way in ways
         ]  # fmt: skip
-        table.add_row(str(block.index), *cells, _cost(block.predicted))
+        skipped = block.ablation.get("skipped")
+        ratio = [] if "skipped" not in ways else ["-" if skipped is None else words.times(skipped)]
+        table.add_row(str(block.index), *cells, _cost(block.predicted), *ratio)
     title = "\nWhat the loss rises by, nats per token"
     return Group(Text(title, style="bold"), table)
 
 
 def _bends(record: AnatomyRecord) -> RenderableType:
-    table = _table("block", *(words.BENDS[kind].replace(" ", "\n", 1) for kind in BENDS), "best\nscale", "its\ngain",
-                   "recovered", "retrained\nin steps")  # fmt: skip
+    table = _table("block", *(words.BENDS[kind].replace(" ", "\n", 1) for kind in BENDS), "best\nscale", "its\ngain")
     for block in record.blocks:
         cells = ["-" if (bent := words.bent_of(block, kind)) is None else words.tolerated(bent) for kind in BENDS]
         best = block.best_scale
         scale = ("-", "-") if best is None else (f"{best.factor:.3g}", f"{best.gain.mean:+z.{_DECIMALS}f}")
-        table.add_row(str(block.index), *cells, *scale, _recovered(block), words.retrained(block))
+        table.add_row(str(block.index), *cells, *scale)
     title = f"\nTolerated within the margin of {record.margin_nats:.4f} nats per token"
     return Group(Text(title, style="bold"), table)
 
 
-def _recovered(block: BlockAnatomy) -> str:
-    if block.recovery is None or block.recovery.share is None:
-        return "-"
-    return f"{100 * block.recovery.share:.0f} %"
+def _recovery(record: AnatomyRecord) -> RenderableType:
+    table = _table("block", "the noise\ncosts", "left after\none round", "recovered", "retrained,\nin steps")
+    for block in record.blocks:
+        if (found := block.recovery) is not None:
+            share = "-" if found.share is None else f"{100 * found.share:.0f} %"
+            table.add_row(str(block.index), _cost(found.damage), _cost(found.left), share, words.retrained(block))
+    title = "\nWhat a block damaged by noise wins back, alone"
+    return Group(Text(title, style="bold"), table)
 
 
 def _predictability(record: AnatomyRecord) -> RenderableType:

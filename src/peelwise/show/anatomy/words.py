@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from peelwise.evidence.anatomy import perplexity_ratio
 from peelwise.records.anatomy import Ablation, AnatomyRecord, Bend, Bent, BlockAnatomy, Predictability
+from peelwise.records.base import Interval
 from peelwise.show.words import nats
 
 # A line for every way; a test says so.
@@ -43,6 +45,10 @@ TOLERATED = (
     "Tolerated is the largest strength up to which the upper end of every interval is within the margin: with more "
     "text intervals shrink, and it can only grow."
 )
+RECOVERED = (
+    "Recovered: of what noise of half a standard deviation costs, the share that one closed-form round of the block "
+    "alone takes back. Retrained: the share that training the block alone does, stopped early on select."
+)
 CONTROLS = (
     "A predictor explains something only if it explains more than of independent matrices of the same norms. "
     "Differences of independent matrices have a cosine of -1/2 from one to the next whatever their order, so -1/2 says "
@@ -70,9 +76,10 @@ def _importance(record: AnatomyRecord) -> list[str]:
     order = sorted(costs, key=lambda index: -costs[index].mean)
     most, least = order[0], order[-1]
     whole = "" if len(costs) == len(record.blocks) else f"Of the {len(costs)} blocks measured: w"
+    high, low = costs[most], costs[least]
     return [
-        f"{whole or 'W'}ithout block {most} the loss rises most, by {nats(costs[most].mean)} nats per token; without "
-        f"block {least} least, by {nats(costs[least].mean)}."
+        f"{whole or 'W'}ithout block {most} the loss rises most, by {nats(high.mean)} nats per token (perplexity "
+        f"{times(high)}); without block {least} least, by {nats(low.mean)} ({times(low)})."
     ]
 
 
@@ -97,6 +104,12 @@ def _weights(record: AnatomyRecord) -> list[str]:
 def is_told(each: Predictability) -> bool:
     """Whether the fitted predictor explains more of a kind of matrix than of independent ones, on rows held out."""
     return each.explained.ridge > each.independent.ridge + _TELLS
+
+
+def times(cost: Interval) -> str:
+    """Return what a cost multiplies the perplexity by, with three digits."""
+    ratio = perplexity_ratio(cost)
+    return f"x {ratio:,.0f}" if ratio >= 100 else f"x {ratio:.3g}"
 
 
 def tolerated(bent: Bent) -> str:

@@ -36,7 +36,8 @@ def render(record: PlanRecord) -> RenderableType:
         *(_stages(record, plan) for plan in shown),
         Text(
             "Computed from sizes, not measured. Operations are those of products, attention and decompositions to the "
-            "end; an audit and a comparison stop when their budget is spent." + (_SEVERAL * (record.processes > 1)),
+            "end; audits, comparisons, checks of quantised weights and anatomies stop when their budget is spent."
+            + (_SEVERAL * (record.processes > 1)),
             style="dim",
         ),
     )

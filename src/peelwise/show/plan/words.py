@@ -10,6 +10,9 @@ TASKS: dict[Task, str] = {
     "check": "check",
     "audit": "audit",
     "compare": "compare",
+    "quantise": "quantise",
+    "quantcheck": "quantcheck",
+    "anatomy": "anatomy",
 }
 WAYS: dict[Way, str] = {"float32": "float32", "bfloat16": "--dtype bfloat16", "stream": "--stream"}
 _HOW: dict[Way, tuple[str, str]] = {

@@ -36,7 +36,8 @@ def ablations(session: Session, all_parts: Sequence[Parts], index: int) -> Itera
     if stations[index].shape == stations[index + 1].shape:
         without = session.losses_without(session.report, index)
         yield "skipped", session.gain(without, session.report.losses).interval()
-        yield "mean", session.gain(_losses_with_mean(session, index), session.report.losses).interval()
+        if stations[index].shape[:2] == session.report.batches[0].attended.shape:
+            yield "mean", session.gain(_losses_with_mean(session, index), session.report.losses).interval()
     for branch in all_parts[index].branches:
         if branch.name in (ATTENTION, MLP):
             silent = {branch.writer: scaled_change(branch.writer, 0.0)}

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from peelwise.engine.refine import Refined
 from peelwise.engine.rounds import next_round
 from peelwise.engine.session import Changes, Session
+from peelwise.model.handed import Handed
 from peelwise.model.layers import LinearLayer
 from peelwise.model.parts import Parts
 from peelwise.model.splice import spliced
@@ -116,7 +117,13 @@ def trained_alone(
             return None
         batch = session.fit.batches[training.step % len(session.fit.batches)]
         with torch.enable_grad():
-            gradients = torch.autograd.grad(_loss(session, batch, training.changes, index), training.values)
+            # Zero for an expert that no token of this micro-batch was routed to.
+            gradients = torch.autograd.grad(
+                _loss(session, batch, training.changes, index),
+                training.values,
+                allow_unused=True,
+                materialize_grads=True,
+            )
         training.advance(gradients, int(batch.weights.sum()))
         if training.step % LOOK_EVERY == 0:
             now = {m: d.detach().clone() for m, d in training.changes.items()}
@@ -198,10 +205,10 @@ class _Training:
 
 def _loss(session: Session, batch: Batch, changes: dict[LinearLayer, Tensor], index: int) -> Tensor:
     """Return the mean loss of a micro-batch, differentiable by the changes."""
-    runner, hidden = session.runner, batch.stations[index]
+    runner, hidden, handed = session.runner, batch.stations[index], Handed()
     with spliced(changes):
         for block in runner.blocks[index:]:
-            hidden = runner.run_block(block, hidden, batch)
+            hidden = runner.run_block(block, hidden, batch, handed)
         logits = runner.logits(batch, hidden)[batch.weights]  # [tokens, vocabulary]
     runner.work.add(3 * session.share_from(index), float(batch.weights.sum()))
     return cross_entropy(logits.float(), batch.targets[batch.weights])

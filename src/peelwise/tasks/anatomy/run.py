@@ -17,7 +17,7 @@ from peelwise.engine.opening import checked_blocks, open_session
 from peelwise.engine.provenance import Setup, model_record, versions
 from peelwise.engine.session import Session
 from peelwise.errors import NotDifferentiableError
-from peelwise.evidence.anatomy import better_without, correlations
+from peelwise.evidence.anatomy import better_without, correlations, perplexity_ratio
 from peelwise.evidence.verdict import default_margin
 from peelwise.model.fingerprint import identify
 from peelwise.model.guard import untouched
@@ -114,7 +114,7 @@ def run_anatomy(
     with untouched(model), frozen(linears), torch.no_grad():
         session, gradients = _session(model, blocks, probe, settings, name, watcher)
         margin = settings.margin if settings.margin is not None else default_margin(session.report.mean)
-        found = _Found(session, [parts_of(b) for b in blocks], margin, probe.seed, gradients, kept)
+        found = _Found(session, [parts_of(b) for b in session.runner.blocks], margin, probe.seed, gradients, kept)
         found.notes += [*session.notes, *([note("resumed")] if kept.resumed else [])]
         try:
             for study in settings.wanted:
@@ -221,11 +221,13 @@ _STUDIES: dict[str, Callable[[_Found], None]] = {
 }
 
 
+def _block_record(block: Block, pieces: dict[str, Any]) -> BlockAnatomy:
+    ratios = {way: perplexity_ratio(cost) for way, cost in pieces.get("ablation", {}).items()}
+    return BlockAnatomy(index=block.index, name=block.name, perplexity_ratios=ratios, **pieces)
+
+
 def _record(setup: Setup, probe: Probe, found: _Found) -> AnatomyRecord:
-    blocks = [
-        BlockAnatomy(index=parts.block.index, name=parts.block.name, **found.block(index))
-        for index, parts in enumerate(found.all_parts)
-    ]
+    blocks = [_block_record(parts.block, found.block(index)) for index, parts in enumerate(found.all_parts)]
     tokens = probe.fit.tokens + probe.select.tokens + probe.report.tokens
     return AnatomyRecord(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

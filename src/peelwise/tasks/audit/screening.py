@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from peelwise.engine.proposals import DIRECTIONS, Direction
 from peelwise.engine.refine import Refined, first_gain, take_round, unrefined
-from peelwise.engine.session import Session, output_change, rounded
+from peelwise.engine.session import Session, output_change, stored
 from peelwise.engine.slopes import first_order_gains
 from peelwise.tasks.audit.findings import Findings
 
@@ -74,7 +74,7 @@ def screen(session: Session, findings: Findings, steps: Steps) -> bool:
         return False
     findings.screened = {
         index: {
-            linear: rounded(STEPS_OVER * steps[direction] * proposal.change.float())
+            linear: stored(STEPS_OVER * steps[direction] * proposal.change.float(), session.runner.spill)
             for linear, proposal in proposals.changes[direction].items()
         }
         for index, proposals in findings.proposals.items()

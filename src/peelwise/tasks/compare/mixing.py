@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peelwise.errors import UnsupportedModelError
+from peelwise.model.handed import Handed
 from peelwise.model.layers import Block
 from peelwise.model.replaced import forward_replaced
 from peelwise.model.runner import Runner
@@ -34,10 +35,13 @@ class Side:
         """Its blocks."""
         return self.runner.blocks
 
-    def block(self, index: int, place: int, hidden: Tensor) -> Tensor:
-        """Return the output ``[b, t, d]`` of one block for a hidden state of the micro-batch at ``place``."""
+    def block(self, index: int, place: int, hidden: Tensor, handed: Handed) -> Tensor:
+        """Return the output ``[b, t, d]`` of one block for a hidden state of the micro-batch at ``place``.
+
+        What blocks before it have ``handed`` on besides is read, and what it does is added.
+        """
         batch = self.trace.batches[place]
-        return self.runner.run_block(self.blocks[index], like(hidden, batch), batch)
+        return self.runner.run_block(self.blocks[index], like(hidden, batch), batch, handed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +60,9 @@ def mixed_losses(mix: Mix) -> Tensor:
     """Return the losses ``[sequences]`` of a model put together from two, nats."""
     found = []
     for place, batch in enumerate(mix.stations.trace.batches):
-        hidden = batch.stations[mix.start]
+        hidden, handed = batch.stations[mix.start], batch.handed_to(mix.start)
         for index, side in enumerate(mix.blocks, start=mix.start):
-            hidden = side.block(index, place, hidden)
+            hidden = side.block(index, place, hidden, handed)
         found.append(_end(mix.norm, mix.head, place, hidden))
     runner = mix.norm.runner
     runner.work.add(sum(runner.shares[mix.start :]) + runner.head_share, mix.norm.trace.predicted)
@@ -118,12 +122,20 @@ def lent(pairs: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
 def _lent(module: nn.Module, other: nn.Module) -> Iterator[None]:
     dtype = next((p.dtype for p in other.parameters() if p.is_floating_point()), None)
 
-    def forward(x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        out: Tensor = other(x if dtype is None or not x.is_floating_point() else x.to(dtype), *args, **kwargs)
-        return out.to(x.dtype) if x.is_floating_point() else out
+    def forward(x: Tensor, *args: object, **kwargs: object) -> Any:
+        out = other(x if dtype is None or not x.is_floating_point() else x.to(dtype), *args, **kwargs)
+        if isinstance(out, tuple):  # a router gives weights and choices
+            return tuple(_alike(each, x) for each in out)
+        return _alike(out, x)
 
     with forward_replaced(module, forward):
         yield
+
+
+def _alike(out: Any, x: Tensor) -> Any:
+    """Return what a module gave in the dtype of what it was given, where both are floating-point numbers."""
+    floats = isinstance(out, Tensor) and out.is_floating_point() and x.is_floating_point()
+    return out.to(x.dtype) if floats else out
 
 
 def like(hidden: Tensor, batch: Batch) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from peelwise.model.layers import unwrapped
+from peelwise.model.trace import by_token
 from peelwise.records.compare import Unit
 from peelwise.tasks.compare.mixing import Side, end_logits, like
 
@@ -46,7 +47,7 @@ def block_outputs(old: Side, new: Side, index: int, *, same_weights: bool) -> Ou
     for place, batch in enumerate(new.trace.batches):
         hidden, out = batch.stations[index], batch.stations[index + 1].float()
         real = batch.attended
-        theirs = old.block(index, place, hidden).float()
+        theirs = old.block(index, place, hidden, batch.handed_to(index)).float()
         distance += _square(theirs - out, real)
         added += _square(theirs - hidden.float(), real)
         again = _with_weights_of(old, new, index, place, hidden) if tried else None
@@ -72,7 +73,7 @@ def _with_weights_of(old: Side, new: Side, index: int, place: int, hidden: Tenso
     call = batch.calls[index]
     if call is None:
         return like(hidden, batch)  # skipped
-    args, kwargs = call
+    args, kwargs = batch.ways.with_handed(call, new.trace.batches[place].handed_to(index))
     weights = {name: p.to(own[name]) for name, p in theirs.items()}
     out = functional_call(module, weights, (like(hidden, batch), *args), kwargs)
     found: Tensor = out[0] if isinstance(out, (tuple, list)) else out
@@ -114,7 +115,8 @@ def _relative(old: Side, new: Side, unit: Unit, norm: Side | None = None) -> flo
             ours = end_logits(new, new, place, hidden).float()
             new.runner.work.add(new.runner.head_share, float(batch.weights.sum()), 2)
         # What a model makes of an example need not have a row for every position.
-        real = batch.attended if theirs.shape[:2] == batch.attended.shape and theirs.dim() > 2 else batch.weights[:, 0]
+        each = batch.attended.shape in (theirs.shape[:2], theirs.shape[1:3]) and theirs.dim() > 2
+        real = batch.attended if each else batch.weights[:, 0]
         distance += _square(theirs - ours, real)
         own += _square(theirs, real)
     return (distance / own) ** 0.5 if own else 0.0
@@ -128,4 +130,4 @@ def _limit(old: Side, new: Side) -> float:
 
 def _square(rows: Tensor, real: Tensor) -> float:
     """Return the sum of squares ``[b, t, d]`` over real positions ``[b, t]``, or ``[b, ..]`` over real rows ``[b]``."""
-    return float(rows[real].double().square().sum())
+    return float((by_token(rows, real) if real.dim() > 1 else rows[real]).double().square().sum())

@@ -152,6 +152,12 @@ def _fresh(session: Session, settings: PeelSettings) -> tuple[Block, ...] | None
 
 
 def _check_stations(trace: Trace, name: str) -> None:
+    batch = trace.batches[0]
+    if batch.stations[0].dim() != 3:
+        raise UnsupportedModelError(
+            f"Not yet: the hidden state of {name} is several streams {list(batch.stations[0].shape)}; a block can only "
+            "regress to a station [batch, tokens, width]. Audit the model instead."
+        )
     widths = [tuple(station.shape[-1:]) for station in trace.batches[0].stations]
     if len(set(widths)) > 1:
         raise UnsupportedModelError(

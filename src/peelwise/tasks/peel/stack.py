@@ -28,7 +28,9 @@ class Stack:
         self.runner = runner
         self.prefix: StationMap = ()
         self.traces = {
-            part: replace(trace, batches=[replace(b, stations=b.stations[:1]) for b in trace.batches])
+            part: replace(
+                trace, batches=[replace(b, stations=b.stations[:1], calls=list(b.calls)) for b in trace.batches]
+            )
             for part, trace in traces.items()
         }
 
@@ -50,6 +52,6 @@ class Stack:
         block = reference.block
         for trace in self.traces.values():
             for batch in trace.batches:
-                batch.stations.append(self.runner.run_block(block, batch.stations[block.index], batch))
+                self.runner.advance(block, batch)
             self.runner.work.add(self.runner.shares[block.index], trace.predicted)
         self.prefix = (*self.prefix, station)

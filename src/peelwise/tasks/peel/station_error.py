@@ -10,6 +10,7 @@ from torch import Tensor
 
 from peelwise.engine.sweep import block_moments, token_rows
 from peelwise.model.capture import captured
+from peelwise.model.handed import Gradient
 from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.runner import Runner
 from peelwise.model.trace import Batch, Trace
@@ -69,7 +70,7 @@ class StationError:
         gradients = []
         with torch.no_grad():
             for batch, out, wanted in self._outputs(trace, stations):
-                gradients.append((out - wanted) * w.to(out) * batch.weights[..., None])
+                gradients.append(Gradient((out - wanted) * w.to(out) * batch.weights[..., None]))
         part = self.part(linears)
         return block_moments(self.runner, part, trace, [gradients], keep=True, with_F=True)[0][0]
 

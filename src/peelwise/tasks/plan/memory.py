@@ -11,6 +11,7 @@ _FLOAT32, _FLOAT64, _PROPOSAL = 4, 8, 2
 _LOSS_NUMBERS = 2**22  # logits whose losses are taken at once
 _PIECE = 2**22
 _COPIES_OF_HEAD = 15  # iterate, gradient, six pairs of both, and what is tried
+_COPIES_ON_THE_WAY = 4  # of these in memory where the others are on disk
 _CHUNK = 1_024  # tokens whose logits a fit of the head computes at once
 
 
@@ -26,6 +27,7 @@ class Memory:
         streamed: whether weights stay in their files.
         base: interpreter and packages, bytes.
         models: how many are in memory, each with its stations.
+        changes_on_disk: whether proposals and changes of weights stay in files too, as in an audit of a stream.
     """
 
     shape: Shape
@@ -35,6 +37,7 @@ class Memory:
     streamed: bool
     base: float
     models: int = 1
+    changes_on_disk: bool = False
 
     @property
     def block(self) -> float:
@@ -48,9 +51,15 @@ class Memory:
         return self.bytes_per_weight * (one if self.streamed else self.shape.parameters)
 
     @property
+    def kept(self) -> float:
+        """Which part of the changes of all blocks is in memory: all, or where they are on disk that of one block."""
+        return 1 / self.shape.depth if self.changes_on_disk else 1.0
+
+    @property
     def stations(self) -> float:
-        """``n d (L + 1) b``: what enters every block and leaves the last, for all tokens."""
-        return self.tokens * self.shape.width * (self.shape.depth + 1) * self.bytes_per_weight
+        """``n d (L + 1) b``: what enters every block and leaves the last, for all tokens; of a stream at one block."""
+        blocks = 1 if self.streamed else self.shape.depth
+        return self.tokens * self.shape.width * (blocks + 1) * self.bytes_per_weight
 
     @property
     def held(self) -> float:
@@ -132,34 +141,33 @@ class Memory:
     def sums(self, targets: int, two_sided: bool = True) -> float:
         """Sums of one block in float64, and the proposals made of them, whichever is more.
 
-        ``S`` of inputs, ``C`` of weights, ``F`` of outputs squared, per block. While fit's are added up their means are
-        made and those of the block before are still there: ``8 (4 S + (3 t + 1)(C + F))``. While proposals are made
-        there are ``8 (2 S + (t + 1)(C + F)) + 12 S + 16 C`` and one factorisation.
+        ``S`` of inputs, ``C`` of weights, ``F`` of outputs squared, per block, of fit and of select: ``8 (2 S + (t + 1)
+        (C + F))``; while they are added up the activations of a micro-batch beside them, while proposals are made ``12
+        S + 16 C`` and one factorisation.
         """
         S, C, F = self.numbers_in_sums
         F *= two_sided
         most = max(max(group.inputs, *group.outputs) for group in self.shape.groups)
-        added = _FLOAT64 * (4 * S + (3 * targets + 1) * (C + F)) + self.activations(self.tokens)
-        made = _FLOAT64 * (2 * S + (targets + 1) * (C + F)) + _FLOAT32 * (3 * S + 4 * C + 3 * most**2)
-        return max(added, made)
+        both = _FLOAT64 * (2 * S + (targets + 1) * (C + F))
+        return both + max(self.activations(self.tokens), _FLOAT32 * (3 * S + 4 * C + 3 * most**2))
 
     def proposals(self, directions: int = 2) -> float:
         """Proposals of all blocks, in half precision: ``2 W`` per direction."""
-        return _PROPOSAL * directions * self.shape.linear_weights
+        return _PROPOSAL * directions * self.shape.linear_weights * self.kept
 
     def changes(self, sets: float = 1.0) -> float:
         """Changes of all blocks, in float32: ``4 W`` each."""
-        return _FLOAT32 * sets * self.shape.linear_weights
+        return _FLOAT32 * sets * self.shape.linear_weights * self.kept
 
     def splice(self) -> float:
-        """Changes in place: their copies ``4 W``, and in float32 their sums with the weights, ``4 W`` more."""
-        return self.changes(1.0 if self.hooked else 2.0)
+        """Changes in place: in float32 their sums with the weights, ``4 W``; else they are added as they are."""
+        return self.changes(0.0 if self.hooked else 1.0)
 
     @property
     def one_change(self) -> float:
-        """A change of one matrix in place: itself, its copy, its sum with the weight."""
+        """A change of one matrix in place: itself, and its sum with the weight."""
         group, outputs = largest(self.shape)
-        return 3 * _FLOAT32 * group.inputs * outputs
+        return 2 * _FLOAT32 * group.inputs * outputs
 
     def changes_of_kind(self) -> float:
         """Kinds of change: both models' largest matrix in float32, and a spectrum in float64 beside them."""
@@ -167,7 +175,32 @@ class Memory:
         numbers = max(ends, group.inputs * outputs)
         return 3 * _FLOAT32 * numbers + 3 * _FLOAT64 * numbers
 
+    @property
+    def blank_head(self) -> float:
+        """What a fit of the head may take at most, where there is one from nothing: 15 copies of it."""
+        return _FLOAT32 * _COPIES_OF_HEAD * self.shape.head_weights
+
+    def curvatures(self) -> float:
+        """What the loss minds in the outputs of every layer, in float32: ``4 sum o^2``."""
+        return _FLOAT32 * sum(group.count * o * o for group in self.shape.groups for o in group.outputs)
+
+    def own_stations(self, tokens: float) -> float:
+        """One station of a second model that is walked beside its parent."""
+        return tokens * self.shape.width * self.bytes_per_weight
+
+    def layer_codes(self) -> float:
+        """Codes of one layer ``[o, d]`` on their way down, in float32: about ``4 (16 o d + 8 d^2 + 4 o^2)``.
+
+        Two descents of a target, weights, gradient and codes each, candidates, and sums of three parts.
+        """
+        return max(
+            _FLOAT32 * (16 * o * group.inputs + 8 * group.inputs**2 + 4 * o * o)
+            for group in self.shape.groups
+            for o in group.outputs
+        )
+
     def head(self, seen: float) -> float:
         """A fit of the head: 15 copies of it, four times the logits of 1,024 tokens, and the inputs of ``seen``."""
-        shape, chunk = self.shape, min(_CHUNK, seen)
-        return _FLOAT32 * (_COPIES_OF_HEAD * shape.head_weights + 4 * chunk * shape.vocabulary + seen * shape.width)
+        shape, chunk = self.shape, min(_CHUNK, self.micro_batch, seen)
+        copies = _COPIES_ON_THE_WAY if self.changes_on_disk else _COPIES_OF_HEAD
+        return _FLOAT32 * (copies * shape.head_weights + 4 * chunk * shape.vocabulary + seen * shape.width)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import get_args
 
 from peelwise.records.plan import PlanRecord, Shape, StagePlan, Task, TaskPlan, Way
-from peelwise.tasks.plan import stages
+from peelwise.tasks.plan import low_bit, stages, studies
 from peelwise.tasks.plan.memory import Memory
 from peelwise.tasks.plan.settings import PlanSettings
 from peelwise.tasks.plan.stages import Loops, Probe, Stage
@@ -30,7 +31,7 @@ def run_plan(
         loops: how often what depends on the model is done; as a rule without it.
     """
     found = []
-    tasks: tuple[Task, ...] = ("check-weights", "check", "audit", "compare")
+    tasks: tuple[Task, ...] = get_args(Task)
     for task in tasks if settings.processes == 1 else ("audit",):  # the one command that several processes share
         tokens, length = texts.get(task, (0, 1))
         tokens = settings.tokens or tokens if tokens else 0
@@ -82,14 +83,25 @@ def planned(
         bytes_of(shape, way),
         way == "stream",
         base_bytes,
-        models=2 if task == "compare" else 1,
+        models=2 if task in _TWO_MODELS else 1,
+        changes_on_disk=way == "stream" and task == "audit",
     )
     if task == "check-weights":
         return memory, stages.check_weights(shape, memory)
     probe = probe or Probe.of(tokens / processes, length, micro)
     if task == "audit":
         return memory, stages.audit(shape, probe, memory, loops, processes)
-    return memory, (stages.check if task == "check" else stages.compare)(shape, probe, memory, loops)
+    return memory, _STAGES[task](shape, probe, memory, loops)
+
+
+_STAGES: Mapping[Task, Callable[[Shape, Probe, Memory, Loops], list[Stage]]] = {
+    "check": stages.check,
+    "compare": stages.compare,
+    "quantise": low_bit.quantise,
+    "quantcheck": low_bit.quantcheck,
+    "anatomy": studies.anatomy,
+}
+_TWO_MODELS: tuple[Task, ...] = ("compare", "quantcheck")
 
 
 def bytes_of(shape: Shape, way: Way) -> int:

@@ -1,4 +1,4 @@
-"""Checks, audits and the others, stage by stage: what each computes, reads and keeps in memory."""
+"""Checks, audits and comparisons, stage by stage: what each computes, reads and keeps in memory."""
 
 from __future__ import annotations
 
@@ -46,6 +46,9 @@ class Loops:
         evaluations: of the select loss in a round, both directions together.
         compared_blocks: blocks whose layers a comparison exchanges one by one.
         head_steps, blank_steps: of the head's fit, and of that of a head without blocks.
+        sweeps: of coordinate descent on a layer's codes, from its two beginnings together.
+        bends: ways and strengths that a block is bent by until it costs too much.
+        trained_steps: of a damaged block.
     """
 
     named: int = 0
@@ -55,6 +58,9 @@ class Loops:
     compared_blocks: int = 3
     head_steps: int = 30
     blank_steps: int = 30
+    sweeps: float = 6.0
+    bends: float = 20.0
+    trained_steps: float = 40.0
 
 
 @dataclass(frozen=True)
@@ -68,13 +74,13 @@ class Stage:
 
 def check_weights(shape: Shape, memory: Memory) -> list[Stage]:
     """Return the stages of a check without text: every weight is read three times, and spectra are computed."""
-    return [_identity(memory), Stage("weight-signals", work.spectra(shape), memory.spectrum())]
+    return [identity(memory), Stage("weight-signals", work.spectra(shape), memory.spectrum())]
 
 
 def check(shape: Shape, probe: Probe, memory: Memory, loops: Loops) -> list[Stage]:
     """Return the stages of a check with text."""
     seen = Part(probe.fit.tokens + probe.select.tokens, probe.fit.length, probe.fit.micro_batch_tokens)
-    found = [*_opening(shape, probe, memory), *_look(shape, probe, seen, memory)]
+    found = [*opening(shape, probe, memory), *look(shape, probe, seen, memory)]
     if any(group.expert for group in shape.groups):  # each block once more, to see which experts are given what
         again = work.forward(shape, seen, heads=0.0).operations
         found.append(Stage("experts", Work(again, blocks=1.0), 0.0))
@@ -92,8 +98,8 @@ def audit(shape: Shape, probe: Probe, memory: Memory, loops: Loops, processes: i
         processes: among which solves and signals of weights are dealt out.
     """
     fit, select, report = probe.parts
-    L, half = shape.depth, _half(shape)
-    found = [*_opening(shape, probe, memory), *_look(shape, probe, select, memory, processes)]
+    L, half = shape.depth, half_of(shape)
+    found = [*opening(shape, probe, memory), *look(shape, probe, select, memory, processes)]
     both = memory.proposals(4)  # two directions, and two for shuffled targets
     swept = _swept(shape, fit, select, targets=2)
     found.append(Stage("statistics", swept, both + memory.sums(2)))
@@ -116,11 +122,11 @@ def audit(shape: Shape, probe: Probe, memory: Memory, loops: Loops, processes: i
     found.append(_untrained(shape, probe, memory, loops, processes))
     kept = memory.proposals() + composed
     fits = work.head_fit(shape, fit, select, report, loops.head_steps)
-    if memory.head(0) <= _MOST_BYTES:  # else a head without blocks is left out
+    if memory.blank_head <= _MOST_BYTES:  # else a head without blocks is left out
         fits += work.head_fit(shape, fit, select, report, loops.blank_steps, blank=True)
     found.append(Stage("head", fits, kept + memory.head(memory.tokens)))
     first = (work.forward(shape, select, half, 1.0) * loops.evaluations + work.forward(shape, report, half, 1.0)) * L
-    again = _alone_again(shape, probe, loops, processes) * max(loops.solo_rounds - 1, 0)
+    again = alone_again(shape, probe, loops, processes) * max(loops.solo_rounds - 1, 0)
     alone = memory.changes() + memory.proposals(2) / L + memory.splice() / L + memory.logits(report.tokens)
     more = memory.sums(1) if loops.solo_rounds > 1 else 0.0
     found.append(Stage("solo-rounds", first + again, kept + max(alone, memory.changes() + more)))
@@ -133,7 +139,7 @@ def compare(shape: Shape, probe: Probe, memory: Memory, loops: Loops) -> list[St
     Both models are in memory. What a change is looked for among kinds, up to the last, which takes four spectra of a
     matrix and two comparisons of all its rows and columns.
     """
-    report, L, half = probe.report, shape.depth, _half(shape)
+    report, L, half = probe.report, shape.depth, half_of(shape)
     one = Part(report.length, report.length, report.micro_batch_tokens)
     whole = work.forward(shape, report)
     from_each = work.forward(shape, report, half) * L
@@ -149,7 +155,7 @@ def compare(shape: Shape, probe: Probe, memory: Memory, loops: Loops) -> list[St
     outputs = work.forward(shape, report, heads=0.0) * 2 + work.forward(shape, report, share=0.0) * 6
     logits = memory.logits(report.tokens)
     return [
-        _identity(memory, models=2),
+        identity(memory, models=2),
         Stage("changes", work.changes(shape), memory.changes_of_kind()),
         Stage("losses", traced, logits),
         Stage("outputs", outputs, 2 * logits),
@@ -161,33 +167,38 @@ def compare(shape: Shape, probe: Probe, memory: Memory, loops: Loops) -> list[St
     ]
 
 
-def _identity(memory: Memory, models: int = 1) -> Stage:
-    # Opened, looked at for NaN, and hashed.
+def identity(memory: Memory, models: int = 1) -> Stage:
+    """Return what every task begins with: it is opened, looked at for NaN, and hashed."""
     return Stage("identity", Work(whole=2.0 * models), memory.opening)
 
 
-def _opening(shape: Shape, probe: Probe, memory: Memory) -> list[Stage]:
+def opening(shape: Shape, probe: Probe, memory: Memory) -> list[Stage]:
     """Return what is checked of a model first, on one sequence, and a pass over all tokens."""
-    one = Part(probe.fit.length, probe.fit.length, probe.fit.micro_batch_tokens)
-    ahead, back = work.forward(shape, one), work.block_gradients(shape, one)
-    inside = work.forward(shape, one, heads=0.0)
-    # Traced twice and replayed, three passes with other tokens, once and once in gradients, the whole and block by
-    # block back, and three times for a change in hooks and in weights.
-    checks = ahead * 6 + inside * 5 + (back + work.head_gradients(shape, one)) * 2
     losses = sum((work.forward(shape, part) for part in probe.parts), Work())
     largest = memory.activations(probe.fit.length) * shape.depth
     return [
-        _identity(memory),
-        Stage("self-checks", checks, largest),
+        identity(memory),
+        Stage("self-checks", self_checks(shape, probe), largest),
         Stage("losses", losses, memory.logits(memory.tokens)),
     ]
 
 
-def _look(shape: Shape, probe: Probe, seen: Part, memory: Memory, processes: int = 1) -> list[Stage]:
+def self_checks(shape: Shape, probe: Probe) -> Work:
+    """Return what is checked of a model first, on one sequence.
+
+    It is traced twice and replayed, runs three times with other tokens, once and once in gradients, goes back as a
+    whole and block by block, and runs three times for a change in hooks and in weights.
+    """
+    one = Part(probe.fit.length, probe.fit.length, probe.fit.micro_batch_tokens)
+    back = work.block_gradients(shape, one) + work.head_gradients(shape, one)
+    return work.forward(shape, one) * 6 + work.forward(shape, one, heads=0.0) * 5 + back * 2
+
+
+def look(shape: Shape, probe: Probe, seen: Part, memory: Memory, processes: int = 1) -> list[Stage]:
     """Return signals of weights and of a pass, and a few factors on the blocks that stand out."""
     few = probe.select.first(_SCREEN_TOKENS)
     tried = min(_SCREENED, shape.depth) * _BRANCHES * _FACTORS if shape.depth >= LEAST_BLOCKS else 0
-    screening = work.forward(shape, few, _half(shape)) * tried
+    screening = work.forward(shape, few, half_of(shape)) * tried
     return [
         Stage("weight-signals", work.spectra(shape) * (1 / processes), memory.spectrum()),
         Stage("pass-signals", work.pass_signals(shape, seen), memory.pass_signals(seen.tokens)),
@@ -198,7 +209,7 @@ def _look(shape: Shape, probe: Probe, seen: Part, memory: Memory, processes: int
 def _witnesses(shape: Shape, probe: Probe, memory: Memory, loops: Loops) -> list[Stage]:
     if not loops.named:
         return []
-    half = _half(shape)
+    half = half_of(shape)
     ablation = work.forward(shape, probe.report, half) * loops.named
     searches = work.forward(shape, probe.select, half) * _SEARCHED + work.forward(shape, probe.report, half)
     return [
@@ -244,7 +255,7 @@ def _untrained(shape: Shape, probe: Probe, memory: Memory, loops: Loops, process
     own += _swept(shape, fit, select, 1, two_sided=False)
     own += work.proposals(shape, 1, two_sided=False) * (1 / processes)
     own += _step(shape, select, report, max(loops.evaluations // 2, 1), memory.hooked)
-    fresh = memory.bytes_per_weight * shape.parameters + memory.stations
+    fresh = memory.weights + memory.stations
     held = memory.proposals(3) + memory.changes(2) + memory.splice() + memory.logits(report.tokens)
     return Stage("untrained-control", own, fresh + held)
 
@@ -255,10 +266,10 @@ def _step(shape: Shape, select: Part, report: Part, evaluations: int, hooked: bo
     return tried + work.forward(shape, report, hooked=hooked)
 
 
-def _alone_again(shape: Shape, probe: Probe, loops: Loops, processes: int) -> Work:
+def alone_again(shape: Shape, probe: Probe, loops: Loops, processes: int) -> Work:
     """Return a further round of every block by itself: gradients go down to it, and its sums are made again."""
     fit, select, report = probe.parts
-    L, half = shape.depth, _half(shape)
+    L, half = shape.depth, half_of(shape)
     through = work.forward(shape, fit, half) + work.forward(shape, select, half)
     down = (work.block_gradients(shape, fit) + work.block_gradients(shape, select)) * half
     tails = work.head_gradients(shape, fit) + work.head_gradients(shape, select)
@@ -267,6 +278,6 @@ def _alone_again(shape: Shape, probe: Probe, loops: Loops, processes: int) -> Wo
     return (through + down + tails + tried) * L + own
 
 
-def _half(shape: Shape) -> float:
+def half_of(shape: Shape) -> float:
     """Return the share of the blocks that lie from one of them on, on average: ``(L + 1) / 2 L``."""
     return (shape.depth + 1) / (2 * shape.depth)
