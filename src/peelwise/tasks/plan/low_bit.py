@@ -40,15 +40,15 @@ def quantcheck(shape: Shape, probe: Probe, memory: Memory, loops: Loops) -> list
     sums = work.Work(sum(g.count * work.gram(p.tokens * g.routed, g.inputs) for g in shape.groups for p in probe.parts))
     both = Part(fit.tokens + select.tokens, fit.length, fit.micro_batch_tokens)
     walk = codes.walked(shape, both, hooked=memory.hooked) + work.forward(shape, fit)
-    if weighed:
-        walk += _curvature(shape, fit, memory).work
     solved = codes.in_order(shape, 1, loops.sweeps, weighed=weighed, shown=False)
     tried = work.forward(shape, select, hooked=memory.hooked) * 2 + work.forward(shape, report, hooked=memory.hooked)
     own = memory.changes(2) + weighed * memory.curvatures()
+    alone = memory.changes() + weighed * memory.curvatures() + _alone(memory)
     return [
         identity(memory, models=2),
         Stage("losses", losses, memory.logits(memory.tokens)),
-        Stage("best-weights", inputs + sums + codes.alone(shape, loops.sweeps), memory.changes() + _alone(memory)),
+        *([_curvature(shape, fit, memory)] if weighed else []),
+        Stage("best-weights", inputs + sums + codes.alone(shape, loops.sweeps), alone),
         Stage("codes", walk + solved, own + memory.splice() / shape.depth + memory.layer_codes()),
         Stage("best-weights-losses", tried, memory.changes(2) + memory.splice() + memory.logits(report.tokens)),
     ]
