@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from peelwise.formats.uneven import table_of
+
 Tensors = dict[str, Tensor]
 Made = tuple[Tensors, Tensor]  # tensors behind a layer's name, and the weight they stand for
 
@@ -105,6 +107,28 @@ def float_quantized(W: Tensor, name: str = "weight_scale", block: int = 0, whole
     return {"weight": weight.reshape(d_out, d_in), name: scales.reshape(()) if whole else scales}, expected
 
 
+def four_bits(W: Tensor, block: int = 32) -> Made:
+    """Return bitsandbytes' nf4: two codes to a byte, the first in the high half, over the flattened matrix."""
+    table = torch.tensor(table_of("nf4").values)
+    scales = W.reshape(-1, block).abs().amax(1)
+    codes = (W.reshape(-1, block) / scales[:, None])[..., None].sub(table).abs().argmin(-1)
+    halves = codes.flatten().reshape(-1, 2)
+    state = json.dumps({"shape": list(W.shape), "blocksize": block, "dtype": "float32", "quant_type": "nf4"}).encode()
+    return {
+        "weight": (16 * halves[:, 0] + halves[:, 1]).to(torch.uint8)[:, None],
+        "weight.absmax": scales,
+        "weight.quant_map": table,
+        "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(state), dtype=torch.uint8),
+    }, (table[codes] * scales[:, None]).reshape(W.shape)
+
+
+def eight_bits(W: Tensor) -> Made:
+    """Return bitsandbytes' eight bits: integers, and the largest absolute weight of every output."""
+    largest = W.abs().amax(1)
+    codes = (127 * W / largest[:, None]).round().to(torch.int8)
+    return {"weight": codes, "SCB": largest}, codes.float() * (largest / 127)[:, None]
+
+
 PLAIN = ("embed_tokens", "lm_head", "norm")
 
 # Case -> how a layer is written, and what config.json says.
@@ -142,6 +166,11 @@ CASES: Mapping[str, tuple[Callable[[Tensor], Made], dict[str, Any]]] = {
     ),
     "int-quantized": (int_quantized, {"quant_method": "compressed-tensors", "format": "int-quantized"}),
     "float-quantized": (float_quantized, {"quant_method": "compressed-tensors", "format": "float-quantized"}),
+    "bitsandbytes-nf4": (
+        four_bits,
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    ),
+    "bitsandbytes-int8": (eight_bits, {"quant_method": "bitsandbytes", "load_in_8bit": True}),
     "fp8-blocks": (
         lambda W: float_quantized(W, "weight_scale_inv", block=32),
         {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"},

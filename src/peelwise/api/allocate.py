@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from peelwise.api.inputs import open_both
 from peelwise.api.report import REPORT_FILE, Result, frame
 from peelwise.engine.clock import Watcher
+from peelwise.engine.kept import beside
 from peelwise.errors import OutputError
+from peelwise.model.fingerprint import identify
 from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
@@ -18,6 +20,7 @@ from peelwise.records.allocation import AllocationRecord
 from peelwise.records.folder import check_free, write_text_file, written_whole
 from peelwise.show.allocate.exports import exports
 from peelwise.show.allocate.report import render_html, render_picture
+from peelwise.tasks.allocate.kept import Kept
 from peelwise.tasks.allocate.run import run_allocate
 from peelwise.tasks.allocate.settings import AllocateSettings
 
@@ -81,6 +84,7 @@ def allocate(
     *,
     opening: OpenOptions | None = None,
     out: str | Path | None = None,
+    resume: bool = True,
     force: bool = False,
     progress: Watcher | None = None,
 ) -> AllocationReport:
@@ -92,6 +96,8 @@ def allocate(
         settings: budget and formats.
         opening: how a folder or file is opened.
         out: folder to save the plan in; refused before the work if it is taken.
+        resume: go on where an interrupted run with the same model, text and formats ended; needs ``out``, beside which
+            finished blocks are kept until the end.
         force: replace an earlier result there.
         progress: called with a `Progress` at every step.
 
@@ -108,12 +114,17 @@ def allocate(
     if out is not None:
         check_free(Path(out), force=force, ours=RECORD_FILE)
     target, drawn = open_both(model, probe, opening)
-    found = run_allocate(
-        target.model, target.name, target.source, drawn, settings or AllocateSettings(), watcher=progress
-    )
+    settings, kept = settings or AllocateSettings(), None
+    if out is not None and resume:
+        formats = [form.name for form in settings.parsed_formats()]  # all that what is kept of a block depends on
+        key = {"model": identify(target.model).fingerprint, "probe": drawn.fingerprint, "formats": formats}
+        kept = Kept(beside(out), key)
+    found = run_allocate(target.model, target.name, target.source, drawn, settings, progress, kept)
     report = AllocationReport(found)
     if out is not None:
         report.save(out, force=force)
+        if kept is not None:
+            kept.done()
     return report
 
 

@@ -10,8 +10,11 @@ from peelwise.api.inputs import Target, open_both, open_target, with_budget
 from peelwise.api.report import REPORT_FILE, Result, frame
 from peelwise.engine.clock import Watcher
 from peelwise.engine.fitting import common_groups
+from peelwise.engine.kept import beside
 from peelwise.engine.opening import checked_blocks
 from peelwise.errors import OutputError
+from peelwise.model.adapters import adapter_base, is_adapted, merged_and_bare, with_adapter
+from peelwise.model.fingerprint import identify
 from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
@@ -22,6 +25,7 @@ from peelwise.show.allocate.exports import exports
 from peelwise.show.quantcheck.report import render_html, render_picture
 from peelwise.tasks.allocate.run import run_allocate
 from peelwise.tasks.allocate.settings import AllocateSettings
+from peelwise.tasks.quantcheck.kept import Kept
 from peelwise.tasks.quantcheck.layers import Candidate
 from peelwise.tasks.quantcheck.run import run_quantcheck
 from peelwise.tasks.quantcheck.settings import QuantcheckSettings
@@ -94,6 +98,7 @@ def quantcheck(
     budget: float | str | None = None,
     opening: OpenOptions | None = None,
     out: str | Path | None = None,
+    resume: bool = True,
     force: bool = False,
     progress: Watcher | None = None,
 ) -> QuantcheckReport:
@@ -101,7 +106,8 @@ def quantcheck(
 
     Args:
         quantised: a module (left exactly as it was), a folder or a GGUF file.
-        parent: the model that it was made from, likewise.
+        parent: the model that it was made from, likewise; of a model of PEFT, or the folder of an adapter, the model
+            with adapters merged, and ``base`` is the one without them.
         probe: the probe, or the text to draw it from with the quantised model's tokenizer; default: the reference
             prose.
         settings: format, effort, budget, and within how many bits a plan is wanted.
@@ -111,6 +117,8 @@ def quantcheck(
         opening: how folders and files are opened.
         out: folder to save record, page and picture in, or a file whose name ends in ``.json`` for the record alone;
             refused before the work if it exists.
+        resume: go on where an interrupted run with the same models, text and settings ended, or where its budget did;
+            needs ``out``, beside which finished blocks are kept until all are.
         force: replace an earlier result there.
         progress: called with a `Progress` at every step.
 
@@ -129,15 +137,47 @@ def quantcheck(
     if out is not None:
         _check_out(out, force=force)
     target, drawn = open_both(quantised, probe, opening)
-    pair = _candidate(target), _candidate(open_target(parent, opening))
-    first = None if base is None else _candidate(open_target(base, opening))
-    record = run_quantcheck(*pair, drawn, settings, progress, first)
+    above, first = _above(parent, base, opening)
+    kept = None if out is None or not resume else Kept(beside(out), _key(target, above, first, drawn, settings))
+    record = run_quantcheck(_candidate(target), above, drawn, settings, progress, first, kept)
     if settings.allocate is not None:
-        record = record.model_copy(update={"allocation": _planned(pair[1], drawn, settings, progress)})
+        record = record.model_copy(update={"allocation": _planned(above, drawn, settings, progress)})
     report = QuantcheckReport(record)
     if out is not None:
         report.save(out, force=force)
+        if kept is not None and record.complete:
+            kept.done()
     return report
+
+
+def _key(
+    quantised: Target, parent: Candidate, base: Candidate | None, probe: Probe, settings: QuantcheckSettings
+) -> dict[str, object]:
+    """Return what the findings of a block depend on: neither the budget, nor a plan."""
+    plain = {key: value for key, value in settings.plain().items() if key not in ("budget_seconds", "allocate")}
+    models = (quantised.model, parent.model, *(() if base is None else (base.model,)))
+    return {
+        "models": [identify(model).fingerprint for model in models],
+        "probe": probe.fingerprint,
+        "settings": plain | {"dampings": list(settings.dampings)},
+    }
+
+
+def _above(
+    parent: nn.Module | str | Path, base: nn.Module | str | Path | None, opening: OpenOptions | None
+) -> tuple[Candidate, Candidate | None]:
+    """Return the parent and the model before its fine-tune; of a parent with adapters both are made from it."""
+    below = adapter_base(Path(parent)) if isinstance(parent, str | Path) else None
+    if below is not None:
+        found = open_target(below, opening)
+        target = Target(with_adapter(found.model, Path(str(parent))), Path(str(parent)).name, str(parent))
+    else:
+        target = open_target(parent, opening)
+    if not is_adapted(target.model):
+        return _candidate(target), None if base is None else _candidate(open_target(base, opening))
+    merged, bare = merged_and_bare(target.model)
+    first = Candidate(bare, below or "its base") if base is None else _candidate(open_target(base, opening))
+    return Candidate(merged, target.name, target.source), first
 
 
 def _candidate(target: Target) -> Candidate:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from peelwise.api.inputs import open_model_and_probe
 from peelwise.api.report import REPORT_FILE, Result, frame
 from peelwise.engine.clock import Watcher
+from peelwise.engine.kept import beside
 from peelwise.errors import OptionError, OutputError
 from peelwise.formats.base import Encoded, Format
 from peelwise.model.checkpoints import gguf_file, save_model
@@ -166,8 +167,7 @@ def quantise(
             "probe": drawn.fingerprint,
             "settings": settings.plain() | {"plan": dict(settings.plan)},
         }
-        folder = Path(out).absolute()
-        kept = Kept(folder.with_name(f".{folder.name}.unfinished"), key)
+        kept = Kept(beside(out), key)
     found = run_quantise(target.model, target.name, target.source, drawn, settings, progress, kept)
     report = QuantiseReport(found.record, found.codes, target.model, tokenizer)
     if out is not None:

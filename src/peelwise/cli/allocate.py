@@ -64,6 +64,9 @@ def allocate(
     out: Annotated[
         Path | None, output("--out", metavar="DIR", help="Folder for the plan, also in the syntax of other tools.")
     ] = None,
+    resume: Annotated[
+        bool, output("--resume/--no-resume", help="Go on where an interrupted run with the same --out ended.")
+    ] = True,
     force: ForceOption = False,
     every_layer: Annotated[bool, output("--all", help="List every layer, not only those that cost most.")] = False,
     as_json: JsonOption = False,
@@ -81,7 +84,9 @@ def allocate(
     settings = AllocateSettings(bits, tuple(formats), points, micro_batch_tokens)
     opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer, stream)
     with at_work(f"Opening {model} ...") as watcher:
-        report = api.allocate(model, probe, settings, opening=opening, out=out, force=force, progress=watcher)
+        report = api.allocate(
+            model, probe, settings, opening=opening, out=out, resume=resume, force=force, progress=watcher
+        )
     if as_json:
         typer.echo(report.to_json())
     else:

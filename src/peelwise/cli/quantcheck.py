@@ -44,7 +44,10 @@ def quantcheck(
     against: Annotated[
         str,
         typer.Option(
-            "--against", metavar="PARENT", help="The model that it was made from.", rich_help_panel="Measurement"
+            "--against",
+            metavar="PARENT",
+            help="The model that it was made from, or the folder of a PEFT adapter.",
+            rich_help_panel="Measurement",
         ),
     ],
     base: Annotated[
@@ -81,6 +84,9 @@ def quantcheck(
         Path | None,
         output("--out", metavar="DIR", help="Folder for record, page and picture, or FILE.json for the record alone."),
     ] = None,
+    resume: Annotated[
+        bool, output("--resume/--no-resume", help="Go on where an interrupted run with the same --out ended.")
+    ] = True,
     force: ForceOption = False,
     every_layer: Annotated[
         bool, output("--all", help="List every layer, not only those with most to recover.")
@@ -100,7 +106,16 @@ def quantcheck(
     opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer, stream)
     with at_work(f"Opening {quantised} and {against} ...") as watcher:
         report = api.quantcheck(
-            quantised, against, probe, settings, base=base, opening=opening, out=out, force=force, progress=watcher
+            quantised,
+            against,
+            probe,
+            settings,
+            base=base,
+            opening=opening,
+            out=out,
+            resume=resume,
+            force=force,
+            progress=watcher,
         )
     if as_json:
         typer.echo(report.to_json())

@@ -12,15 +12,19 @@ from peelwise.errors import UnsupportedModelError
 
 
 def unwrap_ddp(model: nn.Module) -> nn.Module:
-    """Return the model without the wrapper that keeps replicas in step (DDP).
+    """Return the model without the wrapper that keeps replicas in step (DDP, DeepSpeed's engine).
 
     Raises:
         UnsupportedModelError: If its parameters are spread over processes in another way than by ``fully_shard``.
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
+    if isinstance(model, nn.parallel.DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
+        model = model.get_submodule("module")
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise UnsupportedModelError("Not yet: models in FullyShardedDataParallel (FSDP1). Use fully_shard (FSDP2).")
+    if any(hasattr(p, "ds_id") and p.numel() == 0 for p in model.parameters()):
+        raise UnsupportedModelError(
+            "Not yet: parameters that DeepSpeed spreads over processes (ZeRO-3). Stages 1 and 2 leave them whole."
+        )
     gathered = {id(p) for module in model.modules() if _gathers(module) for p in module.parameters()}
     for name, parameter in model.named_parameters():
         if not is_sharded(parameter):

@@ -14,6 +14,11 @@ from peelwise.model.trace import Trace
 MOST_BYTES = 2 * 2**30
 
 
+def fits(wanted: Collection[LinearLayer], most_bytes: int = MOST_BYTES) -> bool:
+    """Whether the curvatures of all layers together are no larger than allowed."""
+    return sum(4 * linear.weight().shape[0] ** 2 for linear in wanted) <= most_bytes
+
+
 def output_curvatures(
     runner: Runner,
     trace: Trace,
@@ -34,7 +39,7 @@ def output_curvatures(
         most_bytes: ``None`` is returned where all matrices together would be larger.
         after_block: called with the number of blocks done.
     """
-    if sum(4 * linear.weight().shape[0] ** 2 for linear in wanted) > most_bytes:
+    if not fits(wanted, most_bytes):
         return None
     above = [runner.tail_gradients(trace)]
     found: dict[LinearLayer, Tensor] = {}

@@ -35,6 +35,8 @@ FORMATS = {
     "pack-quantized-3-bits": "int3:group=32,affine,scale=bfloat16",
     "int-quantized": "int8:channel,symmetric,scale=float32",
     "float-quantized": "float8_e4m3:channel,scale=float32",
+    "bitsandbytes-nf4": "nf4:group=32,scale=float32",
+    "bitsandbytes-int8": "int8:channel,symmetric,scale=float32",
     "fp8-blocks": "float8_e4m3:block=32,scale=float32",
     "fp8-tensor": "float8_e4m3:tensor,scale=float32",
 }

@@ -11,8 +11,8 @@ from torch import nn
 
 import peelwise
 from audits import Snapshot, tiny_probe
-from peelwise.engine.clock import Clock
 from peelwise.engine.curvature import output_curvatures
+from peelwise.engine.in_order import Walk
 from peelwise.errors import FormatError
 from peelwise.formats.table import parse_format
 from peelwise.model.architectures import find_blocks
@@ -103,11 +103,11 @@ def _groups(model: nn.Module, part) -> list[Group]:
         trace = runner.trace(part)
         wanted = {m for block in runner.blocks for m in block.linears}
         curvatures = output_curvatures(runner, trace, wanted) or {}
-        return list(groups_of(runner, (trace, trace), [parse_format("int3:group=16")], curvatures, _clock(runner)))
-
-
-def _clock(runner: Runner) -> Clock:
-    return Clock(math.inf, runner.work)
+        walk, found = Walk(runner, runner, {m: m for m in wanted}, [trace, trace], [trace, trace]), []
+        for block in runner.blocks:
+            found += groups_of(walk, block, [parse_format("int3:group=16")], curvatures)
+            walk.leave(block)
+    return found
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
@@ -181,6 +181,7 @@ def test_without_curvature_predictions_are_brought_to_what_was_measured(monkeypa
     monkeypatch.setattr(run, "_MOST_FACTOR", math.inf)
     known = peelwise.allocate(model, tiny_probe(), settings).record
     monkeypatch.setattr(run, "output_curvatures", lambda *_args, **_more: None)
+    monkeypatch.setattr(run, "fits", lambda _linears: False)
     record = peelwise.allocate(model, tiny_probe(), settings).record
     assert [note.code for note in record.notes if note.code == "no-curvature"] == ["no-curvature"]
     for form in record.formats:  # each block's predictions now add up to what it was measured to cost

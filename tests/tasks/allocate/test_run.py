@@ -19,8 +19,10 @@ from peelwise.formats.table import parse_format
 from peelwise.records.allocation import AllocationRecord
 from peelwise.show.allocate import report as allocate_report
 from peelwise.show.allocate import words as allocate_words
+from peelwise.tasks.allocate import run
 from zoo import ZOO
 
+SMALL = ("int2:group=16", "int4:group=16")
 FORMATS = ("int2:group=32", "int3:group=32", "int4:group=32")
 
 
@@ -216,3 +218,54 @@ def test_formats_of_tables_and_super_blocks_are_named_as_llama_cpp_names_them(al
     lines = texts["llama-cpp.txt"].split(" \\\n")
     assert [line.rpartition("=")[2].strip() for line in lines[:3]] == ["q4_K", "iq4_nl", "q8_0"]
     assert [changed[i].name for i in range(3)] == json.loads(texts["transformers.json"])["modules_to_not_convert"][:3]
+
+
+class StopHereError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stage", ["codes", "block-formats"])
+def test_an_interrupted_plan_goes_on_where_it_ended(tmp_path, monkeypatch, stage):
+    model, probe, settings = ZOO["mixtral"](), tiny_probe(), peelwise.AllocateSettings(3.4, SMALL, points=0)
+    whole, made, measured = peelwise.allocate(model, probe, settings).record, [], []
+    groups_of, damage = run.groups_of, run._damage
+    monkeypatch.setattr(run, "groups_of", lambda *args: made.append(args[1].index) or groups_of(*args))
+    monkeypatch.setattr(run, "_damage", lambda *args: measured.append(args[3]) or damage(*args))
+
+    def stop(step):
+        if step.stage == stage and step.done == 2:
+            raise StopHereError
+
+    with pytest.raises(StopHereError):
+        peelwise.allocate(model, probe, settings, out=tmp_path / "plan", progress=stop)
+    assert not (tmp_path / "plan").exists()
+    before = made[:], measured[:]
+    again = peelwise.allocate(model, probe, settings, out=tmp_path / "plan").record
+    assert made == [0, 1, 2] == [*before[0], *made[len(before[0]) :]]  # no block twice
+    assert measured == [0] * 2 + [1] * 2 + [2] * 2
+    assert again.model_dump(exclude={"created", "cost"}) == whole.model_dump(exclude={"created", "cost"})
+    assert [each.name for each in tmp_path.iterdir()] == ["plan"]
+
+
+def test_what_is_kept_of_another_run_or_damaged_is_not_used(tmp_path):
+    model, probe, settings = ZOO["llama"](), tiny_probe(), peelwise.AllocateSettings(4.0, SMALL, points=0)
+    whole = peelwise.allocate(model, probe, settings).record
+
+    def stop(step):
+        if step.stage == "codes-losses":
+            raise StopHereError
+
+    with pytest.raises(StopHereError):
+        peelwise.allocate(model, probe, settings, out=tmp_path / "plan", progress=stop)
+    kept = tmp_path / ".plan.unfinished"
+    assert len(list(kept.iterdir())) == 6
+    (kept / "block-0001.safetensors").write_bytes(b"\x00" * 50)
+    (kept / "damage-0000.safetensors").write_bytes(b"")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(2)
+    other = peelwise.allocate(model, probe, settings, out=tmp_path / "other").record
+    with pytest.raises(StopHereError):
+        peelwise.allocate(model, probe, settings, out=tmp_path / "plan", progress=stop)
+    moved = peelwise.allocate(model, probe, settings, out=tmp_path / "plan").record
+    assert moved.plan == other.plan
+    assert moved.layers == other.layers != whole.layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -94,3 +95,52 @@ def test_another_models_base_is_refused() -> None:
     del other.model.layers[-1]
     with pytest.raises(ModelError, match="it is not its parent"):
         peelwise.quantcheck(quantised, tuned, tiny_probe(), QUICK, base=other)
+
+
+def _adapted(tmp_path):
+    """Return a fine-tune by adapters, that of a folder, and its quantised model with the adapters merged."""
+    peft = pytest.importorskip("peft")
+    plain = ZOO["llama"]()
+    plain.save_pretrained(tmp_path / "plain")
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    tuned = peft.get_peft_model(copy.deepcopy(plain), settings).eval()
+    tuned.save_pretrained(tmp_path / "adapter")
+    said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    said["base_model_name_or_path"] = str(tmp_path / "plain")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(said))
+    quantised = copy.deepcopy(tuned).merge_and_unload()
+    quantize_(quantised, "int4:group=16")
+    return plain, tuned, quantised
+
+
+def test_a_parent_with_adapters_is_merged_and_brings_its_base(tmp_path) -> None:
+    from audits import tiny_probe
+
+    plain, tuned, quantised = _adapted(tmp_path)
+    merged = copy.deepcopy(tuned).merge_and_unload()
+    by_hand = peelwise.quantcheck(quantised, merged, tiny_probe(), QUICK, base=plain).record
+    before = Snapshot.of(tuned)
+    in_memory = peelwise.quantcheck(quantised, tuned, tiny_probe(), QUICK).record
+    before.assert_unchanged(tuned)
+    of_folder = peelwise.quantcheck(quantised, tmp_path / "adapter", tiny_probe(), QUICK).record
+    assert by_hand.fine_tune.gained.mean != 0
+    assert all(layer.fine_tune > 0 for layer in by_hand.layers if "q_proj" in layer.name)
+    assert all(layer.fine_tune == pytest.approx(0, abs=1e-6) for layer in by_hand.layers if "k_proj" in layer.name)
+    for record in (in_memory, of_folder):
+        assert record.loss.parent == pytest.approx(by_hand.loss.parent, abs=1e-5)
+        assert record.fine_tune.loss == pytest.approx(by_hand.fine_tune.loss, abs=1e-5)
+        assert record.fine_tune.gained.mean == pytest.approx(by_hand.fine_tune.gained.mean, abs=1e-5)
+    assert of_folder.parent.name == "adapter"
+
+
+def test_an_adapter_whose_base_is_unknown_is_refused(tmp_path) -> None:
+    from audits import tiny_probe
+
+    _, _, quantised = _adapted(tmp_path)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    said = json.loads(file.read_text())
+    for base, words in ((None, "names no base model"), (str(tmp_path / "gone"), "not found")):
+        file.write_text(json.dumps(said | {"base_model_name_or_path": base}))
+        with pytest.raises(ModelError, match=words):
+            peelwise.quantcheck(quantised, tmp_path / "adapter", tiny_probe(), QUICK)

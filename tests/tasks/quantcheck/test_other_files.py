@@ -6,13 +6,19 @@ import io
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import peelwise
 from audits import tiny_probe
 from gguf_files import llama_of_whole_blocks, write_llama_gguf
 from packed_files import CASES, write_packed
+from peelwise.formats.table import parse_format
+from peelwise.model.architectures import find_blocks
+from peelwise.model.checkpoints import open_model
 from peelwise.model.weights.gguf import BLOCK_FORMATS
+from peelwise.model.weights.gguf_writer import write_gguf
 from peelwise.show.quantcheck.terminal import render
 from peelwise.tasks.quantcheck.settings import QuantcheckSettings
 
@@ -100,3 +106,53 @@ def test_blocks_of_a_gguf_file_that_are_not_read_have_an_error_too(
         assert layer.error == pytest.approx(known.error, rel=1e-5)
     (said,) = (note for note in record.notes if note.code == "read-as-numbers")
     assert said.values == {"method": "Q5_0", "layers": 14, "codes": 0}
+
+
+FOLDERS = ("pack-quantized", "int-quantized", "bitsandbytes-nf4", "bitsandbytes-int8", "fp8-blocks")
+SUPER_BLOCKS = tuple(f"q{bits}_k" for bits in range(2, 7))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return one model in every kind of file, wide enough for K-quants."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=97, num_key_value_heads=2, max_position_embeddings=64, **sizes)
+    model, folder = LlamaForCausalLM(config).eval(), tmp_path_factory.mktemp("files")
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(4.0)
+    write_llama_gguf(model, folder / "plain.gguf", "F32")
+    found = {"plain": folder / "plain.gguf"}
+    source = open_model(folder / "plain.gguf", device="cpu", with_tokenizer=False).model
+    linears = [linear for block in find_blocks(source) for linear in block.linears]
+    for kind in SUPER_BLOCKS:
+        form, found[kind] = parse_format(kind), folder / f"{kind}.gguf"
+        write_gguf(
+            folder / "plain.gguf", found[kind], source, {m.name: (form, form.encode(m.weight())) for m in linears}
+        )
+    for case in FOLDERS:
+        found[case] = folder / case
+        write_packed(source, found[case], *CASES[case])
+    return found
+
+
+KINDS = (*FOLDERS, *SUPER_BLOCKS)
+
+
+@pytest.mark.parametrize(("kind", "other"), [(kind, KINDS[n - 1]) for n, kind in enumerate(KINDS)])
+def test_any_file_beside_any_other(files: dict[str, Path], kind: str, other: str) -> None:
+    """Errors beside another quantised file are those of the two weights apart; beside the plain one, its own alone."""
+    probe = tiny_probe(in_distribution=True)
+    settings = QuantcheckSettings(budget=1e-6)
+    beside = peelwise.quantcheck(files[kind], files[other], probe, settings).record
+    alone = {each: peelwise.quantcheck(files[each], files["plain"], probe, settings).record for each in (kind, other)}
+    assert len(beside.layers) == 7
+    for layer, *own in zip(beside.layers, *(record.layers for record in alone.values()), strict=True):
+        assert layer.format == own[0].format
+        assert layer.error > 0
+        # Roundings of two tools are about independent: squared errors add up.
+        assert layer.error == pytest.approx(own[0].error + own[1].error, rel=0.5)
+    gap = alone[kind].loss.quantised - alone[other].loss.quantised
+    assert beside.loss.damage.mean == pytest.approx(gap, abs=1e-4)

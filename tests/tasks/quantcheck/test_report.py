@@ -18,6 +18,7 @@ from peelwise.nn import quantize_
 from peelwise.records.quantcheck import QuantcheckRecord
 from peelwise.show.quantcheck.report import render_html
 from peelwise.show.quantcheck.terminal import render
+from peelwise.tasks.quantcheck import in_order, run
 from peelwise.tasks.quantcheck.settings import QuantcheckSettings
 from zoo import ZOO
 
@@ -145,3 +146,45 @@ def test_experts_without_tokens_have_no_parts() -> None:
     assert "not measured within the budget" not in render_html(record)
     (said,) = (note for note in record.notes if note.code == "few-expert-tokens")
     assert said.values["without"] == 4
+
+
+class StopHereError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stage", ["best-weights", "codes"])
+def test_an_interrupted_comparison_goes_on_where_it_ended(tmp_path: Path, monkeypatch, stage: str) -> None:
+    parent = ZOO["llama"]()
+    quantised = copy.deepcopy(parent)
+    quantize_(quantised, "int3:group=16")
+    whole = peelwise.quantcheck(quantised, parent, tiny_probe(), QUICK).record
+    alone, ordered = [], []
+    first, second = run._block_alone, in_order._solved
+    monkeypatch.setattr(run, "_block_alone", lambda *args: alone.append(args[2].index) or first(*args))
+    monkeypatch.setattr(in_order, "_solved", lambda *args: ordered.append(args[1].index) or second(*args))
+
+    def stop(step) -> None:
+        if step.stage == stage and step.done == 2:
+            raise StopHereError
+
+    with pytest.raises(StopHereError):
+        peelwise.quantcheck(quantised, parent, tiny_probe(), QUICK, out=tmp_path / "check.json", progress=stop)
+    assert not (tmp_path / "check.json").exists()
+    again = peelwise.quantcheck(quantised, parent, tiny_probe(), QUICK, out=tmp_path / "check.json").record
+    assert alone == ordered == [0, 1, 2]  # no block twice
+    assert again.loss == whole.loss
+    assert again.layers == whole.layers
+    assert [each.name for each in tmp_path.iterdir()] == ["check.json"]
+
+
+def test_a_larger_budget_measures_the_rest(tmp_path: Path) -> None:
+    parent = ZOO["llama"]()
+    quantised = copy.deepcopy(parent)
+    quantize_(quantised, "int3:group=16")
+    short = QuantcheckSettings(budget=1e-6, max_sweeps=1)
+    out = tmp_path / "check"
+    assert not peelwise.quantcheck(quantised, parent, tiny_probe(), short, out=out).record.complete
+    record = peelwise.quantcheck(quantised, parent, tiny_probe(), QUICK, out=out, force=True).record
+    assert record.complete
+    assert all(layer.split is not None for layer in record.layers)
+    assert [each.name for each in tmp_path.iterdir()] == ["check"]

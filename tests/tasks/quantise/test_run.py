@@ -18,6 +18,7 @@ from peelwise.model.checkpoints import open_model
 from peelwise.model.weights.table import held
 from peelwise.nn import dense_
 from peelwise.records.quantise import QuantiseRecord
+from peelwise.show.html.prices import within
 from peelwise.show.quantise.report import render_html
 from peelwise.show.quantise.words import conclusion
 from peelwise.tasks.quantise.kept import Kept
@@ -67,7 +68,9 @@ def test_the_model_returned_is_the_one_that_was_measured(small_gpt, training_pro
     assert page == render_html(report.record)
     assert drawn in page
     assert drawn.count("<g><title>block ") == len(report.record.layers)
-    assert all(layer.name in page for layer in report.record.layers)
+    for layer in report.record.layers:
+        row = f'<th scope="row">{within(layer.name, layer.block)}</th><td>{layer.block}</td>'
+        assert page.count(row) == 1
     assert html.escape(conclusion(report.record)) in page
     assert not (tmp_path / ".int3.unfinished").exists()
     assert conclusion(report.record) in " ".join(str(report).split())
@@ -152,7 +155,7 @@ def test_experts_that_get_no_token_are_rounded():
     for layer in unseen:
         form, encoded = found.codes[layer.name]
         assert torch.equal(encoded.codes, form.encode(by_name[layer.name].weight()).codes)
-        assert layer.name in render_html(found.record)
+        assert f">{within(layer.name, layer.block)}<" in render_html(found.record)
     assert all(layer.flipped > 0 for layer in found.record.layers if layer.steps)
 
 

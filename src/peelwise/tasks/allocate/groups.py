@@ -6,19 +6,16 @@ matrices are parts of one parameter are stored and run as one tensor: each such 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from peelwise.engine.clock import Clock
 from peelwise.engine.in_order import Walk
 from peelwise.engine.session import Changes, change_to
 from peelwise.formats.base import Encoded, Format
 from peelwise.formats.dense import Dense
-from peelwise.model.layers import LinearLayer
-from peelwise.model.runner import Runner
-from peelwise.model.trace import Trace
+from peelwise.model.layers import Block, LinearLayer
 from peelwise.references.allocation import predicted_damage
 from peelwise.references.asymmetric import InputSums, Target, coded
 
@@ -72,37 +69,27 @@ class Group:
 
 
 def groups_of(
-    runner: Runner,
-    parts: tuple[Trace, Trace],
-    forms: Sequence[Format],
-    curvatures: Mapping[LinearLayer, Tensor],
-    clock: Clock,
-) -> Iterator[Group]:
-    """Yield the groups of all blocks; one group's sums are alive at a time.
+    walk: Walk, block: Block, forms: Sequence[Format], curvatures: Mapping[LinearLayer, Tensor]
+) -> list[Group]:
+    """Return the groups of one block; one group's sums are alive at a time.
 
     Args:
-        runner: the parent.
-        parts: traces of fit and select.
+        walk: the parent on fit and select, up to the block.
+        block: the block.
         forms: formats that a group may get.
         curvatures: ``E[g g^T]`` of the loss's gradients at each layer's outputs; empty if they are unknown.
-        clock: progress.
     """
-    linears = {m: m for block in runner.blocks for m in block.linears if is_asked(m)}
-    walk = Walk(runner, runner, linears, parts, parts)
-    for done, block in enumerate(runner.blocks):
-        clock.tell(done, len(runner.blocks))
-        together: dict[tuple[int, ...], list[Member]] = {}
-        for shared, (fit, select) in walk.groups(block):
-            share = fit.tokens / parts[0].predicted
-            members = [_member(m, forms, fit, select, share, curvatures.get(m)) for m in shared]
-            together.setdefault(tuple(map(_place, shared)), []).extend(members)
-        seen = {member.linear for members in together.values() for member in members}
-        for linear in (m for m in block.linears if m.is_expert and m not in seen):
-            key = next((key for key in together if _place(linear) in key), (_place(linear),))
-            none = InputSums(linear.weight().new_zeros(0), tokens=0)
-            together.setdefault(key, []).append(_member(linear, forms, none, none, 0.0, None))
-        yield from (Group(block.index, members) for members in together.values())
-        walk.leave(block)
+    together: dict[tuple[int, ...], list[Member]] = {}
+    for shared, (fit, select) in walk.groups(block):
+        share = fit.tokens / walk.parts[0].predicted
+        members = [_member(m, forms, fit, select, share, curvatures.get(m)) for m in shared]
+        together.setdefault(tuple(map(_place, shared)), []).extend(members)
+    seen = {member.linear for members in together.values() for member in members}
+    for linear in (m for m in block.linears if m.is_expert and m not in seen):
+        key = next((key for key in together if _place(linear) in key), (_place(linear),))
+        none = InputSums(linear.weight().new_zeros(0), tokens=0)
+        together.setdefault(key, []).append(_member(linear, forms, none, none, 0.0, None))
+    return [Group(block.index, members) for members in together.values()]
 
 
 def is_asked(linear: LinearLayer) -> bool:

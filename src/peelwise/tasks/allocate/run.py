@@ -14,15 +14,17 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from peelwise.engine.clock import Clock, Watcher
-from peelwise.engine.curvature import output_curvatures
+from peelwise.engine.curvature import fits, output_curvatures
 from peelwise.engine.fitting import check_fits
-from peelwise.engine.in_order import few_tokens
+from peelwise.engine.in_order import Walk, few_tokens
 from peelwise.engine.opening import checked_blocks
 from peelwise.engine.provenance import Setup, model_record, versions
 from peelwise.engine.session import LOSSES, Changes, ReportSession
@@ -31,7 +33,7 @@ from peelwise.formats.base import Format
 from peelwise.formats.dense import Dense
 from peelwise.model.fingerprint import identify
 from peelwise.model.guard import untouched
-from peelwise.model.layers import LinearLayer, device_of
+from peelwise.model.layers import Block, LinearLayer, device_of
 from peelwise.model.runner import Runner
 from peelwise.model.selfcheck import self_check
 from peelwise.model.trace import Trace
@@ -40,10 +42,53 @@ from peelwise.records.allocation import AllocatedLayer, AllocationRecord, CurveP
 from peelwise.records.base import note
 from peelwise.references.allocation import bits_of, cheapest
 from peelwise.tasks.allocate.groups import Group, bits_in, groups_of, is_asked
+from peelwise.tasks.allocate.kept import Kept
 from peelwise.tasks.allocate.settings import AllocateSettings
 
 # A block's measured damage over its predicted one is taken within these bounds: few tokens measure small ones badly.
 _LEAST_FACTOR, _MOST_FACTOR = 0.2, 5.0
+
+
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """What plans are made of: groups with their codes, what each takes, and the model to try plans in.
+
+    ``bits`` ``[groups, formats]``, and as large in nats per token: damages as ``predicted``, and as ``corrected`` by
+    blocks that were measured.
+    """
+
+    session: ReportSession
+    select: Trace
+    forms: list[Format]
+    groups: list[Group]
+    bits: NDArray[np.float64]
+    predicted: NDArray[np.float64]
+    corrected: NDArray[np.float64]
+
+    @property
+    def weights(self) -> int:
+        return sum(group.weights for group in self.groups)
+
+    def within(self, plan: Sequence[int], budget: float) -> bool:
+        """Whether a plan takes no more than so many bits."""
+        return bits_of(plan, self.bits) <= budget * (1 + 1e-9)
+
+    def uniform(self, at: int) -> list[int]:
+        """Return the plan of one format for all."""
+        return [at] * len(self.groups)
+
+    def changes(self, plan: Sequence[int]) -> Changes:
+        """Return what a plan changes."""
+        pairs = zip(self.groups, plan, strict=True)
+        return {linear: change for g, at in pairs for linear, change in g.changes(at, self.forms[at]).items()}
+
+    def on_select(self, plan: Sequence[int]) -> float:
+        """Return the loss on select."""
+        return self.select.mean_of(self.session.losses(self.select, self.changes(plan)))
+
+    def on_report(self, plan: Sequence[int]) -> Tensor:
+        """Return the losses on report."""
+        return self.session.losses(self.session.report, self.changes(plan))
 
 
 def run_allocate(
@@ -53,6 +98,7 @@ def run_allocate(
     probe: Probe,
     settings: AllocateSettings,
     watcher: Watcher | None = None,
+    kept: Kept | None = None,
 ) -> AllocationRecord:
     """Find the format of every linear layer under a budget of bits, and leave the model exactly as it was.
 
@@ -62,81 +108,109 @@ def run_allocate(
         probe: fit makes codes and predictions, select corrects and chooses, report gives every number shown.
         settings: budget and formats.
         watcher: told about progress.
+        kept: where what is found of each block is kept, so that an interrupted run can go on.
 
     Raises:
         FormatError: If the budget is below the smallest formats, or a format does not go with a layer.
         UnsupportedModelError: If the architecture cannot be measured.
     """
-    blocks, forms = checked_blocks(model, probe), settings.parsed_formats()
-    wanted = [linear for block in blocks for linear in block.linears if is_asked(linear)]
-    if not wanted:
-        raise FormatError("No linear layer is left to quantise inside the blocks. Give another model.")
-    for linear in wanted:
-        for form in forms:
-            check_fits(linear, form, wanted, "--formats")
-    _check_budget(wanted, forms, settings.bits)
+    blocks = checked_blocks(model, probe)
+    linears = _checked(blocks, settings)
     with untouched(model):
         runner = Runner(model, blocks, micro_batch_tokens=settings.micro_batch_tokens)
         clock = Clock(math.inf, runner.work, watcher)
         with clock.stage(LOSSES):
-            notes = self_check(runner, probe.fit)
+            notes = [*self_check(runner, probe.fit), *([] if fits(linears) else [note("no-curvature")])]
             fit, select, report = (runner.trace(part) for part in (probe.fit, probe.select, probe.report))
-        session = ReportSession(runner, report)
-        with clock.stage("curvature"):
-            curvatures = output_curvatures(runner, fit, set(wanted))
-            if curvatures is None:
-                notes = (*notes, note("no-curvature"))
-        with clock.stage("codes"):
-            groups = list(groups_of(runner, (fit, select), forms, curvatures or {}, clock))
-        bits = np.array([group.bits for group in groups])
-        weights = sum(group.weights for group in groups)
+        session, forms = ReportSession(runner, report), settings.parsed_formats()
+        groups = _groups(runner, (fit, select), forms, linears, kept, clock)
         with clock.stage("block-formats"):
-            single = _single_damages(session, select, groups, forms, clock)
-        plain = np.array([group.predicted for group in groups])
-        damage = plain * _factors(groups, plain, single, in_nats=curvatures is not None)
+            single = _single_damages(session, select, groups, forms, kept, clock)
+        bits, plain = np.array([group.bits for group in groups]), np.array([group.predicted for group in groups])
+        corrected = plain * _factors(groups, plain, single, in_nats=fits(linears))
+        measured = _Measured(session, select, forms, groups, bits, plain, corrected)
         with clock.stage("codes-losses"):
-            plans = _plans(forms, (plain, damage), bits, settings.bits * weights)
-            judged = {key: _on_select(session, select, groups, forms, plan) for key, plan in plans.items()}
-            chosen = min(judged, key=lambda key: judged[key])
-            curve = list(_curve(session, groups, forms, damage, bits, weights, settings.points))
-            losses = session.losses(report, _changes(groups, forms, plans[chosen]))
-            uniform = {
-                form.name: session.gain(session.losses(report, _changes(groups, forms, [at] * len(groups))), losses)
-                for at, form in enumerate(forms)
-                if bits_of([at] * len(groups), bits) <= settings.bits * weights * (1 + 1e-9)
-            }
+            results = _results(measured, settings)
         cost = clock.record(probe.fit.tokens + probe.select.tokens + probe.report.tokens, device_of(model))
-    plan = plans[chosen]
     return AllocationRecord(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         model=model_record(Setup(model, blocks, name, source, identify(model), {}, probe.seed)),
         probe=probe.record(),
         budget_bits=settings.bits,
-        bits_per_weight=bits_of(plan, bits) / weights,
-        chosen=chosen,
         formats=tuple(form.name for form in forms),
         parent_loss=report.mean,
-        damage=session.gain(losses, report.losses).interval(),
-        layers=tuple(_lines(groups, forms, plan, damage, plain)),
-        curve=tuple(sorted(curve, key=lambda point: point.bits_per_weight)),
-        better_than={form: gain.interval() for form, gain in uniform.items()},
-        interaction=Interaction(
-            sum_of_single=float(sum(damage[number, at] for number, at in enumerate(plan))),
-            joint=judged[chosen] - select.mean,
-        ),
         cost=cost,
         notes=(*notes, *few_tokens((m.linear, m.tokens) for group in groups for m in group.members)),
         settings=settings.plain(),
         seed=probe.seed,
         versions=versions(),
+        **results,
     )
 
 
-def _changes(groups: Sequence[Group], forms: Sequence[Format], plan: Sequence[int]) -> Changes:
+def _checked(blocks: Sequence[Block], settings: AllocateSettings) -> list[LinearLayer]:
+    """Return the layers that take part; refuse what cannot be planned before any work is done."""
+    linears = [linear for block in blocks for linear in block.linears if is_asked(linear)]
+    if not linears:
+        raise FormatError("No linear layer is left to quantise inside the blocks. Give another model.")
+    forms = settings.parsed_formats()
+    for linear in linears:
+        for form in forms:
+            check_fits(linear, form, linears, "--formats")
+    _check_budget(linears, forms, settings.bits)
+    return linears
+
+
+def _groups(
+    runner: Runner,
+    parts: tuple[Trace, Trace],
+    forms: Sequence[Format],
+    linears: Sequence[LinearLayer],
+    kept: Kept | None,
+    clock: Clock,
+) -> list[Group]:
+    """Return the groups of all blocks, those that are kept as they are."""
+    known = {block.index: kept.groups(block, forms) if kept is not None else None for block in runner.blocks}
+    curvatures: Mapping[LinearLayer, Tensor] = {}
+    if None in known.values():
+        with clock.stage("curvature"):
+            curvatures = output_curvatures(runner, parts[0], set(linears)) or {}
+    groups: list[Group] = []
+    with clock.stage("codes"):
+        walk = Walk(runner, runner, {m: m for m in linears}, parts, parts)
+        for done, block in enumerate(runner.blocks):
+            clock.tell(done, len(runner.blocks))
+            found = known[block.index] or groups_of(walk, block, forms, curvatures)
+            if kept is not None and known[block.index] is None:
+                kept.keep_groups(block.index, found, forms)
+            groups += found
+            walk.leave(block)
+    return groups
+
+
+def _results(measured: _Measured, settings: AllocateSettings) -> dict[str, Any]:
+    """Return the parts of the record that follow from what was measured: the plan and what it is compared with."""
+    session, weights = measured.session, measured.weights
+    report = session.report
+    plans = _plans(measured, settings.bits * weights)
+    judged = {key: measured.on_select(plan) for key, plan in plans.items()}
+    chosen = min(judged, key=lambda key: judged[key])
+    plan, losses = plans[chosen], measured.on_report(plans[chosen])
     return {
-        linear: change
-        for group, at in zip(groups, plan, strict=True)
-        for linear, change in group.changes(at, forms[at]).items()
+        "bits_per_weight": bits_of(plan, measured.bits) / weights,
+        "chosen": chosen,
+        "damage": session.gain(losses, report.losses).interval(),
+        "layers": tuple(_lines(measured, plan)),
+        "curve": tuple(sorted(_curve(measured, settings.points), key=lambda point: point.bits_per_weight)),
+        "better_than": {
+            form.name: session.gain(measured.on_report(measured.uniform(at)), losses).interval()
+            for at, form in enumerate(measured.forms)
+            if measured.within(measured.uniform(at), settings.bits * weights)
+        },
+        "interaction": Interaction(
+            sum_of_single=float(sum(measured.corrected[number, at] for number, at in enumerate(plan))),
+            joint=judged[chosen] - measured.select.mean,
+        ),
     }
 
 
@@ -153,16 +227,29 @@ def _check_budget(linears: Sequence[LinearLayer], forms: Sequence[Format], budge
 
 
 def _single_damages(
-    session: ReportSession, select: Trace, groups: Sequence[Group], forms: Sequence[Format], clock: Clock
+    session: ReportSession,
+    select: Trace,
+    groups: Sequence[Group],
+    forms: Sequence[Format],
+    kept: Kept | None,
+    clock: Clock,
 ) -> dict[tuple[int, int], float]:
     """Return for each block and format what the block in it costs on select, nats per token."""
-    blocks, found = sorted({group.block for group in groups}), {}
+    blocks = sorted({group.block for group in groups})
+    found: dict[tuple[int, int], float] = {}
     for done, block in enumerate(blocks):
         clock.tell(done, len(blocks))
-        for at, form in enumerate(forms):
-            changes = {m: c for g in groups if g.block == block for m, c in g.changes(at, form).items()}
-            found[block, at] = select.mean_of(session.losses(select, changes, start=block)) - select.mean
+        known = kept.damages(block) if kept is not None else None
+        own = known or {at: _damage(session, select, groups, block, at, form) for at, form in enumerate(forms)}
+        if kept is not None and known is None:
+            kept.keep_damages(block, own)
+        found |= {(block, at): cost for at, cost in own.items()}
     return found
+
+
+def _damage(session: ReportSession, select: Trace, groups: Sequence[Group], block: int, at: int, form: Format) -> float:
+    changes = {m: c for group in groups if group.block == block for m, c in group.changes(at, form).items()}
+    return select.mean_of(session.losses(select, changes, start=block)) - select.mean
 
 
 def _factors(
@@ -189,70 +276,46 @@ def _factors(
     return factors
 
 
-def _plans(
-    forms: Sequence[Format],
-    damages: tuple[NDArray[np.float64], NDArray[np.float64]],
-    bits: NDArray[np.float64],
-    budget: float,
-) -> dict[str, list[int]]:
+def _plans(measured: _Measured, budget: float) -> dict[str, list[int]]:
     plans = {
-        "predicted": cheapest(damages[0], bits, budget),
-        "corrected": cheapest(damages[1], bits, budget),
+        "predicted": cheapest(measured.predicted, measured.bits, budget),
+        "corrected": cheapest(measured.corrected, measured.bits, budget),
     }
-    for at, form in enumerate(forms):
-        uniform = [at] * len(bits)
-        if bits_of(uniform, bits) <= budget * (1 + 1e-9):
-            plans[f"uniform {form.name}"] = uniform
+    for at, form in enumerate(measured.forms):
+        if measured.within(measured.uniform(at), budget):
+            plans[f"uniform {form.name}"] = measured.uniform(at)
     return plans
 
 
-def _on_select(
-    session: ReportSession, select: Trace, groups: Sequence[Group], forms: Sequence[Format], plan: Sequence[int]
-) -> float:
-    return select.mean_of(session.losses(select, _changes(groups, forms, plan)))
-
-
-def _curve(
-    session: ReportSession,
-    groups: Sequence[Group],
-    forms: Sequence[Format],
-    damage: NDArray[np.float64],
-    bits: NDArray[np.float64],
-    weights: int,
-    points: int,
-) -> Iterator[CurvePoint]:
+def _curve(measured: _Measured, points: int) -> Iterator[CurvePoint]:
     """Yield uniform formats, and allocations at budgets between them, on report."""
+    session, bits, weights = measured.session, measured.bits, measured.weights
     report = session.report
 
-    def point(kind: str, name: str, plan: Sequence[int]) -> CurvePoint:
-        losses = session.losses(report, _changes(groups, forms, plan))
+    def point(kind: Literal["uniform", "allocated"], name: str, plan: Sequence[int]) -> CurvePoint:
+        losses = measured.on_report(plan)
         return CurvePoint(
-            kind="uniform" if kind == "uniform" else "allocated",
+            kind=kind,
             name=name,
             bits_per_weight=bits_of(plan, bits) / weights,
             loss=report.mean_of(losses),
             damage=session.gain(losses, report.losses).interval(),
         )
 
-    for at, form in enumerate(forms):
-        yield point("uniform", form.name, [at] * len(groups))
-    totals = [bits_of([at] * len(groups), bits) for at in range(len(forms))]
-    largest = max([total for total, form in zip(totals, forms, strict=True) if not isinstance(form, Dense)])
+    for at, form in enumerate(measured.forms):
+        yield point("uniform", form.name, measured.uniform(at))
+    totals = [bits_of(measured.uniform(at), bits) for at in range(len(measured.forms))]
+    largest = max(total for total, form in zip(totals, measured.forms, strict=True) if not isinstance(form, Dense))
     for share in np.linspace(0, 1, points + 2)[1:-1]:
         budget = min(totals) + share * (largest - min(totals))
-        yield point("allocated", f"{budget / weights:.2f} bits", cheapest(damage, bits, budget))
+        yield point("allocated", f"{budget / weights:.2f} bits", cheapest(measured.corrected, bits, budget))
 
 
-def _lines(
-    groups: Sequence[Group],
-    forms: Sequence[Format],
-    plan: Sequence[int],
-    damage: NDArray[np.float64],
-    plain: NDArray[np.float64],
-) -> Iterator[AllocatedLayer]:
+def _lines(measured: _Measured, plan: Sequence[int]) -> Iterator[AllocatedLayer]:
+    forms, damage, plain = measured.forms, measured.corrected, measured.predicted
     total = float(sum(damage[number, at] for number, at in enumerate(plan))) or 1.0
     factors = np.divide(damage, plain, out=np.ones_like(damage), where=plain > 0)
-    for number, (group, at) in enumerate(zip(groups, plan, strict=True)):
+    for number, (group, at) in enumerate(zip(measured.groups, plan, strict=True)):
         for member in group.members:
             predicted = {form.name: member.predicted[f] * float(factors[number, f]) for f, form in enumerate(forms)}
             linear, weights = member.linear, member.linear.weight().numel()

@@ -9,12 +9,14 @@ from torch import Tensor
 from peelwise.engine.clock import Clock
 from peelwise.engine.in_order import Walk
 from peelwise.engine.session import Changes, change_to
+from peelwise.formats.base import Encoded
 from peelwise.formats.membership import scaled_part
-from peelwise.model.layers import LinearLayer
+from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.runner import Runner
 from peelwise.model.trace import Trace
 from peelwise.model.weights.held import Held
 from peelwise.references.asymmetric import coded, targets
+from peelwise.tasks.quantcheck.kept import Kept
 from peelwise.tasks.quantcheck.settings import QuantcheckSettings
 
 
@@ -28,6 +30,7 @@ def solve_in_order(
     settings: QuantcheckSettings,
     clock: Clock,
     stop: float,
+    kept: Kept | None = None,
 ) -> tuple[Changes, bool]:
     """Return changes to better codes, and whether all layers were reached.
 
@@ -41,6 +44,7 @@ def solve_in_order(
         settings: effort.
         clock: progress.
         stop: seconds of the clock after which no block is begun; its layers and those behind keep their codes.
+        kept: where the codes of each block are kept.
     """
     twins = {m: pairs[m] for m, h in held.items() if not m.is_expert and scaled_part(h.format) is not None}
     if not twins:
@@ -48,23 +52,42 @@ def solve_in_order(
     walk = Walk(parent, own, twins, *parts)
     for done, block in enumerate(own.blocks):
         clock.tell(done, len(own.blocks))
-        if clock.elapsed > stop:
+        known = kept.in_order(block.index) if kept is not None else None
+        if known is None and clock.elapsed > stop:
             return walk.changes, False
-        for group, (fit, select) in walk.groups(block):
-            weights = [twins[linear].weight().float() for linear in group]
-            for linear, W, aim in zip(group, weights, targets(weights, fit, select), strict=True):
-                mine = held[linear]
-                found = coded(
-                    W,
-                    aim,
-                    fit,
-                    select,
-                    mine.format,
-                    curvature=curvatures.get(twins[linear]),
-                    starts=[mine.encoded],
-                    max_sweeps=settings.max_sweeps,
-                    tolerance=settings.tolerance,
-                )
-                walk.changes[linear] = change_to(linear, mine.format.decode(found.encoded))
+        codes = known or _solved(walk, block, held, curvatures, settings)
+        if kept is not None and known is None:
+            kept.keep_in_order(block.index, codes)
+        for linear in (m for m in block.linears if m.name in codes):
+            walk.changes[linear] = change_to(linear, held[linear].format.decode(codes[linear.name]))
         walk.leave(block)
     return walk.changes, True
+
+
+def _solved(
+    walk: Walk,
+    block: Block,
+    held: Mapping[LinearLayer, Held],
+    curvatures: Mapping[LinearLayer, Tensor],
+    settings: QuantcheckSettings,
+) -> dict[str, Encoded]:
+    """Return the codes of a block's layers by name; each group is in place before the sums of the next are made."""
+    codes: dict[str, Encoded] = {}
+    for group, (fit, select) in walk.groups(block):
+        weights = [walk.twins[linear].weight().float() for linear in group]
+        for linear, W, aim in zip(group, weights, targets(weights, fit, select), strict=True):
+            mine = held[linear]
+            found = coded(
+                W,
+                aim,
+                fit,
+                select,
+                mine.format,
+                curvature=curvatures.get(walk.twins[linear]),
+                starts=[mine.encoded],
+                max_sweeps=settings.max_sweeps,
+                tolerance=settings.tolerance,
+            )
+            codes[linear.name] = found.encoded
+            walk.changes[linear] = change_to(linear, mine.format.decode(found.encoded))
+    return codes

@@ -33,7 +33,7 @@ from peelwise.engine.provenance import versions
 from peelwise.engine.session import Changes, ReportSession, change_to
 from peelwise.formats.membership import scaled_part
 from peelwise.model.guard import untouched
-from peelwise.model.layers import LinearLayer, device_of
+from peelwise.model.layers import Block, LinearLayer, device_of
 from peelwise.model.weights.activations import float_inputs, rounded_inputs
 from peelwise.model.weights.held import Held
 from peelwise.model.weights.reading import reading_of
@@ -49,6 +49,7 @@ from peelwise.records.quantcheck import (
 from peelwise.tasks.quantcheck.finetune import survival
 from peelwise.tasks.quantcheck.in_order import solve_in_order
 from peelwise.tasks.quantcheck.inputs import QuantisedInputs, input_errors
+from peelwise.tasks.quantcheck.kept import BlockAlone, Kept
 from peelwise.tasks.quantcheck.layers import Candidate, Layer, input_sums
 from peelwise.tasks.quantcheck.settings import QuantcheckSettings
 from peelwise.tasks.quantcheck.sides import OnText, Sides, on_text, opened, record_of
@@ -75,6 +76,7 @@ def run_quantcheck(
     settings: QuantcheckSettings,
     watcher: Watcher | None = None,
     base: Candidate | None = None,
+    kept: Kept | None = None,
 ) -> QuantcheckRecord:
     """Compare the two and leave both as they were.
 
@@ -85,6 +87,7 @@ def run_quantcheck(
         settings: budget and effort.
         watcher: told about progress.
         base: the model before a fine-tune that made the parent; then the record says how much of that survives.
+        kept: where what is found of each block is kept, so that an interrupted run can go on.
 
     Raises:
         ModelError: If the parent has other layers, shapes or another vocabulary.
@@ -94,7 +97,7 @@ def run_quantcheck(
     with untouched(quantised.model), untouched(parent.model), ExitStack() as weights_alone:
         weights_alone.enter_context(float_inputs(sides.inputs.themselves))
         text = on_text(sides, probe, settings, watcher)
-        found = _better_codes(sides, text, probe, settings)
+        found = _better_codes(sides, text, probe, settings, kept)
         with text.clock.stage("best-weights-losses"):
             loss = _losses(text, (found.alone, found.in_order))
         fine_tune = _fine_tune(sides, text, found)
@@ -107,60 +110,87 @@ def run_quantcheck(
     return _record(sides, text, probe, settings, (found, loss, fine_tune, cost))
 
 
-def _better_codes(sides: Sides, text: OnText, probe: Probe, settings: QuantcheckSettings) -> _Found:
+def _better_codes(sides: Sides, text: OnText, probe: Probe, settings: QuantcheckSettings, kept: Kept | None) -> _Found:
     """Look for better codes of all layers, each by itself and then in running order, as far as the budget goes."""
     clock, curvatures = text.clock, {}
     if clock.elapsed <= _ALONE_SHARE * clock.budget:
         with clock.stage("curvature"):
             curvatures = output_curvatures(text.other, text.above[0], sides.quantised_under) or {}
     with clock.stage("best-weights"):
-        found = _each_alone(sides, text, curvatures, settings)
+        found = _each_alone(sides, text, curvatures, settings, kept)
     with clock.stage("codes"):
         stop = _IN_ORDER_SHARE * clock.budget
         reached = clock.elapsed <= stop
         if reached:
             parts = text.above[:2], (text.runner.trace(probe.fit), text.select)
             found.in_order, reached = solve_in_order(
-                text.other, text.runner, parts, sides.twins, sides.held, curvatures, settings, clock, stop
+                text.other, text.runner, parts, sides.twins, sides.held, curvatures, settings, clock, stop, kept
             )
         found.complete &= reached
     return found
 
 
 def _each_alone(
-    sides: Sides, text: OnText, curvatures: Mapping[LinearLayer, Tensor], settings: QuantcheckSettings
+    sides: Sides,
+    text: OnText,
+    curvatures: Mapping[LinearLayer, Tensor],
+    settings: QuantcheckSettings,
+    kept: Kept | None,
 ) -> _Found:
     """Solve every layer of the parent, block by block; one block's sums on all parts are alive at a time."""
     found, clock, under = _Found(), text.clock, sides.quantised_under
-    owns = {twin: own for twin, (own, _) in under.items()}
     for done, block in enumerate(text.other.blocks):
         clock.tell(done, len(text.other.blocks))
-        sums = [input_sums(text.other, block, trace) for trace in text.above]
-        rounding = input_errors(text.other, block, text.above[-1], owns, sides.inputs)
+        known = kept.alone(block.index) if kept is not None else None
+        own = known or _block_alone(sides, text, block, curvatures, settings)
+        if kept is not None and known is None and own.complete:
+            kept.keep_alone(block.index, own)
+        found.layers += own.lines
+        found.complete &= own.complete
         for twin in (m for m in block.linears if m in under):
-            linear, own = under[twin]
-            found.complete &= clock.elapsed <= _ALONE_SHARE * clock.budget
-            fit, select, report = (each[twin] for each in sums)
-            layer = Layer(
-                linear.name,
-                block.index,
-                twin.weight().float(),
-                own,
-                fit.zz,
-                select.zz,
-                report.zz,
-                F=curvatures.get(twin),
-                part=report.tokens / text.above[-1].predicted,
-                base=None if sides.before is None else sides.before.weights[twin](),
-                input_error=rounding.get(twin),
-            )
-            reached = bool(fit.tokens and select.tokens)
-            wanted = found.complete and layer.has_codes and reached
-            encoded, damping = layer.best(settings) if wanted else (None, None)
-            found.layers.append(_line(linear, layer.checked(encoded, damping), reached))
-            found.tokens[twin] = fit.tokens
-            if encoded is not None:
-                found.alone[linear] = change_to(linear, own.format.decode(encoded))
+            linear, held = under[twin]
+            found.tokens[twin] = own.tokens[linear.name]
+            if linear.name in own.codes:
+                found.alone[linear] = change_to(linear, held.format.decode(own.codes[linear.name]))
+    return found
+
+
+def _block_alone(
+    sides: Sides,
+    text: OnText,
+    block: Block,
+    curvatures: Mapping[LinearLayer, Tensor],
+    settings: QuantcheckSettings,
+) -> BlockAlone:
+    """Solve the layers of one of the parent's blocks, each by itself."""
+    found, clock, under = BlockAlone(), text.clock, sides.quantised_under
+    sums = [input_sums(text.other, block, trace) for trace in text.above]
+    owns = {twin: own for twin, (own, _) in under.items()}
+    rounding = input_errors(text.other, block, text.above[-1], owns, sides.inputs)
+    for twin in (m for m in block.linears if m in under):
+        linear, held = under[twin]
+        found.complete &= clock.elapsed <= _ALONE_SHARE * clock.budget
+        fit, select, report = (each[twin] for each in sums)
+        layer = Layer(
+            linear.name,
+            block.index,
+            twin.weight().float(),
+            held,
+            fit.zz,
+            select.zz,
+            report.zz,
+            F=curvatures.get(twin),
+            part=report.tokens / text.above[-1].predicted,
+            base=None if sides.before is None else sides.before.weights[twin](),
+            input_error=rounding.get(twin),
+        )
+        reached = bool(fit.tokens and select.tokens)
+        wanted = found.complete and layer.has_codes and reached
+        encoded, damping = layer.best(settings) if wanted else (None, None)
+        found.lines.append(_line(linear, layer.checked(encoded, damping), reached))
+        found.tokens[linear.name] = fit.tokens
+        if encoded is not None:
+            found.codes[linear.name] = encoded
     return found
 
 
