@@ -317,7 +317,9 @@ def main():
 
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    lines = json.loads(arguments.results.read_text())["types"] if arguments.results.exists() else {}
+    earlier = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
+    lines = earlier.get("types", {})
+    before = earlier["environment"]["command"] if earlier and arguments.types else None  # some types are made again
     outcome("llama")  # whatever is imported late, once and not in every process: two thirds of what a type takes
     for kind in arguments.types or types():
         if kind in lines and not arguments.types:
@@ -325,7 +327,7 @@ def main():
         lines[kind] = in_process(kind, arguments.seconds, arguments.gigabytes)
         print(kind, lines[kind]["outcome"], lines[kind]["why"], flush=True)
         counts = dict(Counter(line["outcome"] for line in lines.values()))
-        whole = {"environment": environment(), "counts": counts, "types": dict(sorted(lines.items()))}
+        whole = {"environment": environment(before), "counts": counts, "types": dict(sorted(lines.items()))}
         arguments.results.write_text(json.dumps(whole, indent=1) + "\n")
     print(counts)
 
