@@ -174,6 +174,7 @@ def test_autocast_is_off_inside_and_on_again_outside(device):
 def test_autocast_inside_of_a_forward_is_off_inside_too():
     """Trainer with bf16=True: accelerate puts autocast into the model's forward, where no context of ours reaches."""
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # what a Trainer of another test left
     ids, plain = sample_ids(), ZOO["gpt2"]()
     exact = plain(ids).logits
     model = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(copy.deepcopy(plain))
@@ -182,6 +183,7 @@ def test_autocast_inside_of_a_forward_is_off_inside_too():
     with untouched(model):
         assert torch.equal(model(ids).logits, exact)
     assert model.__dict__["forward"] is wrapped
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: float(torch.rand(1))])

@@ -98,7 +98,6 @@ def quantcheck(
     budget: float | str | None = None,
     opening: OpenOptions | None = None,
     out: str | Path | None = None,
-    resume: bool = True,
     force: bool = False,
     progress: Watcher | None = None,
 ) -> QuantcheckReport:
@@ -116,9 +115,8 @@ def quantcheck(
         budget: shorthand for that of ``settings``: wall time, in seconds or like ``"10m"``.
         opening: how folders and files are opened.
         out: folder to save record, page and picture in, or a file whose name ends in ``.json`` for the record alone;
-            refused before the work if it exists.
-        resume: go on where an interrupted run with the same models, text and settings ended, or where its budget did;
-            needs ``out``, beside which finished blocks are kept until all are.
+            refused before the work if it exists. Finished blocks are kept beside it until all are: the same call goes
+            on where it was interrupted, or where its budget ended.
         force: replace an earlier result there.
         progress: called with a `Progress` at every step.
 
@@ -138,7 +136,7 @@ def quantcheck(
         _check_out(out, force=force)
     target, drawn = open_both(quantised, probe, opening)
     above, first = _above(parent, base, opening)
-    kept = None if out is None or not resume else Kept(beside(out), _key(target, above, first, drawn, settings))
+    kept = None if out is None else Kept(beside(out), _key(target, above, first, drawn, settings))
     record = run_quantcheck(_candidate(target), above, drawn, settings, progress, first, kept)
     if settings.allocate is not None:
         record = record.model_copy(update={"allocation": _planned(above, drawn, settings, progress)})
