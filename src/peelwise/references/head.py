@@ -27,6 +27,7 @@ from peelwise.stats.linalg import Spectrum, solve_dtype
 
 PENALTY, MAX_STEPS = 1e-2, 30
 
+_ROWS = 4096  # of the head in one piece
 CHUNK = 1024  # rows whose logits are computed at once
 _MEMORY = 6
 _METRIC_DAMPING = 1e-3
@@ -82,7 +83,7 @@ def fit_head(
     value, gradient = problem.value_and_gradient(D)
     current, steps = value, 0
     history: list[tuple[Tensor, Tensor]] = []
-    while steps < max_steps and float(gradient.square().sum()) / (2 * penalty) > gap and keep_going():
+    while steps < max_steps and _inner(gradient, gradient) / (2 * penalty) > gap and keep_going():
         direction = kept(_lbfgs_direction(gradient, history, penalty))
         moved = _line_search(problem, D, value, gradient, direction, kept)
         if moved is None:
@@ -93,7 +94,7 @@ def fit_head(
         select_loss = mean_cross_entropy(*select, logits, problem.unwhiten(D), processes=processes, chunk=chunk)
         if select_loss < best_loss:
             best, best_loss = D, select_loss
-    relaxed = max(value - float(gradient.double().square().sum()) / (2 * penalty), 0.0)
+    relaxed = max(value - _inner(gradient, gradient) / (2 * penalty), 0.0)
     return HeadReference(problem.unwhiten(best), current, value, relaxed, penalty, steps)
 
 
@@ -171,8 +172,8 @@ class _Problem:
             residual[torch.arange(len(y), device=y.device), y] -= 1.0
             gradient += residual.T @ white
         self.processes.all_reduce_([total, gradient])
-        value = float(total) / n + self.penalty / 2 * float(E.double().square().sum())
-        return value, gradient / n + self.penalty * E
+        value = float(total) / n + self.penalty / 2 * _inner(E, E)
+        return value, gradient.div_(n).add_(E, alpha=self.penalty)
 
 
 def _lbfgs_direction(gradient: Tensor, history: list[tuple[Tensor, Tensor]], penalty: float) -> Tensor:
@@ -180,19 +181,26 @@ def _lbfgs_direction(gradient: Tensor, history: list[tuple[Tensor, Tensor]], pen
     q = gradient.clone()
     products = []
     for s, t in reversed(history):
-        rho = 1.0 / float((s * t).sum())
-        alpha = rho * float((s * q).sum())
-        q -= alpha * t
+        rho = 1.0 / _inner(s, t)
+        alpha = rho * _inner(s, q)
+        q.sub_(t, alpha=alpha)
         products.append((rho, alpha))
     if history:
         s, t = history[-1]
-        q *= float((s * t).sum() / t.square().sum())
+        q *= _inner(s, t) / _inner(t, t)
     else:
         # The Hessian of cross-entropy is at most 1/2 in whitened coordinates: a step that cannot overshoot.
         q /= 0.5 + penalty
     for (s, t), (rho, alpha) in zip(history, reversed(products), strict=True):
-        q += (alpha - rho * float((t * q).sum())) * s
-    return -q
+        q.add_(s, alpha=alpha - rho * _inner(t, q))
+    return q.neg_()
+
+
+def _inner(a: Tensor, b: Tensor) -> float:
+    """Return ``<a, b>``, in float64 by pieces: each of them is as large as the head."""
+    exact = solve_dtype(a.device)
+    pieces = (slice(start, start + _ROWS) for start in range(0, len(a), _ROWS))
+    return sum(float((a[piece].to(exact) * b[piece]).sum()) for piece in pieces)
 
 
 def _line_search(
@@ -204,10 +212,10 @@ def _line_search(
     kept: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, float, Tensor] | None:
     """Backtrack until the decrease is sufficient; ``None`` if rounding leaves nothing to gain."""
-    slope = float((gradient * direction).sum())
+    slope = _inner(gradient, direction)
     step = 1.0
     for _ in range(10):
-        following = kept(D + step * direction)
+        following = kept(torch.add(D, direction, alpha=step))
         new_value, new_gradient = problem.value_and_gradient(following)
         if new_value <= value + 1e-4 * step * slope and new_value < value:
             return following, new_value, kept(new_gradient)
