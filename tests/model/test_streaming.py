@@ -216,5 +216,6 @@ def test_memory_of_an_audit_does_not_grow_with_depth(tmp_path: Path) -> None:
             out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
             found[depth, how] = float(out)
     grown = {how: found[16, how] - found[4, how] for how in ("stream", "resident")}
+    print(found)  # MB, for NOTES.md
     assert grown["resident"] > 100  # of 12 blocks: weights, proposals, changes
     assert grown["stream"] < 25

@@ -11,7 +11,7 @@ from torch import nn
 
 from peelwise.errors import ModelError
 
-_CONFIG = "adapter_config.json"
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -55,8 +55,10 @@ def with_adapter(base: nn.Module, folder: Path) -> nn.Module:
     """Return a model with the adapter of a folder put into it.
 
     Raises:
-        ModelError: If PEFT is missing, or the adapter does not go with the model.
+        ModelError: If PEFT or the adapter's safetensors are missing, or it does not go with the model.
     """
+    if not (folder / _WEIGHTS).is_file():  # PEFT would ask the network for them, or read a pickle
+        raise ModelError(f"{folder} holds no {_WEIGHTS}: expected the weights of the adapter beside {_CONFIG}.")
     try:
         from peft import PeftModel
     except ImportError as error:

@@ -76,15 +76,21 @@ def plan_of(model: PreTrainedModel) -> AllocationRecord:
     return found.model_copy(update={"layers": tuple(layers), "formats": FORMS})
 
 
+def llm_compressor_modifier(record: AllocationRecord, folder: Path) -> Any:
+    """Return what llm-compressor reads of the recipe; skip where it is not installed."""
+    recipes = pytest.importorskip("llmcompressor.recipe", reason="needs llmcompressor, in an environment of its own")
+    file = folder / "llm-compressor.yaml"
+    file.write_text(exports(record)[file.name])
+    (modifier,) = recipes.Recipe.create_instance(str(file)).modifiers
+    return modifier
+
+
 def test_llm_compressor_carries_out_the_recipe(
     record: AllocationRecord, llama: LlamaForCausalLM, tmp_path: Path
 ) -> None:
-    recipes = pytest.importorskip("llmcompressor.recipe", reason="needs llmcompressor, in an environment of its own")
+    modifier = llm_compressor_modifier(record, tmp_path)
     from compressed_tensors.quantization import apply_quantization_config
 
-    file = tmp_path / "llm-compressor.yaml"
-    file.write_text(exports(record)[file.name])
-    (modifier,) = recipes.Recipe.create_instance(str(file)).modifiers
     assert type(modifier).__name__ == "GPTQModifier"
     model = copy.deepcopy(llama)
     apply_quantization_config(model, modifier.resolve_quantization_config())
@@ -102,13 +108,10 @@ def test_llm_compressor_carries_out_the_recipe(
 def test_llm_compressor_finds_experts_once_it_has_made_modules_of_them(
     mixed: AllocationRecord, mixtral: MixtralForCausalLM, tmp_path: Path
 ) -> None:
-    recipes = pytest.importorskip("llmcompressor.recipe", reason="needs llmcompressor, in an environment of its own")
+    modifier = llm_compressor_modifier(mixed, tmp_path)
     from compressed_tensors.quantization import apply_quantization_config
     from llmcompressor.modeling.moe.linearize import linearize_moe
 
-    file = tmp_path / "llm-compressor.yaml"
-    file.write_text(exports(mixed)[file.name])
-    (modifier,) = recipes.Recipe.create_instance(str(file)).modifiers
     model = copy.deepcopy(mixtral)
     linearize_moe(model)
     apply_quantization_config(model, modifier.resolve_quantization_config())

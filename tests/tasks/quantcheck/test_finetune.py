@@ -144,3 +144,12 @@ def test_an_adapter_whose_base_is_unknown_is_refused(tmp_path) -> None:
         file.write_text(json.dumps(said | {"base_model_name_or_path": base}))
         with pytest.raises(ModelError, match=words):
             peelwise.quantcheck(quantised, tmp_path / "adapter", tiny_probe(), QUICK)
+
+
+def test_an_adapter_without_its_weights_is_refused_and_not_asked_of_the_network(tmp_path) -> None:
+    from audits import tiny_probe
+
+    _, _, quantised = _adapted(tmp_path)
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"holds no adapter_model\.safetensors"):
+        peelwise.quantcheck(quantised, tmp_path / "adapter", tiny_probe(), QUICK)
