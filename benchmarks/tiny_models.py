@@ -168,6 +168,7 @@ def _own(s: Sizes) -> dict[str, dict[str, Any]]:
             "linear_attn_config": {"head_dim": 8, "num_heads": s.heads, "short_conv_kernel_size": 4,
                                    "kda_layers": list(range(1, s.blocks)),
                                    "full_attn_layers": [s.blocks]}},
+        "codegen": {"n_head": 4},  # its shards
         "ctrl": {"dff": s.inner},
         "cohere_compass_text": {
             "rope_parameters": {
