@@ -76,6 +76,22 @@ def sweep(
     return found
 
 
+def gradient_norms(runner: Runner, trace: Trace) -> dict[int, float]:
+    """Return per block the Frobenius norm of the mean gradient of its linear layers, and nothing else of a sweep.
+
+    Args:
+        runner: the model.
+        trace: tokens, with its stations.
+    """
+    above = [runner.tail_gradients(trace)]
+    found = {}
+    for block in reversed(runner.blocks):
+        (moments,), above = block_moments(runner, block, trace, above, keep=True, with_F=False)
+        if moments:
+            found[block.index] = sum(float(each.C.square().sum()) for each in moments.values()) ** 0.5
+    return found
+
+
 def _keep(made: Sequence[Sequence[BlockProposals]], found: Sequence[dict[int, BlockProposals]]) -> None:
     """Enter what was made for blocks, one for each set of targets."""
     for of_targets in made:
