@@ -19,7 +19,7 @@ from peelwise.model.capture import Call
 from peelwise.model.handed import Gradient
 from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.runner import Runner
-from peelwise.model.trace import Batch, Trace
+from peelwise.model.trace import Batch, Trace, batch_first
 from peelwise.stats.gram import CrossSum, GramSum, Moments, all_reduce, widened, with_ones
 
 Targets = Callable[[Batch, int], Tensor]
@@ -269,6 +269,7 @@ def token_rows(x: Tensor, call: Call, batch: Batch, linear: LinearLayer, *, ones
 
 
 def _predicted(x: Tensor, rows: Tensor | None, weights: Tensor, linear: LinearLayer) -> Tensor:
+    x = x if rows is not None else batch_first(x, weights)
     flat = x.reshape(-1, x.shape[-1])
     if rows is not None:
         return flat[weights.flatten()[rows]]
