@@ -49,3 +49,12 @@ def test_help_is_told_by_the_first(run, torchrun):
     assert run("audit", "--help") == (0, "", "")
     torchrun(0)
     assert "torchrun --nproc-per-node 2" in " ".join(run("audit", "--help")[1].split())
+
+
+def test_one_process_has_nobody_to_spread_a_model_over(run, tmp_path):
+    code, _, err = run("audit", tmp_path, "--shard")
+    assert code == 2
+    assert err.strip().splitlines()[-1] == (
+        "error: --shard spreads the weights over several processes, and there is one: start torchrun --nproc-per-node "
+        "N -m peelwise audit MODEL --shard."
+    )

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import nn
 
+from peelwise.distributed.sharding import original_class
 from peelwise.model.checkpoints import gguf_file
 from peelwise.model.fingerprint import Identity
 from peelwise.model.layers import Block, parameter_count, unwrapped
@@ -53,7 +54,7 @@ def model_record(setup: Setup) -> ModelRecord:
         configuration=setup.identity.configuration,
         parameters=parameter_count(setup.model),
         blocks=len(setup.blocks),
-        architecture=type(unwrapped(setup.model)).__name__,
+        architecture=original_class(unwrapped(setup.model)).__name__,
         dtype=str(parameter.dtype).removeprefix("torch."),
         source=setup.source,
         as_stored=gguf_file(setup.source) is not None and any(m.low_bit for b in setup.blocks for m in b.linears),

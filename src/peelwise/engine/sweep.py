@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from peelwise.engine.fading import FadingSums
@@ -67,7 +68,8 @@ def sweep(
         select_moments, above_select = block_moments(runner, block, select, above_select, keep=keep, with_F=with_F)
         if keep:
             moments = moments if kept is None else [kept.joined(each) for each in moments]
-            solves.ask(block, moments, select_moments[0])
+            with runner.whole(block):
+                solves.ask(block, moments, select_moments[0])
             if solves.enough:
                 _keep(solves.made(), found)
         del moments, select_moments  # before the next block's are added up
@@ -170,8 +172,11 @@ def _expect_experts(
     for linear in block.linears:
         if not linear.is_expert:
             continue
-        none = linear.weight()[:0]  # [0, d_in]
-        x, g = widened(none), widened(none.new_empty(0, linear.weight().shape[0]))
+        d_out, d_in = linear.shape
+        parameter = linear.parameter
+        assert isinstance(parameter, Tensor)
+        none = torch.empty(0, d_in, dtype=parameter.dtype, device=parameter.device)
+        x, g = widened(none), widened(none.new_empty(0, d_out))
         x = with_ones(x) if linear.has_bias else x
         S.setdefault(linear, GramSum()).update(x)
         for C_sums in C:
@@ -193,7 +198,8 @@ def _groups_of_all(
 def _finite_mean(total: CrossSum, linear: LinearLayer, tokens: float) -> Tensor:
     mean = total.mean(tokens)
     if not bool(mean.isfinite().all()):
-        dtype = str(linear.weight().dtype).removeprefix("torch.")
+        holder = linear.parameter if isinstance(linear.parameter, Tensor) else linear.weight()
+        dtype = str(holder.dtype).removeprefix("torch.")
         raise ModelError(f"The gradients of {linear.name} overflow in {dtype}. Try --dtype float32.")
     return mean
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peelwise.distributed.processes import ONE_PROCESS, Processes
-from peelwise.distributed.sharding import is_sharded
+from peelwise.distributed.sharding import gathered, is_sharded
 from peelwise.errors import UnsupportedModelError
 from peelwise.model.architectures import find_head, in_decoder, inner_lists, other_stacks
 from peelwise.model.calls import hidden_of, skipping, uncached, without_hidden
@@ -65,7 +65,7 @@ class Runner:
     ) -> None:
         self.model, self.processes = unwrapped(model), processes
         self.spill = spill_of(self.model)  # where stations and changes go to; of a model in memory nowhere
-        self.sharded = processes.count > 1 and any(is_sharded(p) for p in model.parameters())
+        self.sharded = any(is_sharded(p) for p in model.parameters())
         self._accepted = _accepted(self.model)
         self._with_targets = False  # for models that return the last position's logits unless they get targets
         self.blocks = tuple(blocks)
@@ -194,6 +194,13 @@ class Runner:
         handed = Handed()
         batch.stations.append(self.kept(self.run_block(block, batch.stations[block.index], batch, handed)))
         batch.hand_on(block.index, handed)
+
+    @contextmanager
+    def whole(self, block: Block) -> Iterator[None]:
+        """Let the weights of a block be whole inside; of a sharded model all processes enter together."""
+        self._meet()
+        with gathered(block.module):
+            yield
 
     @contextmanager
     def as_called(self, hidden: Tensor) -> Iterator[None]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peelwise.distributed.sharding import is_sharded
 from peelwise.model.experts import ExpertLinear
 from peelwise.model.layers import LinearLayer
 from peelwise.model.replaced import forward_replaced
@@ -60,6 +61,8 @@ class _Frozen:
 
 
 def _plain(linear: LinearLayer) -> bool:
+    if isinstance(linear.parameter, Tensor) and is_sharded(linear.parameter):
+        return False  # of an expert even a look at its weight would gather it
     module, weight = linear.module, linear.module.weight
     ours = type(module) is nn.Linear or linear.transposed or isinstance(module, QuantizedLinear | ExpertLinear)
     return (

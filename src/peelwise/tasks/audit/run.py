@@ -18,6 +18,7 @@ from peelwise.engine.session import Session
 from peelwise.errors import IllConditionedWarning, UnsupportedModelError
 from peelwise.model.fingerprint import identify
 from peelwise.model.guard import untouched
+from peelwise.model.layers import Block
 from peelwise.model.splice import frozen
 from peelwise.probe.probe import Probe
 from peelwise.records.audit import AuditRecord
@@ -63,7 +64,8 @@ def run_audit(
     its time and memory.
 
     Args:
-        model: a language model, or of batches any whose blocks feed each other; see `find_blocks`.
+        model: a language model, or of batches any whose blocks feed each other; see `find_blocks`. Spread over the
+            processes (``fully_shard``) or whole in each of them.
         probe: the text or batches, split in three.
         settings: budget and limits.
         name: the model's name in the record.
@@ -81,8 +83,11 @@ def run_audit(
         ProbeError: If the probe's tokens do not fit the model's vocabulary, or its sequences the context.
     """
     with processes.agreeing():
-        _check_whole(model)
-        blocks = checked_blocks(model, probe, settings.refine, batches=True, stack=settings.stack, shared=True)
+        blocks = checked_blocks(
+            model, probe, settings.refine, batches=True, stack=settings.stack, shared=True, spread=True
+        )
+        _check_dense(blocks)
+        processes.check_peers()  # before a model that is spread over them is gathered
         setup = Setup(model, blocks, name, source, identify(model), settings.plain(), probe.seed)
         check_same(processes, (setup.identity.fingerprint, probe.fingerprint, probe.in_distribution, setup.settings))
         linears = [linear for block in blocks for linear in block.linears]
@@ -111,13 +116,14 @@ def run_audit(
     return AuditOutcome(record, witness, probe)
 
 
-def _check_whole(model: nn.Module) -> None:
-    """Check that this process has all weights, without which it can neither tell the model nor write replacements."""
-    if any(is_sharded(parameter) for parameter in model.parameters()):
-        raise UnsupportedModelError(
-            "Not yet: an audit of a model whose weights are spread over processes. Open it whole in each of them; the "
-            "monitor measures sharded models."
-        )
+def _check_dense(blocks: tuple[Block, ...]) -> None:
+    """Check that no process has a part only of what the codes of a low-bit layer are made from."""
+    for linear in (linear for block in blocks for linear in block.linears):
+        if linear.low_bit and any(is_sharded(parameter) for parameter in linear.module.parameters()):
+            raise UnsupportedModelError(
+                f"Not yet: {linear.name} computes with a low-bit format, and its weight is spread over processes "
+                "(fully_shard). Give the whole model to each of them."
+            )
 
 
 def _stages(session: Session, findings: Findings, settings: AuditSettings, *, factors: bool) -> bool:

@@ -1,0 +1,63 @@
+"""Two real processes (gloo, torchrun) audit a model that is spread over them: as one that is whole in both."""
+
+import pytest
+
+from audits import flat, same_bits
+from distributed import shards
+
+pytestmark = pytest.mark.filterwarnings("ignore::peelwise.errors.PeelwiseWarning")
+
+REFUSED = {
+    "low-bit": "UnsupportedModelError: Not yet: model.layers.0.self_attn.q_proj computes with a low-bit format",
+    "all at once": "UnsupportedModelError: blocks.0 is sharded only together with others",
+    "check": "UnsupportedModelError: Not yet: this of a model whose weights are spread over processes",
+}
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    return shards.run(tmp_path_factory.mktemp("shards"), "day")
+
+
+def timeless(record):
+    """Return all numbers of a record, flat, without those of time and memory."""
+    return dict(flat({key: value for key, value in record.items() if key not in {"created", "cost"}}))
+
+
+def assert_same_audit(found, rel, tolerance):
+    """Check that what both processes found of a spread model is what they found of the whole one."""
+    ((ours, witness, untouched), (whole, of_whole, _)), ((other, other_witness, _), _) = found
+    assert untouched
+    assert ours == other
+    assert same_bits(witness, other_witness)
+    assert witness.keys() == of_whole.keys()
+    assert all(witness[name].shape == change.shape for name, change in of_whole.items())
+    expected, numbers = timeless(whole), timeless(ours)
+    assert expected.keys() == numbers.keys()
+    for key, value in expected.items():
+        if isinstance(value, float):
+            assert numbers[key] == pytest.approx(value, rel=rel, abs=tolerance), key
+        else:  # the fingerprint among them
+            assert numbers[key] == value, key
+    done, passes = ({s["name"]: s["forward_equivalents"] for s in each["cost"]["stages"]} for each in (whole, ours))
+    assert passes == pytest.approx(done)
+
+
+def test_an_audit_of_a_spread_model_is_that_of_the_whole_one(both):
+    assert_same_audit([each["llama"] for each in both], rel=1e-5, tolerance=1e-5)
+
+
+def test_it_is_that_of_one_process(both):
+    record, witness, _ = both[0]["llama"][0]
+    alone, own_witness, _ = shards.audited("llama")
+    assert record["model"] == alone["model"]
+    assert witness.keys() == own_witness.keys()
+    for key, value in timeless(alone).items():
+        if isinstance(value, float):
+            assert timeless(record)[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_measured_spread_is_refused_in_all(both, what):
+    for found in both:
+        assert found[what].startswith(REFUSED[what])
