@@ -6,8 +6,11 @@ What each of them found goes to ``OUT/RANK.pt``.
 from __future__ import annotations
 
 import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,10 @@ from torch.distributed.fsdp import fully_shard
 import peelwise
 from audits import ONE_ROUND, tiny_probe
 from distributed import two
+from peelwise.model import runner
 from peelwise.model.architectures import find_blocks
 from peelwise.nn import quantize_
-from zoo import ZOO
+from zoo import ZOO, sample_ids
 
 NAMES = {"day": ("llama",), "night": ("gpt2", "plain", "mixtral")}
 IN_FLOAT32 = ("mixtral",)  # transformers' grouped products know no float64
@@ -49,6 +53,74 @@ def audited(name: str, wrap: Callable[[nn.Module], nn.Module] = lambda model: mo
     return report.record.model_dump(), report.witness, same
 
 
+def at_call(work: Callable[[], Any], number: int = 1) -> Callable[..., None]:
+    """Return what does something in the second process when it is called so often, and nothing before."""
+    calls = count(1)
+
+    def called(*_: Any) -> None:
+        if distributed.get_rank() == 1 and next(calls) == number:
+            work()
+
+    return called
+
+
+def failed(model: nn.Module, work: Callable[[], Any]) -> dict[str, Any]:
+    """Return what is said of some work with a model that fails in one process, how long it took, and what is left."""
+    ids = sample_ids(2, 9)
+    with torch.no_grad():
+        before = model(ids)
+        began = time.monotonic()
+        words = two.said(work)
+        seconds = time.monotonic() - began
+        return {"said": words, "seconds": seconds, "same": torch.equal(before, model(ids))}
+
+
+def in_a_block(probe: peelwise.Probe) -> dict[str, Any]:
+    """An audit fails in one process in the middle of a block, while the whole model runs."""
+    model = sharded(ZOO["plain"]())
+    linear = find_blocks(model)[1].linears[0].module
+    with handle_of(linear.register_forward_hook(at_call(two.divide, 7))):
+        return failed(model, lambda: peelwise.audit(model, probe, ONE_ROUND))
+
+
+def between_passes(probe: peelwise.Probe) -> dict[str, Any]:
+    """An audit fails in one process after a block's pass forward, before the pass back for which it is gathered."""
+    kept, fail = runner.differentiable, at_call(two.divide, 5)
+    runner.differentiable = lambda *args: fail() or kept(*args)
+    model = sharded(ZOO["plain"]())
+    try:
+        return failed(model, lambda: peelwise.audit(model, probe, ONE_ROUND))
+    finally:
+        runner.differentiable = kept
+
+
+def in_training(probe: peelwise.Probe) -> dict[str, Any]:
+    """A measurement of a monitor fails in one process in the middle of a block; both train on."""
+    model = sharded(ZOO["plain"]().train())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    measured, losses = [], []
+    with peelwise.Monitor(model, probe, budget=None, schedule=peelwise.every(1), store=None) as monitor:
+        linear = find_blocks(model)[1].linears[0].module
+        for step in range(5):
+            loss = model(sample_ids(2, 9, seed=step)).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss))
+            with handle_of(linear.register_forward_hook(at_call(two.divide, 3) if step == 1 else lambda *_: None)):
+                measured.append(monitor.step(step) is not None)
+        events = [event.text for event in monitor.events if event.kind == "not-measured"]
+    return {"measured": measured, "losses": losses, "events": events}
+
+
+@contextmanager
+def handle_of(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def low_bit() -> nn.Module:
     model = ZOO["qwen2"]()
     quantize_(model, "int2:group=16,affine", skip=("down_proj",))
@@ -64,6 +136,7 @@ if __name__ == "__main__":
         probe, plain = tiny_probe(), ZOO["plain"]
         found["low-bit"] = two.said(lambda: peelwise.audit(sharded(low_bit()), probe, ONE_ROUND))
         found["all at once"] = two.said(lambda: peelwise.audit(fully_shard(plain()), probe, ONE_ROUND))
+        found |= {each.__name__: each(probe) for each in (in_a_block, between_passes, in_training)}
         found["check"] = two.said(lambda: peelwise.check(sharded(plain()), probe))
     torch.save(found, out / f"{distributed.get_rank()}.pt")
     distributed.destroy_process_group()

@@ -61,3 +61,21 @@ def test_it_is_that_of_one_process(both):
 def test_what_cannot_be_measured_spread_is_refused_in_all(both, what):
     for found in both:
         assert found[what].startswith(REFUSED[what])
+
+
+@pytest.mark.parametrize("where", ["in_a_block", "between_passes"])
+def test_one_that_fails_in_a_pass_of_a_spread_model_ends_all_at_once_and_leaves_it_as_it_was(both, where):
+    first, second = (each[where] for each in both)
+    assert first["said"] == "OtherProcessError: Process 1 failed: ZeroDivisionError: nothing to divide by"
+    assert second["said"] == "ZeroDivisionError (unforeseen): nothing to divide by"
+    assert max(first["seconds"], second["seconds"]) < 30  # the group's time-out is half an hour
+    assert first["same"]
+    assert second["same"]
+
+
+def test_a_measurement_that_fails_in_a_pass_of_one_stops_no_training(both):
+    first, second = (each["in_training"] for each in both)
+    assert first["measured"] == second["measured"] == [True, False, False, True, True]
+    assert first["losses"] == second["losses"]
+    (text,) = first["events"]
+    assert "Process 1 failed: ZeroDivisionError: nothing to divide by. It is tried again later." in text

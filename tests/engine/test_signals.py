@@ -12,9 +12,9 @@ from peelwise.engine.signals import (
     gradient_agreement,
     input_rank,
     layer_slope,
-    of_weight,
     of_block,
     of_layer,
+    of_weight,
     routed,
     weight_norm,
 )

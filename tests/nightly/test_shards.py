@@ -19,7 +19,7 @@ def both(tmp_path_factory):
 
 @pytest.mark.parametrize("name", shards.NAMES["night"])
 def test_an_audit_of_a_spread_model_is_that_of_the_whole_one(both, name):
-    # In float32 a change added to an output and one added to a weight differ, and with them what is rounded to bfloat16.
+    # In float32 what a change does to an output and to a weight differ, and so does what is rounded to bfloat16.
     exact = name not in shards.IN_FLOAT32
     assert_same_audit([each[name] for each in both], *((1e-5, 1e-5) if exact else (2e-2, 1e-3)))
 

@@ -77,7 +77,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
     Nothing happens to a module that is not spread. Leaving needs nobody else. What is written into the parameters
     inside is forgotten.
     """
-    shards: list[Any] = [each for each in module.modules() if _gathers(each)]
+    shards: list[Any] = gathering(module)
     try:
         for each in shards:
             each.unshard()
@@ -113,7 +113,7 @@ def shard_(model: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype, de
 
 def empty_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a model that is spread over processes which is whole: on the CPU, without values."""
-    shards: list[Any] = [module for module in model.modules() if _gathers(module)]
+    shards: list[Any] = gathering(model)
     memo: dict[int, Any] = {
         id(parameter): nn.Parameter(
             torch.empty(parameter.shape, dtype=parameter.dtype),
@@ -150,7 +150,7 @@ def at_rest(model: nn.Module) -> Iterator[None]:
     Parameters that stay gathered after a forward pass would be those of the next one too, whatever the optimiser
     has done meanwhile; and a backward pass in the middle of an accumulation would send what is not complete.
     """
-    shards: list[Any] = [module for module in model.modules() if _gathers(module)]
+    shards: list[Any] = gathering(model)
     groups = [group for module in shards for group in _groups(module)]
     syncs = [(group, group.reduce_grads, group.all_reduce_grads) for group in groups]
     for module in shards:
@@ -158,11 +158,21 @@ def at_rest(model: nn.Module) -> Iterator[None]:
         module.set_requires_gradient_sync(False, recurse=False)
     try:
         yield
+    except BaseException:
+        for module in shards:
+            if module._get_fsdp_state()._is_root:
+                module.reset_iter_state()  # a pass may have ended in the middle
+        raise
     finally:
         for module in shards:
             module.reshard()
         for group, reduce, all_reduce in syncs:
             group.reduce_grads, group.all_reduce_grads = reduce, all_reduce
+
+
+def gathering(module: nn.Module) -> list[nn.Module]:
+    """Return the modules inside of one, and itself, whose parameters are gathered whenever they run."""
+    return [each for each in module.modules() if _gathers(each)]
 
 
 def _gathers(module: nn.Module) -> bool:

@@ -371,7 +371,8 @@ def _whole_gradients(
         used = differentiable(capture, loss, type(runner.model).__name__)
     if len(used) < len(linears):
         raise not_differentiable(next(linear.name for linear in linears if linear not in used))
-    found = torch.autograd.grad(loss, [y for ys in used.values() for y in ys], allow_unused=True)
+    with runner.gathering():
+        found = torch.autograd.grad(loss, [y for ys in used.values() for y in ys], allow_unused=True)
     grads = gradients_by_layer(used, found)
     return {
         linear: _joined(grads[linear]) if linear in grads else _joined([torch.zeros_like(y) for y in outputs])
