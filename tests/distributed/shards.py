@@ -5,6 +5,9 @@ What each of them found goes to ``OUT/RANK.pt``.
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -17,10 +20,12 @@ from typing import Any
 import torch
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 import peelwise
 from audits import ONE_ROUND, tiny_probe
 from distributed import two
+from peelwise.distributed import watch
 from peelwise.model import runner
 from peelwise.model.architectures import find_blocks
 from peelwise.nn import quantize_
@@ -127,10 +132,59 @@ def low_bit() -> nn.Module:
     return model
 
 
+def ends(meeting: Path, how: str) -> list[tuple[int, str, str]]:
+    """Start both without torchrun, which would end the first with the second; return code, output and errors of each.
+
+    Args:
+        meeting: a file through which they find each other.
+        how: what the second does in the middle of an audit, ``lost``.
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(meeting), how],
+            env=environment | {"RANK": rank, "WORLD_SIZE": "2"},
+            **options,
+        )
+        for rank in "01"
+    ]
+    told = [process.communicate(timeout=120) for process in processes]
+    return [(process.returncode, *each) for process, each in zip(processes, told, strict=True)]
+
+
+def no_room() -> None:
+    raise MemoryError("no room for a block")
+
+
+def lost(how: str) -> str:
+    """Return what is said of an audit in the middle of which the second process ends, or cannot gather a block."""
+    watch._PATIENCE = 2.0
+    model = sharded(ZOO["plain"]())
+    if how == "killed":
+        linear = find_blocks(model)[1].linears[0].module
+        linear.register_forward_hook(at_call(lambda: os.kill(os.getpid(), signal.SIGKILL), 7))
+    else:
+        kept, fail = FSDPParamGroup.unshard, at_call(no_room, 40)
+
+        def unshard(self: Any, *args: Any, **options: Any) -> Any:
+            if not self.is_unsharded:  # else there is nothing to gather
+                fail()
+            return kept(self, *args, **options)
+
+        FSDPParamGroup.unshard = unshard
+    return two.said(lambda: peelwise.audit(model, tiny_probe(), ONE_ROUND))
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    distributed.init_process_group("gloo")
     out, when = Path(sys.argv[1]), sys.argv[2]
+    if when not in NAMES:
+        rank, of_all = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        distributed.init_process_group("gloo", init_method=f"file://{out}", rank=rank, world_size=of_all)
+        print(lost(when), flush=True)
+        os._exit(0)
+    distributed.init_process_group("gloo")
     found: dict[str, Any] = {name: (audited(name, sharded), audited(name)) for name in NAMES[when]}
     if when == "day":
         probe, plain = tiny_probe(), ZOO["plain"]

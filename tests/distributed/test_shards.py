@@ -1,5 +1,7 @@
 """Two real processes (gloo, torchrun) audit a model that is spread over them: as one that is whole in both."""
 
+import signal
+
 import pytest
 
 from audits import flat, same_bits
@@ -79,3 +81,21 @@ def test_a_measurement_that_fails_in_a_pass_of_one_stops_no_training(both):
     assert first["losses"] == second["losses"]
     (text,) = first["events"]
     assert "Process 1 failed: ZeroDivisionError: nothing to divide by. It is tried again later." in text
+
+
+def test_one_that_cannot_gather_what_all_others_wait_for_ends_them_in_seconds(tmp_path):
+    (code, said, errors), (_, other, _) = shards.ends(tmp_path / "meeting", "no room")
+    assert code == 1
+    assert said == ""
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert line == (
+        "error: Process 1 failed: MemoryError: no room for a block. This process waits for what it will not send, so "
+        "it ends."
+    )
+    assert other.strip() == "MemoryError (unforeseen): no room for a block"
+
+
+def test_one_that_is_killed_in_a_pass_is_missed_at_once(tmp_path):
+    (code, said, _), (other_code, *_) = shards.ends(tmp_path / "meeting", "killed")
+    assert (code, other_code) == (0, -signal.SIGKILL)
+    assert said.strip() == "OtherProcessError: Another process has ended (killed, or out of memory?)."
