@@ -3,10 +3,10 @@
     python benchmarks/sharded_memory.py [--width 512] [--blocks 16] [--tokens 1200] [--ways whole sharded on-disk]
 
 A Llama with random weights, saved in bfloat16 and opened in float32, audited by two processes of one thread each, with
-one joint round and no controls: `whole` in each of them, `sharded` (--shard), and `on-disk` (--shard --stream: also what
-there is one of for every block). Told are bytes of private memory (`RssAnon`, sampled ten times a second), the larger of
-both processes, above what Python and its packages took: the most while it opens, then, and in all. Beside them the
-formula: weights, one block of them, and the ends (embedding, head), which are gathered as long as the model runs.
+one joint round and no controls: `whole` in each of them, `sharded` (--shard), and `on-disk` (--shard --stream: also
+what there is one of for every block). Told are bytes of private memory (`RssAnon`, sampled ten times a second), the
+larger of both processes, above what Python and its packages took: the most while it opens, then, and in all. Beside
+them the formula: weights, one block of them, and the ends (embedding, head), gathered as long as the model runs.
 """
 
 import argparse
