@@ -37,7 +37,7 @@ def assert_same_audit(found, rel, tolerance):
     expected, numbers = timeless(whole), timeless(ours)
     assert expected.keys() == numbers.keys()
     for key, value in expected.items():
-        if isinstance(value, float):
+        if isinstance(value, float | int):
             assert numbers[key] == pytest.approx(value, rel=rel, abs=tolerance), key
         else:  # the fingerprint among them
             assert numbers[key] == value, key
