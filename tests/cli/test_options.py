@@ -57,6 +57,7 @@ def test_docstrings_say_the_sentence_of_every_option(settings):
     [
         *((command, each) for command in SETTINGS for each in (SETTINGS[command], OpenOptions, ProbeOptions)),
         ("audit", ShardedOptions),
+        ("check", ShardedOptions),
     ],
 )
 def test_the_command_has_every_option_with_its_sentence_panel_and_default(command, settings):

@@ -28,10 +28,14 @@ from distributed import two
 from peelwise.distributed import watch
 from peelwise.model import runner
 from peelwise.model.architectures import find_blocks
+from peelwise.model.parts import parts_of
 from peelwise.nn import quantize_
-from zoo import ZOO, sample_ids
+from zoo import COMMON, ZOO, _transformer, sample_ids
 
-NAMES = {"day": ("llama",), "night": ("gpt2", "plain", "mixtral")}
+NAMES = {"day": ("llama",), "night": ("gpt2", "plain", "mixtral", "deep")}
+CHECKED = {"day": ("deep",), "night": ("gpt2", "mixtral")}
+# Blocks enough to compare over depth, one of which writes with the wrong sign.
+MODELS = ZOO | {"deep": _transformer("LlamaConfig", **COMMON | {"num_hidden_layers": 6})}
 IN_FLOAT32 = ("mixtral",)  # transformers' grouped products know no float64
 
 
@@ -49,13 +53,27 @@ def sharded(model: nn.Module) -> nn.Module:
 
 def audited(name: str, wrap: Callable[[nn.Module], nn.Module] = lambda model: model) -> Any:
     """Return record and witness of an audit of all stages, and whether the model was left as it was."""
-    model = ZOO[name]()
-    model = wrap(model if name in IN_FLOAT32 else model.double())
+    model = wrap(model_of(name))
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     report = peelwise.audit(model, tiny_probe(in_distribution=True), ONE_ROUND)
     after = model.state_dict()
     same = all(bool((after[key] == tensor).all()) for key, tensor in before.items())
     return report.record.model_dump(), report.witness, same
+
+
+def checked(name: str, wrap: Callable[[nn.Module], nn.Module] = lambda model: model, *, text: bool = True) -> Any:
+    """Return the record of a check, with proofs for blocks that stand out, or of weights alone."""
+    model = wrap(model_of(name))
+    return peelwise.check(model, tiny_probe() if text else None).record.model_dump()
+
+
+def model_of(name: str) -> nn.Module:
+    """Return a model in float64 if it can be, of several blocks one of which writes with the wrong sign."""
+    model = MODELS[name]() if name in IN_FLOAT32 else MODELS[name]().double()
+    if name == "deep":
+        with torch.no_grad():
+            parts_of(find_blocks(model)[3]).branches[0].writer.module.weight.mul_(-3)
+    return model
 
 
 def at_call(work: Callable[[], Any], number: int = 1) -> Callable[..., None]:
@@ -191,6 +209,9 @@ if __name__ == "__main__":
         found["low-bit"] = two.said(lambda: peelwise.audit(sharded(low_bit()), probe, ONE_ROUND))
         found["all at once"] = two.said(lambda: peelwise.audit(fully_shard(plain()), probe, ONE_ROUND))
         found |= {each.__name__: each(probe) for each in (in_a_block, between_passes, in_training)}
-        found["check"] = two.said(lambda: peelwise.check(sharded(plain()), probe))
+        found["peel"] = two.said(lambda: peelwise.peel(sharded(plain()), probe))
+    for name in CHECKED[when]:
+        found[f"checked {name}"] = checked(name, sharded), checked(name)
+        found[f"weights of {name}"] = checked(name, sharded, text=False), checked(name, text=False)
     torch.save(found, out / f"{distributed.get_rank()}.pt")
     distributed.destroy_process_group()

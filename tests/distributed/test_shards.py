@@ -12,7 +12,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::peelwise.errors.PeelwiseWarning
 REFUSED = {
     "low-bit": "UnsupportedModelError: Not yet: model.layers.0.self_attn.q_proj computes with a low-bit format",
     "all at once": "UnsupportedModelError: blocks.0 is sharded only together with others",
-    "check": "UnsupportedModelError: Not yet: this of a model whose weights are spread over processes",
+    "peel": "UnsupportedModelError: Not yet: this of a model whose weights are spread over processes",
 }
 
 
@@ -57,6 +57,31 @@ def test_it_is_that_of_one_process(both):
     for key, value in timeless(alone).items():
         if isinstance(value, float):
             assert timeless(record)[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+
+
+def check_of(record):
+    """Return all numbers of a check, factors by what they are on: those on values and on attention gain alike."""
+    factors = {f"{each['layer']} {each['head']}": each | {"composed": None} for each in record["gain_witnesses"]}
+    return timeless(record | {"gain_witnesses": dict(sorted(factors.items()))})
+
+
+def assert_same_check(found, name, rel):
+    """Check that checks of a spread model and of a whole one are those of one process, in both processes."""
+    for what, text in (("checked", True), ("weights of", False)):
+        (spread, whole), other = (each[f"{what} {name}"] for each in found)
+        assert (spread, whole) == other
+        alone = check_of(shards.checked(name, text=text))
+        for record in map(check_of, (spread, whole)):
+            assert record.keys() == alone.keys()
+            for key, value in alone.items():
+                expected = pytest.approx(value, rel=rel, abs=0.1 * rel) if isinstance(value, float) else value
+                assert record[key] == expected, key
+    assert spread["model"] == whole["model"]
+
+
+def test_a_check_is_that_of_one_process(both):
+    assert_same_check(both, "deep", rel=5e-4)  # gradients are added up in float32, in another order
+    assert both[0]["checked deep"][0]["gain_witnesses"]  # so that factors were tried
 
 
 @pytest.mark.parametrize("what", REFUSED)

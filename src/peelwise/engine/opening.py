@@ -76,7 +76,7 @@ def checked_blocks(
         check_shared(blocks)
     check_dtypes(blocks)
     if spread:
-        check_blocks({block.name: unwrapped(block.module) for block in blocks})
+        check_spread(blocks)
     if probe.examples is None:
         refuse_text(model)
         size, limit = vocabulary_size(model), context_length(model)
@@ -91,9 +91,32 @@ def checked_blocks(
 def _check_whole(model: nn.Module) -> None:
     if any(is_sharded(parameter) for parameter in model.parameters()):
         raise UnsupportedModelError(
-            "Not yet: this of a model whose weights are spread over processes (fully_shard), which peelwise.audit and "
-            "Monitor measure. Give it the whole model, in one process."
+            "Not yet: this of a model whose weights are spread over processes (fully_shard), which peelwise.audit, "
+            "check and Monitor measure. Give it the whole model, in one process."
         )
+
+
+def check_spread(blocks: tuple[Block, ...]) -> None:
+    """Check that every block of a model that is spread over processes can be run by itself.
+
+    Raises:
+        UnsupportedModelError: If one is gathered only together with others.
+    """
+    check_blocks({block.name: unwrapped(block.module) for block in blocks})
+
+
+def check_dense(blocks: tuple[Block, ...]) -> None:
+    """Check that no process has a part only of what the codes of a low-bit layer are made from.
+
+    Raises:
+        UnsupportedModelError: If one has.
+    """
+    for linear in (linear for block in blocks for linear in block.linears):
+        if linear.low_bit and any(is_sharded(parameter) for parameter in linear.module.parameters()):
+            raise UnsupportedModelError(
+                f"Not yet: {linear.name} computes with a low-bit format, and its weight is spread over processes "
+                "(fully_shard). Give the whole model to each of them."
+            )
 
 
 def open_session(

@@ -57,10 +57,11 @@ def look_at_weights(
     all_parts: Sequence[Parts],
     clock: Clock,
     wanted: Collection[str] = tuple(SIGNALS),
+    runner: Runner | None = None,
 ) -> Look:
-    """Return what the weights say by themselves, without any text."""
+    """Return what the weights say by themselves, without any text; processes that share the ``runner`` share that."""
     with clock.stage("weight-signals"):
-        table = _weights(all_parts, clock, wanted)
+        table = _weights(all_parts, clock, wanted, runner)
     return Look(table, unlikeness(table.values, len(all_parts)))
 
 
@@ -143,6 +144,7 @@ def both(first: Trace, second: Trace) -> Trace:
         [*first.batches, *second.batches],
         torch.cat([first.losses, second.losses]),
         torch.cat([first.tokens, second.tokens]),
+        (len(first.batches), len(second.batches)),
     )
 
 

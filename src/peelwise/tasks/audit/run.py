@@ -9,16 +9,13 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from peelwise.distributed.processes import ONE_PROCESS, Processes, check_same
-from peelwise.distributed.sharding import is_sharded
 from peelwise.engine.clock import Watcher
-from peelwise.engine.opening import checked_blocks, format_names, open_session
+from peelwise.engine.opening import check_dense, checked_blocks, format_names, open_session
 from peelwise.engine.permute import shuffled_targets
-from peelwise.engine.provenance import Setup
+from peelwise.engine.provenance import identified
 from peelwise.engine.session import Session
-from peelwise.errors import IllConditionedWarning, UnsupportedModelError
-from peelwise.model.fingerprint import identify
+from peelwise.errors import IllConditionedWarning
 from peelwise.model.guard import untouched
-from peelwise.model.layers import Block
 from peelwise.model.splice import frozen
 from peelwise.probe.probe import Probe
 from peelwise.records.audit import AuditRecord
@@ -86,9 +83,8 @@ def run_audit(
         blocks = checked_blocks(
             model, probe, settings.refine, batches=True, stack=settings.stack, shared=True, spread=True
         )
-        _check_dense(blocks)
-        processes.check_peers()  # before a model that is spread over them is gathered
-        setup = Setup(model, blocks, name, source, identify(model), settings.plain(), probe.seed)
+        check_dense(blocks)
+        setup = identified(model, blocks, name, source, settings.plain(), seed=probe.seed, processes=processes)
         check_same(processes, (setup.identity.fingerprint, probe.fingerprint, probe.in_distribution, setup.settings))
         linears = [linear for block in blocks for linear in block.linears]
         with untouched(model), frozen(linears), warnings.catch_warnings(record=True) as caught:
@@ -114,16 +110,6 @@ def run_audit(
             record, witness = summarise(session, findings, setup, settings.margin)
         record = processes.broadcast(_with_warnings(record, caught))
     return AuditOutcome(record, witness, probe)
-
-
-def _check_dense(blocks: tuple[Block, ...]) -> None:
-    """Check that no process has a part only of what the codes of a low-bit layer are made from."""
-    for linear in (linear for block in blocks for linear in block.linears):
-        if linear.low_bit and any(is_sharded(parameter) for parameter in linear.module.parameters()):
-            raise UnsupportedModelError(
-                f"Not yet: {linear.name} computes with a low-bit format, and its weight is spread over processes "
-                "(fully_shard). Give the whole model to each of them."
-            )
 
 
 def _stages(session: Session, findings: Findings, settings: AuditSettings, *, factors: bool) -> bool:
