@@ -16,7 +16,7 @@ import torch
 
 from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.distributed.shared import Shared
-from peelwise.engine.signals import LayerSums, Routed, of_block, of_layer, routed
+from peelwise.engine.signals import LayerSums, OfWeight, Routed, of_block, of_layer, of_weight, routed
 from peelwise.errors import IllConditionedWarning
 from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.spill import Spill
@@ -55,12 +55,13 @@ class BlockProposals:
 
 @dataclass(frozen=True)
 class _Group:
-    """Layers of a block that share an input: their sums per set of targets, and those of select."""
+    """Layers of a block that share an input: their sums per set of targets, those of select, and with the weights."""
 
     linears: tuple[LinearLayer, ...]
     fits: list[dict[LinearLayer, Moments]]
     select: dict[LinearLayer, Moments]
     routed: dict[LinearLayer, Routed]
+    of_weights: list[dict[LinearLayer, OfWeight]]
 
     def cost(self, directions: Sequence[Direction]) -> float:
         """Return about how many operations it takes to solve."""
@@ -146,6 +147,8 @@ class Solves:
     ) -> None:
         """Ask for what the moments of one block's layers propose.
 
+        What takes a weight is worked out here: pieces are done later, where a weight need not be whole any more.
+
         Args:
             block: the block.
             fits: per set of targets, the moments of the fit tokens, which share ``S``.
@@ -165,6 +168,7 @@ class Solves:
                 [{m: fit[m] for m in linears if m in fit} for fit in fits],
                 {m: select[m] for m in linears},
                 {m: tokens_of[m] for m in linears if m in tokens_of},
+                [{m: of_weight(m, fit[m]) for m in linears if m in fit} for fit in fits],
             )
             for linears in by_input.values()
         ]
@@ -240,7 +244,7 @@ def _solutions(group: _Group, directions: Sequence[Direction]) -> list[list[_Sol
     low_bit = any(linear.low_bit for linear in group.linears)
     shared = S.float() if low_bit else S  # layers of one input share it here too
     solutions = []
-    for fit in group.fits:
+    for fit, of_weights in zip(group.fits, group.of_weights, strict=True):
         of_layers = []
         for linear, moments in fit.items():
             select, rotated = group.select[linear], reference.rotate(moments.C)
@@ -256,6 +260,7 @@ def _solutions(group: _Group, directions: Sequence[Direction]) -> list[list[_Sol
                 whitened,
                 natural,
                 group.routed.get(linear),
+                of_weights[linear],
             )
             # The one that is better as a rule comes first: a search of the other is cut short when it cannot win.
             made: dict[Direction, Proposal] = {} if natural is None else {"two-sided": natural}
@@ -314,7 +319,7 @@ def _few_tokens(block: Block, seen: Mapping[LinearLayer, int]) -> IllConditioned
     """Return one warning for all experts of a block that few tokens were routed to, or none."""
     experts = [linear for linear in block.linears if linear.is_expert]
     rows = {linear: seen.get(linear, 0) for linear in experts}
-    few = {linear: n for linear, n in rows.items() if n < linear.weight().shape[1]}
+    few = {linear: n for linear, n in rows.items() if n < linear.shape[1]}
     if not few:
         return None
     none = sum(n == 0 for n in few.values())

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from peelwise.engine.fading import FadingSums
@@ -75,7 +76,8 @@ def sweep(
             select_moments, above_select = moments_of(select, above_own)
             if keep:
                 moments = moments if kept is None else [kept.joined(each) for each in moments]
-                solves.ask(block, moments, select_moments[0], more=place < len(parts))
+                with runner.whole(block):
+                    solves.ask(block, moments, select_moments[0], more=place < len(parts))
             del moments, select_moments  # before the next ones are added up
         if solves.enough:
             _keep(solves.made(), found)
@@ -118,7 +120,7 @@ def _parts(runner: Runner, block: Block, targets: int, with_F: bool) -> list[Seq
     parts: list[list[LinearLayer]] = [[]]
     held = 0
     for linear in block.linears:
-        d_out, d_in = linear.weight().shape
+        d_out, d_in = linear.shape
         size = _FLOAT64 * (2 * d_in**2 + (targets + 1) * (d_out * d_in + with_F * d_out**2))
         if parts[-1] and held + size > MOST_SUMS and not (linear.is_expert and parts[-1][-1].is_expert):
             parts.append([])
@@ -223,8 +225,11 @@ def _expect_experts(
     for linear in block.linears:
         if not linear.is_expert:
             continue
-        none = linear.weight()[:0]  # [0, d_in]
-        x, g = widened(none), widened(none.new_empty(0, linear.weight().shape[0]))
+        d_out, d_in = linear.shape
+        parameter = linear.parameter
+        assert isinstance(parameter, Tensor)
+        none = torch.empty(0, d_in, dtype=parameter.dtype, device=parameter.device)
+        x, g = widened(none), widened(none.new_empty(0, d_out))
         x = with_ones(x) if linear.has_bias else x
         S.setdefault(linear, GramSum()).update(x)
         for C_sums in C:
@@ -246,7 +251,8 @@ def _groups_of_all(
 def _finite_mean(total: CrossSum, linear: LinearLayer, tokens: float) -> Tensor:
     mean = total.mean(tokens)
     if not bool(mean.isfinite().all()):
-        dtype = str(linear.weight().dtype).removeprefix("torch.")
+        holder = linear.parameter if isinstance(linear.parameter, Tensor) else linear.weight()
+        dtype = str(holder.dtype).removeprefix("torch.")
         raise ModelError(f"The gradients of {linear.name} overflow in {dtype}. Try --dtype float32.")
     return mean
 

@@ -70,6 +70,7 @@ class Trace:
     batches: list[Batch]
     losses: Tensor  # [sequences] float64, nats summed over the sequence's predicted tokens; of examples their loss
     tokens: Tensor  # [sequences] float64
+    parts: tuple[int, ...] = ()  # of several splits, how many batches each has
 
     @property
     def mean(self) -> float:
