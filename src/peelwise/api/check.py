@@ -11,6 +11,7 @@ from peelwise.api.report import Certified, check_out, frame
 from peelwise.certificate.check import factor_tensors
 from peelwise.engine.clock import Watcher
 from peelwise.errors import OptionError
+from peelwise.model.offloaded import measures_offloaded
 from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
@@ -56,6 +57,7 @@ class CheckReport(Certified):
         return factor_tensors(self.record), self.probe
 
 
+@measures_offloaded
 def check(
     model: nn.Module | str | Path,
     probe: Probe | ProbeOptions | None = None,

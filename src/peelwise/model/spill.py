@@ -101,6 +101,19 @@ def keep_on_disk_(model: nn.Module, spill: Spill | None = None) -> None:
     _give_back_freed_memory()
 
 
+@contextmanager
+def kept_on_disk(model: nn.Module) -> Iterator[None]:
+    """Keep what is kept of a model's blocks on disk inside the context."""
+    if model in _OF_MODELS:
+        yield
+        return
+    keep_on_disk_(model)
+    try:
+        yield
+    finally:
+        _OF_MODELS.pop(model, None)
+
+
 def spill_of(model: nn.Module) -> Spill | None:
     """Return where what is kept of a model's blocks goes to; ``None``: it stays in memory."""
     return _OF_MODELS.get(model)
