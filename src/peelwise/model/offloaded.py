@@ -3,8 +3,10 @@
 Accelerate's hooks stand in a module's ``forward``: they bring its parameters before a call and leave empty ones (on the
 ``meta`` device) behind. What is measured reads weights, splices changes into them and asks for gradients between calls,
 so hooks would have to run at every turn. Instead, inside of a context, each empty parameter gives its place to the
-tensor that its hook would bring: the one in memory, or a view of its file, of which the system reads the pages that are
-used and drops them where memory is short. The hooks, which then have nothing to do, stand aside.
+tensor that its hook would bring: the one in memory, or a view of its file, of which the system reads the pages that
+are used and drops them where memory is short. The hooks, which then have nothing to do, stand aside. Where modules
+compute on an accelerator, the tensor says that it is there, and is copied there by each operation that reads it
+(`Carried`).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from peelwise.errors import ModelError, UnsupportedModelError
+from peelwise.model.carried import Carried
 from peelwise.model.layers import plain_name, unwrapped
 from peelwise.model.spill import kept_on_disk
 from peelwise.model.weights_map import WeightsMap
@@ -54,7 +57,7 @@ def brought(*models: object) -> Iterator[None]:
         models: any of which some may be modules.
 
     Raises:
-        UnsupportedModelError: If a module is brought to another device than the CPU, or by hooks of other kinds.
+        UnsupportedModelError: If modules are computed on several devices, or have hooks of other kinds.
         ModelError: If a file with weights is missing, damaged or cut short.
         OutputError: If weights are to be converted, and the disk has no room.
     """
@@ -78,8 +81,8 @@ def _brought(model: nn.Module) -> Iterator[None]:
         return
     for name, module in hooked.items():
         _check_hooks(name or type(model).__name__, module)
-    weights = WeightsMap()
-    swaps = _swaps(model, hooked, weights)
+    device, weights = _device(hooked), WeightsMap()
+    swaps = _swaps(model, hooked, weights, device)
     _tie(model, swaps)
     before = [(vars(module), dict(vars(module))) for module in hooked.values()]
     try:
@@ -107,18 +110,12 @@ def _hooks(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _check_hooks(name: str, module: nn.Module) -> None:
-    """Check that hooks of one model whose weights are offloaded do nothing but bring them to the CPU."""
+    """Check that a module's hooks do nothing but bring weights and inputs."""
     for hook in _hooks(module):
         if type(hook).__name__ != _ALIGNS:
             raise UnsupportedModelError(
                 f"Not yet: {name} has a hook of accelerate ({type(hook).__name__}) besides those that bring weights. "
                 "Remove it, or load the whole model onto one device."
-            )
-        device = hook.execution_device
-        if device is not None and torch.device(device).type != "cpu":
-            raise UnsupportedModelError(
-                f"Not yet: {name} is offloaded (accelerate) and computed on {device}. Load the whole model onto one "
-                'device, or all of it to the CPU and the disk: device_map={"": "disk"}.'
             )
     forward = vars(module).get("forward")
     if not isinstance(forward, functools.partial) or forward.func.__module__ != "accelerate.hooks":
@@ -126,6 +123,23 @@ def _check_hooks(name: str, module: nn.Module) -> None:
             f"Not yet: the forward of {name} was replaced after accelerate offloaded it. Load the whole model onto one "
             "device."
         )
+
+
+def _device(hooked: Mapping[str, nn.Module]) -> torch.device:
+    """Return the device that all modules with hooks are computed on."""
+    found: dict[torch.device, str] = {}
+    for name, module in hooked.items():
+        for hook in _hooks(module):
+            if hook.execution_device is not None:
+                device = torch.device(hook.execution_device)
+                found.setdefault(device if device.type == "cpu" else torch.device(device.type, device.index or 0), name)
+    if len(found) > 1:
+        said = ", ".join(f"{name or 'a part'} on {device}" for device, name in found.items())
+        raise UnsupportedModelError(
+            f"Not yet: modules of one model are computed on several devices (accelerate): {said}. Offload all of "
+            "them from one device."
+        )
+    return next(iter(found), torch.device("cpu"))
 
 
 def _stand_aside(module: nn.Module) -> None:
@@ -163,7 +177,7 @@ class _Swap:
     tensor: Tensor
 
 
-def _swaps(model: nn.Module, hooked: Mapping[str, nn.Module], weights: WeightsMap) -> list[_Swap]:
+def _swaps(model: nn.Module, hooked: Mapping[str, nn.Module], weights: WeightsMap, device: torch.device) -> list[_Swap]:
     """Return what is to be put where. Tensors that were one parameter, as those of tied layers, are one again."""
     swaps: list[_Swap] = []
     parameters = {_values_of(parameter): parameter for parameter in model.parameters() if not parameter.is_meta}
@@ -179,11 +193,17 @@ def _swaps(model: nn.Module, hooked: Mapping[str, nn.Module], weights: WeightsMa
                         full = ".".join(part for part in (path, below, name) if part)
                         value = weights.tensor(hook.weights_map, f"{below}.{name}" if below else name)
                         _check_like(full, empty, value)
+                        value = _seen_on(device, value)
                         if isinstance(empty, nn.Parameter):
                             made = nn.Parameter(value, requires_grad=empty.requires_grad)
                             value = parameters.setdefault(_values_of(value), made)
                         swaps.append(_Swap(place, name, empty, value))
     return swaps
+
+
+def _seen_on(device: torch.device, value: Tensor) -> Tensor:
+    """Return a tensor as one on the device that its module is computed on."""
+    return value if value.device == device else Carried(value, device)
 
 
 def _check_like(name: str, empty: Tensor, value: Tensor) -> None:
