@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -317,6 +318,48 @@ def test_after_an_interrupt_in_the_middle_everything_is_as_it_was(tmp_path: Path
     assert state(model) == before
     assert torch.equal(logits(model), out)
     assert spill.spill_of(model) is None
+
+
+def test_an_interrupt_at_any_line_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    model = on_disk(saved(tmp_path / "m"))
+    before, interrupted, line = state(model), 0, 0
+    while True:
+        line += 1 + line // 8  # all of the first ones, fewer of what is done for every tensor
+        left = [line]
+
+        def trace(frame: FrameType, event: str, _: object, left: list[int] = left) -> Any:
+            if frame.f_code.co_filename != offloaded.__file__:
+                return None
+            left[0] -= event == "line"
+            if not left[0]:
+                left[0] = -1
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            with brought(model):
+                pass
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            sys.settrace(None)
+        assert state(model) == before
+        if left[0] > 0:  # it came to the end
+            break
+    assert interrupted > 20
+
+
+def test_bounds_of_a_chain_of_layers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    resident = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    x = torch.randn(90, 6)
+    y = torch.randint(3, (90,))
+    model = accelerate.disk_offload(copy.deepcopy(resident), tmp_path, execution_device="cpu")
+    before = state(model)
+    ours, theirs = (peelwise.yes_bounds(each, x, y, loss="cross_entropy") for each in (model, resident))
+    assert str(ours) == str(theirs)
+    assert state(model) == before
 
 
 @pytest.mark.parametrize("way", ["transformers: blocks on disk", "dispatch_model"])
