@@ -448,6 +448,7 @@ print(most[0] - before)
 @pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="private memory is asked of Linux")
+@pytest.mark.timeout(900)
 def test_memory_of_an_audit_does_not_grow_with_depth(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from peelwise.model.fingerprint import identify
 from peelwise.model.layers import LinearLayer, linear_layers
 from peelwise.model.offloaded import brought, measures_offloaded
 from peelwise.model.options import OpenOptions
+from peelwise.model.spill import copied
 from peelwise.model.torchao_writer import check_torchao, write_torchao
 from peelwise.model.weights.gguf_writer import kind_of, write_gguf
 from peelwise.nn.files import hold_in, note_formats
@@ -63,7 +63,7 @@ class QuantiseReport(Result):
         Experts, which are parts of a parameter, get the floats that their codes stand for.
         """
         with brought(self.model):
-            made = copy.deepcopy(self.model)
+            made = copied(self.model)
         experts = _experts(made)
         for name, (form, encoded) in self.codes.items():
             if name in experts:
