@@ -15,6 +15,7 @@ from peelwise.engine.opening import checked_blocks
 from peelwise.errors import OutputError
 from peelwise.model.adapters import adapter_base, is_adapted, merged_and_bare, with_adapter
 from peelwise.model.fingerprint import identify
+from peelwise.model.offloaded import measures_offloaded
 from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
@@ -88,6 +89,7 @@ class QuantcheckReport(Result):
         return path
 
 
+@measures_offloaded
 def quantcheck(
     quantised: nn.Module | str | Path,
     parent: nn.Module | str | Path,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from torch import Tensor, nn
 
@@ -105,12 +105,12 @@ def run_quantise(
                 if kept is not None:
                     kept.put(block.index, {linear.name: each for linear, each in found.items()})
                 for linear, (encoded, line) in found.items():
-                    codes[linear.name] = chosen[linear], encoded
+                    codes[linear.name] = chosen[linear], _kept(encoded, runner)
                     lines.append(line)
-                    walk.changes[linear] = change_to(linear, chosen[linear].decode(encoded))
+                    walk.put(linear, chosen[linear].decode(encoded))
                 behind.append(QuantisedBlock(index=block.index, error=walk.leave(block)[REPORT]))
         with clock.stage("codes-losses"):
-            loss = _losses(session, walk.changes, _rounded(chosen))
+            loss = _losses(session, walk.changes, _rounded(chosen, runner))
         cost = clock.record(probe.fit.tokens + probe.select.tokens + probe.report.tokens, device_of(model))
     seen = {line.name: line.fit_tokens or 0 for line in lines}
     record = QuantiseRecord(
@@ -235,7 +235,7 @@ def _solved(
                 max_sweeps=settings.max_sweeps,
                 tolerance=settings.tolerance,
             )
-            walk.changes[linear] = change_to(linear, form.decode(found.encoded))
+            walk.put(linear, form.decode(found.encoded))
             yield linear, (found.encoded, _line(linear, block.index, W, form, found, fit.tokens, report))
     for linear, tokens in unseen.items():
         W, form = linear.weight().float(), chosen[linear]
@@ -268,8 +268,14 @@ def _line(
     )
 
 
-def _rounded(chosen: dict[LinearLayer, Format]) -> Changes:
-    return {linear: change_to(linear, form.project(linear.weight())) for linear, form in chosen.items()}
+def _kept(encoded: Encoded, runner: Runner) -> Encoded:
+    """Return codes that are kept where the model's weights are."""
+    own = {part.name: getattr(encoded, part.name) for part in fields(encoded)}
+    return replace(encoded, **{name: runner.kept(part) for name, part in own.items() if isinstance(part, Tensor)})
+
+
+def _rounded(chosen: dict[LinearLayer, Format], runner: Runner) -> Changes:
+    return {linear: runner.kept(change_to(linear, form.project(linear.weight()))) for linear, form in chosen.items()}
 
 
 def _losses(session: ReportSession, changes: Changes, rounded: Changes) -> QuantiseLosses:
