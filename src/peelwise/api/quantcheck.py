@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING
 from peelwise.api.inputs import Target, open_both, open_target, with_budget
 from peelwise.api.report import REPORT_FILE, Result, frame
 from peelwise.engine.clock import Watcher
-from peelwise.engine.fitting import common_groups
 from peelwise.engine.kept import beside
-from peelwise.engine.opening import checked_blocks
 from peelwise.errors import OutputError
 from peelwise.model.adapters import adapter_base, is_adapted, merged_and_bare, with_adapter
 from peelwise.model.fingerprint import identify
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
 RECORD_FILE = "quantcheck.json"
 PICTURE_FILE = "layers.svg"
 SUFFIX = ".json"
-LARGEST_GROUP = 64  # of the formats of a plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,12 +182,7 @@ def _candidate(target: Target) -> Candidate:
 def _planned(
     parent: Candidate, probe: Probe, settings: QuantcheckSettings, progress: Watcher | None
 ) -> AllocationRecord:
-    """Return a plan for the parent's layers in formats of 2, 3, 4 and 8 bits, whose groups divide all of them."""
-    linears = [linear for block in checked_blocks(parent.model, probe) for linear in block.linears]
-    group = next((size for size in common_groups(linears) if size <= LARGEST_GROUP), None)
-    layout = "channel" if group is None else f"group={group}"
-    formats = tuple(f"int{width}:{layout}" for width in (2, 3, 4, 8))
-    plan = AllocateSettings(settings.allocate or 0.0, formats, micro_batch_tokens=settings.micro_batch_tokens)
+    plan = AllocateSettings(settings.allocate or 0.0, micro_batch_tokens=settings.micro_batch_tokens)
     return run_allocate(parent.model, parent.name, parent.source, probe, plan, watcher=progress)
 
 

@@ -98,6 +98,8 @@ NoteCode = Literal[
     "autocast",
     "factor-first",
     "no-curvature",
+    "smaller-groups",
+    "scales-per-channel",
     "read-as-numbers",
     "router-collapsed",
     "dead-experts",
