@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peelwise.api.inputs import Target, open_both, open_target, with_budget
+from peelwise.api.adapted import open_parent, open_quantised
+from peelwise.api.inputs import Target, with_budget
 from peelwise.api.report import REPORT_FILE, Result, frame
 from peelwise.engine.clock import Watcher
 from peelwise.engine.kept import beside
 from peelwise.errors import OutputError
-from peelwise.model.adapters import adapter_base, is_adapted, merged_and_bare, with_adapter
 from peelwise.model.fingerprint import identify
 from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
@@ -101,9 +101,11 @@ def quantcheck(
     """Tell which part of a quantised model's damage its bits explain, and which better codes would recover.
 
     Args:
-        quantised: a module (left exactly as it was), a folder or a GGUF file.
+        quantised: a module (left exactly as it was), a folder or a GGUF file; of a model of PEFT, or the folder of an
+            adapter, what its codes and the adapters beside them make together.
         parent: the model that it was made from, likewise; of a model of PEFT, or the folder of an adapter, the model
-            with adapters merged, and ``base`` is the one without them.
+            with adapters merged, and ``base`` is the one without them. A base of codes is the numbers that they stand
+            for.
         probe: the probe, or the text to draw it from with the quantised model's tokenizer; default: the reference
             prose.
         settings: format, effort, budget, and within how many bits a plan is wanted.
@@ -131,10 +133,13 @@ def quantcheck(
     settings = with_budget(settings or QuantcheckSettings(), budget)
     if out is not None:
         _check_out(out, force=force)
-    target, drawn = open_both(quantised, probe, opening)
-    above, first = _above(parent, base, opening)
+    target, drawn = open_quantised(quantised, probe, opening)
+    above, first, notes = open_parent(parent, base, opening)
     kept = None if out is None else Kept(beside(out), _key(target, above, first, drawn, settings))
-    record = run_quantcheck(_candidate(target), above, drawn, settings, progress, first, kept)
+    record = run_quantcheck(
+        Candidate(target.model, target.name, target.source), above, drawn, settings, progress, first, kept
+    )
+    record = record.model_copy(update={"notes": (*notes, *record.notes)})
     if settings.allocate is not None:
         record = record.model_copy(update={"allocation": _planned(above, drawn, settings, progress)})
     report = QuantcheckReport(record)
@@ -156,27 +161,6 @@ def _key(
         "probe": probe.fingerprint,
         "settings": plain | {"dampings": list(settings.dampings)},
     }
-
-
-def _above(
-    parent: nn.Module | str | Path, base: nn.Module | str | Path | None, opening: OpenOptions | None
-) -> tuple[Candidate, Candidate | None]:
-    """Return the parent and the model before its fine-tune; of a parent with adapters both are made from it."""
-    below = adapter_base(Path(parent)) if isinstance(parent, str | Path) else None
-    if below is not None:
-        found = open_target(below, opening)
-        target = Target(with_adapter(found.model, Path(str(parent))), Path(str(parent)).name, str(parent))
-    else:
-        target = open_target(parent, opening)
-    if not is_adapted(target.model):
-        return _candidate(target), None if base is None else _candidate(open_target(base, opening))
-    merged, bare = merged_and_bare(target.model)
-    first = Candidate(bare, below or "its base") if base is None else _candidate(open_target(base, opening))
-    return Candidate(merged, target.name, target.source), first
-
-
-def _candidate(target: Target) -> Candidate:
-    return Candidate(target.model, target.name, target.source)
 
 
 def _planned(

@@ -101,6 +101,7 @@ NoteCode = Literal[
     "smaller-groups",
     "scales-per-channel",
     "read-as-numbers",
+    "adapters-on-codes",
     "router-collapsed",
     "dead-experts",
     "copied-experts",

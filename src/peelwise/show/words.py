@@ -152,6 +152,8 @@ NOTES: Mapping[str, str] = MappingProxyType(
         "read-as-numbers": "{layers} quantised layers ({method}) are read as plain numbers, exactly those that are "
         "stored, as no format here has their layout: what they gain is not at the same bit width. {codes} others hold "
         "codes.",
+        "adapters-on-codes": "The parent's base holds codes of few bits in {layers} layers. The parent is the numbers "
+        "that they stand for with the adapters added, as it was trained; merging into the codes would round both.",
         "router-collapsed": "Block {block}: its router has collapsed: {share:.0%} of all tokens go to experts "
         "{experts} of {of}.",
         "dead-experts": "Block {block}: {count} of {of} experts were given no token of this text (an even load would "
