@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from peelwise.errors import ModelError
+from peelwise.model.layers import device_of
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -63,8 +64,10 @@ def with_adapter(base: nn.Module, folder: Path) -> nn.Module:
         from peft import PeftModel
     except ImportError as error:
         raise ModelError(f"{folder} holds an adapter, which PEFT reads: pip install peft.") from error
+    device = device_of(base)
     try:
-        with torch.random.fork_rng():  # adapters are drawn before they are read
+        # Adapters are drawn before they are read, on this device or on the CPU.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             made: nn.Module = PeftModel.from_pretrained(base, str(folder))
     except Exception as error:  # as many kinds of errors as of adapters
         raise ModelError(f"The adapter in {folder} does not go with its base model: {error}") from error

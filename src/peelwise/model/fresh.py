@@ -32,7 +32,7 @@ def fresh_copy(model: nn.Module, seed: int) -> nn.Module | None:
             fresh = type(model)(config)
         quantize_like_(fresh, model)
     else:
-        fresh = copy.deepcopy(model)
+        fresh = copy.deepcopy(model).cpu()  # a GPU would draw other numbers from the same seed
         for module in fresh.modules():
             if list(module.parameters(recurse=False)):
                 reset = getattr(module, "reset_parameters", None)
