@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 import peelwise
 import peelwise.act
 from audits import tiny_probe
-from example_models import bert_classifier, classified, images, vit
+from example_models import KINDS, bert_classifier, classified, images, vit
 from peelwise.errors import DeviceError, PeelwiseError, UnsupportedModelError
 from peelwise.model.checkpoints import open_model
 from peelwise.model.fresh import fresh_copy
@@ -309,6 +309,51 @@ def test_on_a_second_device_everything_is_as_on_the_cpu(way: str, tmp_path: Path
     with second_device() as device:
         found = leaves(WAYS[way](lambda model: model.to(device), tmp_path / "device"))
     assert not unlike(found, expected)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", [*ZOO, *KINDS])
+def test_models_of_every_kind_are_checked_as_on_the_cpu(name: str) -> None:
+    def checked(move: Move) -> dict[str, Any]:
+        if name in ZOO:
+            return leaves(peelwise.check(move(ZOO[name]()), probe()).record)
+        make, batch = KINDS[name]
+        return leaves(peelwise.check(move(make()), peelwise.Probe.from_batches([batch()])).record)
+
+    expected = checked(lambda model: model)
+    with second_device() as device:
+        assert not unlike(checked(lambda model: model.to(device)), expected)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["mixtral", "lfm2", "low-bit", "checkpointing"])
+def test_trainings_of_every_kind_are_followed_as_on_the_cpu(name: str) -> None:
+    def followed(move: Move) -> dict[str, Any]:
+        model = move(ZOO[name]() if name in ZOO else llama(3)).train()
+        if name == "low-bit":
+            quantize_(model, "ternary:channel")
+        if name == "checkpointing":
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        device = next(model.parameters()).device
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        monitor = peelwise.Monitor(
+            model, probe(), optimizer=optimizer, budget=None, schedule=peelwise.every(2), store=None, signals=("all",)
+        )
+        measured = []
+        for step in range(7):
+            ids = sample_ids(2, 13, seed=step).to(device)
+            loss = cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
+            loss.backward()
+            optimizer.step()
+            measured.append(monitor.step(step, loss=loss))
+            optimizer.zero_grad()
+        monitor.close()
+        assert not [event for event in monitor.events if event.kind.startswith("not-")]
+        return leaves([measured, model.state_dict()])
+
+    expected = followed(lambda model: model)
+    with second_device() as device:
+        assert not unlike(followed(lambda model: model.to(device)), expected)
 
 
 # -- controls: what is left behind is found -------------------------------------------------------------------------
