@@ -198,7 +198,7 @@ def trained(move: Move, out: Path) -> Any:
         signals=("all",),
     )  # fmt: skip
     measured = []
-    for step in range(7):
+    for step in range(5):
         ids = sample_ids(2, 13, seed=step).to(device)
         loss = cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()
@@ -453,9 +453,7 @@ def test_a_trainer_that_trains_on_the_gpu(tmp_path: Path) -> None:
             disable_tqdm=True, dataloader_pin_memory=False, optim="adamw_torch",
         )  # fmt: skip
         trainer = Trainer(llama().train(), arguments, train_dataset=rows)
-        callback = peelwise.attach(
-            trainer, probe(), budget=None, schedule=peelwise.every(2), store=folder / "run.db", signals=("all",)
-        )
+        callback = peelwise.attach(trainer, probe(), budget=None, schedule=peelwise.every(2), store=folder / "run.db")
         trainer.train()
         assert not [event for event in callback.monitor.events if event.kind == "not-measured"]
         with RunReader(folder / "run.db") as reader:
