@@ -63,7 +63,8 @@ def audit(
     """Tell, block by block, how much lower the loss could be, with replacement weights that prove it.
 
     Where ``torch.distributed`` has several processes, call it in all of them, with the same model and probe: they share
-    the text and the solves, and all return the same report. The first one alone reports progress and saves.
+    the text and the solves, and all return the same report. The first one alone reports progress and saves. A model
+    whose blocks were given to ``fully_shard`` stays spread over them: a block is gathered when it runs.
 
     Args:
         model: a module (left exactly as it was), or what ``peelwise audit`` takes: a folder, a GGUF file.
@@ -71,7 +72,7 @@ def audit(
             reference prose.
         settings: rounds, margin, controls, budget.
         budget: shorthand for that of ``settings``: wall time, in seconds or like ``"5m"``.
-        opening: how a folder or file is opened.
+        opening: how a folder or file is opened; `ShardedOptions` spread it over the processes.
         checkpoint: a folder whose tensors are compared with the model's; a note of the report says which differ.
         name: the model's name in the report.
         out: folder to save the report in; refused before the work if it is taken.

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 RECORD_FILE = "quantise.json"
 PICTURE_FILE = "layers.svg"
-GGUF_FILE = "model.gguf"
+GGUF_FILE, GGUF_FORMAT = "model.gguf", "int4:group=32"
 To = Literal["folder", "gguf", "torchao"]
 
 
@@ -159,6 +159,7 @@ def quantise(
     target, drawn, tokenizer = open_model_and_probe(model, probe, opening)
     if to == "gguf":
         _source(target.source)
+        settings = settings if settings.format is not None else replace(settings, format=GGUF_FORMAT)
     if to != "folder":
         _check_formats(settings, kind_of if to == "gguf" else check_torchao)
         parts = {name.rpartition(".")[0] for name in _experts(target.model)}
@@ -198,5 +199,5 @@ def _source(source: str | None) -> Path:
 def _check_formats(settings: QuantiseSettings, check: Callable[[Format], object]) -> None:
     """Refuse formats that what is to be written does not have, before any work."""
     for form in (settings.parsed_format(), *settings.parsed_plan().values()):
-        if not form.name.startswith("dense"):
+        if form is not None and not form.name.startswith("dense"):
             check(form)
