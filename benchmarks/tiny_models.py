@@ -139,7 +139,7 @@ def _own(s: Sizes) -> dict[str, dict[str, Any]]:
     shared = {"global_head_dim": 16, "num_kv_shared_layers": 2}
     one_book = {"num_codebooks": 1, "audio_channels": 1}  # of audio codes, which are then tokens like others
     return {
-        "dots3_note": {"text_config": sliding},
+        "dots3_note": {"text_config": sliding, "vision_config": {"mlp_bias": False}},
         "dots3_note_text": sliding,
         "gemma4": {"text_config": shared}, "gemma4_text": shared,
         "gemma4_unified": {"text_config": shared}, "gemma4_unified_text": shared,
@@ -178,7 +178,9 @@ def _own(s: Sizes) -> dict[str, dict[str, Any]]:
         },
         "longcat_flash": {"head_dim": 8, "num_key_value_heads": s.heads, "num_layers": 2, "qk_head_dim": 16,
                           "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
-        "dbrx": {"attn_config": {"kv_n_heads": s.key_value_heads, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "diffllama": {"num_key_value_heads": 2},
+        "dbrx": {"tie_word_embeddings": False,
+                 "attn_config": {"kv_n_heads": s.key_value_heads, "clip_qkv": 8.0, "rope_theta": 10000.0},
                  "ffn_config": {"ffn_hidden_size": s.inner, "moe_num_experts": s.experts, "moe_top_k": s.chosen,
                                 "hidden_size": s.width}},
     }  # fmt: skip

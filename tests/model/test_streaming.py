@@ -12,6 +12,7 @@ import torch
 
 import peelwise
 from audits import tiny_probe
+from peelwise.engine import sweep
 from peelwise.errors import DeviceError, OutputError, PeelwiseWarning
 from peelwise.model import spill, streaming
 from peelwise.model.checkpoints import open_model
@@ -117,9 +118,12 @@ def audited(model: torch.nn.Module) -> peelwise.AuditReport:
     return peelwise.audit(model, tiny_probe(), settings)
 
 
+@pytest.mark.parametrize("by_layer", [False, True], ids=["block by block", "layer by layer"])
 def test_an_audit_of_streamed_weights_keeps_its_changes_on_disk_and_finds_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    by_layer: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if by_layer:
+        monkeypatch.setattr(sweep, "MOST_SUMS", 1)
     path = folder(tmp_path / "m", torch.float32)
     resident = audited(open_model(path, dtype="float32", with_tokenizer=False).model)
     monkeypatch.setattr(spill, "_SMALL", 1)

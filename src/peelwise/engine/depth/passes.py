@@ -20,7 +20,7 @@ from peelwise.engine.depth.forward import Stream
 from peelwise.model.handed import Gradient, Passed
 from peelwise.model.parts import ATTENTION, Parts
 from peelwise.model.runner import Runner
-from peelwise.model.trace import Batch, Trace, by_token
+from peelwise.model.trace import Batch, Trace, batch_first, by_token
 
 INNER = ".inner"  # behind a branch's name: the channels between its layers, heads or neurons
 
@@ -172,7 +172,7 @@ def _add_gradients(
 
 def token_channels(y: Tensor, batch: Batch) -> Tensor | None:
     """Return a tensor's rows of tokens that were read ``[n, d]``, float32; ``None`` where it has no row per token."""
-    shape = batch.read.shape
+    shape, y = batch.read.shape, batch_first(y, batch.read)
     if y.shape[:2] == shape:
         return y.flatten(2)[batch.read].float() if y.dim() > 2 else None
     if y.dim() == 2 and y.shape[0] == batch.read.numel():
