@@ -132,6 +132,11 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'peelwise' has no attribute {name!r}")
+    import random
     from importlib import import_module
 
-    return getattr(import_module(_HOME[name]), name)
+    before = random.getstate()  # packages may draw from it when they are first imported, as rich does
+    try:
+        return getattr(import_module(_HOME[name]), name)
+    finally:
+        random.setstate(before)

@@ -32,6 +32,14 @@ def test_import_is_light():
     assert python("import sys, peelwise; peelwise.Probe; print('torch' in sys.modules)") == "True"
 
 
+def test_what_is_imported_when_it_is_needed_leaves_random_numbers_alone():
+    code = (
+        "import random, peelwise; before = random.getstate(); peelwise.quantcheck; print(random.getstate() == before)"
+    )
+    assert python(code) == "True"
+    assert python(code.replace("peelwise.quantcheck", "import rich.style")) == "False"  # what would be the reason
+
+
 def test_unknown_names_are_attribute_errors():
     with pytest.raises(AttributeError, match="no attribute 'adit'"):
         peelwise.adit  # noqa: B018

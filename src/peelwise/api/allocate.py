@@ -13,6 +13,7 @@ from peelwise.engine.clock import Watcher
 from peelwise.engine.kept import beside
 from peelwise.errors import OutputError
 from peelwise.model.fingerprint import identify
+from peelwise.model.offloaded import measures_offloaded
 from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
@@ -77,6 +78,7 @@ class AllocationReport(Result):
         return folder
 
 
+@measures_offloaded
 def allocate(
     model: nn.Module | str | Path,
     probe: Probe | ProbeOptions | None = None,
@@ -116,7 +118,8 @@ def allocate(
     target, drawn = open_both(model, probe, opening)
     settings, kept = settings or AllocateSettings(), None
     if out is not None and resume:
-        formats = [form.name for form in settings.parsed_formats()]  # all that what is kept of a block depends on
+        # What is kept of a block depends on nothing else; formats that nobody gave follow from the model.
+        formats = [form.name for form in settings.parsed_formats()]
         key = {"model": identify(target.model).fingerprint, "probe": drawn.fingerprint, "formats": formats}
         kept = Kept(beside(out), key)
     found = run_allocate(target.model, target.name, target.source, drawn, settings, progress, kept)

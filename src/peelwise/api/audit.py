@@ -11,6 +11,7 @@ from peelwise.api.report import Report, check_out, frame
 from peelwise.distributed.processes import together
 from peelwise.distributed.sharding import unwrap_ddp
 from peelwise.engine.clock import Watcher
+from peelwise.model.offloaded import measures_offloaded
 from peelwise.model.options import OpenOptions
 from peelwise.model.whereabouts import checkpoint_note
 from peelwise.probe.options import ProbeOptions
@@ -45,6 +46,7 @@ class AuditReport(Report):
         return frame([_row(block.model_dump()) for block in self.record.blocks], "index")
 
 
+@measures_offloaded
 def audit(
     model: nn.Module | str | Path,
     probe: Probe | ProbeOptions | None = None,

@@ -13,6 +13,7 @@ from peelwise.distributed.processes import together
 from peelwise.distributed.sharding import unwrap_ddp
 from peelwise.engine.clock import Watcher
 from peelwise.errors import OptionError
+from peelwise.model.offloaded import measures_offloaded
 from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
@@ -58,6 +59,7 @@ class CheckReport(Certified):
         return factor_tensors(self.record), self.probe
 
 
+@measures_offloaded
 def check(
     model: nn.Module | str | Path,
     probe: Probe | ProbeOptions | None = None,

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peelwise.api.inputs import Target, open_both, open_target, with_budget
+from peelwise.api.adapted import open_parent, open_quantised
+from peelwise.api.inputs import Target, with_budget
 from peelwise.api.report import REPORT_FILE, Result, frame
 from peelwise.engine.clock import Watcher
-from peelwise.engine.fitting import common_groups
 from peelwise.engine.kept import beside
-from peelwise.engine.opening import checked_blocks
 from peelwise.errors import OutputError
-from peelwise.model.adapters import adapter_base, is_adapted, merged_and_bare, with_adapter
 from peelwise.model.fingerprint import identify
+from peelwise.model.offloaded import measures_offloaded
 from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
 RECORD_FILE = "quantcheck.json"
 PICTURE_FILE = "layers.svg"
 SUFFIX = ".json"
-LARGEST_GROUP = 64  # of the formats of a plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +86,7 @@ class QuantcheckReport(Result):
         return path
 
 
+@measures_offloaded
 def quantcheck(
     quantised: nn.Module | str | Path,
     parent: nn.Module | str | Path,
@@ -104,9 +103,11 @@ def quantcheck(
     """Tell which part of a quantised model's damage its bits explain, and which better codes would recover.
 
     Args:
-        quantised: a module (left exactly as it was), a folder or a GGUF file.
+        quantised: a module (left exactly as it was), a folder or a GGUF file; of a model of PEFT, or the folder of an
+            adapter, what its codes and the adapters beside them make together.
         parent: the model that it was made from, likewise; of a model of PEFT, or the folder of an adapter, the model
-            with adapters merged, and ``base`` is the one without them.
+            with adapters merged, and ``base`` is the one without them. A base of codes is the numbers that they stand
+            for.
         probe: the probe, or the text to draw it from with the quantised model's tokenizer; default: the reference
             prose.
         settings: format, effort, budget, and within how many bits a plan is wanted.
@@ -134,10 +135,13 @@ def quantcheck(
     settings = with_budget(settings or QuantcheckSettings(), budget)
     if out is not None:
         _check_out(out, force=force)
-    target, drawn = open_both(quantised, probe, opening)
-    above, first = _above(parent, base, opening)
+    target, drawn = open_quantised(quantised, probe, opening)
+    above, first, notes = open_parent(parent, base, opening)
     kept = None if out is None else Kept(beside(out), _key(target, above, first, drawn, settings))
-    record = run_quantcheck(_candidate(target), above, drawn, settings, progress, first, kept)
+    record = run_quantcheck(
+        Candidate(target.model, target.name, target.source), above, drawn, settings, progress, first, kept
+    )
+    record = record.model_copy(update={"notes": (*notes, *record.notes)})
     if settings.allocate is not None:
         record = record.model_copy(update={"allocation": _planned(above, drawn, settings, progress)})
     report = QuantcheckReport(record)
@@ -161,36 +165,10 @@ def _key(
     }
 
 
-def _above(
-    parent: nn.Module | str | Path, base: nn.Module | str | Path | None, opening: OpenOptions | None
-) -> tuple[Candidate, Candidate | None]:
-    """Return the parent and the model before its fine-tune; of a parent with adapters both are made from it."""
-    below = adapter_base(Path(parent)) if isinstance(parent, str | Path) else None
-    if below is not None:
-        found = open_target(below, opening)
-        target = Target(with_adapter(found.model, Path(str(parent))), Path(str(parent)).name, str(parent))
-    else:
-        target = open_target(parent, opening)
-    if not is_adapted(target.model):
-        return _candidate(target), None if base is None else _candidate(open_target(base, opening))
-    merged, bare = merged_and_bare(target.model)
-    first = Candidate(bare, below or "its base") if base is None else _candidate(open_target(base, opening))
-    return Candidate(merged, target.name, target.source), first
-
-
-def _candidate(target: Target) -> Candidate:
-    return Candidate(target.model, target.name, target.source)
-
-
 def _planned(
     parent: Candidate, probe: Probe, settings: QuantcheckSettings, progress: Watcher | None
 ) -> AllocationRecord:
-    """Return a plan for the parent's layers in formats of 2, 3, 4 and 8 bits, whose groups divide all of them."""
-    linears = [linear for block in checked_blocks(parent.model, probe) for linear in block.linears]
-    group = next((size for size in common_groups(linears) if size <= LARGEST_GROUP), None)
-    layout = "channel" if group is None else f"group={group}"
-    formats = tuple(f"int{width}:{layout}" for width in (2, 3, 4, 8))
-    plan = AllocateSettings(settings.allocate or 0.0, formats, micro_batch_tokens=settings.micro_batch_tokens)
+    plan = AllocateSettings(settings.allocate or 0.0, micro_batch_tokens=settings.micro_batch_tokens)
     return run_allocate(parent.model, parent.name, parent.source, probe, plan, watcher=progress)
 
 

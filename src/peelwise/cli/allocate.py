@@ -50,7 +50,7 @@ def allocate(
     in_distribution: InDistributionOption = ProbeOptions.in_distribution,
     seed: SeedOption = ProbeOptions.seed,
     bits: Annotated[float, flag(AllocateSettings, "bits")] = AllocateSettings.bits,
-    formats: Annotated[list[str], flag(AllocateSettings, "formats", metavar="FORMAT")] = list(AllocateSettings.formats),  # noqa: B006
+    formats: Annotated[list[str] | None, flag(AllocateSettings, "formats", metavar="FORMAT")] = None,
     points: Annotated[int, flag(AllocateSettings, "points", min=0)] = AllocateSettings.points,
     micro_batch_tokens: Annotated[
         int, flag(AllocateSettings, "micro_batch_tokens", min=1)
@@ -81,7 +81,7 @@ def allocate(
     from peelwise.show.audit.terminal import print_view
 
     probe = probe_options(text, field, tokens, sequence_length, in_distribution, seed)
-    settings = AllocateSettings(bits, tuple(formats), points, micro_batch_tokens)
+    settings = AllocateSettings(bits, tuple(formats or ()), points, micro_batch_tokens)
     opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer, stream)
     with at_work(f"Opening {model} ...") as watcher:
         report = api.allocate(

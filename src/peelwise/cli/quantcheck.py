@@ -41,7 +41,9 @@ app = typer.Typer()
     short_help="Compare a quantised model with its parent.",
 )
 def quantcheck(
-    quantised: Annotated[str, typer.Argument(metavar="QUANTISED", help="Folder, .gguf file, or `smollm2`.")],
+    quantised: Annotated[
+        str, typer.Argument(metavar="QUANTISED", help="Folder, .gguf file, folder of a PEFT adapter, or `smollm2`.")
+    ],
     against: Annotated[
         str,
         typer.Option(

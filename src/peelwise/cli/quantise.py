@@ -57,7 +57,7 @@ def quantise(
     sequence_length: LengthOption = ProbeOptions.sequence_length,
     in_distribution: InDistributionOption = ProbeOptions.in_distribution,
     seed: SeedOption = ProbeOptions.seed,
-    form: Annotated[str, flag(QuantiseSettings, "format", "--format", metavar="FORMAT")] = str(QuantiseSettings.format),
+    form: Annotated[str | None, flag(QuantiseSettings, "format", "--format", metavar="FORMAT")] = None,
     plan: Annotated[
         Path | None,
         typer.Option(

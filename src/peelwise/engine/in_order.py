@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from peelwise.engine.session import Changes, run_captured, run_until
+from peelwise.engine.session import Changes, change_to, run_captured, run_until
 from peelwise.engine.sweep import token_rows
 from peelwise.model.capture import Call
 from peelwise.model.handed import Handed
@@ -66,7 +66,7 @@ class Walk:
         calls: per part, the micro-batches of ``own``, whose arguments its blocks are called with.
 
     Attributes:
-        changes: what to put in place, per layer of ``own``; callers add to it while they walk.
+        changes: what is in place, per layer of ``own``; callers add to it while they walk.
     """
 
     parent: Runner
@@ -95,6 +95,10 @@ class Walk:
         for group in order:
             earlier = writers[: writers.index(group[0])] if group[0] in writers else None
             yield group, [self._sums(block, group[0], n, before[n], earlier) for n in range(len(self.parts))]
+
+    def put(self, linear: LinearLayer, weight: Tensor) -> None:
+        """Have another weight ``[d_out, d_in]`` in place; its change is on disk where the model's weights are."""
+        self.changes[linear] = self.own.kept(change_to(linear, weight))
 
     @torch.no_grad()
     def leave(self, block: Block) -> list[float]:

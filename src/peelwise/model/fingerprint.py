@@ -91,7 +91,7 @@ def check_finite(model: nn.Module) -> None:
         if bad:
             raise ModelError(
                 f"{name} holds {bad} of {tensor.numel()} values that are NaN or Inf. "
-                "Audit an earlier checkpoint, from before training diverged."
+                "Give a checkpoint without them, such as one from before training diverged."
             )
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from peelwise.distributed.sharding import at_rest
 from peelwise.model.experts import experts_called
 from peelwise.model.replaced import CALL
+from peelwise.model.weights.bitsandbytes import packing_paused
 from peelwise.model.weights.fakes import observers_paused
 
 
@@ -26,10 +27,10 @@ def untouched(model: nn.Module) -> Iterator[None]:
     ``requires_grad``, the random states of Python, NumPy and PyTorch, and PyTorch's flags; our hooks are gone.
     Compiled code is run eagerly inside, because hooks added after compilation would be ignored, and autocast is off,
     also where accelerate has put it inside of the model's ``forward`` (a Trainer with ``bf16=True``).
-    Experts are run one by one (`peelwise.model.experts`); observers of fake quantisers keep their scales. Of a model
-    that is spread over processes all of them enter together.
+    Experts are run one by one (`peelwise.model.experts`); observers of fake quantisers keep their scales, and
+    layers of bitsandbytes their codes. Of a model that is spread over processes all of them enter together.
     """
-    with at_rest(model), _restored(model), experts_called(model), observers_paused(model):
+    with at_rest(model), _restored(model), experts_called(model), observers_paused(model), packing_paused(model):
         yield
 
 

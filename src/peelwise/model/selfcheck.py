@@ -22,6 +22,7 @@ from torch.func import functional_call
 from peelwise.errors import NotCausalError, PeelwiseError, UnsupportedModelError
 from peelwise.model.calls import replaced_hidden
 from peelwise.model.capture import captured
+from peelwise.model.carried import Carried
 from peelwise.model.experts import ExpertLinear, experts_as_they_are
 from peelwise.model.gradients import differentiable, gradients_by_layer, not_differentiable
 from peelwise.model.layers import Block, LinearLayer, plain_name, unwrapped
@@ -397,8 +398,10 @@ def _random_change(linear: LinearLayer) -> Tensor:
 def _writable(linear: LinearLayer, names: Mapping[int, str]) -> bool:
     """Whether the weight is in a plain parameter, one of ``names``, that another can stand in for."""
     weight = linear.parameter
-    plain = type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta
-    return plain and id(weight) in names and not linear.low_bit
+    if not isinstance(weight, nn.Parameter) or type(weight) not in (nn.Parameter, Carried):
+        return False
+    numbers = weight.is_floating_point() and not weight.is_meta
+    return numbers and id(weight) in names and not linear.low_bit
 
 
 def _written(changes: Mapping[LinearLayer, Tensor], names: Mapping[int, str]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from peelwise.distributed.sharding import is_sharded, local_shard, whole
 from peelwise.errors import ModelError, UnsupportedModelError
 from peelwise.model.checkpoint_files import check_folder, check_weights, each_tensor
 from peelwise.model.layers import named_embedding, plain_name, unwrapped
+from peelwise.model.offloaded import is_offloaded
 from peelwise.records.base import Note, note
 
 _NAMED = 3
@@ -21,10 +22,11 @@ _INNER = ".base_layer."
 
 
 def check_in_memory(model: nn.Module) -> None:
-    """Check that every weight is where the model computes.
+    """Check that every weight is where the model computes, on one device.
 
     Raises:
-        UnsupportedModelError: With the first that was moved away (to the disk, or to another memory between calls).
+        UnsupportedModelError: With the first that was moved away (to the disk, or to another memory between calls), or
+            lies elsewhere.
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
@@ -32,9 +34,12 @@ def check_in_memory(model: nn.Module) -> None:
                 f"Not yet: {plain_name(name)} has no values (meta device): it was offloaded, or never loaded. Load the "
                 "whole model onto one device."
             )
+    placed = {parameter.device: plain_name(name) for name, parameter in model.named_parameters()}
+    if len(placed) > 1:
+        said = ", ".join(f"{name} is on {device}" for device, name in placed.items())
+        raise UnsupportedModelError(f"Not yet: {said}. Load the whole model onto one device.")
     for name, module in model.named_modules():
-        hook = getattr(module, "_hf_hook", None)  # accelerate's
-        if any(getattr(each, "offload", False) for each in (hook, *getattr(hook, "hooks", ()))):
+        if is_offloaded(module):
             raise UnsupportedModelError(
                 f"Not yet: {plain_name(name) or type(module).__name__} is offloaded between calls (accelerate). Load "
                 "the whole model onto one device."

@@ -61,8 +61,11 @@ class Note(Record):
                             ``only_model`` and ``only_file`` are in one of them alone
     ``fake-quant-off``      ``off`` ``of`` the fake quantisers do nothing, such as ``name``
     ``read-as-numbers``     ``layers`` of a folder by ``method`` that no format has the layout of; ``codes``: the others
+    ``adapters-on-codes``   ``layers`` of a parent's base, which has adapters beside it, hold codes of few bits
     ``autocast``            the model's own forward computes in ``dtype``
     ``no-curvature``        matrices of the curvature of all layers would not fit into memory
+    ``smaller-groups``      no format was given; groups of ``group`` are the largest usual ones that divide all layers
+    ``scales-per-channel``  no format was given; no usual group divides all layers
     ``router-collapsed``    the router of ``block`` gives a ``share`` of all tokens to ``experts`` ``of`` so many
     ``dead-experts``        ``count`` ``of`` the experts of ``block`` were given no token, ``even`` each of an even load
     ``copied-experts``      ``pairs`` of experts of ``block`` have the same weights

@@ -145,9 +145,15 @@ NOTES: Mapping[str, str] = MappingProxyType(
         "the signals of the sweep are those of the model with this factor.",
         "no-curvature": "The curvature of the loss in all layers' outputs would need more than 2 GiB, so errors are "
         "not weighed with it.",
+        "smaller-groups": "No format was given: groups of {group} are taken, the largest of 64, 32 and 16 that divides "
+        "the inputs of all layers.",
+        "scales-per-channel": "No format was given: each output has a scale of its own, since no group of 64, 32 or 16 "
+        "divides the inputs of all layers.",
         "read-as-numbers": "{layers} quantised layers ({method}) are read as plain numbers, exactly those that are "
         "stored, as no format here has their layout: what they gain is not at the same bit width. {codes} others hold "
         "codes.",
+        "adapters-on-codes": "The parent's base holds codes of few bits in {layers} layers. The parent is the numbers "
+        "that they stand for with the adapters added, as it was trained; merging into the codes would round both.",
         "router-collapsed": "Block {block}: its router has collapsed: {share:.0%} of all tokens go to experts "
         "{experts} of {of}.",
         "dead-experts": "Block {block}: {count} of {of} experts were given no token of this text (an even load would "

@@ -5,6 +5,8 @@ None of them is a dependency. `pip install bitsandbytes compressed-tensors auto-
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,24 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peelwise
+from audits import tiny_probe
 from gguf_files import llama_of_whole_blocks
 from packed_files import CASES, write_packed
 from peelwise.errors import UnsupportedModelError
 from peelwise.formats.membership import check_member
+from peelwise.model.adapters import merged_and_bare
 from peelwise.model.architectures import find_blocks
 from peelwise.model.checkpoints import open_model
+from peelwise.model.guard import untouched
 from peelwise.model.weights.bitsandbytes import read_bitsandbytes
 from peelwise.model.weights.gptq import read_auto_round, read_awq
 from peelwise.model.weights.reading import reading_of
 from peelwise.model.weights.table import held, unread
+from peelwise.nn import quantize_
 from peelwise.probe.probe import Probe
 from peelwise.tasks.quantcheck.settings import QuantcheckSettings
+
+QUICK = QuantcheckSettings(budget=1e-6)
 
 
 def _four_bits(W: Tensor, **options: Any) -> nn.Module:
@@ -44,17 +52,67 @@ def test_four_bits_of_bitsandbytes(table: str, nested: bool) -> None:
     expected = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     state = layer.state_dict()
     stored = read_bitsandbytes(state, {})
-    if layer.support_avx512bf16_for_cpu:  # the first forward pass would give it other scales than are stored
-        with pytest.raises(UnsupportedModelError, match="packs the codes anew and rounds their scales"):
-            held(layer)
-        layer.support_avx512bf16_for_cpu = False
     found = held(layer)
     assert found.format.name == f"{table}:group=64,scale=float32"
     check_member(found.encoded, found.format, (48, 128))
     torch.testing.assert_close(found.weight, expected, rtol=2e-7, atol=0)
     assert torch.equal(stored.weight, found.weight)
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(layer(x), x @ found.weight.T, rtol=1e-4, atol=1e-4)
+    with untouched(layer):
+        torch.testing.assert_close(layer(x), x @ found.weight.T, rtol=1e-4, atol=1e-4)
+    assert torch.equal(held(layer).weight, found.weight)
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_four_bits_are_not_packed_anew_while_they_are_measured(measured: bool) -> None:
+    W = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    layer = _four_bits(W, quant_type="nf4")
+    if not layer.support_avx512bf16_for_cpu:
+        pytest.skip("bitsandbytes packs codes anew on CPUs with AVX-512 for bfloat16")
+    before = layer.weight.data.clone()
+    with untouched(layer) if measured else nullcontext():
+        layer.eval()(torch.randn(5, 128))
+    assert layer.support_avx512bf16_for_cpu
+    assert torch.equal(layer.weight.data.flatten(), before.flatten()) == measured
+    if not measured:
+        with pytest.raises(UnsupportedModelError, match="packs the codes anew and rounds their scales"):
+            held(layer)
+
+
+def test_adapters_beside_four_bits_are_measured_as_they_were_trained() -> None:
+    """A fine-tune by QLoRA in memory, quantised to int4, and beside the model in full precision."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    plain = LlamaForCausalLM(LlamaConfig(vocab_size=97, max_position_embeddings=64, **sizes)).eval()
+    base = copy.deepcopy(plain)
+    for name in (linear.name for block in find_blocks(plain) for linear in block.linears):
+        owner, _, last = name.rpartition(".")
+        weight = plain.get_submodule(name).weight.detach()
+        setattr(base.get_submodule(owner), last, _four_bits(weight, quant_type="nf4", compress_statistics=True))
+    base.is_loaded_in_4bit = True
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    tuned = peft.get_peft_model(base, settings).eval()
+    layer = tuned.base_model.model.model.layers[0].mlp.down_proj
+    assert type(layer).__name__ == "Linear4bit"
+    codes, ids = layer.base_layer.weight.data.clone(), torch.arange(40)[None]
+    made = merged_and_bare(tuned)
+    with torch.no_grad(), untouched(tuned):
+        expected = tuned(ids).logits
+        with tuned.disable_adapter():
+            torch.testing.assert_close(made.bare(ids).logits, tuned(ids).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(made.merged(ids).logits, expected, rtol=1e-4, atol=1e-5)
+        again = copy.deepcopy(tuned).merge_and_unload()  # the control: PEFT rounds both to codes again
+        assert float((again(ids).logits - expected).abs().max()) > 1e-3
+    quantised = copy.deepcopy(made.merged)
+    quantize_(quantised, "int4:group=32")
+    probe = tiny_probe(in_distribution=True)
+    record = peelwise.quantcheck(quantised, tuned, probe, QUICK).record
+    assert record.fine_tune.gained.mean != 0
+    assert [note.values["layers"] for note in record.notes if note.code == "adapters-on-codes"] == [14]
+    deployed = peelwise.quantcheck(tuned, plain, probe, QUICK).record
+    assert deployed.loss.quantised == pytest.approx(record.loss.parent, abs=1e-5)
+    assert torch.equal(layer.base_layer.weight.data, codes)
 
 
 def test_eight_bits_of_bitsandbytes() -> None:
@@ -94,10 +152,9 @@ def test_a_folder_that_transformers_wrote_with_bitsandbytes(tmp_path: Path, bits
     assert reading_of(ours).codes == 14
     for linear in (linear for block in find_blocks(ours) for linear in block.linears):
         module = theirs.get_submodule(linear.name)
-        module.support_avx512bf16_for_cpu = False
         assert torch.equal(linear.weight(), held(module).weight)
     ids = torch.arange(40)[None]
-    with torch.no_grad():
+    with torch.no_grad(), untouched(theirs):
         a, b = ours(ids).logits, theirs(ids).logits
     # Eight bits round the inputs too, four bits do not.
     torch.testing.assert_close(a, b, rtol=0, atol=(1e-4 if bits == 4 else 0.1) * float(b.std()))

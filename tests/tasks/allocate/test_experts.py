@@ -195,6 +195,6 @@ def test_without_curvature_predictions_are_brought_to_what_was_measured(monkeypa
 def test_groups_that_divide_are_named_with_their_option() -> None:
     model = ZOO["llama"]()
     with pytest.raises(FormatError, match=r"Groups of 16, 8 or 4 divide the inputs of all layers: --formats int2:gr"):
-        peelwise.allocate(model, tiny_probe(), peelwise.AllocateSettings())
+        peelwise.allocate(model, tiny_probe(), peelwise.AllocateSettings(formats=("int2:group=64", "int4:group=64")))
     with pytest.raises(FormatError, match=r"--format int4:group=16\. Or leave it out with --skip model\.layers"):
-        peelwise.quantise(model, tiny_probe())
+        peelwise.quantise(model, tiny_probe(), peelwise.QuantiseSettings("int4:group=64"))

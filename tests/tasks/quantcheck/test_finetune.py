@@ -12,8 +12,9 @@ import peelwise
 from audits import Snapshot, part_of
 from peelwise.errors import ModelError
 from peelwise.model.architectures import find_blocks
-from peelwise.nn import quantize_
+from peelwise.nn import IntLinear, quantize_
 from peelwise.show.quantcheck.words import survival
+from peelwise.show.words import note_words
 from peelwise.tasks.quantcheck.settings import QuantcheckSettings
 from zoo import ZOO
 
@@ -132,6 +133,70 @@ def test_a_parent_with_adapters_is_merged_and_brings_its_base(tmp_path) -> None:
         assert record.fine_tune.loss == pytest.approx(by_hand.fine_tune.loss, abs=1e-5)
         assert record.fine_tune.gained.mean == pytest.approx(by_hand.fine_tune.gained.mean, abs=1e-5)
     assert of_folder.parent.name == "adapter"
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("case", ["bitsandbytes-nf4", "gptq"])
+def test_adapters_on_a_base_of_codes_are_added_to_the_numbers_that_these_stand_for(tmp_path, case, dora) -> None:
+    from audits import tiny_probe
+    from gguf_files import llama_of_whole_blocks
+    from packed_files import CASES, write_packed
+    from peelwise.api.inputs import open_target
+
+    peft = pytest.importorskip("peft")
+    plain = llama_of_whole_blocks()
+    write_packed(plain, tmp_path / "packed", *CASES[case])
+    base = open_target(tmp_path / "packed").model
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False, use_dora=dora)
+    tuned = peft.get_peft_model(copy.deepcopy(base), settings).eval()
+    tuned.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "packed")}))
+    trained = _mean_loss(tuned, tiny_probe().report)
+
+    quantised = copy.deepcopy(plain)
+    quantize_(quantised, "int4:group=32")
+    before = Snapshot.of(tuned)
+    for parent in (tuned, tmp_path / "adapter"):
+        record = peelwise.quantcheck(quantised, parent, tiny_probe(), QUICK).record
+        assert record.loss.parent == pytest.approx(trained, abs=1e-5)
+        assert record.fine_tune.loss == pytest.approx(_mean_loss(base, tiny_probe().report), abs=1e-5)
+        (said,) = (note for note in record.notes if note.code == "adapters-on-codes")
+        assert said.values["layers"] == 14
+        assert "as it was trained" in note_words(said)
+        changed = {layer.name.rpartition(".")[2] for layer in record.layers if layer.fine_tune > 1e-6}
+        assert changed == {"q_proj", "up_proj"}
+    before.assert_unchanged(tuned)
+
+    # The quantised model itself has adapters beside its codes: those are looked at without, the others with parts.
+    for deployed in (tuned, tmp_path / "adapter"):
+        record = peelwise.quantcheck(deployed, plain, tiny_probe(), QUICK, base=plain).record
+        assert record.loss.quantised == pytest.approx(trained, abs=1e-5)
+        beside = [layer for layer in record.layers if layer.name.endswith(("q_proj", "up_proj"))]
+        assert all(layer.split is None and not layer.codes for layer in beside)
+        assert all(layer.split is not None for layer in record.layers if layer not in beside)
+        own = {layer.block: layer.bits_per_weight for layer in record.layers if layer.name.endswith("gate_proj")}
+        sizes = 32 * (4 * (64 + 96) + (96 if dora else 0)) / (64 * 96)
+        up = next(layer for layer in beside if layer.name.endswith("up_proj"))
+        assert up.bits_per_weight == pytest.approx(own[up.block] + sizes)
+    before.assert_unchanged(tuned)
+
+
+def test_adapters_that_were_merged_in_place_are_taken_out_again(tmp_path) -> None:
+    from audits import tiny_probe
+
+    _, tuned, quantised = _adapted(tmp_path)
+    apart = peelwise.quantcheck(quantised, tuned, tiny_probe(), QUICK).record
+    tuned.merge_adapter()
+    merged = peelwise.quantcheck(quantised, tuned, tiny_probe(), QUICK).record
+    assert tuned.base_model.model.model.layers[0].mlp.down_proj.merged
+    assert merged.loss.parent == pytest.approx(apart.loss.parent, abs=1e-5)
+    assert merged.fine_tune.loss == pytest.approx(apart.fine_tune.loss, abs=1e-5)
+    layer = tuned.base_model.model.model.layers[0].mlp.down_proj
+    layer.base_layer = IntLinear.from_linear(layer.base_layer, "int4:group=16")
+    with pytest.raises(ModelError, match="its adapter was merged into codes of few bits"):
+        peelwise.quantcheck(quantised, tuned, tiny_probe(), QUICK)
 
 
 def test_an_adapter_whose_base_is_unknown_is_refused(tmp_path) -> None:

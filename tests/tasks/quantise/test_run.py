@@ -11,7 +11,7 @@ from torch import nn
 
 import peelwise
 from audits import Snapshot, part_of, tiny_probe
-from peelwise.errors import FormatError, OptionError, OutputError
+from peelwise.errors import FormatError, ModelError, OptionError, OutputError
 from peelwise.formats.table import parse_format
 from peelwise.model.architectures import find_blocks
 from peelwise.model.checkpoints import open_model
@@ -189,6 +189,17 @@ def test_single_layers_can_be_skipped_or_planned():
 def test_bad_input_is_a_sentence(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+@pytest.mark.parametrize("product", [peelwise.quantise, peelwise.allocate])
+def test_weights_of_nan_are_named_with_a_remedy_that_fits(product):
+    model = ZOO["llama"]()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[2, 3] = float("nan")
+    with pytest.raises(
+        ModelError, match=r"layers\.1\.mlp\.up_proj\.weight holds 1 of .* NaN or Inf\. Give a checkpoint w"
+    ):
+        product(model, tiny_probe())
 
 
 def test_zeros_do_no_harm():

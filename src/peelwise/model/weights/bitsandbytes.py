@@ -10,11 +10,12 @@ Scales of four-bit blocks may be eight-bit codes themselves; they are read as th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peelwise.errors import ModelError, UnsupportedModelError
 from peelwise.formats.base import Encoded
@@ -24,12 +25,29 @@ from peelwise.formats.uneven import Table, Uneven, table_of
 from peelwise.model.weights.held import Adapter, Held
 from peelwise.model.weights.packing import Read
 
+_PACKS = "support_avx512bf16_for_cpu"
 _STATE = "weight.quant_state.bitsandbytes__"
 PARTS = (
     *("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map"),
     *(f"{_STATE}{table}" for table in ("nf4", "fp4")),
     *("SCB", "weight_format"),
 )
+
+
+@contextmanager
+def packing_paused(model: nn.Module) -> Iterator[None]:
+    """Let four-bit layers keep their codes and scales while a model is measured on a CPU that they are packed for.
+
+    There the first run in eval mode packs the codes anew and rounds the scales to bfloat16, for good.
+    """
+    packing = [module for module in model.modules() if getattr(module, _PACKS, False)]
+    try:
+        for module in packing:
+            setattr(module, _PACKS, False)
+        yield
+    finally:
+        for module in packing:
+            setattr(module, _PACKS, True)
 
 
 def read_bitsandbytes(tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> Read:
@@ -71,10 +89,10 @@ def _read_four_bits(module: Any) -> Held:
     weight, state = module.weight, module.weight.quant_state
     if state is None:
         raise UnsupportedModelError("Its four bits have no quant_state yet. Move the model to its device first.")
-    if getattr(module, "support_avx512bf16_for_cpu", False) and weight.device.type == "cpu":
+    if getattr(state, "packing_format_for_cpu", False):
         raise UnsupportedModelError(
-            "Not yet: four bits of bitsandbytes in memory of this CPU, for which it packs the codes anew and rounds "
-            "their scales to bfloat16 when it first runs. Save the model, and give peelwise the folder."
+            "Not yet: four bits of bitsandbytes that have run on this CPU, for which it packs the codes anew and "
+            "rounds their scales to bfloat16. Give peelwise the folder, or the model as loaded, before it runs."
         )
     absmax = state.absmax
     if state.nested:

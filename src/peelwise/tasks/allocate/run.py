@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from peelwise.engine.clock import Clock, Watcher
 from peelwise.engine.curvature import fits, output_curvatures
-from peelwise.engine.fitting import check_fits
+from peelwise.engine.fitting import check_fits, usual_layout
 from peelwise.engine.in_order import Walk, few_tokens
 from peelwise.engine.opening import checked_blocks
 from peelwise.engine.provenance import Setup, model_record, versions
@@ -115,7 +115,10 @@ def run_allocate(
         UnsupportedModelError: If the architecture cannot be measured.
     """
     blocks = checked_blocks(model, probe)
-    linears = _checked(blocks, settings)
+    linears = _asked(blocks)
+    layout, said = usual_layout(linears)
+    said, settings = () if settings.formats else said, settings.in_layout(layout)
+    _check(linears, settings)
     with untouched(model):
         runner = Runner(model, blocks, micro_batch_tokens=settings.micro_batch_tokens)
         clock = Clock(math.inf, runner.work, watcher)
@@ -140,7 +143,7 @@ def run_allocate(
         formats=tuple(form.name for form in forms),
         parent_loss=report.mean,
         cost=cost,
-        notes=(*notes, *few_tokens((m.linear, m.tokens) for group in groups for m in group.members)),
+        notes=(*said, *notes, *few_tokens((m.linear, m.tokens) for group in groups for m in group.members)),
         settings=settings.plain(),
         seed=probe.seed,
         versions=versions(),
@@ -148,17 +151,21 @@ def run_allocate(
     )
 
 
-def _checked(blocks: Sequence[Block], settings: AllocateSettings) -> list[LinearLayer]:
-    """Return the layers that take part; refuse what cannot be planned before any work is done."""
+def _asked(blocks: Sequence[Block]) -> list[LinearLayer]:
+    """Return the layers that take part."""
     linears = [linear for block in blocks for linear in block.linears if is_asked(linear)]
     if not linears:
         raise FormatError("No linear layer is left to quantise inside the blocks. Give another model.")
+    return linears
+
+
+def _check(linears: Sequence[LinearLayer], settings: AllocateSettings) -> None:
+    """Refuse what cannot be planned before any work is done."""
     forms = settings.parsed_formats()
     for linear in linears:
         for form in forms:
             check_fits(linear, form, linears, "--formats")
     _check_budget(linears, forms, settings.bits)
-    return linears
 
 
 def _groups(

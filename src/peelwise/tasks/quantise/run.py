@@ -14,19 +14,17 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 
 from torch import Tensor, nn
 
 from peelwise.engine.clock import Clock, Watcher
 from peelwise.engine.curvature import output_curvatures
-from peelwise.engine.fitting import check_fits
 from peelwise.engine.in_order import Walk, few_tokens
 from peelwise.engine.opening import checked_blocks
 from peelwise.engine.provenance import Setup, model_record, versions
 from peelwise.engine.session import LOSSES, Changes, ReportSession, change_to
-from peelwise.errors import FormatError
 from peelwise.formats.base import Encoded, Format
 from peelwise.model.fingerprint import identify
 from peelwise.model.guard import untouched
@@ -35,7 +33,7 @@ from peelwise.model.runner import Runner
 from peelwise.model.selfcheck import self_check
 from peelwise.model.trace import Trace
 from peelwise.probe.probe import Probe
-from peelwise.records.base import Note, note
+from peelwise.records.base import CostRecord, Note, note
 from peelwise.records.quantise import (
     QuantiseConclusion,
     QuantisedBlock,
@@ -44,6 +42,7 @@ from peelwise.records.quantise import (
     QuantiseRecord,
 )
 from peelwise.references.asymmetric import InputSums, LayerCodes, Target, coded, targets
+from peelwise.tasks.quantise.chosen import Chosen, chosen_layers
 from peelwise.tasks.quantise.kept import Kept
 from peelwise.tasks.quantise.settings import QuantiseSettings
 
@@ -84,91 +83,92 @@ def run_quantise(
         UnsupportedModelError: If the architecture cannot be measured.
     """
     blocks = checked_blocks(model, probe)
-    chosen, skipped = _chosen(blocks, settings)
+    chosen = chosen_layers(blocks, settings)
     with untouched(model):
         runner = Runner(model, blocks, micro_batch_tokens=settings.micro_batch_tokens)
         clock = Clock(math.inf, runner.work, watcher)
         with clock.stage(LOSSES):
             notes = self_check(runner, probe.fit)
             traces = [runner.trace(part) for part in (probe.fit, probe.select, probe.report)]
-        walked = [*traces[:REPORT], _beginning(traces[REPORT], REPORTED_STEPS)]
-        walk = Walk(runner, runner, {linear: linear for linear in chosen}, walked, walked)
-        session = ReportSession(runner, traces[REPORT])
-        codes: dict[str, tuple[Format, Encoded]] = {}
-        lines: list[QuantisedLayer] = []
-        behind: list[QuantisedBlock] = []
-        curvatures, more = _curvatures(runner, traces[FIT], chosen, settings, clock)
+        curvatures, more = _curvatures(runner, traces[FIT], chosen.formats, settings, clock)
         with clock.stage("codes"):
-            for done, block in enumerate(blocks):
-                clock.tell(done, len(blocks))
-                found = _known(kept, block, chosen) or dict(_solved(walk, block, chosen, settings, curvatures))
-                if kept is not None:
-                    kept.put(block.index, {linear.name: each for linear, each in found.items()})
-                for linear, (encoded, line) in found.items():
-                    codes[linear.name] = chosen[linear], encoded
-                    lines.append(line)
-                    walk.changes[linear] = change_to(linear, chosen[linear].decode(encoded))
-                behind.append(QuantisedBlock(index=block.index, error=walk.leave(block)[REPORT]))
+            found = _all_codes(runner, traces, chosen.formats, settings, curvatures, clock, kept)
         with clock.stage("codes-losses"):
-            loss = _losses(session, walk.changes, _rounded(chosen))
+            loss = _losses(ReportSession(runner, traces[REPORT]), found.walk.changes, _rounded(chosen.formats, runner))
         cost = clock.record(probe.fit.tokens + probe.select.tokens + probe.report.tokens, device_of(model))
-    seen = {line.name: line.fit_tokens or 0 for line in lines}
-    record = QuantiseRecord(
+    setup = Setup(model, blocks, name, source, identify(model), settings.plain(), probe.seed)
+    said = (*chosen.notes, *notes, *more, *few_tokens(found.tokens.items()))
+    return Quantised(_record(setup, probe, chosen, found, (loss, cost, said)), found.codes)
+
+
+@dataclass
+class _Found:
+    """What is known of the layers so far: their codes and lines, what is in place, and the stream behind each block."""
+
+    walk: Walk
+    codes: dict[str, tuple[Format, Encoded]] = field(default_factory=dict)
+    lines: list[QuantisedLayer] = field(default_factory=list)
+    behind: list[QuantisedBlock] = field(default_factory=list)
+    tokens: dict[LinearLayer, int] = field(default_factory=dict)  # of fit that each layer is given
+
+    def add(self, linear: LinearLayer, form: Format, encoded: Encoded, line: QuantisedLayer) -> None:
+        """Put the codes of a layer in place."""
+        self.codes[linear.name] = form, _kept(encoded, self.walk.own)
+        self.lines.append(line)
+        self.tokens[linear] = line.fit_tokens or 0
+        self.walk.put(linear, form.decode(encoded))
+
+
+def _all_codes(
+    runner: Runner,
+    traces: Sequence[Trace],
+    formats: dict[LinearLayer, Format],
+    settings: QuantiseSettings,
+    curvatures: dict[LinearLayer, Tensor],
+    clock: Clock,
+    kept: Kept | None,
+) -> _Found:
+    """Return the codes of all layers, block by block; those that are kept as they are."""
+    parts = [*traces[:REPORT], _beginning(traces[REPORT], REPORTED_STEPS)]
+    walk = Walk(runner, runner, {linear: linear for linear in formats}, parts, parts)
+    found = _Found(walk)
+    for done, block in enumerate(runner.blocks):
+        clock.tell(done, len(runner.blocks))
+        own = _known(kept, block, formats) or dict(_solved(walk, block, formats, settings, curvatures))
+        if kept is not None:
+            kept.put(block.index, {linear.name: each for linear, each in own.items()})
+        for linear, (encoded, line) in own.items():
+            found.add(linear, formats[linear], encoded, line)
+        found.behind.append(QuantisedBlock(index=block.index, error=walk.leave(block)[REPORT]))
+    return found
+
+
+def _record(
+    setup: Setup,
+    probe: Probe,
+    chosen: Chosen,
+    found: _Found,
+    results: tuple[QuantiseLosses, CostRecord, tuple[Note, ...]],
+) -> QuantiseRecord:
+    loss, cost, notes = results
+    weights = sum(line.weights for line in found.lines)
+    return QuantiseRecord(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         conclusion=_conclusion(loss),
-        model=model_record(Setup(model, blocks, name, source, identify(model), {}, probe.seed)),
+        model=model_record(setup),
         probe=probe.record(),
-        format=settings.parsed_format().name,
-        bits_per_weight=sum(r.bits_per_weight * r.weights for r in lines) / sum(r.weights for r in lines),
+        format=chosen.name,
+        bits_per_weight=sum(line.bits_per_weight * line.weights for line in found.lines) / weights,
         loss=loss,
-        layers=tuple(lines),
-        blocks=tuple(behind),
-        skipped=tuple(skipped),
+        layers=tuple(found.lines),
+        blocks=tuple(found.behind),
+        skipped=chosen.skipped,
         cost=cost,
-        notes=(*notes, *more, *few_tokens((linear, seen[linear.name]) for linear in chosen)),
-        settings=settings.plain(),
-        seed=probe.seed,
+        notes=notes,
+        settings=setup.settings,
+        seed=setup.seed,
         versions=versions(),
     )
-    return Quantised(record, codes)
-
-
-def _chosen(blocks: tuple[Block, ...], settings: QuantiseSettings) -> tuple[dict[LinearLayer, Format], list[str]]:
-    """Return the format of every layer that is to be quantised, and the names of the others."""
-    form, plan = settings.parsed_format(), settings.parsed_plan()
-    linears = [linear for block in blocks for linear in block.linears]
-    unknown = [one for one in plan if one not in {linear.name for linear in linears}]
-    if unknown:
-        raise FormatError(f"The plan names {unknown[0]}, which is no linear layer of the model's blocks.")
-    names = {word for linear in linears for word in _words(linear)}
-    for word in settings.skip:
-        if word not in names:
-            raise FormatError(f"skip names {word!r}, which is no linear layer of the model's blocks. Correct its name.")
-    chosen: dict[LinearLayer, Format] = {}
-    skipped = []
-    for linear in linears:
-        own = plan.get(linear.name, form)
-        left = not _words(linear).isdisjoint(settings.skip)
-        if left or own.name.startswith("dense") or not (linear.is_plain or linear.is_expert):
-            skipped.append(linear.name)
-            continue
-        chosen[linear] = own
-    if not chosen:
-        raise FormatError(
-            "No linear layer is left to quantise inside the blocks. Skip fewer layers, or give another model."
-        )
-    for linear, own in chosen.items():  # before any work is done
-        try:
-            check_fits(linear, own, chosen, "--format")
-        except FormatError as error:
-            raise FormatError(f"{error} Or leave it out with --skip {linear.name}.") from error
-    return chosen, skipped
-
-
-def _words(linear: LinearLayer) -> set[str]:
-    """Return what a layer may be called: its name and the last part of it, of an expert those of its parameter."""
-    name = linear.name.rpartition(".")[0] if linear.is_expert else linear.name
-    return {linear.name, name, name.rpartition(".")[2]}
 
 
 def _beginning(trace: Trace, tokens: int) -> Trace:
@@ -235,7 +235,7 @@ def _solved(
                 max_sweeps=settings.max_sweeps,
                 tolerance=settings.tolerance,
             )
-            walk.changes[linear] = change_to(linear, form.decode(found.encoded))
+            walk.put(linear, form.decode(found.encoded))
             yield linear, (found.encoded, _line(linear, block.index, W, form, found, fit.tokens, report))
     for linear, tokens in unseen.items():
         W, form = linear.weight().float(), chosen[linear]
@@ -268,8 +268,14 @@ def _line(
     )
 
 
-def _rounded(chosen: dict[LinearLayer, Format]) -> Changes:
-    return {linear: change_to(linear, form.project(linear.weight())) for linear, form in chosen.items()}
+def _kept(encoded: Encoded, runner: Runner) -> Encoded:
+    """Return codes that are kept where the model's weights are."""
+    own = {part.name: getattr(encoded, part.name) for part in fields(encoded)}
+    return replace(encoded, **{name: runner.kept(part) for name, part in own.items() if isinstance(part, Tensor)})
+
+
+def _rounded(chosen: dict[LinearLayer, Format], runner: Runner) -> Changes:
+    return {linear: runner.kept(change_to(linear, form.project(linear.weight()))) for linear, form in chosen.items()}
 
 
 def _losses(session: ReportSession, changes: Changes, rounded: Changes) -> QuantiseLosses:

@@ -17,7 +17,8 @@ class QuantiseSettings:
     """What a user may choose about quantising a model.
 
     Attributes:
-        format: Format of the weights, like int4:group=64 or ternary:channel.
+        format: Format of the weights, like int4:group=64 or ternary:channel. Default: int4 in groups of 64; of 32 or 16
+            where 64 does not divide all layers, and of 32 in a .gguf file.
         skip: Layer to leave in full precision, by name or by the last part of it, like down_proj; may be repeated.
             Default: none but the output head.
         max_sweeps: Most sweeps of coordinate descent per layer after error feedback; 0 for error feedback alone.
@@ -32,7 +33,11 @@ class QuantiseSettings:
         FormatError: If a format is none.
     """
 
-    format: str | Format = option("int4:group=64", "Format of the weights, like int4:group=64 or ternary:channel.")
+    format: str | Format | None = option(
+        None,
+        "Format of the weights, like int4:group=64 or ternary:channel.",
+        rule="int4 in groups of 64; of 32 or 16 where 64 does not divide all layers, and of 32 in a .gguf file",
+    )
     skip: tuple[str, ...] = option(
         (),
         "Layer to leave in full precision, by name or by the last part of it, like down_proj; may be repeated.",
@@ -55,8 +60,8 @@ class QuantiseSettings:
         self.parsed_format()
         self.parsed_plan()
 
-    def parsed_format(self) -> Format:
-        """Return the format itself."""
+    def parsed_format(self) -> Format | None:
+        """Return the format itself; ``None`` if none was given."""
         from peelwise.formats.table import parse_format
 
         return parse_format(self.format) if isinstance(self.format, str) else self.format
@@ -69,8 +74,9 @@ class QuantiseSettings:
 
     def plain(self) -> Plain:
         """Return the settings as plain values under the keys of the record, which files rely on."""
+        form = self.parsed_format()
         return {
-            "format": self.parsed_format().name,
+            "format": form.name if form else None,
             "skip": " ".join(self.skip) or None,
             "max_sweeps": self.max_sweeps,
             "tolerance": self.tolerance,
