@@ -1,6 +1,7 @@
 """Which causal language models of the installed transformers does peelwise handle right?
 
     python benchmarks/any_model.py [--types qwen3_moe mamba2 ..] [--seconds 180] [--gigabytes 4] [--results FILE]
+    python benchmarks/any_model.py --sizes other    # other widths, depths, experts; usual options turned round
 
 Every type is built as a tiny random copy (`tiny_models`) and audited in a process of its own. *Right* means all of: the
 loss is the model's own; the gradient norm of every block is autograd's through the whole model; the witness, all blocks
@@ -32,9 +33,10 @@ from common import RESULTS, environment
 from peelwise.errors import PeelwiseError
 from peelwise.model.runner import Runner
 from peelwise.tasks.audit.settings import AuditSettings
-from tiny_models import EXPERTS, LENGTH, WIDTH, TooLargeError, build, types
+from tiny_models import LENGTH, OTHER, USUAL, TooLargeError, build, types
 
 TOKENS = 720
+SIZES = {"usual": USUAL, "other": OTHER}
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 3e-4, 1e-2
 
 
@@ -90,12 +92,14 @@ def experts_transposed(owner, name):
     return getattr(owner, "is_transposed", type(owner).__name__ == "Llama4TextExperts") or dbrx
 
 
-def expert_of(tensor, index):
-    """Return what belongs to one expert; DBRX keeps the matrices of its four one below the other."""
-    return tensor[index] if tensor.dim() > 2 or len(tensor) <= EXPERTS else tensor.view(EXPERTS, -1, WIDTH)[index]
+def expert_of(tensor, index, sizes):
+    """Return what belongs to one expert; DBRX keeps the matrices of all one below the other."""
+    if tensor.dim() > 2 or len(tensor) <= sizes.experts:
+        return tensor[index]
+    return tensor.view(sizes.experts, -1, sizes.width)[index]
 
 
-def gradient_norms(model, record, split):
+def gradient_norms(model, record, split, sizes):
     """Return per block the norm of autograd's gradient at its linear layers, weights and biases."""
     model = copy.deepcopy(model).requires_grad_(True)
     loss_of(model, split).backward()
@@ -106,14 +110,14 @@ def gradient_norms(model, record, split):
             weight, index, _, bias = weight_of(model, f"{block.name}.{matrix.name}")
             for parameter in (weight, bias):
                 if isinstance(parameter, torch.Tensor) and parameter.grad is not None:
-                    grad = parameter.grad if index is None else expert_of(parameter.grad, index)
+                    grad = parameter.grad if index is None else expert_of(parameter.grad, index, sizes)
                     total += float(grad.square().sum())
         norms.append(total**0.5)
     return norms, {name: p.grad for name, p in model.named_parameters()}
 
 
 @torch.no_grad()
-def written_loss(model, witness, kind, split, inside=""):
+def written_loss(model, witness, kind, split, sizes, inside=""):
     """Return the loss with a witness written into a copy's weights."""
     changed = copy.deepcopy(model)
     some = 0
@@ -122,7 +126,7 @@ def written_loss(model, witness, kind, split, inside=""):
         if label != kind or not name.startswith(inside):
             continue
         weight, index, transposed, bias = weight_of(changed, name)
-        target = weight if index is None else expert_of(weight, index)
+        target = weight if index is None else expert_of(weight, index, sizes)
         columns = target.shape[0] if transposed else target.shape[1]
         change, extra = change.float()[:, :columns], change.float()[:, columns:]
         target.add_(change.T if transposed else change)
@@ -193,9 +197,9 @@ def trained(model, text, *, monitored):
     return [p.detach().clone() for p in model.parameters()], measured, monitor.events if monitor is not None else ()
 
 
-def judge(kind):
+def judge(kind, sizes):
     """Return what is wrong with the answers on one type, in words; nothing if all is right."""
-    model = build(kind)
+    model = build(kind, sizes)
     text = probe()
     with torch.no_grad():
         loss_of(model, text.report)  # some change their own settings when they run for the first time
@@ -209,7 +213,7 @@ def judge(kind):
         own = float(loss_of(model, text.report))
     if not abs(own - record.loss.current) <= LOSS_TOLERANCE * own:
         wrong.append(f"loss {record.loss.current:.4f}, the model's own is {own:.4f}")
-    norms, gradients = gradient_norms(model, record, text.fit)
+    norms, gradients = gradient_norms(model, record, text.fit, sizes)
     if not any(block.matrices for block in record.blocks):
         wrong.append("nothing is refined")
     for block, norm in zip(record.blocks, norms, strict=True):
@@ -218,11 +222,11 @@ def judge(kind):
         if block.gradient_norm is None or not abs(block.gradient_norm - norm) <= GRADIENT_TOLERANCE * max(norms):
             wrong.append(f"{block.name}: gradient {block.gradient_norm}, autograd's is {norm:.5f}")
     if record.loss.composed is not None and report.witness:
-        got, some = written_loss(model, report.witness, "composed", text.report)
+        got, some = written_loss(model, report.witness, "composed", text.report, sizes)
         if some and not abs(got - record.loss.composed) <= LOSS_TOLERANCE * own:
             wrong.append(f"composed {record.loss.composed:.4f}, written into the weights {got:.4f}")
     for block in record.blocks:
-        got, some = written_loss(model, report.witness, "alone", text.report, f"{block.name}.")
+        got, some = written_loss(model, report.witness, "alone", text.report, sizes, f"{block.name}.")
         gain = block.recoverable_nats
         if some and gain is not None and not abs(own - got - gain.mean) <= LOSS_TOLERANCE * own:
             wrong.append(f"{block.name}: gain {gain.mean:.4f}, written into the weights {own - got:.4f}")
@@ -249,12 +253,12 @@ def judge(kind):
     return wrong, left
 
 
-def outcome(kind):
+def outcome(kind, sizes):
     """Return one line of the results."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     try:
-        model = build(kind)
+        model = build(kind, sizes)
         with torch.no_grad():
             logits = model(probe().fit.inputs[:2], **kwargs_of(model)).logits
         assert logits.shape[:2] == (2, LENGTH), "logits of other positions"
@@ -263,7 +267,7 @@ def outcome(kind):
         how = "too large" if isinstance(error, TooLargeError) or of_memory(error) else "not built"
         return {"type": kind, "outcome": how, "why": f"{type(error).__name__}: {error}"[:300]}
     try:
-        wrong, facts = judge(kind)
+        wrong, facts = judge(kind, sizes)
     except PeelwiseError as error:
         return {"type": kind, "outcome": "refused", "why": str(error)[:400]}
     except Exception as error:
@@ -279,19 +283,19 @@ def of_memory(error):
     return isinstance(error, MemoryError) or "allocate memory" in str(error)
 
 
-def limited(kind, gigabytes, answer):
+def limited(kind, sizes, gigabytes, answer):
     """Send the outcome of a type, computed with so much more memory than this process has reserved already."""
     reserved = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     most = reserved + int(gigabytes * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    answer.send(outcome(kind))
+    answer.send(outcome(kind, sizes))
 
 
-def in_process(kind, seconds, gigabytes):
+def in_process(kind, sizes, seconds, gigabytes):
     """Judge a type in a process of its own, which starts from this one with everything imported."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=limited, args=(kind, gigabytes, there))
+    process = context.Process(target=limited, args=(kind, sizes, gigabytes, there))
     process.start()
     there.close()  # so that the end of the process is the end of what can be read
     try:
@@ -311,8 +315,11 @@ def main():
     parser.add_argument("--types", nargs="*")
     parser.add_argument("--seconds", type=float, default=180.0, help="the most that one type may take")
     parser.add_argument("--gigabytes", type=float, default=4.0, help="the most memory that one type may add")
-    parser.add_argument("--results", type=Path, default=RESULTS / "any_model.json")
+    parser.add_argument("--sizes", choices=list(SIZES), default="usual")
+    parser.add_argument("--results", type=Path, help="default: any_model.json, any_model_other.json")
     arguments = parser.parse_args()
+    sizes, usual = SIZES[arguments.sizes], arguments.sizes == "usual"
+    arguments.results = arguments.results or RESULTS / ("any_model.json" if usual else "any_model_other.json")
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -320,11 +327,11 @@ def main():
     earlier = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
     lines = earlier.get("types", {})
     before = earlier["environment"]["command"] if earlier and arguments.types else None  # some types are made again
-    outcome("llama")  # whatever is imported late, once and not in every process: two thirds of what a type takes
+    outcome("llama", sizes)  # whatever is imported late, once and not in every process: two thirds of what a type takes
     for kind in arguments.types or types():
         if kind in lines and not arguments.types:
             continue
-        lines[kind] = in_process(kind, arguments.seconds, arguments.gigabytes)
+        lines[kind] = in_process(kind, sizes, arguments.seconds, arguments.gigabytes)
         print(kind, lines[kind]["outcome"], lines[kind]["why"], flush=True)
         counts = dict(Counter(line["outcome"] for line in lines.values()))
         whole = {"environment": environment(before), "counts": counts, "types": dict(sorted(lines.items()))}

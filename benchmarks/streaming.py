@@ -3,11 +3,12 @@
     python benchmarks/streaming.py --limit 2.5 --out out/streaming    # needs Linux, root and 3 GB of disk
     python benchmarks/streaming.py --resident                         # and in float32, which ends badly
     python benchmarks/streaming.py --case audit --limit 1.0 [--tokens 1536] [--micro 256] [--budget 20m]
+    python benchmarks/streaming.py --case audit --model llama-1b --limit 2.5 --tokens 512 --budget 60m
 
 `check` is of a Llama of 1.1 billion random parameters in bfloat16, made once; `audit` of SmolLM2-135M, written once as
-safetensors in float32 (0.54 GB). The command runs in a control group of its own that may take so many GB, page cache
-included: with `--stream` and, if asked for, without. What is written, a row for every command: seconds, the largest
-private memory, and whether it ended or was killed; of an audit how many blocks are decided.
+safetensors in float32 (0.54 GB), or of that Llama. The command runs in a control group of its own that may take so many
+GB, page cache included: with `--stream` and, if asked for, without. What is written, a row for every command: seconds,
+the largest private memory, and whether it ended or was killed; of an audit how many blocks are decided.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from common import RESULTS, environment
 
 _V1 = Path("/sys/fs/cgroup/memory/peelwise")
 _V2 = Path("/sys/fs/cgroup/peelwise")
-_TOO_LONG = {"check": 600, "audit": 3600}  # seconds: a command that only reads pages is as good as killed
+_TOO_LONG = {"check": 600, "audit": 10_800}  # seconds: a command that only reads pages is as good as killed
 FILE = RESULTS / "streaming.json"
+TOKENIZER = Path(__file__).resolve().parent.parent / "examples" / "small_gpt" / "checkpoints" / "tokenizer"
 
 
 def made(folder: Path) -> Path:
@@ -106,18 +108,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/streaming"), help="where the model is made")
     parser.add_argument("--resident", action="store_true", help="also try it in float32, without streaming")
     parser.add_argument("--case", choices=["check", "audit"], default="check")
+    parser.add_argument("--model", choices=["smollm2", "llama-1b"], default="smollm2", help="of the audit")
     parser.add_argument("--tokens", type=int, default=1536, help="of the audit (default: 1536)")
     parser.add_argument("--micro", type=int, default=256, help="tokens of the audit at a time (default: 256)")
     parser.add_argument("--budget", default="20m", help="of the audit (default: 20m)")
     options = parser.parse_args()
     audits, saved = options.case == "audit", options.out / "audit"
-    model = packaged(options.out / "smollm2") if audits else made(options.out / "llama-1b")
+    small = audits and options.model == "smollm2"
+    model = packaged(options.out / "smollm2") if small else made(options.out / "llama-1b")
     group = _V1 if _V1.parent.exists() else _V2
     inside = limited(group, options.limit)
     how = ["--no-text", "--signals", "weight_rms"]
     if audits:
         how = ["--tokens", str(options.tokens), "--micro-batch-tokens", str(options.micro)]
         how += ["--budget", options.budget, "--out", str(saved), "--force"]
+    if audits and not small:  # any ids will do for a random model
+        how += ["--tokenizer", str(TOKENIZER), "--sequence-length", "64"]
     command = [str(Path(sys.executable).with_name("peelwise")), options.case, str(model), *how]
     rows = json.loads(FILE.read_text())["runs"] if FILE.exists() else []
     for way in [["--stream"], ["--dtype", "float32"]][: 1 + options.resident]:

@@ -53,10 +53,18 @@ class MissingExtraError(PeelwiseError):
 
 
 class OtherProcessError(PeelwiseError):
-    """Another one of the processes that train together failed; ``foreseen`` tells whether it knows the reason."""
+    """Another one of the processes that work together failed; ``foreseen`` tells whether it knows the reason.
 
-    def __init__(self, rank: int, reason: str, foreseen: bool) -> None:
-        super().__init__(f"Process {rank} failed: {reason}")
+    Args:
+        rank: which one; ``None`` where it has ended and it is not known which.
+        reason: in its words, or in ours.
+        foreseen: whether it is an error of ours.
+    """
+
+    def __init__(self, rank: int | None, reason: str, foreseen: bool) -> None:
+        super().__init__(
+            f"Another process has ended ({reason})." if rank is None else f"Process {rank} failed: {reason}"
+        )
         self.foreseen = foreseen
 
 

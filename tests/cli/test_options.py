@@ -9,7 +9,7 @@ import typer.main
 import peelwise
 from peelwise.cli import runs
 from peelwise.cli.main import app
-from peelwise.model.options import OpenOptions
+from peelwise.model.options import OpenOptions, ShardedOptions
 from peelwise.probe.options import ProbeOptions
 from peelwise.records.options import options_of
 from peelwise.references.map_search import BEAM_WIDTH
@@ -32,7 +32,7 @@ SETTINGS = {
     "compare": CompareSettings,
     "anatomy": AnatomySettings,
 }
-CLASSES = (*SETTINGS.values(), OpenOptions, ProbeOptions)
+CLASSES = (*SETTINGS.values(), OpenOptions, ShardedOptions, ProbeOptions)
 RENAMED = {
     ("quantcheck", "format"): "form",
     ("quantise", "format"): "form",
@@ -54,7 +54,11 @@ def test_docstrings_say_the_sentence_of_every_option(settings):
 
 @pytest.mark.parametrize(
     ("command", "settings"),
-    [(command, each) for command in SETTINGS for each in (SETTINGS[command], OpenOptions, ProbeOptions)],
+    [
+        *((command, each) for command in SETTINGS for each in (SETTINGS[command], OpenOptions, ProbeOptions)),
+        ("audit", ShardedOptions),
+        ("check", ShardedOptions),
+    ],
 )
 def test_the_command_has_every_option_with_its_sentence_panel_and_default(command, settings):
     found = parameters(command)

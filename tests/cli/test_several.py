@@ -2,7 +2,7 @@
 
 import pytest
 
-COMMANDS = [("check", "smollm2"), ("compare", "old", "new"), ("verify", "folder"), ("watch", "run.db")]
+COMMANDS = [("peel", "smollm2"), ("compare", "old", "new"), ("verify", "folder"), ("watch", "run.db")]
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def test_a_command_of_one_process_is_refused_by_the_first_alone(run, torchrun, a
     assert out == ""
     assert err.strip() == (
         f"error: peelwise {arguments[0]} runs in one process, and torchrun has started 2: leave torchrun out. Of all "
-        "commands, audit alone shares its work."
+        "commands, audit and check share their work."
     )
     torchrun(1)
     assert run(*arguments) == (0, "", "")  # with a code, torchrun would end the first before it has spoken
@@ -39,7 +39,7 @@ def test_a_device_that_cannot_be_one_for_each_is_refused(run, torchrun):
 
 def test_what_a_cluster_sets_for_any_program_is_not_torchrun(run, torchrun):
     torchrun(1, by="a cluster")
-    code, _, err = run("check", "/nowhere")
+    code, _, err = run("peel", "/nowhere")
     assert code == 2
     assert "/nowhere not found" in err
 
@@ -49,3 +49,12 @@ def test_help_is_told_by_the_first(run, torchrun):
     assert run("audit", "--help") == (0, "", "")
     torchrun(0)
     assert "torchrun --nproc-per-node 2" in " ".join(run("audit", "--help")[1].split())
+
+
+def test_one_process_has_nobody_to_spread_a_model_over(run, tmp_path):
+    code, _, err = run("audit", tmp_path, "--shard")
+    assert code == 2
+    assert err.strip().splitlines()[-1] == (
+        "error: --shard spreads the weights over several processes, and there is one: start torchrun --nproc-per-node "
+        "N -m peelwise audit MODEL --shard."
+    )

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import peelwise
@@ -41,12 +40,12 @@ SWEPT = (("plain", "ragged"), ("llama", "fewer than processes"), ("mixtral", "ra
 BUDGETS = {"day": (16.0,), "night": (4.0, 10.0, 22.0, 28.0, 34.0, 40.0)}
 
 
-def run(folder: Path, time_of_day: str) -> list[dict[str, Any]]:
+def run(folder: Path, *arguments: str, script: str = __file__) -> list[dict[str, Any]]:
     """Start both, which write into a folder, and return what each found."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, folder]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, folder]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*map(str, command), time_of_day], capture_output=True, text=True, env=environment, timeout=250
+        [*map(str, command), *arguments], capture_output=True, text=True, env=environment, timeout=250
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
@@ -148,13 +147,6 @@ def seeded(seed: int) -> nn.Module:
     return model
 
 
-def sharded() -> nn.Module:
-    model = ZOO["plain"]()
-    for block in model.blocks:
-        fully_shard(block)
-    return fully_shard(model)
-
-
 def by_day(out: Path) -> dict[str, Any]:
     """Share sweeps and an audit; end in other ways than by itself."""
     rank, probe, plain = distributed.get_rank(), tiny_probe(), ZOO["plain"]
@@ -175,7 +167,6 @@ def by_night(out: Path) -> dict[str, Any]:
     """Share audits of other models, and what a user may do wrong."""
     rank, probe, plain = distributed.get_rank(), tiny_probe(), ZOO["plain"]
     found: dict[str, Any] = {"audited": audited("low-bit")}
-    found["sharded"] = said(lambda: peelwise.audit(sharded(), probe, ONE_ROUND))
     found["no model"] = said(lambda: peelwise.audit(plain() if rank == 0 else "/nowhere", probe, ONE_ROUND))
     told: list[Any] = []
     model, folder = DistributedDataParallel(plain()), out / "certificate"

@@ -14,6 +14,7 @@ from peelwise.engine.signals import (
     layer_slope,
     of_block,
     of_layer,
+    of_weight,
     routed,
     weight_norm,
 )
@@ -85,7 +86,8 @@ def test_signals_of_a_sweep_are_those_of_autograd(name: str) -> None:
         trace = runner.trace(split)
         above = [runner.tail_gradients(trace)]
         (moments,), _ = block_moments(runner, block, trace, above, keep=True, with_F=False)
-    sums = LayerSums(linear, moments[linear], moments[linear], *[None] * 5)
+    of = moments[linear]
+    sums = LayerSums(linear, of, of, *[None] * 6, of_weight(linear, of))
 
     def loss(factor: float) -> float:
         def scaled(_module, args, y):

@@ -6,15 +6,21 @@ import errno
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import peelwise
 from audits import tiny_probe
+from peelwise.engine import sweep
 from peelwise.errors import DeviceError, OutputError, PeelwiseWarning
 from peelwise.model import spill, streaming
+from peelwise.model.architectures import find_blocks
 from peelwise.model.checkpoints import open_model
+from peelwise.model.fingerprint import fingerprint
+from peelwise.model.splice import spliced
 from zoo import ZOO
 
 # Private memory in MB after opening, and after every weight was read once, beside that of the imports.
@@ -29,6 +35,16 @@ model = open_model(sys.argv[1], stream=sys.argv[2] == "stream", with_tokenizer=F
 total = sum(float(p.detach().amax()) for p in model.parameters())
 print(private() - before, next(model.parameters()).dtype, total)
 """
+
+
+class Additions(TorchFunctionMode):
+    """Counts sums of two tensors."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.Tensor.add
+        return func(*args, **(kwargs or {}))
 
 
 def folder(path: Path, dtype: torch.dtype, **sizes: int) -> Path:
@@ -117,9 +133,12 @@ def audited(model: torch.nn.Module) -> peelwise.AuditReport:
     return peelwise.audit(model, tiny_probe(), settings)
 
 
+@pytest.mark.parametrize("by_layer", [False, True], ids=["block by block", "layer by layer"])
 def test_an_audit_of_streamed_weights_keeps_its_changes_on_disk_and_finds_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    by_layer: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if by_layer:
+        monkeypatch.setattr(sweep, "MOST_SUMS", 1)
     path = folder(tmp_path / "m", torch.float32)
     resident = audited(open_model(path, dtype="float32", with_tokenizer=False).model)
     monkeypatch.setattr(spill, "_SMALL", 1)
@@ -176,7 +195,7 @@ def test_nothing_stays_on_disk_and_a_full_one_is_said(tmp_path: Path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-# The largest private memory in MB of an audit, beyond that after the imports.
+# The largest private memory in MB of an audit or of quantising, beyond that after the imports.
 AUDITS = """
 import sys, threading, time, torch, peelwise
 from peelwise.model.checkpoints import open_model
@@ -185,8 +204,12 @@ def private():
 torch.set_num_threads(1)
 torch.manual_seed(0)
 probe = peelwise.Probe.from_tokens(torch.randint(300, (24, 33)))
-settings = peelwise.AuditSettings("10m", joint_rounds=2, solo_rounds=1)
-peelwise.audit(open_model(sys.argv[3], stream=True, with_tokenizer=False).model, probe, settings)  # the imports
+def run(model):
+    if sys.argv[4] == "audit":
+        peelwise.audit(model, probe, peelwise.AuditSettings("10m", joint_rounds=2, solo_rounds=1))
+    else:
+        peelwise.quantise(model, probe, peelwise.QuantiseSettings("int3:group=16", max_sweeps=1))
+run(open_model(sys.argv[3], stream=True, with_tokenizer=False).model)  # the imports
 before, most, ended = private(), [0.0], threading.Event()
 def watch():
     while not ended.is_set():
@@ -195,7 +218,7 @@ def watch():
 watching = threading.Thread(target=watch)
 watching.start()
 model = open_model(sys.argv[1], stream=sys.argv[2] == "stream", with_tokenizer=False).model
-peelwise.audit(model, probe, settings)
+run(model)
 ended.set()
 watching.join()
 print(most[0] - before)
@@ -205,17 +228,57 @@ print(most[0] - before)
 @pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="private memory is asked of Linux")
-def test_memory_of_an_audit_does_not_grow_with_depth(tmp_path: Path) -> None:
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("task", "most"), [("audit", 25), ("quantise", 25)])
+def test_memory_does_not_grow_with_depth(tmp_path: Path, task: str, most: float) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "vocab_size": 300}
     small = folder(tmp_path / "small", torch.float32, num_hidden_layers=1, **sizes)
     found = {}
     for depth in (4, 16):
         path = folder(tmp_path / str(depth), torch.float32, num_hidden_layers=depth, **sizes)
         for how in ("stream", "resident"):
-            command = [sys.executable, "-c", AUDITS, str(path), how, str(small)]
-            out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+            command = [sys.executable, "-c", AUDITS, str(path), how, str(small), task]
+            out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
             found[depth, how] = float(out)
     grown = {how: found[16, how] - found[4, how] for how in ("stream", "resident")}
     print(found)  # MB, for NOTES.md
     assert grown["resident"] > 100  # of 12 blocks: weights, proposals, changes
-    assert grown["stream"] < 25
+    assert grown["stream"] < most
+
+
+def test_quantising_streamed_weights_keeps_its_changes_on_disk_and_finds_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, probe = peelwise.QuantiseSettings("int3:group=16"), tiny_probe()
+    for dtype in (torch.float32, torch.bfloat16):
+        path = folder(tmp_path / str(dtype), dtype)
+        name = str(dtype).removeprefix("torch.")
+        resident = peelwise.quantise(open_model(path, dtype=name, with_tokenizer=False).model, probe, settings)
+        with monkeypatch.context() as patched:
+            patched.setattr(spill, "_SMALL", 1)
+            model = open_model(path, stream=True, with_tokenizer=False).model
+            streamed = peelwise.quantise(model, probe, settings)
+            copy = streamed.quantised()
+        assert streamed.record.loss == resident.record.loss
+        assert streamed.record.layers == resident.record.layers
+        assert streamed.record.blocks == resident.record.blocks
+        for layer, (_, encoded) in streamed.codes.items():
+            assert spill.is_mapped(encoded.codes), layer
+            assert torch.equal(encoded.codes, resident.codes[layer][1].codes)
+        assert fingerprint(copy) == fingerprint(resident.quantised())
+        assert spill.is_mapped(copy.get_input_embeddings().weight)  # type: ignore[operator]
+
+
+def test_a_change_on_disk_is_added_when_its_layer_runs(tmp_path: Path) -> None:
+    model = ZOO["llama"]()
+    linear = find_blocks(model)[0].linears[0]
+    change = torch.randn(linear.weight().shape, generator=torch.Generator().manual_seed(0))
+    kept = spill.Spill(tmp_path).empty(change.shape, change.dtype).copy_(change)
+    assert spill.is_mapped(kept)
+    assert not spill.is_mapped(change)
+    x, made = torch.randn(4, linear.weight().shape[1]), {}
+    for each in (change, kept):
+        with spliced({linear: each}), Additions() as sums:
+            made[each is kept] = linear.module(x), linear.module(x), sums.count
+    assert torch.equal(made[True][0], made[False][0])
+    assert (made[False][2], made[True][2]) == (0, 2)  # once before, and at every run

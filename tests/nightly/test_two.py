@@ -46,11 +46,6 @@ def test_a_budget_ends_all_at_the_same_place(both, budget):
     assert not first["complete"]
 
 
-def test_a_sharded_model_is_refused(both):
-    for found in both:
-        assert found["sharded"].startswith("UnsupportedModelError: Not yet: an audit of a model whose weights")
-
-
 def test_a_model_that_one_cannot_open_ends_all(both):
     assert both[0]["no model"].startswith("OtherProcessError: Process 1 failed: ModelError: /nowhere not found")
     assert both[1]["no model"].startswith("ModelError: /nowhere not found")

@@ -13,6 +13,7 @@ from peelwise.engine.clock import Watcher
 from peelwise.engine.kept import begin_anew, beside
 from peelwise.errors import OutputError
 from peelwise.model.fingerprint import identify
+from peelwise.model.offloaded import measures_offloaded
 from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
@@ -77,6 +78,7 @@ class AllocationReport(Result):
         return folder
 
 
+@measures_offloaded
 def allocate(
     model: nn.Module | str | Path,
     probe: Probe | ProbeOptions | None = None,

@@ -12,6 +12,7 @@ from peelwise.api.inputs import open_both, with_budget
 from peelwise.api.report import REPORT_FILE, WithPage, frame
 from peelwise.engine.clock import Watcher
 from peelwise.errors import MissingExtraError
+from peelwise.model.offloaded import measures_offloaded
 from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
@@ -66,6 +67,7 @@ class AnatomyReport(WithPage):
         return frame([_row(block) for block in self.record.blocks], "index")
 
 
+@measures_offloaded
 def anatomy(
     model: nn.Module | str | Path,
     probe: Probe | ProbeOptions | None = None,

@@ -11,6 +11,7 @@ from peelwise.api.report import Report, check_out, frame
 from peelwise.distributed.processes import together
 from peelwise.distributed.sharding import unwrap_ddp
 from peelwise.engine.clock import Watcher
+from peelwise.model.offloaded import measures_offloaded
 from peelwise.model.options import OpenOptions
 from peelwise.model.whereabouts import checkpoint_note
 from peelwise.probe.options import ProbeOptions
@@ -45,6 +46,7 @@ class AuditReport(Report):
         return frame([_row(block.model_dump()) for block in self.record.blocks], "index")
 
 
+@measures_offloaded
 def audit(
     model: nn.Module | str | Path,
     probe: Probe | ProbeOptions | None = None,
@@ -61,7 +63,8 @@ def audit(
     """Tell, block by block, how much lower the loss could be, with replacement weights that prove it.
 
     Where ``torch.distributed`` has several processes, call it in all of them, with the same model and probe: they share
-    the text and the solves, and all return the same report. The first one alone reports progress and saves.
+    the text and the solves, and all return the same report. The first one alone reports progress and saves. A model
+    whose blocks were given to ``fully_shard`` stays spread over them: a block is gathered when it runs.
 
     Args:
         model: a module (left exactly as it was), or what ``peelwise audit`` takes: a folder, a GGUF file.
@@ -69,7 +72,7 @@ def audit(
             reference prose.
         settings: rounds, margin, controls, budget.
         budget: shorthand for that of ``settings``: wall time, in seconds or like ``"5m"``.
-        opening: how a folder or file is opened.
+        opening: how a folder or file is opened; `ShardedOptions` spread it over the processes.
         checkpoint: a folder whose tensors are compared with the model's; a note of the report says which differ.
         name: the model's name in the report.
         out: folder to save the report in; refused before the work if it is taken.

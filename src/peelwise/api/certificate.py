@@ -16,6 +16,7 @@ from peelwise.certificate.own_text import Text
 from peelwise.certificate.peel import verify_peel
 from peelwise.errors import CertificateError, ModelError, OptionError, OutputError, PeelwiseError, ProbeError
 from peelwise.model.checkpoints import OpenedModel, open_model, open_tokenizer, require_tokenizer, save_model
+from peelwise.model.offloaded import measures_offloaded
 from peelwise.model.options import OpenOptions
 from peelwise.probe.examples import Loss
 from peelwise.probe.options import ProbeOptions
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+@measures_offloaded
 def verify(
     folder: str | Path,
     model: nn.Module | str | Path | None = None,
@@ -113,6 +115,7 @@ def verify(
         )
 
 
+@measures_offloaded
 def apply(
     folder: str | Path,
     model: str | Path | None,

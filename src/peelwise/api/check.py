@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from peelwise.api.inputs import Target, open_both, open_target
 from peelwise.api.report import Certified, check_out, frame
 from peelwise.certificate.check import factor_tensors
+from peelwise.distributed.processes import together
+from peelwise.distributed.sharding import unwrap_ddp
 from peelwise.engine.clock import Watcher
 from peelwise.errors import OptionError
+from peelwise.model.offloaded import measures_offloaded
 from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
@@ -56,6 +59,7 @@ class CheckReport(Certified):
         return factor_tensors(self.record), self.probe
 
 
+@measures_offloaded
 def check(
     model: nn.Module | str | Path,
     probe: Probe | ProbeOptions | None = None,
@@ -69,6 +73,8 @@ def check(
 ) -> CheckReport:
     """Tell which blocks are unlike their neighbours, by which signals, and what one factor on a part of them gains.
 
+    Where ``torch.distributed`` has several processes, call it in all of them, as `peelwise.audit`.
+
     Args:
         model: a module (left exactly as it was), or what ``peelwise check`` takes: a folder, a GGUF file.
         probe: the probe (of text or of batches), or the text to draw it from with the model's tokenizer; default:
@@ -76,7 +82,7 @@ def check(
             alone.
         settings: signals and limits.
         text: false for the signals of weights alone, without any text.
-        opening: how a folder or file is opened.
+        opening: how a folder or file is opened; `ShardedOptions` spread it over the processes.
         out: folder to save the report in; refused before the work if it is taken.
         force: replace an earlier check there.
         progress: called with a `Progress` at every step.
@@ -94,15 +100,25 @@ def check(
     """
     if probe is not None and not text:
         raise OptionError("A probe and text=False exclude each other. Leave one of them out.")
-    if out is not None:
-        check_out(out, force=force)
-    target, drawn = _opened(model, probe, opening or OpenOptions(), text=text)
-    record = run_check(
-        target.model, drawn, settings or CheckSettings(), name=target.name, source=target.source, watcher=progress
-    )
-    report = CheckReport(record, drawn)
-    if out is not None:
-        report.save(out, force=force)
+    with together() as processes:
+        with processes.agreeing():
+            if out is not None and processes.is_main:
+                check_out(out, force=force)
+            target, drawn = _opened(model, probe, opening or OpenOptions(), text=text)
+            module = target.model if processes.count == 1 else unwrap_ddp(target.model)
+        record = run_check(
+            module,
+            drawn,
+            settings or CheckSettings(),
+            name=target.name,
+            source=target.source,
+            watcher=progress if processes.is_main else None,
+            processes=processes,
+        )
+        report = CheckReport(record, drawn)
+        with processes.agreeing():
+            if out is not None and processes.is_main:
+                report.save(out, force=force)
     return report
 
 

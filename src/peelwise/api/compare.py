@@ -12,6 +12,7 @@ from peelwise.api.report import REPORT_FILE, Certified, WithPage, check_out, fra
 from peelwise.engine.clock import Watcher
 from peelwise.errors import MissingExtraError
 from peelwise.model.checkpoints import gguf_file
+from peelwise.model.offloaded import measures_offloaded
 from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
@@ -93,6 +94,7 @@ class CompareSeriesReport(WithPage):
         return frame(rows, "checkpoint")
 
 
+@measures_offloaded
 def compare(
     old: nn.Module | str | Path,
     new: nn.Module | str | Path,

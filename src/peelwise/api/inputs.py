@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from peelwise.distributed.sharding import original_class
 from peelwise.errors import ModelError
 from peelwise.model.checkpoints import open_model, open_tokenizer, require_tokenizer
 from peelwise.model.options import OpenOptions
@@ -91,4 +92,4 @@ def _opened(model: nn.Module | str | Path, opening: OpenOptions, *, with_tokeniz
             "OpenOptions(tokenizer=...)."
         )
     tokenizer = open_tokenizer(opening.tokenizer) if with_tokenizer and opening.tokenizer is not None else None
-    return Target(model, type(model).__name__, None), tokenizer
+    return Target(model, original_class(model).__name__, None), tokenizer

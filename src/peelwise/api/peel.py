@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from peelwise.api.inputs import open_both, with_budget
 from peelwise.api.report import Report, check_out, frame
 from peelwise.engine.clock import Watcher
+from peelwise.model.offloaded import measures_offloaded
 from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
@@ -51,6 +52,7 @@ class PeelReport(Report):
         return frame(rows, "map")
 
 
+@measures_offloaded
 def peel(
     model: nn.Module | str | Path,
     probe: Probe | ProbeOptions | None = None,

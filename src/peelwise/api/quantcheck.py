@@ -13,6 +13,7 @@ from peelwise.engine.clock import Watcher
 from peelwise.engine.kept import beside
 from peelwise.errors import OutputError
 from peelwise.model.fingerprint import identify
+from peelwise.model.offloaded import measures_offloaded
 from peelwise.model.options import OpenOptions
 from peelwise.probe.options import ProbeOptions
 from peelwise.probe.probe import Probe
@@ -85,6 +86,7 @@ class QuantcheckReport(Result):
         return path
 
 
+@measures_offloaded
 def quantcheck(
     quantised: nn.Module | str | Path,
     parent: nn.Module | str | Path,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +16,9 @@ from peelwise.formats.base import Encoded, Format
 from peelwise.model.checkpoints import gguf_file, save_model
 from peelwise.model.fingerprint import identify
 from peelwise.model.layers import LinearLayer, linear_layers
+from peelwise.model.offloaded import brought, measures_offloaded
 from peelwise.model.options import OpenOptions
+from peelwise.model.spill import copied
 from peelwise.model.torchao_writer import check_torchao, write_torchao
 from peelwise.model.weights.gguf_writer import kind_of, write_gguf
 from peelwise.nn.files import hold_in, note_formats
@@ -61,7 +62,8 @@ class QuantiseReport(Result):
 
         Experts, which are parts of a parameter, get the floats that their codes stand for.
         """
-        made = copy.deepcopy(self.model)
+        with brought(self.model):
+            made = copied(self.model)
         experts = _experts(made)
         for name, (form, encoded) in self.codes.items():
             if name in experts:
@@ -87,7 +89,7 @@ class QuantiseReport(Result):
         """
         folder = Path(folder)
         check_free(folder, force=force, ours=RECORD_FILE)
-        with written_whole(folder) as new:
+        with written_whole(folder) as new, brought(self.model):
             if to == "gguf":
                 write_gguf(_source(self.record.model.source), new / GGUF_FILE, self.model, self.codes)
             elif to == "torchao":
@@ -109,6 +111,7 @@ class QuantiseReport(Result):
         return frame([{k: v for k, v in row.items() if k != "steps"} | row["steps"] for row in rows], "name")
 
 
+@measures_offloaded
 def quantise(
     model: nn.Module | str | Path,
     probe: Probe | ProbeOptions | None = None,

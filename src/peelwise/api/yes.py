@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ParamSpec
 
+from peelwise.model.offloaded import measures_offloaded
 from peelwise.records.yes import YesRecord
 from peelwise.tasks.yes import bounds as _bounds
 
@@ -38,4 +39,4 @@ def _shown(measure: Callable[_P, YesRecord]) -> Callable[_P, YesBounds]:
     return measured
 
 
-yes_bounds = _shown(_bounds.yes_bounds)
+yes_bounds = _shown(measures_offloaded(_bounds.yes_bounds))

@@ -19,6 +19,7 @@ from peelwise.cli.options import (
     OutOption,
     PickleOption,
     SeedOption,
+    ShardOption,
     StoredOption,
     StreamOption,
     TextOption,
@@ -31,7 +32,7 @@ from peelwise.cli.options import (
 from peelwise.cli.output import print_report
 from peelwise.cli.several import joined
 from peelwise.cli.terminal import at_work
-from peelwise.model.options import OpenOptions
+from peelwise.model.options import OpenOptions, ShardedOptions
 from peelwise.probe.options import ProbeOptions
 from peelwise.records.options import Refine
 from peelwise.tasks.audit.settings import AuditSettings
@@ -67,6 +68,7 @@ def audit(
     allow_pickle: PickleOption = OpenOptions.allow_pickle,
     as_stored: StoredOption = OpenOptions.as_stored,
     stream: StreamOption = OpenOptions.stream,
+    shard: ShardOption = ShardedOptions.shard,
     tokenizer: TokenizerOption = None,
     out: OutOption = None,
     force: ForceOption = False,
@@ -78,13 +80,13 @@ def audit(
     """Audit MODEL: how much lower could its loss be, block by block, with weights that prove it.
 
     Ctrl-C ends the audit early and reports what was finished. `torchrun --nproc-per-node 2 -m peelwise audit MODEL`
-    shares it between two processes.
+    shares it between two processes; with --shard, the weights too.
     """
     from peelwise.api import audit as api
 
     probe = probe_options(text, field, tokens, sequence_length, in_distribution, seed)
     settings = AuditSettings(budget, joint_rounds, solo_rounds, margin, controls, micro_batch_tokens, refine, stack)
-    opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer, stream)
+    opening = ShardedOptions(device, dtype, allow_pickle, as_stored, tokenizer, stream, shard)
     with joined(device), at_work(f"Opening {model} ...") as watcher:
         report = api.audit(model, probe, settings, opening=opening, out=out, force=force, progress=watcher)
     print_report(report, out, as_json)

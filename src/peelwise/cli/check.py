@@ -19,6 +19,7 @@ from peelwise.cli.options import (
     ModelArgument,
     PickleOption,
     SeedOption,
+    ShardOption,
     StoredOption,
     StreamOption,
     TextOption,
@@ -28,9 +29,10 @@ from peelwise.cli.options import (
     output,
     probe_options,
 )
+from peelwise.cli.several import joined
 from peelwise.cli.terminal import at_work
 from peelwise.errors import OptionError
-from peelwise.model.options import OpenOptions
+from peelwise.model.options import OpenOptions, ShardedOptions
 from peelwise.probe.options import ProbeOptions
 from peelwise.tasks.check.settings import CHECK_LENGTH, CHECK_TOKENS, CheckSettings
 
@@ -63,6 +65,7 @@ def check(
     allow_pickle: PickleOption = OpenOptions.allow_pickle,
     as_stored: StoredOption = OpenOptions.as_stored,
     stream: StreamOption = OpenOptions.stream,
+    shard: ShardOption = ShardedOptions.shard,
     tokenizer: TokenizerOption = None,
     out: Annotated[Path | None, output(metavar="DIR", help="Folder for certificate, factors and report.")] = None,
     force: ForceOption = False,
@@ -75,7 +78,8 @@ def check(
 
     Signals of the weights and of one pass forward and back over a little text are compared over depth. For blocks that
     stand out, a factor on one of their parts may lower the loss: that is proved on text that it was not chosen on.
-    NAMES are separated by commas; the page on signals lists them.
+    NAMES are separated by commas; the page on signals lists them. `torchrun --nproc-per-node 2 -m peelwise check MODEL`
+    shares it between two processes; with --shard, the weights too.
     """
     from peelwise.api import check as api
     from peelwise.show.views import print_record
@@ -84,8 +88,8 @@ def check(
         raise OptionError("--no-text and --text exclude each other. Leave one of them out.")
     settings = CheckSettings(_names(signals), most_witnesses, micro_batch_tokens, stack)
     probe = None if no_text else probe_options(text, field, tokens, sequence_length, in_distribution, seed)
-    opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer, stream)
-    with at_work(f"Opening {model} ...") as watcher:
+    opening = ShardedOptions(device, dtype, allow_pickle, as_stored, tokenizer, stream, shard)
+    with joined(device), at_work(f"Opening {model} ...") as watcher:
         report = api.check(
             model, probe, settings, text=not no_text, opening=opening, out=out, force=force, progress=watcher
         )

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peelwise.model.options import Dtype, OpenOptions
+from peelwise.model.options import Dtype, OpenOptions, ShardedOptions
 from peelwise.probe.options import ProbeOptions
 from peelwise.records.options import options_of
 
@@ -49,6 +49,7 @@ DtypeOption = Annotated[Dtype, flag(OpenOptions, "dtype")]
 PickleOption = Annotated[bool, flag(OpenOptions, "allow_pickle", "--allow-pickle")]
 StoredOption = Annotated[bool, flag(OpenOptions, "as_stored", "--as-stored")]
 StreamOption = Annotated[bool, flag(OpenOptions, "stream", "--stream")]
+ShardOption = Annotated[bool, flag(ShardedOptions, "shard", "--shard")]
 TokenizerOption = Annotated[Path | None, flag(OpenOptions, "tokenizer", metavar="DIR")]
 
 # What a command leaves and prints.

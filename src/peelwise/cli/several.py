@@ -9,7 +9,7 @@ from pathlib import Path
 
 from peelwise.errors import DeviceError, OptionError
 
-_SHARING = "audit"
+_SHARING = ("audit", "check")
 
 
 def started() -> int:
@@ -24,10 +24,10 @@ def check_shares(command: str | None) -> None:
     Raises:
         OptionError: If it cannot.
     """
-    if started() > 1 and command not in (None, _SHARING):
+    if started() > 1 and command not in (None, *_SHARING):
         raise OptionError(
             f"peelwise {command} runs in one process, and torchrun has started {started()}: leave torchrun out. Of all "
-            f"commands, {_SHARING} alone shares its work."
+            f"commands, {' and '.join(_SHARING)} share their work."
         )
 
 

@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peelwise.distributed.watch import Watch
 from peelwise.errors import OptionError, OtherProcessError, PeelwiseError
 
 _PATIENCE = timedelta(minutes=5)  # processes may still be loading their model while others are ready
+_LOSS = ("Connection closed by peer", "Connection reset by peer")  # what gloo says
 _MADE = count()  # how many times this process has called for the others
 
 
@@ -76,6 +78,21 @@ class Processes:
             OtherProcessError: If one has failed, inside of `agreeing`.
         """
 
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Wait inside for all processes in a way of their own, and end this one if another has failed meanwhile."""
+        self.begin_gathering()
+        try:
+            yield
+        finally:
+            self.end_gathering()
+
+    def begin_gathering(self) -> None:
+        """Begin what `gathering` is about: see that nobody has failed, and be watched from now on."""
+
+    def end_gathering(self) -> None:
+        """End what `gathering` is about."""
+
     def broadcast(self, value: Any) -> Any:
         """Return what the first process says."""
         return value
@@ -119,15 +136,21 @@ class TorchProcesses(Processes):
 
         self._distributed = distributed
         self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
-        self._wait_for_all()
+        self._watch = Watch(self._store, self._wait_for_all())
         # Decisions are numbers of the processor: telling them must not wait for what a GPU still computes.
         self._control = distributed.new_group(backend="gloo")
         self._agreeing = self._interrupted = False
 
-    def _wait_for_all(self) -> None:
-        """Raise if others do not come, which whatever is exchanged with them would wait for without end."""
-        store = self._distributed.distributed_c10d._get_default_store()
-        call = next(_MADE)
+    @property
+    def _store(self) -> Any:
+        return self._distributed.distributed_c10d._get_default_store()
+
+    def _wait_for_all(self) -> str:
+        """Raise if others do not come, which whatever is exchanged with them would wait for without end.
+
+        Returns a name that is the same in all processes, and in no other group of theirs.
+        """
+        store, call = self._store, next(_MADE)
         keys = [f"peelwise/{call}/{rank}" for rank in range(self.count)]
         store.set(keys[self.rank], "here")
         try:
@@ -139,6 +162,7 @@ class TorchProcesses(Processes):
                 f"{_PATIENCE.total_seconds():.0f} s. Make a monitor, or call an audit, in all of them, not only in "
                 "the first: they share the work, and the first one writes."
             ) from error
+        return str(call)
 
     def all_reduce_(self, totals: Iterable[Tensor]) -> None:
         """Add up tensors over all processes, in place."""
@@ -194,6 +218,7 @@ class TorchProcesses(Processes):
     def agreeing(self) -> Iterator[None]:
         """Run what is inside in all processes, or, as soon as one of them fails, end it in all."""
         self._agreeing = True
+        self._watch.begin()
         try:
             yield
             self.check_peers()
@@ -201,11 +226,35 @@ class TorchProcesses(Processes):
             raise
         except Exception as error:
             if self._agreeing:
-                self._told(0, failed=True)
-                self._reasons(error)
+                self._tell(error)
             raise
         finally:
             self._agreeing = False
+            self._watch.until_now()
+
+    def _tell(self, error: Exception) -> None:
+        """Tell the others that this process has failed, unless they are gone.
+
+        Raises:
+            OtherProcessError: If it failed because one of them is.
+        """
+        try:
+            self._watch.failed(self.rank, f"{type(error).__name__}: {error}")
+            self._told(0, failed=True)
+            self._reasons(error)
+        except RuntimeError:  # whoever has ended can be told nothing
+            if _is_loss(error):
+                raise OtherProcessError(None, "killed, or out of memory?", foreseen=True) from error
+
+    def begin_gathering(self) -> None:
+        """See that nobody has failed, and be watched from now on."""
+        self.check_peers()
+        if self._agreeing:
+            self._watch.since_now()
+
+    def end_gathering(self) -> None:
+        """Note that what was gathered is here."""
+        self._watch.until_now()
 
     def check_peers(self) -> None:
         """Wait for the others, unless one of them has failed."""
@@ -234,6 +283,7 @@ class TorchProcesses(Processes):
 
     def close(self) -> None:
         """Give up the connections that were made for this object."""
+        self._watch.close()
         self._distributed.destroy_process_group(self._control)
 
     def _meet(self, number: int) -> list[int]:
@@ -263,6 +313,11 @@ class TorchProcesses(Processes):
         mine = None if error is None else (self.rank, f"{type(error).__name__}: {error}", foreseen)
         self._distributed.all_gather_object(reasons, mine, group=self._control)
         return [None if reason is None else OtherProcessError(*reason) for reason in reasons]
+
+
+def _is_loss(error: Exception) -> bool:
+    """Whether an error says that the connection to another process has ended."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOSS)
 
 
 def _unpacked(packed: bytes) -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peelwise.errors import UnsupportedModelError
@@ -63,6 +65,84 @@ def local_shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor; of one that is spread gathered, for which all processes call this in the same order."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Let the parameters of a module be whole inside, such as they are while it runs; all processes enter together.
+
+    Nothing happens to a module that is not spread. Leaving needs nobody else. What is written into the parameters
+    inside is forgotten.
+    """
+    shards: list[Any] = gathering(module)
+    try:
+        for each in shards:
+            each.unshard()
+        yield
+    finally:
+        for each in shards:
+            each.reshard()
+
+
+def shard_(model: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype, device: torch.device) -> None:
+    """Spread a model over all processes, in place: every block is gathered when it runs, the rest when the model does.
+
+    One block after the other is brought to dtype and device and cut, so that of parameters that are mapped from files
+    there is no more than one block in memory besides the parts.
+
+    Args:
+        model: with the same parameters in all processes.
+        blocks: its blocks.
+        dtype: of its floating-point parameters afterwards.
+        device: where its parts lie afterwards; of every process its own.
+    """
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+    for module in (*blocks, model):
+        for parameter in module.parameters():
+            if not is_sharded(parameter):
+                parameter.data = parameter.data.to(device, dtype if parameter.is_floating_point() else None)
+        fully_shard(module, mesh=mesh)
+
+
+def empty_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model that is spread over processes which is whole: on the CPU, without values."""
+    shards: list[Any] = gathering(model)
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(
+            torch.empty(parameter.shape, dtype=parameter.dtype),
+            requires_grad=parameter.requires_grad,
+        )
+        for parameter in model.parameters()
+    }
+    classes = [(module, type(module)) for module in shards]
+    for module in shards:
+        memo |= {id(value): type(value)() for name, value in vars(module).items() if _of_sharding(name)}
+    try:
+        for module in shards:  # theirs refuses to be copied
+            module.__class__ = original_class(module)
+        return copy.deepcopy(model, memo)
+    finally:
+        for module, own in classes:
+            module.__class__ = own
+
+
+def _of_sharding(name: str) -> bool:
+    """Whether an attribute of a module is what ``fully_shard`` keeps there: hooks, and state of torch's contract."""
+    return name.endswith("_hooks") or name.startswith("__composable_api")
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module, without what ``fully_shard`` has put over it."""
+    return type(module).__mro__[2] if _gathers(module) else type(module)
+
+
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
     """Let gradients that are on their way to other processes wait, and give gathered parameters back at both ends.
@@ -70,7 +150,7 @@ def at_rest(model: nn.Module) -> Iterator[None]:
     Parameters that stay gathered after a forward pass would be those of the next one too, whatever the optimiser
     has done meanwhile; and a backward pass in the middle of an accumulation would send what is not complete.
     """
-    shards: list[Any] = [module for module in model.modules() if _gathers(module)]
+    shards: list[Any] = gathering(model)
     groups = [group for module in shards for group in _groups(module)]
     syncs = [(group, group.reduce_grads, group.all_reduce_grads) for group in groups]
     for module in shards:
@@ -78,11 +158,21 @@ def at_rest(model: nn.Module) -> Iterator[None]:
         module.set_requires_gradient_sync(False, recurse=False)
     try:
         yield
+    except BaseException:
+        for module in shards:
+            if module._get_fsdp_state()._is_root:
+                module.reset_iter_state()  # a pass may have ended in the middle
+        raise
     finally:
         for module in shards:
             module.reshard()
         for group, reduce, all_reduce in syncs:
             group.reduce_grads, group.all_reduce_grads = reduce, all_reduce
+
+
+def gathering(module: nn.Module) -> list[nn.Module]:
+    """Return the modules inside of one, and itself, whose parameters are gathered whenever they run."""
+    return [each for each in module.modules() if _gathers(each)]
 
 
 def _gathers(module: nn.Module) -> bool:

@@ -26,18 +26,21 @@ class Shared(Generic[T]):
         self._own: list[tuple[int, Callable[[], T]]] = []
         self._asked = 0
 
-    def ask(self, cost: float, work: Callable[[], T]) -> None:
-        """Ask for one more piece; within what belongs together the dearest first shares most evenly.
+    def ask(self, cost: float, work: Callable[[], T]) -> bool:
+        """Ask for one more piece, and return whether it is this process that will do it.
+
+        Within what belongs together the dearest first shares most evenly.
 
         Args:
             cost: how long it takes beside the others, in any unit.
-            work: does it; its result is pickled where there are several processes.
+            work: does it when `results` are asked for; its result is pickled where there are several processes.
         """
         owner = min(range(self._processes.count), key=self._loads.__getitem__)
         self._loads[owner] += cost
         if owner == self._processes.rank:
             self._own.append((self._asked, work))
         self._asked += 1
+        return owner == self._processes.rank
 
     def results(self) -> list[T]:
         """Do what is this process's and return what was asked for since the last call, in the order of asking."""

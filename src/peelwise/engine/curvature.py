@@ -48,6 +48,6 @@ def output_curvatures(
         (moments,), above = block_moments(runner, block, trace, above, keep=keep, with_F=keep)
         for linear, each in moments.items():
             if linear in wanted and each.F is not None:
-                found[linear] = each.F.float()
+                found[linear] = runner.kept(each.F.float())
         after_block(done)
     return found

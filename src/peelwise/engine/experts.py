@@ -65,11 +65,13 @@ def loads_of(runner: Runner, block: Block, trace: Trace) -> list[Loads]:
                 rows = call.rows
                 counts[linear] += len(call.x) if rows is None else int(batch.read.flatten()[rows].sum())
     runner.work.add(runner.shares[block.index], trace.predicted)
-    read = max(sum(int(batch.read.sum()) for batch in trace.batches), 1)
+    read, *totals = runner.processes.all_sum([sum(int(batch.read.sum()) for batch in trace.batches), *counts.values()])
+    counts = dict(zip(counts, totals, strict=True))
     found = []
-    for experts in mixtures:
-        tokens = tuple(counts[linear] for linear in experts)
-        found.append(Loads(tokens, sum(tokens) / read, tuple(copies(experts))))
+    with runner.whole(block):
+        for experts in mixtures:
+            tokens = tuple(counts[linear] for linear in experts)
+            found.append(Loads(tokens, sum(tokens) / max(read, 1), tuple(copies(experts))))
     return found
 
 

@@ -16,14 +16,16 @@ from peelwise.records.check import GainWitness
 def scaled_change(linear: LinearLayer, factor: float, head: int | None = None, head_dim: int | None = None) -> Tensor:
     """Return ``(factor - 1) W [d_out, d_in]``, one more column where there is a bias; of one head's columns alone.
 
+    Of a layer that is spread over processes all of them ask at once.
+
     Args:
         linear: the layer.
         factor: by which it is multiplied.
         head: the head whose inputs are scaled, or ``None`` for the layer as a whole, with its bias.
         head_dim: channels of a head, where ``head`` is given.
     """
-    W = (factor - 1) * linear.weight().float()
-    bias = linear.bias()
+    W = (factor - 1) * linear.whole_weight().float()
+    bias = linear.whole_bias()
     if head is None or head_dim is None:
         return W if bias is None else torch.cat([W, (factor - 1) * bias.float()[:, None]], dim=1)
     change = torch.zeros_like(W)
@@ -44,7 +46,7 @@ def changes_of_factors(witnesses: Iterable[GainWitness], blocks: tuple[Block, ..
         linear = linears.get(witness.layer)
         if linear is None or linear in changes:
             raise CertificateError(f"A gain witness names {witness.layer[:80]}, which the model does not have (once).")
-        width = linear.weight().shape[1]
+        width = linear.shape[1]
         if witness.head is not None and not 0 <= (witness.head + 1) * (witness.head_dim or 0) <= width:
             raise CertificateError(f"{linear.name} has no head {witness.head} of {witness.head_dim} inputs.")
         changes[linear] = scaled_change(linear, witness.factor, witness.head, witness.head_dim)

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
 
 from peelwise.distributed.processes import ONE_PROCESS, Processes
+from peelwise.distributed.sharding import whole
 from peelwise.engine.session import WITNESS_DTYPE, Session
 from peelwise.engine.sweep import Targets
 from peelwise.model.runner import Runner
@@ -90,9 +93,10 @@ def head_rows(runner: Runner, trace: Trace, *, blank: bool = False) -> HeadRows 
     if not bool(agree):
         return None
     weight = next(head.parameters())  # [v, d]
+    own = _called_alone(head) if runner.sharded else head
 
-    def own(rows: Tensor) -> Tensor:
-        out: Tensor = head(rows.to(weight.dtype))
+    def of_model(rows: Tensor) -> Tensor:
+        out: Tensor = own(rows.to(weight.dtype))
         return out
 
     def nothing(rows: Tensor) -> Tensor:
@@ -100,8 +104,16 @@ def head_rows(runner: Runner, trace: Trace, *, blank: bool = False) -> HeadRows 
 
     chunk = min(CHUNK, runner.micro_batch_tokens)
     if not blank:
-        return HeadRows(trace, x, y, own, runner.processes, chunk)
+        return HeadRows(trace, x, y, of_model, runner.processes, chunk)
     return HeadRows(trace, x if head.bias is None else with_ones(x), y, nothing, runner.processes, chunk)
+
+
+def _called_alone(head: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return what a head computes, its weights gathered: each process gives it other rows, and not as many times."""
+    weights = {name: whole(parameter.detach()) for name, parameter in head.named_parameters()}
+    if isinstance(head, nn.Linear):
+        return lambda rows: F.linear(rows, weights["weight"], weights.get("bias"))
+    return lambda rows: functional_call(head, weights, (rows,))
 
 
 def fit(

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from peelwise.engine.session import Changes, run_captured, run_until
+from peelwise.engine.session import Changes, change_to, run_captured, run_until
 from peelwise.engine.sweep import token_rows
 from peelwise.model.capture import Call
 from peelwise.model.handed import Handed
 from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.runner import Runner
 from peelwise.model.splice import spliced
-from peelwise.model.trace import Batch, Trace
+from peelwise.model.trace import Batch, Trace, by_token
 from peelwise.records.base import Note, note
 from peelwise.references.asymmetric import InputSums
 from peelwise.stats.gram import CrossSum, GramSum, widened
@@ -66,7 +66,7 @@ class Walk:
         calls: per part, the micro-batches of ``own``, whose arguments its blocks are called with.
 
     Attributes:
-        changes: what to put in place, per layer of ``own``; callers add to it while they walk.
+        changes: what is in place, per layer of ``own``; callers add to it while they walk.
     """
 
     parent: Runner
@@ -96,6 +96,10 @@ class Walk:
             earlier = writers[: writers.index(group[0])] if group[0] in writers else None
             yield group, [self._sums(block, group[0], n, before[n], earlier) for n in range(len(self.parts))]
 
+    def put(self, linear: LinearLayer, weight: Tensor) -> None:
+        """Have another weight ``[d_out, d_in]`` in place; its change is on disk where the model's weights are."""
+        self.changes[linear] = self.own.kept(change_to(linear, weight))
+
     @torch.no_grad()
     def leave(self, block: Block) -> list[float]:
         """Go on to the next block; return for each part ``E|H - H'|^2 / E|H - mean|^2`` of the stations behind it.
@@ -111,7 +115,7 @@ class Walk:
                     hidden = self.own.run_block(block, self._hidden[number][i], here, handed)
                 here.hand_on(block.index, handed)
                 self._hidden[number][i] = hidden
-                own, theirs = (h[here.weights].double() for h in (hidden, there.stations[block.index + 1]))
+                own, theirs = (by_token(h, here.weights).double() for h in (hidden, there.stations[block.index + 1]))
                 apart += float((own - theirs).square().sum())
                 spread += float((theirs - theirs.mean(0)).square().sum())
             shares.append(apart / spread if spread else 0.0)
@@ -150,8 +154,8 @@ class Walk:
         ]
         added = sum((calls[linear][0].y.float() for linear in found), torch.zeros_like(here))
         at = trace.attended
-        apart = (there - here - added)[at].norm()
-        return found if found and float(apart) <= _SAME * float((there - here)[at].norm()) else []
+        apart, whole = by_token(there - here - added, at).norm(), by_token(there - here, at).norm()
+        return found if found and float(apart) <= _SAME * float(whole) else []
 
     @torch.no_grad()
     def _sums(
@@ -174,7 +178,7 @@ class Walk:
                 gap = self.parts[number].batches[i_batch].stations[block.index] - hidden
                 for writer in earlier:
                     gap = gap + theirs[writer][0].y - capture.calls[writer][0].y
-                stream.update(widened(gap[batch.read]), _rows(runs[0], batch, first))
+                stream.update(widened(by_token(gap, batch.read)), _rows(runs[0], batch, first))
             paired = paired and len(runs) == len(twins)
             for i, call in enumerate(runs):
                 z = _rows(call, batch, first)

@@ -8,13 +8,14 @@ from collections.abc import Collection, Iterator, Mapping
 from torch import nn
 
 from peelwise.distributed.processes import ONE_PROCESS, Processes
+from peelwise.distributed.sharding import check_blocks, is_sharded, shard_
 from peelwise.engine.clock import Clock, Watcher
 from peelwise.engine.session import LOSSES, ReportSession, Session
-from peelwise.errors import ModelError, ProbeError
+from peelwise.errors import ModelError, ProbeError, UnsupportedModelError
 from peelwise.model.architectures import find_blocks, in_decoder, other_stacks, refuse_text, stack_of
 from peelwise.model.fingerprint import check_finite
 from peelwise.model.fresh import fresh_copy
-from peelwise.model.layers import Block, LinearLayer, context_length, vocabulary_size
+from peelwise.model.layers import Block, LinearLayer, context_length, unwrapped, vocabulary_size
 from peelwise.model.refined import chosen, frozen_note, names_of, only
 from peelwise.model.runner import MICRO_BATCH_TOKENS, Runner, check_replay
 from peelwise.model.selfcheck import check_dtypes, self_check
@@ -39,6 +40,7 @@ def checked_blocks(
     batches: bool = False,
     stack: str | None = None,
     shared: bool = False,
+    spread: bool = False,
 ) -> tuple[Block, ...]:
     """Return the blocks of a model that can be measured on ``probe``.
 
@@ -50,6 +52,7 @@ def checked_blocks(
         batches: whether a probe of batches will do.
         stack: the name of the list of blocks; ``None`` for the one that the architecture says.
         shared: whether layers that share a weight may be left out.
+        spread: whether weights may be spread over processes (``fully_shard``).
 
     Raises:
         OptionError: If there are no such layers.
@@ -64,12 +67,16 @@ def checked_blocks(
             "peelwise.check, audit, compare and Monitor take."
         )
     check_in_memory(model)
+    if not spread:
+        _check_whole(model)
     blocks = chosen(find_blocks(model, stack), refine, stepped)
     if shared:
         blocks = without_shared(blocks)
     else:
         check_shared(blocks)
     check_dtypes(blocks)
+    if spread:
+        check_spread(blocks)
     if probe.examples is None:
         refuse_text(model)
         size, limit = vocabulary_size(model), context_length(model)
@@ -79,6 +86,37 @@ def checked_blocks(
             check_context(probe, limit)
     check_finite(model)
     return blocks
+
+
+def _check_whole(model: nn.Module) -> None:
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            "Not yet: this of a model whose weights are spread over processes (fully_shard), which peelwise.audit, "
+            "check and Monitor measure. Give it the whole model, in one process."
+        )
+
+
+def check_spread(blocks: tuple[Block, ...]) -> None:
+    """Check that every block of a model that is spread over processes can be run by itself.
+
+    Raises:
+        UnsupportedModelError: If one is gathered only together with others.
+    """
+    check_blocks({block.name: unwrapped(block.module) for block in blocks})
+
+
+def check_dense(blocks: tuple[Block, ...]) -> None:
+    """Check that no process has a part only of what the codes of a low-bit layer are made from.
+
+    Raises:
+        UnsupportedModelError: If one has.
+    """
+    for linear in (linear for block in blocks for linear in block.linears):
+        if linear.low_bit and any(is_sharded(parameter) for parameter in linear.module.parameters()):
+            raise UnsupportedModelError(
+                f"Not yet: {linear.name} computes with a low-bit format, and its weight is spread over processes "
+                "(fully_shard). Give the whole model to each of them."
+            )
 
 
 def open_session(
@@ -153,6 +191,9 @@ def untrained_session(session: Session, probe: Probe) -> Session | None:
         return None  # what was put into the model after it was made, such as adapters, is in no configuration
     blocks = only(found, asked)
     own = session.runner
+    if own.sharded:
+        parameter = next(own.model.parameters())
+        shard_(fresh, [block.module for block in found], parameter.dtype, parameter.device)
     runner = Runner(fresh, blocks, micro_batch_tokens=own.micro_batch_tokens, processes=own.processes)
     runner.work = own.work
     fit, select, report = runner.trace(probe.fit), runner.trace(probe.select), runner.trace(probe.report)

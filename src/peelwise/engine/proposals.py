@@ -16,7 +16,7 @@ import torch
 
 from peelwise.distributed.processes import ONE_PROCESS, Processes
 from peelwise.distributed.shared import Shared
-from peelwise.engine.signals import LayerSums, Routed, of_block, of_layer, routed
+from peelwise.engine.signals import LayerSums, OfWeight, Routed, of_block, of_layer, of_weight, routed
 from peelwise.errors import IllConditionedWarning
 from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.spill import Spill
@@ -55,12 +55,13 @@ class BlockProposals:
 
 @dataclass(frozen=True)
 class _Group:
-    """Layers of a block that share an input: their sums per set of targets, and those of select."""
+    """Layers of a block that share an input: their sums per set of targets, those of select, and with the weights."""
 
     linears: tuple[LinearLayer, ...]
     fits: list[dict[LinearLayer, Moments]]
     select: dict[LinearLayer, Moments]
     routed: dict[LinearLayer, Routed]
+    of_weights: list[dict[LinearLayer, OfWeight]]
 
     def cost(self, directions: Sequence[Direction]) -> float:
         """Return about how many operations it takes to solve."""
@@ -95,14 +96,22 @@ class _Solved:
     local: LocalProblem | None
 
 
+_Result = tuple[list[list[_Solved]], list[IllConditionedWarning]]
+
+
 @dataclass(frozen=True)
 class _Asked:
-    """A block whose groups are dealt out: their layers, and the order of all layers per set of targets."""
+    """A block whose groups are dealt out: their layers, the order of all layers per set of targets, and their rows."""
 
     block: Block
     groups: list[tuple[LinearLayer, ...]]
     order: list[list[LinearLayer]]
-    few_tokens: IllConditionedWarning | None
+    rows: dict[LinearLayer, int]
+
+    def joined(self, more: _Asked) -> _Asked:
+        """Return this one with further layers of the same block."""
+        order = [[*first, *second] for first, second in zip(self.order, more.order, strict=True)]
+        return _Asked(self.block, [*self.groups, *more.groups], order, self.rows | more.rows)
 
 
 class Solves:
@@ -119,21 +128,33 @@ class Solves:
 
     def __init__(self, processes: Processes, directions: Sequence[Direction], spill: Spill | None = None) -> None:
         self._most, self._directions, self._spill = processes.count, directions, spill
-        self._shared: Shared[tuple[list[list[_Solved]], list[IllConditionedWarning]]] = Shared(processes)
+        self._shared: Shared[_Result] = Shared(processes)
         self._asked: list[_Asked] = []
+        self._early: list[_Result] = []
 
     @property
     def enough(self) -> bool:
         """Whether so many blocks wait that all processes have something to do."""
         return len(self._asked) >= self._most
 
-    def ask(self, block: Block, fits: Sequence[dict[LinearLayer, Moments]], select: dict[LinearLayer, Moments]) -> None:
+    def ask(
+        self,
+        block: Block,
+        fits: Sequence[dict[LinearLayer, Moments]],
+        select: dict[LinearLayer, Moments],
+        *,
+        more: bool = False,
+    ) -> None:
         """Ask for what the moments of one block's layers propose.
+
+        What takes a weight is worked out here: pieces are done later, where a weight need not be whole any more.
 
         Args:
             block: the block.
             fits: per set of targets, the moments of the fit tokens, which share ``S``.
             select: moments of the select tokens.
+            more: whether other layers of this block are asked about next. These are solved at once then, so that their
+                sums need not be there together with those of the others.
         """
         # An expert that select gives no token cannot be calibrated; it stays as it is.
         fits = [{linear: moments for linear, moments in fit.items() if linear in select} for fit in fits]
@@ -147,6 +168,7 @@ class Solves:
                 [{m: fit[m] for m in linears if m in fit} for fit in fits],
                 {m: select[m] for m in linears},
                 {m: tokens_of[m] for m in linears if m in tokens_of},
+                [{m: of_weight(m, fit[m]) for m in linears if m in fit} for fit in fits],
             )
             for linears in by_input.values()
         ]
@@ -154,17 +176,29 @@ class Solves:
             groups.sort(key=lambda group: -group.cost(self._directions))
         for group in groups:
             self._shared.ask(group.cost(self._directions), partial(_solved, group, self._directions))
-        order = [list(fit) for fit in fits]
-        self._asked.append(_Asked(block, [group.linears for group in groups], order, _few_tokens(block, fits[0])))
+        rows = {linear: moments.n for linear, moments in fits[0].items()}
+        asked = _Asked(block, [group.linears for group in groups], [list(fit) for fit in fits], rows)
+        if self._asked and self._asked[-1].block is block:
+            asked = self._asked.pop().joined(asked)
+        self._asked.append(asked)
+        if more:
+            self._early += self._results()
 
     def made(self) -> list[list[BlockProposals]]:
         """Return for every block that was asked about what is proposed for it, one for each set of targets.
 
         What the solves warned of is said in all processes, block by block in the order of their layers.
         """
-        results = iter(self._shared.results())
-        asked, self._asked = self._asked, []
-        return [_assembled(each, [next(results) for _ in each.groups], self._directions, self._spill) for each in asked]
+        results = iter([*self._early, *self._results()])
+        asked, self._asked, self._early = self._asked, [], []
+        return [_assembled(each, [next(results) for _ in each.groups], self._directions) for each in asked]
+
+    def _results(self) -> list[_Result]:
+        """Solve what was asked for; what is proposed goes where it is kept."""
+        return [
+            ([[_kept(each, self._spill) for each in layers] for layers in found], said)
+            for found, said in self._shared.results()
+        ]
 
 
 def proposals_of(
@@ -186,7 +220,7 @@ def proposals_of(
     return solves.made()[0]
 
 
-def _solved(group: _Group, directions: Sequence[Direction]) -> tuple[list[list[_Solved]], list[IllConditionedWarning]]:
+def _solved(group: _Group, directions: Sequence[Direction]) -> _Result:
     """Return what is found for the layers of a group, for each set of targets, and what was warned of meanwhile.
 
     By their places, not by themselves: modules do not travel between processes.
@@ -210,7 +244,7 @@ def _solutions(group: _Group, directions: Sequence[Direction]) -> list[list[_Sol
     low_bit = any(linear.low_bit for linear in group.linears)
     shared = S.float() if low_bit else S  # layers of one input share it here too
     solutions = []
-    for fit in group.fits:
+    for fit, of_weights in zip(group.fits, group.of_weights, strict=True):
         of_layers = []
         for linear, moments in fit.items():
             select, rotated = group.select[linear], reference.rotate(moments.C)
@@ -226,6 +260,7 @@ def _solutions(group: _Group, directions: Sequence[Direction]) -> list[list[_Sol
                 whitened,
                 natural,
                 group.routed.get(linear),
+                of_weights[linear],
             )
             # The one that is better as a rule comes first: a search of the other is cut short when it cannot win.
             made: dict[Direction, Proposal] = {} if natural is None else {"two-sided": natural}
@@ -238,12 +273,7 @@ def _solutions(group: _Group, directions: Sequence[Direction]) -> list[list[_Sol
     return solutions
 
 
-def _assembled(
-    asked: _Asked,
-    solved: Sequence[tuple[list[list[_Solved]], list[IllConditionedWarning]]],
-    directions: Sequence[Direction],
-    spill: Spill | None,
-) -> list[BlockProposals]:
+def _assembled(asked: _Asked, solved: Sequence[_Result], directions: Sequence[Direction]) -> list[BlockProposals]:
     """Put together what was found for the groups of one block, and warn of what is to be warned of."""
     ways = [direction for direction in reversed(DIRECTIONS) if direction in directions]
     of_targets: list[dict[LinearLayer, _Solved]] = [{} for _ in asked.order]
@@ -255,20 +285,23 @@ def _assembled(
     for said in (warned.get(linear, []) for linear in asked.order[0]):
         for each in said:
             warnings.warn(each, stacklevel=2)
-    if asked.few_tokens is not None:
-        warnings.warn(asked.few_tokens, stacklevel=2)
+    few_tokens = _few_tokens(asked.block, asked.rows)
+    if few_tokens is not None:
+        warnings.warn(few_tokens, stacklevel=2)
     made = []
     for order, by_layer in zip(asked.order, of_targets, strict=True):
         ordered = {linear: by_layer[linear] for linear in order}
-        changes = {way: {linear: _kept(each.changes[way], spill) for linear, each in ordered.items()} for way in ways}
+        changes = {way: {linear: each.changes[way] for linear, each in ordered.items()} for way in ways}
         signals = of_block(SWEPT, [each.signals for each in ordered.values()])
         local = {linear: each.local for linear, each in ordered.items() if each.local is not None}
         made.append(BlockProposals(asked.block.index, changes, signals, local=local))
     return made
 
 
-def _kept(proposal: Proposal, spill: Spill | None) -> Proposal:
-    return proposal if spill is None else replace(proposal, change=spill.kept(proposal.change))
+def _kept(solved: _Solved, spill: Spill | None) -> _Solved:
+    if spill is None:
+        return solved
+    return replace(solved, changes={d: replace(p, change=spill.kept(p.change)) for d, p in solved.changes.items()})
 
 
 def _local(
@@ -282,11 +315,11 @@ def _local(
     return LocalProblem(S, F, inputs, outputs)
 
 
-def _few_tokens(block: Block, fit: Mapping[LinearLayer, Moments]) -> IllConditionedWarning | None:
+def _few_tokens(block: Block, seen: Mapping[LinearLayer, int]) -> IllConditionedWarning | None:
     """Return one warning for all experts of a block that few tokens were routed to, or none."""
     experts = [linear for linear in block.linears if linear.is_expert]
-    rows = {linear: fit[linear].n if linear in fit else 0 for linear in experts}
-    few = {linear: n for linear, n in rows.items() if n < linear.weight().shape[1]}
+    rows = {linear: seen.get(linear, 0) for linear in experts}
+    few = {linear: n for linear, n in rows.items() if n < linear.shape[1]}
     if not few:
         return None
     none = sum(n == 0 for n in few.values())

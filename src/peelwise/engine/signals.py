@@ -63,17 +63,36 @@ def routed(block: Block, fit: Mapping[LinearLayer, Moments]) -> dict[LinearLayer
 
 
 @dataclass(frozen=True)
+class OfWeight:
+    """What takes a layer's weight, ``None`` where that is elsewhere: ``|<C, W>|`` and ``|W|_F^2``."""
+
+    slope: float | None = None
+    norm: float | None = None
+
+
+def of_weight(linear: LinearLayer, fit: Moments) -> OfWeight:
+    """Return what a layer's weight says together with its sums, while the weight is whole."""
+    W = linear.weight()
+    if is_sharded(W) or W.is_meta:
+        return OfWeight()
+    W = W.double()
+    slope = abs(float((fit.C[:, : W.shape[1]].double() * W).sum()))
+    return OfWeight(slope, float(W.square().sum()))
+
+
+@dataclass(frozen=True)
 class LayerSums:
     """What a sweep knows of one linear layer, alive only until the next one's turn.
 
     Attributes:
-        linear: the layer, with its weight and bias.
+        linear: the layer.
         fit, select: means over tokens: ``C [d_out, d_in]`` of its gradient, ``S [d_in, d_in]`` of its inputs, and
             ``F [d_out, d_out]`` of its outputs' gradients where the two-sided direction is made.
         reference: the decomposition of ``S``.
         rotated, rotated_select: both ``C`` in the eigenbasis of ``S``.
         whitened, two_sided: the calibrated proposals.
         routed: of one expert's matrix, how many tokens it was given.
+        of_weight: what takes the weight.
     """
 
     linear: LinearLayer
@@ -85,6 +104,7 @@ class LayerSums:
     whitened: Proposal
     two_sided: Proposal | None
     routed: Routed | None = None
+    of_weight: OfWeight = OfWeight()
 
 
 def natural_energy(of: LayerSums) -> float | None:
@@ -117,10 +137,7 @@ def layer_slope(of: LayerSums) -> float | None:
 
     Exact, from sums that the sweep has: nats per unit of log scale. At an optimum it vanishes.
     """
-    W = _whole(of.linear)
-    if W is None:
-        return None
-    return abs(float((of.fit.C[:, : W.shape[1]].double() * W.double()).sum()))
+    return of.of_weight.slope
 
 
 def gradient_agreement(of: LayerSums) -> float | None:
@@ -140,14 +157,7 @@ def input_rank(of: LayerSums) -> float | None:
 
 def weight_norm(of: LayerSums) -> float | None:
     """Return the squared Frobenius norm of the weight; a block's norm is the root of the sum."""
-    W = _whole(of.linear)
-    return None if W is None else float(W.double().square().sum())
-
-
-def _whole(linear: LinearLayer) -> Tensor | None:
-    """Return a layer's weight, or ``None`` where this process has a part of it, or holds it elsewhere."""
-    W = linear.weight()
-    return None if is_sharded(W) or W.is_meta else W
+    return of.of_weight.norm
 
 
 def expert_load(of: LayerSums) -> float | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peelwise.engine.session import Changes, ReportSession
 from peelwise.model.capture import Call
-from peelwise.model.trace import Batch, Trace
+from peelwise.model.trace import Batch, Trace, batch_first
 from peelwise.stats.gram import widened, with_ones
 
 
@@ -62,7 +62,8 @@ def first_order_gains(session: ReportSession, part: Trace, changes: Mapping[int,
 
 def _gained(call: Call, g: Tensor, change: Tensor, batch: Batch, *, bias: bool) -> Tensor | None:
     """Return ``-sum_t <g_t, D x_t>`` of one run of a layer, ``[b]``; ``None`` if its rows are not tokens."""
-    x, g = widened(call.x.detach()).flatten(0, -2), widened(g).flatten(0, -2)
+    x, g = (each if call.rows is not None else batch_first(each, batch.read) for each in (call.x.detach(), g))
+    x, g = widened(x).flatten(0, -2), widened(g).flatten(0, -2)
     b, t = batch.read.shape
     if call.rows is None and len(x) % (b * t) != 0:
         return None

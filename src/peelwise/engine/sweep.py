@@ -1,13 +1,16 @@
 """One backward sweep over the blocks: from gradients at the top to proposals for every linear map.
 
-Only one block's sums and one micro-batch of its activations are alive at a time.
+Only one block's sums and one micro-batch of its activations are alive at a time; of a model whose weights stay in files
+those of some of its layers, for which the block is run several times.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from peelwise.engine.fading import FadingSums
@@ -17,10 +20,12 @@ from peelwise.model.capture import Call
 from peelwise.model.handed import Gradient
 from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.runner import Runner
-from peelwise.model.trace import Batch, Trace
+from peelwise.model.trace import Batch, Trace, batch_first
 from peelwise.stats.gram import CrossSum, GramSum, Moments, all_reduce, widened, with_ones
 
 Targets = Callable[[Batch, int], Tensor]
+MOST_SUMS = 2**29  # bytes of sums at a time where memory is what is short
+_FLOAT64 = 8
 _Total = TypeVar("_Total", GramSum, CrossSum)
 
 
@@ -63,16 +68,37 @@ def sweep(
         if block.index < min(wanted) or not keep_going():
             break
         keep = block.index in wanted
-        moments, above = block_moments(runner, block, fit, above, keep=keep, with_F=with_F)
-        select_moments, above_select = block_moments(runner, block, select, above_select, keep=keep, with_F=with_F)
-        if keep:
-            moments = moments if kept is None else [kept.joined(each) for each in moments]
-            solves.ask(block, moments, select_moments[0])
-            if solves.enough:
-                _keep(solves.made(), found)
-        del moments, select_moments  # before the next block's are added up
+        parts = _parts(runner, block, len(targets), with_F) if keep else [block.linears]
+        above_fit, above_own = above, above_select
+        for place, linears in enumerate(parts, start=1):
+            moments_of = partial(block_moments, runner, block, keep=keep, with_F=with_F, linears=linears)
+            moments, above = moments_of(fit, above_fit)
+            select_moments, above_select = moments_of(select, above_own)
+            if keep:
+                moments = moments if kept is None else [kept.joined(each) for each in moments]
+                with runner.whole(block):
+                    solves.ask(block, moments, select_moments[0], more=place < len(parts))
+            del moments, select_moments  # before the next ones are added up
+        if solves.enough:
+            _keep(solves.made(), found)
         after_block(done)
     _keep(solves.made(), found)
+    return found
+
+
+def gradient_norms(runner: Runner, trace: Trace) -> dict[int, float]:
+    """Return per block the Frobenius norm of the mean gradient of its linear layers, and nothing else of a sweep.
+
+    Args:
+        runner: the model.
+        trace: tokens, with its stations.
+    """
+    above = [runner.tail_gradients(trace)]
+    found = {}
+    for block in reversed(runner.blocks):
+        (moments,), above = block_moments(runner, block, trace, above, keep=True, with_F=False)
+        if moments:
+            found[block.index] = sum(float(each.C.square().sum()) for each in moments.values()) ** 0.5
     return found
 
 
@@ -84,8 +110,35 @@ def _keep(made: Sequence[Sequence[BlockProposals]], found: Sequence[dict[int, Bl
                 into[proposals.index] = proposals
 
 
+def _parts(runner: Runner, block: Block, targets: int, with_F: bool) -> list[Sequence[LinearLayer]]:
+    """Return the layers of a block whose sums are there together: all, or where memory is short as many as fit.
+
+    Experts stay together: what each is given is told beside the others.
+    """
+    if runner.spill is None or runner.processes.count > 1:
+        return [block.linears]
+    parts: list[list[LinearLayer]] = [[]]
+    held = 0
+    for linear in block.linears:
+        d_out, d_in = linear.shape
+        size = _FLOAT64 * (2 * d_in**2 + (targets + 1) * (d_out * d_in + with_F * d_out**2))
+        if parts[-1] and held + size > MOST_SUMS and not (linear.is_expert and parts[-1][-1].is_expert):
+            parts.append([])
+            held = 0
+        parts[-1].append(linear)
+        held += size
+    return list(parts)
+
+
 def block_moments(
-    runner: Runner, block: Block, trace: Trace, above: Sequence[list[Gradient]], *, keep: bool, with_F: bool
+    runner: Runner,
+    block: Block,
+    trace: Trace,
+    above: Sequence[list[Gradient]],
+    *,
+    keep: bool,
+    with_F: bool,
+    linears: Sequence[LinearLayer] | None = None,
 ) -> tuple[list[dict[LinearLayer, Moments]], list[list[Gradient]]]:
     """Pass gradients through one block, adding up the moments of its linear layers over all micro-batches.
 
@@ -96,6 +149,7 @@ def block_moments(
         above: for each set of targets, the gradients behind the block, per micro-batch.
         keep: whether the moments are wanted, or only the gradients below.
         with_F: whether to add up ``F``.
+        linears: whose moments; ``None`` for all layers of the block.
 
     Returns:
         For each set of targets the moments of every layer, which share ``S``, and the gradients before the block.
@@ -104,6 +158,7 @@ def block_moments(
     C: list[dict[LinearLayer, CrossSum]] = [{} for _ in above]
     F: list[dict[LinearLayer, GramSum]] = [{} for _ in above]
     groups: dict[LinearLayer, LinearLayer] = {}
+    asked = set(block.linears if linears is None else linears)
     if keep and runner.processes.count > 1:
         _expect_experts(block, S, C, F if with_F else ())
     below: list[list[Gradient]] = [[] for _ in above]
@@ -113,7 +168,7 @@ def block_moments(
             into.append(down)
         if not keep:
             continue
-        here = {linear: capture.groups[linear] for linear in results[0][1]}
+        here = {linear: capture.groups[linear] for linear in results[0][1] if linear in asked}
         for linear, first in here.items():
             if groups.setdefault(linear, first) is not first:
                 raise UnsupportedModelError(f"Not yet: {linear.name} shares its input with other layers now and then.")
@@ -125,8 +180,8 @@ def block_moments(
             for x in inputs:
                 S.setdefault(first, GramSum()).update(x)
         for (_, grads), C_sums, F_sums in zip(results, C, F, strict=True):
-            for linear, of_runs in grads.items():
-                for call, g, x in zip(capture.calls[linear], of_runs, rows[here[linear]], strict=True):
+            for linear, first in here.items():
+                for call, g, x in zip(capture.calls[linear], grads[linear], rows[first], strict=True):
                     g = token_rows(g, call, batch, linear, ones=False)
                     C_sums.setdefault(linear, CrossSum()).update(g, x)
                     if with_F:
@@ -170,8 +225,11 @@ def _expect_experts(
     for linear in block.linears:
         if not linear.is_expert:
             continue
-        none = linear.weight()[:0]  # [0, d_in]
-        x, g = widened(none), widened(none.new_empty(0, linear.weight().shape[0]))
+        d_out, d_in = linear.shape
+        parameter = linear.parameter
+        assert isinstance(parameter, Tensor)
+        none = torch.empty(0, d_in, dtype=parameter.dtype, device=parameter.device)
+        x, g = widened(none), widened(none.new_empty(0, d_out))
         x = with_ones(x) if linear.has_bias else x
         S.setdefault(linear, GramSum()).update(x)
         for C_sums in C:
@@ -193,7 +251,8 @@ def _groups_of_all(
 def _finite_mean(total: CrossSum, linear: LinearLayer, tokens: float) -> Tensor:
     mean = total.mean(tokens)
     if not bool(mean.isfinite().all()):
-        dtype = str(linear.weight().dtype).removeprefix("torch.")
+        holder = linear.parameter if isinstance(linear.parameter, Tensor) else linear.weight()
+        dtype = str(holder.dtype).removeprefix("torch.")
         raise ModelError(f"The gradients of {linear.name} overflow in {dtype}. Try --dtype float32.")
     return mean
 
@@ -216,6 +275,7 @@ def token_rows(x: Tensor, call: Call, batch: Batch, linear: LinearLayer, *, ones
 
 
 def _predicted(x: Tensor, rows: Tensor | None, weights: Tensor, linear: LinearLayer) -> Tensor:
+    x = x if rows is not None else batch_first(x, weights)
     flat = x.reshape(-1, x.shape[-1])
     if rows is not None:
         return flat[weights.flatten()[rows]]

@@ -102,7 +102,7 @@ def attach(trainer: Trainer, probe: Probe, **options: Any) -> PeelwiseCallback:
     callbacks = trainer.callback_handler.callbacks
     if any(isinstance(callback, PeelwiseCallback) for callback in callbacks):
         raise OptionError("A monitor is attached to this trainer already; one is enough.")
-    checked_blocks(trainer.model, probe, batches=True, stack=options.get("stack"))
+    checked_blocks(trainer.model, probe, batches=True, stack=options.get("stack"), spread=True)
     callback = PeelwiseCallback(probe, **options)
     callbacks.insert(0, callback)
     step = trainer.training_step

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peelwise.distributed.sharding import gathering
 from peelwise.errors import UnsupportedModelError
 from peelwise.model.layers import Block
 from peelwise.model.replaced import forward_replaced
@@ -69,13 +70,16 @@ def uncached(argument: Any) -> Any:
 
 @contextmanager
 def skipping(blocks: Sequence[Block], hidden: Tensor, rest: tuple[Any, ...] | list[Any] | None) -> Iterator[None]:
-    """Let every block return its input and the last one ``hidden``, so that only the model's ends run."""
+    """Let every block return its input and the last one ``hidden``, so that only the model's ends run.
+
+    Blocks that are spread over processes are not gathered for that.
+    """
     out = _like(rest, hidden)
     with ExitStack() as stack:
         for block in blocks:
             last = block is blocks[-1]
             forward = (lambda *a, **k: out) if last else _identity(rest)
-            stack.enter_context(forward_replaced(block.module, forward))
+            stack.enter_context(forward_replaced(block.module, forward, hooks=not gathering(block.module)))
         yield
 
 

@@ -23,6 +23,7 @@ from peelwise.model.checkpoint_config import (
 )
 from peelwise.model.checkpoint_files import brief, check_folder, check_weights, read_config, read_tensors
 from peelwise.model.loading import contained, load_tokenizer, quiet, require_transformers
+from peelwise.model.sharded import check_shardable, shard_opened_
 from peelwise.model.spill import keep_on_disk_
 from peelwise.model.streaming import check_streamable, must_stream
 from peelwise.model.weights.folders import Unpacked, unpacked
@@ -64,6 +65,7 @@ def open_model(
     tokenizer: str | Path | None = None,
     as_stored: bool = False,
     stream: bool = False,
+    shard: bool = False,
 ) -> OpenedModel:
     """Open a causal language model from disk; never from the network, never with code from the checkpoint.
 
@@ -79,6 +81,8 @@ def open_model(
             `peelwise.nn`.
         stream: Whether to leave the weights in their files, in the stored dtype; also done where ``dtype`` is
             ``"auto"`` and a copy in float32 would not fit into memory.
+        shard: Whether to spread the weights over the processes of ``torch.distributed``, block by block as they are
+            read; with ``stream``, what there is one of for every block is on disk all the same.
 
     Raises:
         ModelError: If it cannot be found, is damaged, incomplete, or needs code of its own.
@@ -90,9 +94,12 @@ def open_model(
     path, name = locate(source)
     if stream:
         check_streamable(path, dtype, target)
+    if shard:
+        check_shardable(path, as_stored=as_stored)
     stream = stream or (dtype == "auto" and target.type == "cpu" and must_stream(path))
     if stream:
-        number_format = "auto"  # what needs no copy is mapped from its file
+        number_format = "auto"
+    as_read = "auto" if shard and path.is_dir() else number_format  # what needs no copy is mapped from its file
     with contained():
         packed: Unpacked | None = None
         if path.is_file():
@@ -102,7 +109,7 @@ def open_model(
         if packed is not None and dtype == "auto":
             number_format = torch.float32  # in which codes times scales are what is stored, on any device
         words = _tokenizer(path, tokenizer, options.get("gguf_file")) if with_tokenizer else None
-        model = _load_model(path, config, number_format, options)
+        model = _load_model(path, config, as_read, options)
     _forget_gguf(model)
     if path.is_dir():
         _restore_formats(model, path)
@@ -111,7 +118,10 @@ def open_model(
     if as_stored:
         _hold_stored(model, path)
     try:
-        model.to(target)
+        if shard:
+            shard_opened_(model, number_format, target)
+        else:
+            model.to(target)
     except torch.OutOfMemoryError as error:
         raise DeviceError(f"{source} does not fit on {target}. Use another device or dtype bfloat16.") from error
     if stream:

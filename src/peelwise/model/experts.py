@@ -89,6 +89,13 @@ class ExpertLinear(nn.Module):
             bias.grad = whole.grad[self.index]
         return bias
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(d_out, d_in)`` of its matrix, also where the parameter is spread over processes."""
+        parameter, last = self.parameter, self.parameter.shape[-1]
+        rows = parameter.numel() // (self.stack.count * last)
+        return (last, rows) if self.stack.transposed else (rows, last)
+
     def matrix(self, whole: Tensor) -> Tensor:
         """Return the view ``[d_out, d_in]`` of its matrix in the parameter, or in one that stands for it."""
         one = whole.view(self.stack.count, -1, whole.shape[-1])[self.index]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peelwise.distributed.sharding import is_sharded, local_shard
+from peelwise.distributed.sharding import is_sharded, local_shard, whole
 from peelwise.errors import ModelError
 from peelwise.model.configuration import configuration
 from peelwise.model.layers import plain_name
@@ -56,7 +56,8 @@ def tensors_sha256(model: nn.Module) -> str:
     """Return the SHA-256 over name, shape, dtype and bytes of every tensor of the state, sorted by name.
 
     Tied tensors count under each of their names; buffers that are not saved do not count. The device and the
-    memory layout make no difference. Records of old have this as their fingerprint.
+    memory layout make no difference. Records of old have this as their fingerprint. Of a model that is spread over
+    processes all of them ask at once: one tensor after the other is gathered.
 
     Raises:
         ModelError: If a tensor has no values, as on the ``meta`` device.
@@ -70,7 +71,7 @@ def sha256_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
     plain = [part for name, tensor in tensors for part in _parts(name, tensor)]
     for name, tensor in sorted(plain, key=lambda each: each[0]):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        for piece in _pieces(tensor):
+        for piece in _pieces(whole(tensor)):
             digest.update(piece.cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

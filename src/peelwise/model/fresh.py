@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peelwise.distributed.sharding import empty_copy, is_sharded
 from peelwise.model.experts import call_experts_
 from peelwise.model.layers import device_of, unwrapped
 from peelwise.model.spill import Spill, keep_on_disk_, spill_of
@@ -21,9 +22,12 @@ def fresh_copy(model: nn.Module, seed: int) -> nn.Module | None:
     A transformers model is built from its configuration; any other is copied and each of its modules told to
     ``reset_parameters()``, which fails if one with parameters of its own cannot. Uses the global random state
     (seeded here): call it where that is restored. The weights of a streamed model's copy are on disk too.
+
+    The copy of a model that is spread over processes is whole in each of them, on disk, and to be spread.
     """
     model = unwrapped(model)
-    spill = spill_of(model)
+    spread = any(is_sharded(parameter) for parameter in model.parameters())
+    spill = Spill() if spread else spill_of(model)
     torch.manual_seed(seed)
     parameter = next(model.parameters())
     config: Any = getattr(model, "config", None)
@@ -32,13 +36,17 @@ def fresh_copy(model: nn.Module, seed: int) -> nn.Module | None:
             fresh = type(model)(config)
         quantize_like_(fresh, model)
     else:
-        fresh = copy.deepcopy(model)
+        with nullcontext() if spill is None else spill.creating():
+            fresh = empty_copy(model) if spread else copy.deepcopy(model)
         for module in fresh.modules():
             if list(module.parameters(recurse=False)):
                 reset = getattr(module, "reset_parameters", None)
                 if not callable(reset):
                     return None
                 reset()
+    if spread:
+        call_experts_(fresh)
+        return fresh.eval().requires_grad_(False)
     if spill is not None:
         _narrow_(fresh, parameter.dtype, spill)
     fresh = fresh.to(device_of(model), parameter.dtype).eval()

@@ -14,6 +14,7 @@ from torch import nn
 
 from peelwise.distributed.sharding import at_rest
 from peelwise.model.experts import experts_called
+from peelwise.model.replaced import CALL
 from peelwise.model.weights.bitsandbytes import packing_paused
 from peelwise.model.weights.fakes import observers_paused
 
@@ -80,6 +81,8 @@ class _Before:
         for module, training, forward in self.modules:
             module.training = training
             present = module.__dict__.get("forward")
+            if _ours(module.__dict__.get(CALL)):
+                module.__dict__.pop(CALL)
             if present is not forward and _ours(present):
                 module.__dict__.pop("forward")
                 module.__dict__.update({} if forward is None else {"forward": forward})

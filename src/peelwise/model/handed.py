@@ -9,7 +9,8 @@ blocks before it have handed on since; gradients go the same ways back.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,6 +127,7 @@ class Passed:
     given: Handed
     out: Tensor
     written: Handed
+    gathering: Callable[[], AbstractContextManager[None]] = nullcontext  # in which it is passed back
 
     def back(
         self, above: Gradient, inner: Sequence[Tensor], *, again: bool = False
@@ -143,7 +145,8 @@ class Passed:
                 outs.append(self.written[key])
                 gradients.append(gradient)
         leaves = [self.hidden, *self.given.values()]
-        found = torch.autograd.grad(outs, [*leaves, *inner], gradients, retain_graph=again, allow_unused=True)
+        with self.gathering():
+            found = torch.autograd.grad(outs, [*leaves, *inner], gradients, retain_graph=again, allow_unused=True)
         below = {key: gradient for key, gradient in above.handed.items() if key not in self.written}
         for key, own in zip(self.given, found[1:], strict=False):
             if own is not None:

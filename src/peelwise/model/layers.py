@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from peelwise.distributed.sharding import whole
 from peelwise.errors import FormatError, UnsupportedModelError
 from peelwise.model.experts import ExpertLinear, layers_of
 from peelwise.model.weights.held import Held
@@ -26,7 +27,16 @@ class LinearLayer:
     @property
     def has_bias(self) -> bool:
         """Whether the layer adds a bias; then its change has one more column."""
+        if isinstance(self.module, ExpertLinear):
+            return bool(self.module.stack.bias)
         return isinstance(getattr(self.module, "bias", None), Tensor)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(d_out, d_in)``, for which no weight is looked at where that would take gathering it."""
+        module = self.module
+        d_out, d_in = module.shape if isinstance(module, ExpertLinear) else self.weight().shape
+        return d_out, d_in
 
     @property
     def is_expert(self) -> bool:
@@ -67,6 +77,15 @@ class LinearLayer:
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         return weight.detach().T if self.transposed else weight.detach()
+
+    def whole_weight(self) -> Tensor:
+        """Return `weight`, gathered where it is spread over processes, all of which ask at once."""
+        return whole(self.weight())
+
+    def whole_bias(self) -> Tensor | None:
+        """Return `bias`, gathered where it is spread over processes, all of which ask at once."""
+        bias = self.bias()
+        return None if bias is None else whole(bias)
 
     def bias(self) -> Tensor | None:
         """Return the bias ``[d_out]``, or ``None``."""

@@ -44,3 +44,25 @@ class OpenOptions:
         panel="Model",
         rule="where a copy in float32 would not fit into memory",
     )
+
+
+@dataclass(frozen=True)
+class ShardedOptions(OpenOptions):
+    """How a model is opened from disk by several processes that measure it together (``torch.distributed``).
+
+    Attributes:
+        device: Where the model runs: auto (CUDA if there is any), cpu, cuda, cuda:N or mps.
+        dtype: Dtype of the weights; auto: float32 on the CPU, elsewhere the checkpoint's own.
+        allow_pickle: Also open pickled weights.
+        as_stored: Keep the codes of a .gguf file instead of dequantising them, so that witnesses have the same bits.
+        tokenizer: Folder of the tokenizer. Default: the model's own.
+        stream: Leave the weights in their safetensors files, in the stored dtype, and read them as they are needed.
+            Default: where a copy in float32 would not fit into memory.
+        shard: Spread the weights over the processes of torchrun: each keeps its part, and gathers a block when it runs.
+    """
+
+    shard: bool = option(
+        False,
+        "Spread the weights over the processes of torchrun: each keeps its part, and gathers a block when it runs.",
+        panel="Model",
+    )

@@ -75,7 +75,7 @@ def gain_of(norm: nn.Module) -> Tensor:
 
 
 def _branches(module: nn.Module, linears: dict[str, LinearLayer]) -> tuple[Branch, ...]:
-    found = []
+    found: list[Branch] = []
     own: list[LinearLayer] = []  # layers that the block holds itself, as OPT does with those of its MLP
     for name, title, child in _children(module):
         inside = tuple(linear for key, linear in linears.items() if key == name or key.startswith(f"{name}."))
@@ -84,7 +84,10 @@ def _branches(module: nn.Module, linears: dict[str, LinearLayer]) -> tuple[Branc
         if is_linear(child):
             own.extend(inside)
         else:
-            found.append(Branch(_branch_name(title), child, inside))
+            taken = {branch.name for branch in found}
+            # A norm behind the MLP may have layers of its own and be called after it: one name, one branch.
+            own_name = next(each for each in (_branch_name(title), title, name) if each not in taken)
+            found.append(Branch(own_name, child, inside))
     if own:
         taken = {branch.name for branch in found}
         found.append(Branch(MLP if MLP not in taken else "layers", own[-1].module, tuple(own)))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peelwise.distributed.processes import ONE_PROCESS, Processes
-from peelwise.distributed.sharding import is_sharded
+from peelwise.distributed.sharding import gathered, gathering, is_sharded
 from peelwise.errors import UnsupportedModelError
 from peelwise.model.architectures import find_head, in_decoder, inner_lists, other_stacks
 from peelwise.model.calls import hidden_of, skipping, uncached, without_hidden
@@ -65,7 +65,7 @@ class Runner:
     ) -> None:
         self.model, self.processes = unwrapped(model), processes
         self.spill = spill_of(self.model)  # where stations and changes go to; of a model in memory nowhere
-        self.sharded = processes.count > 1 and any(is_sharded(p) for p in model.parameters())
+        self.sharded = any(is_sharded(p) for p in model.parameters())
         self._accepted = _accepted(self.model)
         self._with_targets = False  # for models that return the last position's logits unless they get targets
         self.blocks = tuple(blocks)
@@ -177,13 +177,12 @@ class Runner:
             handed: what blocks that ran just before have handed on beside the hidden state; what this one does is
                 added. By default what the model itself handed on.
         """
-        self._meet()
         call = batch.calls[block.index]
         if call is None:
             return hidden
         args, kwargs = call = batch.ways.with_handed(call, handed or {})
         given = batch.ways.given(call)
-        with self.as_called(hidden):
+        with self.as_called(hidden), self._in_step(block.module):
             out = block.module(hidden, *args, **kwargs)
         if handed is not None:
             handed |= batch.ways.written(call, given, out)
@@ -194,6 +193,14 @@ class Runner:
         handed = Handed()
         batch.stations.append(self.kept(self.run_block(block, batch.stations[block.index], batch, handed)))
         batch.hand_on(block.index, handed)
+
+    @contextmanager
+    def whole(self, block: Block) -> Iterator[None]:
+        """Let the weights of a block be whole inside; of a sharded model all processes enter together."""
+        with ExitStack() as stack:
+            with self.gathering():
+                stack.enter_context(gathered(block.module))
+            yield
 
     @contextmanager
     def as_called(self, hidden: Tensor) -> Iterator[None]:
@@ -222,7 +229,8 @@ class Runner:
                 loss = (losses_of(logits, wanted, batch) * batch.weights).sum()
             if not loss.requires_grad:
                 raise no_gradient(self.model, batch)
-            gradients.append(Gradient(torch.autograd.grad(loss, hidden)[0]))
+            with self.gathering():
+                gradients.append(Gradient(torch.autograd.grad(loss, hidden)[0]))
         self.work.add(self.head_share, trace.predicted, 3)
         return gradients
 
@@ -264,7 +272,7 @@ class Runner:
         handed = dict(leaves)
         out = self.run_block(block, hidden, batch, handed)
         written = {key: each for key, each in handed.items() if leaves.get(key) is not each}
-        return Passed(hidden, leaves, out, written)
+        return Passed(hidden, leaves, out, written, self.gathering)
 
     # -- the model's own ends --------------------------------------------------------------------------
 
@@ -303,10 +311,25 @@ class Runner:
             torch.tensor(True),
         )
 
-    def _meet(self) -> None:
-        """See that nobody has failed before a sharded model waits for all processes, which has no such way out."""
-        if self.sharded:
-            self.processes.check_peers()
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Wait inside for parts of a sharded model from all processes, once none of them has failed."""
+        if not self.sharded:
+            yield
+            return
+        with self.processes.gathering():
+            yield
+
+    @contextmanager
+    def _in_step(self, module: nn.Module) -> Iterator[None]:
+        """Let all processes meet before any part of a module is gathered: one may have failed in the part before."""
+        begin, end = self.processes.begin_gathering, self.processes.end_gathering
+        with ExitStack() as stack:
+            for each in gathering(module) if self.sharded else ():
+                # One before the hook that gathers it, which came first, and one behind.
+                stack.callback(each.register_forward_pre_hook(lambda *_: begin(), prepend=True).remove)
+                stack.callback(each.register_forward_pre_hook(lambda *_: end()).remove)
+            yield
 
     def _call(self, batch: Batch, inputs: Tensor | None = None) -> Any:
         """Run the model's own forward and return its logits ``[b, t, vocabulary]``; of examples whatever it returns.
@@ -315,7 +338,10 @@ class Runner:
             batch: what it is called with.
             inputs: other token ids instead of those of the batch.
         """
-        self._meet()
+        with self._in_step(self.model):
+            return self._called(batch, inputs)
+
+    def _called(self, batch: Batch, inputs: Tensor | None) -> Any:
         if batch.examples is not None:
             return self._call_by_name(batch.columns)
         kwargs: dict[str, Any] = {}
@@ -338,7 +364,7 @@ class Runner:
             self._with_targets = True  # nanoGPT
             batch.stations.clear()  # what the first try left
             batch.calls.clear()
-            return self._call(batch, inputs)
+            return self._called(batch, inputs)
         if logits.shape[1] != batch.inputs.shape[1]:
             raise too_few_logits(self.model, logits, batch)
         return logits

@@ -22,6 +22,7 @@ from torch.func import functional_call
 from peelwise.errors import NotCausalError, PeelwiseError, UnsupportedModelError
 from peelwise.model.calls import replaced_hidden
 from peelwise.model.capture import captured
+from peelwise.model.carried import Carried
 from peelwise.model.experts import ExpertLinear, experts_as_they_are
 from peelwise.model.gradients import differentiable, gradients_by_layer, not_differentiable
 from peelwise.model.layers import Block, LinearLayer, plain_name, unwrapped
@@ -90,10 +91,9 @@ def self_check(runner: Runner, split: Split, *, gradients: bool = True, causal: 
         raise _never_called(runner.blocks)
     if gradients:
         called = {block: _with_gradient(runner, trace, block, linears) for block, linears in called.items()}
-    if not runner.sharded:  # whole weights and gradients are nowhere to compare with
-        if gradients:
-            check_gradients(runner, trace, called)
-        called = {block: check_splice(runner, block, linears, trace.batches[0]) for block, linears in called.items()}
+    if gradients:
+        check_gradients(runner, trace, called)
+    called = {block: check_splice(runner, block, linears, trace.batches[0]) for block, linears in called.items()}
     live = {block: _and_experts(block, linears) for block, linears in called.items()}
     runner.blocks = tuple(replace(block, linears=linears) for block, linears in live.items())
     return (*_left_out(live), *_in_autocast(runner), *reading_notes(runner.model))
@@ -215,8 +215,9 @@ def check_splice(runner: Runner, block: Block, linears: Sequence[LinearLayer], b
         UnsupportedModelError: With the name of the worst other layer for which it does not.
     """
     module = unwrapped(block.module)
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    changes = {linear: _random_change(linear) for linear in linears if _writable(linear, names)}
+    with runner.whole(block):
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        changes = {linear: _random_change(linear) for linear in linears if _writable(linear, names)}
     if not changes:
         return tuple(linears)
     slack = _slack(runner)
@@ -226,9 +227,10 @@ def check_splice(runner: Runner, block: Block, linears: Sequence[LinearLayer], b
         with spliced({linear: changes[linear] for linear in some}):
             hooked = _block_output(runner, block, batch, {})
         with experts_as_they_are(module):  # what the model's own code makes of the weights
-            true = _block_output(runner, block, batch, _written({m: changes[m] for m in some}, names))
+            true = _block_output(runner, block, batch, {m: changes[m] for m in some})
         effect = max(_norm(true - base), _norm(hooked - base))
-        return _norm(hooked - true) / max(effect, 1e-4 * _norm(base), 1e-30)
+        away = _norm(hooked - true) / max(effect, 1e-4 * _norm(base), 1e-30)
+        return float(runner.processes.broadcast(away)) if runner.sharded else away  # how many are tried hangs on it
 
     if apart(list(changes)) <= slack.effect:
         return tuple(linears)
@@ -370,7 +372,8 @@ def _whole_gradients(
         used = differentiable(capture, loss, type(runner.model).__name__)
     if len(used) < len(linears):
         raise not_differentiable(next(linear.name for linear in linears if linear not in used))
-    found = torch.autograd.grad(loss, [y for ys in used.values() for y in ys], allow_unused=True)
+    with runner.gathering():
+        found = torch.autograd.grad(loss, [y for ys in used.values() for y in ys], allow_unused=True)
     grads = gradients_by_layer(used, found)
     return {
         linear: _joined(grads[linear]) if linear in grads else _joined([torch.zeros_like(y) for y in outputs])
@@ -395,8 +398,10 @@ def _random_change(linear: LinearLayer) -> Tensor:
 def _writable(linear: LinearLayer, names: Mapping[int, str]) -> bool:
     """Whether the weight is in a plain parameter, one of ``names``, that another can stand in for."""
     weight = linear.parameter
-    plain = type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta
-    return plain and id(weight) in names and not linear.low_bit
+    if not isinstance(weight, nn.Parameter) or type(weight) not in (nn.Parameter, Carried):
+        return False
+    numbers = weight.is_floating_point() and not weight.is_meta
+    return numbers and id(weight) in names and not linear.low_bit
 
 
 def _written(changes: Mapping[LinearLayer, Tensor], names: Mapping[int, str]) -> dict[str, Tensor]:
@@ -416,15 +421,24 @@ def _written(changes: Mapping[LinearLayer, Tensor], names: Mapping[int, str]) ->
 
 
 @torch.no_grad()
-def _block_output(runner: Runner, block: Block, batch: Batch, weights: dict[str, Tensor]) -> Tensor:
-    hidden = batch.stations[block.index]
-    if not weights:
+def _block_output(runner: Runner, block: Block, batch: Batch, changes: Mapping[LinearLayer, Tensor]) -> Tensor:
+    """Return what a block gives, with ``changes`` written into its weights."""
+    hidden, module = batch.stations[block.index], unwrapped(block.module)
+    if not changes:
         return runner.run_block(block, hidden, batch).float()
+    with runner.whole(block):
+        weights = _written(changes, {id(parameter): name for name, parameter in module.named_parameters()})
+        if runner.sharded:
+            # In the place of what was gathered, which is forgotten when the block has run.
+            for name, weight in weights.items():
+                path, _, leaf = name.rpartition(".")
+                module.get_submodule(path).register_parameter(leaf, nn.Parameter(weight, requires_grad=False))
+            return runner.run_block(block, hidden, batch).float()
     call = batch.calls[block.index]
     assert call is not None  # no layer of a block that is skipped is checked
     args, kwargs = batch.ways.with_handed(call, {})
     with runner.as_called(hidden):
-        out = functional_call(unwrapped(block.module), weights, (hidden, *args), kwargs)
+        out = functional_call(module, weights, (hidden, *args), kwargs)
     return (out if isinstance(out, Tensor) else out[0]).float()
 
 

@@ -6,6 +6,7 @@ where memory is short, and frees the disk when the tensor is gone, however the p
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import math
 import os
@@ -92,6 +93,11 @@ class _OnDisk(TorchFunctionMode):
         return self._spill.empty(found.shape, found.dtype).requires_grad_(found.requires_grad)
 
 
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor are in a file."""
+    return tensor.layout is torch.strided and tensor.untyped_storage().filename is not None
+
+
 _OF_MODELS: weakref.WeakKeyDictionary[nn.Module, Spill] = weakref.WeakKeyDictionary()
 
 
@@ -99,6 +105,32 @@ def keep_on_disk_(model: nn.Module, spill: Spill | None = None) -> None:
     """Note that what is kept of a model's blocks is kept on disk, as its weights are."""
     _OF_MODELS[model] = spill or Spill()
     _give_back_freed_memory()
+
+
+@contextmanager
+def kept_on_disk(model: nn.Module) -> Iterator[None]:
+    """Keep what is kept of a model's blocks on disk inside the context."""
+    if model in _OF_MODELS:
+        yield
+        return
+    keep_on_disk_(model)
+    try:
+        yield
+    finally:
+        _OF_MODELS.pop(model, None)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a deep copy; its parameters are on disk where what is kept of the model is."""
+    spill, memo = spill_of(model), dict[int, nn.Parameter]()
+    for parameter in model.parameters() if spill is not None else ():
+        found = spill.kept(parameter) if spill is not None else parameter
+        if found is not parameter:  # small ones, and what is on no CPU, are copied as ever
+            memo[id(parameter)] = nn.Parameter(found, requires_grad=parameter.requires_grad)
+    made = copy.deepcopy(model, memo)
+    if spill is not None:
+        keep_on_disk_(made, spill)
+    return made
 
 
 def spill_of(model: nn.Module) -> Spill | None:

@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peelwise.distributed.sharding import is_sharded
+from peelwise.model.carried import Carried
 from peelwise.model.experts import ExpertLinear
 from peelwise.model.layers import LinearLayer
 from peelwise.model.replaced import forward_replaced
+from peelwise.model.spill import is_mapped
 from peelwise.nn.linear import QuantizedLinear
 
 Changes = Mapping[LinearLayer, Tensor]  # each [d_out, d_in], one more column where the layer has a bias
@@ -23,8 +26,9 @@ def spliced(changes: Changes, scale: float = 1.0) -> Iterator[None]:
     """Run with ``y = x (W + scale D)^T + b + scale d`` in every layer of ``changes``, inside the context.
 
     A float32 layer computes the sum of weights once and multiplies once; any other (half precision,
-    quantised, sharded, or with a third-party forward) gets ``x D^T`` added by a hook, in float32. A change in half
-    precision is widened, and the sum made, whenever its layer runs: of all layers that would be too much to hold.
+    quantised, sharded, or with a third-party forward) gets ``x D^T`` added by a hook, in float32 at least. A change in
+    half precision is widened, and the sum made, whenever its layer runs, and so are sums with a change that is on disk
+    or an offloaded weight: of all layers that would be too much to hold.
     Parameters are never written, and nothing stays behind when the context ends, however it ends.
     """
     with ExitStack() as stack:
@@ -60,12 +64,14 @@ class _Frozen:
 
 
 def _plain(linear: LinearLayer) -> bool:
+    if isinstance(linear.parameter, Tensor) and is_sharded(linear.parameter):
+        return False  # of an expert even a look at its weight would gather it
     module, weight = linear.module, linear.module.weight
     ours = type(module) is nn.Linear or linear.transposed or isinstance(module, QuantizedLinear | ExpertLinear)
     return (
         ours
         and ("forward" not in module.__dict__ or isinstance(module.__dict__["forward"], _Frozen))
-        and (type(weight) is nn.Parameter or (isinstance(module, ExpertLinear) and type(weight) is Tensor))
+        and (type(weight) in (nn.Parameter, Carried) or (isinstance(module, ExpertLinear) and type(weight) is Tensor))
         and weight.dtype in (torch.float32, torch.float64)
         and weight.device.type != "meta"
     )
@@ -92,7 +98,7 @@ def _merged(linear: LinearLayer, change: Tensor, scale: float) -> Iterator[None]
         bias = own_bias + bias_change.to(own_bias) if own_bias is not None and bias_change is not None else None
         return _Frozen(weight, bias)
 
-    held = None if _is_narrow(change) else summed()
+    held = None if _is_narrow(change) or isinstance(own, Carried) or is_mapped(change) else summed()
 
     def forward(*args: Tensor, **named: Tensor) -> Tensor:
         return (held or summed())(*args, **named)
@@ -121,9 +127,10 @@ def _hooked(linear: LinearLayer, change: Tensor, scale: float) -> Iterator[None]
 
 def _adder(parts: Callable[[], tuple[Tensor, Tensor | None]]) -> Callable[..., Tensor]:
     def add(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], y: Tensor) -> Tensor:
-        x, (weight, bias) = _input(args, named).float(), parts()
+        wide = torch.promote_types(y.dtype, torch.float32)
+        x, (weight, bias) = _input(args, named).to(wide), parts()
         extra = F.linear(x, weight.to(x), None if bias is None else bias.to(x))
-        return (y.float() + extra).to(y.dtype)
+        return (y.to(wide) + extra).to(y.dtype)
 
     return add
 

@@ -50,7 +50,14 @@ def by_token(values: Tensor, mask: Tensor) -> Tensor:
         values: ``[b, t, ..]``, or several streams of one ``[s, b, t, d]``, as Gemma 3n's hidden state is.
         mask: ``[b, t]`` bool.
     """
+    values = batch_first(values, mask)
     return (values if values.shape[:2] == mask.shape or values.dim() < 4 else values.movedim(0, 2))[mask]
+
+
+def batch_first(values: Tensor, mask: Tensor) -> Tensor:
+    """Return ``[b, t, d]`` where values are ``[t, b, d]``, as XLNet's are; others as they are."""
+    b, t = mask.shape
+    return values.transpose(0, 1) if values.dim() == 3 and values.shape[:2] == (t, b) != (b, t) else values
 
 
 @dataclass
@@ -63,6 +70,7 @@ class Trace:
     batches: list[Batch]
     losses: Tensor  # [sequences] float64, nats summed over the sequence's predicted tokens; of examples their loss
     tokens: Tensor  # [sequences] float64
+    parts: tuple[int, ...] = ()  # of several splits, how many batches each has
 
     @property
     def mean(self) -> float:

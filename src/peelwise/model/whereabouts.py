@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from peelwise.distributed.sharding import is_sharded
+from peelwise.distributed.sharding import is_sharded, local_shard, whole
 from peelwise.errors import ModelError, UnsupportedModelError
 from peelwise.model.checkpoint_files import check_folder, check_weights, each_tensor
 from peelwise.model.layers import named_embedding, plain_name, unwrapped
+from peelwise.model.offloaded import is_offloaded
 from peelwise.records.base import Note, note
 
 _NAMED = 3
@@ -21,10 +22,11 @@ _INNER = ".base_layer."
 
 
 def check_in_memory(model: nn.Module) -> None:
-    """Check that every weight is where the model computes.
+    """Check that every weight is where the model computes, on one device.
 
     Raises:
-        UnsupportedModelError: With the first that was moved away (to the disk, or to another memory between calls).
+        UnsupportedModelError: With the first that was moved away (to the disk, or to another memory between calls), or
+            lies elsewhere.
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
@@ -32,9 +34,12 @@ def check_in_memory(model: nn.Module) -> None:
                 f"Not yet: {plain_name(name)} has no values (meta device): it was offloaded, or never loaded. Load the "
                 "whole model onto one device."
             )
+    placed = {parameter.device: plain_name(name) for name, parameter in model.named_parameters()}
+    if len(placed) > 1:
+        said = ", ".join(f"{name} is on {device}" for device, name in placed.items())
+        raise UnsupportedModelError(f"Not yet: {said}. Load the whole model onto one device.")
     for name, module in model.named_modules():
-        hook = getattr(module, "_hf_hook", None)  # accelerate's
-        if any(getattr(each, "offload", False) for each in (hook, *getattr(hook, "hooks", ()))):
+        if is_offloaded(module):
             raise UnsupportedModelError(
                 f"Not yet: {plain_name(name) or type(module).__name__} is offloaded between calls (accelerate). Load "
                 "the whole model onto one device."
@@ -52,10 +57,10 @@ def untied_note(model: nn.Module) -> Iterator[Note]:
     if not all(isinstance(weight, Tensor) for weight in weights) or weights[0] is weights[1]:
         return
     embedding, head = (weight.detach() for weight in weights if isinstance(weight, Tensor))
-    if is_sharded(embedding) or is_sharded(head) or embedding.data_ptr() == head.data_ptr():
+    if not is_sharded(head) and local_shard(embedding).data_ptr() == head.data_ptr():
         return
     names = {id(module): plain_name(name) for name, module in model.named_modules()}
-    same = embedding.shape == head.shape and torch.equal(embedding.to(head), head)
+    same = embedding.shape == head.shape and torch.equal(whole(embedding).to(head.dtype), whole(head))
     yield note(
         "untied", embedding=names.get(id(ends[0]), "embedding"), head=names.get(id(ends[1]), "head"), same=int(same)
     )
@@ -63,6 +68,8 @@ def untied_note(model: nn.Module) -> Iterator[Note]:
 
 def checkpoint_note(model: nn.Module, folder: str | Path) -> Note:
     """Compare the tensors of a checkpoint with the model in memory, in the model's own dtypes, and say what differs.
+
+    Of a model that is spread over processes all of them compare at once.
 
     Args:
         model: in memory; names that PEFT or ``torch.compile`` put around others are seen through.
@@ -84,12 +91,12 @@ def checkpoint_note(model: nn.Module, folder: str | Path) -> Note:
         raise ModelError(
             f"{folder} has no tensor of the model, such as {next(iter(own), 'none')}: expected a checkpoint of it."
         )
-    held = {own[name].data_ptr() for name in both}
+    held = {local_shard(own[name]).data_ptr() for name in both}
     shared = {name for name, mine in name_of.items() if mine in own}
     other = {name_of[name] for name, tensor in each_tensor(path, shared) if not _equal(own[name_of[name]], tensor)}
     differ = [name for name in both if name in other]
     # A tied weight is stored once.
-    left = [name for name in own if name not in of_file and own[name].data_ptr() not in held]
+    left = [name for name in own if name not in of_file and local_shard(own[name]).data_ptr() not in held]
     return note(
         "checkpoint",
         folder=path.name,
@@ -113,4 +120,4 @@ def _found_as(name: str, own: dict[str, Tensor], model: nn.Module) -> str:
 
 
 def _equal(own: Tensor, stored: Tensor) -> bool:
-    return own.shape == stored.shape and torch.equal(own.cpu(), stored.to(own.dtype))
+    return own.shape == stored.shape and torch.equal(whole(own).cpu(), stored.to(own.dtype))

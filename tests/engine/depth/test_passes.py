@@ -312,3 +312,24 @@ def test_a_block_that_only_follows_another_has_no_evidence_of_its_own() -> None:
     alone = marginal_evidence({1: follows}, damping=0.01)
     assert found[1] < 0.05 * alone[1]
     assert found[2] < 5
+
+
+def test_rows_are_those_of_the_tokens_where_the_hidden_state_has_the_tokens_first(split: Split) -> None:
+    """XLNet's is ``[t, b, d]``."""
+    torch.manual_seed(0)
+    config = transformers.XLNetConfig(vocab_size=61, d_model=24, n_layer=5, n_head=4, d_inner=40, attn_type="uni")
+    made = transformers.XLNetLMHeadModel(config).eval()
+    runner = Runner(made, find_blocks(made))
+    trace = runner.trace(split)
+    trace.batches[0].read[1, 3:] = False  # as if they were padding
+    read = trace.batches[0].read
+    with torch.no_grad():
+        states = made(split.inputs, output_hidden_states=True).hidden_states
+    parts = [parts_of(block) for block in runner.blocks]
+    for p, seen in observe(runner, parts, trace):
+        both = (seen.stream.before, states[p.block.index]), (seen.stream.after, states[p.block.index + 1])
+        for rows, state in both:
+            state = state if state.shape[:2] == read.shape else state.transpose(0, 1)
+            assert torch.allclose(rows, state[read], atol=1e-5)
+        assert "ff.layer_1" in seen.backward
+        assert seen.backward["ff.layer_1"].gate.per_token[0].shape[0] == int(read.sum())

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import damage
 from audits import ONE_ROUND, Snapshot, flat, numbers, part_of, tiny_probe
@@ -303,6 +304,14 @@ def test_a_damaged_block_is_found(name, healthy, small_gpt, training_probe):
     assert all(block.unique_nats.mean < at_fault.unique_nats.low for block in distant)
     # A factor on what it writes comes before anything is refined.
     assert {n.values["block"] for n in record.notes if n.code == "factor-first"} == {index}
+    # Gradients are those of the model as it stands, not of the one with the factor.
+    damaged.requires_grad_(True)
+    part = training_probe.fit
+    losses = F.cross_entropy(damaged(part.inputs).logits.flatten(0, 1), part.targets.flatten(), reduction="none")
+    (losses * part.weights.flatten()).sum().div(part.weights.sum()).backward()
+    for block, found in zip(find_blocks(damaged), record.blocks, strict=True):
+        norm = sum(float(linear.parameter.grad.square().sum()) for linear in block.linears) ** 0.5
+        assert found.gradient_norm == pytest.approx(norm, rel=1e-3)
     # So does taking it out: damage as heavy as this does harm, and the conclusion names it.
     assert min(record.blocks, key=lambda block: block.removal_nats.mean) is at_fault
     assert at_fault.removal_nats.high < -record.margin_nats

@@ -374,7 +374,7 @@ def test_a_stream_keeps_one_block_however_deep_the_model_is():
     assert memory(many, 0).weights > 50 * memory(few, 0).weights
     deep = memory(many, 10_000, changes_on_disk=True, **options)
     shallow = memory(few, 10_000, changes_on_disk=True, **options)
-    for kept in ("stations", "proposals", "changes", "splice"):
+    for kept in ("stations", "proposals", "changes", "splice", "curvatures_kept"):
         both = (value() if callable(value := getattr(each, kept)) else value for each in (deep, shallow))
         assert next(both) == pytest.approx(next(both))
     assert memory(many, 0, **options).changes() == 4 * many.linear_weights  # of other tasks they are in memory

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from peelwise.stats.linalg import eigvalsh
+from peelwise.stats.linalg import eigvalsh, solve_dtype
 
 
 def _added(total: Tensor | None, more: Tensor | None) -> Tensor | None:
@@ -150,7 +150,8 @@ def gradient_rank(part: Backward) -> float | None:
     """Return ``|G|_*^2 / |G|_F^2``, at least 1: the gradient's nuclear norm (arXiv:2410.23743) against its size."""
     if part.gradient is None or part.gradient.cross is None:
         return None
-    G = part.gradient.cross
+    # Squares of float32 would make a singular value of zero a thousandth of the largest.
+    G = part.gradient.cross.to(solve_dtype(part.gradient.cross.device))
     gram = G @ G.T if G.shape[0] <= G.shape[1] else G.T @ G
     s = eigvalsh(gram).clamp_min(0).sqrt()
     size = float(s.square().sum())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from peelwise.distributed.processes import ONE_PROCESS, Processes
+from peelwise.distributed.processes import ONE_PROCESS
 from peelwise.distributed.shared import Shared
 from peelwise.engine.baselines import probe_unigram
 from peelwise.engine.clock import Clock
@@ -19,6 +20,7 @@ from peelwise.engine.session import Session
 from peelwise.evidence.unlike import Unlikeness, named, reasons, to_screen, unlikeness, with_gains
 from peelwise.evidence.verdict import default_margin
 from peelwise.model.parts import Parts
+from peelwise.model.runner import Runner
 from peelwise.model.trace import Trace
 from peelwise.records.check import UnlikeBlock
 from peelwise.records.signals import SIGNALS
@@ -55,10 +57,11 @@ def look_at_weights(
     all_parts: Sequence[Parts],
     clock: Clock,
     wanted: Collection[str] = tuple(SIGNALS),
+    runner: Runner | None = None,
 ) -> Look:
-    """Return what the weights say by themselves, without any text."""
+    """Return what the weights say by themselves, without any text; processes that share the ``runner`` share that."""
     with clock.stage("weight-signals"):
-        table = _weights(all_parts, clock, wanted, ONE_PROCESS)
+        table = _weights(all_parts, clock, wanted, runner)
     return Look(table, unlikeness(table.values, len(all_parts)))
 
 
@@ -82,7 +85,7 @@ def look(
     clock = session.clock
     with torch.no_grad():
         with clock.stage("weight-signals"):
-            weights = _weights(all_parts, clock, wanted, session.runner.processes)
+            weights = _weights(all_parts, clock, wanted, session.runner)
         with clock.stage("pass-signals"):
             passed = pass_table(
                 session.runner,
@@ -103,7 +106,15 @@ def look(
         return Look(table, with_gains(scored, gains, default_margin(session.report.mean, session.probe.unit)))
 
 
-def _weights(all_parts: Sequence[Parts], clock: Clock, wanted: Collection[str], processes: Processes) -> DepthTable:
+def _weights(
+    all_parts: Sequence[Parts], clock: Clock, wanted: Collection[str], runner: Runner | None = None
+) -> DepthTable:
+    """Return the signals of weights; each block's are worked out in one process.
+
+    Of a model that is spread over processes every block is gathered in all of them, which goes on in the one that works
+    it out: as many blocks at a time as there are processes, so that each holds one of them whole.
+    """
+    processes = ONE_PROCESS if runner is None else runner.processes
     width, shared = stream_width(all_parts), Shared[BlockWeights](processes)
 
     def of_block(done: int, parts: Parts) -> BlockWeights:
@@ -111,9 +122,20 @@ def _weights(all_parts: Sequence[Parts], clock: Clock, wanted: Collection[str], 
         clock.tell(done, len(all_parts))
         return found
 
-    for done, parts in enumerate(all_parts, start=1):
-        shared.ask(1.0, partial(of_block, done, parts))
-    return weight_table(shared.results(), wanted)
+    if runner is None or not runner.sharded:
+        for done, parts in enumerate(all_parts, start=1):
+            shared.ask(1.0, partial(of_block, done, parts))
+        return weight_table(shared.results(), wanted)
+    found: list[BlockWeights] = []
+    for start in range(0, len(all_parts), processes.count):
+        with ExitStack() as whole:
+            for done, parts in enumerate(all_parts[start : start + processes.count], start=start + 1):
+                with ExitStack() as block:
+                    block.enter_context(runner.whole(parts.block))
+                    if shared.ask(1.0, partial(of_block, done, parts)):
+                        whole.push(block.pop_all())
+            found += shared.results()
+    return weight_table(found, wanted)
 
 
 def both(first: Trace, second: Trace) -> Trace:
@@ -122,10 +144,11 @@ def both(first: Trace, second: Trace) -> Trace:
         [*first.batches, *second.batches],
         torch.cat([first.losses, second.losses]),
         torch.cat([first.tokens, second.tokens]),
+        (len(first.batches), len(second.batches)),
     )
 
 
 def stream_width(all_parts: Sequence[Parts]) -> int:
     """Return the channels of the residual stream: the outputs of the layer that writes to it."""
     branches = all_parts[0].branches
-    return int(branches[-1].writer.weight().shape[0]) if branches else 0
+    return branches[-1].writer.shape[0] if branches else 0

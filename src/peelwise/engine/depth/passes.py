@@ -20,7 +20,7 @@ from peelwise.engine.depth.forward import Stream
 from peelwise.model.handed import Gradient, Passed
 from peelwise.model.parts import ATTENTION, Parts
 from peelwise.model.runner import Runner
-from peelwise.model.trace import Batch, Trace, by_token
+from peelwise.model.trace import Batch, Trace, batch_first, by_token
 
 INNER = ".inner"  # behind a branch's name: the channels between its layers, heads or neurons
 
@@ -33,8 +33,13 @@ class Seen:
     backward: dict[str, Backward] = field(default_factory=dict)
 
     @classmethod
-    def of_all(cls, parts: Sequence[Seen]) -> Seen:
-        """Return what processes saw together, each of its own tokens, in their order."""
+    def of_all(cls, parts: Sequence[Seen], order: Tensor) -> Seen:
+        """Return what processes saw together, each of its own tokens.
+
+        Args:
+            parts: of each process.
+            order: which rows of the stream, one process after another, come first, second, and so on in the text.
+        """
         streams, backward = [part.stream for part in parts], dict[str, Backward]()
         for part in parts:
             for name, found in part.backward.items():
@@ -46,10 +51,10 @@ class Seen:
         earlier = [each.earlier for each in streams if each.earlier is not None]
         return cls(
             Stream(
-                torch.cat([each.before for each in streams]),
-                torch.cat([each.after for each in streams]),
-                {name: torch.cat([each.updates[name] for each in streams]) for name in first.updates},
-                torch.cat(earlier) if earlier else None,
+                torch.cat([each.before for each in streams])[order],
+                torch.cat([each.after for each in streams])[order],
+                {name: torch.cat([each.updates[name] for each in streams])[order] for name in first.updates},
+                torch.cat(earlier)[order] if earlier else None,
                 first.attention,  # as one process alone, which looks at one sequence too
             ),
             backward,
@@ -77,11 +82,29 @@ def observe(
         of_weights: also add up the gradients of weights, which costs a third of the backward pass.
         after_block: called with the number of blocks done.
     """
+    several = runner.processes.count > 1
+    order = _order(runner, trace) if several else torch.empty(0)
     above = runner.tail_gradients(trace) if gradients else None
     for done, parts in enumerate(reversed(all_parts), start=1):
         seen, above = _observe_block(runner, parts, trace, above, of_weights)
-        yield parts, seen if runner.processes.count == 1 else Seen.of_all(runner.processes.exchange(seen))
+        yield parts, Seen.of_all(runner.processes.exchange(seen), order) if several else seen
         after_block(done)
+
+
+def _order(runner: Runner, trace: Trace) -> Tensor:
+    """Return the order in the text of the rows that all processes see, one process after another.
+
+    Of a trace of several parts each process has some of the first and then some of the second: what a signal says of
+    the first half of the tokens is to be of the same ones as in one process alone.
+    """
+    batches = iter(trace.batches)
+    own = [sum(int(next(batches).read.sum()) for _ in range(count)) for count in trace.parts or (len(trace.batches),)]
+    places, start = dict[tuple[int, int], Tensor](), 0
+    for process, rows in enumerate(runner.processes.exchange(own)):
+        for part, n in enumerate(rows):
+            places[part, process] = torch.arange(start, start + n)
+            start += n
+    return torch.cat([places[key] for key in sorted(places)])
 
 
 def _observe_block(
@@ -149,7 +172,7 @@ def _add_gradients(
 
 def token_channels(y: Tensor, batch: Batch) -> Tensor | None:
     """Return a tensor's rows of tokens that were read ``[n, d]``, float32; ``None`` where it has no row per token."""
-    shape = batch.read.shape
+    shape, y = batch.read.shape, batch_first(y, batch.read)
     if y.shape[:2] == shape:
         return y.flatten(2)[batch.read].float() if y.dim() > 2 else None
     if y.dim() == 2 and y.shape[0] == batch.read.numel():

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peelwise.errors import UnsupportedModelError
+from peelwise.model.carried import Carried
 from peelwise.model.weights.held import Adapter
 
 _FOLDER = "Give peelwise the checkpoint folder instead of the loaded model: it reads these layers itself"
@@ -73,7 +74,8 @@ def _packed(module: nn.Module) -> str | None:
 
 def _is_plain(tensor: Tensor) -> bool:
     # PyTorch's own tensors, a buffer of plain numbers among them (the norms of Falcon Mamba), and not torchao's.
-    return not _is_bytes(tensor) and type(tensor).__module__.partition(".")[0] == "torch"
+    plain = isinstance(tensor, Carried) or type(tensor).__module__.partition(".")[0] == "torch"
+    return plain and not _is_bytes(tensor)
 
 
 def _is_bytes(tensor: Tensor) -> bool:

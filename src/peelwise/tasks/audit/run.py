@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from peelwise.distributed.processes import ONE_PROCESS, Processes, check_same
-from peelwise.distributed.sharding import is_sharded
 from peelwise.engine.clock import Watcher
-from peelwise.engine.opening import checked_blocks, format_names, open_session
+from peelwise.engine.opening import check_dense, checked_blocks, format_names, open_session
 from peelwise.engine.permute import shuffled_targets
-from peelwise.engine.provenance import Setup
+from peelwise.engine.provenance import identified
 from peelwise.engine.session import Session
-from peelwise.errors import IllConditionedWarning, UnsupportedModelError
-from peelwise.model.fingerprint import identify
+from peelwise.errors import IllConditionedWarning
 from peelwise.model.guard import untouched
 from peelwise.model.splice import frozen
 from peelwise.probe.probe import Probe
@@ -63,7 +61,8 @@ def run_audit(
     its time and memory.
 
     Args:
-        model: a language model, or of batches any whose blocks feed each other; see `find_blocks`.
+        model: a language model, or of batches any whose blocks feed each other; see `find_blocks`. Spread over the
+            processes (``fully_shard``) or whole in each of them.
         probe: the text or batches, split in three.
         settings: budget and limits.
         name: the model's name in the record.
@@ -81,9 +80,11 @@ def run_audit(
         ProbeError: If the probe's tokens do not fit the model's vocabulary, or its sequences the context.
     """
     with processes.agreeing():
-        _check_whole(model)
-        blocks = checked_blocks(model, probe, settings.refine, batches=True, stack=settings.stack, shared=True)
-        setup = Setup(model, blocks, name, source, identify(model), settings.plain(), probe.seed)
+        blocks = checked_blocks(
+            model, probe, settings.refine, batches=True, stack=settings.stack, shared=True, spread=True
+        )
+        check_dense(blocks)
+        setup = identified(model, blocks, name, source, settings.plain(), seed=probe.seed, processes=processes)
         check_same(processes, (setup.identity.fingerprint, probe.fingerprint, probe.in_distribution, setup.settings))
         linears = [linear for block in blocks for linear in block.linears]
         with untouched(model), frozen(linears), warnings.catch_warnings(record=True) as caught:
@@ -109,15 +110,6 @@ def run_audit(
             record, witness = summarise(session, findings, setup, settings.margin)
         record = processes.broadcast(_with_warnings(record, caught))
     return AuditOutcome(record, witness, probe)
-
-
-def _check_whole(model: nn.Module) -> None:
-    """Check that this process has all weights, without which it can neither tell the model nor write replacements."""
-    if any(is_sharded(parameter) for parameter in model.parameters()):
-        raise UnsupportedModelError(
-            "Not yet: an audit of a model whose weights are spread over processes. Open it whole in each of them; the "
-            "monitor measures sharded models."
-        )
 
 
 def _stages(session: Session, findings: Findings, settings: AuditSettings, *, factors: bool) -> bool:

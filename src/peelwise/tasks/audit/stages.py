@@ -12,7 +12,7 @@ from peelwise.engine.proposals import Direction
 from peelwise.engine.refine import Refined, unrefined
 from peelwise.engine.rounds import Kind, kinds, next_round
 from peelwise.engine.session import REMOVED, WITHOUT, Session, rounded
-from peelwise.engine.sweep import Targets
+from peelwise.engine.sweep import Targets, gradient_norms
 from peelwise.evidence.unlike import LEAST_BLOCKS
 from peelwise.model.parts import parts_of
 from peelwise.records.audit import RoundRecord
@@ -73,7 +73,8 @@ def begin_with_factors(session: Session, findings: Findings) -> None:
 def first_sweep(session: Session, findings: Findings, *, null: Targets | None = None) -> bool:
     """Make the proposals of all blocks, linearised at the model with the factors found before: the free ranking.
 
-    It goes down from the last block, and ends early only when the whole budget is spent.
+    It goes down from the last block, and ends early only when the whole budget is spent. Gradient norms are of the
+    model as it stands.
 
     Args:
         session: model and traces.
@@ -91,6 +92,10 @@ def first_sweep(session: Session, findings: Findings, *, null: Targets | None = 
             keep_going=lambda: session.clock.left > 0,
         )
         findings.shuffled_proposals = others[0] if others else None
+        if begun:  # directions are those behind the factors, gradients the model's own as ever
+            for index, norm in gradient_norms(session.runner, session.fit).items():
+                if index in findings.proposals:
+                    findings.proposals[index].signals["gradient_norm"] = norm
     return len(findings.proposals) == sum(bool(block.linears) for block in session.runner.blocks)
 
 

@@ -5,23 +5,25 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import nn
 
+from peelwise.distributed.processes import ONE_PROCESS, Processes, check_same
 from peelwise.engine.clock import Clock, Watcher
 from peelwise.engine.depth.gains import GainWitnesses, gain_witnesses
 from peelwise.engine.depth.look import Look, both, look, look_at_weights
 from peelwise.engine.depth.table import DepthTable
 from peelwise.engine.experts import mixture_notes
-from peelwise.engine.opening import checked_blocks, open_session
-from peelwise.engine.provenance import Setup, model_record, versions
+from peelwise.engine.opening import check_dense, check_spread, checked_blocks, open_session
+from peelwise.engine.provenance import Setup, identified, model_record, versions
 from peelwise.engine.session import Session
 from peelwise.errors import NotDifferentiableError
 from peelwise.evidence.unlike import RULE, THRESHOLD
 from peelwise.evidence.verdict import default_margin
 from peelwise.model.architectures import find_blocks, refuse_text
-from peelwise.model.fingerprint import check_finite, identify
+from peelwise.model.fingerprint import check_finite
 from peelwise.model.guard import untouched
 from peelwise.model.layers import Block, device_of
 from peelwise.model.parts import Parts, parts_of
@@ -53,37 +55,51 @@ def run_check(
     name: str = "model",
     source: str | None = None,
     watcher: Watcher | None = None,
+    processes: Processes = ONE_PROCESS,
 ) -> CheckRecord:
     """Check ``model`` and leave it exactly as it was.
 
+    Several processes share sequences and signals of weights, and return the same: the first one's record.
+
     Args:
-        model: a language model, or of batches any whose blocks feed each other; see `find_blocks`.
+        model: a language model, or of batches any whose blocks feed each other; see `find_blocks`. Spread over the
+            processes (``fully_shard``) or whole in each of them.
         probe: the text or batches; fit and select are looked at, report proves; ``None`` for signals of weights alone.
         settings: signals and limits.
         name: the model's name in the record.
         source: where it was opened from.
         watcher: told about progress.
+        processes: those that share the work; each calls this with the same model, probe and settings.
 
     Raises:
+        OptionError: If processes hold different models, probes or settings.
+        OtherProcessError: If another process failed.
         UnsupportedModelError: If the architecture cannot be measured.
         ModelError: If the model holds NaN or Inf, or its loss is not finite.
         ProbeError: If the probe's tokens do not fit the model's vocabulary, or its sequences the context.
     """
-    blocks = _blocks(model, probe, settings.stack)
-    setup = Setup(model, blocks, name, source, identify(model), settings.plain(), 0 if probe is None else probe.seed)
-    all_parts = [parts_of(block) for block in blocks]
-    linears = [linear for block in blocks for linear in block.linears]
-    with untouched(model), frozen(linears), torch.no_grad():
-        if probe is None:
-            clock = Clock(float("inf"), Runner(model, blocks).work, watcher)
-            found = _Found(look_at_weights(all_parts, clock, settings.wanted), notes=[note("no-text")])
-        else:
-            session, differentiable = _session(model, blocks, probe, settings, name, watcher)
-            clock, found = session.clock, _with_text(session, all_parts, settings, gradients=differentiable)
-    if found.look.scored is None:
-        found.notes.append(note("few-blocks", blocks=len(blocks)))
-    tokens = 1 if probe is None else probe.fit.tokens + probe.select.tokens + probe.report.tokens
-    return _record(setup, probe, found, all_parts).model_copy(update={"cost": clock.record(tokens, device_of(model))})
+    with processes.agreeing():
+        blocks = _blocks(model, probe, settings.stack)
+        setup = identified(
+            model, blocks, name, source, settings.plain(), seed=probe.seed if probe else 0, processes=processes
+        )
+        check_same(processes, (setup.identity.fingerprint, probe and probe.fingerprint, setup.settings))
+        all_parts = [parts_of(block) for block in blocks]
+        linears = [linear for block in blocks for linear in block.linears]
+        with untouched(model), frozen(linears), torch.no_grad():
+            if probe is None:
+                runner = Runner(model, blocks, processes=processes)
+                clock = Clock(float("inf"), runner.work, watcher, processes)
+                found = _Found(look_at_weights(all_parts, clock, settings.wanted, runner), notes=[note("no-text")])
+            else:
+                session, differentiable = _session(model, blocks, probe, settings, name, watcher, processes)
+                clock, found = session.clock, _with_text(session, all_parts, settings, gradients=differentiable)
+        if found.look.scored is None:
+            found.notes.append(note("few-blocks", blocks=len(blocks)))
+        tokens = 1 if probe is None else probe.fit.tokens + probe.select.tokens + probe.report.tokens
+        record = _record(setup, probe, found, all_parts)
+        record = record.model_copy(update={"cost": clock.record(tokens, device_of(model))})
+        return cast(CheckRecord, processes.broadcast(record))
 
 
 def _with_text(session: Session, all_parts: Sequence[Parts], settings: CheckSettings, *, gradients: bool) -> _Found:
@@ -130,10 +146,13 @@ def _record(setup: Setup, probe: Probe | None, found: _Found, all_parts: Sequenc
 
 def _blocks(model: nn.Module, probe: Probe | None, stack: str | None) -> tuple[Block, ...]:
     if probe is not None:
-        return checked_blocks(model, probe, batches=True, stack=stack, shared=True)
-    refuse_text(model)
-    blocks = without_shared(find_blocks(model, stack))
-    check_finite(model)
+        blocks = checked_blocks(model, probe, batches=True, stack=stack, shared=True, spread=True)
+    else:
+        refuse_text(model)
+        blocks = without_shared(find_blocks(model, stack))
+        check_spread(blocks)
+        check_finite(model)
+    check_dense(blocks)
     return blocks
 
 
@@ -144,6 +163,7 @@ def _session(
     settings: CheckSettings,
     name: str,
     watcher: Watcher | None,
+    processes: Processes,
 ) -> tuple[Session, bool]:
     """Return a session, and whether the model can be differentiated: what forward passes say comes either way."""
     for gradients in (True, False):
@@ -156,6 +176,7 @@ def _session(
                 budget_seconds=float("inf"),
                 micro_batch_tokens=settings.micro_batch_tokens,
                 watcher=watcher,
+                processes=processes,
                 gradients=gradients,
             )
         except NotDifferentiableError:

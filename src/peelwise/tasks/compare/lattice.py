@@ -60,7 +60,7 @@ def _steps(rows: Tensor) -> int | None:
     """Return the least number of even steps from the least to the largest value that all values lie on."""
     low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
     place = (rows - low) / (high - low)  # [s, g] in 0..1
-    found = torch.full((len(rows),), _MOST_STEPS + 1)
+    found = torch.full((len(rows),), _MOST_STEPS + 1, device=rows.device)
     for steps in range(1, min(_MOST_STEPS, rows.shape[1] * 8) + 1):
         open_ = (found > _MOST_STEPS).nonzero().squeeze(1)
         if len(open_) == 0:

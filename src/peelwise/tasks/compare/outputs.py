@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from peelwise.model.layers import unwrapped
-from peelwise.model.trace import by_token
+from peelwise.model.trace import batch_first, by_token
 from peelwise.records.compare import Unit
 from peelwise.tasks.compare.mixing import Side, end_logits, like
 
@@ -115,6 +115,7 @@ def _relative(old: Side, new: Side, unit: Unit, norm: Side | None = None) -> flo
             ours = end_logits(new, new, place, hidden).float()
             new.runner.work.add(new.runner.head_share, float(batch.weights.sum()), 2)
         # What a model makes of an example need not have a row for every position.
+        theirs, ours = (batch_first(rows, batch.attended) for rows in (theirs, ours))
         each = batch.attended.shape in (theirs.shape[:2], theirs.shape[1:3]) and theirs.dim() > 2
         real = batch.attended if each else batch.weights[:, 0]
         distance += _square(theirs - ours, real)

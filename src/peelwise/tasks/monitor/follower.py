@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from peelwise.distributed.processes import ONE_PROCESS, Processes, check_same
-from peelwise.distributed.sharding import check_blocks
 from peelwise.engine.fading import FadingSums
 from peelwise.engine.opening import checked_blocks, first_notes
 from peelwise.errors import NotCausalError, OptionError, OtherProcessError, PeelwiseError
@@ -132,9 +131,15 @@ class Follower:
         self._processes = processes
         with processes.agreeing():
             self.blocks: tuple[Block, ...] = checked_blocks(
-                model, probe, settings.refine, stepped_by(optimizer), batches=True, stack=settings.stack, shared=True
+                model,
+                probe,
+                settings.refine,
+                stepped_by(optimizer),
+                batches=True,
+                stack=settings.stack,
+                shared=True,
+                spread=True,
             )
-            check_blocks({block.name: unwrapped(block.module) for block in self.blocks})
             check_same(processes, ([(name, tuple(p.shape)) for name, p in model.named_parameters()], probe.fingerprint))
             per_token, notes, self._leak = self._first_look()
         self._kept = FadingSums.affordable(self.blocks) if self._fixed is not None else None

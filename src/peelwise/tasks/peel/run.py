@@ -158,6 +158,11 @@ def _check_stations(trace: Trace, name: str) -> None:
             f"Not yet: the hidden state of {name} is several streams {list(batch.stations[0].shape)}; a block can only "
             "regress to a station [batch, tokens, width]. Audit the model instead."
         )
+    if batch.stations[0].shape[:2] != batch.weights.shape:
+        raise UnsupportedModelError(
+            f"Not yet: the hidden state of {name} is [tokens, batch, width]; a block can only regress to a station "
+            "[batch, tokens, width]. Audit the model instead."
+        )
     widths = [tuple(station.shape[-1:]) for station in trace.batches[0].stations]
     if len(set(widths)) > 1:
         raise UnsupportedModelError(

@@ -23,10 +23,10 @@ def quantise(shape: Shape, probe: Probe, memory: Memory, loops: Loops) -> list[S
         found.append(_curvature(shape, fit, memory))
     walk = codes.walked(shape, seen, hooked=memory.hooked)
     solved = codes.in_order(shape, 0, loops.sweeps, weighed=weighed, shown=True)
-    kept = memory.changes() + weighed * memory.curvatures() + memory.own_stations(seen.tokens)
+    kept = memory.changes() + weighed * memory.curvatures_kept() + memory.own_stations(seen.tokens)
     found.append(Stage("codes", walk + solved, kept + memory.splice() / shape.depth + memory.layer_codes()))
     compared = work.forward(shape, report, hooked=memory.hooked) * 2
-    last = memory.changes(2) + weighed * memory.curvatures() + memory.splice() + memory.logits(report.tokens)
+    last = memory.changes(2) + weighed * memory.curvatures_kept() + memory.splice() + memory.logits(report.tokens)
     return [*found, Stage("codes-losses", compared, last)]
 
 
@@ -56,7 +56,7 @@ def quantcheck(shape: Shape, probe: Probe, memory: Memory, loops: Loops) -> list
 
 def _curvature(shape: Shape, fit: Part, memory: Memory) -> Stage:
     back = work.head_gradients(shape, fit) + work.block_gradients(shape, fit) + work.sums(shape, fit)
-    return Stage("curvature", back, memory.curvatures() + memory.sums(1))
+    return Stage("curvature", back, memory.curvatures_kept() + memory.sums(1))
 
 
 def _alone(memory: Memory) -> float:

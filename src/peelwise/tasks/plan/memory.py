@@ -27,7 +27,8 @@ class Memory:
         streamed: whether weights stay in their files.
         base: interpreter and packages, bytes.
         models: how many are in memory, each with its stations.
-        changes_on_disk: whether proposals and changes of weights stay in files too, as in an audit of a stream.
+        changes_on_disk: whether what is kept of all blocks, proposals and changes of weights, stays in files too, as
+            in an audit of a stream.
     """
 
     shape: Shape
@@ -183,6 +184,10 @@ class Memory:
     def curvatures(self) -> float:
         """What the loss minds in the outputs of every layer, in float32: ``4 sum o^2``."""
         return _FLOAT32 * sum(group.count * o * o for group in self.shape.groups for o in group.outputs)
+
+    def curvatures_kept(self) -> float:
+        """What of `curvatures` is in memory: all, or where changes are on disk those of one block."""
+        return self.curvatures() * self.kept
 
     def own_stations(self, tokens: float) -> float:
         """One station of a second model that is walked beside its parent."""

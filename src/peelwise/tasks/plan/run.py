@@ -84,7 +84,7 @@ def planned(
         way == "stream",
         base_bytes,
         models=2 if task in _TWO_MODELS else 1,
-        changes_on_disk=way == "stream" and task == "audit",
+        changes_on_disk=way == "stream" and task in ("audit", "quantise"),
     )
     if task == "check-weights":
         return memory, stages.check_weights(shape, memory)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from peelwise.engine.clock import Clock
 from peelwise.engine.in_order import Walk
-from peelwise.engine.session import Changes, change_to
+from peelwise.engine.session import Changes
 from peelwise.formats.base import Encoded
 from peelwise.formats.membership import scaled_part
 from peelwise.model.layers import Block, LinearLayer
@@ -59,7 +59,7 @@ def solve_in_order(
         if kept is not None and known is None:
             kept.keep_in_order(block.index, codes)
         for linear in (m for m in block.linears if m.name in codes):
-            walk.changes[linear] = change_to(linear, held[linear].format.decode(codes[linear.name]))
+            walk.put(linear, held[linear].format.decode(codes[linear.name]))
         walk.leave(block)
     return walk.changes, True
 
@@ -89,5 +89,5 @@ def _solved(
                 tolerance=settings.tolerance,
             )
             codes[linear.name] = found.encoded
-            walk.changes[linear] = change_to(linear, mine.format.decode(found.encoded))
+            walk.put(linear, mine.format.decode(found.encoded))
     return codes

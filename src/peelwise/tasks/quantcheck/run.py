@@ -151,7 +151,7 @@ def _each_alone(
             linear, held = under[twin]
             found.tokens[twin] = own.tokens[linear.name]
             if linear.name in own.codes:
-                found.alone[linear] = change_to(linear, held.format.decode(own.codes[linear.name]))
+                found.alone[linear] = text.runner.kept(change_to(linear, held.format.decode(own.codes[linear.name])))
     return found
 
 

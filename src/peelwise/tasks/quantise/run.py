@@ -15,7 +15,7 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 from torch import Tensor, nn
 
@@ -94,7 +94,7 @@ def run_quantise(
         with clock.stage("codes"):
             found = _all_codes(runner, traces, chosen.formats, settings, curvatures, clock, kept)
         with clock.stage("codes-losses"):
-            loss = _losses(ReportSession(runner, traces[REPORT]), found.changes, _rounded(chosen.formats))
+            loss = _losses(ReportSession(runner, traces[REPORT]), found.walk.changes, _rounded(chosen.formats, runner))
         cost = clock.record(probe.fit.tokens + probe.select.tokens + probe.report.tokens, device_of(model))
     setup = Setup(model, blocks, name, source, identify(model), settings.plain(), probe.seed)
     said = (*chosen.notes, *notes, *more, *few_tokens(found.tokens.items()))
@@ -105,7 +105,7 @@ def run_quantise(
 class _Found:
     """What is known of the layers so far: their codes and lines, what is in place, and the stream behind each block."""
 
-    changes: Changes
+    walk: Walk
     codes: dict[str, tuple[Format, Encoded]] = field(default_factory=dict)
     lines: list[QuantisedLayer] = field(default_factory=list)
     behind: list[QuantisedBlock] = field(default_factory=list)
@@ -113,10 +113,10 @@ class _Found:
 
     def add(self, linear: LinearLayer, form: Format, encoded: Encoded, line: QuantisedLayer) -> None:
         """Put the codes of a layer in place."""
-        self.codes[linear.name] = form, encoded
+        self.codes[linear.name] = form, _kept(encoded, self.walk.own)
         self.lines.append(line)
         self.tokens[linear] = line.fit_tokens or 0
-        self.changes[linear] = change_to(linear, form.decode(encoded))
+        self.walk.put(linear, form.decode(encoded))
 
 
 def _all_codes(
@@ -131,7 +131,7 @@ def _all_codes(
     """Return the codes of all layers, block by block; those that are kept as they are."""
     parts = [*traces[:REPORT], _beginning(traces[REPORT], REPORTED_STEPS)]
     walk = Walk(runner, runner, {linear: linear for linear in formats}, parts, parts)
-    found = _Found(walk.changes)
+    found = _Found(walk)
     for done, block in enumerate(runner.blocks):
         clock.tell(done, len(runner.blocks))
         own = _known(kept, block, formats) or dict(_solved(walk, block, formats, settings, curvatures))
@@ -235,7 +235,7 @@ def _solved(
                 max_sweeps=settings.max_sweeps,
                 tolerance=settings.tolerance,
             )
-            walk.changes[linear] = change_to(linear, form.decode(found.encoded))
+            walk.put(linear, form.decode(found.encoded))
             yield linear, (found.encoded, _line(linear, block.index, W, form, found, fit.tokens, report))
     for linear, tokens in unseen.items():
         W, form = linear.weight().float(), chosen[linear]
@@ -268,8 +268,14 @@ def _line(
     )
 
 
-def _rounded(chosen: dict[LinearLayer, Format]) -> Changes:
-    return {linear: change_to(linear, form.project(linear.weight())) for linear, form in chosen.items()}
+def _kept(encoded: Encoded, runner: Runner) -> Encoded:
+    """Return codes that are kept where the model's weights are."""
+    own = {part.name: getattr(encoded, part.name) for part in fields(encoded)}
+    return replace(encoded, **{name: runner.kept(part) for name, part in own.items() if isinstance(part, Tensor)})
+
+
+def _rounded(chosen: dict[LinearLayer, Format], runner: Runner) -> Changes:
+    return {linear: runner.kept(change_to(linear, form.project(linear.weight()))) for linear, form in chosen.items()}
 
 
 def _losses(session: ReportSession, changes: Changes, rounded: Changes) -> QuantiseLosses:
