@@ -11,6 +11,7 @@ from peelwise.distributed.sharding import shard_
 from peelwise.errors import DeviceError, UnsupportedModelError
 from peelwise.model.architectures import find_blocks
 from peelwise.model.checkpoint_files import read_config
+from peelwise.model.spill import give_back_freed_memory
 
 
 def check_shardable(path: Path, *, as_stored: bool) -> None:
@@ -40,6 +41,7 @@ def shard_opened_(model: nn.Module, dtype: torch.dtype | str, device: torch.devi
         dtype: of its weights afterwards; ``"auto"``: as they are.
         device: where the parts are to lie.
     """
+    give_back_freed_memory()  # of every block that was gathered, which are as many as there are passes
     own = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     blocks = [block.module for block in find_blocks(model)]
     shard_(model, blocks, dtype if isinstance(dtype, torch.dtype) else own, device)

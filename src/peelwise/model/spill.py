@@ -104,7 +104,7 @@ _OF_MODELS: weakref.WeakKeyDictionary[nn.Module, Spill] = weakref.WeakKeyDiction
 def keep_on_disk_(model: nn.Module, spill: Spill | None = None) -> None:
     """Note that what is kept of a model's blocks is kept on disk, as its weights are."""
     _OF_MODELS[model] = spill or Spill()
-    _give_back_freed_memory()
+    give_back_freed_memory()
 
 
 @contextmanager
@@ -138,7 +138,7 @@ def spill_of(model: nn.Module) -> Spill | None:
     return _OF_MODELS.get(model)
 
 
-def _give_back_freed_memory() -> None:
+def give_back_freed_memory() -> None:
     """Have freed tensors given back to the system at once: glibc keeps pieces of up to 32 MB, blocks' worth of them."""
     try:
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _SMALL)
