@@ -37,9 +37,9 @@ def opened(kind: str) -> str:
         blocks = checked_blocks(model, text)
         with untouched(model):
             runner = Runner(model, blocks)
+            self_check(runner, text.fit)
             trace = runner.trace(text.report)
             check_replay(runner, trace)
-            self_check(runner, text.fit)
     except PeelwiseError as error:
         return "refused" if "\n" not in str(error) else str(error)
     assert torch.isfinite(trace.losses).all()
