@@ -359,7 +359,7 @@ def test_sums_of_a_stream_are_of_some_layers_at_a_time(tmp_path, monkeypatch):
     probe = Probe.from_tokens(torch.randint(60, (30, 9)))
     fit, select = runner.trace(probe.fit), runner.trace(probe.select)
     own = shape_of(model, "llama", 4.0)
-    whole, parts = (memory(own, probe.fit.tokens, changes_on_disk=on_disk) for on_disk in (False, True))
+    whole, parts = (memory(own, probe.fit.tokens, streamed=streamed) for streamed in (False, True))
     planned = parts.parts_of_sums(2)
     assert [len(each) for each in sums_in_parts(runner, runner.blocks[0], 2, True)] == [4, 1, 1, 1]
     assert len(planned) == 4

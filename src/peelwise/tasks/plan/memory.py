@@ -147,12 +147,12 @@ class Memory:
         (C + F))``; while they are added up the activations of a micro-batch beside them, while proposals are made ``12
         S + 16 C`` and one factorisation.
 
-        In an audit of a stream they are of as many layers as `MOST_SUMS` has room for, one at least: those of one
+        Of a stream they are of as many layers as `MOST_SUMS` has room for, one at least: those of one
         input then, for which proposals take ``28 S + 64 C`` and ``8 o^2`` or ``8 d^2``, whichever is more.
         """
         most = max(max(group.inputs, *group.outputs) for group in self.shape.groups) ** 2
         activations = self.activations(self.tokens)
-        if self.changes_on_disk and len(parts := self.parts_of_sums(targets, two_sided)) > 1:
+        if self.streamed and len(parts := self.parts_of_sums(targets, two_sided)) > 1:
             return max(
                 _FLOAT64 * (2 * S + (targets + 1) * (C + two_sided * F))
                 + max(activations, _FLOAT32 * (7 * S + 16 * C + 2 * min(most, max(S, F))))

@@ -227,8 +227,7 @@ def _swept(
 
     Blocks are run as often as their sums are made in parts, where ``memory`` is that of a stream.
     """
-    streamed = memory is not None and memory.changes_on_disk
-    passes = len(memory.parts_of_sums(targets, two_sided)) if memory is not None and streamed else 1
+    passes = len(memory.parts_of_sums(targets, two_sided)) if memory is not None and memory.streamed else 1
     total = (
         work.head_gradients(shape, fit) * targets
         + work.head_gradients(shape, select)
