@@ -11,6 +11,7 @@ Tools, each with groups of 64 and the output head left alone:
 
     hqq           hqq: no data; a zero point beside every scale, so 4.5 bits at four where symmetric ones take 4.25
     gptq          llm-compressor's GPTQModifier, symmetric, all fit sequences, its own defaults
+    gptqmodel     GPTQModel's GPTQ, symmetric, all fit sequences, its own defaults
     auto-round    auto-round, symmetric, all fit sequences, `--iterations` of its 200
 """
 
@@ -96,6 +97,25 @@ def gptq(work: Path, bits: int, iterations: int) -> tuple[dict[str, Tensor], dic
     return found, {"llmcompressor": version("llmcompressor"), "given": f"{len(rows)} sequences; defaults otherwise"}
 
 
+def gptqmodel(work: Path, bits: int, iterations: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Quantise with GPTQModel's error feedback."""
+    import os
+    from importlib.metadata import version
+
+    os.cpu_count = lambda: max(os.sysconf("SC_NPROCESSORS_ONLN"), 4)  # its pool takes half of them and needs two
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    rows = load_file(work / "tokens.safetensors")["fit"].tolist()
+    config = QuantizeConfig(bits=bits, group_size=GROUP, sym=True, device="cpu")
+    model = GPTQModel.load(str(work / "parent"), config)
+    model.quantize([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows])
+    found = {}
+    for name, layer in model.model.named_modules():
+        if hasattr(layer, "dequantize_weight"):  # [d_in, d_out]
+            found[name] = layer.dequantize_weight().T.float()
+    return found, {"gptqmodel": version("gptqmodel"), "given": f"{len(rows)} sequences; defaults otherwise"}
+
+
 def auto_round(work: Path, bits: int, iterations: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Quantise with learned rounding, block by block."""
     from importlib.metadata import version
@@ -125,7 +145,7 @@ def auto_round(work: Path, bits: int, iterations: int) -> tuple[dict[str, Tensor
     return found, {"auto-round": version("auto-round"), "given": given}
 
 
-TOOLS = {"hqq": hqq, "gptq": gptq, "auto-round": auto_round}
+TOOLS = {"hqq": hqq, "gptq": gptq, "gptqmodel": gptqmodel, "auto-round": auto_round}
 
 
 def make(work: Path, tool: str, bits: int, iterations: int) -> None:
