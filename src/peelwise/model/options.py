@@ -51,7 +51,7 @@ class ShardedOptions(OpenOptions):
     """How a model is opened from disk by several processes that measure it together (``torch.distributed``).
 
     Attributes:
-        device: Where the model runs: auto (CUDA if there is any), cpu, cuda, cuda:N or mps.
+        device: Where the model runs: auto (CUDA if there is any), cpu, cuda or cuda:N.
         dtype: Dtype of the weights; auto: float32 on the CPU, elsewhere the checkpoint's own.
         allow_pickle: Also open pickled weights.
         as_stored: Keep the codes of a .gguf file instead of dequantising them, so that witnesses have the same bits.
