@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from peelwise.api.inputs import open_both
 from peelwise.api.report import REPORT_FILE, Result, frame
 from peelwise.engine.clock import Watcher
-from peelwise.engine.kept import beside
+from peelwise.engine.kept import begin_anew, beside
 from peelwise.errors import OutputError
 from peelwise.model.fingerprint import identify
 from peelwise.model.offloaded import measures_offloaded
@@ -115,6 +115,8 @@ def allocate(
     """
     if out is not None:
         check_free(Path(out), force=force, ours=RECORD_FILE)
+        if not resume:
+            begin_anew(out)
     target, drawn = open_both(model, probe, opening)
     settings, kept = settings or AllocateSettings(), None
     if out is not None and resume:

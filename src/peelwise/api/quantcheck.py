@@ -22,7 +22,7 @@ from peelwise.records.folder import check_free, write_text_file, written_whole
 from peelwise.records.quantcheck import QuantcheckRecord
 from peelwise.show.allocate.exports import exports
 from peelwise.show.quantcheck.report import render_html, render_picture
-from peelwise.tasks.allocate.run import run_allocate
+from peelwise.tasks.allocate.run import check_plannable, run_allocate
 from peelwise.tasks.allocate.settings import AllocateSettings
 from peelwise.tasks.quantcheck.kept import Kept
 from peelwise.tasks.quantcheck.layers import Candidate
@@ -137,6 +137,8 @@ def quantcheck(
         _check_out(out, force=force)
     target, drawn = open_quantised(quantised, probe, opening)
     above, first, notes = open_parent(parent, base, opening)
+    if settings.allocate is not None:
+        check_plannable(above.model, drawn, _plan_settings(settings))
     kept = None if out is None else Kept(beside(out), _key(target, above, first, drawn, settings))
     record = run_quantcheck(
         Candidate(target.model, target.name, target.source), above, drawn, settings, progress, first, kept
@@ -168,8 +170,11 @@ def _key(
 def _planned(
     parent: Candidate, probe: Probe, settings: QuantcheckSettings, progress: Watcher | None
 ) -> AllocationRecord:
-    plan = AllocateSettings(settings.allocate or 0.0, micro_batch_tokens=settings.micro_batch_tokens)
-    return run_allocate(parent.model, parent.name, parent.source, probe, plan, watcher=progress)
+    return run_allocate(parent.model, parent.name, parent.source, probe, _plan_settings(settings), watcher=progress)
+
+
+def _plan_settings(settings: QuantcheckSettings) -> AllocateSettings:
+    return AllocateSettings(settings.allocate or 0.0, micro_batch_tokens=settings.micro_batch_tokens)
 
 
 def _check_out(out: str | Path, *, force: bool) -> Path:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from peelwise.api.inputs import open_model_and_probe
 from peelwise.api.report import REPORT_FILE, Result, frame
 from peelwise.engine.clock import Watcher
-from peelwise.engine.kept import beside
+from peelwise.engine.kept import begin_anew, beside
 from peelwise.errors import OptionError, OutputError
 from peelwise.formats.base import Encoded, Format
 from peelwise.model.checkpoints import gguf_file, save_model
@@ -156,6 +156,8 @@ def quantise(
         raise OptionError(f"to: expected one of {', '.join(get_args(To))}, got {to!r}.")
     if out is not None:
         check_free(Path(out), force=force, ours=RECORD_FILE)
+        if not resume:
+            begin_anew(out)
     target, drawn, tokenizer = open_model_and_probe(model, probe, opening)
     if to == "gguf":
         _source(target.source)

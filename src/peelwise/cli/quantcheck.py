@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -102,14 +101,14 @@ def quantcheck(
     recoverable at the same bit width (certified); and the same of the loss, on text that nothing was fitted on.
     """
     from peelwise.api import quantcheck as api
-    from peelwise.engine.kept import beside
+    from peelwise.engine.kept import begin_anew
     from peelwise.show.quantcheck.terminal import MOST_LAYERS, print_record
 
     probe = probe_options(text, field, tokens, sequence_length, in_distribution, seed)
     settings = QuantcheckSettings(budget, form, max_sweeps, tolerance, micro_batch_tokens, activations, allocate)
     opening = OpenOptions(device, dtype, allow_pickle, as_stored, tokenizer, stream)
     if out is not None and not resume:
-        shutil.rmtree(beside(out), ignore_errors=True)
+        begin_anew(out)
     with at_work(f"Opening {quantised} and {against} ...") as watcher:
         report = api.quantcheck(
             quantised,

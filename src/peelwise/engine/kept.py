@@ -73,6 +73,11 @@ def beside(out: str | Path) -> Path:
     return path.with_name(f".{path.name}.unfinished")
 
 
+def begin_anew(out: str | Path) -> None:
+    """Remove what an interrupted run with this result has left beside it."""
+    shutil.rmtree(beside(out), ignore_errors=True)
+
+
 def parts_of(name: str, encoded: Encoded) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of codes under names that `encoded_of` finds them by."""
     for part in _PARTS:

@@ -97,7 +97,10 @@ class SuperBlock(Scaled):
         """Return the nearest products ``D a`` ``[rows, groups]``; those that a file holds come back as they are."""
         per = SUPER // self.shape.group
         if scales.shape[-1] % per:
-            raise FormatError(f"{self.name}: super-blocks of {SUPER} weights do not divide the inputs of this matrix.")
+            raise FormatError(
+                f"{self.name}: super-blocks of {SUPER} weights do not divide the inputs of this matrix. Choose a "
+                "format of smaller groups, such as int4:group=32."
+            )
         blocks = scales.nan_to_num(0.0).float().reshape(-1, per)
         factor, codes = factored(blocks, self.shape.scale_bits, signed=self.shape.signed)
         return (factor.float() * codes).reshape(scales.shape)

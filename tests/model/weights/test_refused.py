@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from peelwise.api.allocate import allocate
 from peelwise.api.audit import audit
 from peelwise.api.check import check
+from peelwise.api.quantise import quantise
 from peelwise.errors import UnsupportedModelError
 from peelwise.model.architectures import find_blocks
 from peelwise.model.layers import is_linear
@@ -39,6 +41,19 @@ def _wrapped(like: nn.Linear) -> nn.Linear:
     layer = nn.Linear(like.in_features, like.out_features, bias=False)
     del layer.weight
     layer.weight = like.weight.detach().as_subclass(Wrapped)
+    return layer
+
+
+def _in_floats(like: nn.Linear) -> nn.Module:
+    """Two codes to a byte, two bytes to a bfloat16: numbers by their dtype, and not of the matrix's shape."""
+
+    class Stored16(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ like.weight.detach().T
+
+    layer = Stored16(like.in_features, like.out_features, bias=False)
+    codes = torch.randint(0, 64, (like.weight.numel() // 2, 1), dtype=torch.uint8)  # no NaN among them
+    layer.weight = nn.Parameter(codes.view(-1, 2).view(torch.bfloat16), requires_grad=False)
     return layer
 
 
@@ -83,6 +98,7 @@ STUBS: dict[str, tuple[Callable[[nn.Linear], nn.Module], str]] = {
     "uint8": (lambda like: Packed(like, torch.uint8), "Packed keeps its weights packed, weight as uint8"),
     "float8": (lambda like: Packed(like, torch.float8_e4m3fn), "weight as float8_e4m3fn"),
     "a tensor class": (_wrapped, "weight as Wrapped of model"),
+    "bytes in bfloat16": (_in_floats, r"Stored16 keeps its weights packed, weight of shape \(\d+, 1\) instead of"),
     "HQQ": (_hqq, r"HQQLinear \(HQQ\) keeps its weights packed, W_q as uint8.*Save its dequantised weights"),
     "compressed-tensors": (_scheme, r"Linear \(compressed-tensors\) rounds its weights as it runs"),
     "GPTQ": (_gptq, r"MarlinQuantLinear \(GPTQ or AWQ .*qweight as int32.*Give peelwise the checkpoint folder"),
@@ -98,7 +114,7 @@ def _model(make: Callable[[nn.Linear], nn.Module]) -> tuple[nn.Module, str]:
 
 
 @pytest.mark.parametrize("stub", STUBS)
-@pytest.mark.parametrize("product", [audit, check])
+@pytest.mark.parametrize("product", [audit, check, quantise, allocate])
 def test_no_product_measures_bytes(stub: str, product: Callable[..., object]) -> None:
     make, said = STUBS[stub]
     model, name = _model(make)

@@ -12,7 +12,7 @@ import torch
 import peelwise
 from audits import part_of, tiny_probe
 from peelwise.api.allocate import read_plan
-from peelwise.errors import OptionError, OutputError
+from peelwise.errors import FormatError, OptionError, OutputError
 from peelwise.model.architectures import find_blocks
 from peelwise.nn import quantize_
 from peelwise.records.quantcheck import QuantcheckRecord
@@ -111,6 +111,17 @@ def test_a_comparison_without_a_plan_has_none(tmp_path: Path) -> None:
 def test_a_plan_without_bits_is_refused(bits: float) -> None:
     with pytest.raises(OptionError, match="allocate"):
         QuantcheckSettings(allocate=bits)
+
+
+def test_a_plan_below_the_smallest_format_is_refused_before_the_comparison() -> None:
+    parent, steps = ZOO["llama"](), []
+    quantised = copy.deepcopy(parent)
+    quantize_(quantised, "int4:group=16")
+    with pytest.raises(FormatError, match=r"int2:group=16,symmetric takes 3\.00 bits .* the budget is 1\.5"):
+        peelwise.quantcheck(
+            quantised, parent, tiny_probe(), QuantcheckSettings(allocate=1.5), progress=lambda step: steps.append(step)
+        )
+    assert steps == []
 
 
 def test_experts_are_read_by_the_format_that_is_named_and_drawn_as_one() -> None:

@@ -248,6 +248,27 @@ def test_an_interrupted_run_goes_on_where_it_ended(tmp_path):
     assert quantised(model, kept=Kept(tmp_path / "kept", key)).record.loss == whole.record.loss
 
 
+@pytest.mark.parametrize(
+    ("product", "settings"),
+    [
+        (peelwise.quantise, QuantiseSettings("int3", max_sweeps=0, curvature=False)),
+        (peelwise.allocate, peelwise.AllocateSettings(8.0, ("int3", "int4"), points=0)),
+    ],
+)
+def test_beginning_anew_uses_and_leaves_nothing_of_an_interrupted_run(tmp_path, product, settings):
+    def stop(step):
+        if step.stage == "codes" and step.done == 1:
+            raise StopHereError
+
+    out, model = tmp_path / "out", ZOO["llama"]()
+    with pytest.raises(StopHereError):
+        product(model, tiny_probe(), settings, out=out, progress=stop)
+    (unfinished,) = tmp_path.iterdir()
+    assert [file.name for file in unfinished.iterdir()] == ["block-0000.safetensors"]
+    product(model, tiny_probe(), settings, out=out, resume=False)
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def test_the_folder_of_an_earlier_result_is_not_overwritten(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("mine")

@@ -1,7 +1,7 @@
 """Linear layers whose weights are packed in a way that is not read: refused by name, with what to do instead.
 
 Bytes measured as if they were weights would give numbers that mean nothing. So a layer of an unknown class is refused
-too, if what it calls its weight is integers, eight-bit floats or a tensor class of another package.
+too, if what it calls its weight is integers, eight-bit floats, a tensor class of another package, or not of its sizes.
 """
 
 from __future__ import annotations
@@ -58,6 +58,10 @@ def _packed(module: nn.Module) -> str | None:
     weight = tensors.get("weight")
     if weight is not None and not _is_plain(weight):
         return f"weight as {_kind(weight)}"
+    if isinstance(module, nn.Linear) and weight is not None and weight.dim() > 1:
+        sizes = (module.out_features, module.in_features)
+        if tuple(weight.shape) != sizes:  # bytes in the dtype of numbers
+            return f"weight of shape {tuple(weight.shape)} instead of {sizes}"
     for name, tensor in tensors.items():
         called = name.lower()
         if ("weight" in called or called.startswith("w_q")) and _is_bytes(tensor) and tensor.dim() > 1:

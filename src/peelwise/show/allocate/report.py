@@ -6,7 +6,8 @@ from peelwise.records.allocation import AllocationRecord
 from peelwise.show.allocate.exports import exports
 from peelwise.show.allocate.words import THIS_PLAN, conclusion, curve_rows, interaction
 from peelwise.show.audit import sections
-from peelwise.show.html.markup import esc, pairs, paragraph, section, table
+from peelwise.show.columns import short_formats
+from peelwise.show.html.markup import esc, figure, pairs, paragraph, section, table
 from peelwise.show.html.page import document, heading
 from peelwise.show.html.prices import Price, picture, within
 from peelwise.show.words import bracket, nats
@@ -30,7 +31,7 @@ def render_html(record: AllocationRecord) -> str:
 def sections_of(record: AllocationRecord) -> str:
     """Return the plan itself: the price of each layer, the curve, every layer, and the plan for other tools."""
     parts = (
-        section("plan-prices", "The price of each layer", f"<figure>{render_picture(record)}</figure>"),
+        section("plan-prices", "The price of each layer", figure(render_picture(record))),
         _curve(record),
         _table(record),
         _others(record),
@@ -64,11 +65,12 @@ def _strip(record: AllocationRecord) -> str:
         f'<p class="number">{record.bits_per_weight:.2f} <small>bits per weight</small></p>'
         f'<p class="what">of at most {record.budget_bits:g}</p>'
     )
+    rivals = [(name, gain) for name, gain in record.better_than.items() if record.chosen != f"uniform {name}"]
     side = (
         ("loss of the parent", nats(record.parent_loss)),
         ("with this plan", nats(record.parent_loss + record.damage.mean)),
         ("damage", f"{record.damage.mean:+.4f} {bracket(record.damage)}"),
-        *((f"less than {name}", f"{gain.mean:.4f} {bracket(gain)}") for name, gain in record.better_than.items()),
+        *((f"less than {name}", f"{gain.mean:.4f} {bracket(gain)}") for name, gain in rivals),
     )
     inner = f'<div class="hero"><div>{number}</div><div>{pairs(side)}</div></div>'
     return f'<section id="strip" class="card">{inner}</section>'
@@ -86,24 +88,30 @@ def _curve(record: AllocationRecord) -> str:
         for bits, name, loss, damage in curve_rows(record)
     ]
     titles = ("formats", "bits", "loss", "damage", "95 % interval")
+    body = table(titles, rows, caption="Everything measured, by bits", style="numbers")
     said = paragraph(f"Interactions: {interaction(record)}.")
-    return section("curve", "Loss against bits", table(titles, rows, caption="Everything measured, by bits"), said)
+    return section("curve", "Loss against bits", body, said)
 
 
 def _table(record: AllocationRecord) -> str:
     shown = sorted(record.stored, key=lambda layer: layer.share, reverse=True)[:MOST_ROWS]
+    names, options = short_formats(record.formats)
     rows = [
         (
-            esc(layer.name),
-            esc(layer.format),
+            esc(within(layer.name, layer.block)),
+            esc(names[layer.format]),
+            str(layer.block),
             f"{layer.bits_per_weight:.2f}",
             f"{100 * layer.share:.1f}",
             *(f"{layer.predicted[form]:.2g}" if form in layer.predicted else "" for form in record.formats),
         )
         for layer in shown
     ]
-    titles = ("layer", "gets", "bits", "share, %", *(f"{form}, nats" for form in record.formats))
-    return section("plan-layers", "Every layer of the plan", table(titles, rows, caption="Layers, largest share first"))
+    titles = ("layer", "gets", "block", "bits", "share, %", *(f"in {names[form]}" for form in record.formats))
+    shared = f" All formats: {options}." if options else ""
+    about = paragraph(f"What each layer is predicted to cost in each format, nats per token.{shared}")
+    body = table(titles, rows, caption="Layers, largest share first", style="numbers named")
+    return section("plan-layers", "Every layer of the plan", about, body)
 
 
 def _others(record: AllocationRecord) -> str:

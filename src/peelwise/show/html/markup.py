@@ -42,6 +42,16 @@ def chart(svg: str, caption_html: str, missing: str) -> str:
     return f"<figure>{body}<figcaption>{caption_html}</figcaption></figure>"
 
 
+def figure(svg: str) -> str:
+    """Return a picture that says everything itself; it scrolls sideways where the screen is narrower."""
+    return f'<figure><div class="scroll" tabindex="0">{svg}</div></figure>'
+
+
+def bar(share: float) -> str:
+    """Return a bar that fills so much of its cell, from 0 to 1."""
+    return f'<span class="bar" style="width:{100 * min(max(share, 0.0), 1.0):.0f}%"></span>'
+
+
 def table(headers: Sequence[str], rows_html: Iterable[Sequence[str]], *, caption: str, style: str = "") -> str:
     """Return a table whose first column names the row.
 
@@ -49,7 +59,8 @@ def table(headers: Sequence[str], rows_html: Iterable[Sequence[str]], *, caption
         headers: Column titles, as text.
         rows_html: Cells, as markup.
         caption: What the table holds, for those who hear the page.
-        style: Optional class.
+        style: Optional classes: ``numbers`` if all but the first column are, ``named`` if the second is not either,
+            ``bars`` if the last column is of bars.
 
     Returns:
         A table that scrolls sideways on a narrow screen.

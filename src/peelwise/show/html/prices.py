@@ -13,6 +13,7 @@ from peelwise.show.html.markup import esc
 
 _CELL, _ROW, _LEFT, _RIGHT, _LEGEND = 26, 24, 150, 16, 46
 _MOST_WIDE = 64  # blocks in a row of full cells; more make them narrower
+_LEAST_WIDE = 620  # that letters can still be read in; a narrower page scrolls
 _FAINT = 0.06  # shade of the smallest price
 _MOST_DECADES = 3  # that shades tell apart
 _DARK = 0.6  # from this shade on a number is in the colour of the page
@@ -77,7 +78,8 @@ def picture(prices: Iterable[Price], title: str, lines: tuple[str, ...], unit: s
     ]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'style="max-width:100%;height:auto" role="img" aria-label="{esc(title)}">{_STYLE}{"".join(body)}</svg>'
+        f'style="width:{width}px;max-width:100%;min-width:{min(width, _LEAST_WIDE)}px;height:auto" role="img" '
+        f'aria-label="{esc(title)}">{_STYLE}{"".join(body)}</svg>'
     )
 
 

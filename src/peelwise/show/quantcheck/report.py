@@ -7,7 +7,8 @@ from peelwise.show.allocate import report as allocate_report
 from peelwise.show.allocate import words as allocate_words
 from peelwise.show.audit import sections
 from peelwise.show.audit.low_bit import GAP, SAME_BITS
-from peelwise.show.html.markup import esc, pairs, paragraph, section, table
+from peelwise.show.columns import percents, short_formats
+from peelwise.show.html.markup import esc, figure, pairs, paragraph, section, table
 from peelwise.show.html.page import document, heading
 from peelwise.show.html.prices import Price, picture, within
 from peelwise.show.quantcheck.words import ABOUT_LAYERS, ABOUT_PRICES, NOT_KEPT, activations, conclusion, survival
@@ -24,7 +25,12 @@ def render_html(record: QuantcheckRecord) -> str:
         "".join(map(paragraph, said)),
         "</header><main>",
         _strip(record),
-        section("prices", "What the weights of each layer cost", paragraph(_about_prices(record)), _figure(record)),
+        section(
+            "prices",
+            "What the weights of each layer cost",
+            paragraph(_about_prices(record)),
+            figure(render_picture(record)),
+        ),
         _table(record),
         _fine_tune(record),
         _plan(record),
@@ -60,10 +66,6 @@ def render_picture(record: QuantcheckRecord) -> str:
     )
     title = f"{record.quantised.name} against {record.parent.name}"
     return picture(prices, title, lines, "nats per token" if known else "output error, %")
-
-
-def _figure(record: QuantcheckRecord) -> str:
-    return f"<figure>{render_picture(record)}</figure>"
 
 
 def _predicted(record: QuantcheckRecord) -> bool:
@@ -109,25 +111,28 @@ def _strip(record: QuantcheckRecord) -> str:
 def _table(record: QuantcheckRecord) -> str:
     shown = sorted(record.layers, key=lambda m: (m.share or 0.0, m.error), reverse=True)[:MOST_ROWS]
     known, inputs = _predicted(record), record.activations is not None
-    mixed = len({layer.format for layer in record.layers}) > 1
+    names, options = short_formats(layer.format for layer in record.layers)
+    mixed = len(names) > 1
+    percent = percents(value for layer in shown for value in (layer.error, *_split(layer)))
+    of_inputs = percents(layer.inputs for layer in shown)
     rows = [
         (
             esc(within(layer.name, layer.block)),
+            *((esc(names[layer.format]),) if mixed else ()),
             str(layer.block),
-            *((esc(layer.format),) if mixed else ()),
             f"{layer.bits_per_weight:.2f}",
             *((f"{layer.predicted or 0.0:.2g}", f"{100 * (layer.share or 0.0):.1f}") if known else ()),
-            f"{100 * layer.error:.3g}",
-            *(_percent(value) for value in _split(layer)),
-            _percent(layer.flipped),
-            *((_percent(layer.inputs),) if inputs else ()),
+            percent(layer.error),
+            *(percent(value) for value in _split(layer)),
+            "" if layer.flipped is None else f"{100 * layer.flipped:.1f}",
+            *((of_inputs(layer.inputs),) if inputs else ()),
         )
         for layer in shown
     ]
     titles = (
         "layer",
-        "block",
         *(("format",) if mixed else ()),
+        "block",
         "bits",
         *(("nats", "share, %") if known else ()),
         "error",
@@ -136,21 +141,19 @@ def _table(record: QuantcheckRecord) -> str:
         "other codes",
         *(("inputs rounded",) if inputs else ()),
     )
-    form = "" if mixed else f" All hold {record.layers[0].format}."
+    shared = f" All formats: {options}." if options else ""
+    form = shared if mixed else f" All hold {record.layers[0].format}."
     about = paragraph(f"Errors of outputs, gaps and what is recoverable in percent. {ABOUT_LAYERS}{form}")
     missing = sum(layer.split is None and layer.codes for layer in record.layers)
     unsolved = paragraph(f"{missing} layers: {NOT_IN_BUDGET}.", "warning") if missing else ""
-    body = table(titles, rows, caption="Layers, those that cost most first")
+    style = "numbers named" if mixed else "numbers"
+    body = table(titles, rows, caption="Layers, those that cost most first", style=style)
     return section("layers", "Is it the bits or the codes?", about, unsolved, body)
 
 
 def _split(layer: LayerCheck) -> tuple[float | None, float | None]:
     split = layer.split
     return (None, None) if split is None else (split.price_of_precision + split.irreducible, split.left_on_the_table)
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.3g}"
 
 
 def _fine_tune(record: QuantcheckRecord) -> str:
@@ -171,7 +174,8 @@ def _fine_tune(record: QuantcheckRecord) -> str:
         "the errors of its layers are beside what the fine-tune changed in their outputs."
     )
     titles = ("block", "lost", "95 % interval", "error / fine-tune")
-    return section("fine-tune", "Where the fine-tune is lost", about, table(titles, rows, caption="Blocks in order"))
+    body = table(titles, rows, caption="Blocks in order", style="numbers")
+    return section("fine-tune", "Where the fine-tune is lost", about, body)
 
 
 def _plan(record: QuantcheckRecord) -> str:

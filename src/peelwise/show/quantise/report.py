@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from peelwise.records.quantise import QuantisedLayer, QuantiseRecord
 from peelwise.show.audit import sections
-from peelwise.show.html.markup import esc, pairs, paragraph, section, table
+from peelwise.show.columns import percents, short_formats
+from peelwise.show.html.markup import bar, esc, figure, pairs, paragraph, section, table
 from peelwise.show.html.page import document, heading
 from peelwise.show.html.prices import Price, picture, within
 from peelwise.show.quantise.words import ABOUT_LAYERS, STEPS, conclusion
@@ -18,9 +19,7 @@ def render_html(record: QuantiseRecord) -> str:
     parts = (
         f'{heading("quantise", record)}<p class="conclusion">{esc(conclusion(record))}</p></header><main>',
         _strip(record),
-        section(
-            "layers", "What each layer loses", paragraph(ABOUT_LAYERS), f"<figure>{render_picture(record)}</figure>"
-        ),
+        section("layers", "What each layer loses", paragraph(ABOUT_LAYERS), figure(render_picture(record))),
         _behind(record),
         _table(record),
         _skipped(record),
@@ -74,37 +73,36 @@ def _strip(record: QuantiseRecord) -> str:
 
 def _behind(record: QuantiseRecord) -> str:
     top = max((block.error for block in record.blocks), default=0.0) or 1.0
-    rows = [
-        (
-            str(block.index),
-            f"{100 * block.error:.3g}",
-            f'<span class="bar" style="width:{100 * max(block.error, 0) / top:.0f}%"></span>',
-        )
-        for block in record.blocks
-    ]
+    percent = percents(block.error for block in record.blocks)
+    rows = [(str(block.index), percent(block.error), bar(block.error / top)) for block in record.blocks]
     about = "Squared distance of the stream behind each block from the parent's, in percent of its variance there."
-    return section(
-        "blocks", "Behind each block", paragraph(about), table(("block", "percent", ""), rows, caption=about)
-    )
+    body = table(("block", "percent", ""), rows, caption=about, style="bars")
+    return section("blocks", "Behind each block", paragraph(about), body)
 
 
 def _table(record: QuantiseRecord) -> str:
     shown = sorted(record.layers, key=_last, reverse=True)[:MOST_ROWS]
     steps = [step for step in STEPS if any(step in layer.steps for layer in shown)]
-    mixed = len({layer.format for layer in record.layers}) > 1  # one format for all is said above
+    names, options = short_formats(layer.format for layer in record.layers)
+    mixed = len(names) > 1  # one format for all is said above
+    percent = percents(layer.steps.get(step) for layer in shown for step in steps)
     rows = [
         (
             esc(within(layer.name, layer.block)),
+            *((esc(names[layer.format]),) if mixed else ()),
             str(layer.block),
-            *((esc(layer.format), f"{layer.bits_per_weight:.2f}") if mixed else ()),
-            *(f"{100 * layer.steps[step]:.3g}" if step in layer.steps else "" for step in steps),
+            *((f"{layer.bits_per_weight:.2f}",) if mixed else ()),
+            *(percent(layer.steps.get(step)) for step in steps),
             f"{100 * layer.flipped:.1f}",
         )
         for layer in shown
     ]
-    titles = ("layer", "block", *(("format", "bits") if mixed else ()), *(STEPS[step] for step in steps), "other codes")
-    about = paragraph("Other codes: those that rounding to nearest does not give.")
-    body = table(titles, rows, caption="Layers, those that lose most first")
+    own = (("format",), ("bits",)) if mixed else ((), ())
+    titles = ("layer", *own[0], "block", *own[1], *(STEPS[step] for step in steps), "other codes")
+    shared = f" All formats: {options}." if options else ""
+    about = paragraph(f"Other codes: those that rounding to nearest does not give.{shared}")
+    style = "numbers named" if mixed else "numbers"
+    body = table(titles, rows, caption="Layers, those that lose most first", style=style)
     return section("steps", "What each step came to, percent", about, body)
 
 

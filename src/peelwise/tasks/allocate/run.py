@@ -151,6 +151,16 @@ def run_allocate(
     )
 
 
+def check_plannable(model: nn.Module, probe: Probe, settings: AllocateSettings) -> None:
+    """Refuse what `run_allocate` would, without any other work.
+
+    Raises:
+        FormatError: If the budget is below the smallest formats, or a format does not go with a layer.
+    """
+    linears = _asked(checked_blocks(model, probe))
+    _check(linears, settings.in_layout(usual_layout(linears)[0]))
+
+
 def _asked(blocks: Sequence[Block]) -> list[LinearLayer]:
     """Return the layers that take part."""
     linears = [linear for block in blocks for linear in block.linears if is_asked(linear)]
