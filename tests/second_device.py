@@ -23,6 +23,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
@@ -328,6 +329,7 @@ def second_device(name: str = "cuda") -> Iterator[torch.device]:
         raise ValueError(f"expected one of {_NAMES}, got {name!r}")
     swaps = torch.__future__.get_swap_module_params_on_conversion()
     before = _played[0]
+    _device_constructors()  # remembered for good: not what stands in their place meanwhile
     with ExitStack() as stack:
         for owner, names in _replaced(name):
             for function, instead in names.items():
@@ -355,6 +357,10 @@ def _replaced(name: str) -> Iterator[tuple[Any, dict[str, Any]]]:
         yield torch.mps, {**alone, "manual_seed": lambda seed: _seed(seed), "synchronize": lambda: None}
         return
     yield torch.cuda, {"is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0}
+    yield (
+        torch.cuda,
+        {"set_device": lambda device: None, "empty_cache": lambda: None, "is_bf16_supported": lambda: True},
+    )
     yield torch.cuda, {**alone, "get_rng_state_all": lambda: [_random.get_state()]}
     yield torch.cuda, {"set_rng_state_all": lambda states: _random.set_state(states[0]), "manual_seed_all": _seed}
     yield torch.cuda, {"_lazy_init": lambda: None, "synchronize": lambda device=None: None}

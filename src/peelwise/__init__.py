@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from peelwise.api.quantise import QuantiseReport, quantise
     from peelwise.api.yes import YesBounds, yes_bounds
     from peelwise.integrations.huggingface import attach as attach
-    from peelwise.model.options import OpenOptions
+    from peelwise.model.options import OpenOptions, ShardedOptions
     from peelwise.probe.options import ProbeOptions
     from peelwise.probe.probe import Probe
     from peelwise.tasks.allocate.settings import AllocateSettings

@@ -89,7 +89,7 @@ def test_rules_say_what_the_code_does():
     [
         (
             "audit",
-            ("red|yellow", "auto|float32|bfloat16|float16", "auto (CUDA if there is any), cpu, cuda, cuda:N or mps"),
+            ("red|yellow", "auto|float32|bfloat16|float16", "auto (CUDA if there is any), cpu, cuda or cuda:N"),
         ),
         ("peel", ("warm|cold",)),
         ("export", ("csv|jsonl|parquet|tensorboard",)),

@@ -15,19 +15,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 import peelwise
 from audits import tiny_probe
 from peelwise.errors import ModelError, PeelwiseError, UnsupportedModelError
 from peelwise.model import offloaded, spill
-from peelwise.model.architectures import find_blocks
 from peelwise.model.carried import Carried
 from peelwise.model.fingerprint import fingerprint
-from peelwise.model.layers import device_of
 from peelwise.model.offloaded import brought
-from peelwise.model.splice import spliced
 from peelwise.model.whereabouts import check_in_memory
 from plain_gpt import PlainGPT
+from second_device import second_device
 from zoo import ZOO, sample_ids
 
 accelerate = pytest.importorskip("accelerate")
@@ -221,22 +221,42 @@ def test_weights_that_are_carried_at_every_use_give_the_same(
     assert state(model) == before
 
 
-def test_nothing_of_a_layer_is_left_where_its_weights_lie(tmp_path: Path) -> None:
-    """A device that is none stands for the accelerator: its tensors know where they are, and have no numbers."""
-    model = on_disk(saved(tmp_path / "m"))
-    before = state(model)
-    for module in model.modules():
-        for hook in getattr(getattr(module, "_hf_hook", None), "hooks", [getattr(module, "_hf_hook", None)]):
-            if hook is not None:
-                hook.execution_device = "cuda" if module is model else "cuda:0"
-    with brought(model), FakeTensorMode(allow_non_fake_inputs=True):
-        check_in_memory(model)
-        linear = find_blocks(model)[1].linears[-1]
-        assert device_of(model) == linear.weight().device == torch.device("cuda:0")
-        x, change = torch.randn(2, 5, 48, device="cuda"), torch.randn(48, 80, device="cuda")
-        with spliced({linear: change}), torch.no_grad():
-            assert model.model.layers[1].mlp(x).device == torch.device("cuda:0")  # type: ignore[union-attr, index]
-    assert state(model) == before
+class Carrying(TorchDispatchMode):
+    """Has operations copy carried weights to the second device, as they do to a GPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.is_view:
+            return func(*args, **(kwargs or {}))
+        args, kwargs = (tree_map(there, given) for given in (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def there(one: Any) -> Any:
+    return one.held.to("cuda") if isinstance(one, Carried) else one
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("task", ["check", pytest.param("audit", marks=[pytest.mark.nightly, pytest.mark.slow])])
+def test_nothing_is_left_where_the_weights_lie(monkeypatch: pytest.MonkeyPatch, task: str) -> None:
+    """As on a GPU, played by a second device that refuses tensors of the first."""
+    resident, model = (ZOO["llama"]() for _ in range(2))
+    accelerate.cpu_offload(model, execution_device="cpu")
+    hooks = [hook for module in model.modules() for hook in offloaded._hooks(module)]
+    for hook in hooks:
+        hook.execution_device = torch.device("cuda:0")
+    # To C++ a carried weight is on what stands for the device there.
+    monkeypatch.setattr(offloaded, "_seen_on", lambda device, value: Carried(value, torch.device("cpu", 1)))
+    monkeypatch.setattr(Carried, "device", property(lambda _: torch.device("cuda:0")), raising=False)
+    with second_device() as device:
+        resident.to(device)
+        rotary = model.model.rotary_emb  # type: ignore[union-attr]
+        for name, buffer in rotary.named_buffers():  # as hooks do when they are made for another device
+            rotary._buffers[name] = buffer.to(device)
+        before, wanted = state(model), numbers(TASKS[task](resident, tiny_probe()))
+        with Carrying():
+            found = numbers(TASKS[task](model, tiny_probe()))
+        assert found == wanted
+        assert state(model) == before
 
 
 def test_a_model_stored_in_another_dtype_is_converted_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,12 @@ def main() -> None:
         except PeelwiseError as error:
             stderr.print(f"[bold red]error:[/] {escape(one_line(error))}", soft_wrap=True)
             sys.exit(2)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, which is imported by commands that need it
+                raise
+            advice = "The GPU's memory is full. Use fewer --micro-batch-tokens, or --device cpu."
+            stderr.print(f"[bold red]error:[/] {advice}", soft_wrap=True)
+            sys.exit(2)
         except SystemExit as stop:
             if stop.code == _INTERRUPTED:  # what typer makes of Ctrl-C
                 stderr.print("Stopped before there was anything to report; nothing was written.")

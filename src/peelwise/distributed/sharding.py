@@ -27,7 +27,7 @@ def unwrap_ddp(model: nn.Module) -> nn.Module:
         raise UnsupportedModelError(
             "Not yet: parameters that DeepSpeed spreads over processes (ZeRO-3). Stages 1 and 2 leave them whole."
         )
-    gathered = {id(p) for module in model.modules() if _gathers(module) for p in module.parameters()}
+    gathered = {id(p) for module in model.modules() if gathers(module) for p in module.parameters()}
     for name, parameter in model.named_parameters():
         if not is_sharded(parameter):
             continue
@@ -47,7 +47,7 @@ def check_blocks(blocks: Mapping[str, nn.Module]) -> None:
         UnsupportedModelError: If one does not.
     """
     for name, module in blocks.items():
-        gathered = {id(p) for inner in module.modules() if _gathers(inner) for p in inner.parameters()}
+        gathered = {id(p) for inner in module.modules() if gathers(inner) for p in inner.parameters()}
         if any(is_sharded(p) and id(p) not in gathered for p in module.parameters()):
             raise UnsupportedModelError(
                 f"{name} is sharded only together with others, and cannot be run by itself. "
@@ -140,7 +140,7 @@ def _of_sharding(name: str) -> bool:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """Return the class of a module, without what ``fully_shard`` has put over it."""
-    return type(module).__mro__[2] if _gathers(module) else type(module)
+    return type(module).__mro__[2] if gathers(module) else type(module)
 
 
 @contextmanager
@@ -172,10 +172,11 @@ def at_rest(model: nn.Module) -> Iterator[None]:
 
 def gathering(module: nn.Module) -> list[nn.Module]:
     """Return the modules inside of one, and itself, whose parameters are gathered whenever they run."""
-    return [each for each in module.modules() if _gathers(each)]
+    return [each for each in module.modules() if gathers(each)]
 
 
-def _gathers(module: nn.Module) -> bool:
+def gathers(module: nn.Module) -> bool:
+    """Whether a module gathers its parameters when it is called."""
     # By name of a method that FSDP2 adds, so that torch.distributed need not be there.
     return hasattr(module, "set_requires_gradient_sync")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 
 from torch import Tensor
 
-from peelwise.engine.sweep import block_moments
+from peelwise.engine.sweep import block_moments, sums_in_parts
 from peelwise.model.layers import LinearLayer
 from peelwise.model.runner import Runner
 from peelwise.model.trace import Trace
@@ -44,10 +44,11 @@ def output_curvatures(
     above = [runner.tail_gradients(trace)]
     found: dict[LinearLayer, Tensor] = {}
     for done, block in enumerate(reversed(runner.blocks), start=1):
-        keep = any(linear in wanted for linear in block.linears)
-        (moments,), above = block_moments(runner, block, trace, above, keep=keep, with_F=keep)
-        for linear, each in moments.items():
-            if linear in wanted and each.F is not None:
-                found[linear] = runner.kept(each.F.float())
+        keep, behind = any(linear in wanted for linear in block.linears), above
+        for linears in sums_in_parts(runner, block, 1, keep) if keep else [block.linears]:
+            (moments,), above = block_moments(runner, block, trace, behind, keep=keep, with_F=keep, linears=linears)
+            for linear, each in moments.items():
+                if linear in wanted and each.F is not None:
+                    found[linear] = runner.kept(each.F.float())
         after_block(done)
     return found

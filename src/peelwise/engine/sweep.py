@@ -21,10 +21,10 @@ from peelwise.model.handed import Gradient
 from peelwise.model.layers import Block, LinearLayer
 from peelwise.model.runner import Runner
 from peelwise.model.trace import Batch, Trace, batch_first
+from peelwise.records.options import MOST_SUMS
 from peelwise.stats.gram import CrossSum, GramSum, Moments, all_reduce, widened, with_ones
 
 Targets = Callable[[Batch, int], Tensor]
-MOST_SUMS = 2**29  # bytes of sums at a time where memory is what is short
 _FLOAT64 = 8
 _Total = TypeVar("_Total", GramSum, CrossSum)
 
@@ -68,7 +68,7 @@ def sweep(
         if block.index < min(wanted) or not keep_going():
             break
         keep = block.index in wanted
-        parts = _parts(runner, block, len(targets), with_F) if keep else [block.linears]
+        parts = sums_in_parts(runner, block, len(targets), with_F) if keep else [block.linears]
         above_fit, above_own = above, above_select
         for place, linears in enumerate(parts, start=1):
             moments_of = partial(block_moments, runner, block, keep=keep, with_F=with_F, linears=linears)
@@ -110,7 +110,7 @@ def _keep(made: Sequence[Sequence[BlockProposals]], found: Sequence[dict[int, Bl
                 into[proposals.index] = proposals
 
 
-def _parts(runner: Runner, block: Block, targets: int, with_F: bool) -> list[Sequence[LinearLayer]]:
+def sums_in_parts(runner: Runner, block: Block, targets: int, with_F: bool) -> list[Sequence[LinearLayer]]:
     """Return the layers of a block whose sums are there together: all, or where memory is short as many as fit.
 
     Experts stay together: what each is given is told beside the others.

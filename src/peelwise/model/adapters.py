@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from peelwise.errors import ModelError
-from peelwise.model.layers import LinearLayer
+from peelwise.model.layers import LinearLayer, device_of
 from peelwise.model.weights.reading import Reading, note_reading, reading_of
 from peelwise.model.weights.table import is_low_bit
 
@@ -138,7 +139,7 @@ def _adapted_again(model: Any, base: nn.Module) -> nn.Module:
 
     made: Any = None
     try:
-        with torch.random.fork_rng():  # adapters are drawn before they are copied
+        with _numbers_kept(model):  # adapters are drawn before they are copied
             for name in model.active_adapters:
                 config = copy.deepcopy(model.peft_config[name])
                 config.base_model_name_or_path = None
@@ -207,8 +208,14 @@ def with_adapter(base: nn.Module, folder: Path) -> nn.Module:
     except ImportError as error:
         raise ModelError(f"{folder} holds an adapter, which PEFT reads: pip install peft.") from error
     try:
-        with torch.random.fork_rng():  # adapters are drawn before they are read
+        with _numbers_kept(base):  # adapters are drawn before they are read
             made: nn.Module = PeftModel.from_pretrained(base, str(folder))
     except Exception as error:  # as many kinds of errors as of adapters
         raise ModelError(f"The adapter in {folder} does not go with its base model: {error}") from error
     return made
+
+
+def _numbers_kept(model: nn.Module) -> AbstractContextManager[None]:
+    """Return a context behind which random numbers go on as before it, those of the CPU and of the model's GPU."""
+    device = device_of(model)
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])

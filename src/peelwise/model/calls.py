@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peelwise.distributed.sharding import gathering
+from peelwise.distributed.sharding import gathers
 from peelwise.errors import UnsupportedModelError
 from peelwise.model.layers import Block
 from peelwise.model.replaced import forward_replaced
@@ -79,7 +79,7 @@ def skipping(blocks: Sequence[Block], hidden: Tensor, rest: tuple[Any, ...] | li
         for block in blocks:
             last = block is blocks[-1]
             forward = (lambda *a, **k: out) if last else _identity(rest)
-            stack.enter_context(forward_replaced(block.module, forward, hooks=not gathering(block.module)))
+            stack.enter_context(forward_replaced(block.module, forward, hooks=not gathers(block.module)))
         yield
 
 

@@ -17,9 +17,11 @@ class Carried(Tensor):
 
     Attributes:
         held: the numbers.
+        place: where it says that it is.
     """
 
     held: Tensor
+    place: torch.device
 
     @staticmethod
     def __new__(cls, held: Tensor, device: torch.device) -> Carried:
@@ -27,7 +29,7 @@ class Carried(Tensor):
         made: Carried = Tensor._make_wrapper_subclass(
             cls, held.shape, held.stride(), held.storage_offset(), dtype=held.dtype, device=device
         )
-        made.held = held
+        made.held, made.place = held, device
         return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -37,9 +39,9 @@ class Carried(Tensor):
         """Look at the numbers where they are, or compute with a copy where they are to be."""
         kwargs = kwargs or {}
         if func.is_view:
-            device = next(arg.device for arg in args if isinstance(arg, cls))
+            place = next(arg.place for arg in args if isinstance(arg, cls))
             seen = func(*tree_map(_held, args), **tree_map(_held, kwargs))
-            return tree_map(lambda view: cls(view, device) if isinstance(view, Tensor) else view, seen)
+            return tree_map(lambda view: cls(view, place) if isinstance(view, Tensor) else view, seen)
         if any(isinstance(arg, cls) for arg in _written(func, args, kwargs)):
             raise RuntimeError(f"{func} would write an offloaded weight.")
         return func(*tree_map(_there, args), **tree_map(_there, kwargs))
@@ -54,13 +56,13 @@ class Carried(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """Return a copy that is where this one says that it is."""
-        made = self.held.to(self.device, copy=True)
+        made = self.held.to(self.place, copy=True)
         memo[id(self)] = made = nn.Parameter(made, self.requires_grad) if isinstance(self, nn.Parameter) else made
         return made
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         """Return where it says that it is, without reading it."""
-        return f"Carried({list(self.shape)}, {self.dtype}, from {self.held.device} to {self.device})"
+        return f"Carried({list(self.shape)}, {self.dtype}, from {self.held.device} to {self.place})"
 
 
 def _held(one: Any) -> Any:
@@ -68,7 +70,7 @@ def _held(one: Any) -> Any:
 
 
 def _there(one: Any) -> Any:
-    return one.held.to(one.device) if isinstance(one, Carried) else one
+    return one.held.to(one.place) if isinstance(one, Carried) else one
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

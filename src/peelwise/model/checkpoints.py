@@ -22,6 +22,7 @@ from peelwise.model.checkpoint_config import (
     packed_config,
 )
 from peelwise.model.checkpoint_files import brief, check_folder, check_weights, read_config, read_tensors
+from peelwise.model.layers import NO_FLOAT64
 from peelwise.model.loading import contained, load_tokenizer, quiet, require_transformers
 from peelwise.model.sharded import check_shardable, shard_opened_
 from peelwise.model.spill import keep_on_disk_
@@ -71,7 +72,7 @@ def open_model(
 
     Args:
         source: A Hugging Face folder, a ``.gguf`` file (dequantised), or ``"smollm2"``.
-        device: ``"auto"`` (CUDA if there is any), ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``.
+        device: ``"auto"`` (CUDA if there is any), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: float32 on the CPU, elsewhere what
             the checkpoint asks for.
         allow_pickle: Whether ``.bin`` weights will do where there are no safetensors.
@@ -229,10 +230,12 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise DeviceError(f"Unknown device {name!r}: expected auto, cpu, cuda, cuda:N or mps.") from error
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+        raise DeviceError(f"Unknown device {name!r}: expected auto, cpu, cuda or cuda:N.") from error
+    count = {"cpu": 1, "cuda": torch.cuda.device_count()}
+    if device.type == "mps":
+        raise DeviceError(f"Not yet: device mps, which {NO_FLOAT64}. Use cpu.")
     if device.type not in count:
-        raise DeviceError(f"Device {name!r} cannot be used: expected auto, cpu, cuda, cuda:N or mps.")
+        raise DeviceError(f"Device {name!r} cannot be used: expected auto, cpu, cuda or cuda:N.")
     if (device.index or 0) >= count[device.type]:
         raise DeviceError(f"Device {name!r} is not available here ({count[device.type]} of its kind). Use cpu or auto.")
     return device

@@ -37,7 +37,7 @@ def fresh_copy(model: nn.Module, seed: int) -> nn.Module | None:
         quantize_like_(fresh, model)
     else:
         with nullcontext() if spill is None else spill.creating():
-            fresh = empty_copy(model) if spread else copy.deepcopy(model)
+            fresh = (empty_copy(model) if spread else copy.deepcopy(model)).cpu()  # a GPU would draw other numbers
         for module in fresh.modules():
             if list(module.parameters(recurse=False)):
                 reset = getattr(module, "reset_parameters", None)

@@ -178,6 +178,22 @@ def parameter_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+# Apple's GPUs: `peelwise.stats.linalg.solve_dtype` solves in float32 there, but little else can do without.
+NO_FLOAT64 = "has no float64, in which losses and sums are added up"
+
+
+def check_device(model: nn.Module) -> None:
+    """Check that a model is on a device that has what measuring needs.
+
+    Raises:
+        UnsupportedModelError: If it is on Apple's GPU.
+    """
+    if device_of(model).type == "mps":
+        raise UnsupportedModelError(
+            f"Not yet: {type(unwrapped(model)).__name__} is on mps, which {NO_FLOAT64}. Move it to the CPU."
+        )
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of the first parameter."""
     parameter = next(model.parameters(), None)

@@ -16,7 +16,7 @@ class OpenOptions:
     """How a model is opened from disk; nothing of it matters for a module that is given as such.
 
     Attributes:
-        device: Where the model runs: auto (CUDA if there is any), cpu, cuda, cuda:N or mps.
+        device: Where the model runs: auto (CUDA if there is any), cpu, cuda or cuda:N.
         dtype: Dtype of the weights; auto: float32 on the CPU, elsewhere the checkpoint's own.
         allow_pickle: Also open pickled weights.
         as_stored: Keep the codes of a .gguf file instead of dequantising them, so that witnesses have the same bits.
@@ -26,7 +26,7 @@ class OpenOptions:
     """
 
     device: str = option(
-        "auto", "Where the model runs: auto (CUDA if there is any), cpu, cuda, cuda:N or mps.", panel="Model"
+        "auto", "Where the model runs: auto (CUDA if there is any), cpu, cuda or cuda:N.", panel="Model"
     )
     dtype: Dtype = option(
         "auto", "Dtype of the weights; auto: float32 on the CPU, elsewhere the checkpoint's own.", panel="Model"

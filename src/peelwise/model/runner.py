@@ -24,7 +24,7 @@ from peelwise.model.calls import hidden_of, skipping, uncached, without_hidden
 from peelwise.model.capture import Capture, captured
 from peelwise.model.gradients import differentiable, gradients_by_layer
 from peelwise.model.handed import Gradient, Handed, Passed, Watch, Ways
-from peelwise.model.layers import Block, LinearLayer, unwrapped
+from peelwise.model.layers import Block, LinearLayer, check_device, unwrapped
 from peelwise.model.losses import losses_of, sequence_losses, token_losses
 from peelwise.model.refusals import no_gradient, not_once, other_shapes, too_few_logits
 from peelwise.model.spill import spill_of
@@ -63,6 +63,7 @@ class Runner:
         micro_batch_tokens: int = MICRO_BATCH_TOKENS,
         processes: Processes = ONE_PROCESS,
     ) -> None:
+        check_device(model)
         self.model, self.processes = unwrapped(model), processes
         self.spill = spill_of(self.model)  # where stations and changes go to; of a model in memory nowhere
         self.sharded = any(is_sharded(p) for p in model.parameters())

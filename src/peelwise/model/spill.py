@@ -94,7 +94,7 @@ class _OnDisk(TorchFunctionMode):
 
 
 def is_mapped(tensor: Tensor) -> bool:
-    """Whether the numbers of a tensor are in a file."""
+    """Whether the numbers of a tensor are in a file that PyTorch has mapped, as those are that are kept here."""
     return tensor.layout is torch.strided and tensor.untyped_storage().filename is not None
 
 

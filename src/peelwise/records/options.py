@@ -20,6 +20,7 @@ Refine = Literal["trainable", "all", "adapters"]
 
 MARGIN_RULE = "the larger of 0.5 % of the loss and 0.003 nats per token"
 MICRO_BATCH_TOKENS = 1024
+MOST_SUMS = 2**29  # bytes of a block's sums at a time where weights stay in their files
 REFINE_HELP = (
     "Which linear layers of the blocks are refined: those whose weights training can change (requires_grad; where "
     "there are none, all), all of them, or adapters (LoRA) alone."

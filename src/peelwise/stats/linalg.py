@@ -40,17 +40,19 @@ class DampedFactor:
         mean_diagonal = float(S.diagonal().mean()) if d else 0.0
         # An all-zero matrix (inputs that never fire) still gets a finite, harmless factor.
         unit = mean_diagonal if 0 < mean_diagonal < math.inf else 1.0
-        identity = torch.eye(d, dtype=S.dtype, device=S.device)
         tiny = d * torch.finfo(S.dtype).eps
         for attempt in range(_MAX_ESCALATIONS):
             used = damping if attempt == 0 else max(damping, tiny) * 10.0**attempt
-            factor, info = torch.linalg.cholesky_ex(S + used * unit * identity)
+            damped = S.clone()  # no identity beside it: of wide layers these are what memory is needed for
+            damped.diagonal().add_(used * unit)
+            factor, info = torch.linalg.cholesky_ex(damped)
+            del damped
             # Undamped, rounding may leave a singular matrix tiny positive pivots: a factor, but of nothing.
             if int(info) == 0 and bool(torch.isfinite(factor).all()) and (used > tiny or _is_regular(S)):
                 break
         else:
             # Not positive semi-definite at all: fall back to its scale, which is always valid.
-            used, factor = 1.0, identity * unit**0.5
+            used, factor = 1.0, torch.eye(d, dtype=S.dtype, device=S.device) * unit**0.5
         if attempt:
             text = (
                 f"{name}: [{d}, {d}] is rank deficient or badly conditioned at damping {damping:g}; "

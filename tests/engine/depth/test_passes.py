@@ -159,6 +159,16 @@ def test_heads(model: Any, split: Split, seen: Any) -> None:
     assert backward.head_slope(found.backward["mlp.inner"]) is None
 
 
+@pytest.mark.parametrize("shape", [(48, 20), (20, 48)])
+def test_the_rank_of_a_gradient_counts_no_rounding(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(shape[0], 2, generator=generator), torch.randn(2, shape[1], generator=generator)
+    G = left @ right  # of two directions; squares of it in float32 have twenty
+    s = np.linalg.svd(G.double().numpy(), compute_uv=False)
+    part = backward.Backward(gradient=backward.GradientSums(n=1, cross=G))
+    assert backward.gradient_rank(part) == pytest.approx(s.sum() ** 2 / (s**2).sum(), rel=1e-5)
+
+
 def test_gradients_of_weights(model: Any, split: Split, seen: Any) -> None:
     parts, found = seen[1][2]
     weight = parts.linears["mlp.up_proj"].module.weight

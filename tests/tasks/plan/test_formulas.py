@@ -14,11 +14,12 @@ from peelwise.engine.depth.table import block_weights
 from peelwise.engine.depth.weights import Matrix
 from peelwise.engine.in_order import Walk
 from peelwise.engine.permute import shuffled_targets
-from peelwise.engine.sweep import block_moments, sweep
+from peelwise.engine.sweep import block_moments, sums_in_parts, sweep
 from peelwise.formats import parse_format
 from peelwise.model.experts import experts_called
 from peelwise.model.parts import parts_of
 from peelwise.model.shape import shape_of
+from peelwise.model.spill import Spill
 from peelwise.model.splice import spliced
 from peelwise.probe.probe import Probe
 from peelwise.references import quantized
@@ -348,6 +349,26 @@ def test_sums_of_a_block_and_changes_in_place():
         warnings.simplefilter("ignore")
         found = peak(lambda: sweep(runner, fit, select, targets=[None, null]))
     assert found == pytest.approx(kept.sums(2) + kept.proposals(4), rel=0.15)
+
+
+def test_sums_of_a_stream_are_of_some_layers_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("peelwise.engine.sweep.MOST_SUMS", 13_000_000)
+    monkeypatch.setattr("peelwise.tasks.plan.memory.MOST_SUMS", 13_000_000)
+    model, runner = llama(vocab_size=60, hidden_size=256, intermediate_size=704)
+    runner.spill = Spill(tmp_path)
+    probe = Probe.from_tokens(torch.randint(60, (30, 9)))
+    fit, select = runner.trace(probe.fit), runner.trace(probe.select)
+    own = shape_of(model, "llama", 4.0)
+    whole, parts = (memory(own, probe.fit.tokens, streamed=streamed) for streamed in (False, True))
+    planned = parts.parts_of_sums(2)
+    assert [len(each) for each in sums_in_parts(runner, runner.blocks[0], 2, True)] == [4, 1, 1, 1]
+    assert len(planned) == 4
+    targets = [None, shuffled_targets(fit, 0, shift_first=True)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = peak(lambda: sweep(runner, fit, select, targets=targets))
+    assert found == pytest.approx(parts.sums(2), rel=0.15)
+    assert parts.sums(2) < 0.6 * whole.sums(2)
 
 
 def memory(own, tokens, **options):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from peelwise.records.options import MOST_SUMS
 from peelwise.records.plan import Shape
 from peelwise.tasks.plan.work import largest
 
@@ -145,12 +146,42 @@ class Memory:
         ``S`` of inputs, ``C`` of weights, ``F`` of outputs squared, per block, of fit and of select: ``8 (2 S + (t + 1)
         (C + F))``; while they are added up the activations of a micro-batch beside them, while proposals are made ``12
         S + 16 C`` and one factorisation.
+
+        Of a stream they are of as many layers as `MOST_SUMS` has room for, one at least: those of one
+        input then, for which proposals take ``28 S + 64 C`` and ``8 o^2`` or ``8 d^2``, whichever is more.
         """
+        most = max(max(group.inputs, *group.outputs) for group in self.shape.groups) ** 2
+        activations = self.activations(self.tokens)
+        if self.streamed and len(parts := self.parts_of_sums(targets, two_sided)) > 1:
+            return max(
+                _FLOAT64 * (2 * S + (targets + 1) * (C + two_sided * F))
+                + max(activations, _FLOAT32 * (7 * S + 16 * C + 2 * min(most, max(S, F))))
+                for S, C, F in parts
+            )
         S, C, F = self.numbers_in_sums
-        F *= two_sided
-        most = max(max(group.inputs, *group.outputs) for group in self.shape.groups)
-        both = _FLOAT64 * (2 * S + (targets + 1) * (C + F))
-        return both + max(self.activations(self.tokens), _FLOAT32 * (3 * S + 4 * C + 3 * most**2))
+        both = _FLOAT64 * (2 * S + (targets + 1) * (C + two_sided * F))
+        return both + max(activations, _FLOAT32 * (3 * S + 4 * C + 3 * most))
+
+    def parts_of_sums(self, targets: int, two_sided: bool = True) -> list[tuple[float, float, float]]:
+        """Return what `numbers_in_sums` are of the layers whose sums are there together, part by part of a block.
+
+        Experts are one part, and so is a layer that is larger than there is room for.
+        """
+        L, experts, parts, held = self.shape.depth, [0.0, 0.0, 0.0], [[0.0, 0.0, 0.0]], 0.0
+        for group in self.shape.groups:
+            d = group.inputs
+            if group.expert:
+                own = d * d, group.weights, sum(o * o for o in group.outputs)
+                experts = [a + group.count / L * b for a, b in zip(experts, own, strict=True)]
+                continue
+            for o in group.outputs * max(1, round(group.count / L)):
+                size = _FLOAT64 * (2 * d * d + (targets + 1) * (o * d + two_sided * o * o))
+                if held and held + size > MOST_SUMS:
+                    parts.append([0.0, 0.0, 0.0])
+                    held = 0.0
+                parts[-1] = [a + b for a, b in zip(parts[-1], (d * d, o * d, o * o), strict=True)]
+                held += size
+        return [(S, C, F) for S, C, F in (*parts, experts) if C]
 
     def proposals(self, directions: int = 2) -> float:
         """Proposals of all blocks, in half precision: ``2 W`` per direction."""

@@ -101,7 +101,7 @@ def audit(shape: Shape, probe: Probe, memory: Memory, loops: Loops, processes: i
     L, half = shape.depth, half_of(shape)
     found = [*opening(shape, probe, memory), *look(shape, probe, select, memory, processes)]
     both = memory.proposals(4)  # two directions, and two for shuffled targets
-    swept = _swept(shape, fit, select, targets=2)
+    swept = _swept(shape, fit, select, targets=2, memory=memory)
     found.append(Stage("statistics", swept, both + memory.sums(2)))
     found.append(Stage("proposals", work.proposals(shape, targets=2) * (1 / processes), both + memory.sums(2)))
     ablation = work.forward(shape, report, (L - 1) / 2, heads=L)
@@ -220,13 +220,18 @@ def _witnesses(shape: Shape, probe: Probe, memory: Memory, loops: Loops) -> list
     ]
 
 
-def _swept(shape: Shape, fit: Part, select: Part, targets: int, two_sided: bool = True) -> Work:
-    """Return a sweep: gradients of fit (for each set of targets) and of select, and the sums of both."""
+def _swept(
+    shape: Shape, fit: Part, select: Part, targets: int, two_sided: bool = True, memory: Memory | None = None
+) -> Work:
+    """Return a sweep: gradients of fit (for each set of targets) and of select, and the sums of both.
+
+    Blocks are run as often as their sums are made in parts, where ``memory`` is that of a stream.
+    """
+    passes = len(memory.parts_of_sums(targets, two_sided)) if memory is not None and memory.streamed else 1
     total = (
         work.head_gradients(shape, fit) * targets
         + work.head_gradients(shape, select)
-        + work.block_gradients(shape, fit, targets)
-        + work.block_gradients(shape, select)
+        + (work.block_gradients(shape, fit, targets) + work.block_gradients(shape, select)) * passes
         + work.sums(shape, fit, targets, two_sided)
         + work.sums(shape, select, 1, two_sided)
     )
@@ -238,7 +243,7 @@ def _joint(shape: Shape, probe: Probe, memory: Memory, loops: Loops, processes: 
     fit, select, report = probe.parts
     tried = _step(shape, select, report, loops.evaluations, memory.hooked)
     again = work.forward(shape, fit, hooked=memory.hooked) + work.forward(shape, select, hooked=memory.hooked)
-    again += _swept(shape, fit, select, 1)
+    again += _swept(shape, fit, select, 1, memory=memory)
     again += work.proposals(shape) * (1 / processes)
     rounds, more = loops.joint_rounds, max(loops.joint_rounds - 1, 0)
     held = memory.proposals(4) + memory.changes(2) + memory.splice() + memory.logits(report.tokens)

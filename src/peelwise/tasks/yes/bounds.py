@@ -12,6 +12,7 @@ from scipy.special import stdtrit
 from torch import Tensor, nn
 
 from peelwise.errors import OptionError, TooFewSamplesError, UnsupportedModelError
+from peelwise.model.layers import check_device, device_of
 from peelwise.records.base import Interval
 from peelwise.records.yes import Mode, YesControls, YesPart, YesRecord, YesRow, cloud_of
 from peelwise.references.least_squares import DAMPINGS
@@ -80,6 +81,7 @@ def yes_bounds(
         raise OptionError(f'mode: expected "default" or "published", got {mode!r}.')
     if regress_to not in ("preactivation", "activation"):
         raise OptionError(f'regress_to: expected "preactivation" or "activation", got {regress_to!r}.')
+    check_device(net)
     chain = read_chain(net)
     plan = _plan(chain, maps)
     published = mode == "published"
@@ -297,15 +299,18 @@ def _check_samples_suffice(chain: Chain, samples: Samples, options: StreamOption
 
 
 def _at_initialisation(net: nn.Module, seed: int) -> nn.Module:
-    """Return a copy whose layers are initialised anew; neither ``net`` nor the generators are touched."""
-    fresh = copy.deepcopy(net)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    """Return a copy whose layers are initialised anew; neither ``net`` nor the generators are touched.
+
+    It is drawn on the CPU, so that bounds of the same seed are the same on every device.
+    """
+    fresh = copy.deepcopy(net).cpu()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         for module in fresh.modules():
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()
-    return fresh
+    return fresh.to(device_of(net))
 
 
 def _student(mean: float, deviation: float, n: int) -> Interval:

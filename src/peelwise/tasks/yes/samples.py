@@ -117,9 +117,8 @@ def checked_samples(
         _check_labels(y, x.shape[0], classes)
     else:
         _check_targets(y, x.shape[0], classes)
-    device = torch.device("cpu") if chain.device.type == "mps" else chain.device  # no float64 there
     kind: LossName = "squared" if loss == "squared" else "cross_entropy"
-    samples = Samples(x.detach(), y.detach(), kind, classes, parts, seed, batch_size, device)
+    samples = Samples(x.detach(), y.detach(), kind, classes, parts, seed, batch_size, chain.device)
     for share, count, name in zip(parts, samples.counts(), ("fit", "select", "report"), strict=True):
         if share > 0 and count < 2:
             raise TooFewSamplesError(
