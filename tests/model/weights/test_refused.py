@@ -53,7 +53,7 @@ def _in_floats(like: nn.Linear) -> nn.Module:
 
     layer = Stored16(like.in_features, like.out_features, bias=False)
     codes = torch.randint(0, 64, (like.weight.numel() // 2, 1), dtype=torch.uint8)  # no NaN among them
-    layer.weight = nn.Parameter(codes.view(-1, 2).view(torch.bfloat16), requires_grad=False)
+    layer.weight = nn.Parameter(codes.view(-1, 2).view(torch.bfloat16))
     return layer
 
 
