@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import peelwise
@@ -24,7 +25,7 @@ from peelwise.show.quantise.words import conclusion
 from peelwise.tasks.quantise.kept import Kept
 from peelwise.tasks.quantise.run import run_quantise
 from peelwise.tasks.quantise.settings import QuantiseSettings
-from zoo import ZOO
+from zoo import VOCABULARY, ZOO
 
 QUICK = QuantiseSettings("int3", max_sweeps=1)
 
@@ -276,3 +277,13 @@ def test_the_folder_of_an_earlier_result_is_not_overwritten(tmp_path):
         with pytest.raises(OutputError):
             peelwise.quantise(ZOO["llama"](), tiny_probe(), QUICK, out=tmp_path / "out", force=force)
     assert (tmp_path / "out" / "thesis.tex").read_text() == "mine"
+
+
+def test_layers_of_a_class_that_may_compute_something_else_are_named() -> None:
+    """Falcon's own subclass of ``nn.Linear``; nothing else is in its blocks."""
+    config = transformers.FalconConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_hidden_size=48
+    )
+    model = transformers.FalconForCausalLM(config).eval()
+    with pytest.raises(FormatError, match=r"left to quantise inside the blocks; FalconLinear may compute"):
+        peelwise.quantise(model, tiny_probe(), peelwise.QuantiseSettings("int4:channel"))

@@ -50,8 +50,10 @@ def chosen_layers(blocks: Sequence[Block], settings: QuantiseSettings) -> Chosen
     form, notes = _for_all([m for m in asked if m.name not in plan], settings)
     formats = {m: own for m in asked if (own := plan.get(m.name, form)) and not own.name.startswith("dense")}
     if not formats:
+        kinds = sorted({type(m.module).__name__ for m in linears if not (m.is_plain or m.is_expert)})
+        others = f"; {', '.join(kinds)} may compute something else than nn.Linear" if kinds else ""
         raise FormatError(
-            "No linear layer is left to quantise inside the blocks. Skip fewer layers, or give another model."
+            f"No linear layer is left to quantise inside the blocks{others}. Skip fewer layers, or give another model."
         )
     for linear, own in formats.items():
         try:
