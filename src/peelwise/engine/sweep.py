@@ -73,7 +73,10 @@ def sweep(
         for place, linears in enumerate(parts, start=1):
             moments_of = partial(block_moments, runner, block, keep=keep, with_F=with_F, linears=linears)
             moments, above = moments_of(fit, above_fit)
+            # Solves take as much memory again.
+            moments = _on_disk(runner, moments) if len(parts) > 1 else moments
             select_moments, above_select = moments_of(select, above_own)
+            select_moments = _on_disk(runner, select_moments) if len(parts) > 1 else select_moments
             if keep:
                 moments = moments if kept is None else [kept.joined(each) for each in moments]
                 with runner.whole(block):
@@ -128,6 +131,24 @@ def sums_in_parts(runner: Runner, block: Block, targets: int, with_F: bool) -> l
         parts[-1].append(linear)
         held += size
     return list(parts)
+
+
+def _on_disk(runner: Runner, moments: Sequence[dict[LinearLayer, Moments]]) -> list[dict[LinearLayer, Moments]]:
+    """Return moments that are kept where the model's weights are; those that shared a tensor share it there too."""
+    there: dict[int, Tensor] = {}
+
+    def kept(tensor: Tensor) -> Tensor:
+        if id(tensor) not in there:
+            there[id(tensor)] = runner.kept(tensor)
+        return there[id(tensor)]
+
+    return [
+        {
+            m: Moments(each.n, kept(each.S), kept(each.C), None if each.F is None else kept(each.F))
+            for m, each in of.items()
+        }
+        for of in moments
+    ]
 
 
 def block_moments(

@@ -147,15 +147,17 @@ class Memory:
         (C + F))``; while they are added up the activations of a micro-batch beside them, while proposals are made ``12
         S + 16 C`` and one factorisation.
 
-        Of a stream they are of as many layers as `MOST_SUMS` has room for, one at least: those of one
-        input then, for which proposals take ``28 S + 64 C`` and ``8 o^2`` or ``8 d^2``, whichever is more.
+        Of a stream they are of as many layers as `MOST_SUMS` has room for, one at least. Where these are not all, those
+        of fit go to disk before those of select are made, and both before proposals are (``28 S + 40 C + 8 m^2``).
         """
         most = max(max(group.inputs, *group.outputs) for group in self.shape.groups) ** 2
         activations = self.activations(self.tokens)
         if self.streamed and len(parts := self.parts_of_sums(targets, two_sided)) > 1:
             return max(
-                _FLOAT64 * (2 * S + (targets + 1) * (C + two_sided * F))
-                + max(activations, _FLOAT32 * (7 * S + 16 * C + 2 * min(most, max(S, F))))
+                max(
+                    _FLOAT64 * (S + targets * (C + two_sided * F)) + activations,
+                    _FLOAT32 * (7 * S + 10 * C + 2 * min(most, max(S, F))),
+                )
                 for S, C, F in parts
             )
         S, C, F = self.numbers_in_sums
