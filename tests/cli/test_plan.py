@@ -114,7 +114,8 @@ def test_the_verdict_follows_the_memory():
     assert set(found.values()) == {None}
     assert conclusion(record).startswith("In 1.0 GB: check --no-text does not fit, because its stage ")
     assert fitting("80GB")[0]["audit"] == "stream"  # its changes lie on disk then
-    assert fitting("16GB")[0]["audit"] is None  # sums of one block
+    assert fitting("16GB")[0]["audit"] == "stream"  # and sums of one layer are there at a time
+    assert fitting("8GB")[0]["audit"] is None  # which is too much
 
 
 def test_processes_share_the_text_and_the_solves_of_an_audit_and_hold_a_model_each():

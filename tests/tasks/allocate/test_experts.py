@@ -22,6 +22,7 @@ from peelwise.model.runner import Runner
 from peelwise.records.allocation import AllocationRecord
 from peelwise.show.allocate.exports import exports
 from peelwise.show.allocate.report import render_html
+from peelwise.show.html.prices import within
 from peelwise.tasks.allocate import run
 from peelwise.tasks.allocate.groups import Group, groups_of
 from zoo import BLOCKS, ZOO
@@ -74,8 +75,10 @@ def test_views_have_one_row_for_all_experts_of_a_parameter(planned) -> None:
     assert sum(layer.weights for layer in record.stored) == sum(layer.weights for layer in record.layers)
     assert sum(layer.share for layer in record.stored) == pytest.approx(1)
     page = render_html(record)
-    assert all(f">{layer.name}<" in page for layer in stored)
-    assert not any(f"{layer.name}.0" in page for layer in stored)
+    names = {within(layer.name, layer.block) for layer in stored}
+    assert len(names) == 2
+    assert all(page.count(f">{name}</th>") == BLOCKS for name in names)
+    assert not any(f"{name}.0" in page for name in names)
 
 
 def test_exports_name_experts_as_the_tools_do(planned) -> None:
