@@ -173,7 +173,15 @@ def test_a_check_and_an_audit_are_those_of_the_model_in_memory(tmp_path: Path, w
     assert state(model) == before
 
 
-@pytest.mark.parametrize("task", [task for task in TASKS if task not in ("check", "audit")])
+BY_NIGHT = ("quantise", "allocate", "anatomy", "peel")  # which take longer
+
+
+def by_night(task: str, *more: str) -> object:
+    marks = [pytest.mark.nightly, pytest.mark.slow] if task in BY_NIGHT else []
+    return pytest.param(*more, task, marks=marks)
+
+
+@pytest.mark.parametrize("task", [by_night(task) for task in TASKS if task not in ("check", "audit")])
 def test_what_else_measures_one_model(tmp_path: Path, task: str) -> None:
     path, probe = saved(tmp_path / "m"), tiny_probe()
     resident, model = in_memory(path), dispatched(path)
@@ -183,6 +191,8 @@ def test_what_else_measures_one_model(tmp_path: Path, task: str) -> None:
     assert state(model) == before
 
 
+@pytest.mark.nightly
+@pytest.mark.slow
 def test_two_models_of_which_one_or_both_are_offloaded(tmp_path: Path) -> None:
     path, probe = saved(tmp_path / "m"), tiny_probe()
     resident, model = in_memory(path), dispatched(path)
@@ -204,7 +214,8 @@ def test_two_models_of_which_one_or_both_are_offloaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "task"), [*(("llama", task) for task in TASKS), ("mixtral", "audit"), ("gpt2", "audit"), ("gpt2", "check")]
+    ("kind", "task"),
+    [*(by_night(task, "llama") for task in TASKS), ("mixtral", "audit"), ("gpt2", "audit"), ("gpt2", "check")],
 )
 def test_weights_that_are_carried_at_every_use_give_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, task: str
