@@ -215,7 +215,11 @@ def test_two_models_of_which_one_or_both_are_offloaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "task"),
-    [*(by_night(task, "llama") for task in TASKS), ("mixtral", "audit"), ("gpt2", "audit"), ("gpt2", "check")],
+    [
+        *(by_night(task, "llama") for task in TASKS),
+        *(pytest.param(k, "audit", marks=[pytest.mark.nightly, pytest.mark.slow]) for k in ("mixtral", "gpt2")),
+        ("gpt2", "check"),
+    ],
 )
 def test_weights_that_are_carried_at_every_use_give_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, task: str
